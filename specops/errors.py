@@ -1,0 +1,51 @@
+"""What can go wrong. Every class is also the built-in that a caller would expect."""
+
+from __future__ import annotations
+
+__all__ = [
+    "AdapterError",
+    "GeometryError",
+    "NonFiniteError",
+    "NonFiniteWarning",
+    "PlanError",
+    "PluginWarning",
+    "SpecopsError",
+    "UnsupportedArrayError",
+    "UnsupportedGeometryError",
+]
+
+
+class SpecopsError(Exception):
+    """Base of every error that specops raises."""
+
+
+class GeometryError(SpecopsError, ValueError):
+    """A geometry's arguments are wrong, or it does not fit the array it is used with."""
+
+
+class UnsupportedGeometryError(GeometryError):
+    """The geometry is well formed, but this function has no method for it."""
+
+
+class UnsupportedArrayError(SpecopsError, TypeError):
+    """The array's kind (dtype, sparsity, laziness, library) cannot be measured."""
+
+
+class NonFiniteError(SpecopsError, ValueError):
+    """The array holds NaN or infinity."""
+
+
+class PlanError(SpecopsError, ValueError):
+    """A plan does not fit the model it is used with."""
+
+
+class AdapterError(SpecopsError, RuntimeError):
+    """No adapter is available, or it cannot do what was asked."""
+
+
+class NonFiniteWarning(RuntimeWarning):
+    """Some weights held NaN or infinity; they were left as they were."""
+
+
+class PluginWarning(RuntimeWarning):
+    """A third-party plugin failed and was ignored."""

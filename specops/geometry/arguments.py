@@ -1,0 +1,47 @@
+"""Checks that the geometries share: integers, and integers per axis."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+from specops.errors import GeometryError
+
+
+def integer(value: Any, name: str, *, least: int | None = None) -> int:
+    """`value` as an int (numpy integers pass, booleans and floats do not)."""
+    if isinstance(value, bool):
+        raise GeometryError(f"{name} must be an integer, got {value!r}")
+    try:
+        result = operator.index(value)
+    except TypeError:
+        raise GeometryError(f"{name} must be an integer, got {value!r}") from None
+    if least is not None and result < least:
+        raise GeometryError(f"{name} must be at least {least}, got {result}")
+    return result
+
+
+def integers(value: Any, name: str, *, least: int | None = None) -> tuple[int, ...]:
+    """A tuple of ints from one int or an iterable of them."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return (integer(value, name, least=least),)
+    return tuple(integer(v, name, least=least) for v in value)
+
+
+def per_axis(value: Any, ndim: int | None, name: str, *, least: int) -> int | tuple[int, ...]:
+    """One int per spatial axis; a single int stays single while `ndim` is not known."""
+    if ndim is not None:
+        return every_axis(value, ndim, name, least=least)
+    values = integers(value, name, least=least)
+    return values[0] if len(values) == 1 else values
+
+
+def every_axis(value: Any, ndim: int, name: str, *, least: int = 0) -> tuple[int, ...]:
+    """Exactly `ndim` ints; a single one stands for all."""
+    values = integers(value, name, least=least)
+    if len(values) == 1:
+        return values * ndim
+    if len(values) != ndim:
+        raise GeometryError(f"{name}={value!r} has {len(values)} entries for {ndim} spatial axes")
+    return values

@@ -1,0 +1,1 @@
+"""Iterative linear algebra on top of matrix products."""

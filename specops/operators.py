@@ -1,0 +1,153 @@
+"""A convolution as a linear operator: products with it and with its adjoint, matrix free.
+
+Each product is one small matrix product per kernel tap on a shifted view of the grid.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import array_api_compat as compat
+import numpy as np
+
+from specops import backend
+from specops.geometry import ConvSizes
+
+Array = Any
+
+
+class ConvOperator:
+    """The operator of a kernel (groups, rows, columns, *taps) from the fine to the coarse grid.
+
+    Vectors are flattened (channels, *grid) arrays; leading axes are independent vectors. A
+    transposed convolution is this operator with the two products exchanged.
+    """
+
+    def __init__(self, kernel: Array, sizes: ConvSizes) -> None:
+        assert sizes.fine is not None
+        assert sizes.coarse is not None
+        assert sizes.lower is not None
+        self.xp = compat.array_namespace(kernel)
+        self.kernel = kernel
+        self.sizes = sizes
+        self.shape = sizes.matrix_shape()
+        self._fine, self._coarse, self._lower = sizes.fine, sizes.coarse, sizes.lower
+        self._taps = list(itertools.product(*(range(k) for k in sizes.kernel)))
+        self._padded = tuple(
+            max((m - 1) * s + span, n + lower)
+            for n, m, s, span, lower in zip(
+                self._fine, self._coarse, sizes.stride, sizes.spans, self._lower, strict=True
+            )
+        )
+
+    def matvec(self, x: Array) -> Array:
+        """A x: (..., columns of A) to (..., rows of A)."""
+        xp, sizes = self.xp, self.sizes
+        lead = x.shape[:-1]
+        x = xp.reshape(x, (*lead, sizes.groups, sizes.columns, *self._fine))
+        x = self._pad(x)
+        total = None
+        for tap in self._taps:
+            seen = xp.reshape(
+                x[(..., *self._window(tap))],
+                (*lead, sizes.groups, sizes.columns, math.prod(self._coarse)),
+            )
+            part = self._matrix(tap) @ seen
+            total = part if total is None else total + part
+        return xp.reshape(total, (*lead, self.shape[0]))
+
+    def rmatvec(self, y: Array) -> Array:
+        """Aᴴ y: (..., rows of A) to (..., columns of A)."""
+        xp, sizes = self.xp, self.sizes
+        lead = y.shape[:-1]
+        y = xp.reshape(y, (*lead, sizes.groups, sizes.rows, math.prod(self._coarse)))
+        padded = backend.zeros(
+            (*lead, sizes.groups, sizes.columns, *self._padded), like=self.kernel
+        )
+        for tap in self._taps:
+            part = backend.adjoint(xp, self._matrix(tap)) @ y
+            part = xp.reshape(part, (*lead, sizes.groups, sizes.columns, *self._coarse))
+            padded = backend.add_at(padded, (..., *self._window(tap)), part)
+        return xp.reshape(self._unpad(padded), (*lead, self.shape[1]))
+
+    def to_matrix(self) -> Array:
+        """The explicit matrix; memory grows with its `shape`."""
+        eye = backend.constant(np.eye(self.shape[1]), self.kernel)
+        if backend.is_complex(self.kernel):
+            eye = self.xp.astype(eye, self.kernel.dtype)
+        return self.xp.matrix_transpose(self.matvec(eye))
+
+    def squared_frobenius(self) -> Array:
+        """‖A‖_F² = Σ_a ‖K_a‖² · (outputs whose tap a reads inside the grid)."""
+        xp, sizes = self.xp, self.sizes
+        if sizes.circular and any(
+            k * d > n for k, d, n in zip(sizes.kernel, sizes.dilation, self._fine, strict=True)
+        ):
+            from specops.symbol import symbol_of
+
+            folded = symbol_of(sizes, self._fine).coefficients(xp, self.kernel)
+            return math.prod(self._coarse) * xp.sum(xp.abs(folded) ** 2)
+        counts = np.ones(())
+        for n, m, s, d, k, lower in zip(
+            self._fine,
+            self._coarse,
+            sizes.stride,
+            sizes.dilation,
+            sizes.kernel,
+            self._lower,
+            strict=True,
+        ):
+            reads = s * np.arange(m)[:, None] + d * np.arange(k)[None, :] - lower
+            inside = np.ones_like(reads) if sizes.circular else (reads >= 0) & (reads < n)
+            counts = np.multiply.outer(counts, inside.sum(axis=0).astype(float))
+        return xp.sum(xp.abs(self.kernel) ** 2 * backend.constant(counts, self.kernel))
+
+    def _matrix(self, tap: tuple[int, ...]) -> Array:
+        return self.kernel[(..., *tap)]
+
+    def _window(self, tap: tuple[int, ...]) -> tuple[slice, ...]:
+        return tuple(
+            slice(d * a, d * a + (m - 1) * s + 1, s)
+            for a, d, m, s in zip(
+                tap, self.sizes.dilation, self._coarse, self.sizes.stride, strict=True
+            )
+        )
+
+    def _pad(self, x: Array) -> Array:
+        first = x.ndim - len(self._fine)
+        for t, (n, lower, size) in enumerate(
+            zip(self._fine, self._lower, self._padded, strict=True)
+        ):
+            axis = first + t
+            if self.sizes.circular:
+                index = (np.arange(size) - lower) % n
+                x = self.xp.take(x, backend.constant(index, x), axis=axis)
+                continue
+            shape = list(x.shape)
+            pieces = []
+            for extra in (lower, size - lower - n):
+                shape[axis] = extra
+                pieces.append(backend.zeros(tuple(shape), like=x))
+            x = self.xp.concat([pieces[0], x, pieces[1]], axis=axis)
+        return x
+
+    def _unpad(self, x: Array) -> Array:
+        first = x.ndim - len(self._fine)
+        for t, (n, lower, size) in enumerate(
+            zip(self._fine, self._lower, self._padded, strict=True)
+        ):
+            keep: list[Any] = [slice(None)] * x.ndim
+            keep[first + t] = slice(lower, lower + n)
+            inside = x[tuple(keep)]
+            if self.sizes.circular:
+                inside = self._wrap(x, first + t, n, lower, size)
+            x = inside
+        return x
+
+    def _wrap(self, x: Array, axis: int, n: int, lower: int, size: int) -> Array:
+        """Add the entries outside the grid onto those that they wrap to."""
+        landing = np.zeros((size, n))
+        landing[np.arange(size), (np.arange(size) - lower) % n] = 1.0
+        return backend.along_axis(self.xp, x, landing, axis)

@@ -1,0 +1,110 @@
+"""Kernels of fixed support whose convolution has operator norm at most c."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from specops import backend
+from specops.geometry import Conv, ConvSizes
+from specops.projections.feasible import ProjectionInfo, store_within
+from specops.spectra.prepare import Prepared
+from specops.symbol import Symbol, symbol_of
+
+Array = Any
+_ROUNDS = 30
+_ROUNDS_WHEN_TRACED = 5
+_CLOSE_ENOUGH = 1e-3
+"""Excess at which the alternation stops and the final rescaling takes over."""
+_ANY_SIZE_GRID = 32
+
+
+def project_kernel(
+    given: Prepared, w: Array, max_norm: float
+) -> tuple[Array, ProjectionInfo]:
+    """Alternate the two projections of Sedghi et al., then rescale onto the ball."""
+    xp, geometry = given.xp, given.geometry
+    assert isinstance(geometry, Conv)
+    symbol, certificate = enclosing_symbol(
+        geometry.sizes(tuple(w.shape)), not backend.is_complex(given.w)
+    )
+    limit = max_norm * certificate / given.scale
+
+    def norms(coefficients: Array) -> Array:
+        return backend.svdvals(xp, symbol.blocks(xp, coefficients))[..., 0]
+
+    original = symbol.coefficients(xp, geometry.kernel(given.w))
+    by_frequency = norms(original)
+    before = xp.max(by_frequency)
+    if backend.truth(before <= limit):
+        norm = before * given.scale / certificate
+        return w, ProjectionInfo(norm, norm, 0)
+
+    # Rounding must not decide which side of the limit the result lands on.
+    target = limit * (1.0 - 4.0 * backend.epsilon(given.w.dtype))
+    coefficients, rounds = original, 0
+    while True:
+        above = backend.truth(xp.max(by_frequency) > target * (1.0 + _CLOSE_ENOUGH))
+        if above is False or rounds == (_ROUNDS_WHEN_TRACED if above is None else _ROUNDS):
+            break
+        coefficients = _clip_round(xp, symbol, coefficients, target, by_frequency, above is None)
+        by_frequency = norms(coefficients)
+        rounds += 1
+    largest = xp.max(by_frequency)
+    shrink = xp.where(largest > target, target / xp.where(largest > 0, largest, 1.0), 1.0)
+    change = symbol.kernel(xp, original - coefficients * shrink)
+    kernel = (geometry.kernel(given.w) - change) * given.scale
+
+    def measure(stored: Array) -> Array:
+        scaled = symbol.coefficients(xp, geometry.kernel(stored) / given.scale)
+        return xp.max(norms(scaled)) * given.scale / certificate
+
+    bound = max_norm * xp.ones_like(largest)
+    result, after = store_within(xp, geometry.weight(kernel), w.dtype, bound, measure)
+    return result, ProjectionInfo(before * given.scale / certificate, after, max(rounds, 1))
+
+
+def _clip_round(
+    xp: Any,
+    symbol: Symbol,
+    coefficients: Array,
+    limit: Array,
+    by_frequency: Array,
+    traced: bool,
+) -> Array:
+    """Clip the singular values of every block above the limit, cut back to the support."""
+    if traced:
+        chosen = np.arange(len(symbol.frequencies))
+    else:
+        over = xp.any(by_frequency > limit, axis=-1)
+        chosen = np.flatnonzero(backend.to_numpy(over))
+    u, s, vh = backend.svd(xp, symbol.blocks(xp, coefficients, chosen))
+    excess = xp.where(s > limit, s - limit, xp.zeros_like(s))
+    scaled = u * xp.astype(excess, u.dtype)[..., None, :]
+    return coefficients - symbol.average(xp, scaled @ vh, chosen)
+
+
+def enclosing_symbol(sizes: ConvSizes, conjugate_pairs: bool) -> tuple[Symbol, float]:
+    """A symbol and a factor such that ‖layer‖ ≤ max over its grid / factor.
+
+    The factor is 1 on the torus that contains a layer of known size. For every size at once it
+    is the cosine certificate ∏ cos(π(k' − 1)/(2N)) on a coarse grid of N points per axis, where
+    k' = ⌈k·gcd(s, d)/s⌉ taps share a phase.
+    """
+    if sizes.fine is not None:
+        return symbol_of(sizes, sizes.enclosing_torus(), conjugate_pairs), 1.0
+    factor, torus, strides = 1.0, [], []
+    for k, s, d in zip(sizes.kernel, sizes.stride, sizes.dilation, strict=True):
+        stride = s // math.gcd(s, d)
+        taps = -(-k // stride)
+        points = max(_ANY_SIZE_GRID, 8 * (taps - 1)) if taps > 1 else 1
+        factor *= math.cos(math.pi * (taps - 1) / (2 * points))
+        torus.append(points * stride)
+        strides.append(stride)
+    plain = replace(
+        sizes, stride=tuple(strides), dilation=(1,) * len(strides), circular=True
+    )
+    return symbol_of(plain, tuple(torus), conjugate_pairs), factor

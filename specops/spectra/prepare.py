@@ -1,0 +1,96 @@
+"""What every measurement starts with: checks, compute dtype, and a safe scale."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from specops import backend
+from specops.errors import NonFiniteError, NonFiniteWarning
+from specops.geometry import Conv, Dense, Geometry, resolve_geometry
+
+Array = Any
+
+
+@dataclass
+class Prepared:
+    """A checked weight. ``given weight = scale · w`` (for Conv; Dense scales each matrix)."""
+
+    xp: Any
+    w: Array
+    geometry: Geometry
+    scale: Array
+
+
+@dataclass
+class MatrixBlock:
+    """Stacked matrices scaled to entries near 1, non-finite ones replaced by zeros."""
+
+    matrices: Array
+    scale: Array
+    """(*batch, 1, 1)"""
+    finite: Array
+    """(*batch,) booleans"""
+    restore: Callable[[Array], Array]
+    """Undo the scale on values of shape (*batch, k), NaN where a matrix was not finite."""
+
+
+def prepare(w: Array, geometry: Geometry | None) -> Prepared:
+    """Check a weight against its geometry and bring it to compute dtype."""
+    xp = backend.namespace(w)
+    geometry = resolve_geometry(w.ndim, geometry)
+    if isinstance(geometry, Conv):
+        geometry.sizes(tuple(w.shape))
+    else:
+        geometry.check(tuple(w.shape))
+    w = backend.to_compute(xp, w)
+    if isinstance(geometry, Dense):
+        return Prepared(xp, w, geometry, None)
+    backend.check_finite(xp, w, "the kernel")
+    scale = backend.magnitude(xp, w)
+    return Prepared(xp, w / scale, geometry, xp.reshape(scale, ()))
+
+
+def matrix_blocks(given: Prepared) -> tuple[MatrixBlock, ...]:
+    """The blocks of a Dense weight, each matrix on its own scale, bad ones isolated."""
+    assert isinstance(given.geometry, Dense)
+    return tuple(_block(given.xp, m) for m in given.geometry.blocks(given.w))
+
+
+def _block(xp: Any, matrices: Array) -> MatrixBlock:
+    finite = backend.all_finite(xp, matrices, axis=(-2, -1))
+    if backend.truth(xp.all(finite)) is False:
+        _report_bad(xp, finite, tuple(matrices.shape))
+        matrices = xp.where(finite[..., None, None], matrices, xp.zeros_like(matrices))
+    scale = backend.magnitude(xp, matrices, axis=(-2, -1))
+
+    def restore(values: Array) -> Array:
+        values = values * scale[..., 0]
+        return xp.where(finite[..., None], values, xp.full_like(values, math.nan))
+
+    return MatrixBlock(matrices / scale, scale, finite, restore)
+
+
+def _report_bad(xp: Any, finite: Array, shape: tuple[int, ...]) -> None:
+    bad = np.argwhere(~np.asarray([bool(f) for f in _items(xp, finite)]).reshape(finite.shape))
+    if finite.ndim == 0 or len(bad) == math.prod(finite.shape):
+        raise NonFiniteError(
+            f"the matrix holds NaN or infinity (shape {shape}): look for a diverged step, an "
+            f"overflow in half precision, or a bad checkpoint"
+        )
+    where = ", ".join(str(tuple(int(i) for i in b)) if len(b) > 1 else str(int(b[0])) for b in bad)
+    warnings.warn(
+        f"matrices at batch index {where} of shape {shape} hold NaN or infinity",
+        NonFiniteWarning,
+        stacklevel=5,
+    )
+
+
+def _items(xp: Any, x: Array) -> list[Any]:
+    flat = xp.reshape(x, (-1,))
+    return [flat[i] for i in range(flat.shape[0])]

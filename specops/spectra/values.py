@@ -1,0 +1,105 @@
+"""`singular_values`: all of them, exactly, with multiplicity."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from specops import backend
+from specops.errors import UnsupportedGeometryError
+from specops.geometry import Conv, Dense, Geometry
+from specops.operators import ConvOperator
+from specops.spectra.prepare import Prepared, matrix_blocks, prepare
+from specops.symbol import Symbol, symbol_of
+
+Array = Any
+_LARGEST_EXPLICIT = 2**24
+
+
+def singular_values(w: Array, geometry: Geometry | None = None) -> Array | tuple[Array, ...]:
+    r"""All singular values of the linear map that `w` stands for, in descending order.
+
+    For a circular convolution they are the union over the frequencies of the torus of the
+    singular values of its symbol, which costs as many small SVDs instead of one huge one.
+
+    Parameters
+    ----------
+    w : array
+        Real or complex. Half precision is computed, and returned, in float32.
+    geometry : Dense or Conv, optional
+        The map; None is ``Dense()`` for a two-dimensional array.
+
+    Returns
+    -------
+    array, shape (\*batch, min(out, in))
+        Real, of the namespace and device of `w`, with multiplicity: a Conv has
+        ``min(out_channels·∏out_size, in_channels·∏in_size)`` values. With ``Dense(splits=...)``
+        a tuple, one entry per block. The matrices of a stack that hold NaN or infinity give
+        NaN (with a NonFiniteWarning); the others are not affected.
+
+    Raises
+    ------
+    GeometryError
+        `w` does not fit the geometry.
+    UnsupportedGeometryError
+        A circular stride that does not divide the grid, a zero-padded operator with more than
+        2^24 entries, or a Conv without input size: `spectral_norm` or its bounds remain.
+    UnsupportedArrayError
+        Integers, sparse, lazy, meta or quantised arrays.
+    NonFiniteError
+        `w` holds NaN or infinity.
+
+    References
+    ----------
+    Sedghi, Gupta & Long, "The Singular Values of Convolutional Layers", ICLR 2019, Theorem 6;
+    strides and dilations by the polyphase symbol (see `specops.symbol`).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> singular_values(np.diag([3.0, 4.0]))
+    array([4., 3.])
+    """
+    given = prepare(w, geometry)
+    if isinstance(given.geometry, Dense):
+        blocks = matrix_blocks(given)
+        values = tuple(
+            block.restore(backend.svdvals(given.xp, block.matrices)) for block in blocks
+        )
+        return values if given.geometry.splits is not None else values[0]
+    return _conv_values(given, given.geometry)
+
+
+def _conv_values(given: Prepared, geometry: Conv) -> Array:
+    xp, sizes = given.xp, geometry.sizes(given.w.shape)
+    if sizes.fine is None:
+        raise UnsupportedGeometryError(
+            "Conv(input_shape=None) stands for every size at once and has no list of singular "
+            "values: name the input_shape, or ask for spectral_norm_bounds"
+        )
+    kernel = geometry.kernel(given.w)
+    if sizes.circular:
+        symbol = symbol_of(sizes, sizes.fine, not backend.is_complex(kernel))
+        values = circular_values(xp, kernel, symbol)
+    else:
+        rows, columns = sizes.matrix_shape()
+        if rows * columns > _LARGEST_EXPLICIT:
+            raise UnsupportedGeometryError(
+                f"the zero-padded operator is {rows}×{columns} and has no closed form: its "
+                f"full spectrum would need that explicit matrix. spectral_norm and "
+                f"spectral_norm_bounds work at this size, as does the full spectrum with "
+                f'boundary="circular"'
+            )
+        values = backend.svdvals(xp, ConvOperator(kernel, sizes).to_matrix())
+    return given.scale * values
+
+
+def circular_values(xp: Any, kernel: Array, symbol: Symbol) -> Array:
+    """All singular values on the symbol's torus, descending."""
+    blocks = symbol.blocks(xp, symbol.coefficients(xp, kernel))
+    per_block = backend.svdvals(xp, blocks)
+    repeated = xp.take(per_block, backend.constant(symbol.multiplicities, per_block), axis=0)
+    values = xp.reshape(repeated, (-1,))
+    if symbol.zero_values:
+        values = xp.concat([values, backend.zeros((symbol.zero_values,), like=values)])
+    return xp.sort(values, descending=True)
+
