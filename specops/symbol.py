@@ -14,7 +14,7 @@ give the same block, or its conjugate, are evaluated once and counted.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -25,6 +25,8 @@ from specops.errors import UnsupportedGeometryError
 from specops.geometry import ConvSizes
 
 Array = Any
+_ANY_SIZE_GRID = 32
+_ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -147,16 +149,14 @@ class Symbol:
         n = len(self.axes)
         interleaved = [i for t in range(n) for i in (n + 2 + t, t)]
         kernel = xp.permute_dims(kernel, (n, n + 1, 2 * n + 2, *interleaved))
-        kernel = xp.reshape(
-            kernel, (*kernel.shape[:3], *(a.scatter.shape[1] for a in self.axes))
-        )
+        kernel = xp.reshape(kernel, (*kernel.shape[:3], *(a.scatter.shape[1] for a in self.axes)))
         for t, axis in enumerate(self.axes):
             if not axis.is_identity:
                 gather = axis.scatter / np.maximum(axis.scatter.sum(axis=0), 1.0)
                 kernel = backend.along_axis(xp, kernel, gather.T, 3 + t)
         return kernel
 
-    def blocks(self, xp: Any, coefficients: Array, chosen: slice = slice(None)) -> Array:
+    def blocks(self, xp: Any, coefficients: Array, chosen: slice | np.ndarray = _ALL) -> Array:
         """B at the chosen frequencies, (frequencies, groups, rows, phases·columns), complex."""
         angles = self.angles[chosen]
         if backend.is_complex(coefficients):
@@ -168,7 +168,7 @@ class Symbol:
             out = backend.complex_of(xp, real, imag)
         return xp.reshape(out, (angles.shape[0], self.sizes.groups, *self.block_shape))
 
-    def average(self, xp: Any, blocks: Array, chosen: slice = slice(None)) -> Array:
+    def average(self, xp: Any, blocks: Array, chosen: slice | np.ndarray = _ALL) -> Array:
         """Coefficients of the operator with these blocks, cut to the kernel's support.
 
         The adjoint of `blocks` divided by the number of coarse grid points, which is its
@@ -195,6 +195,35 @@ def symbol_of(sizes: ConvSizes, torus: tuple[int, ...], conjugate_pairs: bool = 
     return Symbol(sizes, torus, conjugate_pairs)
 
 
+def certified_symbol(sizes: ConvSizes, conjugate_pairs: bool) -> tuple[Symbol, float]:
+    """A symbol and a factor such that ‖layer‖ ≤ max over its grid / factor.
+
+    The factor is 1 on the torus that contains a layer of known size. For every size at once it
+    is the cosine certificate ∏ cos(π(k' − 1)/(2N)) on a coarse grid of N points per axis, where
+    k' = ⌈k·gcd(s, d)/s⌉ taps share a phase. A circular stride that does not divide its grid is
+    bounded by the same convolution at stride 1, of which it is a choice of rows.
+    """
+    if sizes.circular and sizes.fine is not None and _indivisible(sizes):
+        sizes = replace(sizes, stride=(1,) * len(sizes.stride), coarse=sizes.fine)
+    if sizes.fine is not None:
+        return symbol_of(sizes, sizes.enclosing_torus(), conjugate_pairs), 1.0
+    factor, torus, strides = 1.0, [], []
+    for k, s, d in zip(sizes.kernel, sizes.stride, sizes.dilation, strict=True):
+        stride = s // math.gcd(s, d)
+        taps = -(-k // stride)
+        points = max(_ANY_SIZE_GRID, 8 * (taps - 1)) if taps > 1 else 1
+        factor *= math.cos(math.pi * (taps - 1) / (2 * points))
+        torus.append(points * stride)
+        strides.append(stride)
+    plain = replace(sizes, stride=tuple(strides), dilation=(1,) * len(strides), circular=True)
+    return symbol_of(plain, tuple(torus), conjugate_pairs), factor
+
+
+def _indivisible(sizes: ConvSizes) -> bool:
+    assert sizes.fine is not None
+    return any(n % s for n, s in zip(sizes.fine, sizes.stride, strict=True))
+
+
 def _representatives(
     periods: tuple[int, ...], conjugate_pairs: bool
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -207,4 +236,3 @@ def _representatives(
     mirrored = np.ravel_multi_index(tuple((-grid) % periods_column), periods)
     keep = flat <= mirrored
     return grid.T[keep], np.where(flat == mirrored, 1, 2)[keep]
-

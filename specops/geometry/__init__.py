@@ -24,4 +24,3 @@ def resolve_geometry(ndim: int, geometry: Geometry | None) -> Geometry:
             f"geometry must be Dense(...), Conv(...) or None, got {type(geometry).__name__}"
         )
     return geometry
-

@@ -133,7 +133,9 @@ class Conv:
 
     def __post_init__(self) -> None:
         fix = object.__setattr__
-        shape = None if self.input_shape is None else integers(self.input_shape, "input_shape", least=1)
+        shape = self.input_shape
+        if shape is not None:
+            shape = integers(shape, "input_shape", least=1)
         if shape == ():
             raise GeometryError("input_shape is empty: name the size of each spatial axis")
         ndim = None if shape is None else len(shape)
@@ -272,9 +274,7 @@ class Conv:
         if self.grid is None:
             return None, None, None
         fine, coarse, lower = [], [], []
-        for t, (n, k, s, d) in enumerate(
-            zip(self.grid, kernel, stride, dilation, strict=True)
-        ):
+        for t, (n, k, s, d) in enumerate(zip(self.grid, kernel, stride, dilation, strict=True)):
             span = d * (k - 1) + 1
             low, high = self._pads(t, n, span, s)
             if self.transposed:
@@ -286,11 +286,11 @@ class Conv:
                     f"a kernel of {span} entries along axis {t} leaves no output on a grid of "
                     f"{n} with padding {self.padding!r}"
                 )
-            if self.boundary == "circular" and (m != -(-f // s) or (self.transposed and f != n * s)):
+            outputs, expected = (f, n * s) if self.transposed else (m, -(-n // s))
+            if self.boundary == "circular" and outputs != expected:
                 raise GeometryError(
-                    f"padding={self.padding!r} gives {f if self.transposed else m} outputs along "
-                    f"axis {t}; a circular convolution has "
-                    f'{n * s if self.transposed else -(-n // s)}. Use padding="same"'
+                    f"padding={self.padding!r} gives {outputs} outputs along axis {t}; a "
+                    f'circular convolution has {expected}. Use padding="same"'
                 )
             fine.append(f)
             coarse.append(m)

@@ -30,12 +30,20 @@ def largest_singular_triplet(
 
     Parameters
     ----------
+    xp : namespace
+        Of the arrays.
+    matvec : callable
+        Product of A with one vector.
+    rmatvec : callable
+        Product of its adjoint with one vector.
     start : array, shape (columns,)
         Any vector with a component along the leading right singular vector.
     rows : int
         Rows of A.
     tolerance : float, optional
         Relative; default 4 units in the last place of `start`'s dtype.
+    max_steps : int
+        Limit on the dimension of the Krylov space.
 
     References
     ----------
@@ -50,7 +58,8 @@ def largest_singular_triplet(
         limit = min(limit, _STEPS_WHEN_TRACED)
 
     v = _unit(xp, start)
-    right, left = [v], []
+    right: list[Array] = [v]
+    left: list[Array] = []
     alphas: list[Array] = []
     betas: list[Array] = []
     previous = None
@@ -90,9 +99,7 @@ def _bidiagonal(xp: Any, alphas: list[Array], betas: list[Array]) -> Array:
     n = len(alphas)
     zero = xp.zeros_like(alphas[0])
     rows = [
-        xp.stack(
-            [alphas[i] if j == i else betas[i] if j == i + 1 else zero for j in range(n)]
-        )
+        xp.stack([alphas[i] if j == i else betas[i] if j == i + 1 else zero for j in range(n)])
         for i in range(n)
     ]
     return xp.stack(rows)

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from specops import backend
-from specops.geometry import Conv, ConvSizes
+from specops.geometry import Conv
 from specops.projections.feasible import ProjectionInfo, store_within
 from specops.spectra.prepare import Prepared
-from specops.symbol import Symbol, symbol_of
+from specops.symbol import Symbol, certified_symbol
 
 Array = Any
 _ROUNDS = 30
 _ROUNDS_WHEN_TRACED = 5
 _CLOSE_ENOUGH = 1e-3
 """Excess at which the alternation stops and the final rescaling takes over."""
-_ANY_SIZE_GRID = 32
 
 
-def project_kernel(
-    given: Prepared, w: Array, max_norm: float
-) -> tuple[Array, ProjectionInfo]:
+def project_kernel(given: Prepared, w: Array, max_norm: float) -> tuple[Array, ProjectionInfo]:
     """Alternate the two projections of Sedghi et al., then rescale onto the ball."""
     xp, geometry = given.xp, given.geometry
     assert isinstance(geometry, Conv)
-    symbol, certificate = enclosing_symbol(
+    symbol, certificate = certified_symbol(
         geometry.sizes(tuple(w.shape)), not backend.is_complex(given.w)
     )
     limit = max_norm * certificate / given.scale
@@ -85,26 +80,3 @@ def _clip_round(
     excess = xp.where(s > limit, s - limit, xp.zeros_like(s))
     scaled = u * xp.astype(excess, u.dtype)[..., None, :]
     return coefficients - symbol.average(xp, scaled @ vh, chosen)
-
-
-def enclosing_symbol(sizes: ConvSizes, conjugate_pairs: bool) -> tuple[Symbol, float]:
-    """A symbol and a factor such that ‖layer‖ ≤ max over its grid / factor.
-
-    The factor is 1 on the torus that contains a layer of known size. For every size at once it
-    is the cosine certificate ∏ cos(π(k' − 1)/(2N)) on a coarse grid of N points per axis, where
-    k' = ⌈k·gcd(s, d)/s⌉ taps share a phase.
-    """
-    if sizes.fine is not None:
-        return symbol_of(sizes, sizes.enclosing_torus(), conjugate_pairs), 1.0
-    factor, torus, strides = 1.0, [], []
-    for k, s, d in zip(sizes.kernel, sizes.stride, sizes.dilation, strict=True):
-        stride = s // math.gcd(s, d)
-        taps = -(-k // stride)
-        points = max(_ANY_SIZE_GRID, 8 * (taps - 1)) if taps > 1 else 1
-        factor *= math.cos(math.pi * (taps - 1) / (2 * points))
-        torus.append(points * stride)
-        strides.append(stride)
-    plain = replace(
-        sizes, stride=tuple(strides), dilation=(1,) * len(strides), circular=True
-    )
-    return symbol_of(plain, tuple(torus), conjugate_pairs), factor

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import Any
 
 import array_api_compat as compat
+import numpy as np
 
 from specops import backend
 from specops.geometry import Conv, Dense, Geometry
@@ -102,7 +102,11 @@ def check_bound(value: Any, name: str) -> None:
         positive = backend.truth((value > 0) & (value < math.inf)) if value.ndim == 0 else False
         if positive is not False:
             return
-    elif isinstance(value, Real) and not isinstance(value, bool) and 0 < value < math.inf:
+    elif (
+        isinstance(value, float | int | np.number)
+        and not isinstance(value, bool)
+        and 0 < value < math.inf
+    ):
         return
     raise ValueError(
         f"{name} must be a positive finite number, got {value!r}: to switch a layer off, give "
@@ -161,5 +165,3 @@ def _clip_block(
         lambda x: backend.svdvals(xp, x / block.scale)[..., 0] * block.scale[..., 0, 0],
     )
     return stored, before, xp.where(above, stored_norm, before)
-
-

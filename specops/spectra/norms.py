@@ -13,7 +13,7 @@ from specops.geometry import Conv, ConvSizes, Dense, Geometry
 from specops.linalg.lanczos import largest_singular_triplet
 from specops.operators import ConvOperator
 from specops.spectra.prepare import Prepared, matrix_blocks, prepare
-from specops.symbol import Symbol, symbol_of
+from specops.symbol import Symbol, certified_symbol, symbol_of
 
 Array = Any
 
@@ -59,10 +59,10 @@ def spectral_norm(w: Array, geometry: Geometry | None = None) -> Array | tuple[A
             for block in matrix_blocks(given)
         )
         return norms if given.geometry.splits is not None else norms[0]
-    return _conv_norm(given, given.geometry)
+    return conv_norm(given, given.geometry)
 
 
-def _conv_norm(given: Prepared, geometry: Conv) -> Array:
+def conv_norm(given: Prepared, geometry: Conv) -> Array:
     xp, sizes = given.xp, geometry.sizes(given.w.shape)
     if sizes.fine is None:
         raise UnsupportedGeometryError(
@@ -72,15 +72,19 @@ def _conv_norm(given: Prepared, geometry: Conv) -> Array:
     kernel = geometry.kernel(given.w)
     if sizes.circular:
         return given.scale * torus_norm(xp, kernel, sizes)
-    operator = ConvOperator(kernel, sizes)
+    return given.scale * lanczos_norm(xp, ConvOperator(kernel, sizes))
+
+
+def lanczos_norm(xp: Any, operator: ConvOperator) -> Array:
+    """‖A‖ from below, converged, started near the maximising plane wave."""
     _, sigma, _ = largest_singular_triplet(
         xp,
         operator.matvec,
         operator.rmatvec,
-        operator.rmatvec(_plane_wave(xp, kernel, sizes)),
+        operator.rmatvec(_plane_wave(xp, operator.kernel, operator.sizes)),
         rows=operator.shape[0],
     )
-    return given.scale * sigma
+    return sigma
 
 
 def torus_norm(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
@@ -105,7 +109,7 @@ def _plane_wave(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
     window, plus a little of every direction so that no symmetry can hide the true maximum.
     """
     assert sizes.coarse is not None
-    symbol = symbol_of(sizes, sizes.enclosing_torus(), not backend.is_complex(kernel))
+    symbol, _ = certified_symbol(sizes, not backend.is_complex(kernel))
     u, s, _ = backend.svd(xp, symbol.blocks(xp, symbol.coefficients(xp, kernel)))
     flat = backend.argmax(xp, s[..., 0])
     u = xp.reshape(u[..., 0], (-1, sizes.rows))
@@ -113,14 +117,12 @@ def _plane_wave(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
 
     grid = np.indices(sizes.coarse).reshape(len(sizes.coarse), -1)
     frequency, group = flat // sizes.groups, flat % sizes.groups
-    periods = np.array([n // s for n, s in zip(symbol.fine, sizes.stride, strict=True)])
+    periods = np.array(symbol.coarse)
     turns = symbol.frequencies / periods
     table = backend.constant(turns, kernel)
     turn = xp.take(table, frequency, axis=0)[0, :]
     angle = 2.0 * math.pi * (turn @ backend.constant(grid.astype(float), kernel))
-    window = np.prod(
-        np.sin(np.pi * (grid + 1) / (np.array(sizes.coarse)[:, None] + 1)), axis=0
-    )
+    window = np.prod(np.sin(np.pi * (grid + 1) / (np.array(sizes.coarse)[:, None] + 1)), axis=0)
     cos = xp.cos(angle) * backend.constant(window, kernel)
     sin = xp.sin(angle) * backend.constant(window, kernel)
     wave = xp.real(channels)[:, None] * cos - xp.imag(channels)[:, None] * sin

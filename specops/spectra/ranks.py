@@ -7,7 +7,7 @@ from typing import Any
 from specops import backend
 from specops.geometry import Dense, Geometry
 from specops.operators import ConvOperator
-from specops.spectra.norms import _conv_norm
+from specops.spectra.norms import conv_norm
 from specops.spectra.prepare import matrix_blocks, prepare
 
 Array = Any
@@ -55,7 +55,7 @@ def stable_rank(w: Array, geometry: Geometry | None = None) -> Array | tuple[Arr
             rank = _ratio(xp, xp.sum(s * s, axis=-1), s[..., 0])
             ranks.append(xp.where(block.finite, rank, xp.full_like(rank, float("nan"))))
         return tuple(ranks) if given.geometry.splits is not None else ranks[0]
-    norm = _conv_norm(given, given.geometry) / given.scale
+    norm = conv_norm(given, given.geometry) / given.scale
     sizes = given.geometry.sizes(given.w.shape)
     operator = ConvOperator(given.geometry.kernel(given.w), sizes)
     return _ratio(xp, operator.squared_frobenius(), norm)

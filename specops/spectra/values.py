@@ -62,9 +62,7 @@ def singular_values(w: Array, geometry: Geometry | None = None) -> Array | tuple
     given = prepare(w, geometry)
     if isinstance(given.geometry, Dense):
         blocks = matrix_blocks(given)
-        values = tuple(
-            block.restore(backend.svdvals(given.xp, block.matrices)) for block in blocks
-        )
+        values = tuple(block.restore(backend.svdvals(given.xp, block.matrices)) for block in blocks)
         return values if given.geometry.splits is not None else values[0]
     return _conv_values(given, given.geometry)
 
@@ -102,4 +100,3 @@ def circular_values(xp: Any, kernel: Array, symbol: Symbol) -> Array:
     if symbol.zero_values:
         values = xp.concat([values, backend.zeros((symbol.zero_values,), like=values)])
     return xp.sort(values, descending=True)
-

@@ -1,0 +1,1 @@
+"""Placeholder of the jax adapter: core functions take jax arrays, hooks are not there yet."""

@@ -1,0 +1,48 @@
+"""What the torch plugin hands to specops."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from specops.geometry import Geometry
+from specops.plan import Plan
+from specops.report import Report
+from specops_torch.attachment import Attachment
+
+
+class TorchAdapter:
+    """Attach to, or project, a `torch.nn.Module`."""
+
+    name = "torch"
+
+    def attach(
+        self,
+        optimizer: Any,
+        model: Any,
+        plan: Plan,
+        *,
+        geometries: Mapping[str, Geometry] | None,
+        **options: Any,
+    ) -> Attachment:
+        """See `specops_torch.attach`."""
+        return Attachment(optimizer, model, plan, geometries, **options)
+
+    def project(
+        self, model: Any, plan: Plan, *, geometries: Mapping[str, Geometry] | None, **options: Any
+    ) -> Report:
+        """Fire every rule of the plan once."""
+        once = replace(
+            plan,
+            entries=[tuple(entry[:2]) for entry in plan.entries],
+            every=1,
+            start=0,
+            stop=None,
+        )
+        attachment = Attachment(None, model, once, geometries, **options)
+        try:
+            attachment.step()
+            return attachment.report()
+        finally:
+            attachment.detach()

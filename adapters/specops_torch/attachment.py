@@ -1,0 +1,307 @@
+"""`attach`: a plan that acts after every step of a torch optimizer."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from specops.errors import AdapterError, NonFiniteError, NonFiniteWarning, SpecopsError
+from specops.geometry import Conv, Geometry
+from specops.plan import Assignment, Plan, override_geometries
+from specops.report import Report, plan_rows
+from specops.spectra import spectral_norm_bounds
+from specops_torch.parameters import Location, locate
+
+NonFinitePolicy = Literal["raise", "skip", "warn"]
+
+
+@dataclass
+class _Constrained:
+    """One weight under a rule."""
+
+    location: Location
+    assignment: Assignment
+    state: dict[str, torch.Tensor] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.assignment.weight.name
+
+    @property
+    def geometry(self) -> Geometry:
+        geometry = self.location.geometry()
+        assert geometry is not None
+        return geometry  # type: ignore[no-any-return]
+
+
+class Attachment:
+    """A plan at work on a model. Made by `attach`; see there.
+
+    Attributes
+    ----------
+    steps : int
+        Successful optimizer steps since attaching (or since the state that was loaded).
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer | None,
+        model: nn.Module,
+        plan: Plan,
+        geometries: Mapping[str, Geometry] | None = None,
+        *,
+        on_nonfinite: NonFinitePolicy = "raise",
+        history: int = 10_000,
+    ) -> None:
+        if on_nonfinite not in ("raise", "skip", "warn"):
+            raise ValueError(
+                f'on_nonfinite must be "raise", "skip" or "warn", got {on_nonfinite!r}'
+            )
+        trained = None
+        if optimizer is not None:
+            if not hasattr(optimizer, "register_step_post_hook"):
+                raise AdapterError(
+                    f"{type(optimizer).__name__} is no torch optimizer: pass the wrapped one "
+                    f"(accelerate: .optimizer), or None and call attachment.step() yourself"
+                )
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self.plan = plan
+        self.steps = 0
+        self.on_nonfinite = on_nonfinite
+        self._history: deque[dict[str, Any]] = deque(maxlen=history)
+        locations = locate(model, trained)
+        weights = override_geometries([at.weight for at in locations], geometries)
+        self._assignments = plan.assign(weights)
+        self._constrained: list[_Constrained] = []
+        for location, weight, assignment in zip(locations, weights, self._assignments, strict=True):
+            if assignment.rule is None:
+                continue
+            if assignment.rule.stage != "weights":
+                raise AdapterError(
+                    f"{assignment.rule!r} acts in stage {assignment.rule.stage!r}; this adapter "
+                    f'only runs rules of stage "weights"'
+                )
+            overridden = weight is not location.weight
+            location.weight = weight
+            if not overridden:
+                location.watch()
+            self._constrained.append(_Constrained(location, assignment))
+        self._hook = None
+        if optimizer is not None:
+            self._hook = optimizer.register_step_post_hook(self._after_step)
+
+    def __repr__(self) -> str:
+        status = "attached" if self.is_attached else "detached"
+        return f"<Attachment: {len(self._constrained)} weights, step {self.steps}, {status}>"
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the optimizer's steps still reach this attachment."""
+        if self._hook is None:
+            return False
+        hooks = self._hook.hooks_dict_ref()
+        return hooks is not None and self._hook.id in hooks
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The latest firings, oldest first: step, name and the rule's figures as floats."""
+        return [{key: _plain(value) for key, value in r.items()} for r in self._history]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Count one optimizer step and let the rules that are due act.
+
+        Only for ``attach(None, ...)``; with an optimizer this runs by itself. All new weights
+        are computed before the first is written, so an error leaves every weight as it was.
+        """
+        self.steps += 1
+        due = [c for c in self._constrained if self.plan.fires(self.steps, c.assignment.every)]
+        self._fire(due)
+        for constrained in self._constrained:
+            constrained.location.unwatch(only_if_seen=True)
+
+    def report(self, *, measure: bool = True) -> Report:
+        """Every parameter of the model: constrained by what, or left alone and why.
+
+        With `measure`, constrained weights show their operator norm as it is now: exact for
+        matrices and circular convolutions, a certified upper bound for zero-padded ones.
+        """
+        current = {c.name: c for c in self._constrained}
+        rows = []
+        for row in plan_rows(self._assignments):
+            constrained = current.get(row.name)
+            if constrained is not None:
+                geometry = constrained.geometry
+                row = replace(row, geometry=geometry.describe())
+                if measure:
+                    bounds = spectral_norm_bounds(constrained.location.parameter.detach(), geometry)
+                    exact = not isinstance(geometry, Conv) or (
+                        geometry.boundary == "circular" and geometry.grid is not None
+                    )
+                    values = bounds.upper if isinstance(bounds.upper, tuple) else (bounds.upper,)
+                    row = replace(
+                        row,
+                        norm=max(float(v.max()) for v in values),
+                        norm_is="exact" if exact else "upper bound",
+                    )
+            rows.append(row)
+        return Report(tuple(rows))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps, sizes and rule states by parameter name: what a resumed run needs."""
+        return {
+            "version": 1,
+            "steps": self.steps,
+            "weights": {
+                c.name: {
+                    "state": None if c.state is None else _copy(c.state),
+                    "sizes": c.location.recorder.state() if c.location.recorder else None,
+                }
+                for c in self._constrained
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned; names must be those constrained here.
+
+        Raises
+        ------
+        AdapterError
+            Another version, or other parameter names.
+        """
+        if state.get("version") != 1:
+            raise AdapterError(f"unknown version {state.get('version')!r} of the state")
+        names = {c.name for c in self._constrained}
+        if names != set(state["weights"]):
+            raise AdapterError(
+                f"the state is of other parameters: missing "
+                f"{sorted(names - set(state['weights']))}, unexpected "
+                f"{sorted(set(state['weights']) - names)}"
+            )
+        self.steps = int(state["steps"])
+        for c in self._constrained:
+            saved = state["weights"][c.name]
+            c.state = None if saved["state"] is None else _copy(saved["state"])
+            if c.location.recorder is not None and saved["sizes"] is not None:
+                c.location.recorder.load(saved["sizes"])
+
+    def detach(self) -> None:
+        """Stop acting and remove every hook; the weights stay as they are."""
+        if self._hook is not None:
+            self._hook.remove()
+        for constrained in self._constrained:
+            constrained.location.unwatch()
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        # A fused optimizer under GradScaler runs its step, and this hook, on overflow as well.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return
+        self.step()
+
+    def _fire(self, due: list[_Constrained]) -> None:
+        written = []
+        for c in due:
+            rule = c.assignment.rule
+            assert rule is not None
+            old = c.location.parameter.detach()
+            record: dict[str, Any] = {"step": self.steps, "name": c.name}
+            try:
+                geometry = c.geometry
+                state = rule.init(old, geometry, c.name) if c.state is None else c.state
+                new, state, figures = rule.update(
+                    old, geometry, state, step=self.steps, name=c.name
+                )
+                record.update(figures)
+            except NonFiniteError as error:
+                if self.on_nonfinite == "raise":
+                    raise NonFiniteError(
+                        f"{c.name} at step {self.steps}: {error}. No weight was changed; "
+                        f'attach(..., on_nonfinite="warn") continues without this weight'
+                    ) from error
+                if self.on_nonfinite == "warn":
+                    warnings.warn(
+                        f"{c.name} at step {self.steps}: {error}; it was left as it is",
+                        NonFiniteWarning,
+                        stacklevel=2,
+                    )
+                record["skipped"] = "not finite"
+                new, state = old, c.state
+            except SpecopsError as error:
+                raise type(error)(f"{c.name} at step {self.steps}: {error}") from error
+            written.append((c, old, new, state, record))
+        for c, old, new, state, record in written:
+            if new is not old:
+                c.location.parameter.copy_(new)
+            c.state = state
+            self._history.append(record)
+
+
+def attach(
+    optimizer: torch.optim.Optimizer | None,
+    model: nn.Module,
+    rule_or_plan: Any,
+    *,
+    every: int | None = None,
+    geometries: Mapping[str, Geometry] | None = None,
+    on_nonfinite: NonFinitePolicy = "raise",
+    history: int = 10_000,
+) -> Attachment:
+    """Make a rule, or a plan, act on a torch model's weights after the optimizer's steps.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer or None
+        Its step post-hook runs the rules; None: call ``attachment.step()`` yourself.
+    model : torch.nn.Module
+        The layers tell which map a weight is. Convolutions are watched for their input size
+        until the first step; one that did not run until then is constrained for every size.
+    rule_or_plan, every, geometries
+        As `specops.attach`.
+    on_nonfinite : "raise", "skip" or "warn"
+        What to do about a weight that holds NaN or infinity. It is left as it was in any case;
+        "raise" leaves all others as they were, too.
+    history : int
+        Records kept.
+
+    Returns
+    -------
+    Attachment
+        Which holds the only state: neither the model nor the optimizer gets buffers, and
+        pickling or copying an optimizer drops its hooks (torch's own behaviour), so attach
+        again after loading and hand over ``state_dict()``.
+
+    Raises
+    ------
+    PlanError, AdapterError, UnsupportedArrayError
+        A plan that does not fit, sharded parameters, lazy or meta parameters.
+
+    Notes
+    -----
+    Parameters without gradients, of other optimizers, with fewer than two axes or tied to an
+    earlier one are left alone and listed in the report. Project before averaging (EMA).
+    """
+    return Attachment(
+        optimizer,
+        model,
+        Plan.of(rule_or_plan, every),
+        geometries,
+        on_nonfinite=on_nonfinite,
+        history=history,
+    )
+
+
+def _copy(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in state.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    return value

@@ -1,0 +1,142 @@
+"""Which linear map each parameter of a torch layer stands for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from specops.errors import GeometryError, UnsupportedGeometryError
+from specops.geometry import Conv, Dense, Geometry
+
+CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+_GATES = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3}
+_REPARAMETRISED = ("_orig", "_g", "_v")
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a parameter is: a map, a map that only a plan that names it constrains, or not."""
+
+    geometry: Geometry | None = None
+    obstacle: str = ""
+    opt_in: str = ""
+
+
+def geometry_of(
+    module: nn.Module,
+    parameter: str = "weight",
+    *,
+    input_shape: tuple[int, ...] | None = None,
+    output_padding: tuple[int, ...] | None = None,
+) -> Geometry:
+    """The geometry of a layer's weight.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Linear, Conv1d/2d/3d, their transposes, Embedding, recurrent layers and cells, or
+        MultiheadAttention.
+    parameter : str
+        Name of the parameter in the module.
+    input_shape : tuple of int, optional
+        Spatial size of a convolution's input; None: every size.
+    output_padding : tuple of int, optional
+        Of a transposed convolution, where a call's ``output_size`` changed it.
+
+    Raises
+    ------
+    UnsupportedGeometryError
+        The layer is no linear map that specops knows, or is padded by reflection.
+
+    Examples
+    --------
+    >>> geometry_of(nn.Conv2d(3, 8, 3, padding=1), input_shape=(32, 32)).describe()
+    'conv on 32×32, zero padding'
+    """
+    role = role_of(module, parameter, input_shape, output_padding)
+    if role.geometry is None:
+        raise UnsupportedGeometryError(f"{type(module).__name__}.{parameter}: {role.obstacle}")
+    return role.geometry
+
+
+def role_of(
+    module: nn.Module,
+    parameter: str,
+    input_shape: tuple[int, ...] | None = None,
+    output_padding: tuple[int, ...] | None = None,
+) -> Role:
+    """The role of one parameter; never raises."""
+    if parameter.endswith(_REPARAMETRISED) and parameter.rpartition("_")[0] == "weight":
+        return Role(
+            obstacle=f"{parameter} is reparametrised (weight_norm, spectral_norm or pruning), so "
+            f"it is not the layer's weight: remove the reparametrisation first"
+        )
+    if isinstance(module, CONVOLUTIONS) and parameter == "weight":
+        return _convolution(module, input_shape, output_padding)
+    if isinstance(module, nn.Linear) and parameter == "weight":
+        return Role(Dense())
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and parameter == "weight":
+        return Role(Dense(), opt_in="an embedding: only a pattern that names it constrains it")
+    if isinstance(module, nn.MultiheadAttention) and parameter.endswith("proj_weight"):
+        size = module.embed_dim
+        return Role(Dense(splits=(size,) * 3) if parameter == "in_proj_weight" else Dense())
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase) and parameter.startswith("weight_"):
+        return _recurrent(module, parameter)
+    return Role(
+        obstacle=f"no geometry is known for {parameter!r} of a {type(module).__name__}: pass it "
+        f"in geometries="
+    )
+
+
+def _recurrent(module: Any, parameter: str) -> Role:
+    gates = next((n for kind, n in _GATES.items() if isinstance(module, kind)), 1)
+    if gates == 1 or parameter.startswith("weight_hr"):
+        return Role(Dense())
+    return Role(Dense(splits=(module.hidden_size,) * gates))
+
+
+def _convolution(
+    module: Any, input_shape: tuple[int, ...] | None, output_padding: tuple[int, ...] | None
+) -> Role:
+    mode = module.padding_mode
+    if mode == "circular" and not _circular_is_torus(module):
+        return Role(
+            obstacle=f"circular padding {module.padding} does not give n/stride outputs for a "
+            f"kernel of {module.kernel_size}, so the layer is no convolution on a torus: use "
+            f'padding="same" or (kernel - 1) // 2'
+        )
+    transposed = module.transposed
+    extra = module.output_padding if output_padding is None else output_padding
+    try:
+        return Role(
+            Conv(
+                input_shape,
+                stride=module.stride,
+                dilation=module.dilation,
+                groups=module.groups,
+                transposed=transposed,
+                output_padding=extra if transposed else 0,
+                padding=module.padding,
+                boundary=mode,
+                layout="IO*" if transposed else "OI*",
+            )
+        )
+    except GeometryError as error:
+        return Role(obstacle=str(error))
+
+
+def _circular_is_torus(module: Any) -> bool:
+    """Whether ⌊(n + 2p − span)/s⌋ + 1 = n/s: span − s ≤ 2p < span on every axis."""
+    if isinstance(module.padding, str):
+        return bool(module.padding == "same")
+    axes = zip(module.kernel_size, module.stride, module.dilation, module.padding, strict=True)
+    return all(d * (k - 1) + 1 - s <= 2 * p < d * (k - 1) + 1 for k, s, d, p in axes)

@@ -1,0 +1,172 @@
+"""Every parameter of a torch model: where it is held, and what a plan may do with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from specops.errors import AdapterError, UnsupportedArrayError
+from specops.plan import Weight
+from specops_torch.geometry import CONVOLUTIONS, Role, role_of
+from specops_torch.sizes import SizeRecorder
+
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module"}
+_FLOATS = ("float", "bfloat", "complex")
+
+
+@dataclass
+class Location:
+    """A parameter as a module's attribute, so that replaced tensors are found again."""
+
+    weight: Weight
+    module: nn.Module
+    attribute: str
+    recorder: SizeRecorder | None = None
+    others: list[nn.Module] = field(default_factory=list, repr=False)
+    """Modules that hold the same tensor."""
+    handles: list[Any] = field(default_factory=list, repr=False)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter as it is now."""
+        found = getattr(self.module, self.attribute)
+        assert isinstance(found, nn.Parameter)
+        return found
+
+    def watch(self) -> None:
+        """Record the sizes that a convolution sees, until `unwatch`."""
+        if isinstance(self.module, CONVOLUTIONS) and self.recorder is None:
+            self.recorder = SizeRecorder(self.module.padding_mode == "circular")
+            for module in {id(m): m for m in (self.module, *self.others)}.values():
+                hook = module.register_forward_hook(self.recorder, with_kwargs=True)
+                self.handles.append(hook)
+
+    def unwatch(self, *, only_if_seen: bool = False) -> None:
+        """Remove the hook; with `only_if_seen`, not from a layer that did not run yet."""
+        if self.recorder is None or (only_if_seen and self.recorder.input_shape is None):
+            return
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def geometry(self) -> Any:
+        """The geometry now: at the recorded size where there is one."""
+        if self.recorder is None:
+            return self.weight.geometry
+        return self.recorder.geometry(self.module)
+
+
+def locate(model: nn.Module, trained: Iterable[nn.Parameter] | None) -> list[Location]:
+    """Describe every parameter of `model`, each name once and each tensor's first name first.
+
+    `trained` are the optimizer's parameters; None stands for all.
+    """
+    _refuse_sharded(model)
+    held = None if trained is None else {id(p) for p in trained}
+    first: dict[int, Location] = {}
+    result = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = plain_name(f"{path}.{attribute}" if path else attribute)
+            weight = _describe(name, module, attribute, parameter, held)
+            location = Location(weight, module, attribute)
+            earlier = first.get(id(parameter))
+            if earlier is None:
+                first[id(parameter)] = location
+            else:
+                first[id(parameter)] = _tie(earlier, location)
+            result.append(location)
+    return result
+
+
+def plain_name(name: str) -> str:
+    """A parameter's path without the names of wrappers (DDP, torch.compile)."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _describe(
+    name: str,
+    module: nn.Module,
+    attribute: str,
+    parameter: nn.Parameter,
+    held: set[int] | None,
+) -> Weight:
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    if is_lazy(parameter):
+        raise UnsupportedArrayError(
+            f"{name} is a lazy parameter without a shape: run one forward pass before attaching"
+        )
+    shape = tuple(parameter.shape)
+    skipped = ""
+    if parameter.ndim < 2:
+        skipped = f"{parameter.ndim}-d: a bias or scale, no matrix"
+    elif 0 in shape:
+        skipped = "empty"
+    elif not parameter.requires_grad:
+        skipped = "frozen (requires_grad=False)"
+    elif held is not None and id(parameter) not in held:
+        skipped = "not in this optimizer"
+    if skipped:
+        return Weight(name, shape, dtype, skipped=skipped)
+    if parameter.is_meta:
+        raise UnsupportedArrayError(
+            f"{name} is on the meta device and holds no values: materialise the model (to_empty "
+            f"and initialise, or load a checkpoint) before attaching"
+        )
+    role = _parametrised(name) or role_of(module, attribute)
+    if not dtype.startswith(_FLOATS) or dtype.startswith("float8"):
+        role = Role(obstacle=f"dtype {dtype} cannot be measured: keep a float32 master weight")
+    return Weight(name, shape, dtype, role.geometry, "", role.obstacle, role.opt_in)
+
+
+def _parametrised(name: str) -> Role | None:
+    head, found, tail = name.rpartition("parametrizations.")
+    if not found:
+        return None
+    target = head + tail.partition(".")[0]
+    return Role(
+        obstacle=f"{target} is under a torch parametrization, so this tensor is not the layer's "
+        f"weight: remove it with torch.nn.utils.parametrize.remove_parametrizations"
+    )
+
+
+def _tie(earlier: Location, location: Location) -> Location:
+    """Let one name speak for a tensor, a plain map before an embedding; skip the other."""
+    a, b = earlier.weight, location.weight
+    if a.skipped or b.skipped:
+        return earlier
+    swap = _is_plain_map(b) and not _is_plain_map(a)
+    preferred, other = (location, earlier) if swap else (earlier, location)
+    if a.geometry is not None and b.geometry is not None and a.geometry != b.geometry:
+        preferred.weight = replace(
+            preferred.weight,
+            geometry=None,
+            obstacle=f"{a.name} and {b.name} are the same tensor but different maps "
+            f"({a.geometry.describe()}; {b.geometry.describe()}): give one in geometries=",
+        )
+    other.weight = replace(other.weight, geometry=None, skipped=f"tied to {preferred.weight.name}")
+    preferred.others += [other.module, *other.others]
+    return preferred
+
+
+def _is_plain_map(weight: Weight) -> bool:
+    return weight.geometry is not None and not weight.opt_in
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise AdapterError(
+                f"{path or 'the model'} is wrapped in FSDP1, which hides the shapes of its "
+                f"parameters: attach before wrapping is no help, use fully_shard or DDP"
+            )
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "device_mesh"):
+            raise AdapterError(
+                f"{name} is sharded (DTensor): its local part is not the matrix. Sharded "
+                f"parameters are not supported yet"
+            )

@@ -1,0 +1,28 @@
+"""Hooks through which specops finds this adapter; imports torch only for a torch model."""
+
+from __future__ import annotations
+
+import sys
+from importlib import metadata, util
+from typing import Any
+
+from specops.hookspecs import Adapter, AdapterStatus, hookimpl
+
+
+@hookimpl
+def specops_adapter(model: Any) -> Adapter | None:
+    """This adapter, if the model is a torch module."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(model, torch.nn.Module):
+        return None
+    from specops_torch.adapter import TorchAdapter
+
+    return TorchAdapter()
+
+
+@hookimpl
+def specops_adapter_status() -> AdapterStatus:
+    """Whether torch is installed."""
+    if util.find_spec("torch") is None:
+        return AdapterStatus("torch", False, "torch is not installed: pip install 'specops[torch]'")
+    return AdapterStatus("torch", True, f"torch {metadata.version('torch')}")

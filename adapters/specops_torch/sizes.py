@@ -1,0 +1,74 @@
+"""Learning the grid that a convolution works on, by watching it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from specops_torch.geometry import role_of
+
+
+class SizeRecorder:
+    """A forward hook that remembers the largest input a convolution has seen.
+
+    For a zero boundary the largest size covers the smaller ones, whose operators are
+    submatrices of its own. A circular layer that sees several sizes is given none, which
+    stands for all. Holds no reference to anything but numbers, so that a model that carries it
+    can still be pickled and copied.
+    """
+
+    def __init__(self, circular: bool) -> None:
+        self.circular = circular
+        self.input_shape: tuple[int, ...] | None = None
+        self.output_padding: tuple[int, ...] | None = None
+        self.varies = False
+
+    def __call__(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        """The hook itself."""
+        given = args[0] if args else kwargs["input"]
+        ndim = len(module.kernel_size)
+        seen = tuple(int(n) for n in given.shape[-ndim:])
+        if module.transposed:
+            self._record_output_padding(module, seen, tuple(output.shape[-ndim:]))
+        if self.input_shape is not None and seen != self.input_shape:
+            self.varies = True
+            seen = tuple(max(a, b) for a, b in zip(seen, self.input_shape, strict=True))
+        self.input_shape = seen
+
+    def geometry(self, module: nn.Module) -> Any:
+        """The module's geometry at the size seen, or for every size."""
+        shape = None if self.circular and self.varies else self.input_shape
+        return role_of(module, "weight", shape, self.output_padding).geometry
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs to know."""
+        return {
+            "input_shape": self.input_shape,
+            "output_padding": self.output_padding,
+            "varies": self.varies,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restore `state`."""
+        for key in ("input_shape", "output_padding"):
+            value = state[key]
+            setattr(self, key, None if value is None else tuple(value))
+        self.varies = state["varies"]
+
+    def _record_output_padding(
+        self, module: Any, seen: tuple[int, ...], produced: tuple[int, ...]
+    ) -> None:
+        axes = zip(
+            seen,
+            produced,
+            module.kernel_size,
+            module.stride,
+            module.dilation,
+            module.padding,
+            strict=True,
+        )
+        extra = tuple(int(o - ((n - 1) * s + d * (k - 1) + 1 - 2 * p)) for n, o, k, s, d, p in axes)
+        if self.output_padding is not None:
+            extra = tuple(max(a, b) for a, b in zip(extra, self.output_padding, strict=True))
+        self.output_padding = extra

@@ -1,0 +1,60 @@
+"""The hooks that adapters implement: the whole surface between specops and a framework."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pluggy
+
+from specops.geometry import Geometry
+from specops.plan import Plan
+
+PROJECT = "specops"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@dataclass(frozen=True)
+class AdapterStatus:
+    """What `specops.plugins.statuses` lists about one adapter."""
+
+    name: str
+    available: bool
+    detail: str = ""
+    """The framework's version, or why the adapter is not available."""
+
+
+class Adapter(Protocol):
+    """What a plugin returns for a model it knows."""
+
+    name: str
+
+    def attach(
+        self,
+        optimizer: Any,
+        model: Any,
+        plan: Plan,
+        *,
+        geometries: Mapping[str, Geometry] | None,
+        **options: Any,
+    ) -> Any:
+        """Make the plan act after every step of the optimizer; return the attachment."""
+
+    def project(
+        self, model: Any, plan: Plan, *, geometries: Mapping[str, Geometry] | None, **options: Any
+    ) -> Any:
+        """Apply the plan once; return the report."""
+
+
+class Specs:
+    """Signatures of the hooks. Implementations must not import a framework until called."""
+
+    @hookspec(firstresult=True)
+    def specops_adapter(self, model: Any, optimizer: Any) -> Adapter | None:  # type: ignore[empty-body]
+        """Return an adapter if this model (and optimizer, or None) is of your framework."""
+
+    @hookspec
+    def specops_adapter_status(self) -> AdapterStatus:
+        """Say whether your adapter could be used here, and if not, why."""

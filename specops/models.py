@@ -1,0 +1,71 @@
+"""`attach` and `project`: the two verbs for whole models, handed to the model's adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from specops.geometry import Geometry
+from specops.plan import Plan
+from specops.plugins import find_adapter
+
+
+def attach(
+    optimizer: Any,
+    model: Any,
+    rule_or_plan: Any,
+    *,
+    every: int | None = None,
+    geometries: Mapping[str, Geometry] | None = None,
+    **options: Any,
+) -> Any:
+    """Make a rule, or a plan, act on a model's weights during training.
+
+    Parameters
+    ----------
+    optimizer : optimizer or None
+        Whose steps to follow; None: call ``attachment.step()`` after each step yourself.
+    model : model
+        Of any framework that an installed adapter knows.
+    rule_or_plan : rule or Plan
+        A bare rule acts on every weight it can and reports what it skipped.
+    every : int, optional
+        Act at every so many steps; default: the plan's own interval.
+    geometries : dict of str to Dense or Conv, optional
+        Patterns of parameter names, and the map those parameters stand for, where the
+        inferred one is missing or wrong.
+    **options
+        Of the adapter: see `specops_torch.attach`.
+
+    Returns
+    -------
+    attachment
+        With ``report()``, ``history``, ``state_dict()``, ``load_state_dict()``,
+        ``is_attached`` and ``detach()``.
+
+    Raises
+    ------
+    AdapterError
+        No installed adapter knows the model.
+    PlanError
+        The plan does not fit the model.
+    """
+    adapter = find_adapter(model, optimizer)
+    plan = Plan.of(rule_or_plan, every)
+    return adapter.attach(optimizer, model, plan, geometries=geometries, **options)
+
+
+def project(
+    model: Any,
+    rule_or_plan: Any,
+    *,
+    geometries: Mapping[str, Geometry] | None = None,
+    **options: Any,
+) -> Any:
+    """Apply a rule, or a plan, to a model's weights once, without training.
+
+    Convolutions whose input size is not known (no ``geometries``) are constrained for every
+    size. Returns the report; raises as `attach`.
+    """
+    adapter = find_adapter(model)
+    return adapter.project(model, Plan.of(rule_or_plan), geometries=geometries, **options)

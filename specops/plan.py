@@ -1,0 +1,227 @@
+"""Plans: which rule acts on which weight, and at which steps."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from specops.errors import GeometryError, PlanError
+from specops.geometry import Geometry
+from specops.geometry.arguments import integer
+from specops.rules import Rule
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of a model, as an adapter describes it to a plan.
+
+    Attributes
+    ----------
+    name : str
+        Path of the parameter in the model.
+    shape, dtype : tuple of int, str
+        For the report.
+    geometry : Dense or Conv, optional
+        The map it stands for, if it stands for one.
+    skipped : str
+        Why no rule can ever apply (a bias, a frozen or tied parameter); empty otherwise.
+    obstacle : str
+        Why it cannot be constrained although it is a linear map. A rule that names it raises.
+    opt_in : str
+        Why only a rule that names it applies (an embedding).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    geometry: Geometry | None = None
+    skipped: str = ""
+    obstacle: str = ""
+    opt_in: str = ""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a plan decided about one weight: a rule, or the reason why there is none."""
+
+    weight: Weight
+    rule: Rule | None
+    every: int = 1
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    pattern: str
+    rule: Rule | None
+    every: int | None = None
+
+    @property
+    def is_bare(self) -> bool:
+        return self.pattern == "*"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An ordered list of (pattern, rule) pairs; the first pattern that matches a name wins.
+
+    Parameters
+    ----------
+    entries : sequence of (pattern, rule) or (pattern, rule, every)
+        `pattern` is matched against the parameter's path as by `fnmatch` (case matters). A
+        rule None excludes. "*" is lenient: what it cannot constrain it skips, with a reason in
+        the report, and it leaves embeddings alone; any other pattern that meets an unsupported
+        layer, or constrains nothing, is an error.
+    every, start, stop : int
+        Rules act at the steps with ``(step - start) % every == 0`` and ``start < step < stop``;
+        steps are successful optimizer steps, counted from 1.
+
+    Raises
+    ------
+    PlanError
+        An entry is not such a pair, or the numbers make no sense.
+
+    Examples
+    --------
+    >>> from specops import ClipSpectralNorm
+    >>> plan = Plan([("head.*", None), ("*", ClipSpectralNorm(1.0))], every=10)
+    >>> [step for step in range(1, 31) if plan.fires(step)]
+    [10, 20, 30]
+    """
+
+    entries: Sequence[tuple[Any, ...]]
+    every: int = 1
+    start: int = 0
+    stop: int | None = None
+    _parsed: tuple[_Entry, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        fix = object.__setattr__
+        try:
+            fix(self, "every", integer(self.every, "every", least=1))
+            fix(self, "start", integer(self.start, "start", least=0))
+            if self.stop is not None:
+                fix(self, "stop", integer(self.stop, "stop", least=1))
+        except GeometryError as error:
+            raise PlanError(str(error)) from None
+        fix(self, "_parsed", tuple(_parse(entry) for entry in self.entries))
+        if not self._parsed:
+            raise PlanError("the plan is empty: give it at least one (pattern, rule) pair")
+
+    @classmethod
+    def of(cls, rule_or_plan: Any, every: int | None = None) -> Plan:
+        """A plan from a bare rule ("*") or a plan, with another `every` where one is given."""
+        if isinstance(rule_or_plan, Plan):
+            return rule_or_plan if every is None else replace(rule_or_plan, every=every)
+        return cls([("*", rule_or_plan)], every=1 if every is None else every)
+
+    def fires(self, step: int, every: int | None = None) -> bool:
+        """Whether rules act at this step (at an interval of their own, if they have one)."""
+        interval = self.every if every is None else every
+        if step <= self.start or (self.stop is not None and step >= self.stop):
+            return False
+        return (step - self.start) % interval == 0
+
+    def assign(self, weights: Sequence[Weight]) -> list[Assignment]:
+        """Decide about every weight; raise `PlanError` where a named pattern cannot hold."""
+        used: dict[str, list[Assignment]] = {entry.pattern: [] for entry in self._parsed}
+        result = []
+        for weight in weights:
+            entry = next((e for e in self._parsed if fnmatchcase(weight.name, e.pattern)), None)
+            if entry is None:
+                result.append(Assignment(weight, None, reason="no pattern of the plan matches"))
+                continue
+            assignment = self._decide(entry, weight)
+            used[entry.pattern].append(assignment)
+            result.append(assignment)
+        for entry in self._parsed:
+            self._check_used(entry, used[entry.pattern], weights)
+        return result
+
+    def _decide(self, entry: _Entry, weight: Weight) -> Assignment:
+        if weight.skipped:
+            return Assignment(weight, None, reason=weight.skipped)
+        if entry.rule is None:
+            return Assignment(weight, None, reason=f"excluded by {entry.pattern!r}")
+        if weight.obstacle or weight.geometry is None:
+            reason = weight.obstacle or "no geometry is known for it"
+            if entry.is_bare:
+                return Assignment(weight, None, reason=reason)
+            raise PlanError(
+                f"{weight.name} (shape {weight.shape}) is named by pattern {entry.pattern!r} "
+                f"but cannot be constrained: {reason}. Exclude it with "
+                f'("{weight.name}", None) before that pattern, or pass '
+                f"geometries={{'{weight.name}': ...}}"
+            )
+        if weight.opt_in and entry.is_bare:
+            return Assignment(weight, None, reason=weight.opt_in)
+        every = self.every if entry.every is None else entry.every
+        return Assignment(weight, entry.rule, every)
+
+    def _check_used(
+        self, entry: _Entry, assignments: list[Assignment], weights: Sequence[Weight]
+    ) -> None:
+        if entry.rule is None or any(a.rule is not None for a in assignments):
+            return
+        if entry.is_bare and len(self._parsed) > 1:
+            return
+        names = [w.name for w in weights]
+        if assignments:
+            reasons = "; ".join(f"{a.weight.name}: {a.reason}" for a in assignments[:5])
+            raise PlanError(
+                f"pattern {entry.pattern!r} constrains nothing. Every parameter that it matches "
+                f"was skipped ({reasons})"
+            )
+        close = difflib.get_close_matches(entry.pattern, names, n=3, cutoff=0.3) or names[:3]
+        raise PlanError(
+            f"pattern {entry.pattern!r} matches no parameter, or only ones that an earlier "
+            f"pattern took. Parameters are called {', '.join(map(repr, close))}, …"
+        )
+
+
+def override_geometries(
+    weights: Sequence[Weight], geometries: Mapping[str, Geometry] | None
+) -> list[Weight]:
+    """Replace inferred geometries by the user's, the first pattern that matches winning."""
+    geometries = dict(geometries or {})
+    unused = set(geometries)
+    result = []
+    for weight in weights:
+        pattern = next((p for p in geometries if fnmatchcase(weight.name, p)), None)
+        if pattern is None:
+            result.append(weight)
+            continue
+        unused.discard(pattern)
+        geometry = geometries[pattern]
+        result.append(replace(weight, geometry=geometry, obstacle="", opt_in=""))
+    if unused:
+        raise PlanError(
+            f"geometries names {', '.join(map(repr, sorted(unused)))}, which no parameter "
+            f"matches: parameters are called {', '.join(repr(w.name) for w in weights[:5])}, …"
+        )
+    return result
+
+
+def _parse(entry: Any) -> _Entry:
+    if not isinstance(entry, tuple | list) or len(entry) not in (2, 3):
+        raise PlanError(
+            f"a plan's entry must be (pattern, rule) or (pattern, rule, every), got {entry!r}"
+        )
+    pattern, rule = entry[:2]
+    if not isinstance(pattern, str) or not pattern:
+        raise PlanError(f"a pattern must be a non-empty string, got {pattern!r}")
+    if rule is not None and (isinstance(rule, type) or not isinstance(rule, Rule)):
+        raise PlanError(
+            f"{rule!r} is no rule: pass an instance such as ClipSpectralNorm(1.0), or None to "
+            f"exclude what {pattern!r} matches"
+        )
+    every = None
+    if len(entry) == 3:
+        try:
+            every = integer(entry[2], "every", least=1)
+        except GeometryError as error:
+            raise PlanError(str(error)) from None
+    return _Entry(pattern, rule, every)

@@ -1,0 +1,82 @@
+"""Finding adapters: entry points of group "specops", loaded one by one and never fatal."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from importlib import metadata
+from typing import Any
+
+import pluggy
+
+from specops import hookspecs
+from specops.errors import AdapterError, PluginWarning, SpecopsError
+from specops.hookspecs import Adapter, AdapterStatus
+
+_broken: dict[str, str] = {}
+
+
+@cache
+def manager() -> pluggy.PluginManager:
+    """The plugin manager, with every entry point that loads registered."""
+    pm = pluggy.PluginManager(hookspecs.PROJECT)
+    pm.add_hookspecs(hookspecs.Specs)
+    _broken.clear()
+    for entry in metadata.entry_points(group=hookspecs.PROJECT):
+        if pm.has_plugin(entry.name):
+            continue
+        try:
+            pm.register(entry.load(), name=entry.name)
+            pm.check_pending()
+        except Exception as error:
+            if pm.has_plugin(entry.name):
+                pm.unregister(name=entry.name)
+            _report_broken(entry.name, error)
+    return pm
+
+
+def find_adapter(model: Any, optimizer: Any = None) -> Adapter:
+    """The adapter that knows this model; `AdapterError` naming the candidates if none does."""
+    for found in _call("specops_adapter", model=model, optimizer=optimizer):
+        return found  # type: ignore[no-any-return]
+    listed = "; ".join(f"{s.name} ({s.detail})" if s.detail else s.name for s in statuses())
+    raise AdapterError(
+        f"no adapter knows a model of type {type(model).__module__}.{type(model).__name__}. "
+        f"Installed adapters: {listed or 'none'}. For torch: pip install 'specops[torch]'"
+    )
+
+
+def statuses() -> list[AdapterStatus]:
+    """Every installed adapter, with the broken ones and why they are."""
+    found = list(_call("specops_adapter_status"))
+    failed = [AdapterStatus(name, False, reason) for name, reason in _broken.items()]
+    return sorted(found + failed, key=lambda status: status.name)
+
+
+def _call(hook: str, **arguments: Any) -> Any:
+    """Results of every implementation in turn; one that fails is reported and left out.
+
+    Errors of specops itself are the adapter's answer to the user and pass through.
+    """
+    pm = manager()
+    for implementation in reversed(getattr(pm.hook, hook).get_hookimpls()):
+        try:
+            chosen = {name: arguments[name] for name in implementation.argnames}
+            result = implementation.function(**chosen)
+        except SpecopsError:
+            raise
+        except Exception as error:
+            _report_broken(implementation.plugin_name, error)
+            pm.unregister(implementation.plugin)
+            continue
+        if result is not None:
+            yield result
+
+
+def _report_broken(name: str, error: Exception) -> None:
+    _broken[name] = f"{type(error).__name__}: {error}"
+    warnings.warn(
+        f"the specops plugin {name!r} failed and is ignored ({_broken[name]})",
+        PluginWarning,
+        stacklevel=4,
+    )

@@ -1,0 +1,125 @@
+"""Reports: every parameter of a model, constrained by what or left alone and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from specops.plan import Assignment
+
+_HEADERS = ("parameter", "shape", "geometry", "rule", "norm")
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One parameter.
+
+    Attributes
+    ----------
+    name, shape, dtype
+        The parameter.
+    geometry : str
+        The map that it stands for, in words; empty if none is known.
+    rule : str
+        What constrains it; empty if nothing does.
+    reason : str
+        Why nothing constrains it; empty if something does.
+    norm : float or None
+        The operator norm at the time of the report, of which `norm_is` says whether it is
+        "exact" or an "upper bound".
+    norm_is : str
+        See `norm`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    geometry: str = ""
+    rule: str = ""
+    reason: str = ""
+    norm: float | None = None
+    norm_is: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A table of parameters that prints as text, as a rich table, or as HTML."""
+
+    rows: tuple[ReportRow, ...]
+
+    def __getitem__(self, name: str) -> ReportRow:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(name)
+
+    @property
+    def constrained(self) -> tuple[ReportRow, ...]:
+        """The rows that a rule acts on."""
+        return tuple(row for row in self.rows if row.rule)
+
+    @property
+    def skipped(self) -> tuple[ReportRow, ...]:
+        """The rows that no rule acts on, each with its reason."""
+        return tuple(row for row in self.rows if not row.rule)
+
+    def __str__(self) -> str:
+        table = [_HEADERS, *(_cells(row) for row in self.rows)]
+        widths = [max(len(cells[i]) for cells in table) for i in range(len(_HEADERS))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+            for cells in table
+        ]
+        lines.insert(1, "  ".join("─" * width for width in widths))
+        return "\n".join([*lines, self._summary()])
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table(caption=self._summary(), header_style="bold")
+        for header in _HEADERS:
+            table.add_column(header, justify="right" if header == "norm" else "left")
+        for row in self.rows:
+            table.add_row(*_cells(row), style=None if row.rule else "dim")
+        return table
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{h}</th>" for h in _HEADERS)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{escape(c)}</td>" for c in _cells(row)) + "</tr>"
+            for row in self.rows
+        )
+        caption = escape(self._summary())
+        return f"<table><caption>{caption}</caption><tr>{head}</tr>{body}</table>"
+
+    def _summary(self) -> str:
+        return f"{len(self.constrained)} of {len(self.rows)} parameters constrained"
+
+
+def plan_rows(assignments: Sequence[Assignment]) -> list[ReportRow]:
+    """The rows of a plan before anything is measured."""
+    return [
+        ReportRow(
+            name=a.weight.name,
+            shape=a.weight.shape,
+            dtype=a.weight.dtype,
+            geometry="" if a.weight.geometry is None else a.weight.geometry.describe(),
+            rule="" if a.rule is None else _rule_text(a),
+            reason=a.reason,
+        )
+        for a in assignments
+    ]
+
+
+def _rule_text(assignment: Assignment) -> str:
+    return f"{assignment.rule!r}" + (f" every {assignment.every}" if assignment.every > 1 else "")
+
+
+def _cells(row: ReportRow) -> tuple[str, ...]:
+    norm = "" if row.norm is None else f"{row.norm:.4g}"
+    if row.norm_is == "upper bound":
+        norm = f"≤ {norm}"
+    shape = "×".join(map(str, row.shape)) or "scalar"
+    return (row.name, shape, row.geometry, row.rule or f"– {row.reason}", norm)
