@@ -52,9 +52,9 @@ class Specs:
     """Signatures of the hooks. Implementations must not import a framework until called."""
 
     @hookspec(firstresult=True)
-    def specops_adapter(self, model: Any, optimizer: Any) -> Adapter | None:  # type: ignore[empty-body]
+    def specops_adapter(self, model: Any, optimizer: Any) -> Adapter | None:
         """Return an adapter if this model (and optimizer, or None) is of your framework."""
 
     @hookspec
-    def specops_adapter_status(self) -> AdapterStatus:
+    def specops_adapter_status(self) -> AdapterStatus:  # type: ignore[empty-body]
         """Say whether your adapter could be used here, and if not, why."""

@@ -126,6 +126,11 @@ class Attachment:
         for constrained in self._constrained:
             constrained.location.unwatch(only_if_seen=True)
 
+    @torch.no_grad()
+    def enforce(self) -> None:
+        """Let every rule act now, whatever the step: after the last one, before an export."""
+        self._fire(self._constrained)
+
     def report(self, *, measure: bool = True) -> Report:
         """Every parameter of the model: constrained by what, or left alone and why.
 
@@ -212,11 +217,15 @@ class Attachment:
             assert rule is not None
             old = c.location.parameter.detach()
             record: dict[str, Any] = {"step": self.steps, "name": c.name}
+            new, state = old, c.state
             try:
                 geometry = c.geometry
-                state = rule.init(old, geometry, c.name) if c.state is None else c.state
                 new, state, figures = rule.update(
-                    old, geometry, state, step=self.steps, name=c.name
+                    old,
+                    geometry,
+                    rule.init(old, geometry, c.name) if state is None else state,
+                    step=self.steps,
+                    name=c.name,
                 )
                 record.update(figures)
             except NonFiniteError as error:
@@ -232,7 +241,6 @@ class Attachment:
                         stacklevel=2,
                     )
                 record["skipped"] = "not finite"
-                new, state = old, c.state
             except SpecopsError as error:
                 raise type(error)(f"{c.name} at step {self.steps}: {error}") from error
             written.append((c, old, new, state, record))

@@ -8,6 +8,7 @@ import numpy as np
 
 from specops import backend
 from specops.geometry import Conv
+from specops.linalg.clip import excess
 from specops.projections.feasible import ProjectionInfo, store_within
 from specops.spectra.prepare import Prepared
 from specops.symbol import Symbol, certified_symbol
@@ -15,7 +16,7 @@ from specops.symbol import Symbol, certified_symbol
 Array = Any
 _ROUNDS = 30
 _ROUNDS_WHEN_TRACED = 5
-_CLOSE_ENOUGH = 1e-3
+_CLOSE_ENOUGH = 1e-2
 """Excess at which the alternation stops and the final rescaling takes over."""
 
 
@@ -71,12 +72,11 @@ def _clip_round(
     traced: bool,
 ) -> Array:
     """Clip the singular values of every block above the limit, cut back to the support."""
-    if traced:
-        chosen = np.arange(len(symbol.frequencies))
-    else:
-        over = xp.any(by_frequency > limit, axis=-1)
-        chosen = np.flatnonzero(backend.to_numpy(over))
-    u, s, vh = backend.svd(xp, symbol.blocks(xp, coefficients, chosen))
-    excess = xp.where(s > limit, s - limit, xp.zeros_like(s))
-    scaled = u * xp.astype(excess, u.dtype)[..., None, :]
-    return coefficients - symbol.average(xp, scaled @ vh, chosen)
+    chosen = np.arange(len(symbol.frequencies))
+    norms = None
+    if not traced:
+        chosen = np.flatnonzero(backend.to_numpy(xp.any(by_frequency > limit, axis=-1)))
+        norms = xp.take(by_frequency, backend.constant(chosen, by_frequency), axis=0)
+    blocks = symbol.blocks(xp, coefficients, chosen)
+    over = excess(xp, blocks, xp.broadcast_to(limit, blocks.shape[:-2]), norms)
+    return coefficients - symbol.average(xp, over, chosen)

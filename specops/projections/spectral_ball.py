@@ -10,6 +10,7 @@ import numpy as np
 
 from specops import backend
 from specops.geometry import Conv, Dense, Geometry
+from specops.linalg.clip import excess
 from specops.projections.conv_support import project_kernel
 from specops.projections.feasible import ProjectionInfo, store_within
 from specops.spectra.prepare import MatrixBlock, Prepared, matrix_blocks, prepare
@@ -150,13 +151,11 @@ def _clip_block(
     before = block.restore(values[..., :1])[..., 0]
     if backend.truth(xp.all(norm <= limit)):
         return None, before, before
-    u, s, vh = backend.svd(xp, block.matrices)
     # A hair below the limit, so that the rounding of the products stays inside as well.
     target = limit * (1.0 - 4.0 * backend.epsilon(block.matrices.dtype))
     above = norm > limit
-    excess = xp.where(s > target[..., None], s - target[..., None], xp.zeros_like(s))
-    excess = xp.where(above[..., None], excess, xp.zeros_like(s))
-    clipped = block.matrices - (u * excess[..., None, :]) @ vh
+    over = excess(xp, block.matrices, target, norm)
+    clipped = xp.where(above[..., None, None], block.matrices - over, block.matrices)
     stored, stored_norm = store_within(
         xp,
         clipped * block.scale,
