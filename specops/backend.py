@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from functools import cache
 from typing import Any
 
 import array_api_compat as compat
@@ -150,6 +151,27 @@ def add_at(x: Array, index: Any, value: Array) -> Array:
         return x.at[index].add(value)
     x[index] += value
     return x
+
+
+def fori(xp: Namespace, first: int, last: int, body: Any, carry: Any) -> Any:
+    """``for j in range(first, last): carry = body(j, carry)``, not unrolled by a compiler."""
+    if compat.is_jax_namespace(xp):
+        return sys.modules["jax"].lax.fori_loop(first, last, body, carry)
+    for j in range(first, last):
+        carry = body(j, carry)
+    return carry
+
+
+def compiled(function: Any, static: tuple[Any, ...], *arrays: Array) -> Any:
+    """``function(*static, *arrays)``, compiled once per shape where eager loops are slow."""
+    if compat.is_jax_array(arrays[0]):
+        return _jax_jit(function, len(static))(*static, *arrays)
+    return function(*static, *arrays)
+
+
+@cache
+def _jax_jit(function: Any, static: int) -> Any:
+    return sys.modules["jax"].jit(function, static_argnums=tuple(range(static)))
 
 
 def along_axis(xp: Namespace, x: Array, table: np.ndarray, axis: int) -> Array:

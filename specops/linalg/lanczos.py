@@ -2,44 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from specops import backend
 
 Array = Any
-_CHECK_EVERY = 4
+_FIRST_STEPS = 8
 _STEPS_WHEN_TRACED = 32
+
+
+class Operator(Protocol):
+    """Products with a matrix that is not formed."""
+
+    shape: tuple[int, int]
+
+    def matvec(self, x: Array) -> Array:
+        """A x."""
+
+    def rmatvec(self, y: Array) -> Array:
+        """Aᴴ y."""
 
 
 def largest_singular_triplet(
     xp: Any,
-    matvec: Callable[[Array], Array],
-    rmatvec: Callable[[Array], Array],
+    kind: type[Operator],
+    data: Array,
+    sizes: Any,
     start: Array,
     *,
-    rows: int,
     tolerance: float | None = None,
-    max_steps: int = 400,
+    max_steps: int = 512,
 ) -> tuple[Array, Array, Array]:
     """(u, σ, v) with σ = ‖A v‖ the largest Ritz value of a Krylov space from `start`.
 
     Full reorthogonalisation, twice. σ is a lower bound of ‖A‖ up to rounding; it has converged
-    when the residual ‖Aᴴu − σv‖ is below √tolerance·σ and σ itself moved by less than
-    tolerance·σ. While a compiler traces, a fixed 32 steps run instead of that test.
+    when the residual ‖Aᴴu − σv‖ is below √tolerance·σ and doubling the space moved σ by less
+    than tolerance·σ. While a compiler traces, a fixed 32 steps run instead of that test.
 
     Parameters
     ----------
     xp : namespace
         Of the arrays.
-    matvec : callable
-        Product of A with one vector.
-    rmatvec : callable
-        Product of its adjoint with one vector.
+    kind : type
+        Of the operator: A is ``kind(data, sizes)``.
+    data : array
+        What A is made of.
+    sizes : hashable
+        The rest of what A is made of.
     start : array, shape (columns,)
         Any vector with a component along the leading right singular vector.
-    rows : int
-        Rows of A.
     tolerance : float, optional
         Relative; default 4 units in the last place of `start`'s dtype.
     max_steps : int
@@ -51,70 +62,87 @@ def largest_singular_triplet(
     """
     eps = backend.epsilon(start.dtype)
     tolerance = 4 * eps if tolerance is None else tolerance
-    columns = start.shape[0]
+    rows, columns = kind(data, sizes).shape
     limit = min(rows, columns, max_steps)
-    traced = backend.truth(xp.all(xp.isfinite(start))) is None
-    if traced:
-        limit = min(limit, _STEPS_WHEN_TRACED)
+    traced = backend.truth(backend.all_finite(xp, start)) is None
+    steps = min(limit, _STEPS_WHEN_TRACED if traced else _FIRST_STEPS)
+    start = start / backend.magnitude(xp, start)
+    right = _safe_divide(xp, start, xp.linalg.vector_norm(start))[None, :]
+    left = backend.zeros((0, rows), like=start)
+    band = backend.zeros((0, 1), like=xp.real(start) if backend.is_complex(start) else start)
 
-    v = _unit(xp, start)
-    right: list[Array] = [v]
-    left: list[Array] = []
-    alphas: list[Array] = []
-    betas: list[Array] = []
-    previous = None
+    done, previous = 0, -1.0
     while True:
-        u = matvec(right[-1])
-        if left:
-            u = _orthogonalise(xp, u, left)
-        alpha = xp.linalg.vector_norm(u)
-        left.append(_safe_divide(xp, u, alpha))
-        alphas.append(alpha)
-        v = _orthogonalise(xp, rmatvec(left[-1]), right)
-        beta = xp.linalg.vector_norm(v)
-        # Below rounding the Krylov space is exhausted: its next vector would be noise.
-        beta = xp.where(beta > eps * alphas[0], beta, xp.zeros_like(beta))
-        betas.append(beta)
-        done = len(alphas) >= limit
-        if not traced and (done or len(alphas) % _CHECK_EVERY == 0 or len(alphas) == 1):
-            p, s, _ = xp.linalg.svd(_bidiagonal(xp, alphas, betas), full_matrices=False)
-            sigma = float(s[0])
-            residual = float(beta) * abs(complex(p[-1, 0]))
-            settled = previous is not None and abs(sigma - previous) <= tolerance * sigma
-            done |= residual <= tolerance * sigma or (
-                settled and residual <= tolerance**0.5 * sigma
-            )
-            previous = sigma
-        if done:
+        right = _grow(xp, right, (steps + 1, columns))
+        left = _grow(xp, left, (steps, rows))
+        band = _grow(xp, band, (steps, steps + 1))
+        right, left, band = backend.compiled(
+            _extend, (kind, sizes, done, steps), data, right, left, band
+        )
+        p, s, qh = xp.linalg.svd(band[:, :steps], full_matrices=False)
+        done = steps
+        if traced or done == limit:
             break
-        right.append(_safe_divide(xp, v, beta))
-    p, s, qh = xp.linalg.svd(_bidiagonal(xp, alphas, betas), full_matrices=False)
-    u = xp.stack(left, axis=-1) @ p[:, 0]
-    v = xp.stack(right, axis=-1) @ backend.adjoint(xp, qh)[:, 0]
+        sigma = float(s[0])
+        residual = float(band[steps - 1, steps]) * abs(float(p[steps - 1, 0]))
+        settled = abs(sigma - previous) <= tolerance * sigma
+        if residual <= (tolerance**0.5 if settled else tolerance) * sigma:
+            break
+        previous, steps = sigma, min(2 * steps, limit)
+    # The band is real even for a complex operator; some libraries do not mix the two.
+    u = xp.astype(p[:, 0], start.dtype) @ left
+    v = xp.astype(qh[0, :], start.dtype) @ right[:done, :]
     return u, s[0], v
 
 
-def _bidiagonal(xp: Any, alphas: list[Array], betas: list[Array]) -> Array:
-    """Upper bidiagonal: α on the diagonal, β above it."""
-    n = len(alphas)
-    zero = xp.zeros_like(alphas[0])
-    rows = [
-        xp.stack([alphas[i] if j == i else betas[i] if j == i + 1 else zero for j in range(n)])
-        for i in range(n)
-    ]
-    return xp.stack(rows)
+def _extend(
+    kind: type[Operator],
+    sizes: Any,
+    first: int,
+    last: int,
+    data: Array,
+    right: Array,
+    left: Array,
+    band: Array,
+) -> tuple[Array, Array, Array]:
+    """Steps `first` to `last`; rows of `right` and `left` are the Lanczos vectors."""
+    xp = backend.namespace(data)
+    operator = kind(data, sizes)
+    eps = backend.epsilon(data.dtype)
+
+    def step(j: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        right, left, band = carry
+        u = _orthogonalise(xp, operator.matvec(right[j, :]), left)
+        alpha = xp.linalg.vector_norm(u)
+        u = _safe_divide(xp, u, alpha)
+        v = _orthogonalise(xp, operator.rmatvec(u), right)
+        beta = xp.linalg.vector_norm(v)
+        # Below rounding the Krylov space is exhausted: its next vector would be noise.
+        exhausted = beta <= eps * xp.max(xp.abs(band)) + eps * alpha
+        v = xp.where(exhausted, xp.zeros_like(v), _safe_divide(xp, v, beta))
+        beta = xp.where(exhausted, xp.zeros_like(beta), beta)
+        left = backend.add_at(left, (j, slice(None)), u)
+        right = backend.add_at(right, (j + 1, slice(None)), v)
+        band = backend.add_at(backend.add_at(band, (j, j), alpha), (j, j + 1), beta)
+        return right, left, band
+
+    return backend.fori(xp, first, last, step, (right, left, band))
 
 
-def _orthogonalise(xp: Any, x: Array, basis: list[Array]) -> Array:
-    q = xp.stack(basis, axis=-1)
+def _grow(xp: Any, x: Array, shape: tuple[int, int]) -> Array:
+    """`x` in the corner of a zero array."""
+    below = backend.zeros((shape[0] - x.shape[0], x.shape[1]), like=x)
+    x = xp.concat([x, below], axis=0)
+    beside = backend.zeros((shape[0], shape[1] - x.shape[1]), like=x)
+    return xp.concat([x, beside], axis=1)
+
+
+def _orthogonalise(xp: Any, x: Array, basis: Array) -> Array:
+    """Remove the components along the rows of `basis`, twice."""
+    conjugate = xp.conj(basis) if backend.is_complex(basis) else basis
     for _ in range(2):
-        x = x - q @ (backend.adjoint(xp, q) @ x)
+        x = x - (conjugate @ x) @ basis
     return x
-
-
-def _unit(xp: Any, x: Array) -> Array:
-    x = x / backend.magnitude(xp, x)
-    return _safe_divide(xp, x, xp.linalg.vector_norm(x))
 
 
 def _safe_divide(xp: Any, x: Array, norm: Array) -> Array:

@@ -79,10 +79,10 @@ def lanczos_norm(xp: Any, operator: ConvOperator) -> Array:
     """‖A‖ from below, converged, started near the maximising plane wave."""
     _, sigma, _ = largest_singular_triplet(
         xp,
-        operator.matvec,
-        operator.rmatvec,
+        ConvOperator,
+        operator.kernel,
+        operator.sizes,
         operator.rmatvec(_plane_wave(xp, operator.kernel, operator.sizes)),
-        rows=operator.shape[0],
     )
     return sigma
 
