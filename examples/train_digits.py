@@ -28,7 +28,7 @@ from specops.errors import UnsupportedGeometryError
 from specops_torch import geometry_of
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 PLAIN, CLIPPED = "#8c8c8c", "#0b6e99"
 

@@ -162,6 +162,11 @@ def fori(xp: Namespace, first: int, last: int, body: Any, carry: Any) -> Any:
     return carry
 
 
+def compiles_per_shape(xp: Namespace) -> bool:
+    """Whether picking a subset of varying size costs a compilation each time."""
+    return bool(compat.is_jax_namespace(xp))
+
+
 def compiled(function: Any, static: tuple[Any, ...], *arrays: Array) -> Any:
     """``function(*static, *arrays)``, compiled once per shape where eager loops are slow."""
     if compat.is_jax_array(arrays[0]):

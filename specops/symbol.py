@@ -203,7 +203,7 @@ def certified_symbol(sizes: ConvSizes, conjugate_pairs: bool) -> tuple[Symbol, f
     k' = ⌈k·gcd(s, d)/s⌉ taps share a phase. A circular stride that does not divide its grid is
     bounded by the same convolution at stride 1, of which it is a choice of rows.
     """
-    if sizes.circular and sizes.fine is not None and _indivisible(sizes):
+    if sizes.circular and sizes.fine is not None and not sizes.stride_divides:
         sizes = replace(sizes, stride=(1,) * len(sizes.stride), coarse=sizes.fine)
     if sizes.fine is not None:
         return symbol_of(sizes, sizes.enclosing_torus(), conjugate_pairs), 1.0
@@ -217,11 +217,6 @@ def certified_symbol(sizes: ConvSizes, conjugate_pairs: bool) -> tuple[Symbol, f
         strides.append(stride)
     plain = replace(sizes, stride=tuple(strides), dilation=(1,) * len(strides), circular=True)
     return symbol_of(plain, tuple(torus), conjugate_pairs), factor
-
-
-def _indivisible(sizes: ConvSizes) -> bool:
-    assert sizes.fine is not None
-    return any(n % s for n, s in zip(sizes.fine, sizes.stride, strict=True))
 
 
 def _representatives(

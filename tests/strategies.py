@@ -58,11 +58,15 @@ def convolutions(draw: Any, boundary: str | None = None) -> Case:
         kind = draw(st.sampled_from(["same", "valid", "ints", "pairs"]))
         if kind == "valid":
             padding = "valid"
-            size = size if transposed else tuple(n + s - 1 for n, s in zip(size, spans))
+            size = (
+                size if transposed else tuple(n + s - 1 for n, s in zip(size, spans, strict=True))
+            )
         elif kind == "ints":
             padding = tuple(draw(st.integers(0, (s - 1) // 2)) for s in spans)
             if not transposed:
-                size = tuple(n + s - 1 - 2 * p for n, s, p in zip(size, spans, padding))
+                size = tuple(
+                    n + s - 1 - 2 * p for n, s, p in zip(size, spans, padding, strict=True)
+                )
                 size = tuple(max(n, 1) for n in size)
             else:
                 extra = tuple(draw(st.integers(0, s - 1)) for s in stride)

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from specops.errors import AdapterError, NonFiniteError, NonFiniteWarning, SpecopsError
-from specops.geometry import Conv, Geometry
+from specops.geometry import Dense, Geometry
 from specops.plan import Assignment, Plan, override_geometries
 from specops.report import Report, plan_rows
-from specops.spectra import spectral_norm_bounds
+from specops.spectra import spectral_norm, spectral_norm_bounds
 from specops_torch.parameters import Location, locate
 
 NonFinitePolicy = Literal["raise", "skip", "warn"]
@@ -142,19 +142,9 @@ class Attachment:
         for row in plan_rows(self._assignments):
             constrained = current.get(row.name)
             if constrained is not None:
-                geometry = constrained.geometry
-                row = replace(row, geometry=geometry.describe())
+                row = replace(row, geometry=constrained.geometry.describe())
                 if measure:
-                    bounds = spectral_norm_bounds(constrained.location.parameter.detach(), geometry)
-                    exact = not isinstance(geometry, Conv) or (
-                        geometry.boundary == "circular" and geometry.grid is not None
-                    )
-                    values = bounds.upper if isinstance(bounds.upper, tuple) else (bounds.upper,)
-                    row = replace(
-                        row,
-                        norm=max(float(v.max()) for v in values),
-                        norm_is="exact" if exact else "upper bound",
-                    )
+                    row = replace(row, **_norm_of(constrained))
             rows.append(row)
         return Report(tuple(rows))
 
@@ -303,6 +293,15 @@ def attach(
         on_nonfinite=on_nonfinite,
         history=history,
     )
+
+
+def _norm_of(constrained: _Constrained) -> dict[str, Any]:
+    """The norm now, for a report: exact where it can be, else a certified upper bound."""
+    w, geometry = constrained.location.parameter.detach(), constrained.geometry
+    exact = isinstance(geometry, Dense) or geometry.has_exact_spectrum(tuple(w.shape))
+    norms = spectral_norm(w, geometry) if exact else spectral_norm_bounds(w, geometry).upper
+    largest = max(float(n.max()) for n in (norms if isinstance(norms, tuple) else (norms,)))
+    return {"norm": largest, "norm_is": "exact" if exact else "upper bound"}
 
 
 def _copy(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -30,11 +30,11 @@ def integers(value: Any, name: str, *, least: int | None = None) -> tuple[int, .
 
 
 def per_axis(value: Any, ndim: int | None, name: str, *, least: int) -> int | tuple[int, ...]:
-    """One int per spatial axis; a single int stays single while `ndim` is not known."""
+    """One int per spatial axis; one int for all while their number is not known."""
     if ndim is not None:
         return every_axis(value, ndim, name, least=least)
     values = integers(value, name, least=least)
-    return values[0] if len(values) == 1 else values
+    return values[0] if len(set(values)) == 1 else values
 
 
 def every_axis(value: Any, ndim: int, name: str, *, least: int = 0) -> tuple[int, ...]:

@@ -44,6 +44,12 @@ class ConvSizes:
         """Extent of the dilated kernel along each axis."""
         return tuple(d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True))
 
+    @property
+    def stride_divides(self) -> bool:
+        """Whether the stride divides the fine grid."""
+        assert self.fine is not None
+        return not any(n % s for n, s in zip(self.fine, self.stride, strict=True))
+
     def enclosing_torus(self) -> tuple[int, ...]:
         """The grid of a circular convolution that contains this one as a submatrix.
 
@@ -217,6 +223,11 @@ class Conv:
             coarse,
             lower,
         )
+
+    def has_exact_spectrum(self, shape: tuple[int, ...]) -> bool:
+        """Whether the operator is block diagonal in Fourier space, all its values known."""
+        sizes = self.sizes(shape)
+        return sizes.circular and sizes.fine is not None and sizes.stride_divides
 
     def kernel(self, w: Array) -> Array:
         """`w` as (groups, rows, columns, *kernel), rows being the coarse grid's channels."""

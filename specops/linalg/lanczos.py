@@ -16,6 +16,8 @@ class Operator(Protocol):
 
     shape: tuple[int, int]
 
+    def __init__(self, data: Array, sizes: Any) -> None: ...
+
     def matvec(self, x: Array) -> Array:
         """A x."""
 
@@ -126,7 +128,8 @@ def _extend(
         band = backend.add_at(backend.add_at(band, (j, j), alpha), (j, j + 1), beta)
         return right, left, band
 
-    return backend.fori(xp, first, last, step, (right, left, band))
+    result: tuple[Array, Array, Array] = backend.fori(xp, first, last, step, (right, left, band))
+    return result
 
 
 def _grow(xp: Any, x: Array, shape: tuple[int, int]) -> Array:

@@ -73,8 +73,8 @@ def _clip_round(
 ) -> Array:
     """Clip the singular values of every block above the limit, cut back to the support."""
     chosen = np.arange(len(symbol.frequencies))
-    norms = None
-    if not traced:
+    norms = None if traced else by_frequency
+    if not traced and not backend.compiles_per_shape(xp):
         chosen = np.flatnonzero(backend.to_numpy(xp.any(by_frequency > limit, axis=-1)))
         norms = xp.take(by_frequency, backend.constant(chosen, by_frequency), axis=0)
     blocks = symbol.blocks(xp, coefficients, chosen)

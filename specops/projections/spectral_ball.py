@@ -82,7 +82,7 @@ def project_spectral_ball(
     array([[1. , 0. ],
            [0. , 0.5]])
     """
-    check_bound(max_norm, "max_norm")
+    max_norm = check_bound(max_norm, "max_norm")
     given = prepare(w, geometry)
     methods = _METHODS[type(given.geometry)]
     if method not in methods:
@@ -97,18 +97,17 @@ def project_spectral_ball(
     return (result, info) if return_info else result
 
 
-def check_bound(value: Any, name: str) -> None:
-    """Raise ValueError unless `value` is a positive finite number (traced arrays pass)."""
-    if compat.is_array_api_obj(value):
-        positive = backend.truth((value > 0) & (value < math.inf)) if value.ndim == 0 else False
-        if positive is not False:
-            return
+def check_bound(value: Any, name: str) -> Any:
+    """A positive finite bound: a float, or the caller's own 0-d array (traced ones pass)."""
+    if isinstance(value, float | int | np.number) and not isinstance(value, bool):
+        if 0 < value < math.inf:
+            return float(value)
     elif (
-        isinstance(value, float | int | np.number)
-        and not isinstance(value, bool)
-        and 0 < value < math.inf
+        compat.is_array_api_obj(value)
+        and value.ndim == 0
+        and (backend.truth((value > 0) & (value < math.inf)) is not False)
     ):
-        return
+        return value
     raise ValueError(
         f"{name} must be a positive finite number, got {value!r}: to switch a layer off, give "
         f"it no rule"

@@ -1,0 +1,161 @@
+"""Geometries check their arguments and fit only the arrays that have them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+
+import specops
+from specops import Conv, Dense, errors
+from specops.operators import ConvOperator
+from tests import oracle
+from tests.backends import Backend
+from tests.strategies import Case, convolutions
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Conv(0), "input_shape must be at least 1"),
+        (lambda: Conv(()), "input_shape is empty"),
+        (lambda: Conv((8.5, 8)), "input_shape must be an integer"),
+        (lambda: Conv((8, 8), stride=0), "stride must be at least 1"),
+        (lambda: Conv((8, 8), stride=True), "stride must be an integer"),
+        (lambda: Conv((8, 8), stride=(1, 1, 1)), "3 entries for 2 spatial axes"),
+        (lambda: Conv((8, 8), dilation=-1), "dilation must be at least 1"),
+        (lambda: Conv((8, 8), groups=0), "groups must be at least 1"),
+        (lambda: Conv((8, 8), groups=(2,)), "groups must be an integer"),
+        (lambda: Conv((8, 8), padding=-1), "padding must be at least 0"),
+        (lambda: Conv((8, 8), padding="full"), "padding must be"),
+        (lambda: Conv((8, 8), padding=((0, 1),)), "pair for each spatial axis"),
+        (lambda: Conv((8, 8), boundary="reflect"), "no convolution on a torus"),
+        (lambda: Conv((8, 8), boundary="replicate"), "no convolution on a torus"),
+        (lambda: Conv((8, 8), boundary="wrap"), 'boundary must be "zeros" or "circular"'),
+        (lambda: Conv((8, 8), layout="HWIO"), "layout must be one of"),
+        (lambda: Conv((8, 8), transposed=1), "transposed must be True or False"),
+        (lambda: Conv((8, 8), output_padding=1), "only applies to transposed"),
+        (lambda: Dense(out_axes=()), "out_axes is empty"),
+        (lambda: Dense(out_axes=(0, 0)), "named twice"),
+        (lambda: Dense(out_axes=(0,), batch_axes=(0,)), "named twice"),
+        (lambda: Dense(out_axes=1.0), "out_axes must be an integer"),
+        (lambda: Dense(splits=()), "splits is empty"),
+        (lambda: Dense(splits=(3, 0)), "splits must be at least 1"),
+    ],
+)
+def test_bad_arguments(build: Any, message: str) -> None:
+    with pytest.raises(errors.GeometryError, match=message) as raised:
+        build()
+    assert isinstance(raised.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("shape", "geometry", "message"),
+    [
+        ((3, 3), Conv((8, 8)), "has 2 axes"),
+        ((4, 3, 3), Conv((8, 8)), "has 3 axes"),
+        ((4, 3, 0, 3), Conv((8, 8)), "empty"),
+        ((5, 3, 3, 3), Conv((8, 8), groups=2), "groups=2 does not divide the 5 output"),
+        ((4, 3, 5), Conv((3,), padding="valid"), "leaves no output"),
+        ((4, 3, 3), Conv((8,), boundary="circular", padding="valid"), "circular convolution has 8"),
+        ((4, 3, 3), Conv((8,), boundary="circular", padding=3), "circular convolution has 8"),
+        ((4, 3, 2), None, "needs a geometry"),
+        ((4,), None, "needs a geometry"),
+        ((), None, "needs a geometry"),
+        ((4, 3, 2), Dense(out_axes=(3,)), "does not fit an array with 3 axes"),
+        ((4, 3), Dense(out_axes=(0, 1)), "exactly once"),
+        ((4, 3, 2), Dense(out_axes=(0,), in_axes=(1,)), "exactly once"),
+        ((4, 3, 2), Dense(out_axes=(0,), in_axes=(-3, 1, 2)), "exactly once"),
+        ((0, 3), Dense(), "empty"),
+        ((6, 3), Dense(splits=(2, 2)), "add up to 4"),
+        ((6, 3), "conv", "must be Dense"),
+    ],
+)
+def test_arrays_that_do_not_fit(shape: tuple[int, ...], geometry: Any, message: str) -> None:
+    with pytest.raises(errors.GeometryError, match=message):
+        specops.spectral_norm(np.ones(shape), geometry)
+    with pytest.raises(errors.GeometryError, match=message):
+        specops.project_spectral_ball(np.ones(shape), 1.0, geometry)
+
+
+@pytest.mark.parametrize(
+    ("w", "message"),
+    [
+        (np.ones((2, 2), dtype=np.int32), "int32"),
+        (np.ones((2, 2), dtype=bool), "bool"),
+        ([[1.0, 2.0], [3.0, 4.0]], "got list"),
+        (3.0, "got float"),
+    ],
+)
+def test_arrays_that_cannot_be_measured(w: Any, message: str) -> None:
+    with pytest.raises(errors.UnsupportedArrayError, match=message) as raised:
+        specops.spectral_norm(w)
+    assert isinstance(raised.value, TypeError)
+
+
+def test_torch_arrays_that_cannot_be_measured() -> None:
+    torch = pytest.importorskip("torch")
+    for w, message in [
+        (torch.empty(3, 3, device="meta"), "materialise"),
+        (torch.eye(3).to_sparse(), "sparse"),
+        (torch.nn.LazyLinear(3).weight, "run one forward"),
+        (torch.ones(3, 3).to(torch.float8_e4m3fn), "float8"),
+        (torch.ones(3, 3, dtype=torch.int8), "int8"),
+    ]:
+        with pytest.raises(errors.UnsupportedArrayError, match=message):
+            specops.spectral_norm(w)
+
+
+def test_frozen_hashable_and_equal_however_written() -> None:
+    assert Conv((8, 8), stride=2) == Conv([8, 8], stride=(2, 2), padding="SAME")
+    assert hash(Conv(8)) == hash(Conv((8,)))
+    assert Conv(np.int64(8)) == Conv(8)
+    assert Dense(out_axes=1) == Dense(out_axes=(1,))
+    with pytest.raises(AttributeError):
+        Conv(8).groups = 2  # type: ignore[misc]
+    for geometry in (Conv((8, 8), stride=2), Dense(splits=(2, 3))):
+        assert pickle.loads(pickle.dumps(geometry)) == copy.deepcopy(geometry) == geometry
+
+
+@given(convolutions())
+def test_products_are_those_of_the_explicit_matrix_and_adjoint(case: Case) -> None:
+    w = case.weight()
+    matrix = oracle.conv_matrix(w, case.geometry)
+    if case.geometry.transposed:
+        matrix = matrix.T
+    if w.dtype.kind == "c" and case.geometry.transposed:
+        matrix = matrix.conj()
+        w = w.conj()
+    operator = ConvOperator(case.geometry.kernel(w), case.geometry.sizes(w.shape))
+    assert operator.shape == matrix.shape
+    rng = np.random.default_rng(0)
+    x, y = (rng.standard_normal((2, n)) for n in matrix.shape[::-1])
+    x, y = x.astype(w.dtype), y.astype(w.dtype)
+    np.testing.assert_allclose(operator.matvec(x), x @ matrix.T, atol=1e-10)
+    np.testing.assert_allclose(operator.rmatvec(y), y @ matrix.conj(), atol=1e-10)
+    np.testing.assert_allclose(
+        np.vdot(y[0], operator.matvec(x[0])), np.vdot(operator.rmatvec(y[0]), x[0]), atol=1e-9
+    )
+    np.testing.assert_allclose(
+        operator.squared_frobenius(), (np.abs(matrix) ** 2).sum(), rtol=1e-10, atol=1e-20
+    )
+    np.testing.assert_allclose(operator.to_matrix(), matrix, atol=1e-12)
+
+
+@given(convolutions())
+def test_kernels_round_trip_through_their_canonical_form(case: Case) -> None:
+    w = case.weight()
+    np.testing.assert_array_equal(case.geometry.weight(case.geometry.kernel(w)), w)
+
+
+def test_dense_round_trip_on_every_backend(eager: Backend, rng: np.random.Generator) -> None:
+    geometry = Dense(out_axes=(3, 1), in_axes=(2,), batch_axes=(0,), splits=(4, 6))
+    w = eager.array(rng.standard_normal((2, 5, 3, 2)))
+    blocks = geometry.blocks(w)
+    assert [tuple(b.shape) for b in blocks] == [(2, 4, 3), (2, 6, 3)]
+    back = geometry.assemble(blocks, tuple(w.shape))
+    np.testing.assert_array_equal(eager.numpy(back), eager.numpy(w))

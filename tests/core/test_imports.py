@@ -1,0 +1,108 @@
+"""The core imports no framework and little else, and says what it exports."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import specops
+
+ROOT = Path(__file__).parents[2]
+FRAMEWORKS = {"torch", "jax", "jaxlib", "cupy", "flax", "optax", "keras", "tensorflow"}
+PUBLIC = {
+    "ClipSpectralNorm",
+    "Conv",
+    "Dense",
+    "Monitor",
+    "Plan",
+    "attach",
+    "errors",
+    "project",
+    "project_spectral_ball",
+    "singular_values",
+    "spectral_norm",
+    "spectral_norm_bounds",
+    "stable_rank",
+}
+
+
+def imported(statement: str) -> set[str]:
+    """Top-level modules loaded by a fresh interpreter that runs `statement`."""
+    code = (
+        f"import json, sys; {statement}; print(json.dumps([m.split('.')[0] for m in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import specops",
+        "import specops.plugins as p; p.statuses()",
+        "import specops, specops_torch, specops_jax, specops_cupy",
+        "import specops, numpy; specops.singular_values(numpy.eye(3))",
+    ],
+)
+def test_no_framework_is_imported(statement: str) -> None:
+    assert not imported(statement) & FRAMEWORKS
+
+
+def test_import_loads_nothing_but_its_dependencies() -> None:
+    extra = imported("import specops") - imported("import numpy, array_api_compat, pluggy")
+    outside = {m for m in extra if m not in sys.stdlib_module_names}
+    assert outside == {"specops"}
+
+
+def test_the_core_names_no_framework() -> None:
+    for path in (ROOT / "specops").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            for name in names:
+                top = name.partition(".")[0]
+                assert top not in FRAMEWORKS, f"{path} imports {name}"
+                assert not top.startswith("specops_"), f"{path} imports {name}"
+
+
+def test_adapters_import_only_the_core_and_their_own_framework() -> None:
+    own = {"specops_torch": {"torch"}, "specops_jax": {"jax", "optax"}, "specops_cupy": {"cupy"}}
+    for package, allowed in own.items():
+        for path in (ROOT / "adapters" / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom) and node.level == 0:
+                    top = (node.module or "").partition(".")[0]
+                elif isinstance(node, ast.Import):
+                    top = node.names[0].name.partition(".")[0]
+                else:
+                    continue
+                permitted = allowed | {"specops", package} | set(sys.stdlib_module_names)
+                assert top in permitted, f"{path} imports {top}"
+
+
+def test_public_names() -> None:
+    assert set(specops.__all__) == PUBLIC
+    for name in PUBLIC - {"errors"}:
+        member = getattr(specops, name)
+        documented = inspect.getdoc(member)
+        assert documented, f"{name} has no docstring"
+        assert member.__module__.startswith("specops.")
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC - {"errors", "attach", "Monitor", "project"}))
+def test_docstrings_document_every_argument(name: str) -> None:
+    member = getattr(specops, name)
+    documented = inspect.getdoc(member) or ""
+    parameters = [p for p in inspect.signature(member).parameters if p != "_"]
+    section = documented.split("Parameters\n")[1].split("\nReturns\n")[0]
+    for parameter in parameters:
+        assert parameter in section, f"{name} does not document {parameter}"

@@ -1,0 +1,386 @@
+"""The life of an attachment in a torch training loop."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+
+import specops
+from specops import ClipSpectralNorm, Conv, Dense, Monitor, Plan, errors
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+from tests.torch_adapter.test_geometry import layer_matrix  # noqa: E402
+
+CLIP = ClipSpectralNorm(0.5)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 3, stride=2, padding=1, groups=2),
+        nn.ReLU(),
+        nn.ConvTranspose2d(4, 3, 4, stride=2, padding=1),
+        nn.Flatten(),
+        nn.Linear(3 * 8 * 8, 5),
+    )
+
+
+def optimizer_of(model: nn.Module, **options: Any) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, **options)
+
+
+def train(model: nn.Module, optimizer: Any, steps: int = 3, dtype: Any = torch.float32) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x = torch.randn(8, 2, 8, 8, generator=generator).to(dtype)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def exact_norms(model: nn.Sequential) -> dict[str, float]:
+    """Spectral norms of the layers as they compute, by brute force."""
+    sizes: dict[str, tuple[int, ...]] = {}
+    model = copy.deepcopy(model).double()
+    hooks = [
+        m.register_forward_hook(lambda _, a, __, n=n: sizes.update({n: tuple(a[0].shape[1:])}))
+        for n, m in model.named_modules()
+    ]
+    model(torch.zeros(1, 2, 8, 8, dtype=torch.float64))
+    for hook in hooks:
+        hook.remove()
+    result = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            channels, *size = sizes[name]
+            matrix = layer_matrix(layer, channels, tuple(size))
+            result[name] = float(np.linalg.norm(matrix, 2))
+    return result
+
+
+def test_every_layer_is_constrained_as_it_computes() -> None:
+    plain, model = network(), network()
+    train(plain, optimizer_of(plain))
+    optimizer = optimizer_of(model)
+    attachment = specops.attach(optimizer, model, CLIP)
+    assert attachment.is_attached
+    train(model, optimizer)
+    for name, norm in exact_norms(model).items():
+        assert norm <= 0.5 * (1 + 1e-5), name
+        assert norm > 0.35, name
+    assert max(exact_norms(plain).values()) > 0.6
+    report = attachment.report()
+    assert [r.name for r in report.rows] == [n for n, _ in model.named_parameters()]
+    assert all(row.norm <= 0.5 * (1 + 1e-5) for row in report.constrained)
+    assert all(row.reason for row in report.skipped)
+    assert attachment.history[-1]["norm_after"] <= 0.5 * (1 + 1e-5)
+    assert {r["step"] for r in attachment.history} == {1, 2, 3}
+
+
+def test_strides_and_identity_of_parameters_survive() -> None:
+    model = network().to(memory_format=torch.channels_last)
+    before = {n: (id(p), p.stride(), p.data_ptr()) for n, p in model.named_parameters()}
+    optimizer = optimizer_of(model)
+    specops.attach(optimizer, model, CLIP)
+    train(model, optimizer, 2)
+    assert before == {n: (id(p), p.stride(), p.data_ptr()) for n, p in model.named_parameters()}
+
+
+def test_after_detach_nothing_is_left() -> None:
+    model, plain = network(), network()
+    optimizer = optimizer_of(model)
+    attachment = specops.attach(optimizer, model, CLIP, every=2)
+    train(model, optimizer, 3)
+    attachment.detach()
+    attachment.detach()
+    assert not attachment.is_attached
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert not optimizer._optimizer_step_post_hooks
+    for a, b in zip(model.modules(), plain.modules(), strict=True):
+        assert set(vars(a)) == set(vars(b))
+        assert not a._forward_hooks
+        assert not a._forward_hooks_with_kwargs
+    weights = copy.deepcopy(model.state_dict())
+    train(model, optimizer, 1)
+    assert attachment.steps == 3
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    for key, value in twin.state_dict().items():
+        torch.testing.assert_close(value, model.state_dict()[key])
+    assert any((weights[k] != v).any() for k, v in model.state_dict().items())
+
+
+def test_model_can_be_copied_and_pickled_while_attached() -> None:
+    model = network()
+    optimizer = optimizer_of(model)
+    specops.attach(optimizer, model, CLIP)
+    pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    torch.save(model, io.BytesIO())
+
+
+def test_every_start_and_enforce() -> None:
+    model = network()
+    optimizer = optimizer_of(model)
+    plan = Plan([("7.weight", CLIP, 3), ("*", Monitor())], every=2, start=1)
+    attachment = specops.attach(optimizer, model, plan)
+    train(model, optimizer, 8)
+    fired = [(r["step"], r["name"]) for r in attachment.history]
+    assert [s for s, n in fired if n == "7.weight"] == [4, 7]
+    assert [s for s, n in fired if n == "0.weight"] == [3, 5, 7]
+    with torch.no_grad():
+        model[7].weight.mul_(10)
+    attachment.enforce()
+    assert float(specops.spectral_norm(model[7].weight.detach())) <= 0.5
+    assert attachment.steps == 8
+
+
+def test_manual_steps_without_an_optimizer() -> None:
+    model = network()
+    attachment = specops.attach(None, model, CLIP)
+    assert not attachment.is_attached
+    attachment.step()
+    assert attachment.steps == 1
+    assert max(exact_norms(model).values()) <= 0.5 * (1 + 1e-5)
+
+
+def test_layers_that_never_ran_are_constrained_for_every_size() -> None:
+    model = network()
+    report = specops.project(model, CLIP)
+    assert max(exact_norms(model).values()) <= 0.5 * (1 + 1e-5)
+    assert "any size" in report["0.weight"].geometry
+    assert report["0.weight"].norm <= 0.5 * (1 + 1e-4)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_state_resumes_exactly() -> None:
+    def run(interrupt: bool) -> dict[str, Any]:
+        model = network()
+        optimizer = optimizer_of(model)
+        attachment = specops.attach(optimizer, model, CLIP, every=2)
+        train(model, optimizer, 3)
+        if interrupt:
+            saved = io.BytesIO()
+            torch.save((model.state_dict(), optimizer.state_dict(), attachment.state_dict()), saved)
+            saved.seek(0)
+            states = torch.load(saved, weights_only=True)
+            model = network()
+            optimizer = optimizer_of(model)
+            attachment = specops.attach(optimizer, model, CLIP, every=2)
+            for holder, state in zip((model, optimizer, attachment), states, strict=True):
+                holder.load_state_dict(state)
+            assert attachment.report(measure=False)["0.weight"].geometry.startswith("conv on 8×8")
+        train(model, optimizer, 3)
+        assert attachment.steps == 6
+        return model.state_dict()
+
+    for (key, a), b in zip(run(False).items(), run(True).values(), strict=True):
+        assert torch.equal(a, b), key
+
+
+def test_foreign_state_is_refused() -> None:
+    model = network()
+    attachment = specops.attach(None, model, CLIP)
+    state = attachment.state_dict()
+    with pytest.raises(errors.AdapterError, match="version"):
+        attachment.load_state_dict({**state, "version": 99})
+    state["weights"]["other"] = state["weights"].pop("0.weight")
+    with pytest.raises(errors.AdapterError, match=r"missing \['0.weight'\].*other"):
+        attachment.load_state_dict(state)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_weights(bad: float) -> None:
+    def broken() -> nn.Sequential:
+        model = network()
+        with torch.no_grad():
+            model[7].weight[0, 0] = bad
+            model[0].weight.mul_(10)
+        return model
+
+    model = broken()
+    before = copy.deepcopy(model.state_dict())
+    attachment = specops.attach(None, model, CLIP)
+    with pytest.raises(errors.NonFiniteError, match=r"7\.weight at step 1.*No weight was changed"):
+        attachment.step()
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[key], equal_nan=True, rtol=0, atol=0)
+
+    for policy in ("skip", "warn"):
+        model = broken()
+        attachment = specops.attach(None, model, CLIP, on_nonfinite=policy)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            attachment.step()
+        assert len(caught) == (policy == "warn")
+        assert not torch.isfinite(model[7].weight).all()
+        assert float(specops.spectral_norm(model[0].weight.detach(), Conv((8, 8)))) <= 0.5
+        assert attachment.history[-1]["skipped"] == "not finite"
+    with pytest.raises(ValueError, match="on_nonfinite"):
+        specops.attach(None, model, CLIP, on_nonfinite="ignore")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions_hold_as_stored(dtype: Any) -> None:
+    model = network().to(dtype)
+    specops.project(model, CLIP)
+    assert all(p.dtype == dtype for p in model.parameters())
+    assert max(exact_norms(model).values()) <= 0.5 * (1 + 1e-5)
+
+
+def test_what_is_left_alone_and_why() -> None:
+    model = nn.ModuleDict(
+        {
+            "embed": nn.Embedding(7, 4),
+            "frozen": nn.Linear(4, 4),
+            "other": nn.Linear(4, 4),
+            "tied": nn.Linear(4, 7, bias=False),
+            "head": nn.Linear(4, 3),
+            "reflect": nn.Conv1d(1, 1, 3, padding=1, padding_mode="reflect"),
+            "bilinear": nn.Bilinear(2, 2, 2),
+        }
+    )
+    model["frozen"].weight.requires_grad_(False)
+    model["tied"].weight = model["embed"].weight
+    model.register_parameter("scalar", nn.Parameter(torch.ones(())))
+    normed = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+    model["normed"] = normed
+    skip = {id(p) for p in model["other"].parameters()}
+    optimizer = optimizer_of_list([p for p in model.parameters() if id(p) not in skip])
+    report = specops.attach(optimizer, model, CLIP).report(measure=False)
+    reasons = {row.name: row.reason for row in report.rows}
+    assert set(reasons) == {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    for name, reason in {
+        "scalar": "0-d",
+        "head.bias": "1-d",
+        "frozen.weight": "frozen",
+        "other.weight": "not in this optimizer",
+        "embed.weight": "tied to tied.weight",
+        "reflect.weight": "no convolution on a torus",
+        "bilinear.weight": "no geometry is known",
+        "normed.parametrizations.weight.original": "parametrization",
+    }.items():
+        assert reason in reasons[name], name
+    assert [row.name for row in report.constrained] == ["tied.weight", "head.weight"]
+    for pattern in ("reflect.*", "bilinear.weight", "normed.*"):
+        with pytest.raises(errors.PlanError, match="cannot be constrained"):
+            specops.attach(None, model, Plan([(pattern, CLIP)]))
+    with pytest.raises(errors.PlanError, match="frozen"):
+        specops.attach(None, model, Plan([("frozen.*", CLIP)]))
+
+
+def optimizer_of_list(parameters: list[Any]) -> Any:
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def test_bare_rule_spares_embeddings_and_a_named_one_does_not() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "head": nn.Linear(4, 3)})
+    report = specops.attach(None, model, CLIP).report(measure=False)
+    assert "embedding" in report["embed.weight"].reason
+    attachment = specops.attach(None, model, Plan([("embed.*", CLIP)]))
+    attachment.step()
+    assert float(specops.spectral_norm(model["embed"].weight.detach())) <= 0.5
+
+
+def test_tied_convolutions_are_constrained_once_for_the_larger_grid() -> None:
+    first, second = (nn.Conv2d(2, 2, 3, padding=1, bias=False) for _ in range(2))
+    second.weight = first.weight
+    model = nn.Sequential(first, nn.AvgPool2d(2), second)
+    attachment = specops.attach(None, model, CLIP)
+    model(torch.zeros(1, 2, 8, 6))
+    attachment.step()
+    report = attachment.report()
+    assert report["0.weight"].geometry.startswith("conv on 8×6")
+    assert report["2.weight"].reason == "tied to 0.weight"
+    assert len(attachment.history) == 1
+    different = nn.Sequential(first, nn.Conv2d(2, 2, 3, stride=2, padding=1, bias=False))
+    different[1].weight = first.weight
+    with pytest.raises(errors.PlanError, match="same tensor but different maps"):
+        specops.attach(None, different, Plan([("0.*", CLIP)]))
+
+
+def test_geometries_can_be_overridden() -> None:
+    model = nn.ModuleDict({"bilinear": nn.Bilinear(2, 3, 4)})
+    geometry = Dense(out_axes=(0,), in_axes=(1, 2))
+    attachment = specops.attach(None, model, CLIP, geometries={"bilinear.weight": geometry})
+    attachment.step()
+    assert float(specops.spectral_norm(model["bilinear"].weight.detach(), geometry)) <= 0.5
+
+
+def test_gates_and_fused_projections_are_blocks() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"lstm": nn.LSTM(5, 4), "attention": nn.MultiheadAttention(4, 2)})
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)
+    specops.project(model, CLIP)
+    for gate in model["lstm"].weight_ih_l0.detach().chunk(4):
+        assert float(torch.linalg.matrix_norm(gate, 2)) <= 0.5
+    for block in model["attention"].in_proj_weight.detach().chunk(3):
+        assert float(torch.linalg.matrix_norm(block, 2)) == pytest.approx(0.5, rel=1e-5)
+    assert float(torch.linalg.matrix_norm(model["attention"].out_proj.weight.detach(), 2)) <= 0.5
+
+
+def test_lazy_and_meta_parameters_say_what_to_do() -> None:
+    with pytest.raises(errors.UnsupportedArrayError, match=r"0\.weight is a lazy.*run one forward"):
+        specops.attach(None, nn.Sequential(nn.LazyLinear(3)), CLIP)
+    with pytest.raises(errors.UnsupportedArrayError, match=r"meta device.*materialise"):
+        specops.attach(None, nn.Sequential(nn.Linear(2, 3, device="meta")), CLIP)
+
+
+def test_names_are_those_of_the_plain_model() -> None:
+    model = network()
+    wrapped = nn.Sequential()
+    wrapped.module = model  # type: ignore[assignment]
+    report = specops.attach(None, wrapped, CLIP).report(measure=False)
+    assert [r.name for r in report.rows] == [n for n, _ in model.named_parameters()]
+
+
+def test_replaced_parameters_are_found_again() -> None:
+    model = network()
+    attachment = specops.attach(None, model, CLIP)
+    model.load_state_dict({k: 4 * v for k, v in model.state_dict().items()}, assign=True)
+    attachment.step()
+    assert max(exact_norms(model).values()) <= 0.5 * (1 + 1e-5)
+
+
+def test_overflow_under_a_fused_scaler_does_not_count() -> None:
+    for fused in (True, False):
+        model = network()
+        optimizer = optimizer_of(model, fused=fused)
+        attachment = specops.attach(optimizer, model, CLIP)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        for factor, steps in ((float("inf"), 0), (1.0, 1)):
+            optimizer.zero_grad()
+            loss = model(torch.linspace(-1, 1, 512).reshape(4, 2, 8, 8)).square().mean() * factor
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            assert attachment.steps == steps
+
+
+def test_errors_name_the_layer() -> None:
+    model = network()
+    attachment = specops.attach(None, model, CLIP, geometries={"0.weight": Conv((8,))})
+    with pytest.raises(errors.GeometryError, match=r"0\.weight at step 1.*has 4 axes"):
+        attachment.step()
+    with pytest.raises(errors.AdapterError, match="no torch optimizer"):
+        specops.attach(object(), model, CLIP)
+
+
+def test_copies_of_the_optimizer_lose_the_hook_and_the_attachment_stays_with_its_own() -> None:
+    model = network()
+    optimizer = optimizer_of(model)
+    attachment = specops.attach(optimizer, model, CLIP)
+    copied = copy.deepcopy(optimizer)
+    assert not copied._optimizer_step_post_hooks
+    assert attachment.is_attached

@@ -1,0 +1,119 @@
+"""Inferred geometries are those of torch's own layers, applied to every basis vector."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import specops
+from specops import Conv, Dense, errors
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+from specops_torch import geometry_of  # noqa: E402
+from specops_torch.sizes import SizeRecorder  # noqa: E402
+
+
+def layer_matrix(layer: nn.Module, channels: int, size: tuple[int, ...], **kwargs: Any) -> Any:
+    """The layer without its bias, as a matrix."""
+    n = channels * int(np.prod(size))
+    basis = torch.eye(n, dtype=torch.float64).reshape(n, channels, *size)
+    with torch.no_grad():
+        zero = layer(torch.zeros(1, channels, *size, dtype=torch.float64), **kwargs)
+        out = layer(basis, **kwargs) - zero
+    return out.reshape(n, -1).T.numpy()
+
+
+LAYERS: list[tuple[Any, int, tuple[int, ...]]] = [
+    (nn.Conv1d(3, 4, 5, padding=2), 3, (7,)),
+    (nn.Conv1d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2), 4, (9,)),
+    (nn.Conv2d(3, 4, 3, padding=1), 3, (5, 6)),
+    (nn.Conv2d(3, 4, 3), 3, (5, 6)),
+    (nn.Conv2d(3, 4, (2, 4), padding="same"), 3, (5, 6)),
+    (nn.Conv2d(4, 4, 3, stride=(2, 1), padding=(1, 0), groups=4), 4, (6, 5)),
+    (nn.Conv2d(3, 2, 3, padding=1, padding_mode="circular"), 3, (4, 5)),
+    (nn.Conv2d(3, 2, 3, stride=2, padding=1, padding_mode="circular"), 3, (4, 6)),
+    (nn.Conv2d(3, 2, 4, stride=2, padding=1, padding_mode="circular"), 3, (4, 6)),
+    (nn.Conv2d(2, 3, 2, stride=2), 2, (4, 6)),
+    (nn.Conv3d(2, 2, 3, padding=1), 2, (3, 3, 2)),
+    (nn.ConvTranspose1d(3, 4, 3, stride=2, padding=1, output_padding=1), 3, (4,)),
+    (nn.ConvTranspose2d(3, 4, 3, stride=2, padding=1), 3, (3, 4)),
+    (nn.ConvTranspose2d(4, 6, (3, 2), stride=(1, 3), dilation=(2, 1), groups=2), 4, (3, 2)),
+    (nn.ConvTranspose3d(2, 2, 2, stride=2), 2, (2, 2, 2)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize(("layer", "channels", "size"), LAYERS, ids=lambda v: str(v)[:60])
+def test_layers_are_what_their_geometry_says(
+    layer: nn.Module, channels: int, size: tuple[int, ...]
+) -> None:
+    layer = layer.double()
+    geometry = geometry_of(layer, input_shape=size)
+    matrix = layer_matrix(layer, channels, size)
+    sigma = np.linalg.svd(matrix, compute_uv=False)
+    w = layer.weight.detach()
+    np.testing.assert_allclose(
+        specops.singular_values(w, geometry).numpy(), sigma, atol=1e-12 * sigma[0]
+    )
+    assert float(specops.spectral_norm(w, geometry)) == pytest.approx(sigma[0], rel=1e-12)
+
+
+@pytest.mark.parametrize(("layer", "channels", "size"), LAYERS, ids=lambda v: str(v)[:60])
+def test_recorder_learns_the_size(layer: Any, channels: int, size: tuple[int, ...]) -> None:
+    layer = layer.double()
+    recorder = SizeRecorder(layer.padding_mode == "circular")
+    handle = layer.register_forward_hook(recorder, with_kwargs=True)
+    layer(input=torch.zeros(2, channels, *size, dtype=torch.float64))
+    handle.remove()
+    assert recorder.geometry(layer) == geometry_of(layer, input_shape=size)
+
+
+def test_recorder_follows_output_size_and_the_largest_input() -> None:
+    layer = nn.ConvTranspose2d(2, 2, 3, stride=2, padding=1).double()
+    recorder = SizeRecorder(circular=False)
+    layer.register_forward_hook(recorder, with_kwargs=True)
+    matrix = layer_matrix(layer, 2, (3, 4), output_size=(6, 8))
+    sigma = np.linalg.svd(matrix, compute_uv=False)
+    geometry = recorder.geometry(layer)
+    assert geometry.output_padding == (1, 1)
+    assert float(specops.spectral_norm(layer.weight.detach(), geometry)) == pytest.approx(sigma[0])
+    layer(torch.zeros(1, 2, 5, 2, dtype=torch.float64))
+    assert recorder.geometry(layer).input_shape == (5, 4)
+    circular = SizeRecorder(circular=True)
+    layer = nn.Conv1d(1, 1, 3, padding=1, padding_mode="circular")
+    layer.register_forward_hook(circular, with_kwargs=True)
+    layer(torch.zeros(1, 1, 4))
+    assert circular.geometry(layer).input_shape == (4,)
+    layer(torch.zeros(1, 1, 5))
+    assert circular.geometry(layer).input_shape is None
+
+
+def test_other_layers() -> None:
+    assert geometry_of(nn.Linear(3, 2)) == Dense()
+    assert geometry_of(nn.Embedding(5, 3)) == Dense()
+    assert geometry_of(nn.LSTM(3, 4), "weight_ih_l0") == Dense(splits=(4, 4, 4, 4))
+    assert geometry_of(nn.GRU(3, 4), "weight_hh_l0") == Dense(splits=(4, 4, 4))
+    assert geometry_of(nn.RNN(3, 4), "weight_hh_l0") == Dense()
+    assert geometry_of(nn.LSTMCell(3, 4), "weight_hh") == Dense(splits=(4, 4, 4, 4))
+    attention = nn.MultiheadAttention(6, 2)
+    assert geometry_of(attention, "in_proj_weight") == Dense(splits=(6, 6, 6))
+    assert geometry_of(attention.out_proj) == Dense()
+    assert geometry_of(nn.Conv2d(3, 4, 3)) == Conv(None, padding=0)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), "no convolution on a torus"),
+        (nn.Conv2d(3, 4, 3, padding=1, padding_mode="replicate"), "no convolution on a torus"),
+        (nn.Conv2d(3, 4, 3, padding=2, padding_mode="circular"), "does not give n/stride"),
+        (nn.Bilinear(2, 3, 4), "no geometry is known"),
+    ],
+)
+def test_layers_that_are_refused(layer: Any, message: str) -> None:
+    with pytest.raises(errors.UnsupportedGeometryError, match=message):
+        geometry_of(layer)
