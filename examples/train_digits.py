@@ -274,7 +274,9 @@ def draw(
     )
     for axis, (name, before) in zip(axes.flat, plain.items(), strict=False):
         after = clipped[name]
-        axis.axhline(max_norm, color="#c0392b", linewidth=0.9, linestyle=(0, (4, 3)))
+        axis.axhline(
+            max_norm, color="#c0392b", linewidth=0.9, linestyle=(0, (4, 3)), label="max norm"
+        )
         for spectrum, color, label in [
             (before.spectrum, PLAIN, "plain"),
             (after.spectrum, CLIPPED, "clipped"),

@@ -1,12 +1,22 @@
-"""specops: measure and control the singular values of neural network weights."""
+"""specops: measure and control the singular values of neural network weights.
 
-from specops import errors
-from specops.geometry import Conv, Dense
-from specops.models import attach, project
-from specops.plan import Plan
-from specops.projections import project_spectral_ball
-from specops.rules import ClipSpectralNorm, Monitor
-from specops.spectra import singular_values, spectral_norm, spectral_norm_bounds, stable_rank
+Names are loaded when they are first used, which keeps ``import specops`` as cheap as its
+dependencies.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from specops import errors
+    from specops.geometry import Conv, Dense
+    from specops.models import attach, project
+    from specops.plan import Plan
+    from specops.projections import project_spectral_ball
+    from specops.rules import ClipSpectralNorm, Monitor
+    from specops.spectra import singular_values, spectral_norm, spectral_norm_bounds, stable_rank
 
 __version__ = "0.1.0"
 
@@ -25,3 +35,27 @@ __all__ = [
     "spectral_norm_bounds",
     "stable_rank",
 ]
+
+_HOMES = {
+    "geometry": ("Conv", "Dense"),
+    "models": ("attach", "project"),
+    "plan": ("Plan",),
+    "projections": ("project_spectral_ball",),
+    "rules": ("ClipSpectralNorm", "Monitor"),
+    "spectra": ("singular_values", "spectral_norm", "spectral_norm_bounds", "stable_rank"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        value = getattr(import_module(f"specops.{_HOME_OF[name]}"), name)
+        globals()[name] = value
+        return value
+    if name in ("errors", "plugins"):
+        return import_module(f"specops.{name}")
+    raise AttributeError(f"module 'specops' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

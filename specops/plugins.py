@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
-from importlib import metadata
 from typing import Any
 
 import pluggy
@@ -19,6 +18,8 @@ _broken: dict[str, str] = {}
 @cache
 def manager() -> pluggy.PluginManager:
     """The plugin manager, with every entry point that loads registered."""
+    from importlib import metadata  # a fifth of the package's import time
+
     pm = pluggy.PluginManager(hookspecs.PROJECT)
     pm.add_hookspecs(hookspecs.Specs)
     _broken.clear()

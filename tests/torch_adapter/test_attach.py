@@ -356,7 +356,7 @@ def test_replaced_parameters_are_found_again() -> None:
 def test_overflow_under_a_fused_scaler_does_not_count() -> None:
     for fused in (True, False):
         model = network()
-        optimizer = optimizer_of(model, fused=fused)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, fused=fused)
         attachment = specops.attach(optimizer, model, CLIP)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
         for factor, steps in ((float("inf"), 0), (1.0, 1)):
