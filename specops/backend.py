@@ -153,6 +153,38 @@ def add_at(x: Array, index: Any, value: Array) -> Array:
     return x
 
 
+def stop_gradient(x: Array) -> Array:
+    """`x` as a constant for differentiation."""
+    if compat.is_torch_array(x):
+        return x.detach()
+    if compat.is_jax_array(x):
+        return sys.modules["jax"].lax.stop_gradient(x)
+    return x
+
+
+def with_derivative(value: Any, surrogate: Any, x: Array) -> Array:
+    """``value(x)``, which differentiates like ``surrogate(x)``.
+
+    The surrogate is only computed where a derivative is asked for.
+    """
+    if compat.is_torch_array(x):
+        if not (x.requires_grad and sys.modules["torch"].is_grad_enabled()):
+            return value(x)
+        along = surrogate(x)
+        return value(x.detach()) + (along - along.detach())
+    if compat.is_jax_array(x) and truth(all_finite(compat.array_namespace(x), x)) is None:
+        jax = sys.modules["jax"]
+        function = jax.custom_jvp(value)
+        function.defjvp(
+            lambda primals, tangents: (
+                value(*primals),
+                jax.jvp(surrogate, primals, tangents)[1],
+            )
+        )
+        return function(x)
+    return value(x)
+
+
 def fori(xp: Namespace, first: int, last: int, body: Any, carry: Any) -> Any:
     """``for j in range(first, last): carry = body(j, carry)``, not unrolled by a compiler."""
     if compat.is_jax_namespace(xp):
@@ -247,72 +279,6 @@ def adjoint(xp: Namespace, a: Array) -> Array:
     """Conjugate transpose of the last two axes."""
     a = xp.matrix_transpose(a)
     return xp.conj(a) if is_complex(a) else a
-
-
-def _did_not_converge(error: Exception) -> bool:
-    return type(error).__name__ in {"LinAlgError", "_LinAlgError"}
-
-
-def svdvals(xp: Namespace, a: Array) -> Array:
-    """Singular values of stacked matrices, descending; survives a solver that gives up.
-
-    Weights that were just clipped have many equal singular values, which some LAPACK builds
-    fail on in single precision: the second try is in double precision, the third by the
-    eigenvalues of the Gram matrix.
-    """
-    try:
-        return xp.linalg.svdvals(a)
-    except Exception as error:
-        if not _did_not_converge(error):
-            raise
-        return _svd_fallback(xp, a, vectors=False)
-
-
-def svd(xp: Namespace, a: Array) -> tuple[Array, Array, Array]:
-    """Thin SVD ``(u, s, vh)`` of stacked matrices, with the fallbacks of `svdvals`."""
-    try:
-        u, s, vh = xp.linalg.svd(a, full_matrices=False)
-        return u, s, vh
-    except Exception as error:
-        if not _did_not_converge(error):
-            raise
-        result: tuple[Array, Array, Array] = _svd_fallback(xp, a, vectors=True)
-        return result
-
-
-def _svd_fallback(xp: Namespace, a: Array, *, vectors: bool) -> Any:
-    check_finite(xp, a, "the matrix")
-    double = xp.astype(a, xp.complex128 if is_complex(a) else xp.float64)
-    real = real_dtype(xp, a.dtype)
-    try:
-        if not vectors:
-            return xp.astype(xp.linalg.svdvals(double), real)
-        u, s, vh = xp.linalg.svd(double, full_matrices=False)
-    except Exception as error:
-        if not _did_not_converge(error):
-            raise
-        u, s, vh = _svd_by_gram(xp, double)
-    if not vectors:
-        return xp.astype(s, real)
-    return xp.astype(u, a.dtype), xp.astype(s, real), xp.astype(vh, a.dtype)
-
-
-def _svd_by_gram(xp: Namespace, a: Array) -> tuple[Array, Array, Array]:
-    wide = a.shape[-2] < a.shape[-1]
-    tall = adjoint(xp, a) if wide else a
-    _, v = xp.linalg.eigh(adjoint(xp, tall) @ tall)
-    v = xp.flip(v, axis=-1)
-    # QR of A·V has R diagonal up to rounding: its diagonal gives sharper values than sqrt(λ).
-    q, r = xp.linalg.qr(tall @ v)
-    diagonal = xp.linalg.diagonal(r)
-    s = xp.abs(diagonal)
-    order = xp.argsort(-s, axis=-1)
-    safe = xp.where(s > 0, diagonal / xp.where(s > 0, s, xp.ones_like(s)), xp.ones_like(diagonal))
-    u = q * safe[..., None, :]
-    s = xp.take_along_axis(s, order, axis=-1)
-    u = xp.take_along_axis(u, order[..., None, :] + xp.zeros(u.shape, dtype=order.dtype), axis=-1)
-    v = xp.take_along_axis(v, order[..., None, :] + xp.zeros(v.shape, dtype=order.dtype), axis=-1)
-    return (v, s, adjoint(xp, u)) if wide else (u, s, adjoint(xp, v))
 
 
 def start_vector(name: str, size: int, seed: int = 0) -> np.ndarray:

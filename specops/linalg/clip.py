@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from specops import backend
+from specops.linalg.decompositions import svd
 
 Array = Any
 _GRAM_RANGE = 4.0
@@ -36,7 +37,7 @@ def excess(xp: Any, a: Array, limit: Array, norms: Array | None = None) -> Array
     """
     small = None if norms is None else backend.truth(xp.all(norms <= _GRAM_RANGE * limit))
     if not small:
-        u, s, vh = backend.svd(xp, a)
+        u, s, vh = svd(xp, a)
         over = s - limit[..., None]
         over = xp.where(over > 0, over, xp.zeros_like(over))
         return (u * xp.astype(over, u.dtype)[..., None, :]) @ vh

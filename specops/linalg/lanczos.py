@@ -25,6 +25,24 @@ class Operator(Protocol):
         """Aᴴ y."""
 
 
+class MatrixOperator:
+    """A matrix as an operator; it needs no sizes."""
+
+    def __init__(self, data: Array, sizes: Any = None) -> None:
+        del sizes
+        self.xp = backend.namespace(data)
+        self.data = data
+        self.shape = (int(data.shape[0]), int(data.shape[1]))
+
+    def matvec(self, x: Array) -> Array:
+        """A x."""
+        return self.data @ x
+
+    def rmatvec(self, y: Array) -> Array:
+        """Aᴴ y."""
+        return backend.adjoint(self.xp, self.data) @ y
+
+
 def largest_singular_triplet(
     xp: Any,
     kind: type[Operator],

@@ -9,6 +9,7 @@ import numpy as np
 from specops import backend
 from specops.geometry import Conv
 from specops.linalg.clip import excess
+from specops.linalg.decompositions import svdvals
 from specops.projections.feasible import ProjectionInfo, store_within
 from specops.spectra.prepare import Prepared
 from specops.symbol import Symbol, certified_symbol
@@ -30,7 +31,7 @@ def project_kernel(given: Prepared, w: Array, max_norm: float) -> tuple[Array, P
     limit = max_norm * certificate / given.scale
 
     def norms(coefficients: Array) -> Array:
-        return backend.svdvals(xp, symbol.blocks(xp, coefficients))[..., 0]
+        return svdvals(xp, symbol.blocks(xp, coefficients))[..., 0]
 
     original = symbol.coefficients(xp, geometry.kernel(given.w))
     by_frequency = norms(original)

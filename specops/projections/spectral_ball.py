@@ -11,6 +11,7 @@ import numpy as np
 from specops import backend
 from specops.geometry import Conv, Dense, Geometry
 from specops.linalg.clip import excess
+from specops.linalg.decompositions import svdvals
 from specops.projections.conv_support import project_kernel
 from specops.projections.feasible import ProjectionInfo, store_within
 from specops.spectra.prepare import MatrixBlock, Prepared, matrix_blocks, prepare
@@ -144,7 +145,7 @@ def _clip_block(
     xp: Any, block: MatrixBlock, max_norm: float, dtype: Any
 ) -> tuple[Array | None, Array, Array]:
     """(the clipped matrices as stored or None if all are inside, norm before, norm after)."""
-    values = backend.svdvals(xp, block.matrices)
+    values = svdvals(xp, block.matrices)
     limit = max_norm / block.scale[..., 0, 0]
     norm = values[..., 0]
     before = block.restore(values[..., :1])[..., 0]
@@ -160,6 +161,6 @@ def _clip_block(
         clipped * block.scale,
         dtype,
         xp.where(above, max_norm * xp.ones_like(limit), xp.full_like(limit, math.inf)),
-        lambda x: backend.svdvals(xp, x / block.scale)[..., 0] * block.scale[..., 0, 0],
+        lambda x: svdvals(xp, x / block.scale)[..., 0] * block.scale[..., 0, 0],
     )
     return stored, before, xp.where(above, stored_norm, before)

@@ -7,8 +7,7 @@ from typing import Any
 
 from specops import backend
 from specops.geometry import Conv, Dense, Geometry
-from specops.operators import ConvOperator
-from specops.spectra.norms import lanczos_norm, norms_by_frequency
+from specops.spectra.norms import matrix_norms, torus_norm, zero_padded_norm
 from specops.spectra.prepare import matrix_blocks, prepare
 from specops.symbol import certified_symbol
 
@@ -70,7 +69,7 @@ def spectral_norm_bounds(w: Array, geometry: Geometry | None = None) -> NormBoun
     if isinstance(given.geometry, Dense):
         pairs = []
         for block in matrix_blocks(given):
-            norm = block.restore(backend.svdvals(xp, block.matrices)[..., :1])[..., 0]
+            norm = block.restore(matrix_norms(xp, block.matrices)[..., None])[..., 0]
             slack = _slack(block.matrices.dtype, sum(block.matrices.shape[-2:]))
             pairs.append((norm * (1.0 - slack), norm * (1.0 + slack)))
         if given.geometry.splits is None:
@@ -81,11 +80,11 @@ def spectral_norm_bounds(w: Array, geometry: Geometry | None = None) -> NormBoun
     kernel = given.geometry.kernel(given.w)
     sizes = given.geometry.sizes(tuple(given.w.shape))
     symbol, certificate = certified_symbol(sizes, not backend.is_complex(kernel))
-    on_grid = xp.max(norms_by_frequency(xp, kernel, symbol))
+    on_grid = torus_norm(xp, kernel, symbol)
     slack = _slack(kernel.dtype, sum(symbol.block_shape) + len(sizes.kernel))
     lower = on_grid
     if sizes.fine is not None and not (sizes.circular and symbol.coarse == sizes.coarse):
-        lower = lanczos_norm(xp, ConvOperator(kernel, sizes))
+        lower = zero_padded_norm(xp, kernel, sizes)
         lower = xp.where(lower < on_grid, lower, on_grid)
     return NormBounds(
         given.scale * lower * (1.0 - slack), given.scale * on_grid * ((1.0 + slack) / certificate)

@@ -10,9 +10,11 @@ import numpy as np
 from specops import backend
 from specops.errors import UnsupportedGeometryError
 from specops.geometry import Conv, ConvSizes, Dense, Geometry
+from specops.linalg.decompositions import svd, svdvals
 from specops.linalg.lanczos import largest_singular_triplet
 from specops.operators import ConvOperator
 from specops.spectra.prepare import Prepared, matrix_blocks, prepare
+from specops.spectra.torus import leading_block, leading_vectors
 from specops.symbol import Symbol, certified_symbol, symbol_of
 
 Array = Any
@@ -20,6 +22,11 @@ Array = Any
 
 def spectral_norm(w: Array, geometry: Geometry | None = None) -> Array | tuple[Array, ...]:
     r"""The operator norm :math:`\|A\|_2 = \sigma_1(A)` of the map that `w` stands for.
+
+    Differentiable in torch and JAX: the gradient is the leading pair of singular vectors,
+    :math:`\partial\sigma_1/\partial A = u_1 v_1^H` on the weight's entries, held constant for
+    second derivatives. It is finite everywhere; where the largest value is repeated, and at
+    zero, it is one of the subgradients.
 
     Parameters
     ----------
@@ -44,6 +51,10 @@ def spectral_norm(w: Array, geometry: Geometry | None = None) -> Array | tuple[A
     UnsupportedGeometryError
         A Conv without input size, or a circular stride that does not divide the grid.
 
+    References
+    ----------
+    Miyato et al. 2018, equation 12 (the gradient).
+
     Examples
     --------
     >>> import numpy as np
@@ -55,15 +66,28 @@ def spectral_norm(w: Array, geometry: Geometry | None = None) -> Array | tuple[A
     given = prepare(w, geometry)
     if isinstance(given.geometry, Dense):
         norms = tuple(
-            block.restore(backend.svdvals(given.xp, block.matrices)[..., :1])[..., 0]
+            block.restore(matrix_norms(given.xp, block.matrices)[..., None])[..., 0]
             for block in matrix_blocks(given)
         )
         return norms if given.geometry.splits is not None else norms[0]
-    return conv_norm(given, given.geometry)
+    return given.scale * conv_norm(given, given.geometry)
+
+
+def matrix_norms(xp: Any, matrices: Array) -> Array:
+    """σ₁ of stacked matrices, with the derivative u₁v₁ᴴ."""
+
+    def along_leading_pair(a: Array) -> Array:
+        u, _, vh = svd(xp, backend.stop_gradient(a))
+        v = backend.adjoint(xp, vh[..., :1, :])
+        product = xp.sum(_conjugate(xp, u[..., :1]) * (a @ v), axis=(-2, -1))
+        return _real(xp, product)
+
+    return backend.with_derivative(lambda a: svdvals(xp, a)[..., 0], along_leading_pair, matrices)
 
 
 def conv_norm(given: Prepared, geometry: Conv) -> Array:
-    xp, sizes = given.xp, geometry.sizes(given.w.shape)
+    """σ₁ of a scaled kernel's convolution, with its derivative."""
+    xp, sizes = given.xp, geometry.sizes(tuple(given.w.shape))
     if sizes.fine is None:
         raise UnsupportedGeometryError(
             "Conv(input_shape=None) has no single norm but a supremum over all sizes: name the "
@@ -71,35 +95,47 @@ def conv_norm(given: Prepared, geometry: Conv) -> Array:
         )
     kernel = geometry.kernel(given.w)
     if sizes.circular:
-        return given.scale * torus_norm(xp, kernel, sizes)
-    return given.scale * lanczos_norm(xp, ConvOperator(kernel, sizes))
+        return torus_norm(xp, kernel, symbol_of(sizes, sizes.fine, not backend.is_complex(kernel)))
+    return zero_padded_norm(xp, kernel, sizes)
 
 
-def lanczos_norm(xp: Any, operator: ConvOperator) -> Array:
-    """‖A‖ from below, converged, started near the maximising plane wave."""
-    _, sigma, _ = largest_singular_triplet(
-        xp,
-        ConvOperator,
-        operator.kernel,
-        operator.sizes,
-        operator.rmatvec(_plane_wave(xp, operator.kernel, operator.sizes)),
+def torus_norm(xp: Any, kernel: Array, symbol: Symbol) -> Array:
+    """σ₁ on the symbol's torus; ∂σ₁/∂K[o, i, a] = Re(conj(u_o)·v_i·exp(iθ·b(a)))."""
+
+    def along_leading_pair(kernel: Array) -> Array:
+        fixed = backend.stop_gradient(kernel)
+        leading = leading_block(xp, fixed, symbol)
+        u, v, cos, sin = leading_vectors(xp, fixed, symbol, leading)
+        own = xp.reshape(
+            symbol.coefficients(xp, kernel),
+            (cos.shape[0], symbol.sizes.groups, *symbol.block_shape),
+        )
+        own = xp.take(own, leading.group, axis=1)[:, 0, ...]
+        outer = _conjugate(xp, u)[:, None] * v[None, :]
+        phases = backend.complex_of(xp, cos, sin)[:, None, None]
+        if backend.is_complex(own):
+            return _real(xp, xp.sum(own * (outer * phases)))
+        return xp.sum(own * _real(xp, outer * phases))
+
+    return backend.with_derivative(
+        lambda k: leading_block(xp, k, symbol).norm, along_leading_pair, kernel
     )
-    return sigma
 
 
-def torus_norm(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
-    """σ₁ of the circular convolution on the enclosing torus: a bound for a zero boundary.
+def zero_padded_norm(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
+    """σ₁ by Lanczos, from below, converged; the derivative holds its vectors constant."""
 
-    A zero-padded operator is a submatrix of the circular one on `sizes.enclosing_torus()`.
-    """
-    symbol = symbol_of(sizes, sizes.enclosing_torus(), not backend.is_complex(kernel))
-    return xp.max(norms_by_frequency(xp, kernel, symbol))
+    def triplet(kernel: Array) -> tuple[Array, Array, Array]:
+        operator = ConvOperator(kernel, sizes)
+        start = operator.rmatvec(_plane_wave(xp, kernel, sizes))
+        return largest_singular_triplet(xp, ConvOperator, kernel, sizes, start)
 
+    def along_leading_pair(kernel: Array) -> Array:
+        u, _, v = triplet(backend.stop_gradient(kernel))
+        image = ConvOperator(kernel, sizes).matvec(v)
+        return _real(xp, xp.sum(_conjugate(xp, u) * image))
 
-def norms_by_frequency(xp: Any, kernel: Array, symbol: Symbol) -> Array:
-    """σ₁ of every block, (frequencies, groups)."""
-    blocks = symbol.blocks(xp, symbol.coefficients(xp, kernel))
-    return backend.svdvals(xp, blocks)[..., 0]
+    return backend.with_derivative(lambda k: triplet(k)[1], along_leading_pair, kernel)
 
 
 def _plane_wave(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
@@ -110,25 +146,27 @@ def _plane_wave(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
     """
     assert sizes.coarse is not None
     symbol, _ = certified_symbol(sizes, not backend.is_complex(kernel))
-    u, s, _ = backend.svd(xp, symbol.blocks(xp, symbol.coefficients(xp, kernel)))
-    flat = backend.argmax(xp, s[..., 0])
-    u = xp.reshape(u[..., 0], (-1, sizes.rows))
-    channels = xp.take(u, flat, axis=0)[0, :]
-
+    leading = leading_block(xp, kernel, symbol)
+    channels = leading_vectors(xp, kernel, symbol, leading)[0]
+    turns = backend.constant(symbol.frequencies / np.array(symbol.coarse), kernel)
+    turn = xp.take(turns, leading.frequency, axis=0)[0, :]
     grid = np.indices(sizes.coarse).reshape(len(sizes.coarse), -1)
-    frequency, group = flat // sizes.groups, flat % sizes.groups
-    periods = np.array(symbol.coarse)
-    turns = symbol.frequencies / periods
-    table = backend.constant(turns, kernel)
-    turn = xp.take(table, frequency, axis=0)[0, :]
     angle = 2.0 * math.pi * (turn @ backend.constant(grid.astype(float), kernel))
-    window = np.prod(np.sin(np.pi * (grid + 1) / (np.array(sizes.coarse)[:, None] + 1)), axis=0)
-    cos = xp.cos(angle) * backend.constant(window, kernel)
-    sin = xp.sin(angle) * backend.constant(window, kernel)
-    wave = xp.real(channels)[:, None] * cos - xp.imag(channels)[:, None] * sin
+    ends = np.array(sizes.coarse)[:, None] + 1
+    window = backend.constant(np.prod(np.sin(np.pi * (grid + 1) / ends), axis=0), kernel)
+    wave = xp.real(channels)[:, None] * (xp.cos(angle) * window)
+    wave = wave - xp.imag(channels)[:, None] * (xp.sin(angle) * window)
     one_hot = backend.constant(np.eye(sizes.groups), kernel)
-    chosen = xp.take(one_hot, group, axis=0)[0, :]
+    chosen = xp.take(one_hot, leading.group, axis=0)[0, :]
     wave = xp.reshape(chosen[:, None, None] * wave, (-1,))
     noise = backend.constant(backend.start_vector("lanczos", wave.shape[0]), kernel)
     wave = wave + 0.01 * xp.linalg.vector_norm(wave) * noise
     return xp.astype(wave, kernel.dtype) if backend.is_complex(kernel) else wave
+
+
+def _conjugate(xp: Any, x: Array) -> Array:
+    return xp.conj(x) if backend.is_complex(x) else x
+
+
+def _real(xp: Any, x: Array) -> Array:
+    return xp.real(x) if backend.is_complex(x) else x

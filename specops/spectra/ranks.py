@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from specops import backend
 from specops.geometry import Dense, Geometry
 from specops.operators import ConvOperator
-from specops.spectra.norms import conv_norm
+from specops.spectra.norms import conv_norm, matrix_norms
 from specops.spectra.prepare import matrix_blocks, prepare
 
 Array = Any
@@ -51,12 +50,12 @@ def stable_rank(w: Array, geometry: Geometry | None = None) -> Array | tuple[Arr
     if isinstance(given.geometry, Dense):
         ranks = []
         for block in matrix_blocks(given):
-            s = backend.svdvals(xp, block.matrices)
-            rank = _ratio(xp, xp.sum(s * s, axis=-1), s[..., 0])
+            squared = xp.sum(xp.abs(block.matrices) ** 2, axis=(-2, -1))
+            rank = _ratio(xp, squared, matrix_norms(xp, block.matrices))
             ranks.append(xp.where(block.finite, rank, xp.full_like(rank, float("nan"))))
         return tuple(ranks) if given.geometry.splits is not None else ranks[0]
-    norm = conv_norm(given, given.geometry) / given.scale
-    sizes = given.geometry.sizes(given.w.shape)
+    norm = conv_norm(given, given.geometry)
+    sizes = given.geometry.sizes(tuple(given.w.shape))
     operator = ConvOperator(given.geometry.kernel(given.w), sizes)
     return _ratio(xp, operator.squared_frobenius(), norm)
 

@@ -7,9 +7,11 @@ from typing import Any
 from specops import backend
 from specops.errors import UnsupportedGeometryError
 from specops.geometry import Conv, Dense, Geometry
+from specops.linalg.decompositions import svdvals
 from specops.operators import ConvOperator
 from specops.spectra.prepare import Prepared, matrix_blocks, prepare
-from specops.symbol import Symbol, symbol_of
+from specops.spectra.torus import torus_values
+from specops.symbol import symbol_of
 
 Array = Any
 _LARGEST_EXPLICIT = 2**24
@@ -62,7 +64,7 @@ def singular_values(w: Array, geometry: Geometry | None = None) -> Array | tuple
     given = prepare(w, geometry)
     if isinstance(given.geometry, Dense):
         blocks = matrix_blocks(given)
-        values = tuple(block.restore(backend.svdvals(given.xp, block.matrices)) for block in blocks)
+        values = tuple(block.restore(svdvals(given.xp, block.matrices)) for block in blocks)
         return values if given.geometry.splits is not None else values[0]
     return _conv_values(given, given.geometry)
 
@@ -77,7 +79,7 @@ def _conv_values(given: Prepared, geometry: Conv) -> Array:
     kernel = geometry.kernel(given.w)
     if sizes.circular:
         symbol = symbol_of(sizes, sizes.fine, not backend.is_complex(kernel))
-        values = circular_values(xp, kernel, symbol)
+        values = torus_values(xp, kernel, symbol)
     else:
         rows, columns = sizes.matrix_shape()
         if rows * columns > _LARGEST_EXPLICIT:
@@ -87,16 +89,5 @@ def _conv_values(given: Prepared, geometry: Conv) -> Array:
                 f"spectral_norm_bounds work at this size, as does the full spectrum with "
                 f'boundary="circular"'
             )
-        values = backend.svdvals(xp, ConvOperator(kernel, sizes).to_matrix())
+        values = svdvals(xp, ConvOperator(kernel, sizes).to_matrix())
     return given.scale * values
-
-
-def circular_values(xp: Any, kernel: Array, symbol: Symbol) -> Array:
-    """All singular values on the symbol's torus, descending."""
-    blocks = symbol.blocks(xp, symbol.coefficients(xp, kernel))
-    per_block = backend.svdvals(xp, blocks)
-    repeated = xp.take(per_block, backend.constant(symbol.multiplicities, per_block), axis=0)
-    values = xp.reshape(repeated, (-1,))
-    if symbol.zero_values:
-        values = xp.concat([values, backend.zeros((symbol.zero_values,), like=values)])
-    return xp.sort(values, descending=True)

@@ -1,0 +1,165 @@
+"""Stacks of small matrices on the CPU: many LAPACK calls at once instead of one in pieces.
+
+LAPACK gains little from threads inside one small matrix and loses much when they fight over
+cores. Work on a stack is therefore cut into chunks, and as many workers as BLAS had threads
+take them, each with one BLAS thread while it lasts. A user who gave BLAS one thread gets one
+worker; whatever was set is set again afterwards.
+
+Arrays of other libraries that live on the CPU are seen through NumPy without a copy.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import array_api_compat as compat
+import numpy as np
+
+try:
+    # The public functions compute single precision in double, at twice the time.
+    from numpy.linalg import _umath_linalg as _lapack
+
+    _SINGLE = "F->f" in _lapack.svd.types
+except (ImportError, AttributeError):
+    _SINGLE = False
+
+Array = Any
+_CHUNK_BYTES = 4 * 2**20
+_GRAM_FROM = 192
+"""Smaller side from which single precision uses the Gram matrix in double."""
+_GRAM_ASPECT = 1.5
+
+_lock = threading.Lock()
+_depth = 0
+_restore: Any = None
+_workers = 1
+
+
+def as_host(x: Array) -> np.ndarray | None:
+    """A NumPy view of a concrete CPU array that carries no gradient; None for others."""
+    if isinstance(x, np.ndarray):
+        return x
+    if compat.is_torch_array(x):
+        torch = sys.modules["torch"]
+        tracked = x.requires_grad and torch.is_grad_enabled()
+        if tracked or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return None
+        return np.asarray(x.detach().resolve_conj().resolve_neg().numpy())
+    if compat.is_jax_array(x):
+        jax = sys.modules["jax"]
+        if isinstance(x, jax.core.Tracer) or {d.platform for d in x.devices()} != {"cpu"}:
+            return None
+        return np.asarray(x)
+    return None
+
+
+def from_host(values: np.ndarray, like: Array) -> Array:
+    """A NumPy result in the library of `like`."""
+    if isinstance(like, np.ndarray):
+        return values
+    return compat.array_namespace(like).asarray(values)
+
+
+@lru_cache(maxsize=4)
+def _controller(loaded: tuple[bool, ...]) -> Any:
+    from threadpoolctl import ThreadpoolController
+
+    del loaded  # a library imported since then brings a BLAS of its own
+    return ThreadpoolController().select(user_api="blas")
+
+
+@contextmanager
+def _single_threaded_blas() -> Iterator[int]:
+    """One BLAS thread per caller for the duration; yields how many there were."""
+    global _depth, _restore, _workers
+    with _lock:
+        if _depth == 0:
+            controller = _controller(tuple(m in sys.modules for m in ("torch", "scipy")))
+            _workers = max((lib["num_threads"] for lib in controller.info()), default=1)
+            _restore = controller.limit(limits=1)
+        _depth += 1
+        workers = _workers
+    try:
+        yield workers
+    finally:
+        with _lock:
+            _depth -= 1
+            if _depth == 0:
+                _restore.restore_original_limits()
+
+
+def map_chunks(function: Callable[[slice], Any], count: int, item_bytes: int) -> list[Any]:
+    """``[function(chunk), ...]`` for slices that cover ``range(count)``, in order."""
+    if count * item_bytes <= 2**16:
+        return [function(slice(0, count))]
+    with _single_threaded_blas() as workers:
+        size = max(1, min(_CHUNK_BYTES // item_bytes, -(-count // (2 * workers))))
+        chunks = [slice(i, min(i + size, count)) for i in range(0, count, size)]
+        if workers == 1 or len(chunks) == 1:
+            return [function(chunk) for chunk in chunks]
+        with ThreadPoolExecutor(min(workers, len(chunks))) as pool:
+            return list(pool.map(function, chunks))
+
+
+def stack_svdvals(a: np.ndarray) -> np.ndarray:
+    """Singular values of a complex stack, to 1e-6 of the largest or to double precision.
+
+    Single precision stays in single precision while that is accurate enough. Larger or
+    elongated matrices go through the Gram matrix of their smaller side, formed and solved in
+    double: an error of √eps of double, 1.5e-8 of the largest value, at worst.
+    """
+    m, n = a.shape[-2:]
+    small, large = min(m, n), max(m, n)
+    if a.dtype != np.complex64:
+        return np.linalg.svd(a, compute_uv=False)
+    if small >= _GRAM_FROM or large >= _GRAM_ASPECT * small:
+        return _by_gram(a).astype(np.float32)
+    if _SINGLE:
+        with np.errstate(invalid="ignore"):
+            values = _lapack.svd(a, signature="F->f")
+        if not np.isnan(values).any():
+            return np.asarray(values)
+    return np.linalg.svd(a, compute_uv=False)
+
+
+def gram(a: np.ndarray) -> np.ndarray:
+    """AᴴA or AAᴴ, whichever is smaller."""
+    ah = a.conj().swapaxes(-1, -2)
+    return a @ ah if a.shape[-2] <= a.shape[-1] else ah @ a
+
+
+def _by_gram(a: np.ndarray) -> np.ndarray:
+    eigenvalues = np.linalg.eigvalsh(gram(a.astype(np.complex128)))
+    return np.sqrt(np.maximum(eigenvalues, 0.0))[..., ::-1]
+
+
+def exceeds(grams: np.ndarray, bound: float) -> np.ndarray:
+    """Which Gram matrices have an eigenvalue above bound², up to rounding.
+
+    The others have a Cholesky factor of ``bound²·I − G``, which is the certificate.
+    """
+    n = grams.shape[-1]
+    shifted = -grams
+    index = np.arange(n)
+    shifted[..., index, index] += np.asarray(bound, grams.dtype) ** 2
+    if _SINGLE:
+        with np.errstate(invalid="ignore"):
+            factor = _lapack.cholesky_lo(shifted)
+        return np.isnan(factor[..., -1, -1])
+    return np.array([_has_no_factor(matrix) for matrix in shifted.reshape(-1, n, n)])
+
+
+def _has_no_factor(matrix: np.ndarray) -> bool:
+    try:
+        np.linalg.cholesky(matrix)
+    except np.linalg.LinAlgError:
+        return True
+    return False

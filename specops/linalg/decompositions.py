@@ -1,0 +1,76 @@
+"""Decompositions of stacked matrices that survive a solver that gives up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from specops import backend
+
+Array = Any
+Namespace = Any
+
+
+def _did_not_converge(error: Exception) -> bool:
+    return type(error).__name__ in {"LinAlgError", "_LinAlgError"}
+
+
+def svdvals(xp: Namespace, a: Array) -> Array:
+    """Singular values of stacked matrices, descending; survives a solver that gives up.
+
+    Weights that were just clipped have many equal singular values, which some LAPACK builds
+    fail on in single precision: the second try is in double precision, the third by the
+    eigenvalues of the Gram matrix.
+    """
+    try:
+        return xp.linalg.svdvals(a)
+    except Exception as error:
+        if not _did_not_converge(error):
+            raise
+        return _svd_fallback(xp, a, vectors=False)
+
+
+def svd(xp: Namespace, a: Array) -> tuple[Array, Array, Array]:
+    """Thin SVD ``(u, s, vh)`` of stacked matrices, with the fallbacks of `svdvals`."""
+    try:
+        u, s, vh = xp.linalg.svd(a, full_matrices=False)
+        return u, s, vh
+    except Exception as error:
+        if not _did_not_converge(error):
+            raise
+        result: tuple[Array, Array, Array] = _svd_fallback(xp, a, vectors=True)
+        return result
+
+
+def _svd_fallback(xp: Namespace, a: Array, *, vectors: bool) -> Any:
+    backend.check_finite(xp, a, "the matrix")
+    double = xp.astype(a, xp.complex128 if backend.is_complex(a) else xp.float64)
+    real = backend.real_dtype(xp, a.dtype)
+    try:
+        if not vectors:
+            return xp.astype(xp.linalg.svdvals(double), real)
+        u, s, vh = xp.linalg.svd(double, full_matrices=False)
+    except Exception as error:
+        if not _did_not_converge(error):
+            raise
+        u, s, vh = _svd_by_gram(xp, double)
+    if not vectors:
+        return xp.astype(s, real)
+    return xp.astype(u, a.dtype), xp.astype(s, real), xp.astype(vh, a.dtype)
+
+
+def _svd_by_gram(xp: Namespace, a: Array) -> tuple[Array, Array, Array]:
+    wide = a.shape[-2] < a.shape[-1]
+    tall = backend.adjoint(xp, a) if wide else a
+    _, v = xp.linalg.eigh(backend.adjoint(xp, tall) @ tall)
+    v = xp.flip(v, axis=-1)
+    # QR of A·V has R diagonal up to rounding: its diagonal gives sharper values than sqrt(λ).
+    q, r = xp.linalg.qr(tall @ v)
+    diagonal = xp.linalg.diagonal(r)
+    s = xp.abs(diagonal)
+    order = xp.argsort(-s, axis=-1)
+    safe = xp.where(s > 0, diagonal / xp.where(s > 0, s, xp.ones_like(s)), xp.ones_like(diagonal))
+    u = q * safe[..., None, :]
+    s = xp.take_along_axis(s, order, axis=-1)
+    u = xp.take_along_axis(u, order[..., None, :] + xp.zeros(u.shape, dtype=order.dtype), axis=-1)
+    v = xp.take_along_axis(v, order[..., None, :] + xp.zeros(v.shape, dtype=order.dtype), axis=-1)
+    return (v, s, backend.adjoint(xp, u)) if wide else (u, s, backend.adjoint(xp, v))

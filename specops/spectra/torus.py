@@ -1,0 +1,184 @@
+"""Circular convolutions: all singular values, or the largest, from the blocks of the symbol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from specops import backend, host
+from specops.linalg.decompositions import svd, svdvals
+from specops.linalg.lanczos import MatrixOperator, largest_singular_triplet
+from specops.symbol import Symbol
+
+Array = Any
+_POWER_STEPS = 12
+_FEW_SHIFTS = 32
+_KEEP_GRAMS = 2**28
+_DIRECT_BELOW = 160
+
+
+def torus_values(xp: Any, kernel: Array, symbol: Symbol) -> Array:
+    """All singular values on the symbol's torus, descending."""
+    on_host = host.as_host(kernel)
+    if on_host is not None:
+        return host.from_host(_host_values(on_host, symbol), kernel)
+    per_block = svdvals(xp, symbol.blocks(xp, symbol.coefficients(xp, kernel)))
+    repeated = xp.take(per_block, backend.constant(symbol.multiplicities, per_block), axis=0)
+    values = xp.reshape(repeated, (-1,))
+    if symbol.zero_values:
+        values = xp.concat([values, backend.zeros((symbol.zero_values,), like=values)])
+    return xp.sort(values, descending=True)
+
+
+@dataclass(frozen=True)
+class Leading:
+    """The block with the largest singular value, and where it is."""
+
+    norm: Array
+    frequency: Array
+    """Index into `Symbol.frequencies`, shape (1,)."""
+    group: Array
+    """Shape (1,)."""
+
+
+def leading_block(xp: Any, kernel: Array, symbol: Symbol) -> Leading:
+    """Find the largest singular value on the symbol's torus."""
+    groups = symbol.sizes.groups
+    on_host = host.as_host(kernel)
+    if on_host is not None:
+        norm, index = _HostSearch(on_host, symbol).run()
+        where = np.array([index // groups]), np.array([index % groups])
+        value = host.from_host(np.asarray(norm, dtype=on_host.real.dtype), kernel)
+        return Leading(value, *(backend.constant(i, kernel) for i in where))
+    norms = svdvals(xp, symbol.blocks(xp, symbol.coefficients(xp, kernel)))[..., 0]
+    flat = backend.argmax(xp, norms)
+    return Leading(xp.max(norms), flat // groups, flat % groups)
+
+
+def leading_vectors(
+    xp: Any, kernel: Array, symbol: Symbol, leading: Leading
+) -> tuple[Array, Array, Array, Array]:
+    """(u, v, cos, sin) of the leading block: singular vectors, and cos θ·b and sin θ·b."""
+    angles = xp.take(backend.constant(symbol.angles, kernel), leading.frequency, axis=0)[0, :]
+    cos, sin = xp.cos(angles), xp.sin(angles)
+    coefficients = xp.reshape(
+        symbol.coefficients(xp, kernel), (len(symbol.angles[0]), symbol.sizes.groups, -1)
+    )
+    own = xp.take(coefficients, leading.group, axis=1)[:, 0, :]
+    if backend.is_complex(own):
+        block = backend.complex_of(xp, cos, sin) @ own
+    else:
+        block = backend.complex_of(xp, cos @ own, sin @ own)
+    u, _, vh = svd(xp, xp.reshape(block, symbol.block_shape))
+    return u[:, 0], xp.conj(vh[0, :]), cos, sin
+
+
+def _host_blocks(coefficients: np.ndarray, symbol: Symbol, chunk: slice) -> np.ndarray:
+    """`Symbol.blocks`; with few shifts one complex product beats two real ones and a copy."""
+    if symbol.angles.shape[1] > _FEW_SHIFTS:
+        return np.asarray(symbol.blocks(np, coefficients, chunk))
+    double = coefficients.real.dtype == np.float64
+    kind = np.complex128 if double else np.complex64
+    phases = np.exp(1j * symbol.angles[chunk]).astype(kind)
+    blocks: np.ndarray = phases @ coefficients.astype(kind, copy=False)
+    return blocks.reshape(-1, symbol.sizes.groups, *symbol.block_shape)
+
+
+def _block_bytes(coefficients: np.ndarray) -> int:
+    return int(coefficients.shape[1]) * (16 if coefficients.real.dtype == np.float64 else 8)
+
+
+def _host_values(kernel: np.ndarray, symbol: Symbol) -> np.ndarray:
+    coefficients = symbol.coefficients(np, kernel)
+    count = len(symbol.angles)
+
+    def work(chunk: slice) -> np.ndarray:
+        return host.stack_svdvals(_host_blocks(coefficients, symbol, chunk))
+
+    parts = host.map_chunks(work, count, _block_bytes(coefficients))
+    values = np.repeat(np.concatenate(parts), symbol.counts, axis=0).ravel()
+    values.sort()
+    values = values[::-1].astype(kernel.real.dtype, copy=False)
+    if symbol.zero_values:
+        values = np.concatenate([values, np.zeros(symbol.zero_values, values.dtype)])
+    return np.ascontiguousarray(values)
+
+
+class _HostSearch:
+    """σ₁ over all blocks: estimate each, solve the most promising, rule the others out.
+
+    Power iteration on the Gram matrices ranks the blocks, the first is solved exactly, and a
+    Cholesky factor of σ²I − G certifies each other block below it. Blocks without that
+    certificate are solved in turn until none is left.
+    """
+
+    def __init__(self, kernel: np.ndarray, symbol: Symbol) -> None:
+        self.symbol = symbol
+        self.coefficients = symbol.coefficients(np, kernel)
+        self.small = min(symbol.block_shape)
+        self.count = len(symbol.angles) * symbol.sizes.groups
+        self.block_bytes = _block_bytes(self.coefficients)
+        self.kept: dict[int, np.ndarray] | None = {}
+        if self.count * self.small**2 * self.coefficients.real.itemsize * 2 > _KEEP_GRAMS:
+            self.kept = None
+
+    def run(self) -> tuple[float, int]:
+        """(σ₁, index of its block over frequencies and groups)."""
+        estimates = np.concatenate(self._chunks(self._estimate))
+        best = int(np.argmax(estimates))
+        sigma = self._solve(best)
+        above = np.concatenate(self._chunks(lambda chunk: self._exceeds(chunk, sigma)))
+        doubtful = [int(i) for i in np.flatnonzero(above) if i != best]
+        while doubtful:
+            candidate = max(doubtful, key=lambda i: estimates[i])
+            doubtful.remove(candidate)
+            value = self._solve(candidate)
+            if value > sigma:
+                sigma, best = value, candidate
+                doubtful = [i for i in doubtful if host.exceeds(self._gram(i), sigma)]
+        return sigma, best
+
+    def _chunks(self, work: Callable[[slice], np.ndarray]) -> list[np.ndarray]:
+        return host.map_chunks(work, len(self.symbol.angles), self.block_bytes)
+
+    def _grams(self, chunk: slice) -> np.ndarray:
+        if self.kept is not None and chunk.start in self.kept:
+            return self.kept[chunk.start]
+        blocks = _host_blocks(self.coefficients, self.symbol, chunk)
+        grams = host.gram(blocks).reshape(-1, self.small, self.small)
+        if self.kept is not None:
+            self.kept[chunk.start] = grams
+        return grams
+
+    def _estimate(self, chunk: slice) -> np.ndarray:
+        grams = self._grams(chunk)
+        start = backend.start_vector("torus", 2 * self.small).astype(grams.real.dtype)
+        v = np.broadcast_to(start.view(grams.dtype)[:, None], (len(grams), self.small, 1))
+        norm = np.ones((len(grams), 1, 1), grams.real.dtype)
+        for _ in range(_POWER_STEPS):
+            v = grams @ (v / norm)
+            norm = np.linalg.norm(v, axis=-2, keepdims=True)
+            norm[norm == 0] = 1
+        return np.asarray(norm.ravel())
+
+    def _exceeds(self, chunk: slice, sigma: float) -> np.ndarray:
+        return host.exceeds(self._grams(chunk), sigma)
+
+    def _gram(self, index: int) -> np.ndarray:
+        return host.gram(self._block(index))
+
+    def _block(self, index: int) -> np.ndarray:
+        frequency, group = divmod(index, self.symbol.sizes.groups)
+        blocks = _host_blocks(self.coefficients, self.symbol, slice(frequency, frequency + 1))
+        return np.asarray(blocks[0, group])
+
+    def _solve(self, index: int) -> float:
+        block = self._block(index).astype(np.complex128)
+        if self.small < _DIRECT_BELOW:
+            return float(np.sqrt(max(np.linalg.eigvalsh(host.gram(block))[-1], 0.0)))
+        start = backend.start_vector("block", 2 * block.shape[1]).view(np.complex128)
+        _, sigma, _ = largest_singular_triplet(np, MatrixOperator, block, None, start)
+        return float(sigma)
