@@ -223,9 +223,8 @@ def measure(model: nn.Module, data: Data, options: argparse.Namespace) -> dict[s
         except UnsupportedGeometryError:
             # Too large for the explicit zero-padded matrix: the periodic layer has a closed form.
             periodic = True
-            spectrum_of = specops.Conv(
-                shapes[name], stride=module.stride, boundary="circular", padding="same"
-            )
+            grid = tuple(-(-n // s) * s for n, s in zip(shapes[name], module.stride, strict=True))
+            spectrum_of = specops.Conv(grid, stride=module.stride, boundary="circular")
             spectrum = specops.singular_values(w, spectrum_of)
         figures[name] = LayerFigures(
             geometry,
@@ -321,7 +320,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("singular_values.png"), metavar="FILE.png")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if not 0 < options.max_norm < float("inf"):
+        parser.error(f"--max-norm must be positive and finite, got {options.max_norm:g}")
+    for name in ("every", "epochs", "batch"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    for file in options.data:
+        if not file.is_file():
+            parser.error(f"--data: there is no file {file}")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> None:

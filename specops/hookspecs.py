@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pluggy
 
@@ -26,6 +26,7 @@ class AdapterStatus:
     """The framework's version, or why the adapter is not available."""
 
 
+@runtime_checkable
 class Adapter(Protocol):
     """What a plugin returns for a model it knows."""
 

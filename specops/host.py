@@ -119,21 +119,21 @@ def stack_svdvals(a: np.ndarray) -> np.ndarray:
     m, n = a.shape[-2:]
     small, large = min(m, n), max(m, n)
     if a.dtype != np.complex64:
-        return np.linalg.svd(a, compute_uv=False)
+        return np.asarray(np.linalg.svd(a, compute_uv=False))
     if small >= _GRAM_FROM or large >= _GRAM_ASPECT * small:
-        return _by_gram(a).astype(np.float32)
+        return np.asarray(_by_gram(a), np.float32)
     if _SINGLE:
         with np.errstate(invalid="ignore"):
             values = _lapack.svd(a, signature="F->f")
         if not np.isnan(values).any():
             return np.asarray(values)
-    return np.linalg.svd(a, compute_uv=False)
+    return np.asarray(np.linalg.svd(a, compute_uv=False))
 
 
 def gram(a: np.ndarray) -> np.ndarray:
     """AᴴA or AAᴴ, whichever is smaller."""
     ah = a.conj().swapaxes(-1, -2)
-    return a @ ah if a.shape[-2] <= a.shape[-1] else ah @ a
+    return np.asarray(a @ ah if a.shape[-2] <= a.shape[-1] else ah @ a)
 
 
 def _by_gram(a: np.ndarray) -> np.ndarray:
@@ -153,7 +153,7 @@ def exceeds(grams: np.ndarray, bound: float) -> np.ndarray:
     if _SINGLE:
         with np.errstate(invalid="ignore"):
             factor = _lapack.cholesky_lo(shifted)
-        return np.isnan(factor[..., -1, -1])
+        return np.asarray(np.isnan(factor[..., -1, -1]))
     return np.array([_has_no_factor(matrix) for matrix in shifted.reshape(-1, n, n)])
 
 

@@ -33,6 +33,7 @@ class ConvOperator:
         self.kernel = kernel
         self.sizes = sizes
         self.shape = sizes.matrix_shape()
+        self.blocks = sizes.groups
         self._fine, self._coarse, self._lower = sizes.fine, sizes.coarse, sizes.lower
         self._taps = list(itertools.product(*(range(k) for k in sizes.kernel)))
         self._padded = tuple(

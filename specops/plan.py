@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from specops.errors import GeometryError, PlanError
-from specops.geometry import Geometry
+from specops.errors import GeometryError, PlanError, UnsupportedArrayError
+from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import integer
 from specops.rules import Rule
 
@@ -32,6 +32,8 @@ class Weight:
         Why it cannot be constrained although it is a linear map. A rule that names it raises.
     opt_in : str
         Why only a rule that names it applies (an embedding).
+    unusable : str
+        Why it holds no values to constrain (lazy, meta): an error if any rule is to apply.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Weight:
     skipped: str = ""
     obstacle: str = ""
     opt_in: str = ""
+    unusable: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Assignment:
     rule: Rule | None
     every: int = 1
     reason: str = ""
+    lenient: bool = False
+    """Whether a misfit found later is a reason to skip rather than an error."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class Plan:
             fix(self, "every", integer(self.every, "every", least=1))
             fix(self, "start", integer(self.start, "start", least=0))
             if self.stop is not None:
-                fix(self, "stop", integer(self.stop, "stop", least=1))
+                fix(self, "stop", integer(self.stop, "stop", least=self.start + 2))
         except GeometryError as error:
             raise PlanError(str(error)) from None
         fix(self, "_parsed", tuple(_parse(entry) for entry in self.entries))
@@ -127,18 +132,18 @@ class Plan:
 
     def assign(self, weights: Sequence[Weight]) -> list[Assignment]:
         """Decide about every weight; raise `PlanError` where a named pattern cannot hold."""
-        used: dict[str, list[Assignment]] = {entry.pattern: [] for entry in self._parsed}
+        used: list[list[Assignment]] = [[] for _ in self._parsed]
         result = []
         for weight in weights:
-            entry = next((e for e in self._parsed if fnmatchcase(weight.name, e.pattern)), None)
-            if entry is None:
+            for entry, taken in zip(self._parsed, used, strict=True):
+                if fnmatchcase(weight.name, entry.pattern):
+                    taken.append(self._decide(entry, weight))
+                    result.append(taken[-1])
+                    break
+            else:
                 result.append(Assignment(weight, None, reason="no pattern of the plan matches"))
-                continue
-            assignment = self._decide(entry, weight)
-            used[entry.pattern].append(assignment)
-            result.append(assignment)
-        for entry in self._parsed:
-            self._check_used(entry, used[entry.pattern], weights)
+        for entry, taken in zip(self._parsed, used, strict=True):
+            self._check_used(entry, taken, weights)
         return result
 
     def _decide(self, entry: _Entry, weight: Weight) -> Assignment:
@@ -158,13 +163,15 @@ class Plan:
             )
         if weight.opt_in and entry.is_bare:
             return Assignment(weight, None, reason=weight.opt_in)
+        if weight.unusable:
+            raise UnsupportedArrayError(f"{weight.name} {weight.unusable}")
         every = self.every if entry.every is None else entry.every
-        return Assignment(weight, entry.rule, every)
+        return Assignment(weight, entry.rule, every, lenient=entry.is_bare)
 
     def _check_used(
         self, entry: _Entry, assignments: list[Assignment], weights: Sequence[Weight]
     ) -> None:
-        if entry.rule is None or any(a.rule is not None for a in assignments):
+        if any(a.rule is not None for a in assignments) or (entry.rule is None and assignments):
             return
         if entry.is_bare and len(self._parsed) > 1:
             return
@@ -183,19 +190,27 @@ class Plan:
 
 
 def override_geometries(
-    weights: Sequence[Weight], geometries: Mapping[str, Geometry] | None
+    weights: Sequence[Weight],
+    geometries: Mapping[str, Geometry] | None,
+    aliases: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Weight]:
-    """Replace inferred geometries by the user's, the first pattern that matches winning."""
-    geometries = dict(geometries or {})
+    """Replace inferred geometries by the user's, the first pattern that matches winning.
+
+    `aliases` are further names of a weight (tied tensors), under which it may be meant.
+    """
+    geometries, aliases = dict(geometries or {}), aliases or {}
     unused = set(geometries)
     result = []
     for weight in weights:
-        pattern = next((p for p in geometries if fnmatchcase(weight.name, p)), None)
+        names = (weight.name, *aliases.get(weight.name, ()))
+        matching = (p for p in geometries if any(fnmatchcase(n, p) for n in names))
+        pattern = None if weight.skipped else next(matching, None)
         if pattern is None:
             result.append(weight)
             continue
         unused.discard(pattern)
         geometry = geometries[pattern]
+        _check_fit(weight, geometry)
         result.append(replace(weight, geometry=geometry, obstacle="", opt_in=""))
     if unused:
         raise PlanError(
@@ -203,6 +218,18 @@ def override_geometries(
             f"matches: parameters are called {', '.join(repr(w.name) for w in weights[:5])}, …"
         )
     return result
+
+
+def _check_fit(weight: Weight, geometry: Any) -> None:
+    try:
+        if isinstance(geometry, Conv):
+            geometry.sizes(weight.shape)
+        elif isinstance(geometry, Dense):
+            geometry.check(weight.shape)
+        else:
+            raise GeometryError(f"must be Dense(...) or Conv(...), got {geometry!r}")
+    except GeometryError as error:
+        raise GeometryError(f"geometries for {weight.name}: {error}") from None
 
 
 def _parse(entry: Any) -> _Entry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -25,11 +26,12 @@ def manager() -> pluggy.PluginManager:
     _broken.clear()
     for entry in metadata.entry_points(group=hookspecs.PROJECT):
         if pm.has_plugin(entry.name):
+            _report_broken(entry.name, ImportError("another plugin has this name already"))
             continue
         try:
             pm.register(entry.load(), name=entry.name)
             pm.check_pending()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if pm.has_plugin(entry.name):
                 pm.unregister(name=entry.name)
             _report_broken(entry.name, error)
@@ -38,8 +40,11 @@ def manager() -> pluggy.PluginManager:
 
 def find_adapter(model: Any, optimizer: Any = None) -> Adapter:
     """The adapter that knows this model; `AdapterError` naming the candidates if none does."""
-    for found in _call("specops_adapter", model=model, optimizer=optimizer):
+    refusals: list[SpecopsError] = []
+    for found in _call("specops_adapter", Adapter, refusals, model=model, optimizer=optimizer):
         return found  # type: ignore[no-any-return]
+    if refusals:
+        raise refusals[0]
     listed = "; ".join(f"{s.name} ({s.detail})" if s.detail else s.name for s in statuses())
     raise AdapterError(
         f"no adapter knows a model of type {type(model).__module__}.{type(model).__name__}. "
@@ -49,32 +54,34 @@ def find_adapter(model: Any, optimizer: Any = None) -> Adapter:
 
 def statuses() -> list[AdapterStatus]:
     """Every installed adapter, with the broken ones and why they are."""
-    found = list(_call("specops_adapter_status"))
+    found = list(_call("specops_adapter_status", AdapterStatus, []))
     failed = [AdapterStatus(name, False, reason) for name, reason in _broken.items()]
     return sorted(found + failed, key=lambda status: status.name)
 
 
-def _call(hook: str, **arguments: Any) -> Any:
+def _call(hook: str, kind: type, refusals: list[SpecopsError], **arguments: Any) -> Iterator[Any]:
     """Results of every implementation in turn; one that fails is reported and left out.
 
-    Errors of specops itself are the adapter's answer to the user and pass through.
+    Errors of specops itself are an adapter's answer to the user and go into `refusals`.
     """
     pm = manager()
     for implementation in reversed(getattr(pm.hook, hook).get_hookimpls()):
         try:
             chosen = {name: arguments[name] for name in implementation.argnames}
             result = implementation.function(**chosen)
-        except SpecopsError:
-            raise
-        except Exception as error:
+            if result is not None and not isinstance(result, kind):
+                raise TypeError(f"{hook} returned {result!r}, no {kind.__name__}")
+        except SpecopsError as error:
+            refusals.append(error)
+        except (Exception, SystemExit) as error:
             _report_broken(implementation.plugin_name, error)
             pm.unregister(implementation.plugin)
-            continue
-        if result is not None:
-            yield result
+        else:
+            if result is not None:
+                yield result
 
 
-def _report_broken(name: str, error: Exception) -> None:
+def _report_broken(name: str, error: BaseException) -> None:
     _broken[name] = f"{type(error).__name__}: {error}"
     warnings.warn(
         f"the specops plugin {name!r} failed and is ignored ({_broken[name]})",

@@ -77,12 +77,13 @@ class Report:
 
     def __rich__(self) -> Any:
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(caption=self._summary(), header_style="bold")
         for header in _HEADERS:
             table.add_column(header, justify="right" if header == "norm" else "left")
         for row in self.rows:
-            table.add_row(*_cells(row), style=None if row.rule else "dim")
+            table.add_row(*map(Text, _cells(row)), style=None if row.rule else "dim")
         return table
 
     def _repr_html_(self) -> str:

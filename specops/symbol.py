@@ -118,6 +118,11 @@ class Symbol:
         )
         return sizes.groups * (total - math.prod(self.coarse) * self.values_per_block)
 
+    @property
+    def folds(self) -> bool:
+        """Whether taps wrap onto each other."""
+        return any((axis.scatter.sum(axis=0) > 1).any() for axis in self.axes)
+
     @cached_property
     def angles(self) -> np.ndarray:
         """(frequencies, shifts): θ·b, reduced modulo the period before it meets cos and sin."""
@@ -200,10 +205,11 @@ def certified_symbol(sizes: ConvSizes, conjugate_pairs: bool) -> tuple[Symbol, f
 
     The factor is 1 on the torus that contains a layer of known size. For every size at once it
     is the cosine certificate ∏ cos(π(k' − 1)/(2N)) on a coarse grid of N points per axis, where
-    k' = ⌈k·gcd(s, d)/s⌉ taps share a phase. A circular stride that does not divide its grid is
-    bounded by the same convolution at stride 1, of which it is a choice of rows.
+    k' = ⌈k·gcd(s, d)/s⌉ taps share a phase. A circular stride that does not divide its grid,
+    which "every size" includes, is bounded by the same convolution at stride 1, of which it is
+    a choice of rows; the polyphase symbol does not bound it.
     """
-    if sizes.circular and sizes.fine is not None and not sizes.stride_divides:
+    if sizes.circular and (sizes.fine is None or not sizes.stride_divides):
         sizes = replace(sizes, stride=(1,) * len(sizes.stride), coarse=sizes.fine)
     if sizes.fine is not None:
         return symbol_of(sizes, sizes.enclosing_torus(), conjugate_pairs), 1.0

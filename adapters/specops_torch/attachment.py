@@ -11,8 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from specops.errors import AdapterError, NonFiniteError, NonFiniteWarning, SpecopsError
-from specops.geometry import Dense, Geometry
+from specops.errors import (
+    AdapterError,
+    GeometryError,
+    NonFiniteError,
+    NonFiniteWarning,
+    SpecopsError,
+)
+from specops.geometry import Conv, Dense, Geometry
 from specops.plan import Assignment, Plan, override_geometries
 from specops.report import Report, plan_rows
 from specops.spectra import spectral_norm, spectral_norm_bounds
@@ -63,38 +69,57 @@ class Attachment:
             raise ValueError(
                 f'on_nonfinite must be "raise", "skip" or "warn", got {on_nonfinite!r}'
             )
-        trained = None
-        if optimizer is not None:
-            if not hasattr(optimizer, "register_step_post_hook"):
-                raise AdapterError(
-                    f"{type(optimizer).__name__} is no torch optimizer: pass the wrapped one "
-                    f"(accelerate: .optimizer), or None and call attachment.step() yourself"
-                )
-            trained = [p for group in optimizer.param_groups for p in group["params"]]
+        if optimizer is not None and not hasattr(optimizer, "register_step_post_hook"):
+            raise AdapterError(
+                f"{type(optimizer).__name__} is no torch optimizer: pass the wrapped one "
+                f"(accelerate: .optimizer), or None and call attachment.step() yourself"
+            )
         self.plan = plan
         self.steps = 0
         self.on_nonfinite = on_nonfinite
         self._history: deque[dict[str, Any]] = deque(maxlen=history)
-        locations = locate(model, trained)
-        weights = override_geometries([at.weight for at in locations], geometries)
-        self._assignments = plan.assign(weights)
+        self._model, self._optimizer = model, optimizer
+        self._geometries = dict(geometries or {})
         self._constrained: list[_Constrained] = []
-        for location, weight, assignment in zip(locations, weights, self._assignments, strict=True):
-            if assignment.rule is None:
-                continue
-            if assignment.rule.stage != "weights":
+        self._assignments: list[Assignment] = []
+        self._held = _held(optimizer)
+        self._assign()
+        self._hook = None
+        if optimizer is not None:
+            self._hook = optimizer.register_step_post_hook(self._after_step)
+
+    def _assign(self) -> None:
+        """Decide about every parameter; those constrained before keep their state and sizes."""
+        trained = None if self._held is None else list(self._held.values())
+        locations = locate(self._model, trained)
+        weights = override_geometries(
+            [at.weight for at in locations],
+            self._geometries,
+            aliases={at.weight.name: at.aliases for at in locations},
+        )
+        assignments = self.plan.assign(weights)
+        for assignment in assignments:
+            if assignment.rule is not None and assignment.rule.stage != "weights":
                 raise AdapterError(
                     f"{assignment.rule!r} acts in stage {assignment.rule.stage!r}; this adapter "
                     f'only runs rules of stage "weights"'
                 )
-            overridden = weight is not location.weight
-            location.weight = weight
-            if not overridden:
+        before = {c.name: c for c in self._constrained}
+        self._assignments, self._constrained = assignments, []
+        for location, weight, assignment in zip(locations, weights, assignments, strict=True):
+            if assignment.rule is None:
+                continue
+            kept = before.pop(weight.name, None)
+            if kept is not None and kept.location.module is location.module:
+                kept.assignment = assignment
+                self._constrained.append(kept)
+                continue
+            if weight is location.weight:
                 location.watch()
+            location.weight = weight
             self._constrained.append(_Constrained(location, assignment))
-        self._hook = None
-        if optimizer is not None:
-            self._hook = optimizer.register_step_post_hook(self._after_step)
+        for dropped in before.values():
+            dropped.location.unwatch()
 
     def __repr__(self) -> str:
         status = "attached" if self.is_attached else "detached"
@@ -121,10 +146,13 @@ class Attachment:
         are computed before the first is written, so an error leaves every weight as it was.
         """
         self.steps += 1
-        due = [c for c in self._constrained if self.plan.fires(self.steps, c.assignment.every)]
-        self._fire(due)
-        for constrained in self._constrained:
-            constrained.location.unwatch(only_if_seen=True)
+        held = _held(self._optimizer)
+        if held is not None and self._held is not None and held.keys() != self._held.keys():
+            self._held = held
+            self._assign()
+        self._fire(
+            [c for c in self._constrained if self.plan.fires(self.steps, c.assignment.every)]
+        )
 
     @torch.no_grad()
     def enforce(self) -> None:
@@ -143,7 +171,7 @@ class Attachment:
             constrained = current.get(row.name)
             if constrained is not None:
                 row = replace(row, geometry=constrained.geometry.describe())
-                if measure:
+                if measure and row.rule:
                     row = replace(row, **_norm_of(constrained))
             rows.append(row)
         return Report(tuple(rows))
@@ -203,42 +231,71 @@ class Attachment:
     def _fire(self, due: list[_Constrained]) -> None:
         written = []
         for c in due:
-            rule = c.assignment.rule
-            assert rule is not None
             old = c.location.parameter.detach()
             record: dict[str, Any] = {"step": self.steps, "name": c.name}
             new, state = old, c.state
-            try:
-                geometry = c.geometry
-                new, state, figures = rule.update(
-                    old,
-                    geometry,
-                    rule.init(old, geometry, c.name) if state is None else state,
-                    step=self.steps,
-                    name=c.name,
-                )
+            reason = self._why_not(c, old)
+            if reason:
+                record["skipped"] = reason
+            else:
+                new, state, figures = self._update(c, old)
                 record.update(figures)
-            except NonFiniteError as error:
-                if self.on_nonfinite == "raise":
-                    raise NonFiniteError(
-                        f"{c.name} at step {self.steps}: {error}. No weight was changed; "
-                        f'attach(..., on_nonfinite="warn") continues without this weight'
-                    ) from error
-                if self.on_nonfinite == "warn":
-                    warnings.warn(
-                        f"{c.name} at step {self.steps}: {error}; it was left as it is",
-                        NonFiniteWarning,
-                        stacklevel=2,
-                    )
-                record["skipped"] = "not finite"
-            except SpecopsError as error:
-                raise type(error)(f"{c.name} at step {self.steps}: {error}") from error
             written.append((c, old, new, state, record))
         for c, old, new, state, record in written:
             if new is not old:
                 c.location.parameter.copy_(new)
             c.state = state
             self._history.append(record)
+
+    def _why_not(self, c: _Constrained, weight: torch.Tensor) -> str:
+        """A reason to leave a weight alone this time, or an error."""
+        if not c.location.parameter.requires_grad:
+            return "frozen (requires_grad=False)"
+        if bool(torch.isfinite(weight).all()):
+            return self._misfit(c, weight)
+        message = (
+            f"{c.name} holds NaN or infinity at step {self.steps} (shape {tuple(weight.shape)}): "
+            f"look for a diverged step or an overflow in half precision"
+        )
+        if self.on_nonfinite == "raise":
+            raise NonFiniteError(
+                f'{message}. No weight was changed; attach(..., on_nonfinite="warn") goes on '
+                f"without this weight"
+            )
+        if self.on_nonfinite == "warn":
+            warnings.warn(f"{message}; it was left as it is", NonFiniteWarning, stacklevel=2)
+        return "not finite"
+
+    def _misfit(self, c: _Constrained, weight: torch.Tensor) -> str:
+        """Why the geometry, known since the first forward, does not fit: "*" skips."""
+        geometry = c.geometry
+        try:
+            if isinstance(geometry, Conv):
+                geometry.sizes(tuple(weight.shape))
+            else:
+                geometry.check(tuple(weight.shape))
+        except GeometryError as error:
+            if not c.assignment.lenient:
+                raise type(error)(f"{c.name} at step {self.steps}: {error}") from error
+            for index, assignment in enumerate(self._assignments):
+                if assignment.weight.name == c.name:
+                    self._assignments[index] = replace(assignment, rule=None, reason=str(error))
+            return str(error)
+        return ""
+
+    def _update(
+        self, c: _Constrained, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, Any]]:
+        rule, geometry = c.assignment.rule, c.geometry
+        assert rule is not None
+        try:
+            state = rule.init(weight, geometry, c.name) if c.state is None else c.state
+            return rule.update(weight, geometry, state, step=self.steps, name=c.name)
+        except SpecopsError as error:
+            raise type(error)(f"{c.name} at step {self.steps}: {error}") from error
+        except Exception as error:
+            error.add_note(f"while {rule!r} acted on {c.name} at step {self.steps}")
+            raise
 
 
 def attach(
@@ -258,8 +315,8 @@ def attach(
     optimizer : torch.optim.Optimizer or None
         Its step post-hook runs the rules; None: call ``attachment.step()`` yourself.
     model : torch.nn.Module
-        The layers tell which map a weight is. Convolutions are watched for their input size
-        until the first step; one that did not run until then is constrained for every size.
+        The layers tell which map a weight is. Convolutions are watched for the largest input
+        they see; one that did not run yet is constrained for every size.
     rule_or_plan, every, geometries
         As `specops.attach`.
     on_nonfinite : "raise", "skip" or "warn"
@@ -283,7 +340,8 @@ def attach(
     Notes
     -----
     Parameters without gradients, of other optimizers, with fewer than two axes or tied to an
-    earlier one are left alone and listed in the report. Project before averaging (EMA).
+    earlier one are left alone and listed in the report; freezing a layer or adding a parameter
+    group later is noticed at the next step. Project before averaging (EMA).
     """
     return Attachment(
         optimizer,
@@ -298,6 +356,8 @@ def attach(
 def _norm_of(constrained: _Constrained) -> dict[str, Any]:
     """The norm now, for a report: exact where it can be, else a certified upper bound."""
     w, geometry = constrained.location.parameter.detach(), constrained.geometry
+    if not bool(torch.isfinite(w).all()):
+        return {"norm": float("nan"), "norm_is": "not finite"}
     exact = isinstance(geometry, Dense) or geometry.has_exact_spectrum(tuple(w.shape))
     norms = spectral_norm(w, geometry) if exact else spectral_norm_bounds(w, geometry).upper
     largest = max(float(n.max()) for n in (norms if isinstance(norms, tuple) else (norms,)))
@@ -308,7 +368,16 @@ def _copy(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in state.items()}
 
 
+def _held(optimizer: torch.optim.Optimizer | None) -> dict[int, nn.Parameter] | None:
+    """The optimizer's parameters by identity; groups may be added at any time."""
+    if optimizer is None:
+        return None
+    return {id(p): p for group in optimizer.param_groups for p in group["params"]}
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.tolist()
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
     return value

@@ -19,7 +19,7 @@ CONVOLUTIONS = (
     nn.ConvTranspose3d,
 )
 _GATES = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3}
-_REPARAMETRISED = ("_orig", "_g", "_v")
+_REPARAMETRISED = ("orig", "g", "v")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ def role_of(
     output_padding: tuple[int, ...] | None = None,
 ) -> Role:
     """The role of one parameter; never raises."""
-    if parameter.endswith(_REPARAMETRISED) and parameter.rpartition("_")[0] == "weight":
+    plain, _, suffix = parameter.rpartition("_")
+    if suffix in _REPARAMETRISED and hasattr(module, plain):
         return Role(
             obstacle=f"{parameter} is reparametrised (weight_norm, spectral_norm or pruning), so "
             f"it is not the layer's weight: remove the reparametrisation first"

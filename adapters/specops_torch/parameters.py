@@ -9,12 +9,17 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from specops.errors import AdapterError, UnsupportedArrayError
+from specops.errors import AdapterError
+from specops.geometry import Dense
 from specops.plan import Weight
 from specops_torch.geometry import CONVOLUTIONS, Role, role_of
 from specops_torch.sizes import SizeRecorder
 
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module"}
+_WRAPPERS = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
 _FLOATS = ("float", "bfloat", "complex")
 
 
@@ -28,27 +33,31 @@ class Location:
     recorder: SizeRecorder | None = None
     others: list[nn.Module] = field(default_factory=list, repr=False)
     """Modules that hold the same tensor."""
+    aliases: list[str] = field(default_factory=list, repr=False)
+    """Their names for it."""
     handles: list[Any] = field(default_factory=list, repr=False)
 
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter as it is now."""
-        found = getattr(self.module, self.attribute)
-        assert isinstance(found, nn.Parameter)
+        found = self.module._parameters.get(self.attribute)
+        if found is None:
+            raise AdapterError(
+                f"{self.weight.name} is no parameter any more: it was reparametrised or removed "
+                f"after attaching. Detach, and attach again"
+            )
         return found
 
     def watch(self) -> None:
-        """Record the sizes that a convolution sees, until `unwatch`."""
+        """Record the sizes that a convolution sees until `unwatch`: inputs may grow."""
         if isinstance(self.module, CONVOLUTIONS) and self.recorder is None:
             self.recorder = SizeRecorder(self.module.padding_mode == "circular")
             for module in {id(m): m for m in (self.module, *self.others)}.values():
                 hook = module.register_forward_hook(self.recorder, with_kwargs=True)
                 self.handles.append(hook)
 
-    def unwatch(self, *, only_if_seen: bool = False) -> None:
-        """Remove the hook; with `only_if_seen`, not from a layer that did not run yet."""
-        if self.recorder is None or (only_if_seen and self.recorder.input_shape is None):
-            return
+    def unwatch(self) -> None:
+        """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
@@ -67,11 +76,12 @@ def locate(model: nn.Module, trained: Iterable[nn.Parameter] | None) -> list[Loc
     """
     _refuse_sharded(model)
     held = None if trained is None else {id(p) for p in trained}
+    wrappers = _wrapped_paths(model)
     first: dict[int, Location] = {}
     result = []
     for path, module in model.named_modules(remove_duplicate=False):
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            name = plain_name(f"{path}.{attribute}" if path else attribute)
+            name = _plain_name(f"{path}.{attribute}" if path else attribute, wrappers)
             weight = _describe(name, module, attribute, parameter, held)
             location = Location(weight, module, attribute)
             earlier = first.get(id(parameter))
@@ -83,9 +93,20 @@ def locate(model: nn.Module, trained: Iterable[nn.Parameter] | None) -> list[Loc
     return result
 
 
-def plain_name(name: str) -> str:
-    """A parameter's path without the names of wrappers (DDP, torch.compile)."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+def _wrapped_paths(model: nn.Module) -> set[str]:
+    """Paths of modules that only stand inside a wrapper (DDP, torch.compile)."""
+    return {
+        f"{path}.{_WRAPPERS[type(module).__name__]}".removeprefix(".")
+        for path, module in model.named_modules(remove_duplicate=False)
+        if type(module).__name__ in _WRAPPERS
+    }
+
+
+def _plain_name(name: str, wrapped: set[str]) -> str:
+    """A parameter's path as it is without wrappers."""
+    parts = name.split(".")
+    kept = [p for i, p in enumerate(parts) if ".".join(parts[: i + 1]) not in wrapped]
+    return ".".join(kept)
 
 
 def _describe(
@@ -97,30 +118,41 @@ def _describe(
 ) -> Weight:
     dtype = str(parameter.dtype).removeprefix("torch.")
     if is_lazy(parameter):
-        raise UnsupportedArrayError(
-            f"{name} is a lazy parameter without a shape: run one forward pass before attaching"
+        return Weight(
+            name,
+            (),
+            dtype,
+            Dense(),
+            unusable="is a lazy parameter without a shape: run one forward pass before attaching",
         )
     shape = tuple(parameter.shape)
-    skipped = ""
     if parameter.ndim < 2:
         skipped = f"{parameter.ndim}-d: a bias or scale, no matrix"
     elif 0 in shape:
         skipped = "empty"
-    elif not parameter.requires_grad:
-        skipped = "frozen (requires_grad=False)"
-    elif held is not None and id(parameter) not in held:
-        skipped = "not in this optimizer"
+    else:
+        skipped = why_untouched(parameter, held)
     if skipped:
         return Weight(name, shape, dtype, skipped=skipped)
-    if parameter.is_meta:
-        raise UnsupportedArrayError(
-            f"{name} is on the meta device and holds no values: materialise the model (to_empty "
-            f"and initialise, or load a checkpoint) before attaching"
-        )
     role = _parametrised(name) or role_of(module, attribute)
     if not dtype.startswith(_FLOATS) or dtype.startswith("float8"):
         role = Role(obstacle=f"dtype {dtype} cannot be measured: keep a float32 master weight")
-    return Weight(name, shape, dtype, role.geometry, "", role.obstacle, role.opt_in)
+    unusable = ""
+    if parameter.is_meta:
+        unusable = (
+            "is on the meta device and holds no values: materialise the model (to_empty and "
+            "initialise, or load a checkpoint) before attaching"
+        )
+    return Weight(name, shape, dtype, role.geometry, "", role.obstacle, role.opt_in, unusable)
+
+
+def why_untouched(parameter: nn.Parameter, held: set[int] | None) -> str:
+    """Why a matrix of the model is not this attachment's to change; empty if it is."""
+    if not parameter.requires_grad:
+        return "frozen (requires_grad=False)"
+    if held is not None and id(parameter) not in held:
+        return "not in this optimizer"
+    return ""
 
 
 def _parametrised(name: str) -> Role | None:
@@ -150,6 +182,7 @@ def _tie(earlier: Location, location: Location) -> Location:
         )
     other.weight = replace(other.weight, geometry=None, skipped=f"tied to {preferred.weight.name}")
     preferred.others += [other.module, *other.others]
+    preferred.aliases += [other.weight.name, *other.aliases]
     return preferred
 
 

@@ -1,4 +1,4 @@
-"""Clipping singular values: what must be taken off a matrix to bring them below a limit."""
+"""Clipping the singular values of stacked matrices."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ _GRAM_RANGE = 4.0
 """σ₁/limit up to which a Gram matrix in working precision still resolves the limit."""
 
 
-def excess(xp: Any, a: Array, limit: Array, norms: Array | None = None) -> Array:
-    r"""``A − U min(Σ, limit) Vᴴ`` for stacked matrices: zero where nothing exceeds `limit`.
+def clip(
+    xp: Any, a: Array, limit: Array, norms: Array | None = None, *, force_svd: bool = False
+) -> Array:
+    r"""``U min(Σ, limit) Vᴴ`` for stacked matrices.
 
-    From the eigenvectors of the Gram matrix of the smaller side, which costs a fraction of an
-    SVD and never needs the small singular values: ``A V diag((1 − limit/σ)₊) Vᴴ``. The Gram
-    matrix squares the condition number, so beyond σ₁ = 4·limit (told by `norms`, the largest
-    singular values, if they are known), and under tracing, it is an SVD instead.
+    By what must be taken off, ``A V diag((1 − limit/σ)₊) Vᴴ``, with the eigenvectors of the
+    Gram matrix of the smaller side: a fraction of the cost of an SVD, and the small singular
+    values never matter. The Gram matrix squares the condition number and the difference
+    cancels, so beyond σ₁ = 4·limit (told by `norms`, the largest singular values, if they are
+    known), and under tracing, it is an SVD instead.
 
     Parameters
     ----------
@@ -30,22 +33,25 @@ def excess(xp: Any, a: Array, limit: Array, norms: Array | None = None) -> Array
         Positive.
     norms : array, shape (...), optional
         Largest singular values.
+    force_svd : bool
+        Never use the Gram matrix.
 
     References
     ----------
     Sanyal, Torr & Dokania 2020, Algorithm 3; Sedghi, Gupta & Long 2019, Proposition 9.
     """
     small = None if norms is None else backend.truth(xp.all(norms <= _GRAM_RANGE * limit))
-    if not small:
+    if not small or force_svd:
         u, s, vh = svd(xp, a)
-        over = s - limit[..., None]
-        over = xp.where(over > 0, over, xp.zeros_like(over))
-        return (u * xp.astype(over, u.dtype)[..., None, :]) @ vh
+        s = xp.where(s > limit[..., None], limit[..., None], s)
+        return (u * xp.astype(s, u.dtype)[..., None, :]) @ vh
+    # In units of the limit, so that squares neither overflow nor underflow.
+    unit = limit[..., None, None]
+    scaled = a / unit
     wide = a.shape[-2] < a.shape[-1]
-    ah = backend.adjoint(xp, a)
-    eigenvalues, v = xp.linalg.eigh(a @ ah if wide else ah @ a)
-    positive = xp.where(eigenvalues > 0, eigenvalues, xp.ones_like(eigenvalues))
-    share = 1.0 - limit[..., None] / xp.sqrt(positive)
-    share = xp.where((eigenvalues > 0) & (share > 0), share, xp.zeros_like(share))
+    ah = backend.adjoint(xp, scaled)
+    eigenvalues, v = xp.linalg.eigh(scaled @ ah if wide else ah @ scaled)
+    above = eigenvalues > 1.0
+    share = 1.0 - 1.0 / xp.sqrt(xp.where(above, eigenvalues, xp.ones_like(eigenvalues)))
     filtered = (v * xp.astype(share, v.dtype)[..., None, :]) @ backend.adjoint(xp, v)
-    return filtered @ a if wide else a @ filtered
+    return a - (filtered @ scaled if wide else scaled @ filtered) * unit

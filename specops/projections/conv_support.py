@@ -8,7 +8,7 @@ import numpy as np
 
 from specops import backend
 from specops.geometry import Conv
-from specops.linalg.clip import excess
+from specops.linalg.clip import clip
 from specops.linalg.decompositions import svdvals
 from specops.projections.feasible import ProjectionInfo, store_within
 from specops.spectra.prepare import Prepared
@@ -16,6 +16,8 @@ from specops.symbol import Symbol, certified_symbol
 
 Array = Any
 _ROUNDS = 30
+_NEAR = 4.0
+"""σ₁/limit beyond which differences of blocks cancel."""
 _ROUNDS_WHEN_TRACED = 5
 _CLOSE_ENOUGH = 1e-2
 """Excess at which the alternation stops and the final rescaling takes over."""
@@ -52,8 +54,13 @@ def project_kernel(given: Prepared, w: Array, max_norm: float) -> tuple[Array, P
         rounds += 1
     largest = xp.max(by_frequency)
     shrink = xp.where(largest > target, target / xp.where(largest > 0, largest, 1.0), 1.0)
-    change = symbol.kernel(xp, original - coefficients * shrink)
-    kernel = (geometry.kernel(given.w) - change) * given.scale
+    coefficients = coefficients * shrink
+    if symbol.folds:
+        kernel = geometry.kernel(given.w) - symbol.kernel(xp, original - coefficients)
+    else:
+        kernel = symbol.kernel(xp, coefficients)
+    finite = backend.all_finite(xp, given.w)
+    kernel = xp.where(finite, kernel, geometry.kernel(given.w)) * given.scale
 
     def measure(stored: Array) -> Array:
         scaled = symbol.coefficients(xp, geometry.kernel(stored) / given.scale)
@@ -75,9 +82,12 @@ def _clip_round(
     """Clip the singular values of every block above the limit, cut back to the support."""
     chosen = np.arange(len(symbol.frequencies))
     norms = None if traced else by_frequency
-    if not traced and not backend.compiles_per_shape(xp):
+    near = backend.truth(xp.max(by_frequency) <= _NEAR * limit)
+    if near and not backend.compiles_per_shape(xp):
         chosen = np.flatnonzero(backend.to_numpy(xp.any(by_frequency > limit, axis=-1)))
         norms = xp.take(by_frequency, backend.constant(chosen, by_frequency), axis=0)
     blocks = symbol.blocks(xp, coefficients, chosen)
-    over = excess(xp, blocks, xp.broadcast_to(limit, blocks.shape[:-2]), norms)
-    return coefficients - symbol.average(xp, over, chosen)
+    clipped = clip(xp, blocks, xp.broadcast_to(limit, blocks.shape[:-2]), norms)
+    if len(chosen) == len(symbol.frequencies):
+        return symbol.average(xp, clipped, chosen)
+    return coefficients - symbol.average(xp, blocks - clipped, chosen)

@@ -9,7 +9,7 @@ from typing import Any
 from specops import backend
 
 Array = Any
-_ROUNDS = 8
+_ROUNDS = 24
 
 
 @dataclass
@@ -57,7 +57,7 @@ def store_within(
             break
         above = norm > limit
         safe = xp.where(above, norm, xp.ones_like(norm))
-        ratio = xp.where(above, limit / safe * (1.0 - eps * 2.0 ** (round_ - 5)), shrink)
+        ratio = xp.where(above, limit / safe * (1.0 - min(0.5, eps * 2.0 ** (round_ - 5))), shrink)
         shrink = xp.where(above, shrink * ratio, shrink)
     return stored, norm
 

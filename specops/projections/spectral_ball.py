@@ -10,7 +10,7 @@ import numpy as np
 
 from specops import backend
 from specops.geometry import Conv, Dense, Geometry
-from specops.linalg.clip import excess
+from specops.linalg.clip import clip
 from specops.linalg.decompositions import svdvals
 from specops.projections.conv_support import project_kernel
 from specops.projections.feasible import ProjectionInfo, store_within
@@ -45,9 +45,10 @@ def project_spectral_ball(
     geometry : Dense or Conv, optional
         The map; None is ``Dense()`` for a two-dimensional array.
     method : str
-        "auto"; for Dense "svd"; for Conv "alternating" (the two projections of Sedghi et al.).
+        "auto"; for Dense "svd" (default: eigenvectors of the Gram matrix where they are
+        accurate); for Conv "alternating" (the two projections of Sedghi et al.).
     state : dict, optional
-        ``info.state`` of an earlier call on a similar weight.
+        ``info.state`` of an earlier call on a similar weight; empty for these methods.
     return_info : bool
         Also return a `ProjectionInfo` with the norms before and after.
 
@@ -92,7 +93,7 @@ def project_spectral_ball(
             f"{type(given.geometry).__name__}, got {method!r}"
         )
     if isinstance(given.geometry, Dense):
-        result, info = _project_dense(given, w, max_norm)
+        result, info = _project_dense(given, w, max_norm, method == "svd")
     else:
         result, info = project_kernel(given, w, max_norm)
     return (result, info) if return_info else result
@@ -115,13 +116,15 @@ def check_bound(value: Any, name: str) -> Any:
     )
 
 
-def _project_dense(given: Prepared, w: Array, max_norm: float) -> tuple[Array, ProjectionInfo]:
+def _project_dense(
+    given: Prepared, w: Array, max_norm: float, force_svd: bool
+) -> tuple[Array, ProjectionInfo]:
     xp = given.xp
     assert isinstance(given.geometry, Dense)
     blocks = matrix_blocks(given)
     results, before, after = [], [], []
     for block in blocks:
-        matrix, norm, stored_norm = _clip_block(xp, block, max_norm, w.dtype)
+        matrix, norm, stored_norm = _clip_block(xp, block, max_norm, w.dtype, force_svd)
         results.append(matrix)
         before.append(norm)
         after.append(stored_norm)
@@ -142,7 +145,7 @@ def _project_dense(given: Prepared, w: Array, max_norm: float) -> tuple[Array, P
 
 
 def _clip_block(
-    xp: Any, block: MatrixBlock, max_norm: float, dtype: Any
+    xp: Any, block: MatrixBlock, max_norm: float, dtype: Any, force_svd: bool
 ) -> tuple[Array | None, Array, Array]:
     """(the clipped matrices as stored or None if all are inside, norm before, norm after)."""
     values = svdvals(xp, block.matrices)
@@ -154,8 +157,8 @@ def _clip_block(
     # A hair below the limit, so that the rounding of the products stays inside as well.
     target = limit * (1.0 - 4.0 * backend.epsilon(block.matrices.dtype))
     above = norm > limit
-    over = excess(xp, block.matrices, target, norm)
-    clipped = xp.where(above[..., None, None], block.matrices - over, block.matrices)
+    clipped = clip(xp, block.matrices, target, norm, force_svd=force_svd)
+    clipped = xp.where(above[..., None, None], clipped, block.matrices)
     stored, stored_norm = store_within(
         xp,
         clipped * block.scale,

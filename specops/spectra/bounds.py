@@ -7,7 +7,7 @@ from typing import Any
 
 from specops import backend
 from specops.geometry import Conv, Dense, Geometry
-from specops.spectra.norms import matrix_norms, torus_norm, zero_padded_norm
+from specops.spectra.norms import lanczos_norm, matrix_norms, torus_norm
 from specops.spectra.prepare import matrix_blocks, prepare
 from specops.symbol import certified_symbol
 
@@ -84,7 +84,7 @@ def spectral_norm_bounds(w: Array, geometry: Geometry | None = None) -> NormBoun
     slack = _slack(kernel.dtype, sum(symbol.block_shape) + len(sizes.kernel))
     lower = on_grid
     if sizes.fine is not None and not (sizes.circular and symbol.coarse == sizes.coarse):
-        lower = zero_padded_norm(xp, kernel, sizes)
+        lower = lanczos_norm(xp, kernel, sizes)
         lower = xp.where(lower < on_grid, lower, on_grid)
     return NormBounds(
         given.scale * lower * (1.0 - slack), given.scale * on_grid * ((1.0 + slack) / certificate)

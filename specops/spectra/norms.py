@@ -40,16 +40,17 @@ def spectral_norm(w: Array, geometry: Geometry | None = None) -> Array | tuple[A
     -------
     array, shape (\*batch,)
         Real, of the namespace and device of `w`; exact up to rounding for Dense and circular
-        Conv. For a zero boundary Lanczos on the operator itself, converged to a few units in
-        the last place, but from below: it is never more than the norm. Traced (jit) it runs
-        32 steps without a test of convergence. With ``Dense(splits=...)`` a tuple.
+        Conv. For a zero boundary (and a circular stride that does not divide the grid) Lanczos
+        on the operator itself, run until it has converged or 512 steps: it is never more than
+        the norm. Traced (jit) it runs 32 steps without a test of convergence. With
+        ``Dense(splits=...)`` a tuple.
 
     Raises
     ------
     GeometryError, UnsupportedArrayError, NonFiniteError
         As `singular_values`.
     UnsupportedGeometryError
-        A Conv without input size, or a circular stride that does not divide the grid.
+        A Conv without input size.
 
     References
     ----------
@@ -94,9 +95,9 @@ def conv_norm(given: Prepared, geometry: Conv) -> Array:
             "input_shape, or ask for spectral_norm_bounds"
         )
     kernel = geometry.kernel(given.w)
-    if sizes.circular:
+    if sizes.circular and sizes.stride_divides:
         return torus_norm(xp, kernel, symbol_of(sizes, sizes.fine, not backend.is_complex(kernel)))
-    return zero_padded_norm(xp, kernel, sizes)
+    return lanczos_norm(xp, kernel, sizes)
 
 
 def torus_norm(xp: Any, kernel: Array, symbol: Symbol) -> Array:
@@ -122,7 +123,7 @@ def torus_norm(xp: Any, kernel: Array, symbol: Symbol) -> Array:
     )
 
 
-def zero_padded_norm(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
+def lanczos_norm(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
     """σ₁ by Lanczos, from below, converged; the derivative holds its vectors constant."""
 
     def triplet(kernel: Array) -> tuple[Array, Array, Array]:
@@ -142,7 +143,7 @@ def _plane_wave(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
     """An output near the leading left singular vector of a zero-padded convolution.
 
     The leading left singular vector of the maximising block, as a plane wave under a sine
-    window, plus a little of every direction so that no symmetry can hide the true maximum.
+    window, plus some of every direction in every group, so that no symmetry can hide the maximum.
     """
     assert sizes.coarse is not None
     symbol, _ = certified_symbol(sizes, not backend.is_complex(kernel))
@@ -158,9 +159,10 @@ def _plane_wave(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
     wave = wave - xp.imag(channels)[:, None] * (xp.sin(angle) * window)
     one_hot = backend.constant(np.eye(sizes.groups), kernel)
     chosen = xp.take(one_hot, leading.group, axis=0)[0, :]
-    wave = xp.reshape(chosen[:, None, None] * wave, (-1,))
-    noise = backend.constant(backend.start_vector("lanczos", wave.shape[0]), kernel)
-    wave = wave + 0.01 * xp.linalg.vector_norm(wave) * noise
+    wave = xp.reshape(chosen[:, None, None] * wave, (sizes.groups, -1))
+    noise = backend.start_vector("lanczos", math.prod(wave.shape)).reshape(wave.shape)
+    noise = backend.constant(noise / np.linalg.norm(noise, axis=1, keepdims=True), kernel)
+    wave = xp.reshape(wave + 0.1 * xp.linalg.vector_norm(wave) * noise, (-1,))
     return xp.astype(wave, kernel.dtype) if backend.is_complex(kernel) else wave
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,7 @@ def test_docstrings_document_every_argument(name: str) -> None:
     member = getattr(specops, name)
     documented = inspect.getdoc(member) or ""
     parameters = [p for p in inspect.signature(member).parameters if p != "_"]
-    section = documented.split("Parameters\n")[1].split("\nReturns\n")[0]
-    for parameter in parameters:
-        assert parameter in section, f"{name} does not document {parameter}"
+    section = re.split(r"\n(?:Returns|Raises|Notes|Examples)\n-+", documented)[0]
+    entries = re.findall(r"^(\*{0,2}\w+(?:, \w+)*)(?: : |$)", section, re.M)
+    named = {name.strip("*") for entry in entries for name in entry.split(", ")}
+    assert set(parameters) <= named, f"{name} does not document {set(parameters) - named}"

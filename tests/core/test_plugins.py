@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Iterator
 from importlib import metadata
@@ -106,6 +107,39 @@ def test_misspelt_hook_is_named(install: Any) -> None:
     install(FakeEntry("typo", plugin(specops_adaptor=lambda model: None)))
     with pytest.warns(errors.PluginWarning, match="plugin 'typo'.*specops_adaptor"):
         plugins.manager()
+
+
+@pytest.mark.parametrize(
+    "hooks",
+    [
+        {"specops_adapter": lambda model: 42},
+        {"specops_adapter_status": lambda: "fine"},
+        {"specops_adapter": lambda: sys.exit(3)},
+    ],
+)
+def test_plugin_that_answers_nonsense_is_named(install: Any, hooks: Any) -> None:
+    install(FakeEntry("good", good_plugin()), FakeEntry("bad", plugin(**hooks)))
+    use = [lambda: specops.attach(None, [1], specops.Monitor()), plugins.statuses]
+    with pytest.warns(errors.PluginWarning, match="plugin 'bad'"):
+        results = [function() for function in use]
+    assert results[0][0] == "attached"
+    assert not next(s for s in results[1] if s.name == "bad").available
+
+
+def test_second_plugin_of_a_name_is_reported(install: Any) -> None:
+    install(FakeEntry("good", good_plugin()), FakeEntry("good", plugin()))
+    with pytest.warns(errors.PluginWarning, match="another plugin has this name"):
+        plugins.manager()
+
+
+def test_refusal_of_one_adapter_does_not_stop_another(install: Any) -> None:
+    def refuse(model: Any) -> Any:
+        raise errors.AdapterError("not there yet")
+
+    install(FakeEntry("good", good_plugin()), FakeEntry("no", plugin(specops_adapter=refuse)))
+    assert specops.attach(None, [1], specops.Monitor())[0] == "attached"
+    with pytest.raises(errors.AdapterError, match="not there yet"):
+        specops.attach(None, object(), specops.Monitor())
 
 
 def test_unknown_model_lists_the_adapters() -> None:

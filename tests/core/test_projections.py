@@ -183,3 +183,34 @@ def test_non_finite_raises_and_leaves_the_argument() -> None:
         with pytest.raises(errors.NonFiniteError):
             specops.project_spectral_ball(w, 1.0, geometry)
         assert np.isinf(w.flat[0])
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e6, 1e8, 1e20])
+@pytest.mark.parametrize(("shape", "geometry"), GEOMETRIES[:6])
+def test_far_outside_is_as_accurate(
+    eager: Backend, shape: tuple[int, ...], geometry: Geometry, scale: float
+) -> None:
+    w = np.random.default_rng(2).standard_normal(shape)
+    got = eager.numpy(
+        specops.project_spectral_ball(eager.array(w * scale, "float32"), 1.0, geometry)
+    )
+    expected = specops.project_spectral_ball(w, 1.0 / scale, geometry) * scale
+    np.testing.assert_allclose(got, expected, atol=2e-5 if isinstance(geometry, Dense) else 2e-2)
+    if isinstance(geometry, Dense):
+        u, _, vh = np.linalg.svd(oracle.dense_matrix(w, geometry), full_matrices=False)
+        np.testing.assert_allclose(oracle.dense_matrix(got, geometry), u @ vh, atol=1e-5)
+
+
+def test_tiny_bounds_in_half_precision_are_met() -> None:
+    torch = pytest.importorskip("torch")
+    w = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).half()
+    got = specops.project_spectral_ball(w, 1e-6)
+    assert float(specops.spectral_norm(got)) <= 1e-6
+
+
+def test_traced_projection_leaves_a_bad_kernel_alone() -> None:
+    jax = pytest.importorskip("jax")
+    w = np.full((2, 2, 3), 3.0)
+    w[0, 0, 0] = np.nan
+    got = jax.jit(lambda x: specops.project_spectral_ball(x, 1.0, Conv((4,))))(w)
+    np.testing.assert_array_equal(got, w)

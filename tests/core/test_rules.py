@@ -109,6 +109,8 @@ def test_first_match_wins_and_none_excludes() -> None:
         ([("haed.*", CLIP)], "matches no parameter.*head.weight"),
         ([("conv.bias", CLIP)], "constrains nothing.*1-d"),
         ([("*", CLIP), ("head.*", CLIP)], "an earlier pattern took"),
+        ([("head.*", CLIP), ("head.*", Monitor())], "an earlier pattern took"),
+        ([("haed.*", None), ("*", CLIP)], "matches no parameter.*head.weight"),
     ],
 )
 def test_plans_that_do_not_fit(entries: list[Any], message: str) -> None:
@@ -127,6 +129,7 @@ def test_plans_that_do_not_fit(entries: list[Any], message: str) -> None:
         (lambda: Plan([("a", CLIP, 0)]), "every must be at least 1"),
         (lambda: Plan([("a", CLIP)], every=0), "every must be at least 1"),
         (lambda: Plan([("a", CLIP)], start=-1), "start must be at least 0"),
+        (lambda: Plan([("a", CLIP)], start=10, stop=5), "stop must be at least 12"),
     ],
 )
 def test_bad_plans(build: Any, message: str) -> None:

@@ -16,6 +16,7 @@ from specops import ClipSpectralNorm, Conv, Dense, Monitor, Plan, errors
 
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
+from torch.nn.utils import prune  # noqa: E402
 
 from tests.torch_adapter.test_geometry import layer_matrix  # noqa: E402
 
@@ -210,7 +211,7 @@ def test_non_finite_weights(bad: float) -> None:
     model = broken()
     before = copy.deepcopy(model.state_dict())
     attachment = specops.attach(None, model, CLIP)
-    with pytest.raises(errors.NonFiniteError, match=r"7\.weight at step 1.*No weight was changed"):
+    with pytest.raises(errors.NonFiniteError, match=r"7\.weight .* step 1.*No weight was changed"):
         attachment.step()
     for key, value in model.state_dict().items():
         torch.testing.assert_close(value, before[key], equal_nan=True, rtol=0, atol=0)
@@ -337,12 +338,17 @@ def test_lazy_and_meta_parameters_say_what_to_do() -> None:
         specops.attach(None, nn.Sequential(nn.Linear(2, 3, device="meta")), CLIP)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_names_are_those_of_the_plain_model() -> None:
     model = network()
-    wrapped = nn.Sequential()
-    wrapped.module = model  # type: ignore[assignment]
-    report = specops.attach(None, wrapped, CLIP).report(measure=False)
-    assert [r.name for r in report.rows] == [n for n, _ in model.named_parameters()]
+    compiled = torch.compile(model)
+    for wrapped in (nn.DataParallel(model), compiled, nn.DataParallel(compiled)):
+        report = specops.attach(None, wrapped, CLIP).report(measure=False)
+        assert [r.name for r in report.rows] == [n for n, _ in model.named_parameters()]
+    own = nn.Sequential()
+    own.module = nn.Linear(2, 2)
+    report = specops.attach(None, own, CLIP).report(measure=False)
+    assert [r.name for r in report.rows] == ["module.weight", "module.bias"]
 
 
 def test_replaced_parameters_are_found_again() -> None:
@@ -370,9 +376,14 @@ def test_overflow_under_a_fused_scaler_does_not_count() -> None:
 
 def test_errors_name_the_layer() -> None:
     model = network()
-    attachment = specops.attach(None, model, CLIP, geometries={"0.weight": Conv((8,))})
-    with pytest.raises(errors.GeometryError, match=r"0\.weight at step 1.*has 4 axes"):
+    with pytest.raises(errors.GeometryError, match=r"0\.weight.*has 4 axes"):
+        specops.attach(None, model, CLIP, geometries={"0.weight": Conv((8,))})
+    with pytest.raises(errors.GeometryError, match=r"0\.weight.*Dense.*got 'conv'"):
+        specops.attach(None, model, CLIP, geometries={"0.weight": "conv"})
+    attachment = specops.attach(None, model, ClipSpectralNorm(lambda *_: 0.0))
+    with pytest.raises(ValueError, match="max_norm must be") as raised:
         attachment.step()
+    assert "0.weight at step 1" in raised.value.__notes__[0]
     with pytest.raises(errors.AdapterError, match="no torch optimizer"):
         specops.attach(object(), model, CLIP)
 
@@ -384,3 +395,141 @@ def test_copies_of_the_optimizer_lose_the_hook_and_the_attachment_stays_with_its
     copied = copy.deepcopy(optimizer)
     assert not copied._optimizer_step_post_hooks
     assert attachment.is_attached
+
+
+def test_larger_inputs_later_are_noticed() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False))
+    attachment = specops.attach(None, model, CLIP)
+    for size in (2, 16):
+        with torch.no_grad():
+            model[0].weight.mul_(3)
+        model(torch.zeros(1, 4, size, size))
+        attachment.step()
+        norm = specops.spectral_norm(model[0].weight.detach(), Conv((size, size)))
+        assert 0.4 < float(norm) <= 0.5
+
+
+def test_circular_layers_of_odd_grids() -> None:
+    torch.manual_seed(17)
+    options = {"stride": 2, "padding_mode": "circular", "bias": False}
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, **options))
+    for sizes in ([], [5], [6, 5]):
+        with torch.no_grad():
+            model[0].weight.mul_(5)
+        attachment = specops.attach(None, model, CLIP)
+        for size in sizes:
+            model(torch.zeros(1, 1, size, size))
+        attachment.step()
+        for size in (3, 5, 6) if len(sizes) != 1 else (5,):
+            matrix = layer_matrix(copy.deepcopy(model[0]).double(), 1, (size, size))
+            assert np.linalg.norm(matrix, 2) <= 0.5 * (1 + 1e-5)
+        attachment.detach()
+    monitor = specops.attach(None, model, Monitor())
+    model(torch.zeros(1, 1, 7, 7))
+    monitor.step()
+    assert monitor.history[-1]["spectral_norm"] <= 0.5 * (1 + 1e-5)
+
+
+def test_misfit_found_at_the_first_forward() -> None:
+    layer = nn.Conv2d(1, 2, 2, stride=2, padding_mode="circular", bias=False)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(18, 2))
+    for plan in (CLIP, Plan([("0.*", CLIP)])):
+        attachment = specops.attach(None, model, plan)
+        model(torch.zeros(1, 1, 7, 7))
+        if plan is CLIP:
+            attachment.step()
+            attachment.step()
+            assert "3 outputs" in attachment.report()["0.weight"].reason
+            assert attachment.report()["2.weight"].norm <= 0.5
+        else:
+            with pytest.raises(errors.GeometryError, match=r"0\.weight at step 1.*3 outputs"):
+                attachment.step()
+        attachment.detach()
+
+
+def test_one_bad_matrix_of_a_stack_follows_the_policy() -> None:
+    model = nn.Module()
+    model.experts = nn.Parameter(torch.ones(3, 4, 4))
+    with torch.no_grad():
+        model.experts[1, 0, 0] = float("nan")
+    geometries = {"experts": Dense(out_axes=(1,), batch_axes=(0,))}
+    attachment = specops.attach(None, model, CLIP, geometries=geometries)
+    with pytest.raises(errors.NonFiniteError, match="experts holds NaN"):
+        attachment.step()
+    assert float(model.experts.detach()[0, 0, 0]) == 1.0
+    report = specops.project(model, CLIP, geometries=geometries, on_nonfinite="skip")
+    assert report["experts"].norm_is == "not finite"
+
+
+def test_reparametrised_gates_are_no_weights() -> None:
+    lstm = nn.LSTM(3, 4)
+    prune.l1_unstructured(lstm, "weight_hh_l0", amount=0.5)
+    report = specops.attach(None, nn.ModuleDict({"lstm": lstm}), CLIP).report(measure=False)
+    assert "reparametrised" in report["lstm.weight_hh_l0_orig"].reason
+    assert report["lstm.weight_ih_l0"].rule
+
+
+def test_changes_after_attaching_are_noticed() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.copy_(2 * torch.eye(4))
+    optimizer = optimizer_of_list([*model[0].parameters(), *model[1].parameters()])
+    attachment = specops.attach(optimizer, model, CLIP)
+    model[0].weight.requires_grad_(False)
+    optimizer.step()
+    assert float(model[0].weight[0, 0]) == 2.0
+    assert float(model[1].weight.detach()[0, 0]) == pytest.approx(0.5)
+    assert attachment.history[0]["skipped"].startswith("frozen")
+    assert attachment.report()["2.weight"].reason == "not in this optimizer"
+    optimizer.add_param_group({"params": list(model[2].parameters())})
+    optimizer.step()
+    assert float(model[2].weight.detach()[0, 0]) == pytest.approx(0.5)
+    assert attachment.report()["2.weight"].rule
+    nn.utils.parametrizations.weight_norm(model[1])
+    with pytest.raises(errors.AdapterError, match=r"1\.weight is no parameter any more"):
+        optimizer.step()
+
+
+def test_a_failed_attach_leaves_no_hooks() -> None:
+    class Forward:
+        stage = "forward"
+
+        def init(self, weight: Any, geometry: Any, name: str) -> dict[str, Any]:
+            return {}
+
+        def update(self, weight: Any, geometry: Any, state: Any, **_: Any) -> Any:
+            return weight, state, {}
+
+    model = network()
+    optimizer = optimizer_of(model)
+    with pytest.raises(errors.AdapterError, match="stage 'forward'"):
+        specops.attach(optimizer, model, Plan([("7.*", Forward()), ("*", CLIP)]))
+    assert not any(m._forward_hooks for m in model.modules())
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_excluded_lazy_and_meta_layers_do_no_harm() -> None:
+    for odd in (nn.LazyLinear(3), nn.Linear(2, 3, device="meta")):
+        model = nn.ModuleDict({"odd": odd, "plain": nn.Linear(2, 2)})
+        report = specops.attach(None, model, Plan([("odd.*", None), ("*", CLIP)])).report()
+        assert [row.name for row in report.constrained] == ["plain.weight"]
+
+
+def test_history_is_made_of_floats() -> None:
+    model = nn.ModuleDict({"lstm": nn.LSTM(3, 4)})
+    attachment = specops.attach(None, model, Monitor())
+    attachment.step()
+    norms = attachment.history[0]["spectral_norm"]
+    assert len(norms) == 4
+    assert all(isinstance(n, float) for n in norms)
+
+
+def test_a_tied_map_can_be_named_by_either_name() -> None:
+    first, second = nn.Conv1d(2, 2, 3, bias=False), nn.Conv1d(2, 2, 3, stride=2, bias=False)
+    second.weight = first.weight
+    model = nn.ModuleDict({"first": first, "second": second})
+    attachment = specops.attach(None, model, CLIP, geometries={"second.weight": Conv(None)})
+    attachment.step()
+    assert float(specops.spectral_norm(first.weight.detach(), Conv((32,)))) <= 0.5
