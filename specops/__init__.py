@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from specops.plan import Plan
     from specops.projections import project_spectral_ball
     from specops.rules import ClipSpectralNorm, Monitor
-    from specops.spectra import singular_values, spectral_norm, spectral_norm_bounds, stable_rank
+    from specops.spectra import (
+        condition_number,
+        effective_rank,
+        linear_operator,
+        singular_values,
+        spectral_norm,
+        spectral_norm_bounds,
+        stable_rank,
+        top_singular_triplets,
+    )
 
 __version__ = "0.1.0"
 
@@ -27,13 +36,17 @@ __all__ = [
     "Monitor",
     "Plan",
     "attach",
+    "condition_number",
+    "effective_rank",
     "errors",
+    "linear_operator",
     "project",
     "project_spectral_ball",
     "singular_values",
     "spectral_norm",
     "spectral_norm_bounds",
     "stable_rank",
+    "top_singular_triplets",
 ]
 
 _HOMES = {
@@ -42,7 +55,16 @@ _HOMES = {
     "plan": ("Plan",),
     "projections": ("project_spectral_ball",),
     "rules": ("ClipSpectralNorm", "Monitor"),
-    "spectra": ("singular_values", "spectral_norm", "spectral_norm_bounds", "stable_rank"),
+    "spectra": (
+        "condition_number",
+        "effective_rank",
+        "linear_operator",
+        "singular_values",
+        "spectral_norm",
+        "spectral_norm_bounds",
+        "stable_rank",
+        "top_singular_triplets",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

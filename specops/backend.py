@@ -275,10 +275,14 @@ def complex_of(xp: Namespace, real: Array, imag: Array) -> Array:
     return xp.astype(real, dtype) + 1j * xp.astype(imag, dtype)
 
 
+def conjugate(xp: Namespace, x: Array) -> Array:
+    """Complex conjugate; real arrays as they are."""
+    return xp.conj(x) if is_complex(x) else x
+
+
 def adjoint(xp: Namespace, a: Array) -> Array:
     """Conjugate transpose of the last two axes."""
-    a = xp.matrix_transpose(a)
-    return xp.conj(a) if is_complex(a) else a
+    return conjugate(xp, xp.matrix_transpose(a))
 
 
 def start_vector(name: str, size: int, seed: int = 0) -> np.ndarray:

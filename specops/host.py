@@ -31,7 +31,7 @@ except (ImportError, AttributeError):
 
 Array = Any
 _CHUNK_BYTES = 4 * 2**20
-_GRAM_FROM = 192
+_GRAM_FROM = 96
 """Smaller side from which single precision uses the Gram matrix in double."""
 _GRAM_ASPECT = 1.5
 

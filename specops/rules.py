@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from specops.geometry import Conv, Geometry
-from specops.projections.spectral_ball import check_bound, project_spectral_ball
+from specops.geometry.arguments import check_bound
+from specops.projections import project_spectral_ball
 from specops.spectra import spectral_norm, spectral_norm_bounds, stable_rank
 
 Array = Any

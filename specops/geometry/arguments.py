@@ -1,11 +1,16 @@
-"""Checks that the geometries share: integers, and integers per axis."""
+"""Checks of arguments: integers, integers per axis, positive bounds."""
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable
 from typing import Any
 
+import array_api_compat as compat
+import numpy as np
+
+from specops import backend
 from specops.errors import GeometryError
 
 
@@ -45,3 +50,20 @@ def every_axis(value: Any, ndim: int, name: str, *, least: int = 0) -> tuple[int
     if len(values) != ndim:
         raise GeometryError(f"{name}={value!r} has {len(values)} entries for {ndim} spatial axes")
     return values
+
+
+def check_bound(value: Any, name: str) -> Any:
+    """A positive finite bound: a float, or the caller's own 0-d array (traced ones pass)."""
+    if isinstance(value, float | int | np.number) and not isinstance(value, bool):
+        if 0 < value < math.inf:
+            return float(value)
+    elif (
+        compat.is_array_api_obj(value)
+        and value.ndim == 0
+        and (backend.truth((value > 0) & (value < math.inf)) is not False)
+    ):
+        return value
+    raise ValueError(
+        f"{name} must be a positive finite number, got {value!r}: to switch a layer off, give "
+        f"it no rule"
+    )

@@ -45,8 +45,10 @@ class MatrixOperator:
         return self.data @ x
 
     def rmatvec(self, y: Array) -> Array:
-        """Aᴴ y."""
-        return backend.adjoint(self.xp, self.data) @ y
+        """Aᴴ y, as a row times A: no transposed copy."""
+        if backend.is_complex(self.data):
+            return self.xp.conj(self.xp.conj(y) @ self.data)
+        return y @ self.data
 
 
 def largest_singular_triplet(
@@ -182,8 +184,11 @@ def _grow(xp: Any, x: Array, rows: int, columns: int) -> Array:
 
 def _orthogonalise(xp: Any, x: Array, basis: Array) -> Array:
     """Remove the components of (blocks, n) along the rows of (blocks, k, n), twice."""
+    complex_ = backend.is_complex(basis)
     for _ in range(2):
-        components = x[:, None, :] @ backend.adjoint(xp, basis)
+        # conj(basis @ conj(x)) needs no conjugated copy of the basis
+        components = basis @ (xp.conj(x) if complex_ else x)[:, :, None]
+        components = xp.matrix_transpose(xp.conj(components) if complex_ else components)
         x = x - (components @ basis)[:, 0, :]
     return x
 

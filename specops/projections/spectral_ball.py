@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import array_api_compat as compat
-import numpy as np
-
 from specops import backend
 from specops.geometry import Conv, Dense, Geometry
+from specops.geometry.arguments import check_bound
 from specops.linalg.clip import clip
 from specops.linalg.decompositions import svdvals
 from specops.projections.conv_support import project_kernel
@@ -97,23 +95,6 @@ def project_spectral_ball(
     else:
         result, info = project_kernel(given, w, max_norm)
     return (result, info) if return_info else result
-
-
-def check_bound(value: Any, name: str) -> Any:
-    """A positive finite bound: a float, or the caller's own 0-d array (traced ones pass)."""
-    if isinstance(value, float | int | np.number) and not isinstance(value, bool):
-        if 0 < value < math.inf:
-            return float(value)
-    elif (
-        compat.is_array_api_obj(value)
-        and value.ndim == 0
-        and (backend.truth((value > 0) & (value < math.inf)) is not False)
-    ):
-        return value
-    raise ValueError(
-        f"{name} must be a positive finite number, got {value!r}: to switch a layer off, give "
-        f"it no rule"
-    )
 
 
 def _project_dense(

@@ -2,7 +2,19 @@
 
 from specops.spectra.bounds import NormBounds, spectral_norm_bounds
 from specops.spectra.norms import spectral_norm
-from specops.spectra.ranks import stable_rank
+from specops.spectra.ranks import condition_number, effective_rank, stable_rank
+from specops.spectra.triplets import LinearOperator, linear_operator, top_singular_triplets
 from specops.spectra.values import singular_values
 
-__all__ = ["NormBounds", "singular_values", "spectral_norm", "spectral_norm_bounds", "stable_rank"]
+__all__ = [
+    "LinearOperator",
+    "NormBounds",
+    "condition_number",
+    "effective_rank",
+    "linear_operator",
+    "singular_values",
+    "spectral_norm",
+    "spectral_norm_bounds",
+    "stable_rank",
+    "top_singular_triplets",
+]

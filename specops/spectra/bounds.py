@@ -5,12 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from specops import backend
-from specops.geometry import Conv, Dense, Geometry
-from specops.spectra.norms import lanczos_norm, matrix_norms, torus_norm
-from specops.spectra.prepare import matrix_blocks, prepare
-from specops.symbol import certified_symbol
+import numpy as np
 
+from specops import backend
+from specops.geometry import Conv, ConvSizes, Dense, Geometry
+from specops.geometry.arguments import check_bound
+from specops.linalg.bounds import enclosure
+from specops.linalg.lanczos import MatrixOperator
+from specops.linalg.subspace import leading_triplets
+from specops.spectra.norms import lanczos_norm, matrix_norms, torus_norm
+from specops.spectra.prepare import Prepared, matrix_blocks, prepare
+from specops.spectra.supremum import supremum
+from specops.symbol import certified_symbol, symbol_of
+
+_LARGER_TORI = 8
 Array = Any
 
 
@@ -28,13 +36,21 @@ class NormBounds:
     upper: Array
 
 
-def spectral_norm_bounds(w: Array, geometry: Geometry | None = None) -> NormBounds:
+def spectral_norm_bounds(
+    w: Array,
+    geometry: Geometry | None = None,
+    *,
+    rtol: float | None = None,
+    max_evaluations: int = 20_000,
+    start: Array | None = None,
+) -> NormBounds:
     r"""Enclose the operator norm :math:`\sigma_1` of the map that `w` stands for.
 
     Dense and circular Conv: the computed norm, widened by the rounding of its solver. Zero
-    boundary: from below Lanczos on the operator, from above the norm on the torus that
-    contains it. ``Conv(None)``: the supremum over every size, between the largest value on a
-    grid of frequencies and that value divided by the cosine certificate of the grid.
+    boundary: from below Lanczos on the operator, from above the norm on a torus that contains
+    it. ``Conv(None)``: the supremum over every size, between the largest value on a grid of
+    frequencies and that value divided by the grid's cosine certificate
+    :math:`\prod_t\cos\frac{\pi(k_t-1)}{2N_t}`, or by branch and bound.
 
     Parameters
     ----------
@@ -42,6 +58,16 @@ def spectral_norm_bounds(w: Array, geometry: Geometry | None = None) -> NormBoun
         Real or complex.
     geometry : Dense or Conv, optional
         The map; None is ``Dense()`` for a two-dimensional array.
+    rtol : float, optional
+        Tighten until ``upper <= (1 + rtol)·lower``, if that can be had: for ``Conv(None)`` by
+        branch and bound over the frequencies, for a zero boundary by the least norm among
+        larger tori. Concrete arrays only; runs on the CPU.
+    max_evaluations : int
+        Blocks that branch and bound may solve; flat symbols never prune.
+    start : array, shape (inputs, p), optional
+        Dense, two-dimensional: approximate right singular vectors (of a similar weight). The
+        bracket then comes from one round of subspace iteration and a certified remainder
+        instead of a decomposition.
 
     Returns
     -------
@@ -49,6 +75,8 @@ def spectral_norm_bounds(w: Array, geometry: Geometry | None = None) -> NormBoun
 
     Raises
     ------
+    ValueError
+        `rtol` is not positive.
     GeometryError, UnsupportedGeometryError, UnsupportedArrayError, NonFiniteError
         As `singular_values`.
 
@@ -60,35 +88,73 @@ def spectral_norm_bounds(w: Array, geometry: Geometry | None = None) -> NormBoun
     Examples
     --------
     >>> import numpy as np
-    >>> bounds = spectral_norm_bounds(np.ones((1, 1, 3, 3)), Conv(None))
-    >>> bool(bounds.lower <= 9.0 <= bounds.upper)
+    >>> bounds = spectral_norm_bounds(np.ones((1, 1, 3, 3)), Conv(None), rtol=1e-6)
+    >>> bool(bounds.lower <= 9.0 <= bounds.upper <= 9.0001)
     True
     """
+    if rtol is not None:
+        rtol = check_bound(rtol, "rtol")
     given = prepare(w, geometry)
-    xp = given.xp
     if isinstance(given.geometry, Dense):
-        pairs = []
-        for block in matrix_blocks(given):
-            norm = block.restore(matrix_norms(xp, block.matrices)[..., None])[..., 0]
-            slack = _slack(block.matrices.dtype, sum(block.matrices.shape[-2:]))
-            pairs.append((norm * (1.0 - slack), norm * (1.0 + slack)))
-        if given.geometry.splits is None:
-            return NormBounds(*pairs[0])
-        return NormBounds(tuple(p[0] for p in pairs), tuple(p[1] for p in pairs))
+        return _dense_bounds(given, given.geometry, start)
+    return _conv_bounds(given, given.geometry, rtol, max_evaluations)
 
-    assert isinstance(given.geometry, Conv)
-    kernel = given.geometry.kernel(given.w)
-    sizes = given.geometry.sizes(tuple(given.w.shape))
+
+def _dense_bounds(given: Prepared, geometry: Dense, start: Array | None) -> NormBounds:
+    xp = given.xp
+    pairs = []
+    for block in matrix_blocks(given):
+        matrices = block.matrices
+        if start is not None and matrices.ndim == 2 and geometry.splits is None:
+            v = xp.astype(start, matrices.dtype)
+            width = min(v.shape[1], *matrices.shape)
+            operator = MatrixOperator(matrices)
+            *_, v = leading_triplets(xp, operator, v[:, :width], 1, iterations=2)
+            pair = tuple(block.restore(b[..., None])[..., 0] for b in enclosure(xp, matrices, v))
+        else:
+            norm = block.restore(matrix_norms(xp, matrices)[..., None])[..., 0]
+            slack = _slack(matrices.dtype, sum(matrices.shape[-2:]))
+            pair = (norm * (1.0 - slack), norm * (1.0 + slack))
+        pairs.append(pair)
+    if geometry.splits is None:
+        return NormBounds(*pairs[0])
+    return NormBounds(tuple(p[0] for p in pairs), tuple(p[1] for p in pairs))
+
+
+def _conv_bounds(
+    given: Prepared, geometry: Conv, rtol: float | None, max_evaluations: int
+) -> NormBounds:
+    xp = given.xp
+    kernel = geometry.kernel(given.w)
+    sizes = geometry.sizes(tuple(given.w.shape))
     symbol, certificate = certified_symbol(sizes, not backend.is_complex(kernel))
-    on_grid = torus_norm(xp, kernel, symbol)
     slack = _slack(kernel.dtype, sum(symbol.block_shape) + len(sizes.kernel))
-    lower = on_grid
+    if sizes.fine is None and rtol is not None:
+        ends = supremum(backend.to_numpy(kernel), symbol, rtol, max_evaluations)
+        lower, upper = (backend.constant(np.asarray(end), kernel) for end in ends)
+        return NormBounds(given.scale * lower * (1.0 - slack), given.scale * upper * (1.0 + slack))
+    on_grid = torus_norm(xp, kernel, symbol)
+    lower, upper = on_grid, on_grid / certificate
     if sizes.fine is not None and not (sizes.circular and symbol.coarse == sizes.coarse):
         lower = lanczos_norm(xp, kernel, sizes)
-        lower = xp.where(lower < on_grid, lower, on_grid)
-    return NormBounds(
-        given.scale * lower * (1.0 - slack), given.scale * on_grid * ((1.0 + slack) / certificate)
-    )
+        if rtol is not None and not sizes.circular:
+            upper = _least_torus(xp, kernel, sizes, lower, upper, rtol)
+        lower = xp.where(lower < upper, lower, upper)
+    return NormBounds(given.scale * lower * (1.0 - slack), given.scale * upper * (1.0 + slack))
+
+
+def _least_torus(
+    xp: Any, kernel: Array, sizes: ConvSizes, lower: Array, upper: Array, rtol: float
+) -> Array:
+    """The least norm among tori that contain the operator, until it is close enough."""
+    torus = sizes.enclosing_torus()
+    for _ in range(_LARGER_TORI):
+        if backend.truth(upper <= (1.0 + rtol) * lower):
+            break
+        torus = tuple(n + s for n, s in zip(torus, sizes.stride, strict=True))
+        norm = torus_norm(xp, kernel, symbol_of(sizes, torus, not backend.is_complex(kernel)))
+        upper = xp.where(norm < upper, norm, upper)
+    return upper
 
 
 def _slack(dtype: Any, dimension: int) -> float:

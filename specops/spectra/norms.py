@@ -80,7 +80,7 @@ def matrix_norms(xp: Any, matrices: Array) -> Array:
     def along_leading_pair(a: Array) -> Array:
         u, _, vh = svd(xp, backend.stop_gradient(a))
         v = backend.adjoint(xp, vh[..., :1, :])
-        product = xp.sum(_conjugate(xp, u[..., :1]) * (a @ v), axis=(-2, -1))
+        product = xp.sum(backend.conjugate(xp, u[..., :1]) * (a @ v), axis=(-2, -1))
         return _real(xp, product)
 
     return backend.with_derivative(lambda a: svdvals(xp, a)[..., 0], along_leading_pair, matrices)
@@ -112,7 +112,7 @@ def torus_norm(xp: Any, kernel: Array, symbol: Symbol) -> Array:
             (cos.shape[0], symbol.sizes.groups, *symbol.block_shape),
         )
         own = xp.take(own, leading.group, axis=1)[:, 0, ...]
-        outer = _conjugate(xp, u)[:, None] * v[None, :]
+        outer = backend.conjugate(xp, u)[:, None] * v[None, :]
         phases = backend.complex_of(xp, cos, sin)[:, None, None]
         if backend.is_complex(own):
             return _real(xp, xp.sum(own * (outer * phases)))
@@ -134,7 +134,7 @@ def lanczos_norm(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
     def along_leading_pair(kernel: Array) -> Array:
         u, _, v = triplet(backend.stop_gradient(kernel))
         image = ConvOperator(kernel, sizes).matvec(v)
-        return _real(xp, xp.sum(_conjugate(xp, u) * image))
+        return _real(xp, xp.sum(backend.conjugate(xp, u) * image))
 
     return backend.with_derivative(lambda k: triplet(k)[1], along_leading_pair, kernel)
 
@@ -164,10 +164,6 @@ def _plane_wave(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
     noise = backend.constant(noise / np.linalg.norm(noise, axis=1, keepdims=True), kernel)
     wave = xp.reshape(wave + 0.1 * xp.linalg.vector_norm(wave) * noise, (-1,))
     return xp.astype(wave, kernel.dtype) if backend.is_complex(kernel) else wave
-
-
-def _conjugate(xp: Any, x: Array) -> Array:
-    return xp.conj(x) if backend.is_complex(x) else x
 
 
 def _real(xp: Any, x: Array) -> Array:

@@ -40,8 +40,8 @@ class MatrixBlock:
     """Undo the scale on values of shape (*batch, k), NaN where a matrix was not finite."""
 
 
-def prepare(w: Array, geometry: Geometry | None) -> Prepared:
-    """Check a weight against its geometry and bring it to compute dtype."""
+def prepare(w: Array, geometry: Geometry | None, *, scaled: bool = True) -> Prepared:
+    """Check a weight against its geometry and bring it to compute dtype (and scale)."""
     xp = backend.namespace(w)
     geometry = resolve_geometry(w.ndim, geometry)
     if isinstance(geometry, Conv):
@@ -49,7 +49,7 @@ def prepare(w: Array, geometry: Geometry | None) -> Prepared:
     else:
         geometry.check(tuple(w.shape))
     w = backend.to_compute(xp, w)
-    if isinstance(geometry, Dense):
+    if isinstance(geometry, Dense) or not scaled:
         return Prepared(xp, w, geometry, None)
     backend.check_finite(xp, w, "the kernel")
     scale = backend.magnitude(xp, w)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from specops import backend
 from specops.geometry import Dense, Geometry
 from specops.operators import ConvOperator
 from specops.spectra.norms import conv_norm, matrix_norms
 from specops.spectra.prepare import matrix_blocks, prepare
+from specops.spectra.values import singular_values
 
 Array = Any
 
@@ -64,3 +66,94 @@ def _ratio(xp: Any, squared_frobenius: Array, norm: Array) -> Array:
     positive = norm > 0
     safe = xp.where(positive, norm, xp.ones_like(norm))
     return xp.where(positive, squared_frobenius / safe**2, xp.zeros_like(norm))
+
+
+def effective_rank(w: Array, geometry: Geometry | None = None) -> Array | tuple[Array, ...]:
+    r"""The exponential of the entropy of the normalised singular values.
+
+    :math:`\exp\bigl(-\sum_i p_i\log p_i\bigr)` with :math:`p_i = \sigma_i/\sum_j\sigma_j`:
+    between 1 and the rank, unchanged by scaling, and 0 by convention for the zero map.
+
+    Parameters
+    ----------
+    w : array
+        Real or complex. Half precision is computed, and returned, in float32.
+    geometry : Dense or Conv, optional
+        The map; None is ``Dense()`` for a two-dimensional array.
+
+    Returns
+    -------
+    array, shape (\*batch,)
+        With ``Dense(splits=...)`` a tuple.
+
+    Raises
+    ------
+    GeometryError, UnsupportedGeometryError, UnsupportedArrayError, NonFiniteError
+        As `singular_values`, all of which it needs.
+
+    References
+    ----------
+    Roy & Vetterli, "The effective rank", EUSIPCO 2007.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> round(float(effective_rank(np.eye(3))), 6)
+    3.0
+    """
+    return _of_values(w, geometry, _entropy_rank)
+
+
+def condition_number(w: Array, geometry: Geometry | None = None) -> Array | tuple[Array, ...]:
+    r"""The ratio :math:`\sigma_1/\sigma_{\min}` of the largest to the smallest singular value.
+
+    Infinity where the smallest is 0, the zero map included.
+
+    Parameters
+    ----------
+    w : array
+        Real or complex. Half precision is computed, and returned, in float32.
+    geometry : Dense or Conv, optional
+        The map; None is ``Dense()`` for a two-dimensional array.
+
+    Returns
+    -------
+    array, shape (\*batch,)
+        With ``Dense(splits=...)`` a tuple. In single precision smallest values below about
+        1e-6 of the largest are rounding.
+
+    Raises
+    ------
+    GeometryError, UnsupportedGeometryError, UnsupportedArrayError, NonFiniteError
+        As `singular_values`, all of which it needs.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> float(condition_number(np.diag([4.0, 2.0])))
+    2.0
+    """
+    return _of_values(w, geometry, _spread)
+
+
+def _of_values(w: Array, geometry: Geometry | None, function: Any) -> Any:
+    xp = backend.namespace(w)
+    values = singular_values(w, geometry)
+    if isinstance(values, tuple):
+        return tuple(function(xp, v) for v in values)
+    return function(xp, values)
+
+
+def _entropy_rank(xp: Any, values: Array) -> Array:
+    total = xp.sum(values, axis=-1, keepdims=True)
+    share = values / xp.where(total == 0, xp.ones_like(total), total)
+    safe = xp.where(share == 0, xp.ones_like(share), share)
+    rank = xp.exp(-xp.sum(share * xp.log(safe), axis=-1))
+    return xp.where(total[..., 0] == 0, xp.zeros_like(rank), rank)
+
+
+def _spread(xp: Any, values: Array) -> Array:
+    first, last = values[..., 0], values[..., -1]
+    positive = last != 0
+    ratio = first / xp.where(positive, last, xp.ones_like(last))
+    return xp.where(positive, ratio, xp.full_like(ratio, float("inf")))

@@ -23,13 +23,17 @@ PUBLIC = {
     "Monitor",
     "Plan",
     "attach",
+    "condition_number",
+    "effective_rank",
     "errors",
+    "linear_operator",
     "project",
     "project_spectral_ball",
     "singular_values",
     "spectral_norm",
     "spectral_norm_bounds",
     "stable_rank",
+    "top_singular_triplets",
 }
 
 

@@ -1,0 +1,81 @@
+"""Certified upper bounds of the norm of a matrix from products alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from specops import backend
+
+Array = Any
+
+
+def gram_iteration(xp: Any, a: Array, steps: int = 6) -> Array:
+    r"""σ₁ ≤ ‖(AᴴA)^(2^(t−1))‖_F^(1/2^t) for stacked matrices, t = `steps`.
+
+    Each step squares the Gram matrix, rescaled, its scale kept as a logarithm. The excess is at
+    most a factor n_eff^(1/2^(t+1)), n_eff being the number of values near the largest: for
+    t = 6 0.4 % on a Gaussian matrix, 4 % on 256 equal values. Rounding is allowed for.
+
+    References
+    ----------
+    Delattre, Barthélemy, Araujo & Allauzen 2023.
+    """
+    ah = backend.adjoint(xp, a)
+    gram = a @ ah if a.shape[-2] <= a.shape[-1] else ah @ a
+    logarithm = xp.zeros_like(_frobenius(xp, gram))
+    for step in range(steps):
+        norm = _frobenius(xp, gram)
+        safe = xp.where(norm > 0, norm, xp.ones_like(norm))
+        logarithm = 2.0 * logarithm + xp.log(safe) if step else xp.log(safe)
+        gram = gram / xp.astype(safe, gram.dtype)[..., None, None]
+        if step + 1 < steps:
+            gram = gram @ gram
+    largest = xp.exp(logarithm / 2.0**steps)
+    # Each product loses at most n units in the last place, which the roots divide again.
+    slack = 1.0 + 2.0 * gram.shape[-1] * backend.epsilon(a.dtype)
+    return xp.where(xp.max(xp.abs(a), axis=(-2, -1)) > 0, largest * slack, xp.zeros_like(largest))
+
+
+def enclosure(xp: Any, a: Array, v: Array, *, gram_steps: int = 6) -> tuple[Array, Array]:
+    r"""(lower, upper) of σ₁ from approximate right singular vectors, both certified.
+
+    With V orthonormal (n × p) and AV = U S Qᴴ, the blocks of A in the bases U, VQ and their
+    complements give
+
+    .. math:: \sigma_1^2 \le \tfrac12\bigl(a + \sqrt{a^2 - 4 s_1^2\zeta^2}\bigr),\quad
+              a = s_1^2 + \rho^2 + \zeta^2,
+
+    with ρ = ‖AᴴU − VQS‖_F and ζ a bound of ‖(I − UUᴴ)A(I − VVᴴ)‖ by `gram_iteration`. The
+    lower bound is s₁ = ‖A V q₁‖.
+
+    Parameters
+    ----------
+    xp : namespace
+        Of the arrays.
+    a : array, shape (m, n)
+        The matrix, scaled to entries near 1.
+    v : array, shape (n, p)
+        Linearly independent columns, p ≤ min(m, n).
+    gram_steps : int
+        Squarings in the bound of the remainder.
+    """
+    # The certificate needs orthonormal columns, whatever the caller's rounding.
+    v = xp.linalg.qr(xp.linalg.qr(v)[0])[0]
+    u, s, qh = xp.linalg.svd(a @ v, full_matrices=False)
+    v = v @ backend.adjoint(xp, qh)
+    remainder = a - (u * xp.astype(s, u.dtype)[None, :]) @ backend.adjoint(xp, v)
+    coupling = backend.adjoint(xp, u) @ remainder
+    rho = _frobenius(xp, coupling)
+    remainder = remainder - u @ coupling
+    zeta = gram_iteration(xp, remainder, gram_steps)
+    first = s[0]
+    total = first**2 + rho**2 + zeta**2
+    inside = total**2 - 4.0 * first**2 * zeta**2
+    root = xp.sqrt(xp.where(inside > 0, inside, xp.zeros_like(inside)))
+    slack = (a.shape[0] + a.shape[1]) * backend.epsilon(a.dtype)
+    upper = xp.sqrt(0.5 * (total + root)) * (1.0 + slack) + slack * _frobenius(xp, a) * 0.01
+    return first * (1.0 - slack), upper
+
+
+def _frobenius(xp: Any, a: Array) -> Array:
+    return xp.sqrt(xp.sum(xp.abs(a) ** 2, axis=(-2, -1)))

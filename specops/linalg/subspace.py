@@ -1,0 +1,108 @@
+"""Leading singular triplets by Rayleigh–Ritz on a small, warm-startable subspace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from specops import backend
+from specops.linalg.lanczos import Operator
+
+Array = Any
+_DEPENDENT = 1e-6
+
+
+def leading_triplets(
+    xp: Any,
+    operator: Operator,
+    start: Array,
+    k: int,
+    *,
+    iterations: int = 200,
+    tolerance: float | None = None,
+) -> tuple[Array, Array, Array, Array]:
+    r"""(u, s, v, basis) of the `k` largest singular values, from a block of start vectors.
+
+    Locally optimal block iteration: each round takes the best `start.shape[1]` vectors out of
+    the space spanned by the present V, its residuals :math:`A^H U - V S` and the previous
+    directions. One round from a warm start follows a slowly changing matrix at the cost of one
+    product with A and one with its adjoint.
+
+    Parameters
+    ----------
+    xp : namespace
+        Of the arrays.
+    operator : Operator
+        A.
+    start : array, shape (columns, p)
+        p ≥ k vectors; some more than k help where values are close.
+    k : int
+        Triplets wanted.
+    iterations : int
+        Rounds at the most.
+    tolerance : float, optional
+        Stop when all residuals ‖Aᴴu − σv‖ are below this times σ₁; default √ε/10 of the dtype,
+        at which the values have converged to about ε.
+
+    Returns
+    -------
+    u, s, v : arrays of shape (rows, k), (k,), (columns, k)
+        Values from below: each s[i] is at most σ_i.
+    basis : array, shape (columns, p)
+        All of V, to start the next call from.
+
+    References
+    ----------
+    Knyazev 2001.
+    """
+    eps = backend.epsilon(start.dtype)
+    tolerance = 0.1 * eps**0.5 if tolerance is None else tolerance
+    width = start.shape[1]
+    basis = _orthonormal(xp, start)
+    directions = basis[:, :0]
+    image = _apply(operator.matvec, basis)
+    while True:
+        u, s, qh = xp.linalg.svd(image, full_matrices=False)
+        q = backend.adjoint(xp, qh)[:, : min(width, qh.shape[0])]
+        u, s = u[:, : q.shape[1]], s[: q.shape[1]]
+        v = basis @ q
+        residual = _apply(operator.rmatvec, u) - v * xp.astype(s, v.dtype)[None, :]
+        iterations -= 1
+        error = xp.max(xp.linalg.vector_norm(residual[:, :k], axis=0))
+        if iterations <= 0 or backend.truth(error <= tolerance * s[0]):
+            break
+        if basis.shape[1] > width:
+            directions = v - basis[:, :width] @ (backend.adjoint(xp, basis[:, :width]) @ v)
+        room = v.shape[0] - v.shape[1]
+        if room == 0:
+            break
+        fresh = xp.concat([residual, directions], axis=1)[:, :room]
+        fresh = _orthonormal(xp, fresh, against=v)
+        basis = xp.concat([v, fresh], axis=1)
+        image = xp.concat(
+            [u * xp.astype(s, u.dtype)[None, :], _apply(operator.matvec, fresh)], axis=1
+        )
+    return u[:, :k], s[:k], v[:, :k], v
+
+
+def _apply(product: Any, x: Array) -> Array:
+    """A product with every column; operators take vectors as rows."""
+    xp = backend.namespace(x)
+    rows = [product(x[:, i]) for i in range(x.shape[1])]
+    return xp.stack(rows, axis=-1)
+
+
+def _orthonormal(xp: Any, x: Array, against: Array | None = None) -> Array:
+    """Orthonormal columns of `x`, also to `against`; dependent ones become random directions."""
+    norms = xp.linalg.vector_norm(x, axis=0)
+    for _ in range(2):
+        if against is not None:
+            x = x - against @ (backend.adjoint(xp, against) @ x)
+        x, r = xp.linalg.qr(x)
+        lost = xp.abs(xp.linalg.diagonal(r)) <= _DEPENDENT * xp.max(norms)
+        norms = xp.ones_like(norms)
+        noise = backend.start_vector("subspace", x.shape[0] * x.shape[1]).reshape(x.shape)
+        noise = xp.astype(backend.constant(noise, x), x.dtype)
+        x = xp.where(lost[None, :], noise, x)
+    if against is not None:
+        x = x - against @ (backend.adjoint(xp, against) @ x)
+    return xp.linalg.qr(x)[0]

@@ -1,0 +1,78 @@
+"""The supremum of a convolution's symbol over all frequencies, by branch and bound."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+from specops.host import gram
+from specops.symbol import Symbol
+
+_LARGEST_TURN = 0.49 * np.pi
+
+
+def supremum(
+    kernel: np.ndarray, symbol: Symbol, rtol: float, max_evaluations: int
+) -> tuple[float, float]:
+    """(lower, upper) of sup_ω σ₁(symbol(ω)), refined until upper ≤ (1 + rtol)·lower.
+
+    A matrix-valued trigonometric polynomial of degrees 2δ_t falls off no faster than
+    cos(Σ δ_t h_t) within half-widths h_t of a point where its norm is largest, so a cell around
+    ω holds at most σ₁(ω)/cos(Σ δ_t h_t). Cells that cannot beat the best value seen are
+    dropped, the others split in three along each axis. Flat symbols drop nothing: after
+    `max_evaluations` the bracket is what it is.
+    """
+    coefficients = symbol.coefficients(np, kernel)
+    shifts = np.array(list(itertools.product(*(a.shifts for a in symbol.axes))), dtype=float)
+    degrees = np.array([max(a.shifts) for a in symbol.axes]) / 2.0
+    half = np.pi / np.array(symbol.coarse)
+    # Cells need Σ δ h below a quarter turn before they bound anything.
+    counts = np.array(symbol.coarse)
+    while degrees @ half >= _LARGEST_TURN:
+        counts, half = counts * 2, half / 2
+    axes = [2.0 * np.pi * np.arange(n) / n for n in counts]
+    points = np.stack([m.ravel() for m in np.meshgrid(*axes, indexing="ij")], axis=1)
+    if not np.iscomplexobj(kernel):
+        # σ(−ω) = σ(ω): half the torus is enough.
+        points = points[points[:, 0] <= np.pi + half[0]]
+
+    def norms(at: np.ndarray) -> np.ndarray:
+        return _norms(coefficients, symbol, shifts, at)
+
+    values = norms(points)
+    evaluated = len(points)
+    best = float(values.max())
+    # On the whole grid the axes' cosines multiply, which is less than that of their sum.
+    whole = best / float(np.prod(np.cos(degrees * half)))
+    while True:
+        reach = float(np.cos(degrees @ half))
+        active = values > best * reach * (1.0 + rtol)
+        upper = max(best * (1.0 + rtol), float(values.max()) / reach if active.any() else 0.0)
+        children = 3 ** len(half)
+        if not active.any() or evaluated + active.sum() * (children - 1) > max_evaluations:
+            return best, min(upper, max(whole, best))
+        half = half / 3.0
+        offsets = np.array(list(itertools.product((-2.0, 0.0, 2.0), repeat=len(half)))) * half
+        offsets = offsets[np.any(offsets != 0, axis=1)]
+        parents, kept = points[active], values[active]
+        points = (parents[:, None, :] + offsets).reshape(-1, len(half))
+        fresh = norms(points)
+        evaluated += len(points)
+        points, values = np.concatenate([parents, points]), np.concatenate([kept, fresh])
+        best = max(best, float(fresh.max()))
+
+
+def _norms(
+    coefficients: np.ndarray, symbol: Symbol, shifts: np.ndarray, points: np.ndarray
+) -> np.ndarray:
+    """σ₁ of the blocks at any frequencies, groups' largest, in double precision."""
+    result: list[Any] = []
+    for part in np.array_split(points, max(1, len(points) * coefficients.shape[1] // 2**20)):
+        phases = np.exp(1j * (part @ shifts.T))
+        blocks = phases @ coefficients.astype(np.complex128)
+        blocks = blocks.reshape(-1, symbol.sizes.groups, *symbol.block_shape)
+        largest = np.linalg.eigvalsh(gram(blocks))[..., -1].max(axis=1)
+        result.append(np.sqrt(np.maximum(largest, 0.0)))
+    return np.concatenate(result)

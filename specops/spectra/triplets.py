@@ -1,0 +1,196 @@
+"""`top_singular_triplets` and `linear_operator`: directions, and the map itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from specops import backend
+from specops.errors import UnsupportedGeometryError
+from specops.geometry import Conv, Dense, Geometry
+from specops.geometry.arguments import integer
+from specops.linalg.decompositions import svd
+from specops.linalg.subspace import leading_triplets
+from specops.operators import ConvOperator
+from specops.spectra.prepare import matrix_blocks, prepare
+
+Array = Any
+_EXPLICIT = 2**20
+
+
+class LinearOperator:
+    """The linear map that a weight and a geometry stand for.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        (outputs, inputs): for a Conv (channels · grid) flattened, channels first; for a stack
+        of matrices the shape of each.
+    """
+
+    def __init__(self, shape: tuple[int, int], matvec: Any, rmatvec: Any, matrix: Any) -> None:
+        self.shape = shape
+        self._matvec, self._rmatvec, self._matrix = matvec, rmatvec, matrix
+
+    def __repr__(self) -> str:
+        return f"<LinearOperator {self.shape[0]}×{self.shape[1]}>"
+
+    def matvec(self, x: Array) -> Array:
+        """A x for x of shape (..., inputs)."""
+        return self._matvec(x)
+
+    def rmatvec(self, y: Array) -> Array:
+        """Aᴴ y for y of shape (..., outputs)."""
+        return self._rmatvec(y)
+
+    def to_matrix(self) -> Array:
+        """The explicit matrix, (outputs, inputs): memory is the product of the two."""
+        return self._matrix()
+
+
+def linear_operator(w: Array, geometry: Geometry | None = None) -> Any:
+    """The linear map that `w` stands for, as products with vectors.
+
+    Parameters
+    ----------
+    w : array
+        Real or complex; half precision computes in float32.
+    geometry : Dense or Conv, optional
+        The map; None is ``Dense()`` for a two-dimensional array.
+
+    Returns
+    -------
+    LinearOperator, or a tuple of them with ``Dense(splits=...)``
+        With ``matvec``, ``rmatvec`` (the adjoint), ``shape`` and ``to_matrix``. For
+        ``batch_axes`` the leading axes of a vector are those of the batch.
+
+    Raises
+    ------
+    GeometryError, UnsupportedArrayError
+        As `singular_values`.
+    UnsupportedGeometryError
+        A Conv without input size.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> blur = linear_operator(np.ones((1, 1, 3)), Conv((4,)))
+    >>> blur.matvec(np.array([1.0, 0.0, 0.0, 1.0]))
+    array([1., 1., 1., 1.])
+    """
+    xp = backend.namespace(w)
+    given = prepare(w, geometry, scaled=False)
+    if isinstance(given.geometry, Dense):
+        operators = tuple(_of_matrix(xp, m) for m in given.geometry.blocks(given.w))
+        return operators if given.geometry.splits is not None else operators[0]
+    operator = _conv_operator(given.w, given.geometry)
+    if not given.geometry.transposed:
+        return LinearOperator(operator.shape, operator.matvec, operator.rmatvec, operator.to_matrix)
+    # The weight of a transposed convolution acts by its transpose, not its adjoint.
+    plain = _conv_operator(backend.conjugate(xp, given.w), given.geometry)
+    return LinearOperator(
+        operator.shape[::-1],
+        plain.rmatvec,
+        plain.matvec,
+        lambda: xp.matrix_transpose(operator.to_matrix()),
+    )
+
+
+def top_singular_triplets(
+    w: Array, k: int, geometry: Geometry | None = None, *, start: Array | None = None
+) -> tuple[Array, Array, Array]:
+    r"""The `k` largest singular values with their left and right singular vectors.
+
+    Parameters
+    ----------
+    w : array
+        Real or complex; half precision computes in float32.
+    k : int
+        How many, at most min(outputs, inputs).
+    geometry : Dense or Conv, optional
+        The map; None is ``Dense()`` for a two-dimensional array. No ``splits``.
+    start : array, shape (inputs, p), optional
+        p ≥ k vectors to start from, such as the `v` of a similar weight: then the
+        triplets are iterated from there instead of computed from scratch. No ``batch_axes``.
+
+    Returns
+    -------
+    u, s, v : arrays of shape (\*batch, outputs, k), (\*batch, k), (\*batch, inputs, k)
+        ``A v[..., i] = s[..., i] u[..., i]``; vectors as in `linear_operator`. Signs (phases)
+        are arbitrary, and so are directions within a space of equal values.
+
+    Raises
+    ------
+    ValueError
+        `k` is out of range.
+    GeometryError, UnsupportedGeometryError, UnsupportedArrayError, NonFiniteError
+        As `singular_values`; splits.
+
+    Notes
+    -----
+    Operators of up to 2^20 entries and matrices are decomposed. Larger convolutions are
+    iterated to residuals of √ε/10: values are then lower bounds, accurate to about ε, and the
+    last of a cluster that `k` cuts through may be missed for a neighbour as large.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> u, s, v = top_singular_triplets(np.diag([1.0, 3.0, 2.0]), 2)
+    >>> s
+    array([3., 2.])
+    """
+    given = prepare(w, geometry)
+    xp = given.xp
+    k = integer(k, "k", least=1)
+    if isinstance(given.geometry, Dense):
+        if given.geometry.splits is not None:
+            raise UnsupportedGeometryError("splits: ask for the triplets of each block in turn")
+        (block,) = matrix_blocks(given)
+        _check_count(k, block.matrices.shape[-2:])
+        if start is None or block.matrices.ndim > 2:
+            u, s, vh = svd(xp, block.matrices)
+            v = backend.adjoint(xp, vh)
+            return u[..., :k], block.restore(s[..., :k]), v[..., :k]
+        u, s, v, _ = leading_triplets(xp, linear_operator(block.matrices), start, k)
+        return u, block.restore(s), v
+    assert isinstance(given.geometry, Conv)
+    operator = linear_operator(given.w, given.geometry)
+    _check_count(k, operator.shape)
+    if start is None and operator.shape[0] * operator.shape[1] <= _EXPLICIT:
+        u, s, vh = svd(xp, operator.to_matrix())
+        return u[:, :k], given.scale * s[:k], backend.adjoint(xp, vh)[:, :k]
+    if start is None:
+        width = min(k + 4, *operator.shape)
+        noise = backend.start_vector("triplets", operator.shape[1] * width)
+        start = backend.constant(noise.reshape(-1, width), given.w)
+    start = xp.astype(start, given.w.dtype)
+    u, s, v, _ = leading_triplets(xp, operator, start, k, iterations=1000)
+    return u, given.scale * s, v
+
+
+def _check_count(k: int, shape: Any) -> None:
+    if k > min(shape):
+        raise ValueError(f"k={k} of a map that has {min(shape)} singular values")
+
+
+def _of_matrix(xp: Any, matrix: Array) -> LinearOperator:
+    def times(a: Array, x: Array) -> Array:
+        if matrix.ndim == 2:
+            return x @ xp.matrix_transpose(a)
+        return (a @ x[..., None])[..., 0]
+
+    rows, columns = (int(n) for n in matrix.shape[-2:])
+    return LinearOperator(
+        (rows, columns),
+        lambda x: times(matrix, x),
+        lambda y: times(backend.adjoint(xp, matrix), y),
+        lambda: matrix,
+    )
+
+
+def _conv_operator(w: Array, geometry: Conv) -> ConvOperator:
+    sizes = geometry.sizes(tuple(w.shape))
+    if sizes.fine is None:
+        raise UnsupportedGeometryError(
+            "Conv(input_shape=None) stands for every size at once: name the input_shape"
+        )
+    return ConvOperator(geometry.kernel(w), sizes)
