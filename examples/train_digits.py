@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -29,6 +31,8 @@ from specops_torch import geometry_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.ticker import MaxNLocator
 
 PLAIN, CLIPPED = "#8c8c8c", "#0b6e99"
 
@@ -241,7 +245,14 @@ def table(
     plain: dict[str, LayerFigures], clipped: dict[str, LayerFigures], max_norm: float
 ) -> Table:
     """What became of each layer."""
-    result = Table(title="Layers after training: plain → clipped", title_style="bold")
+    result = Table(
+        title="Layers after training: plain → clipped",
+        title_style="bold",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+    )
     result.add_column("layer", style="bold")
     result.add_column("is a")
     for header in ("operator norm", "reshaped norm", "stable rank"):
@@ -252,8 +263,8 @@ def table(
         result.add_row(
             name,
             before.geometry.describe(),
-            f"{before.norm:.3f} → [{held}]{after.norm:.3f}[/]",
-            f"{before.reshaped_norm:.3f} → {after.reshaped_norm:.3f}",
+            f"{before.norm:.2f} → [{held}]{after.norm:.4f}[/]",
+            f"{before.reshaped_norm:.2f} → {after.reshaped_norm:.2f}",
             f"{before.stable_rank:.1f} → {after.stable_rank:.1f}",
         )
     return result
@@ -283,12 +294,12 @@ def draw(
             rank = np.arange(1, len(spectrum) + 1)
             style = {"marker": "o", "markersize": 3} if len(spectrum) <= 64 else {}
             axis.plot(rank, spectrum, color=color, linewidth=1.8, label=label, **style)
-        kind = before.geometry.describe() + (
-            ", drawn periodic" if before.spectrum_is_periodic else ""
-        )
-        axis.set_title(f"layer {name}: {kind}", fontsize=8.5, loc="left")
+        kind = before.geometry.describe()
+        if before.spectrum_is_periodic:
+            kind += "\n(spectrum of its periodic version)"
+        axis.set_title(f"{name}: {kind}", fontsize=8.5, loc="left")
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axis.set_ylim(bottom=0)
-        axis.set_xlim(1, len(before.spectrum))
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(plain) :]:
@@ -303,7 +314,10 @@ def draw(
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else None,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument(
         "--data",
         nargs="+",
@@ -311,15 +325,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=[],
         metavar="FILE.npz",
         help="x_train, y_train, x_test, y_test; images (N, H, W) or (N, H, W, C) uint8; several "
-        "files are concatenated (default: scikit-learn's digits)",
+        "files are concatenated; without it scikit-learn's digits",
     )
     parser.add_argument("--max-norm", type=float, default=1.0, help="bound on every layer's norm")
     parser.add_argument("--every", type=int, default=10, help="clip every so many steps")
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=15, help="passes over the training images")
     parser.add_argument("--batch", type=int, default=64, help="images per step")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("singular_values.png"), metavar="FILE.png")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
+    parser.add_argument("--device", default="cpu", help="where torch trains")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("singular_values.png"),
+        metavar="FILE.png",
+        help="where the figure goes",
+    )
     options = parser.parse_args(arguments)
     if not 0 < options.max_norm < float("inf"):
         parser.error(f"--max-norm must be positive and finite, got {options.max_norm:g}")
@@ -327,8 +347,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     for file in options.data:
-        if not file.is_file():
-            parser.error(f"--data: there is no file {file}")
+        if not zipfile.is_zipfile(file):
+            parser.error(f"--data: {file} is no .npz file")
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if options.out.suffix.lstrip(".") not in known:
+        parser.error(f"--out must end in one of {', '.join(sorted(known))}, got {options.out}")
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {options.device}: {error}".splitlines()[0])
     return options
 
 
@@ -338,6 +365,9 @@ def main(arguments: list[str] | None = None) -> None:
     rule = specops.ClipSpectralNorm(options.max_norm)
     console = Console()
     data = load(options.data)
+    if not options.data:
+        # So small a job loses more by two threads that wait for each other than it gains.
+        torch.set_num_threads(1)
     columns = (
         TextColumn("{task.description:<14}"),
         BarColumn(),
@@ -349,14 +379,14 @@ def main(arguments: list[str] | None = None) -> None:
         clipped = train(data, rule, options, progress)
     with console.status("measuring every layer"):
         before, after = (measure(run.model, data, options) for run in (plain, clipped))
-    draw(before, after, options.max_norm, options.out)
-
     console.print(table(before, after, options.max_norm))
+    draw(before, after, options.max_norm, options.out)
+    share = clipped.hook_seconds / clipped.seconds
     console.print(
         f"test accuracy  {plain.accuracy:.2%} plain, {clipped.accuracy:.2%} clipped\n"
-        f"training time  {plain.seconds:.1f} s plain, {clipped.seconds:.1f} s clipped, of which "
-        f"the hook took {clipped.hook_seconds:.2f} s ({clipped.hook_seconds / clipped.seconds:.1%})"
-        f"\nsingular values of every layer: {options.out}",
+        f"training time  {plain.seconds:.1f} s plain, {clipped.seconds:.1f} s clipped "
+        f"(hook {clipped.hook_seconds:.1f} s, {share:.0%})\n"
+        f"singular values of every layer: {options.out}",
         highlight=False,
     )
 

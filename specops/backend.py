@@ -120,8 +120,8 @@ def constant(values: np.ndarray, like: Array, *, complex: bool = False) -> Array
 def to_numpy(x: Array) -> np.ndarray:
     """A concrete array on the host."""
     if compat.is_torch_array(x):
-        x = x.detach().cpu()
-    elif compat.is_cupy_array(x):
+        return np.asarray(torch_to_numpy(x))
+    if compat.is_cupy_array(x):
         x = x.get()
     elif not compat.is_numpy_array(x) and not compat.is_jax_array(x):
         info = compat.array_namespace(x).__array_namespace_info__()
@@ -153,10 +153,26 @@ def add_at(x: Array, index: Any, value: Array) -> Array:
     return x
 
 
+def torch_to_numpy(x: Array) -> np.ndarray | None:
+    """A torch tensor on the host, also under torch.func.grad; None under torch.func.vmap."""
+    x = stop_gradient(x).cpu().resolve_conj().resolve_neg()
+    internals = sys.modules["torch"]._C
+    x = stop_gradient(x)
+    if internals._functorch.is_functorch_wrapped_tensor(x):
+        return None
+    with internals._DisableFuncTorch():
+        return np.asarray(x.numpy())
+
+
 def stop_gradient(x: Array) -> Array:
     """`x` as a constant for differentiation."""
     if compat.is_torch_array(x):
-        return x.detach()
+        functorch = sys.modules["torch"]._C._functorch
+        x = x.detach()
+        # torch.func.grad wraps tensors whose values are known.
+        while functorch.is_gradtrackingtensor(x):
+            x = functorch.get_unwrapped(x)
+        return x
     if compat.is_jax_array(x):
         return sys.modules["jax"].lax.stop_gradient(x)
     return x
@@ -171,7 +187,7 @@ def with_derivative(value: Any, surrogate: Any, x: Array) -> Array:
         if not (x.requires_grad and sys.modules["torch"].is_grad_enabled()):
             return value(x)
         along = surrogate(x)
-        return value(x.detach()) + (along - along.detach())
+        return value(stop_gradient(x)) + (along - along.detach())
     if compat.is_jax_array(x) and truth(all_finite(compat.array_namespace(x), x)) is None:
         jax = sys.modules["jax"]
         function = jax.custom_jvp(value)
@@ -230,8 +246,7 @@ def truth(flag: Array) -> bool | None:
     try:
         return bool(flag)
     except RuntimeError:
-        # torch.func.vmap: the flag differs across the mapped axis.
-        return None
+        return None  # torch.func.vmap: the flag differs across the mapped axis
 
 
 def all_finite(xp: Namespace, x: Array, axis: Any = None) -> Array:

@@ -21,6 +21,8 @@ from typing import Any
 import array_api_compat as compat
 import numpy as np
 
+from specops import backend
+
 try:
     # The public functions compute single precision in double, at twice the time.
     from numpy.linalg import _umath_linalg as _lapack
@@ -50,9 +52,7 @@ def as_host(x: Array) -> np.ndarray | None:
         tracked = x.requires_grad and torch.is_grad_enabled()
         if tracked or x.device.type != "cpu" or torch.compiler.is_compiling():
             return None
-        if torch._C._functorch.is_functorch_wrapped_tensor(x):
-            return None
-        return np.asarray(x.detach().resolve_conj().resolve_neg().numpy())
+        return backend.torch_to_numpy(x)
     if compat.is_jax_array(x):
         jax = sys.modules["jax"]
         if isinstance(x, jax.core.Tracer) or {d.platform for d in x.devices()} != {"cpu"}:
@@ -65,7 +65,7 @@ def from_host(values: np.ndarray, like: Array) -> Array:
     """A NumPy result in the library of `like`."""
     if isinstance(like, np.ndarray):
         return values
-    return compat.array_namespace(like).asarray(values)
+    return compat.array_namespace(like).asarray(values.copy())
 
 
 @lru_cache(maxsize=4)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -112,6 +113,8 @@ class Plan:
                 fix(self, "stop", integer(self.stop, "stop", least=self.start + 2))
         except GeometryError as error:
             raise PlanError(str(error)) from None
+        if isinstance(self.entries, Mapping | str) or not isinstance(self.entries, Iterable):
+            raise PlanError(f"a plan takes a list of (pattern, rule) pairs, got {self.entries!r}")
         fix(self, "_parsed", tuple(_parse(entry) for entry in self.entries))
         if not self._parsed:
             raise PlanError("the plan is empty: give it at least one (pattern, rule) pair")
@@ -121,6 +124,10 @@ class Plan:
         """A plan from a bare rule ("*") or a plan, with another `every` where one is given."""
         if isinstance(rule_or_plan, Plan):
             return rule_or_plan if every is None else replace(rule_or_plan, every=every)
+        if isinstance(rule_or_plan, list | tuple | dict):
+            raise PlanError(
+                f"wrap several rules in a plan: Plan([(pattern, rule), ...]), not {rule_or_plan!r}"
+            )
         return cls([("*", rule_or_plan)], every=1 if every is None else every)
 
     def fires(self, step: int, every: int | None = None) -> bool:
@@ -182,10 +189,17 @@ class Plan:
                 f"pattern {entry.pattern!r} constrains nothing. Every parameter that it matches "
                 f"was skipped ({reasons})"
             )
+        if any(fnmatchcase(name, entry.pattern) for name in names):
+            raise PlanError(
+                f"pattern {entry.pattern!r} matches only parameters that an earlier pattern "
+                f"took: put it first, or drop it"
+            )
         close = difflib.get_close_matches(entry.pattern, names, n=3, cutoff=0.3) or names[:3]
+        layer = f"{entry.pattern}.*"
+        hint = f"; for the whole layer write {layer!r}" if fnmatch.filter(names, layer) else ""
         raise PlanError(
-            f"pattern {entry.pattern!r} matches no parameter, or only ones that an earlier "
-            f"pattern took. Parameters are called {', '.join(map(repr, close))}, …"
+            f"pattern {entry.pattern!r} matches no parameter{hint}. Parameters are called "
+            f"{', '.join(map(repr, close))}, …"
         )
 
 

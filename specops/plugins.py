@@ -45,6 +45,8 @@ def find_adapter(model: Any, optimizer: Any = None) -> Adapter:
         return found  # type: ignore[no-any-return]
     if refusals:
         raise refusals[0]
+    for _ in _call("specops_adapter", Adapter, [], model=optimizer, optimizer=None):
+        raise AdapterError("the arguments are swapped: attach(optimizer, model, rule_or_plan)")
     listed = "; ".join(f"{s.name} ({s.detail})" if s.detail else s.name for s in statuses())
     raise AdapterError(
         f"no adapter knows a model of type {type(model).__module__}.{type(model).__name__}. "

@@ -9,6 +9,7 @@ from typing import Any
 
 from specops.plan import Assignment
 
+_WIDEST = 60
 _HEADERS = ("parameter", "shape", "geometry", "rule", "norm")
 
 
@@ -66,7 +67,7 @@ class Report:
         return tuple(row for row in self.rows if not row.rule)
 
     def __str__(self) -> str:
-        table = [_HEADERS, *(_cells(row) for row in self.rows)]
+        table = [_HEADERS, *(tuple(map(_short, _cells(row))) for row in self.rows)]
         widths = [max(len(cells[i]) for cells in table) for i in range(len(_HEADERS))]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
@@ -96,7 +97,7 @@ class Report:
         return f"<table><caption>{caption}</caption><tr>{head}</tr>{body}</table>"
 
     def _summary(self) -> str:
-        return f"{len(self.constrained)} of {len(self.rows)} parameters constrained"
+        return f"{len(self.constrained)} of {len(self.rows)} parameters under a rule"
 
 
 def plan_rows(assignments: Sequence[Assignment]) -> list[ReportRow]:
@@ -116,6 +117,10 @@ def plan_rows(assignments: Sequence[Assignment]) -> list[ReportRow]:
 
 def _rule_text(assignment: Assignment) -> str:
     return f"{assignment.rule!r}" + (f" every {assignment.every}" if assignment.every > 1 else "")
+
+
+def _short(cell: str) -> str:
+    return cell if len(cell) <= _WIDEST else cell[: _WIDEST - 1] + "…"
 
 
 def _cells(row: ReportRow) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ def geometry_of(
     Examples
     --------
     >>> geometry_of(nn.Conv2d(3, 8, 3, padding=1), input_shape=(32, 32)).describe()
-    'conv on 32×32, zero padding'
+    'conv 32×32, zeros'
     """
     role = role_of(module, parameter, input_shape, output_padding)
     if role.geometry is None:

@@ -121,9 +121,9 @@ class Conv:
     Examples
     --------
     >>> Conv((32, 32)).describe()
-    'conv on 32×32, zero padding'
+    'conv 32×32, zeros'
     >>> Conv((16, 16), stride=2, boundary="circular").describe()
-    'conv on 16×16, circular, stride 2'
+    'conv 16×16, circular, stride 2'
     """
 
     input_shape: int | tuple[int, ...] | None
@@ -170,7 +170,7 @@ class Conv:
         """The geometry in a few words."""
         name = "transposed conv" if self.transposed else "conv"
         size = "any size" if self.grid is None else "×".join(map(str, self.grid))
-        parts = [f"{name} on {size}", "circular" if self.boundary == "circular" else "zero padding"]
+        parts = [f"{name} {size}", self.boundary]
         for label, value, plain in [("stride", self.stride, 1), ("dilation", self.dilation, 1)]:
             values = set(integers(value, label))
             if values != {plain}:

@@ -75,7 +75,8 @@ def leading_triplets(
         room = v.shape[0] - v.shape[1]
         if room == 0:
             break
-        fresh = xp.concat([residual, directions], axis=1)[:, :room]
+        fresh = xp.concat([residual, directions], axis=1)
+        fresh = fresh[:, : min(room, fresh.shape[1])]
         fresh = _orthonormal(xp, fresh, against=v)
         basis = xp.concat([v, fresh], axis=1)
         image = xp.concat(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,8 +83,9 @@ def spectral_norm_bounds(
 
     Notes
     -----
-    The allowance for rounding covers the backward error of the solvers, (rows + columns) units
-    in the last place of the norm; it is not an interval-arithmetic proof.
+    The allowance for rounding covers the backward error of the solvers, as many units in the
+    last place of the norm as the decomposed blocks have rows and columns, and four for each tap
+    of a kernel; it is not an interval-arithmetic proof.
 
     Examples
     --------
@@ -128,7 +130,7 @@ def _conv_bounds(
     kernel = geometry.kernel(given.w)
     sizes = geometry.sizes(tuple(given.w.shape))
     symbol, certificate = certified_symbol(sizes, not backend.is_complex(kernel))
-    slack = _slack(kernel.dtype, sum(symbol.block_shape) + len(sizes.kernel))
+    slack = _slack(kernel.dtype, sum(symbol.block_shape) + 4 * math.prod(sizes.kernel) + 16)
     if sizes.fine is None and rtol is not None:
         ends = supremum(backend.to_numpy(kernel), symbol, rtol, max_evaluations)
         lower, upper = (backend.constant(np.asarray(end), kernel) for end in ends)

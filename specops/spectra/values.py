@@ -85,9 +85,9 @@ def _conv_values(given: Prepared, geometry: Conv) -> Array:
         if rows * columns > _LARGEST_EXPLICIT:
             raise UnsupportedGeometryError(
                 f"the zero-padded operator is {rows}×{columns} and has no closed form: its "
-                f"full spectrum would need that explicit matrix. spectral_norm and "
-                f"spectral_norm_bounds work at this size, as does the full spectrum with "
-                f'boundary="circular"'
+                f"full spectrum needs that explicit matrix, which is made up to "
+                f"{_LARGEST_EXPLICIT} entries. spectral_norm and spectral_norm_bounds work at "
+                f'this size, as does the full spectrum with boundary="circular"'
             )
         values = svdvals(xp, ConvOperator(kernel, sizes).to_matrix())
     return given.scale * values

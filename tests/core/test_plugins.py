@@ -81,6 +81,8 @@ def test_third_party_adapter_is_used(install: Any) -> None:
         {"geometries": None, "extra": 1},
     )
     assert plan == specops.Plan([("*", rule)], every=3)
+    with pytest.raises(errors.AdapterError, match="arguments are swapped"):
+        specops.attach([1], "opt", rule)
     assert specops.project([1], rule)[0] == "projected"
 
 

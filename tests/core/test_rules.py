@@ -111,6 +111,7 @@ def test_first_match_wins_and_none_excludes() -> None:
         ([("*", CLIP), ("head.*", CLIP)], "an earlier pattern took"),
         ([("head.*", CLIP), ("head.*", Monitor())], "an earlier pattern took"),
         ([("haed.*", None), ("*", CLIP)], "matches no parameter.*head.weight"),
+        ([("head", CLIP)], "for the whole layer write 'head.*'"),
     ],
 )
 def test_plans_that_do_not_fit(entries: list[Any], message: str) -> None:
@@ -122,6 +123,8 @@ def test_plans_that_do_not_fit(entries: list[Any], message: str) -> None:
     ("build", "message"),
     [
         (lambda: Plan([]), "empty"),
+        (lambda: Plan({"a": CLIP}), "takes a list"),
+        (lambda: Plan.of([("a", CLIP)]), "wrap several rules in a plan"),
         (lambda: Plan([CLIP]), "must be .pattern, rule"),
         (lambda: Plan([("a", "clip")]), "is no rule"),
         (lambda: Plan([("a", ClipSpectralNorm)]), "pass an instance"),
@@ -155,7 +158,7 @@ def test_report_renders_everywhere() -> None:
     for weight in weights():
         assert weight.name in text
     assert "ClipSpectralNorm(max_norm=1.0) every 4" in text
-    assert "2 of 5 parameters constrained" in text
+    assert "2 of 5 parameters under a rule" in text
     assert report._repr_html_().count("<tr>") == 6
     assert report["head.weight"].rule
     with pytest.raises(KeyError):

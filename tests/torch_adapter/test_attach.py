@@ -179,7 +179,7 @@ def test_state_resumes_exactly() -> None:
             attachment = specops.attach(optimizer, model, CLIP, every=2)
             for holder, state in zip((model, optimizer, attachment), states, strict=True):
                 holder.load_state_dict(state)
-            assert attachment.report(measure=False)["0.weight"].geometry.startswith("conv on 8×8")
+            assert attachment.report(measure=False)["0.weight"].geometry.startswith("conv 8×8")
         train(model, optimizer, 3)
         assert attachment.steps == 6
         return model.state_dict()
@@ -300,7 +300,7 @@ def test_tied_convolutions_are_constrained_once_for_the_larger_grid() -> None:
     model(torch.zeros(1, 2, 8, 6))
     attachment.step()
     report = attachment.report()
-    assert report["0.weight"].geometry.startswith("conv on 8×6")
+    assert report["0.weight"].geometry.startswith("conv 8×6")
     assert report["2.weight"].reason == "tied to 0.weight"
     assert len(attachment.history) == 1
     different = nn.Sequential(first, nn.Conv2d(2, 2, 3, stride=2, padding=1, bias=False))
