@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import numpy as np
 import pytest
+import threadpoolctl
 from hypothesis import HealthCheck, settings
 
 from tests.backends import BACKENDS, MISSING, Backend
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: threads of each that wait for the other's cost minutes.
+    _ONE_THREAD = threadpoolctl.threadpool_limits(1, user_api="blas")
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 settings.register_profile(
     "default",

@@ -197,7 +197,7 @@ def test_supremum_by_branch_and_bound(eager: Backend, rtol: float) -> None:
         geometry = Conv(None, **options)
         bounds = specops.spectral_norm_bounds(eager.array(w), geometry, rtol=rtol)
         lower, upper = float(bounds.lower), float(bounds.upper)
-        assert upper <= lower * (1 + rtol + (1e-5 if "32" in str(bounds.upper.dtype) else 1e-9))
+        assert upper <= lower * (1 + rtol + (5e-5 if "32" in str(bounds.upper.dtype) else 1e-9))
         ndim = len(shape) - 2
         fine = Conv((240,) * ndim if ndim == 1 else (48, 48), boundary="circular", **options)
         norm = float(specops.spectral_norm(w, fine))

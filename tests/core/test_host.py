@@ -1,0 +1,92 @@
+"""The pool shares the cores with BLAS, and leaves the user's settings as they were."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import numpy as np
+import pytest
+import threadpoolctl
+
+import specops
+from specops import Conv, host
+from tests import oracle
+
+
+def blas_threads() -> list[int]:
+    return [
+        lib["num_threads"] for lib in threadpoolctl.threadpool_info() if lib["user_api"] == "blas"
+    ]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_chunks_run_in_order_with_one_blas_thread_each(threads: int) -> None:
+    seen = []
+
+    def work(chunk: slice) -> tuple[int, int]:
+        seen.append((threading.get_ident(), max(blas_threads())))
+        return chunk.start, chunk.stop
+
+    with threadpoolctl.threadpool_limits(threads, user_api="blas"):
+        before = blas_threads()
+        parts = host.map_chunks(work, 100, 2**20)
+        assert blas_threads() == before
+    assert parts[0][0] == 0
+    assert parts[-1][1] == 100
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(parts))
+    assert {count for _, count in seen} == {1}
+    assert len({ident for ident, _ in seen}) <= threads
+
+
+def test_settings_are_restored_after_an_error() -> None:
+    def fail(chunk: slice) -> None:
+        raise ZeroDivisionError
+
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        before = blas_threads()
+        with pytest.raises(ZeroDivisionError):
+            host.map_chunks(fail, 100, 2**20)
+        assert blas_threads() == before
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((20, 20, 3, 3), {}),
+        ((6, 40, 3, 3), {}),
+        ((110, 100, 1, 3), {}),
+        ((12, 6, 7, 7), {"groups": 2}),
+    ],
+)
+def test_values_do_not_depend_on_threads(
+    threads: int, dtype: str, shape: tuple[int, ...], options: dict[str, int]
+) -> None:
+    w = np.random.default_rng(0).standard_normal(shape)
+    geometry = Conv((4, 6), boundary="circular", **options)
+    sigma = oracle.spectrum(w, geometry)
+    tolerance = (1e-6 if dtype == "float32" else 1e-12) * sigma[0]
+    with threadpoolctl.threadpool_limits(threads, user_api="blas"):
+        values = specops.singular_values(w.astype(dtype), geometry)
+        norm = specops.spectral_norm(w.astype(dtype), geometry)
+    assert values.dtype == dtype
+    assert np.abs(values - sigma).max() <= tolerance
+    assert abs(norm - sigma[0]) <= tolerance
+
+
+def test_without_private_lapack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "_SINGLE", False)
+    w = np.random.default_rng(0).standard_normal((5, 4, 3, 3)).astype(np.float32)
+    geometry = Conv((5, 4), boundary="circular")
+    sigma = oracle.spectrum(w.astype(float), geometry)
+    np.testing.assert_allclose(specops.singular_values(w, geometry), sigma, atol=1e-6 * sigma[0])
+    assert float(specops.spectral_norm(w, geometry)) == pytest.approx(sigma[0], rel=1e-6)
+
+
+def test_flat_symbols_solve_every_doubtful_block() -> None:
+    q = np.linalg.qr(np.random.default_rng(0).standard_normal((6, 6)))[0]
+    w = np.zeros((6, 6, 3), np.float32)
+    w[:, :, 1] = q
+    assert float(specops.spectral_norm(w, Conv((12,), boundary="circular"))) == pytest.approx(1.0)
