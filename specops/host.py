@@ -36,6 +36,7 @@ _CHUNK_BYTES = 4 * 2**20
 _GRAM_FROM = 96
 """Smaller side from which single precision uses the Gram matrix in double."""
 _GRAM_ASPECT = 1.5
+_HALVE_FROM = 192
 
 _lock = threading.Lock()
 _depth = 0
@@ -77,7 +78,7 @@ def _controller(loaded: tuple[bool, ...]) -> Any:
 
 
 @contextmanager
-def _single_threaded_blas() -> Iterator[int]:
+def one_blas_thread() -> Iterator[int]:
     """One BLAS thread per caller for the duration; yields how many there were."""
     global _depth, _restore, _workers
     with _lock:
@@ -100,7 +101,7 @@ def map_chunks(function: Callable[[slice], Any], count: int, item_bytes: int) ->
     """``[function(chunk), ...]`` for slices that cover ``range(count)``, in order."""
     if count * item_bytes <= 2**16:
         return [function(slice(0, count))]
-    with _single_threaded_blas() as workers:
+    with one_blas_thread() as workers:
         size = max(1, min(_CHUNK_BYTES // item_bytes, -(-count // (2 * workers))))
         chunks = [slice(i, min(i + size, count)) for i in range(0, count, size)]
         if workers == 1 or len(chunks) == 1:
@@ -131,9 +132,26 @@ def stack_svdvals(a: np.ndarray) -> np.ndarray:
 
 
 def gram(a: np.ndarray) -> np.ndarray:
-    """AᴴA or AAᴴ, whichever is smaller."""
-    ah = a.conj().swapaxes(-1, -2)
-    return np.asarray(a @ ah if a.shape[-2] <= a.shape[-1] else ah @ a)
+    """AAᴴ or AᴴA, whichever is smaller; large ones by halves, the upper from the lower."""
+    rows = a if a.shape[-2] <= a.shape[-1] else a.conj().swapaxes(-1, -2)
+    columns = rows.conj().swapaxes(-1, -2)
+    if rows.shape[-2] < _HALVE_FROM:
+        return np.asarray(rows @ columns)
+    out = np.empty((*rows.shape[:-1], rows.shape[-2]), a.dtype)
+    _fill_gram(rows, columns, out)
+    return out
+
+
+def _fill_gram(rows: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
+    n = rows.shape[-2]
+    if n < _HALVE_FROM:
+        np.matmul(rows, columns, out=out)
+        return
+    h = n // 2
+    _fill_gram(rows[..., :h, :], columns[..., :h], out[..., :h, :h])
+    _fill_gram(rows[..., h:, :], columns[..., h:], out[..., h:, h:])
+    np.matmul(rows[..., h:, :], columns[..., :h], out=out[..., h:, :h])
+    np.conjugate(out[..., h:, :h].swapaxes(-1, -2), out=out[..., :h, h:])
 
 
 def _by_gram(a: np.ndarray) -> np.ndarray:

@@ -1,8 +1,9 @@
 """Which linear map an array stands for: declared, never guessed from its shape."""
 
 from specops.errors import GeometryError
-from specops.geometry.conv import Conv, ConvSizes
+from specops.geometry.conv import Conv
 from specops.geometry.dense import Dense
+from specops.geometry.sizes import ConvSizes
 
 Geometry = Dense | Conv
 

@@ -14,7 +14,8 @@ from specops.linalg.lanczos import MatrixOperator, largest_singular_triplet
 from specops.symbol import Symbol
 
 Array = Any
-_POWER_STEPS = 12
+_POWER_STEPS = {True: 8, False: 24}
+"""By whether a block is cheap to solve: the others are worth a better ranking."""
 _FEW_SHIFTS = 32
 _KEEP_GRAMS = 2**28
 _DIRECT_BELOW = 160
@@ -127,18 +128,20 @@ class _HostSearch:
 
     def run(self) -> tuple[float, int]:
         """(σ₁, index of its block over frequencies and groups)."""
+        with host.one_blas_thread():
+            return self._search()
+
+    def _search(self) -> tuple[float, int]:
         estimates = np.concatenate(self._chunks(self._estimate))
         best = int(np.argmax(estimates))
         sigma = self._solve(best)
         above = np.concatenate(self._chunks(lambda chunk: self._exceeds(chunk, sigma)))
         doubtful = [int(i) for i in np.flatnonzero(above) if i != best]
-        while doubtful:
-            candidate = max(doubtful, key=lambda i: estimates[i])
-            doubtful.remove(candidate)
-            value = self._solve(candidate)
-            if value > sigma:
-                sigma, best = value, candidate
-                doubtful = [i for i in doubtful if host.exceeds(self._gram(i), sigma)]
+        for candidate in sorted(doubtful, key=lambda i: -estimates[i]):
+            if host.exceeds(self._gram(candidate), sigma):
+                value = self._solve(candidate)
+                if value > sigma:
+                    sigma, best = value, candidate
         return sigma, best
 
     def _chunks(self, work: Callable[[slice], np.ndarray]) -> list[np.ndarray]:
@@ -158,7 +161,7 @@ class _HostSearch:
         start = backend.start_vector("torus", 2 * self.small).astype(grams.real.dtype)
         v = np.broadcast_to(start.view(grams.dtype)[:, None], (len(grams), self.small, 1))
         norm = np.ones((len(grams), 1, 1), grams.real.dtype)
-        for _ in range(_POWER_STEPS):
+        for _ in range(_POWER_STEPS[self.small < _DIRECT_BELOW]):
             v = grams @ (v / norm)
             norm = np.linalg.norm(v, axis=-2, keepdims=True)
             norm[norm == 0] = 1
