@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -18,32 +18,13 @@ from specops.errors import (
     NonFiniteWarning,
     SpecopsError,
 )
-from specops.geometry import Conv, Dense, Geometry
+from specops.geometry import Conv, Geometry
 from specops.plan import Assignment, Plan, override_geometries
 from specops.report import Report, plan_rows
-from specops.spectra import spectral_norm, spectral_norm_bounds
-from specops_torch.parameters import Location, locate
+from specops_torch.constrained import Constrained
+from specops_torch.parameters import locate
 
 NonFinitePolicy = Literal["raise", "skip", "warn"]
-
-
-@dataclass
-class _Constrained:
-    """One weight under a rule."""
-
-    location: Location
-    assignment: Assignment
-    state: dict[str, torch.Tensor] | None = None
-
-    @property
-    def name(self) -> str:
-        return self.assignment.weight.name
-
-    @property
-    def geometry(self) -> Geometry:
-        geometry = self.location.geometry()
-        assert geometry is not None
-        return geometry  # type: ignore[no-any-return]
 
 
 class Attachment:
@@ -80,7 +61,7 @@ class Attachment:
         self._history: deque[dict[str, Any]] = deque(maxlen=history)
         self._model, self._optimizer = model, optimizer
         self._geometries = dict(geometries or {})
-        self._constrained: list[_Constrained] = []
+        self._constrained: list[Constrained] = []
         self._assignments: list[Assignment] = []
         self._held = _held(optimizer)
         self._assign()
@@ -117,7 +98,7 @@ class Attachment:
             if weight is location.weight:
                 location.watch()
             location.weight = weight
-            self._constrained.append(_Constrained(location, assignment))
+            self._constrained.append(Constrained(location, assignment))
         for dropped in before.values():
             dropped.location.unwatch()
 
@@ -172,7 +153,7 @@ class Attachment:
             if constrained is not None:
                 row = replace(row, geometry=constrained.geometry.describe())
                 if measure and row.rule:
-                    row = replace(row, **_norm_of(constrained))
+                    row = replace(row, **constrained.norm())
             rows.append(row)
         return Report(tuple(rows))
 
@@ -181,13 +162,7 @@ class Attachment:
         return {
             "version": 1,
             "steps": self.steps,
-            "weights": {
-                c.name: {
-                    "state": None if c.state is None else _copy(c.state),
-                    "sizes": c.location.recorder.state() if c.location.recorder else None,
-                }
-                for c in self._constrained
-            },
+            "weights": {c.name: c.state_dict() for c in self._constrained},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -209,10 +184,7 @@ class Attachment:
             )
         self.steps = int(state["steps"])
         for c in self._constrained:
-            saved = state["weights"][c.name]
-            c.state = None if saved["state"] is None else _copy(saved["state"])
-            if c.location.recorder is not None and saved["sizes"] is not None:
-                c.location.recorder.load(saved["sizes"])
+            c.load_state_dict(state["weights"][c.name])
 
     def detach(self) -> None:
         """Stop acting and remove every hook; the weights stay as they are."""
@@ -228,7 +200,7 @@ class Attachment:
             return
         self.step()
 
-    def _fire(self, due: list[_Constrained]) -> None:
+    def _fire(self, due: list[Constrained]) -> None:
         written = []
         for c in due:
             old = c.location.parameter.detach()
@@ -247,7 +219,7 @@ class Attachment:
             c.state = state
             self._history.append(record)
 
-    def _why_not(self, c: _Constrained, weight: torch.Tensor) -> str:
+    def _why_not(self, c: Constrained, weight: torch.Tensor) -> str:
         """A reason to leave a weight alone this time, or an error."""
         if not c.location.parameter.requires_grad:
             return "frozen (requires_grad=False)"
@@ -266,7 +238,7 @@ class Attachment:
             warnings.warn(f"{message}; it was left as it is", NonFiniteWarning, stacklevel=2)
         return "not finite"
 
-    def _misfit(self, c: _Constrained, weight: torch.Tensor) -> str:
+    def _misfit(self, c: Constrained, weight: torch.Tensor) -> str:
         """Why the geometry, known since the first forward, does not fit: "*" skips."""
         geometry = c.geometry
         try:
@@ -284,7 +256,7 @@ class Attachment:
         return ""
 
     def _update(
-        self, c: _Constrained, weight: torch.Tensor
+        self, c: Constrained, weight: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, Any]]:
         rule, geometry = c.assignment.rule, c.geometry
         assert rule is not None
@@ -351,21 +323,6 @@ def attach(
         on_nonfinite=on_nonfinite,
         history=history,
     )
-
-
-def _norm_of(constrained: _Constrained) -> dict[str, Any]:
-    """The norm now, for a report: exact where it can be, else a certified upper bound."""
-    w, geometry = constrained.location.parameter.detach(), constrained.geometry
-    if not bool(torch.isfinite(w).all()):
-        return {"norm": float("nan"), "norm_is": "not finite"}
-    exact = isinstance(geometry, Dense) or geometry.has_exact_spectrum(tuple(w.shape))
-    norms = spectral_norm(w, geometry) if exact else spectral_norm_bounds(w, geometry).upper
-    largest = max(float(n.max()) for n in (norms if isinstance(norms, tuple) else (norms,)))
-    return {"norm": largest, "norm_is": "exact" if exact else "upper bound"}
-
-
-def _copy(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key: value.clone() for key, value in state.items()}
 
 
 def _held(optimizer: torch.optim.Optimizer | None) -> dict[int, nn.Parameter] | None:

@@ -56,6 +56,10 @@ def test_layers_are_what_their_geometry_says(
     matrix = layer_matrix(layer, channels, size)
     sigma = np.linalg.svd(matrix, compute_uv=False)
     w = layer.weight.detach()
+    operator = specops.linear_operator(w, geometry)
+    np.testing.assert_allclose(operator.to_matrix().numpy(), matrix, atol=1e-14)
+    x = torch.randn(3, matrix.shape[1], dtype=torch.float64)
+    torch.testing.assert_close(operator.matvec(x), x @ torch.tensor(matrix).T)
     np.testing.assert_allclose(
         specops.singular_values(w, geometry).numpy(), sigma, atol=1e-12 * sigma[0]
     )
