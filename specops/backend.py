@@ -132,13 +132,15 @@ def to_numpy(x: Array) -> np.ndarray:
 def argmax(xp: Namespace, x: Array) -> Array:
     """Index (shape (1,)) of the largest entry of `x` flattened."""
     flat = xp.reshape(x, (-1,))
-    if truth(all_finite(xp, flat)) is None:
+    if is_traced(flat):
         return xp.reshape(xp.argmax(flat), (1,))
     return constant(np.asarray([int(np.argmax(to_numpy(flat)))]), flat)
 
 
 def zeros(shape: tuple[int, ...], like: Array) -> Array:
     """Zeros of the dtype and device of `like`."""
+    if compat.is_torch_array(like):
+        return like.new_zeros(shape)  # under vmap mapped like `like`
     xp = compat.array_namespace(like)
     if compat.is_jax_array(like):
         return xp.zeros(shape, dtype=like.dtype)
@@ -184,11 +186,11 @@ def with_derivative(value: Any, surrogate: Any, x: Array) -> Array:
     The surrogate is only computed where a derivative is asked for.
     """
     if compat.is_torch_array(x):
-        if not (x.requires_grad and sys.modules["torch"].is_grad_enabled()):
+        if not is_differentiated(x):
             return value(x)
         along = surrogate(x)
         return value(stop_gradient(x)) + (along - along.detach())
-    if compat.is_jax_array(x) and truth(all_finite(compat.array_namespace(x), x)) is None:
+    if compat.is_jax_array(x) and is_traced(x):
         jax = sys.modules["jax"]
         function = jax.custom_jvp(value)
         function.defjvp(
@@ -247,6 +249,24 @@ def truth(flag: Array) -> bool | None:
         return bool(flag)
     except RuntimeError:
         return None  # torch.func.vmap: the flag differs across the mapped axis
+
+
+def is_traced(x: Array) -> bool:
+    """Whether the values of `x` are unknown now: under a compiler, or mapped by vmap."""
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(x, jax.core.Tracer):
+        return True
+    return truth(all_finite(compat.array_namespace(x), x)) is None
+
+
+def is_differentiated(x: Array) -> bool:
+    """Whether a torch tensor carries a derivative, in reverse or forward mode."""
+    torch = sys.modules["torch"]
+    if x.requires_grad and torch.is_grad_enabled():
+        return True
+    if torch._C._functorch.is_gradtrackingtensor(x):
+        return True
+    return torch.autograd.forward_ad.unpack_dual(x).tangent is not None
 
 
 def all_finite(xp: Namespace, x: Array, axis: Any = None) -> Array:

@@ -50,8 +50,7 @@ def as_host(x: Array) -> np.ndarray | None:
         return x
     if compat.is_torch_array(x):
         torch = sys.modules["torch"]
-        tracked = x.requires_grad and torch.is_grad_enabled()
-        if tracked or x.device.type != "cpu" or torch.compiler.is_compiling():
+        if backend.is_differentiated(x) or x.device.type != "cpu" or torch.compiler.is_compiling():
             return None
         return backend.torch_to_numpy(x)
     if compat.is_jax_array(x):

@@ -77,7 +77,7 @@ def spectral_norm_bounds(
     Raises
     ------
     ValueError
-        `rtol` is not positive.
+        `rtol` is not positive, or `start` given for anything but a single matrix.
     GeometryError, UnsupportedGeometryError, UnsupportedArrayError, NonFiniteError
         As `singular_values`.
 
@@ -97,6 +97,9 @@ def spectral_norm_bounds(
     if rtol is not None:
         rtol = check_bound(rtol, "rtol")
     given = prepare(w, geometry)
+    single = isinstance(given.geometry, Dense) and given.geometry.splits is None and w.ndim == 2
+    if start is not None and not single:
+        raise ValueError("start needs a single matrix: no Conv, stack or splits")
     if isinstance(given.geometry, Dense):
         return _dense_bounds(given, given.geometry, start)
     return _conv_bounds(given, given.geometry, rtol, max_evaluations)
@@ -107,7 +110,7 @@ def _dense_bounds(given: Prepared, geometry: Dense, start: Array | None) -> Norm
     pairs = []
     for block in matrix_blocks(given):
         matrices = block.matrices
-        if start is not None and matrices.ndim == 2 and geometry.splits is None:
+        if start is not None:
             v = xp.astype(start, matrices.dtype)
             width = min(v.shape[1], *matrices.shape)
             operator = MatrixOperator(matrices)

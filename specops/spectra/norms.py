@@ -18,6 +18,8 @@ from specops.spectra.torus import leading_block, leading_vectors
 from specops.symbol import Symbol, certified_symbol, symbol_of
 
 Array = Any
+_SMALL = 2**16
+"""Entries up to which a zero-padded operator is decomposed as a matrix."""
 
 
 def spectral_norm(w: Array, geometry: Geometry | None = None) -> Array | tuple[Array, ...]:
@@ -124,10 +126,16 @@ def torus_norm(xp: Any, kernel: Array, symbol: Symbol) -> Array:
 
 
 def lanczos_norm(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
-    """σ₁ by Lanczos, from below, converged; the derivative holds its vectors constant."""
+    """σ₁ by Lanczos, from below, converged; the derivative holds its vectors constant.
+
+    Operators so small that their explicit matrix costs no more are decomposed.
+    """
 
     def triplet(kernel: Array) -> tuple[Array, Array, Array]:
         operator = ConvOperator(kernel, sizes)
+        if math.prod(operator.shape) <= _SMALL:
+            u, s, vh = svd(xp, operator.to_matrix())
+            return u[:, 0], s[0], backend.conjugate(xp, vh[0, :])
         start = operator.rmatvec(_plane_wave(xp, kernel, sizes))
         return largest_singular_triplet(xp, ConvOperator, kernel, sizes, start)
 
@@ -143,7 +151,8 @@ def _plane_wave(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
     """An output near the leading left singular vector of a zero-padded convolution.
 
     The leading left singular vector of the maximising block, as a plane wave under a sine
-    window, plus some of every direction in every group, so that no symmetry can hide the maximum.
+    window, plus as much of every direction in every group, so that no symmetry can hide the
+    maximum.
     """
     assert sizes.coarse is not None
     symbol, _ = certified_symbol(sizes, not backend.is_complex(kernel))
@@ -162,7 +171,7 @@ def _plane_wave(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
     wave = xp.reshape(chosen[:, None, None] * wave, (sizes.groups, -1))
     noise = backend.start_vector("lanczos", math.prod(wave.shape)).reshape(wave.shape)
     noise = backend.constant(noise / np.linalg.norm(noise, axis=1, keepdims=True), kernel)
-    wave = xp.reshape(wave + 0.1 * xp.linalg.vector_norm(wave) * noise, (-1,))
+    wave = xp.reshape(wave + xp.linalg.vector_norm(wave) * noise, (-1,))
     return xp.astype(wave, kernel.dtype) if backend.is_complex(kernel) else wave
 
 

@@ -36,11 +36,11 @@ class LinearOperator:
 
     def matvec(self, x: Array) -> Array:
         """A x for x of shape (..., inputs)."""
-        return self._matvec(x)
+        return self._matvec(backend.to_compute(backend.namespace(x), x))
 
     def rmatvec(self, y: Array) -> Array:
         """Aᴴ y for y of shape (..., outputs)."""
-        return self._rmatvec(y)
+        return self._rmatvec(backend.to_compute(backend.namespace(y), y))
 
     def to_matrix(self) -> Array:
         """The explicit matrix, (outputs, inputs): memory is the product of the two."""
@@ -121,7 +121,7 @@ def top_singular_triplets(
     Raises
     ------
     ValueError
-        `k` is out of range.
+        `k` is out of range, or `start` of the wrong shape.
     GeometryError, UnsupportedGeometryError, UnsupportedArrayError, NonFiniteError
         As `singular_values`; splits.
 
@@ -146,11 +146,15 @@ def top_singular_triplets(
             raise UnsupportedGeometryError("splits: ask for the triplets of each block in turn")
         (block,) = matrix_blocks(given)
         _check_count(k, block.matrices.shape[-2:])
-        if start is None or block.matrices.ndim > 2:
+        if start is not None and block.matrices.ndim > 2:
+            raise ValueError("start needs a single matrix, not a stack")
+        if start is None:
             u, s, vh = svd(xp, block.matrices)
             v = backend.adjoint(xp, vh)
             return u[..., :k], block.restore(s[..., :k]), v[..., :k]
-        u, s, v, _ = leading_triplets(xp, linear_operator(block.matrices), start, k)
+        operator = linear_operator(block.matrices)
+        start = _widened(xp, start, k, operator, block.matrices.dtype)
+        u, s, v, _ = leading_triplets(xp, operator, start, k, iterations=1000)
         return u, block.restore(s), v
     assert isinstance(given.geometry, Conv)
     operator = linear_operator(given.w, given.geometry)
@@ -162,9 +166,27 @@ def top_singular_triplets(
         width = min(k + 4, *operator.shape)
         noise = backend.start_vector("triplets", operator.shape[1] * width)
         start = backend.constant(noise.reshape(-1, width), given.w)
-    start = xp.astype(start, given.w.dtype)
+    start = _widened(xp, start, k, operator, given.w.dtype)
     u, s, v, _ = leading_triplets(xp, operator, start, k, iterations=1000)
     return u, given.scale * s, v
+
+
+def _widened(xp: Any, start: Array, k: int, operator: LinearOperator, dtype: Any) -> Array:
+    """The start in the weight's dtype, with two fixed random columns where there is room.
+
+    An exact singular vector that is not leading would otherwise be taken for the answer.
+    """
+    columns = operator.shape[1]
+    if start.ndim != 2 or start.shape[0] != columns or start.shape[1] < k:
+        raise ValueError(
+            f"start must have shape ({columns}, p) with p of at least k={k}, got {start.shape}"
+        )
+    extra = min(2, min(operator.shape) - start.shape[1])
+    start = xp.astype(start, dtype)
+    if extra < 1:
+        return start[:, : min(start.shape[1], *operator.shape)]
+    noise = backend.start_vector("widened", columns * extra).reshape(columns, extra)
+    return xp.concat([start, xp.astype(backend.constant(noise, start), dtype)], axis=1)
 
 
 def _check_count(k: int, shape: Any) -> None:

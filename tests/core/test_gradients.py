@@ -53,7 +53,11 @@ def torch_func_gradient(f: Any, w: np.ndarray, probe: np.ndarray, g: Geometry) -
     return torch.func.grad(lambda x: f(x, torch.tensor(probe), g))(torch.tensor(w)).numpy()
 
 
-GRADIENTS = [torch_gradient, torch_func_gradient, jax_gradient]
+def jax_eager_gradient(f: Any, w: np.ndarray, probe: np.ndarray, g: Geometry) -> np.ndarray:
+    return np.asarray(jax.grad(lambda x: f(x, probe, g))(jax.numpy.asarray(w)))
+
+
+GRADIENTS = [torch_gradient, torch_func_gradient, jax_gradient, jax_eager_gradient]
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
@@ -92,6 +96,40 @@ def test_finite_at_repeated_values_and_at_zero(
     if name == "norm" and w.any():
         # A subgradient of a norm at W has inner product σ₁ with W.
         assert (got * w).sum() == pytest.approx(float(specops.spectral_norm(w, geometry)))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("name", ["norm", "stable rank"])
+@pytest.mark.parametrize(("shape", "geometry"), GEOMETRIES)
+def test_forward_mode_of_torch(name: str, shape: tuple[int, ...], geometry: Geometry) -> None:
+    rng = np.random.default_rng(0)
+    w, direction = rng.standard_normal((2, *shape))
+    f = FUNCTIONS[name]
+    _, got = torch.func.jvp(
+        lambda x: f(x, x, geometry), (torch.tensor(w),), (torch.tensor(direction),)
+    )
+    h = 1e-5
+    ahead, behind = (float(f(w + s * h * direction, w, geometry)) for s in (1, -1))
+    assert float(got) == pytest.approx((ahead - behind) / (2 * h), rel=1e-6, abs=1e-7)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(torch.tensor(w), torch.tensor(direction))
+        _, tangent = torch.autograd.forward_ad.unpack_dual(f(dual, dual, geometry))
+        assert float(tangent) == pytest.approx(float(got))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("boundary", ["circular", "zeros"])
+def test_vmap_of_torch(boundary: str) -> None:
+    w = torch.randn(3, 4, 2, 3, dtype=torch.float64)
+    geometry = Conv((6,), boundary=boundary)
+    one_by_one = torch.stack([specops.spectral_norm(k, geometry) for k in w])
+    together = torch.func.vmap(lambda k: specops.spectral_norm(k, geometry))(w)
+    torch.testing.assert_close(together, one_by_one)
+    large = torch.randn(2, 8, 8, 3, dtype=torch.float64)
+    geometry = Conv((40,), boundary=boundary)
+    one_by_one = torch.stack([specops.spectral_norm(k, geometry) for k in large])
+    together = torch.func.vmap(lambda k: specops.spectral_norm(k, geometry))(large)
+    torch.testing.assert_close(together, one_by_one, rtol=1e-3, atol=0)
 
 
 def test_full_spectrum_gradient_of_torch() -> None:

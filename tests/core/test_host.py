@@ -11,6 +11,7 @@ import threadpoolctl
 
 import specops
 from specops import Conv, host
+from specops.spectra import torus
 from tests import oracle
 
 
@@ -90,3 +91,17 @@ def test_flat_symbols_solve_every_doubtful_block() -> None:
     w = np.zeros((6, 6, 3), np.float32)
     w[:, :, 1] = q
     assert float(specops.spectral_norm(w, Conv((12,), boundary="circular"))) == pytest.approx(1.0)
+
+
+def test_a_bad_ranking_costs_time_and_no_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torus, "_POWER_STEPS", {True: 0, False: 0})
+    for seed, groups in [(0, 1), (1, 2)]:
+        w = np.random.default_rng(seed).standard_normal((6, 6 // groups, 3, 3))
+        geometry = Conv((6, 8), boundary="circular", groups=groups)
+        truth = oracle.spectrum(w, geometry)[0]
+        assert float(specops.spectral_norm(w, geometry)) == pytest.approx(truth, rel=1e-12)
+
+
+def test_cholesky_tells_which_matrices_exceed() -> None:
+    grams = np.stack([np.diag([1.0, c]) for c in (3.9, 4.1)]).astype(np.complex64)
+    assert host.exceeds(grams, 2.0).tolist() == [False, True]

@@ -224,3 +224,51 @@ def test_larger_tori_tighten_a_zero_padded_bracket() -> None:
         assert tight.lower == pytest.approx(truth, rel=1e-12)
     with pytest.raises(ValueError, match="rtol"):
         specops.spectral_norm_bounds(w, geometry, rtol=0.0)
+
+
+def test_supremum_between_the_grid_points() -> None:
+    # taps exp(-ia) peak at the frequency 1, which is on no grid
+    w = np.exp(-1j * np.arange(3.0)).reshape(1, 1, 3)
+    for rtol in (1e-3, 1e-6):
+        bounds = specops.spectral_norm_bounds(w, Conv(None), rtol=rtol)
+        assert 3.0 * (1 - rtol) <= bounds.lower <= 3.0 <= bounds.upper <= 3.0 * (1 + 2 * rtol)
+
+
+def test_a_start_is_checked_cast_and_not_believed() -> None:
+    a = np.diag([3.0, 2.0, 1.0, 0.5])
+    for k, start in [(1, np.eye(4)[:, 1:2]), (2, np.eye(4)[:, 1:4])]:
+        _, s, _ = specops.top_singular_triplets(a.astype(np.float32), k, start=start)
+        assert s.dtype == np.float32
+        np.testing.assert_allclose(s, [3.0, 2.0][:k], rtol=1e-5)
+    with pytest.raises(ValueError, match=r"p of at least k=3"):
+        specops.top_singular_triplets(a, 3, start=np.eye(4)[:, :2])
+    with pytest.raises(ValueError, match="single matrix"):
+        specops.spectral_norm_bounds(np.ones((2, 2, 3)), Conv((4,)), start=np.ones((8, 1)))
+
+
+def test_half_precision_operators_take_half_vectors() -> None:
+    torch = pytest.importorskip("torch")
+    w = torch.randn(2, 2, 3).half()
+    y = specops.linear_operator(w, Conv((6,))).matvec(torch.ones(12).half())
+    assert y.dtype == torch.float32
+
+
+@pytest.mark.parametrize("n", [32, 200])
+@pytest.mark.parametrize("gap", [1e-3, 1e-4])
+def test_close_values_in_channels_that_do_not_mix(n: int, gap: float) -> None:
+    w = np.zeros((2, 2, 2 * n + 1))
+    w[0, 0, n] = w[0, 0, 0] = 1.0
+    w[1, 1, n], w[1, 1, n + 1] = 0.5, 0.501
+    geometry = Conv((n,), padding=((n, n),))
+    alone = oracle.spectrum(w[1:, 1:], geometry)[0]
+    w[1, 1] *= (1 + gap) / alone
+    got = float(specops.spectral_norm(w.astype(np.float32), geometry))
+    assert got == pytest.approx(1 + gap, rel=1e-5)
+
+
+def test_small_transposed_operators_to_double_precision() -> None:
+    geometry = Conv((6, 3), stride=3, dilation=2, transposed=True, padding=(2, 0))
+    for seed in range(17):
+        w = np.random.default_rng(seed).standard_normal((1, 1, 5, 4))
+        truth = oracle.spectrum(w, geometry)[0]
+        assert float(specops.spectral_norm(w, geometry)) == pytest.approx(truth, rel=1e-12)
