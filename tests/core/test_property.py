@@ -74,7 +74,7 @@ def test_every_value_strictly(backend: object, dtype: str) -> None:
 def test_every_value_compiled(backend: object, dtype: str) -> None:
     """JAX compiles each shape anew, which is what takes the time."""
 
-    @settings(max_examples=max(1, CASES // 60))
+    @settings(max_examples=max(1, CASES // 15))
     @given(convolutions())
     def run(case: Case) -> None:
         check(case, backend, dtype)
