@@ -8,8 +8,8 @@ from specops import backend
 from specops.linalg.decompositions import svd
 
 Array = Any
-_GRAM_RANGE = 4.0
-"""σ₁/limit up to which a Gram matrix in working precision still resolves the limit."""
+GRAM_RANGE = 4.0
+"""σ₁/limit up to which Gram matrices resolve the limit and differences do not cancel."""
 
 
 def clip(
@@ -40,7 +40,7 @@ def clip(
     ----------
     Sanyal, Torr & Dokania 2020, Algorithm 3; Sedghi, Gupta & Long 2019, Proposition 9.
     """
-    small = None if norms is None else backend.truth(xp.all(norms <= _GRAM_RANGE * limit))
+    small = None if norms is None else backend.truth(xp.all(norms <= GRAM_RANGE * limit))
     if not small or force_svd:
         u, s, vh = svd(xp, a)
         s = xp.where(s > limit[..., None], limit[..., None], s)

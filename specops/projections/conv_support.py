@@ -8,7 +8,7 @@ import numpy as np
 
 from specops import backend
 from specops.geometry import Conv
-from specops.linalg.clip import clip
+from specops.linalg.clip import GRAM_RANGE, clip
 from specops.linalg.decompositions import svdvals
 from specops.projections.feasible import ProjectionInfo, store_within
 from specops.spectra.prepare import Prepared
@@ -16,8 +16,6 @@ from specops.symbol import Symbol, certified_symbol
 
 Array = Any
 _ROUNDS = 30
-_NEAR = 4.0
-"""σ₁/limit beyond which differences of blocks cancel."""
 _ROUNDS_WHEN_TRACED = 5
 _CLOSE_ENOUGH = 1e-2
 """Excess at which the alternation stops and the final rescaling takes over."""
@@ -82,7 +80,7 @@ def _clip_round(
     """Clip the singular values of every block above the limit, cut back to the support."""
     chosen = np.arange(len(symbol.frequencies))
     norms = None if traced else by_frequency
-    near = backend.truth(xp.max(by_frequency) <= _NEAR * limit)
+    near = backend.truth(xp.max(by_frequency) <= GRAM_RANGE * limit)
     if near and not backend.compiles_per_shape(xp):
         chosen = np.flatnonzero(backend.to_numpy(xp.any(by_frequency > limit, axis=-1)))
         norms = xp.take(by_frequency, backend.constant(chosen, by_frequency), axis=0)
