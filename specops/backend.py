@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -86,6 +88,21 @@ def real_dtype(xp: Namespace, dtype: Any) -> Any:
 def complex_dtype(xp: Namespace, dtype: Any) -> Any:
     name = dtype_name(dtype)
     return getattr(xp, _COMPLEX[name]) if name in _COMPLEX else dtype
+
+
+def double_dtype(xp: Namespace, x: Array) -> Any:
+    """The double precision dtype of the kind of `x`, None where its device has none."""
+    if str(getattr(x, "device", "")).startswith("mps"):
+        return None
+    kind = "complex floating" if is_complex(x) else "real floating"
+    info = xp.__array_namespace_info__()
+    where = {} if compat.is_jax_array(x) else {"device": compat.device(x)}
+    return info.dtypes(kind=kind, **where).get("complex128" if is_complex(x) else "float64")
+
+
+def device_of(x: Array) -> Any:
+    """The device of a concrete array; None where the library places arrays itself."""
+    return None if compat.is_jax_array(x) else compat.device(x)
 
 
 def is_complex(x: Array) -> bool:
@@ -224,6 +241,29 @@ def compiled(function: Any, static: tuple[Any, ...], *arrays: Array) -> Any:
     return function(*static, *arrays)
 
 
+@contextmanager
+def ieee_products(xp: Namespace) -> Iterator[None]:
+    """Products of float32 in float32, where the library may use shorter formats."""
+    if compat.is_jax_namespace(xp):
+        with sys.modules["jax"].default_matmul_precision("highest"):
+            yield
+        return
+    torch = sys.modules.get("torch")
+    if not compat.is_torch_namespace(xp) or torch is None or torch.compiler.is_compiling():
+        yield
+        return
+    settings = torch.backends.cuda.matmul
+    # The older switch refuses to be read once the newer one has been set.
+    new = hasattr(settings, "fp32_precision")
+    name, ieee = ("fp32_precision", "ieee") if new else ("allow_tf32", False)
+    before = getattr(settings, name)
+    setattr(settings, name, ieee)
+    try:
+        yield
+    finally:
+        setattr(settings, name, before)
+
+
 @cache
 def _jax_jit(function: Any, static: int) -> Any:
     return sys.modules["jax"].jit(function, static_argnums=tuple(range(static)))
@@ -257,6 +297,13 @@ def is_traced(x: Array) -> bool:
     if jax is not None and isinstance(x, jax.core.Tracer):
         return True
     return truth(all_finite(compat.array_namespace(x), x)) is None
+
+
+def is_concrete(x: Array) -> bool:
+    """Whether the values of `x` are known now and nothing is to be differentiated."""
+    if compat.is_torch_array(x) and is_differentiated(x):
+        return False
+    return not is_traced(x)
 
 
 def is_differentiated(x: Array) -> bool:

@@ -96,6 +96,14 @@ def one_blas_thread() -> Iterator[int]:
                 _restore.restore_original_limits()
 
 
+def solves_alone(a: Array) -> bool:
+    """Whether a single matrix is better left to its own library.
+
+    torch's LAPACK is faster there, and its threads and NumPy's slow each other down.
+    """
+    return bool(a.ndim == 2 and compat.is_torch_array(a))
+
+
 def map_chunks(function: Callable[[slice], Any], count: int, item_bytes: int) -> list[Any]:
     """``[function(chunk), ...]`` for slices that cover ``range(count)``, in order."""
     if count * item_bytes <= 2**16:
@@ -130,8 +138,23 @@ def stack_svdvals(a: np.ndarray) -> np.ndarray:
     return np.asarray(np.linalg.svd(a, compute_uv=False))
 
 
+def eigh(a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`numpy.linalg.eigh` that stays in single precision, in double where that fails."""
+    if _SINGLE and a.dtype in (np.float32, np.complex64):
+        with np.errstate(invalid="ignore"):
+            values, vectors = _lapack.eigh_lo(a, signature=f"{a.dtype.char}->f{a.dtype.char}")
+        if not np.isnan(values).any():
+            return values, vectors
+    values, vectors = np.linalg.eigh(a)
+    return values, vectors
+
+
 def gram(a: np.ndarray) -> np.ndarray:
     """AAᴴ or AᴴA, whichever is smaller; large ones by halves, the upper from the lower."""
+    if a.dtype.kind == "f":
+        # A product with its own transpose: NumPy computes half of it.
+        turned = a.swapaxes(-1, -2)
+        return np.asarray(a @ turned if a.shape[-2] <= a.shape[-1] else turned @ a)
     rows = a if a.shape[-2] <= a.shape[-1] else a.conj().swapaxes(-1, -2)
     columns = rows.conj().swapaxes(-1, -2)
     if rows.shape[-2] < _HALVE_FROM:

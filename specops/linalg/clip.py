@@ -1,27 +1,46 @@
-"""Clipping the singular values of stacked matrices."""
+"""Clipping the singular values of stacked matrices, and what clipping takes off."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from specops import backend
-from specops.linalg.decompositions import svd
+import numpy as np
+
+from specops import backend, host
+from specops.linalg.decompositions import eigh, svd
 
 Array = Any
 GRAM_RANGE = 4.0
 """σ₁/limit up to which Gram matrices resolve the limit and differences do not cancel."""
+_DOUBLE_GRAM_RANGE = 1e3
+_HALVE_FROM = 512
 
 
-def clip(
-    xp: Any, a: Array, limit: Array, norms: Array | None = None, *, force_svd: bool = False
-) -> Array:
+class Clipped(NamedTuple):
+    """What `clip` did.
+
+    Attributes
+    ----------
+    matrices : array, shape (..., m, n)
+    taken : array, shape (...)
+        Σ max(σ − limit, 0), the nuclear norm of what was taken off.
+    values, vectors : arrays or None
+        Ascending eigenvalues, in units of limit², and eigenvectors of the smaller Gram matrix
+        where that was used.
+    """
+
+    matrices: Array
+    taken: Array
+    values: Array | None = None
+    vectors: Array | None = None
+
+
+def clip(xp: Any, a: Array, limit: Array, *, force_svd: bool = False) -> Clipped:
     r"""``U min(Σ, limit) Vᴴ`` for stacked matrices.
 
-    By what must be taken off, ``A V diag((1 − limit/σ)₊) Vᴴ``, with the eigenvectors of the
-    Gram matrix of the smaller side: a fraction of the cost of an SVD, and the small singular
-    values never matter. The Gram matrix squares the condition number and the difference
-    cancels, so beyond σ₁ = 4·limit (told by `norms`, the largest singular values, if they are
-    known), and under tracing, it is an SVD instead.
+    By what must be taken off where σ₁ ≤ 4·limit: a fraction of the cost of an SVD, and the
+    small singular values never matter. Beyond that the difference cancels, so there, and under
+    tracing, it is an SVD.
 
     Parameters
     ----------
@@ -31,8 +50,6 @@ def clip(
         Scaled so that squares neither overflow nor underflow.
     limit : array, shape (...)
         Positive.
-    norms : array, shape (...), optional
-        Largest singular values.
     force_svd : bool
         Never use the Gram matrix.
 
@@ -40,18 +57,91 @@ def clip(
     ----------
     Sanyal, Torr & Dokania 2020, Algorithm 3; Sedghi, Gupta & Long 2019, Proposition 9.
     """
-    small = None if norms is None else backend.truth(xp.all(norms <= GRAM_RANGE * limit))
-    if not small or force_svd:
-        u, s, vh = svd(xp, a)
-        s = xp.where(s > limit[..., None], limit[..., None], s)
-        return (u * xp.astype(s, u.dtype)[..., None, :]) @ vh
-    # In units of the limit, so that squares neither overflow nor underflow.
+    found = None if force_svd else _by_gram(xp, a, limit, GRAM_RANGE)
+    if found is not None:
+        return Clipped(a - found[0], *found[1:])
+    u, s, vh = svd(xp, a)
+    kept = xp.where(s > limit[..., None], limit[..., None], s)
+    clipped = (u * xp.astype(kept, u.dtype)[..., None, :]) @ vh
+    return Clipped(clipped, xp.sum(s - kept, axis=-1))
+
+
+def excess(xp: Any, a: Array, limit: Array) -> tuple[Array, Array]:
+    r"""(``U max(Σ − limit, 0) Vᴴ``, Σ max(σ − limit, 0)): soft thresholding of the values.
+
+    Parameters
+    ----------
+    xp, a, limit
+        As `clip`.
+    """
+    found = _by_gram(xp, a, limit, GRAM_RANGE)
+    if found is None and isinstance(a, np.ndarray):
+        double = a.astype(np.result_type(a, np.float64))
+        found = _by_gram(xp, double, limit.astype(float), _DOUBLE_GRAM_RANGE)
+        if found is not None:
+            return found[0].astype(a.dtype), found[1].astype(limit.dtype)
+    if found is not None:
+        return found[0], found[1]
+    u, s, vh = svd(xp, a)
+    s = s - limit[..., None]
+    s = xp.where(s > 0, s, xp.zeros_like(s))
+    return (u * xp.astype(s, u.dtype)[..., None, :]) @ vh, xp.sum(s, axis=-1)
+
+
+def _by_gram(
+    xp: Any, a: Array, limit: Array, reach: float
+) -> tuple[Array, Array, Array, Array] | None:
+    """(`excess`, its nuclear norm, eigenvalues, eigenvectors) from the smaller Gram matrix.
+
+    The excess is A V diag((1 − limit/σ)₊) Vᴴ. That squares the condition number: None if σ₁ > reach·limit, or unknown because traced.
+    """
     unit = limit[..., None, None]
-    scaled = a / unit
-    wide = a.shape[-2] < a.shape[-1]
-    ah = backend.adjoint(xp, scaled)
-    eigenvalues, v = xp.linalg.eigh(scaled @ ah if wide else ah @ scaled)
+    # σ₁ is at least the largest entry; checked before anything is squared.
+    if not backend.truth(xp.all(xp.abs(a) <= reach * unit)):
+        return None
+    scaled = a / xp.astype(unit, a.dtype)
+    eigenvalues, v = eigh(xp, gram(xp, scaled))
+    if not backend.truth(xp.all(eigenvalues <= reach**2)):
+        return None
     above = eigenvalues > 1.0
-    share = 1.0 - 1.0 / xp.sqrt(xp.where(above, eigenvalues, xp.ones_like(eigenvalues)))
-    filtered = (v * xp.astype(share, v.dtype)[..., None, :]) @ backend.adjoint(xp, v)
-    return a - (filtered @ scaled if wide else scaled @ filtered) * unit
+    sigma = xp.sqrt(xp.where(above, eigenvalues, xp.ones_like(eigenvalues)))
+    total = xp.sum(sigma - 1.0, axis=-1) * limit
+    kept = v
+    if a.ndim == 2:
+        first = int(xp.sum(xp.astype(~above, xp.int32), dtype=xp.int32))
+        sigma, kept = sigma[first:], v[:, first:]
+        # One Newton step to orthonormal columns takes most of the solver's rounding away.
+        kept = kept * 1.5 - kept @ (0.5 * (backend.adjoint(xp, kept) @ kept))
+    share = xp.astype(1.0 - 1.0 / sigma, v.dtype)[..., None, :]
+    kept_h = backend.adjoint(xp, kept)
+    wide = a.shape[-2] <= a.shape[-1]
+    if 2 * kept.shape[-1] < v.shape[-1]:
+        result = (kept * share) @ (kept_h @ scaled) if wide else (scaled @ (kept * share)) @ kept_h
+    else:
+        filtered = (kept * share) @ kept_h
+        result = filtered @ scaled if wide else scaled @ filtered
+    return result * xp.astype(unit, result.dtype), total, eigenvalues, v
+
+
+def gram(xp: Any, a: Array) -> Array:
+    """AAᴴ or AᴴA, whichever is smaller."""
+    if isinstance(a, np.ndarray):
+        return host.gram(a)
+    ah = backend.adjoint(xp, a)
+    rows, columns = (a, ah) if a.shape[-2] <= a.shape[-1] else (ah, a)
+    if host.as_host(a) is None:
+        return rows @ columns
+    return _by_halves(xp, rows, columns)
+
+
+def _by_halves(xp: Any, rows: Array, columns: Array) -> Array:
+    """rows · rowsᴴ, the upper half from the lower: worth it where arithmetic is scarce."""
+    size = rows.shape[-2]
+    if size < _HALVE_FROM:
+        return rows @ columns
+    h = size // 2
+    first = _by_halves(xp, rows[..., :h, :], columns[..., :h])
+    second = _by_halves(xp, rows[..., h:, :], columns[..., h:])
+    cross = rows[..., h:, :] @ columns[..., :h]
+    top = xp.concat([first, backend.adjoint(xp, cross)], axis=-1)
+    return xp.concat([top, xp.concat([cross, second], axis=-1)], axis=-2)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from typing import Any
 
-from specops import backend
+import array_api_compat as compat
+import numpy as np
+
+from specops import backend, host
 
 Array = Any
 Namespace = Any
@@ -39,6 +44,38 @@ def svd(xp: Namespace, a: Array) -> tuple[Array, Array, Array]:
             raise
         result: tuple[Array, Array, Array] = _svd_fallback(xp, a, vectors=True)
         return result
+
+
+def cholesky(xp: Namespace, a: Array) -> Array:
+    """A Cholesky factor where there is one, anything where there is none; never an exception."""
+    if compat.is_torch_array(a):
+        return sys.modules["torch"].linalg.cholesky_ex(a)[0]
+    try:
+        return xp.linalg.cholesky(a)
+    except Exception as error:
+        if not _did_not_converge(error):
+            raise
+    if a.ndim == 2:
+        return a * math.nan
+    return xp.stack([cholesky(xp, a[i, ...]) for i in range(a.shape[0])], axis=0)
+
+
+def positive_definite(xp: Namespace, a: Array) -> Array:
+    """Which of stacked Hermitian matrices have a Cholesky factor: booleans of shape (...)."""
+    if compat.is_torch_array(a):
+        return sys.modules["torch"].linalg.cholesky_ex(a)[1] == 0
+    return backend.all_finite(xp, cholesky(xp, a), axis=(-2, -1))
+
+
+def eigh(xp: Namespace, a: Array) -> tuple[Array, Array]:
+    """Eigenvalues, ascending, and eigenvectors of stacked Hermitian matrices.
+
+    NumPy's public function computes single precision in double, at twice the time.
+    """
+    if isinstance(a, np.ndarray):
+        return host.eigh(a)
+    values, vectors = xp.linalg.eigh(a)
+    return values, vectors
 
 
 def _svd_fallback(xp: Namespace, a: Array, *, vectors: bool) -> Any:

@@ -30,7 +30,7 @@ class Operator(Protocol):
 
 
 class MatrixOperator:
-    """A matrix as an operator; it needs no sizes."""
+    """A matrix as an operator; it needs no sizes. Leading axes are independent vectors."""
 
     blocks = 1
 
@@ -41,8 +41,8 @@ class MatrixOperator:
         self.shape = (int(data.shape[0]), int(data.shape[1]))
 
     def matvec(self, x: Array) -> Array:
-        """A x."""
-        return self.data @ x
+        """A x, as a row times the transpose: several times faster than a column."""
+        return x @ self.xp.matrix_transpose(self.data)
 
     def rmatvec(self, y: Array) -> Array:
         """Aᴴ y, as a row times A: no transposed copy."""

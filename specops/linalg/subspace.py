@@ -19,6 +19,7 @@ def leading_triplets(
     *,
     iterations: int = 200,
     tolerance: float | None = None,
+    floor: Array | None = None,
 ) -> tuple[Array, Array, Array, Array]:
     r"""(u, s, v, basis) of the `k` largest singular values, from a block of start vectors.
 
@@ -42,6 +43,8 @@ def leading_triplets(
     tolerance : float, optional
         Stop when all residuals ‖Aᴴu − σv‖ are below this times σ₁; default √ε/10 of the dtype,
         at which the values have converged to about ε.
+    floor : array, shape (), optional
+        Residuals of values at or below it do not count.
 
     Returns
     -------
@@ -67,7 +70,10 @@ def leading_triplets(
         v = basis @ q
         residual = _apply(operator.rmatvec, u) - v * xp.astype(s, v.dtype)[None, :]
         iterations -= 1
-        error = xp.max(xp.linalg.vector_norm(residual[:, :k], axis=0))
+        errors = xp.linalg.vector_norm(residual[:, :k], axis=0)
+        if floor is not None:
+            errors = xp.where(s[:k] > floor, errors, xp.zeros_like(errors))
+        error = xp.max(errors)
         if iterations <= 0 or backend.truth(error <= tolerance * s[0]):
             break
         if basis.shape[1] > width:
@@ -88,22 +94,23 @@ def leading_triplets(
 def _apply(product: Any, x: Array) -> Array:
     """A product with every column; operators take vectors as rows."""
     xp = backend.namespace(x)
-    rows = [product(x[:, i]) for i in range(x.shape[1])]
-    return xp.stack(rows, axis=-1)
+    return xp.matrix_transpose(product(xp.matrix_transpose(x)))
 
 
 def _orthonormal(xp: Any, x: Array, against: Array | None = None) -> Array:
     """Orthonormal columns of `x`, also to `against`; dependent ones become random directions."""
-    norms = xp.linalg.vector_norm(x, axis=0)
+    scale = xp.max(xp.linalg.vector_norm(x, axis=0))
     for _ in range(2):
         if against is not None:
             x = x - against @ (backend.adjoint(xp, against) @ x)
         x, r = xp.linalg.qr(x)
-        lost = xp.abs(xp.linalg.diagonal(r)) <= _DEPENDENT * xp.max(norms)
-        norms = xp.ones_like(norms)
-        noise = backend.start_vector("subspace", x.shape[0] * x.shape[1]).reshape(x.shape)
-        noise = xp.astype(backend.constant(noise, x), x.dtype)
-        x = xp.where(lost[None, :], noise, x)
-    if against is not None:
-        x = x - against @ (backend.adjoint(xp, against) @ x)
-    return xp.linalg.qr(x)[0]
+        lost = xp.abs(xp.linalg.diagonal(r)) <= _DEPENDENT * scale
+        scale = xp.ones_like(scale)
+        if backend.truth(xp.any(lost)) is not False:
+            noise = backend.start_vector("subspace", x.shape[0] * x.shape[1]).reshape(x.shape)
+            noise = xp.astype(backend.constant(noise, x), x.dtype)
+            x = xp.where(lost[None, :], noise, x)
+            if against is not None:
+                x = x - against @ (backend.adjoint(xp, against) @ x)
+            x = xp.linalg.qr(x)[0]
+    return x

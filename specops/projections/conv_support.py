@@ -8,84 +8,257 @@ import numpy as np
 
 from specops import backend
 from specops.geometry import Conv
-from specops.linalg.clip import GRAM_RANGE, clip
 from specops.linalg.decompositions import svdvals
+from specops.projections.axes import Axes
+from specops.projections.cutting_planes import MOST_AXES, nearest_by_cutting_planes
 from specops.projections.feasible import ProjectionInfo, store_within
+from specops.projections.first_order import Dual, alternate, dual_gradient, largest
+from specops.projections.scan import near, within
+from specops.projections.support import Solution, Support
 from specops.spectra.prepare import Prepared
-from specops.symbol import Symbol, certified_symbol
+from specops.symbol import certified_symbol
 
 Array = Any
-_ROUNDS = 30
-_ROUNDS_WHEN_TRACED = 5
+METHODS = ("auto", "cutting-planes", "accelerated", "dykstra", "alternating")
+_ROUNDS = {"cutting-planes": 100, "accelerated": 40, "dykstra": 200, "alternating": 30}
+_ROUNDS_WHEN_TRACED = {"accelerated": 20, "dykstra": 40, "alternating": 5}
 _CLOSE_ENOUGH = 1e-2
 """Excess at which the alternation stops and the final rescaling takes over."""
+_CLEAR = 1e-3
+"""Relative distance from the limit beyond which measured norms decide."""
+_FAR = 1e3
+"""σ₁/c from which the differences of the dual methods cancel."""
 
 
-def project_kernel(given: Prepared, w: Array, max_norm: float) -> tuple[Array, ProjectionInfo]:
-    """Alternate the two projections of Sedghi et al., then rescale onto the ball."""
-    xp, geometry = given.xp, given.geometry
-    assert isinstance(geometry, Conv)
-    symbol, certificate = certified_symbol(
-        geometry.sizes(tuple(w.shape)), not backend.is_complex(given.w)
-    )
-    limit = max_norm * certificate / given.scale
+class KernelProblem:
+    """Project one kernel: in coordinates of its support, in units of its scale.
 
-    def norms(coefficients: Array) -> Array:
-        return svdvals(xp, symbol.blocks(xp, coefficients))[..., 0]
+    Parameters
+    ----------
+    given : Prepared
+        The weight and its Conv.
+    w : array
+        The weight as given.
+    max_norm : float
+        The bound.
+    """
 
-    original = symbol.coefficients(xp, geometry.kernel(given.w))
-    by_frequency = norms(original)
-    before = xp.max(by_frequency)
-    if backend.truth(before <= limit):
-        norm = before * given.scale / certificate
-        return w, ProjectionInfo(norm, norm, 0)
+    def __init__(self, given: Prepared, w: Array, max_norm: float) -> None:
+        geometry = given.geometry
+        assert isinstance(geometry, Conv)
+        sizes = geometry.sizes(tuple(w.shape))
+        symbol, self.certificate = certified_symbol(sizes, not backend.is_complex(given.w))
+        self.support = Support(symbol)
+        self.geometry, self.given, self.w, self.max_norm = geometry, given, w, max_norm
+        # Rounding must not decide which side of the limit the result lands on.
+        self.hair = 1.0 - 4.0 * backend.epsilon(given.w.dtype)
 
-    # Rounding must not decide which side of the limit the result lands on.
-    target = limit * (1.0 - 4.0 * backend.epsilon(given.w.dtype))
-    coefficients, rounds = original, 0
-    while True:
-        above = backend.truth(xp.max(by_frequency) > target * (1.0 + _CLOSE_ENOUGH))
-        if above is False or rounds == (_ROUNDS_WHEN_TRACED if above is None else _ROUNDS):
-            break
-        coefficients = _clip_round(xp, symbol, coefficients, target, by_frequency, above is None)
-        by_frequency = norms(coefficients)
-        rounds += 1
-    largest = xp.max(by_frequency)
-    shrink = xp.where(largest > target, target / xp.where(largest > 0, largest, 1.0), 1.0)
-    coefficients = coefficients * shrink
-    if symbol.folds:
-        kernel = geometry.kernel(given.w) - symbol.kernel(xp, original - coefficients)
-    else:
-        kernel = symbol.kernel(xp, coefficients)
-    finite = backend.all_finite(xp, given.w)
-    kernel = xp.where(finite, kernel, geometry.kernel(given.w)) * given.scale
+    def project(
+        self,
+        method: str,
+        iterations: int | None,
+        gap_tolerance: float,
+        state: dict[str, Array] | None,
+        measure: bool,
+    ) -> tuple[Array, ProjectionInfo]:
+        """(the weight inside the ball, what happened)."""
+        if not backend.is_concrete(self.given.w):
+            return self._traced("accelerated" if method == "auto" else method, iterations)
+        # Wherever the kernel lives: its blocks are small matrices, many of them.
+        scale = float(backend.to_numpy(self.given.scale))
+        kernel = self.geometry.kernel(backend.to_numpy(self.given.w))
+        x0 = self.support.coordinates(np, kernel)
+        limit = self.max_norm * self.certificate / scale
+        axes = Axes.from_state(state, self.support) if state else Axes.none(self.support)
+        before = float(axes.inner(self.support, x0).max(initial=0.0))
+        if before <= limit:
+            before = float(largest(np, self.support, x0)) if measure else 0.0
+            clear = 0.0 < before <= limit * (1.0 - _CLEAR)
+            if clear or (before <= limit * (1.0 + _CLEAR) and self._fits(x0, limit)):
+                return self.w, self._info(before, before, 0.0, 0, axes)
+        found = self._solve(method, x0, limit * self.hair, axes, iterations, gap_tolerance)
+        result, stored = self._store(found, kernel, x0, limit)
+        after = min(limit, float(largest(np, self.support, stored))) if measure else 0.0
+        found.primal = 0.5 * float(np.sum(np.abs(_double(x0) - _double(stored)) ** 2))
+        gap = found.gap(_double(x0))
+        return result, self._info(before, after, gap, found.rounds, found.axes or axes)
 
-    def measure(stored: Array) -> Array:
-        scaled = symbol.coefficients(xp, geometry.kernel(stored) / given.scale)
-        return xp.max(norms(scaled)) * given.scale / certificate
+    def _solve(
+        self,
+        method: str,
+        x0: np.ndarray,
+        limit: float,
+        axes: Axes,
+        iterations: int | None,
+        gap_tolerance: float,
+    ) -> Solution:
+        support = self.support
+        far = method == "auto" and float(largest(np, support, x0)) > _FAR * limit
+        if method == "alternating" or far:
+            return self._alternating(x0, limit, iterations)
+        if method in ("auto", "cutting-planes"):
+            found = nearest_by_cutting_planes(
+                support,
+                _double(x0),
+                limit,
+                axes,
+                x0.dtype,
+                gap=gap_tolerance,
+                max_rounds=iterations or _ROUNDS["cutting-planes"],
+            )
+            active = len(found.axes) if found.axes else 0
+            if method == "cutting-planes" or active <= MOST_AXES:
+                return found
+            method = "accelerated"
+            return found.better(self._by_dual(method, x0, limit, iterations, gap_tolerance))
+        return self._by_dual(method, x0, limit, iterations, gap_tolerance)
 
-    bound = max_norm * xp.ones_like(largest)
-    result, after = store_within(xp, geometry.weight(kernel), w.dtype, bound, measure)
-    return result, ProjectionInfo(before * given.scale / certificate, after, max(rounds, 1))
+    def _by_dual(
+        self, method: str, x0: np.ndarray, limit: float, iterations: int | None, gap: float
+    ) -> Solution:
+        best: list[Solution] = []
+
+        def done(now: Dual) -> bool:
+            solution = self._certified(now, x0, limit)
+            best[:] = [solution.better(best[0]) if best else solution]
+            return best[0].settled(gap)
+
+        _, rounds = dual_gradient(
+            np,
+            self.support,
+            x0,
+            np.asarray(limit, x0.real.dtype),
+            momentum=method == "accelerated",
+            done=done,
+            max_rounds=iterations or _ROUNDS[method],
+        )
+        best[0].rounds = rounds
+        return best[0]
+
+    def _certified(self, now: Dual, x0: np.ndarray, limit: float) -> Solution:
+        x, kernel = _double(now.x), _double(x0)
+        top = float(largest(np, self.support, now.x))
+        feasible = x * min(1.0, limit / top) if top > 0 else x
+        change = kernel - x
+        dual = 0.5 * float(np.sum(np.abs(change) ** 2)) - limit * float(now.nuclear)
+        dual += float(np.sum((x.conj() * change).real))
+        primal = 0.5 * float(np.sum(np.abs(kernel - feasible) ** 2))
+        return Solution(feasible, primal, dual, 0)
+
+    def _alternating(self, x: np.ndarray, limit: float, iterations: int | None) -> Solution:
+        kernel, bound = _double(x), np.asarray(limit, x.real.dtype)
+        top, rounds = np.inf, 0
+        while rounds < (iterations or _ROUNDS["alternating"]):
+            x = alternate(np, self.support, x, bound)
+            rounds += 1
+            if iterations is None:
+                top = float(largest(np, self.support, x))
+                if top <= limit * (1.0 + _CLOSE_ENOUGH):
+                    break
+        if iterations is not None:
+            top = float(largest(np, self.support, x))
+        feasible = _double(x) * min(1.0, limit / top)
+        return Solution(feasible, 0.5 * float(np.sum(np.abs(kernel - feasible) ** 2)), 0.0, rounds)
+
+    def _store(
+        self, found: Solution, kernel: np.ndarray, x0: np.ndarray, limit: float
+    ) -> tuple[Array, np.ndarray]:
+        """(the weight in its own dtype, its coordinates), inside as stored."""
+        result = self.support.kernel(np, found.x)
+        if self.support.symbol.folds:
+            # What wraps to nothing is not seen by the operator, and stays.
+            result = result + kernel - self.support.kernel(np, x0)
+        like = self.given.w
+        weight = backend.constant(
+            self.geometry.weight(result), like, complex=result.dtype.kind == "c"
+        )
+        stored = x0
+        # Blocks far from the limit stay so, unless rounding is as coarse as half precision's.
+        suspects = found.suspects if self.w.dtype == like.dtype else None
+
+        def fits(array: Array) -> Array:
+            nonlocal stored
+            values = backend.to_numpy(array / self.given.scale)
+            stored = self.support.coordinates(np, self.geometry.kernel(values))
+            return backend.constant(np.asarray(self._fits(stored, limit, suspects)), like)
+
+        return store_within(self.given.xp, weight * self.given.scale, self.w.dtype, fits), stored
+
+    def _fits(self, x: np.ndarray, limit: float, suspects: np.ndarray | None = None) -> bool:
+        if suspects is None:
+            suspects = near(self.support, x, limit)
+        return within(self.support, x, limit, suspects)
+
+    def _info(
+        self, before: float, after: float, gap: float, rounds: int, axes: Axes
+    ) -> ProjectionInfo:
+        unit = float(backend.to_numpy(self.given.scale)) / self.certificate
+        like = self.given.w
+        figures = (
+            backend.constant(np.asarray(v), like) for v in (before * unit, after * unit, gap)
+        )
+        return ProjectionInfo(*figures, rounds, axes.state(like) if len(axes) else {})
+
+    def _traced(self, method: str, iterations: int | None) -> tuple[Array, ProjectionInfo]:
+        """A fixed number of first-order rounds, then onto the ball."""
+        xp, given, support = self.given.xp, self.given, self.support
+        if method == "cutting-planes":
+            method = "accelerated"
+        kernel = self.geometry.kernel(given.w)
+        x0 = support.coordinates(xp, kernel)
+        limit = self.max_norm * self.certificate / given.scale
+        target = limit * self.hair
+        rounds = iterations or _ROUNDS_WHEN_TRACED[method]
+        before = largest(xp, support, x0)
+        x, dual = x0, xp.zeros_like(limit)
+        if method == "alternating":
+            for _ in range(rounds):
+                x = alternate(xp, support, x, target)
+        else:
+            now, rounds = dual_gradient(
+                xp,
+                support,
+                x0,
+                target,
+                momentum=method == "accelerated",
+                done=lambda _: None,
+                max_rounds=rounds,
+            )
+            x, change = now.x, x0 - now.x
+            products = xp.abs(change) ** 2 * 0.5 + xp.real(xp.conj(x) * change)
+            dual = xp.sum(products) - target * now.nuclear
+        top = largest(xp, support, x)
+        x = x * xp.where(top > target, target / xp.where(top > 0, top, xp.ones_like(top)), 1.0)
+        result = support.kernel(xp, x)
+        if support.symbol.folds:
+            result = result + kernel - support.kernel(xp, x0)
+        inside = before <= limit
+        untouched = inside | ~backend.all_finite(xp, given.w)
+        result = xp.where(untouched, kernel, result) * given.scale
+
+        def norm(array: Array) -> Array:
+            return largest(xp, support, self._coordinates(array))
+
+        stored = store_within(
+            xp,
+            self.geometry.weight(result),
+            self.w.dtype,
+            lambda array: untouched | (norm(array) <= limit),
+        )
+        after = self._coordinates(backend.to_compute(xp, stored))
+        primal = 0.5 * xp.sum(xp.abs(x0 - after) ** 2)
+        squared = xp.sum(xp.abs(x0) ** 2)
+        gap = 2.0 * (primal - dual) / xp.where(squared > 0, squared, xp.ones_like(squared))
+        gap = xp.where(inside | (gap < 0), xp.zeros_like(gap), gap)
+        unit = given.scale / self.certificate
+        return stored, ProjectionInfo(
+            before * unit, largest(xp, support, after) * unit, gap, rounds
+        )
+
+    def _coordinates(self, weight: Array) -> Array:
+        kernel = self.geometry.kernel(weight / self.given.scale)
+        return self.support.coordinates(self.given.xp, kernel)
 
 
-def _clip_round(
-    xp: Any,
-    symbol: Symbol,
-    coefficients: Array,
-    limit: Array,
-    by_frequency: Array,
-    traced: bool,
-) -> Array:
-    """Clip the singular values of every block above the limit, cut back to the support."""
-    chosen = np.arange(len(symbol.frequencies))
-    norms = None if traced else by_frequency
-    near = backend.truth(xp.max(by_frequency) <= GRAM_RANGE * limit)
-    if near and not backend.compiles_per_shape(xp):
-        chosen = np.flatnonzero(backend.to_numpy(xp.any(by_frequency > limit, axis=-1)))
-        norms = xp.take(by_frequency, backend.constant(chosen, by_frequency), axis=0)
-    blocks = symbol.blocks(xp, coefficients, chosen)
-    clipped = clip(xp, blocks, xp.broadcast_to(limit, blocks.shape[:-2]), norms)
-    if len(chosen) == len(symbol.frequencies):
-        return symbol.average(xp, clipped, chosen)
-    return coefficients - symbol.average(xp, blocks - clipped, chosen)
+def _double(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.result_type(x, np.float64))

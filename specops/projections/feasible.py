@@ -1,4 +1,4 @@
-"""Ending a projection: feasible in the dtype that it is stored in, and measured there."""
+"""Ending a projection: feasible in the dtype that it is stored in, and tested there."""
 
 from __future__ import annotations
 
@@ -9,19 +9,24 @@ from typing import Any
 from specops import backend
 
 Array = Any
-_ROUNDS = 24
+_ROUNDS = 40
 
 
 @dataclass
 class ProjectionInfo:
-    """What a projection did.
+    """What a projection onto a ball did.
 
     Attributes
     ----------
     norm_before, norm_after : array
-        The constrained norm of the weight given and of the weight returned, the latter
-        measured as stored. Shape (\\*batch,), one more axis for ``Dense(splits=...)``. For a
-        zero-padded Conv these are upper bounds: norms on the torus that contains the layer.
+        The constrained norm of the weight given and of the weight returned, the latter as
+        stored. Shape (\\*batch,), one more axis for ``Dense(splits=...)``. For a zero-padded
+        Conv these are upper bounds: norms on the torus that contains the layer. With a
+        warm start `norm_before` may be a lower bound, from the directions of the start.
+    gap : array
+        Certified: ``‖returned − nearest‖² ≤ gap·‖given‖²``. It is twice the difference of the
+        primal and the dual objective over ‖given‖², up to rounding; 0 where nothing changed.
+        Shape as the norms.
     iterations : int
         Rounds that an iterative method took; 0 if the weight was inside, 1 for a direct one.
     state : dict of str to array
@@ -30,36 +35,34 @@ class ProjectionInfo:
 
     norm_before: Array
     norm_after: Array
+    gap: Array
     iterations: int
     state: dict[str, Array] = field(default_factory=dict)
 
 
 def store_within(
-    xp: Any,
-    x: Array,
-    dtype: Any,
-    limit: Array,
-    measure: Callable[[Array], Array],
-) -> tuple[Array, Array]:
-    """Cast `x` to `dtype`, shrunk until ``measure`` of the stored array is at most `limit`.
+    xp: Any, x: Array, dtype: Any, fits: Callable[[Array], Array], batch: int = 0
+) -> Array:
+    """Cast `x` to `dtype`, shrunk a little more each round until it `fits` as stored.
 
-    `limit` and the measured norm broadcast against the leading axes of `x`. Returns the array
-    and its norm. While a compiler traces, two rounds run and the result may exceed the limit by
-    the rounding of `dtype`.
+    ``fits`` takes the stored array in compute precision and returns booleans, one for each
+    index of the first `batch` axes. While a compiler traces, three rounds run and
+    the result may exceed its limit by the rounding of `dtype`.
     """
     eps = backend.epsilon(dtype)
-    shrink = xp.ones_like(limit)
+    # Half precision is too coarse to give away a unit at the first attempt.
+    first = -6 if eps > 1e-4 else 1
+    shrink = xp.ones_like(xp.real(x) if backend.is_complex(x) else x)
+    shrink = shrink[(..., *([0] * (x.ndim - batch)))]
     for round_ in range(_ROUNDS):
         stored = xp.astype(x * _expand(shrink, x), dtype)
-        norm = measure(backend.to_compute(xp, stored))
-        fits = backend.truth(xp.all(norm <= limit))
-        if fits or (fits is None and round_ == 2):
+        inside = fits(backend.to_compute(xp, stored))
+        done = backend.truth(xp.all(inside))
+        if done or (done is None and round_ == 2):
             break
-        above = norm > limit
-        safe = xp.where(above, norm, xp.ones_like(norm))
-        ratio = xp.where(above, limit / safe * (1.0 - min(0.5, eps * 2.0 ** (round_ - 5))), shrink)
-        shrink = xp.where(above, shrink * ratio, shrink)
-    return stored, norm
+        step = max(0.5, 1.0 - eps * 2.0 ** (round_ + first))
+        shrink = xp.where(inside, shrink, shrink * step)
+    return stored
 
 
 def _expand(factor: Array, x: Array) -> Array:

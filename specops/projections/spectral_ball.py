@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from specops import backend
 from specops.geometry import Conv, Dense, Geometry
-from specops.geometry.arguments import check_bound
-from specops.linalg.clip import clip
-from specops.linalg.decompositions import svdvals
-from specops.projections.conv_support import project_kernel
-from specops.projections.feasible import ProjectionInfo, store_within
-from specops.spectra.prepare import MatrixBlock, Prepared, matrix_blocks, prepare
+from specops.geometry.arguments import check_bound, integer
+from specops.projections import conv_support, matrix_ball
+from specops.projections.conv_support import KernelProblem
+from specops.projections.feasible import ProjectionInfo
+from specops.projections.matrix_ball import project_block
+from specops.spectra.prepare import Prepared, matrix_blocks, prepare
 
 Array = Any
-_METHODS = {Dense: ("auto", "svd"), Conv: ("auto", "alternating")}
+_METHODS = {Dense: matrix_ball.METHODS, Conv: conv_support.METHODS}
 
 
 def project_spectral_ball(
@@ -24,6 +23,8 @@ def project_spectral_ball(
     geometry: Geometry | None = None,
     *,
     method: str = "auto",
+    iterations: int | None = None,
+    gap_tolerance: float = 1e-4,
     state: dict[str, Array] | None = None,
     return_info: bool = False,
 ) -> Any:
@@ -83,6 +84,9 @@ def project_spectral_ball(
            [0. , 0.5]])
     """
     max_norm = check_bound(max_norm, "max_norm")
+    gap_tolerance = check_bound(gap_tolerance, "gap_tolerance")
+    if iterations is not None:
+        iterations = integer(iterations, "iterations", least=1)
     given = prepare(w, geometry)
     methods = _METHODS[type(given.geometry)]
     if method not in methods:
@@ -91,60 +95,51 @@ def project_spectral_ball(
             f"{type(given.geometry).__name__}, got {method!r}"
         )
     if isinstance(given.geometry, Dense):
-        result, info = _project_dense(given, w, max_norm, method == "svd")
+        result, info = _project_dense(given, w, max_norm, method, state or {}, return_info)
     else:
-        result, info = project_kernel(given, w, max_norm)
+        problem = KernelProblem(given, w, max_norm)
+        result, info = problem.project(method, iterations, gap_tolerance, state, return_info)
     return (result, info) if return_info else result
 
 
 def _project_dense(
-    given: Prepared, w: Array, max_norm: float, force_svd: bool
+    given: Prepared,
+    w: Array,
+    max_norm: float,
+    method: str,
+    state: dict[str, Array],
+    measure: bool,
 ) -> tuple[Array, ProjectionInfo]:
     xp = given.xp
     assert isinstance(given.geometry, Dense)
     blocks = matrix_blocks(given)
-    results, before, after = [], [], []
-    for block in blocks:
-        matrix, norm, stored_norm = _clip_block(xp, block, max_norm, w.dtype, force_svd)
-        results.append(matrix)
-        before.append(norm)
-        after.append(stored_norm)
+    keys = [f"vectors{index}" for index in range(len(blocks))]
+    unknown = set(state) - set(keys)
+    if unknown:
+        raise ValueError(f"the state of another geometry: unknown entries {sorted(unknown)}")
+    results = [
+        project_block(xp, block, max_norm, w.dtype, method, state.get(key), measure)
+        for key, block in zip(keys, blocks, strict=True)
+    ]
     split = given.geometry.splits is not None
+
+    def joined(name: str) -> Array:
+        parts = [getattr(result, name) for result in results]
+        return xp.stack(parts, axis=-1) if split else parts[0]
+
+    untouched = all(result.matrices is None for result in results)
     info = ProjectionInfo(
-        xp.stack(before, axis=-1) if split else before[0],
-        xp.stack(after, axis=-1) if split else after[0],
-        0 if all(matrix is None for matrix in results) else 1,
+        joined("before"),
+        joined("after"),
+        joined("gap"),
+        0 if untouched else 1,
+        {k: r.basis for k, r in zip(keys, results, strict=True) if r.basis is not None},
     )
-    if info.iterations == 0:
+    if untouched:
         return w, info
     kept = given.geometry.blocks(w)
     matrices = tuple(
-        old if new is None else xp.where(block.finite[..., None, None], new, old)
-        for new, old, block in zip(results, kept, blocks, strict=True)
+        old if r.matrices is None else xp.where(block.finite[..., None, None], r.matrices, old)
+        for r, old, block in zip(results, kept, blocks, strict=True)
     )
     return given.geometry.assemble(matrices, tuple(w.shape)), info
-
-
-def _clip_block(
-    xp: Any, block: MatrixBlock, max_norm: float, dtype: Any, force_svd: bool
-) -> tuple[Array | None, Array, Array]:
-    """(the clipped matrices as stored or None if all are inside, norm before, norm after)."""
-    values = svdvals(xp, block.matrices)
-    limit = max_norm / block.scale[..., 0, 0]
-    norm = values[..., 0]
-    before = block.restore(values[..., :1])[..., 0]
-    if backend.truth(xp.all(norm <= limit)):
-        return None, before, before
-    # A hair below the limit, so that the rounding of the products stays inside as well.
-    target = limit * (1.0 - 4.0 * backend.epsilon(block.matrices.dtype))
-    above = norm > limit
-    clipped = clip(xp, block.matrices, target, norm, force_svd=force_svd)
-    clipped = xp.where(above[..., None, None], clipped, block.matrices)
-    stored, stored_norm = store_within(
-        xp,
-        clipped * block.scale,
-        dtype,
-        xp.where(above, max_norm * xp.ones_like(limit), xp.full_like(limit, math.inf)),
-        lambda x: svdvals(xp, x / block.scale)[..., 0] * block.scale[..., 0, 0],
-    )
-    return stored, before, xp.where(above, stored_norm, before)

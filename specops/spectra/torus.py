@@ -50,13 +50,18 @@ def leading_block(xp: Any, kernel: Array, symbol: Symbol) -> Leading:
     groups = symbol.sizes.groups
     on_host = host.as_host(kernel)
     if on_host is not None:
-        norm, index = _HostSearch(on_host, symbol).run()
+        norm, index = _HostSearch(symbol.coefficients(np, on_host), symbol).run()
         where = np.array([index // groups]), np.array([index % groups])
         value = host.from_host(np.asarray(norm, dtype=on_host.real.dtype), kernel)
         return Leading(value, *(backend.constant(i, kernel) for i in where))
     norms = svdvals(xp, symbol.blocks(xp, symbol.coefficients(xp, kernel)))[..., 0]
     flat = backend.argmax(xp, norms)
     return Leading(xp.max(norms), flat // groups, flat % groups)
+
+
+def leading_norm(coefficients: np.ndarray, symbol: Symbol) -> float:
+    """The largest singular value of coefficients on the host."""
+    return _HostSearch(coefficients, symbol).run()[0]
 
 
 def leading_vectors(
@@ -77,7 +82,7 @@ def leading_vectors(
     return u[:, 0], xp.conj(vh[0, :]), cos, sin
 
 
-def _host_blocks(coefficients: np.ndarray, symbol: Symbol, chunk: slice) -> np.ndarray:
+def host_blocks(coefficients: np.ndarray, symbol: Symbol, chunk: slice | np.ndarray) -> np.ndarray:
     """`Symbol.blocks`; with few shifts one complex product beats two real ones and a copy."""
     if symbol.angles.shape[1] > _FEW_SHIFTS:
         return np.asarray(symbol.blocks(np, coefficients, chunk))
@@ -88,7 +93,7 @@ def _host_blocks(coefficients: np.ndarray, symbol: Symbol, chunk: slice) -> np.n
     return blocks.reshape(-1, symbol.sizes.groups, *symbol.block_shape)
 
 
-def _block_bytes(coefficients: np.ndarray) -> int:
+def block_bytes(coefficients: np.ndarray) -> int:
     return int(coefficients.shape[1]) * (16 if coefficients.real.dtype == np.float64 else 8)
 
 
@@ -97,9 +102,9 @@ def _host_values(kernel: np.ndarray, symbol: Symbol) -> np.ndarray:
     count = len(symbol.angles)
 
     def work(chunk: slice) -> np.ndarray:
-        return host.stack_svdvals(_host_blocks(coefficients, symbol, chunk))
+        return host.stack_svdvals(host_blocks(coefficients, symbol, chunk))
 
-    parts = host.map_chunks(work, count, _block_bytes(coefficients))
+    parts = host.map_chunks(work, count, block_bytes(coefficients))
     values = np.repeat(np.concatenate(parts), symbol.counts, axis=0).ravel()
     values.sort()
     values = values[::-1].astype(kernel.real.dtype, copy=False)
@@ -116,12 +121,12 @@ class _HostSearch:
     certificate are solved in turn until none is left.
     """
 
-    def __init__(self, kernel: np.ndarray, symbol: Symbol) -> None:
+    def __init__(self, coefficients: np.ndarray, symbol: Symbol) -> None:
         self.symbol = symbol
-        self.coefficients = symbol.coefficients(np, kernel)
+        self.coefficients = coefficients
         self.small = min(symbol.block_shape)
         self.count = len(symbol.angles) * symbol.sizes.groups
-        self.block_bytes = _block_bytes(self.coefficients)
+        self.block_bytes = block_bytes(self.coefficients)
         self.kept: dict[int, np.ndarray] | None = {}
         if self.count * self.small**2 * self.coefficients.real.itemsize * 2 > _KEEP_GRAMS:
             self.kept = None
@@ -150,7 +155,7 @@ class _HostSearch:
     def _grams(self, chunk: slice) -> np.ndarray:
         if self.kept is not None and chunk.start in self.kept:
             return self.kept[chunk.start]
-        blocks = _host_blocks(self.coefficients, self.symbol, chunk)
+        blocks = host_blocks(self.coefficients, self.symbol, chunk)
         grams = host.gram(blocks).reshape(-1, self.small, self.small)
         if self.kept is not None:
             self.kept[chunk.start] = grams
@@ -175,7 +180,7 @@ class _HostSearch:
 
     def _block(self, index: int) -> np.ndarray:
         frequency, group = divmod(index, self.symbol.sizes.groups)
-        blocks = _host_blocks(self.coefficients, self.symbol, slice(frequency, frequency + 1))
+        blocks = host_blocks(self.coefficients, self.symbol, slice(frequency, frequency + 1))
         return np.asarray(blocks[0, group])
 
     def _solve(self, index: int) -> float:

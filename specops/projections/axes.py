@@ -1,0 +1,156 @@
+"""Axes: the linear functionals whose maximum is the operator norm of a convolution.
+
+An axis is a frequency of the symbol with a unit vector on either side of its block B, and
+measures Re(uᴴ B v) ≤ ‖B‖. Every axis bounds the operator ball from outside, whatever weight
+its vectors came from, so axes of an earlier weight remain valid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from specops import backend
+from specops.projections.support import Support
+from specops.spectra.torus import host_blocks
+
+Array = Any
+_KEYS = ("frequency", "group", "left", "right", "weight")
+
+
+@dataclass(frozen=True)
+class Axes:
+    """N axes with non-negative weights.
+
+    Attributes
+    ----------
+    frequency, group : int arrays, shape (N,)
+        Which block: index into `Symbol.frequencies`, and the group.
+    left, right : complex arrays, shape (N, rows) and (N, columns of a block)
+        Unit vectors u and v.
+    weight : float array, shape (N,)
+    """
+
+    frequency: np.ndarray
+    group: np.ndarray
+    left: np.ndarray
+    right: np.ndarray
+    weight: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    @classmethod
+    def none(cls, support: Support) -> Axes:
+        """No axis at all."""
+        rows, columns = support.symbol.block_shape
+        index = np.zeros(0, np.int64)
+        vectors = (np.zeros((0, rows), complex), np.zeros((0, columns), complex))
+        return cls(index, index, *vectors, np.zeros(0))
+
+    def joined(self, other: Axes) -> Axes:
+        """These, then the others."""
+        pairs = ((getattr(self, key), getattr(other, key)) for key in _KEYS)
+        return Axes(*(np.concatenate(pair) for pair in pairs))
+
+    def weighted(self, weight: np.ndarray) -> Axes:
+        """The axes of positive weight, with these weights."""
+        keep = weight > 0
+        kept = (getattr(self, key)[keep] for key in _KEYS[:-1])
+        return Axes(*kept, weight[keep])
+
+    def reset(self) -> Axes:
+        """The same axes without weight."""
+        return Axes(*(getattr(self, key) for key in _KEYS[:-1]), np.zeros(len(self)))
+
+    def largest(self, count: int) -> Axes:
+        """At most `count` axes, those of the largest weight."""
+        if len(self) <= count:
+            return self
+        keep = np.argsort(-self.weight, kind="stable")[:count]
+        return Axes(*(getattr(self, key)[keep] for key in _KEYS))
+
+    def inner(self, support: Support, x: np.ndarray) -> np.ndarray:
+        """⟨X, E⟩ = Re(uᴴ B(X) v) for each axis E."""
+        result = np.zeros(len(self))
+        coefficients = support.coefficients(np, x)
+        for index in np.array_split(np.arange(len(self)), max(1, len(self) // 32)):
+            frequencies, where = np.unique(self.frequency[index], return_inverse=True)
+            blocks = host_blocks(coefficients, support.symbol, frequencies)
+            image = (blocks[where, self.group[index]] @ self.right[index][..., None])[..., 0]
+            result[index] = np.sum(self.left[index].conj() * image, axis=-1).real
+        return result
+
+    def combined(self, support: Support) -> np.ndarray:
+        """Σ weight·E in the coordinates of the support."""
+        symbol = support.symbol
+        groups, (rows, columns) = symbol.sizes.groups, symbol.block_shape
+        total: Any = 0.0
+        order = np.argsort(self.frequency, kind="stable")
+        for index in np.array_split(order, max(1, len(self) // 32)):
+            frequencies, where = np.unique(self.frequency[index], return_inverse=True)
+            blocks = np.zeros((len(frequencies), groups, rows, columns), complex)
+            for place, j in zip(where, index, strict=True):
+                outer = np.outer(self.left[j] * self.weight[j], self.right[j].conj())
+                blocks[place, self.group[j]] += outer
+            # One of a pair of conjugate blocks: the average counts each block of the torus.
+            counts = symbol.counts[frequencies] / np.prod(symbol.coarse)
+            total = total + support.gather(np, blocks / counts[:, None, None, None], frequencies)
+        return np.asarray(total)
+
+    def gram(self, support: Support) -> np.ndarray:
+        """⟨E_i, E_j⟩."""
+        symbol = support.symbol
+        shifts, phases = support.taps.shape
+        columns = symbol.sizes.columns
+        waves = np.exp(-1j * symbol.angles[self.frequency])
+        right = self.right.conj().reshape(len(self), phases, columns)
+        direct = np.zeros((len(self), len(self)), complex)
+        mirrored = direct.copy()
+        for phase in range(phases):
+            weighted = waves * support.taps[:, phase]
+            own = right[:, phase]
+            direct += (own.conj() @ own.T) * (waves.conj() @ weighted.T)
+            mirrored += (own @ own.T) * (waves @ weighted.T)
+        direct *= self.left.conj() @ self.left.T
+        mirrored *= self.left @ self.left.T
+        # A real kernel sees only the real part of an axis: half of itself and its mirror image.
+        result = (0.5 * (direct + mirrored) if symbol.conjugate_pairs else direct).real
+        return result * (self.group[:, None] == self.group[None, :])
+
+    def state(self, like: Array) -> dict[str, Array]:
+        """As arrays of the library and device of `like`."""
+        return {
+            key: backend.constant(value, like, complex=value.dtype.kind == "c")
+            for key, value in ((key, getattr(self, key)) for key in _KEYS)
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Array], support: Support) -> Axes:
+        """Read back what `state` made; raises ValueError where it belongs to another geometry."""
+        values = [backend.to_numpy(state[key]) for key in _KEYS if key in state]
+        rows, columns = support.symbol.block_shape
+        if len(values) != len(_KEYS) or any(len(v) != len(values[0]) for v in values):
+            raise ValueError(f"the state must hold arrays {', '.join(_KEYS)} of equal length")
+        frequency, group, left, right, weight = values
+        fits = left.shape[1:] == (rows,) and right.shape[1:] == (columns,)
+        blocks = (len(support.symbol.frequencies), support.symbol.sizes.groups)
+        for index, end in zip((frequency, group), blocks, strict=True):
+            fits &= bool(((index >= 0) & (index < end)).all())
+        if not fits:
+            raise ValueError(
+                f"the state belongs to another kernel or grid: its axes do not fit "
+                f"{blocks[0]} blocks of {rows}×{columns}. Pass state=None to start afresh"
+            )
+        if not (np.isfinite(left).all() and np.isfinite(right).all() and np.isfinite(weight).all()):
+            raise ValueError("the state holds NaN or infinity: pass state=None to start afresh")
+        left, right = (_unit(v.astype(complex)) for v in (left, right))
+        weight = np.maximum(weight.astype(float), 0.0)
+        return cls(frequency.astype(np.int64), group.astype(np.int64), left, right, weight)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(norms > 0, norms, 1.0)

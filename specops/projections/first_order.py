@@ -1,0 +1,166 @@
+"""First-order methods for kernels of a support inside the operator ball.
+
+With A the map from coordinates to blocks, ``excess`` the part of the singular values above c
+and L = ‖A‖²:
+
+    alternating   X ← P(X − (A*A)⁻¹A* excess(A X))          feasible in the limit, not nearest
+    Dykstra       Z ← excess(Z + A X / L), X = K − A* Z      the nearest point in the limit
+    accelerated   the same from Z extrapolated by momentum, restarted where it points uphill
+
+Dykstra's method on a subspace and a ball is the proximal gradient method on the dual
+
+    max_Z ⟨K, A* Z⟩ − ½‖A* Z‖² − c‖Z‖_*,
+
+so both certify: X scaled onto the ball is feasible, and Z bounds the distance from below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from specops import backend, host
+from specops.linalg.clip import GRAM_RANGE, clip, excess
+from specops.linalg.decompositions import svdvals
+from specops.projections.support import Support
+from specops.spectra.torus import block_bytes, host_blocks, leading_norm
+
+Array = Any
+_CHECK_EVERY = 10
+
+
+def largest(xp: Any, support: Support, x: Array) -> Array:
+    """‖A x‖: the largest singular value of all blocks."""
+    coefficients = support.coefficients(xp, x)
+    if isinstance(x, np.ndarray):
+        return np.asarray(leading_norm(coefficients, support.symbol), x.real.dtype)
+    return xp.max(svdvals(xp, support.symbol.blocks(xp, coefficients))[..., 0])
+
+
+def alternate(xp: Any, support: Support, x: Array, limit: Array) -> Array:
+    """One round: clip every block, cut back to the support (Sedghi et al., appendix A)."""
+    symbol, coefficients = support.symbol, support.coefficients(xp, x)
+
+    def difference(chunk: slice) -> Array:
+        blocks = _blocks(xp, symbol, coefficients, chunk)
+        return support.gather(xp, _excess_of(xp, blocks, limit)[0], chunk)
+
+    def clipped(chunk: slice) -> Array:
+        blocks = _blocks(xp, symbol, coefficients, chunk)
+        return support.gather(xp, clip(xp, blocks, _everywhere(xp, limit, blocks)).matrices, chunk)
+
+    near = backend.truth(largest(xp, support, x) <= GRAM_RANGE * limit)
+    parts = _map(xp, difference if near else clipped, coefficients, symbol)
+    total = support.per_tap(xp, sum(parts[1:], start=parts[0]))
+    # Far outside, the difference would cancel.
+    return x - total if near else total
+
+
+class Dual(NamedTuple):
+    """The dual iterate: blocks Z, their nuclear norm, and X = K − A* Z."""
+
+    z: Array
+    nuclear: Array
+    x: Array
+
+
+class _Carry(NamedTuple):
+    now: Dual
+    ahead: Array
+    t: Array
+
+
+def dual_gradient(
+    xp: Any,
+    support: Support,
+    kernel: Array,
+    limit: Array,
+    *,
+    momentum: bool,
+    done: Callable[[Dual], bool | None],
+    max_rounds: int,
+) -> tuple[Dual, int]:
+    """Iterate from Z = 0 until `done`, asked every ten rounds; (the last iterate, rounds).
+
+    References
+    ----------
+    Beck & Teboulle 2009; O'Donoghue & Candès 2015 (restarts); Boyle & Dykstra 1986.
+    """
+    blocks = support.symbol.blocks(xp, support.coefficients(xp, kernel))
+    zero = xp.zeros_like(blocks)
+    one = xp.ones_like(limit)
+    carry = _Carry(Dual(zero, 0.0 * one, kernel), zero, one)
+
+    def step(_: Any, carry: _Carry) -> _Carry:
+        now, ahead, t = carry
+        x = kernel - support.gather(xp, ahead)
+        z, nuclear = _threshold(xp, support, ahead, x, limit)
+        new = Dual(z, nuclear, kernel - support.gather(xp, z))
+        if not momentum:
+            return _Carry(new, z, t)
+        uphill = xp.sum(xp.real(xp.conj(ahead - z) * (z - now.z))) > 0
+        t = xp.where(uphill, one, t)
+        following = 0.5 * (1.0 + xp.sqrt(1.0 + 4.0 * t * t))
+        speed = xp.where(uphill, 0.0 * one, (t - 1.0) / following)
+        return _Carry(new, z + xp.astype(speed, z.dtype) * (z - now.z), following)
+
+    if backend.is_traced(kernel):
+        carry = backend.fori(xp, 0, max_rounds, step, carry)
+        return carry.now, max_rounds
+    rounds = 0
+    while rounds < max_rounds:
+        carry = step(rounds, carry)
+        rounds += 1
+        look = rounds % _CHECK_EVERY == 0 or rounds in (1, max_rounds)
+        if look and done(carry.now):
+            break
+    return carry.now, rounds
+
+
+def _threshold(
+    xp: Any, support: Support, ahead: Array, x: Array, limit: Array
+) -> tuple[Array, Array]:
+    """excess(ahead + A x / L) at threshold c / L, and its nuclear norm over the torus."""
+    symbol, coefficients = support.symbol, support.coefficients(xp, x)
+    counts = symbol.counts / np.prod(symbol.coarse)
+
+    def work(chunk: slice) -> tuple[Array, Array]:
+        blocks = ahead[chunk, ...] + _blocks(xp, symbol, coefficients, chunk) / support.most
+        return _excess_of(xp, blocks, limit / support.most)
+
+    parts = _map(xp, work, coefficients, symbol)
+    z, nuclear = (xp.concat(p, axis=0) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
+    weights = backend.constant(counts, nuclear)
+    return z, xp.sum(weights[:, None] * nuclear)
+
+
+def _excess_of(xp: Any, blocks: Array, limit: Array) -> tuple[Array, Array]:
+    """`excess` for (frequencies, groups, ...) blocks; on the host only of those above."""
+    if not isinstance(blocks, np.ndarray):
+        return excess(xp, blocks, _everywhere(xp, limit, blocks))
+    chosen = host.exceeds(host.gram(blocks), float(limit))
+    result, nuclear = np.zeros_like(blocks), np.zeros(blocks.shape[:2], limit.dtype)
+    if chosen.any():
+        picked = blocks[chosen]
+        bounds = np.broadcast_to(limit, picked.shape[:1])
+        result[chosen], nuclear[chosen] = excess(np, picked, bounds)
+    return result, nuclear
+
+
+def _blocks(xp: Any, symbol: Any, coefficients: Array, chunk: slice) -> Array:
+    if isinstance(coefficients, np.ndarray):
+        return host_blocks(coefficients, symbol, chunk)
+    return symbol.blocks(xp, coefficients, chunk)
+
+
+def _map(xp: Any, work: Callable[[slice], Any], coefficients: Array, symbol: Any) -> list[Any]:
+    count = len(symbol.frequencies)
+    if isinstance(coefficients, np.ndarray):
+        return host.map_chunks(work, count, block_bytes(coefficients))
+    return [work(slice(0, count))]
+
+
+def _everywhere(xp: Any, limit: Array, blocks: Array) -> Array:
+    return xp.broadcast_to(limit, blocks.shape[:-2])

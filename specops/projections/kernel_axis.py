@@ -1,0 +1,95 @@
+"""The direction of a kernel's largest singular value, in the space of kernels."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+
+from specops import backend
+from specops.geometry import ConvSizes
+from specops.linalg.decompositions import svd
+from specops.linalg.lanczos import largest_singular_triplet
+from specops.operators import ConvOperator
+from specops.projections.shrink import nonzero, shape_of
+from specops.spectra.norms import _SMALL, _plane_wave
+from specops.spectra.torus import leading_block, leading_vectors
+from specops.symbol import Symbol, symbol_of
+
+Array = Any
+_NOISE = 0.05
+
+
+def leading_axis(
+    xp: Any, kernel: Array, sizes: ConvSizes, start: Array | None = None
+) -> tuple[Array, Array | None]:
+    """(E, v) with ⟨K, E⟩ = σ₁ and ⟨X, E⟩ ≤ ‖A(X)‖ for every kernel X.
+
+    v is what the next call may start from; None where the direction is not iterated.
+    """
+    assert sizes.fine is not None
+    if sizes.circular and sizes.stride_divides:
+        symbol = symbol_of(sizes, sizes.fine, not backend.is_complex(kernel))
+        _check_start(start, None)
+        return _torus_axis(xp, kernel, symbol), None
+    operator = ConvOperator(kernel, sizes)
+    iterated = math.prod(operator.shape) > _SMALL
+    _check_start(start, operator.shape[1] if iterated else None)
+    if not iterated:
+        v = backend.conjugate(xp, svd(xp, operator.to_matrix())[2][0, :])
+    else:
+        start = _start(xp, operator, start)
+        _, _, v = largest_singular_triplet(xp, ConvOperator, kernel, sizes, start)
+        v = v / nonzero(xp, xp.linalg.vector_norm(v))
+    # The pair's own image, so that u is a unit vector whether or not v has converged.
+    u = operator.matvec(v)
+    u = u / nonzero(xp, xp.linalg.vector_norm(u))
+    return _outer(xp, operator, u, v), v if iterated else None
+
+
+def _check_start(start: Array | None, columns: int | None) -> None:
+    if start is None or (columns and tuple(getattr(start, "shape", ())) == (columns,)):
+        return
+    expected = "no state" if columns is None else f"a state v of shape ({columns},)"
+    raise ValueError(f"this Conv takes {expected}, got {shape_of(start)}")
+
+
+def _start(xp: Any, operator: ConvOperator, v: Array | None) -> Array:
+    if v is None:
+        return operator.rmatvec(_plane_wave(xp, operator.kernel, operator.sizes))
+    v = xp.astype(v, operator.kernel.dtype)
+    v = xp.where(xp.isfinite(v), v, xp.zeros_like(v))
+    # Another direction or group may lead by now.
+    noise = backend.constant(backend.start_vector("stable rank", v.shape[0]), v)
+    return v + xp.astype(_NOISE * noise, v.dtype)
+
+
+def _torus_axis(xp: Any, kernel: Array, symbol: Symbol) -> Array:
+    leading = leading_block(xp, kernel, symbol)
+    u, v, cos, sin = leading_vectors(xp, kernel, symbol, leading)
+    outer = u[:, None] * xp.conj(v)[None, :]
+    group = xp.take(backend.constant(np.eye(symbol.sizes.groups), kernel), leading.group, axis=0)
+    phases = backend.complex_of(xp, cos, -sin)[:, None] * group
+    e = phases[:, :, None, None] * outer
+    e = e if backend.is_complex(kernel) else xp.real(e)
+    e = symbol.kernel(xp, xp.reshape(e, (e.shape[0], -1)))
+    # `Symbol.kernel` spreads a coefficient over the taps that share it; each has all of it.
+    for t, axis in enumerate(symbol.axes):
+        sharing = axis.scatter @ axis.scatter.sum(axis=0)
+        e = e * backend.constant(sharing.reshape(-1, *[1] * (len(symbol.axes) - t - 1)), kernel)
+    return e
+
+
+def _outer(xp: Any, operator: ConvOperator, u: Array, v: Array) -> Array:
+    """E of a pair of vectors: for each tap the sum over positions of u times conj(v)."""
+    sizes = operator.sizes
+    assert sizes.fine is not None
+    v = operator._pad(xp.reshape(v, (sizes.groups, sizes.columns, *sizes.fine)))
+    u = xp.reshape(u, (sizes.groups, sizes.rows, -1))
+    per_tap = []
+    for tap in itertools.product(*map(range, sizes.kernel)):
+        seen = xp.reshape(v[(..., *operator._window(tap))], (sizes.groups, sizes.columns, -1))
+        per_tap.append(u @ backend.adjoint(xp, seen))
+    return xp.reshape(xp.stack(per_tap, axis=-1), operator.kernel.shape)

@@ -1,0 +1,122 @@
+"""Matrices of stable rank at most r along given right singular vectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_compat as compat
+
+from specops import backend
+from specops.linalg.decompositions import svd
+from specops.linalg.lanczos import MatrixOperator, largest_singular_triplet
+from specops.linalg.subspace import leading_triplets
+from specops.projections.shrink import Family, energy, nonzero, shape_of
+from specops.spectra.prepare import MatrixBlock
+
+Array = Any
+_ITERATE_ABOVE = 2**25
+"""rows · columns · min(rows, columns) from which a few products cost less than an SVD."""
+_FEW = 16
+_ROUNDS_WHEN_TRACED = 6
+
+
+def matrix_family(
+    xp: Any, block: MatrixBlock, v: Array, limit: Array, preserve: int
+) -> tuple[Family, Array, Array]:
+    """(the candidates, the stable rank, how many triplets stay) along orthonormal columns `v`.
+
+    The part that stays is A V Vᴴ, to which the rest is orthogonal for any V: no candidate
+    relies on V having converged.
+    """
+    a = block.matrices
+    # A hair below the limit, so that the rounding of the products stays inside as well.
+    eps = backend.epsilon(a.dtype)
+    reduced = limit * (1.0 - 4.0 * eps)
+    images = a @ v
+    squares = xp.sum(xp.abs(images) ** 2, axis=-2)
+    first = squares[..., 0]
+    fits = xp.cumulative_sum(squares, axis=-1) <= (limit * first)[..., None] * (1.0 + 4.0 * eps)
+    stays = xp.sum(xp.where(fits, squares, xp.zeros_like(squares)), axis=-1)
+    count = xp.sum(xp.astype(fits, xp.int32), axis=-1, dtype=xp.int32)
+    fixed = xp.where(fits[..., None, :], images, xp.zeros_like(images)) @ backend.adjoint(xp, v)
+    rest = a - fixed
+    room = xp.where(reduced * first > stays, reduced * first - stays, xp.zeros_like(first))
+    squared_rest = energy(xp, rest)
+    safe_rest = nonzero(xp, squared_rest)
+    leading = v[..., :1]
+
+    def place(share: Array) -> Array:
+        along = xp.ones_like(share)
+        if preserve == 0:
+            # The foot of the perpendicular from A on the ray of this share.
+            along = (first + share * squared_rest) / nonzero(xp, first + share**2 * squared_rest)
+        along, share = along[..., None, None], share[..., None, None]
+        return along * (fixed + share * rest) * block.scale
+
+    def measure(stored: Array) -> Array:
+        return _rank_along(xp, stored / block.scale, leading)
+
+    share = xp.sqrt(room / safe_rest)
+    slope = squared_rest / nonzero(xp, first)
+    return Family(place, measure, share, slope), _rank_along(xp, a, leading), count
+
+
+def leading_vectors(xp: Any, a: Array, k: int, start: Array | None) -> tuple[Array, Array | None]:
+    """(leading right singular vectors (*batch, columns, k), what to start from next time)."""
+    rows, columns = a.shape[-2:]
+    side = min(rows, columns)
+    width = 1 if k == 1 else min(k + 2, side)
+    iterated = rows * columns * side > _ITERATE_ABOVE and k <= _FEW
+    if start is not None:
+        shape = (*a.shape[:-2], columns, width)
+        if not iterated or not compat.is_array_api_obj(start) or tuple(start.shape) != shape:
+            expected = f"v of shape {shape}" if iterated else "none"
+            raise ValueError(
+                f"state does not fit matrices of shape {tuple(a.shape)} with these options, which "
+                f"take {expected}: got {shape_of(start)}"
+            )
+        start = xp.astype(start, a.dtype)
+        start = xp.where(xp.isfinite(start), start, xp.zeros_like(start))
+    if not iterated or (start is None and backend.is_traced(a)):
+        v = backend.adjoint(xp, svd(xp, a)[2])
+        return v[..., :k], v[..., :width] if iterated else None
+    if a.ndim == 2:
+        basis = _iterate(xp, a, k, width, start)
+    else:
+        stack = xp.reshape(a, (-1, rows, columns))
+        starts = None if start is None else xp.reshape(start, (-1, columns, width))
+        bases = [
+            _iterate(xp, stack[i, ...], k, width, None if starts is None else starts[i, ...])
+            for i in range(stack.shape[0])
+        ]
+        basis = xp.reshape(xp.stack(bases), (*a.shape[:-2], columns, width))
+    return basis[..., :k], basis
+
+
+def _iterate(xp: Any, a: Array, k: int, width: int, start: Array | None) -> Array:
+    """An orthonormal basis (columns, width) whose first `k` are leading right vectors."""
+    columns = a.shape[1]
+    noise = backend.start_vector("stable rank", columns * width).reshape(columns, width)
+    noise = xp.astype(backend.constant(noise, a), a.dtype)
+    if k == 1:
+        # Old vectors alone may be singular vectors that no longer lead.
+        first = noise if start is None else start + 0.01 * noise
+        _, _, v = largest_singular_triplet(xp, MatrixOperator, a, None, first[:, 0])
+        return (v / nonzero(xp, xp.linalg.vector_norm(v)))[:, None]
+    if start is not None:
+        noise = xp.concat([start, noise[:, :1]], axis=1)[:, : min(width + 1, *a.shape)]
+    _, _, _, basis = leading_triplets(
+        xp,
+        MatrixOperator(a),
+        noise,
+        k,
+        iterations=_ROUNDS_WHEN_TRACED if backend.is_traced(a) else 500,
+        tolerance=backend.epsilon(a.dtype) ** 0.75,
+    )
+    return xp.linalg.qr(basis)[0][:, :width]
+
+
+def _rank_along(xp: Any, a: Array, v: Array) -> Array:
+    """‖A‖_F²/‖A v‖², an upper bound of the stable rank; 0 for the zero matrix."""
+    norm = energy(xp, a @ v)
+    return xp.where(norm > 0, energy(xp, a) / nonzero(xp, norm), xp.zeros_like(norm))
