@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     from specops.geometry import Conv, Dense
     from specops.models import attach, project
     from specops.plan import Plan
-    from specops.projections import project_spectral_ball
+    from specops.projections import (
+        clip_singular_values,
+        polar_factor,
+        project_schatten_ball,
+        project_spectral_ball,
+        project_stable_rank,
+    )
     from specops.rules import ClipSpectralNorm, Monitor
     from specops.spectra import (
         condition_number,
@@ -36,12 +42,16 @@ __all__ = [
     "Monitor",
     "Plan",
     "attach",
+    "clip_singular_values",
     "condition_number",
     "effective_rank",
     "errors",
     "linear_operator",
+    "polar_factor",
     "project",
+    "project_schatten_ball",
     "project_spectral_ball",
+    "project_stable_rank",
     "singular_values",
     "spectral_norm",
     "spectral_norm_bounds",
@@ -53,7 +63,13 @@ _HOMES = {
     "geometry": ("Conv", "Dense"),
     "models": ("attach", "project"),
     "plan": ("Plan",),
-    "projections": ("project_spectral_ball",),
+    "projections": (
+        "clip_singular_values",
+        "polar_factor",
+        "project_schatten_ball",
+        "project_spectral_ball",
+        "project_stable_rank",
+    ),
     "rules": ("ClipSpectralNorm", "Monitor"),
     "spectra": (
         "condition_number",

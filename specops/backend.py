@@ -39,7 +39,7 @@ _COMPLEX = {"float32": "complex64", "float64": "complex128"}
 
 def dtype_name(dtype: Any) -> str:
     """The bare name of a dtype, the same on every backend: ``"float32"``."""
-    return str(dtype).rsplit(".", 1)[-1]
+    return str(dtype).rsplit(".", 1)[-1].rstrip("'>")
 
 
 def namespace(w: Array) -> Namespace:

@@ -93,7 +93,8 @@ def _by_gram(
 ) -> tuple[Array, Array, Array, Array] | None:
     """(`excess`, its nuclear norm, eigenvalues, eigenvectors) from the smaller Gram matrix.
 
-    The excess is A V diag((1 − limit/σ)₊) Vᴴ. That squares the condition number: None if σ₁ > reach·limit, or unknown because traced.
+    The excess is A V diag((1 − limit/σ)₊) Vᴴ. That squares the condition number: None if
+    σ₁ > reach·limit, or unknown because traced.
     """
     unit = limit[..., None, None]
     # σ₁ is at least the largest entry; checked before anything is squared.

@@ -1,6 +1,19 @@
 """Nearest points: the weight of the same shape that satisfies a spectral constraint."""
 
+from specops.projections.clip_values import clip_singular_values
 from specops.projections.feasible import ProjectionInfo
+from specops.projections.polar import polar_factor
+from specops.projections.schatten_ball import project_schatten_ball
+from specops.projections.shrink import StableRankInfo
 from specops.projections.spectral_ball import project_spectral_ball
+from specops.projections.stable_rank import project_stable_rank
 
-__all__ = ["ProjectionInfo", "project_spectral_ball"]
+__all__ = [
+    "ProjectionInfo",
+    "StableRankInfo",
+    "clip_singular_values",
+    "polar_factor",
+    "project_schatten_ball",
+    "project_spectral_ball",
+    "project_stable_rank",
+]

@@ -7,7 +7,7 @@ its vectors came from, so axes of an earlier weight remain valid.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -57,20 +57,20 @@ class Axes:
 
     def weighted(self, weight: np.ndarray) -> Axes:
         """The axes of positive weight, with these weights."""
-        keep = weight > 0
-        kept = (getattr(self, key)[keep] for key in _KEYS[:-1])
-        return Axes(*kept, weight[keep])
+        return replace(self, weight=weight)._taken(np.flatnonzero(weight > 0))
 
     def reset(self) -> Axes:
         """The same axes without weight."""
-        return Axes(*(getattr(self, key) for key in _KEYS[:-1]), np.zeros(len(self)))
+        return replace(self, weight=np.zeros(len(self)))
 
     def largest(self, count: int) -> Axes:
         """At most `count` axes, those of the largest weight."""
         if len(self) <= count:
             return self
-        keep = np.argsort(-self.weight, kind="stable")[:count]
-        return Axes(*(getattr(self, key)[keep] for key in _KEYS))
+        return self._taken(np.argsort(-self.weight, kind="stable")[:count])
+
+    def _taken(self, index: np.ndarray) -> Axes:
+        return Axes(*(getattr(self, key)[index] for key in _KEYS))
 
     def inner(self, support: Support, x: np.ndarray) -> np.ndarray:
         """⟨X, E⟩ = Re(uᴴ B(X) v) for each axis E."""
@@ -103,7 +103,7 @@ class Axes:
     def gram(self, support: Support) -> np.ndarray:
         """⟨E_i, E_j⟩."""
         symbol = support.symbol
-        shifts, phases = support.taps.shape
+        phases = support.taps.shape[1]
         columns = symbol.sizes.columns
         waves = np.exp(-1j * symbol.angles[self.frequency])
         right = self.right.conj().reshape(len(self), phases, columns)
@@ -118,7 +118,7 @@ class Axes:
         mirrored *= self.left @ self.left.T
         # A real kernel sees only the real part of an axis: half of itself and its mirror image.
         result = (0.5 * (direct + mirrored) if symbol.conjugate_pairs else direct).real
-        return result * (self.group[:, None] == self.group[None, :])
+        return np.asarray(result * (self.group[:, None] == self.group[None, :]))
 
     def state(self, like: Array) -> dict[str, Array]:
         """As arrays of the library and device of `like`."""

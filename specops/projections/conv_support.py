@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
-from specops import backend
+from specops import backend, host
 from specops.geometry import Conv
-from specops.linalg.decompositions import svdvals
 from specops.projections.axes import Axes
 from specops.projections.cutting_planes import MOST_AXES, nearest_by_cutting_planes
 from specops.projections.feasible import ProjectionInfo, store_within
@@ -16,6 +16,7 @@ from specops.projections.first_order import Dual, alternate, dual_gradient, larg
 from specops.projections.scan import near, within
 from specops.projections.support import Solution, Support
 from specops.spectra.prepare import Prepared
+from specops.spectra.torus import host_blocks
 from specops.symbol import certified_symbol
 
 Array = Any
@@ -27,7 +28,8 @@ _CLOSE_ENOUGH = 1e-2
 _CLEAR = 1e-3
 """Relative distance from the limit beyond which measured norms decide."""
 _FAR = 1e3
-"""σ₁/c from which the differences of the dual methods cancel."""
+"""A lower bound of σ₁, over c, from which the differences of the dual methods cancel."""
+_SAMPLED = 8
 
 
 class KernelProblem:
@@ -72,16 +74,27 @@ class KernelProblem:
         axes = Axes.from_state(state, self.support) if state else Axes.none(self.support)
         before = float(axes.inner(self.support, x0).max(initial=0.0))
         if before <= limit:
-            before = float(largest(np, self.support, x0)) if measure else 0.0
+            before = self._norm_if(measure, x0)
             clear = 0.0 < before <= limit * (1.0 - _CLEAR)
-            if clear or (before <= limit * (1.0 + _CLEAR) and self._fits(x0, limit)):
+            unclear = before <= limit * (1.0 + _CLEAR) and not self._surely_outside(x0, limit)
+            if clear or (unclear and self._fits(x0, limit)):
                 return self.w, self._info(before, before, 0.0, 0, axes)
         found = self._solve(method, x0, limit * self.hair, axes, iterations, gap_tolerance)
         result, stored = self._store(found, kernel, x0, limit)
-        after = min(limit, float(largest(np, self.support, stored))) if measure else 0.0
+        after = min(limit, self._norm_if(measure, stored))
         found.primal = 0.5 * float(np.sum(np.abs(_double(x0) - _double(stored)) ** 2))
         gap = found.gap(_double(x0))
         return result, self._info(before, after, gap, found.rounds, found.axes or axes)
+
+    def _norm_if(self, measure: bool, x: np.ndarray) -> float:
+        return float(largest(np, self.support, x)) if measure else 0.0
+
+    def _surely_outside(self, x: np.ndarray, limit: float) -> bool:
+        """Whether a few blocks, the one of frequency zero among them, exceed the limit."""
+        symbol = self.support.symbol
+        chosen = np.unique(np.linspace(0, len(symbol.frequencies) - 1, _SAMPLED).astype(int))
+        blocks = host_blocks(self.support.coefficients(np, x), symbol, chosen)
+        return bool(host.exceeds(host.gram(blocks), limit * (1.0 + _CLEAR)).any())
 
     def _solve(
         self,
@@ -93,7 +106,8 @@ class KernelProblem:
         gap_tolerance: float,
     ) -> Solution:
         support = self.support
-        far = method == "auto" and float(largest(np, support, x0)) > _FAR * limit
+        size = float(np.linalg.norm(x0)) / math.sqrt(min(support.symbol.block_shape))
+        far = method == "auto" and size > _FAR * limit
         if method == "alternating" or far:
             return self._alternating(x0, limit, iterations)
         if method in ("auto", "cutting-planes"):
@@ -194,10 +208,11 @@ class KernelProblem:
     ) -> ProjectionInfo:
         unit = float(backend.to_numpy(self.given.scale)) / self.certificate
         like = self.given.w
-        figures = (
+        norm_before, norm_after, relative = (
             backend.constant(np.asarray(v), like) for v in (before * unit, after * unit, gap)
         )
-        return ProjectionInfo(*figures, rounds, axes.state(like) if len(axes) else {})
+        state = axes.state(like) if len(axes) else {}
+        return ProjectionInfo(norm_before, norm_after, relative, rounds, state)
 
     def _traced(self, method: str, iterations: int | None) -> tuple[Array, ProjectionInfo]:
         """A fixed number of first-order rounds, then onto the ball."""

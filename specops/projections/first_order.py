@@ -22,13 +22,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from specops import backend, host
-from specops.linalg.clip import GRAM_RANGE, clip, excess
+from specops.linalg.clip import clip, excess
 from specops.linalg.decompositions import svdvals
 from specops.projections.support import Support
 from specops.spectra.torus import block_bytes, host_blocks, leading_norm
 
 Array = Any
 _CHECK_EVERY = 10
+_FAR = 16.0
+"""Root mean square of the singular values, over c, from which differences lose digits."""
 
 
 def largest(xp: Any, support: Support, x: Array) -> Array:
@@ -42,17 +44,17 @@ def largest(xp: Any, support: Support, x: Array) -> Array:
 def alternate(xp: Any, support: Support, x: Array, limit: Array) -> Array:
     """One round: clip every block, cut back to the support (Sedghi et al., appendix A)."""
     symbol, coefficients = support.symbol, support.coefficients(xp, x)
+    # The root mean square of all singular values is at most the largest.
+    squares = xp.sum(xp.abs(coefficients) ** 2) / (symbol.values_per_block * symbol.sizes.groups)
+    near = backend.truth(squares <= (_FAR * limit) ** 2)
 
-    def difference(chunk: slice) -> Array:
+    def taken(chunk: slice) -> Array:
         blocks = _blocks(xp, symbol, coefficients, chunk)
-        return support.gather(xp, _excess_of(xp, blocks, limit)[0], chunk)
-
-    def clipped(chunk: slice) -> Array:
-        blocks = _blocks(xp, symbol, coefficients, chunk)
+        if near:
+            return support.gather(xp, _excess_of(xp, blocks, limit)[0], chunk)
         return support.gather(xp, clip(xp, blocks, _everywhere(xp, limit, blocks)).matrices, chunk)
 
-    near = backend.truth(largest(xp, support, x) <= GRAM_RANGE * limit)
-    parts = _map(xp, difference if near else clipped, coefficients, symbol)
+    parts = _map(xp, taken, coefficients, symbol)
     total = support.per_tap(xp, sum(parts[1:], start=parts[0]))
     # Far outside, the difference would cancel.
     return x - total if near else total

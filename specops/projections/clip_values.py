@@ -1,0 +1,156 @@
+"""`clip_singular_values`: all singular values between two bounds."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from specops import backend, host
+from specops.errors import UnsupportedGeometryError
+from specops.geometry import Conv, Geometry
+from specops.geometry.arguments import integer
+from specops.linalg.decompositions import svd
+from specops.projections.of_values import changed_blocks
+from specops.projections.support import Support
+from specops.spectra.prepare import MatrixBlock, Prepared, prepare
+from specops.spectra.torus import block_bytes, host_blocks
+from specops.symbol import symbol_of
+
+Array = Any
+
+
+def clip_singular_values(
+    w: Array,
+    lower: float,
+    upper: float,
+    geometry: Geometry | None = None,
+    *,
+    iterations: int = 1,
+) -> Array:
+    r"""``U clip(Σ, lower, upper) Vᴴ``: every singular value between two bounds.
+
+    Dense: a nearest matrix in Frobenius norm with all min(m, n) values in the interval. Conv:
+    the values are clipped on the torus and the kernel is cut back to its support, once for
+    each of `iterations`, as in the paper: an approach to the bounds, *not* a projection.
+
+    Parameters
+    ----------
+    w : array
+        Real or complex; half precision is computed in float32 and rounded at the end.
+    lower, upper : float
+        0 ≤ lower ≤ upper; `upper` may be infinite.
+    geometry : Dense or Conv, optional
+        The map; None is ``Dense()`` for a two-dimensional array. A Conv must be circular.
+    iterations : int
+        Conv: rounds of clipping and cutting back.
+
+    Returns
+    -------
+    array
+        Of the shape, dtype, namespace and device of `w`. Up to rounding the values of a Dense
+        weight are inside the bounds; those of a Conv need not be, as cutting back moves them
+        out again (a norm of 2.03 clipped at 1 is 1.27 after one round, 1.004 after 50). For a
+        kernel within an operator norm see `project_spectral_ball`.
+
+    Raises
+    ------
+    ValueError
+        Bounds out of order, negative or NaN; `iterations` below 1.
+    UnsupportedGeometryError
+        A Conv that is zero-padded, of no fixed size, or of a stride that does not divide its
+        grid: it has no blocks whose values could be clipped.
+    GeometryError, UnsupportedArrayError, NonFiniteError
+        As `specops.singular_values`.
+
+    Notes
+    -----
+    Where singular values are zero and `lower` is not, the directions that are raised are
+    arbitrary, as then the nearest matrix is not unique.
+
+    References
+    ----------
+    Sedghi, Gupta & Long 2019, appendix A.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> clip_singular_values(np.diag([3.0, 1.0, 0.5]), 0.75, 2.0).diagonal()
+    array([2.  , 1.  , 0.75])
+    """
+    lower, upper = _checked(lower, upper)
+    iterations = integer(iterations, "iterations", least=1)
+    given = prepare(w, geometry)
+    if isinstance(given.geometry, Conv):
+        return _clip_kernel(given, given.geometry, w, lower, upper, iterations)
+    xp = given.xp
+
+    def change(block: MatrixBlock) -> Array:
+        u, s, vh = svd(xp, block.matrices)
+        unit = block.scale[..., 0]
+        s = xp.where(s < lower / unit, lower / unit, s)
+        if math.isfinite(upper):
+            s = xp.where(s > upper / unit, upper / unit, s)
+        result = (u * xp.astype(s, u.dtype)[..., None, :]) @ vh
+        return xp.astype(result * block.scale, w.dtype)
+
+    return changed_blocks(given, w, change)
+
+
+def _checked(lower: float, upper: float) -> tuple[float, float]:
+    for name, value in (("lower", lower), ("upper", upper)):
+        if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+            raise ValueError(f"{name} must be a number, got {value!r}")
+    if not 0.0 <= float(lower) <= float(upper) or math.isinf(lower):
+        raise ValueError(f"bounds must satisfy 0 <= lower <= upper, got {lower} and {upper}")
+    return float(lower), float(upper)
+
+
+def _clip_kernel(
+    given: Prepared, geometry: Conv, w: Array, lower: float, upper: float, iterations: int
+) -> Array:
+    xp = given.xp
+    if not geometry.has_exact_spectrum(tuple(w.shape)):
+        raise UnsupportedGeometryError(
+            "only a circular convolution whose stride divides its grid has blocks whose singular "
+            "values can be clipped: project_spectral_ball bounds the norm of every convolution"
+        )
+    sizes = geometry.sizes(tuple(w.shape))
+    assert sizes.fine is not None
+    on_host = host.as_host(given.w)
+    if on_host is not None:
+        xp = np
+    kernel = geometry.kernel(given.w if on_host is None else on_host)
+    support = Support(symbol_of(sizes, sizes.fine, not backend.is_complex(kernel)))
+    x0 = x = support.coordinates(xp, kernel)
+    low, high = (bound / given.scale for bound in (lower, upper))
+    if on_host is not None:
+        low, high = (float(backend.to_numpy(bound)) for bound in (low, high))
+    for _ in range(iterations):
+        x = _round(xp, support, x, low, high)
+    result = geometry.weight(kernel + support.kernel(xp, x - x0))
+    if on_host is not None:
+        result = host.from_host(np.ascontiguousarray(result), given.w)
+    return given.xp.astype(result * given.scale, w.dtype)
+
+
+def _round(xp: Any, support: Support, x: Array, lower: Any, upper: Any) -> Array:
+    """Clip every block, cut back to the support."""
+    symbol, coefficients = support.symbol, support.coefficients(xp, x)
+
+    def work(chunk: slice) -> Array:
+        if isinstance(coefficients, np.ndarray):
+            blocks = host_blocks(coefficients, symbol, chunk)
+        else:
+            blocks = symbol.blocks(xp, coefficients, chunk)
+        u, s, vh = svd(xp, blocks)
+        clipped = xp.where(s < lower, lower, xp.where(s > upper, upper, s))
+        return support.gather(xp, (u * xp.astype(clipped, u.dtype)[..., None, :]) @ vh, chunk)
+
+    count = len(symbol.frequencies)
+    if isinstance(coefficients, np.ndarray):
+        parts = host.map_chunks(work, count, block_bytes(coefficients))
+    else:
+        parts = [work(slice(0, count))]
+    return support.per_tap(xp, sum(parts[1:], start=parts[0]))

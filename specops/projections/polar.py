@@ -1,0 +1,100 @@
+"""`polar_factor`: the nearest matrix with orthonormal columns or rows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from specops import backend, host
+from specops.errors import UnsupportedGeometryError
+from specops.geometry import Conv, Geometry
+from specops.linalg.decompositions import svd
+from specops.linalg.polar import polar_by_products
+from specops.projections.of_values import changed_blocks
+from specops.spectra.prepare import MatrixBlock, prepare
+
+Array = Any
+_METHODS = ("auto", "svd", "products")
+_PRODUCTS_FROM = 128
+_ACCEPTED = {"float32": 1e-5, "float64": 1e-13}
+"""Distance from orthonormality, per √n, below which the product method stands."""
+
+
+def polar_factor(w: Array, geometry: Geometry | None = None, *, method: str = "auto") -> Array:
+    r"""The factor :math:`UV^H` of :math:`W = U\Sigma V^H`: all singular values made 1.
+
+    The nearest matrix to W, in every unitarily invariant norm, with orthonormal columns (or
+    rows, if they are fewer).
+
+    Parameters
+    ----------
+    w : array
+        Real or complex; half precision is computed in float32 and rounded at the end.
+    geometry : Dense, optional
+        The map; None is ``Dense()`` for a two-dimensional array.
+    method : str
+        "svd"; "products", a composition of minimax polynomials that needs matrix products
+        only, which is checked and replaced by the SVD where it did not reach orthonormality;
+        "auto": products on accelerators, else the SVD.
+
+    Returns
+    -------
+    array
+        Of the shape, dtype, namespace and device of `w`.
+
+    Raises
+    ------
+    ValueError
+        An unknown method.
+    UnsupportedGeometryError
+        A Conv: its polar factor has a kernel as large as the grid.
+    GeometryError, UnsupportedArrayError, NonFiniteError
+        As `specops.singular_values`.
+
+    Notes
+    -----
+    Not unique where singular values are zero: some directions are chosen, for the zero matrix
+    all of them. Where they are small the factor is as sensitive as their reciprocal.
+
+    References
+    ----------
+    Higham 2008, "Functions of Matrices", chapter 8; Amsel, Persson, Musco & Gower 2025.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> polar_factor(np.array([[0.0, -3.0], [2.0, 0.0]])).round(6)
+    array([[ 0., -1.],
+           [ 1.,  0.]])
+    """
+    if method not in _METHODS:
+        raise ValueError(f"method must be one of {', '.join(_METHODS)}, got {method!r}")
+    given = prepare(w, geometry)
+    if isinstance(given.geometry, Conv):
+        raise UnsupportedGeometryError(
+            "the polar factor of a convolution has a kernel as large as its grid: "
+            "clip_singular_values(w, 1, 1, geometry, iterations=...) approaches orthogonality "
+            "with the kernel's own support"
+        )
+    xp = given.xp
+
+    def change(block: MatrixBlock) -> Array:
+        factor = _by_products(xp, block.matrices, method)
+        if factor is None:
+            u, _, vh = svd(xp, block.matrices)
+            factor = u @ vh
+        return xp.astype(factor, w.dtype)
+
+    return changed_blocks(given, w, change)
+
+
+def _by_products(xp: Any, a: Array, method: str) -> Array | None:
+    """The factor, or None where another method is due."""
+    smaller = min(a.shape[-2:])
+    on_device = host.as_host(a) is None and not backend.is_traced(a)
+    if method == "svd" or (method == "auto" and not (on_device and smaller >= _PRODUCTS_FROM)):
+        return None
+    factor, error = polar_by_products(xp, a)
+    accepted = _ACCEPTED[backend.dtype_name(backend.real_dtype(xp, a.dtype))]
+    good = backend.truth(xp.all(error <= accepted * math.sqrt(smaller)))
+    return None if good is False else factor
