@@ -17,8 +17,8 @@ def resolve_geometry(ndim: int, geometry: Geometry | None) -> Geometry:
             return Dense()
         raise GeometryError(
             f"an array with {ndim} axes needs a geometry: Conv(input_shape=...) for a "
-            f"convolution kernel, Dense(out_axes=(1,), batch_axes=(0,)) for a stack of matrices, or Dense() "
-            f"for the matrix of its first axis against all others"
+            f"convolution kernel, Dense(out_axes=(1,), batch_axes=(0,)) for a stack of matrices, "
+            f"or Dense() for the matrix of its first axis against all others"
         )
     if not isinstance(geometry, Dense | Conv):
         raise GeometryError(

@@ -10,7 +10,7 @@ import numpy as np
 from specops import backend, host
 from specops.geometry import Conv
 from specops.projections.axes import Axes
-from specops.projections.cutting_planes import MOST_AXES, nearest_by_cutting_planes
+from specops.projections.cutting_planes import most_axes, nearest_by_cutting_planes
 from specops.projections.feasible import ProjectionInfo, store_within
 from specops.projections.first_order import Dual, alternate, dual_gradient, largest
 from specops.projections.scan import near, within
@@ -30,6 +30,7 @@ _CLEAR = 1e-3
 _FAR = 1e3
 """A lower bound of σ₁, over c, from which the differences of the dual methods cancel."""
 _SAMPLED = 8
+_PATIENCE = 2e12
 
 
 class KernelProblem:
@@ -121,7 +122,7 @@ class KernelProblem:
                 max_rounds=iterations or _ROUNDS["cutting-planes"],
             )
             active = len(found.axes) if found.axes else 0
-            if method == "cutting-planes" or active <= MOST_AXES:
+            if method == "cutting-planes" or active <= most_axes(support):
                 return found
             method = "accelerated"
             return found.better(self._by_dual(method, x0, limit, iterations, gap_tolerance))
@@ -135,7 +136,7 @@ class KernelProblem:
         def done(now: Dual) -> bool:
             solution = self._certified(now, x0, limit)
             best[:] = [solution.better(best[0]) if best else solution]
-            return best[0].settled(gap)
+            return best[0].gap(_double(x0)) <= gap
 
         _, rounds = dual_gradient(
             np,
@@ -144,10 +145,14 @@ class KernelProblem:
             np.asarray(limit, x0.real.dtype),
             momentum=method == "accelerated",
             done=done,
-            max_rounds=iterations or _ROUNDS[method],
+            max_rounds=iterations or self._affordable(method),
         )
         best[0].rounds = rounds
         return best[0]
+
+    def _affordable(self, method: str) -> int:
+        """Rounds for a minute or so of work, and never fewer than the table says."""
+        return max(_ROUNDS[method], min(200, int(_PATIENCE / self.support.work)))
 
     def _certified(self, now: Dual, x0: np.ndarray, limit: float) -> Solution:
         x, kernel = _double(now.x), _double(x0)

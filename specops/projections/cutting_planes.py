@@ -14,10 +14,15 @@ from specops.projections.axes import Axes
 from specops.projections.scan import above
 from specops.projections.support import Solution, Support
 
-MOST_AXES = 1000
-"""More active ones make the quadratic programs dearer than rounds of a first-order method."""
-_MOST_CUTS = 3000
-"""Axes that one round adds, the largest excess first."""
+_CUTS_PER_AXIS = 3
+
+
+def most_axes(support: Support) -> int:
+    """Active axes from which quadratic programs cost more than rounds of a first-order method.
+
+    A dozen programs, of about 30·N³ multiplications, against a hundred rounds.
+    """
+    return int(min(1000.0, max(100.0, (0.28 * support.work) ** (1.0 / 3.0))))
 
 
 def nearest_by_cutting_planes(
@@ -55,9 +60,9 @@ def nearest_by_cutting_planes(
     precision : dtype
         Of coordinates whose blocks are looked through.
     gap : float
-        Stop when 2(primal − dual) ≤ gap·‖x‖².
+        Stop when 2(primal − dual) ≤ gap·‖K‖².
     max_rounds : int
-        Stop after as many rounds, or when more than `MOST_AXES` axes are active.
+        Stop after as many rounds, or when more than `most_axes` are active.
 
     References
     ----------
@@ -76,6 +81,7 @@ def _rounds(
     gap: float,
     max_rounds: int,
 ) -> Solution:
+    most = most_axes(support)
     linear = axes.inner(support, kernel)
     if linear.max(initial=0.0) > limit:
         axes, x = _solved(support, kernel, limit, axes, linear)
@@ -95,9 +101,9 @@ def _rounds(
         best = Solution(feasible, primal, dual, rounds, axes, suspects).better(
             replace(best, rounds=0)
         )
-        if best.settled(gap) or not len(cuts) or len(axes) > MOST_AXES:
+        if best.gap(kernel) <= gap or not len(cuts) or len(axes) > most:
             break
-        joined = axes.joined(cuts.largest(_MOST_CUTS).reset())
+        joined = axes.joined(cuts.largest(_CUTS_PER_AXIS * most).reset())
         axes, x = _solved(support, kernel, limit, joined, joined.inner(support, kernel))
     return best
 

@@ -53,15 +53,16 @@ def project_spectral_ball(
         error bound, replaced by "eigh" where it is too large.
 
         Conv: "cutting-planes", a quadratic program over axes of the ball, and "accelerated",
-        FISTA on the same dual, which "auto" turns to when more than 1000 axes are active;
+        FISTA on the same dual, which "auto" turns to when too many axes are active;
         "dykstra", slower, for comparison. All three approach the nearest point and certify
         how near they are. "alternating", the two projections of Sedghi et al. in turn: a
         feasible point, not the nearest. "auto" takes it where σ₁ > 1000c.
     iterations : int, optional
         Conv: rounds at the most (alternating: exactly). By default 100 of cutting planes, 40
-        accelerated, 200 of Dykstra; alternating until within 1 %, at most 30.
+        to 200 accelerated ones, by how much work a round is, 200 of Dykstra; alternating until
+        within 1 %, at most 30.
     gap_tolerance : float
-        Conv: stop when ``2(primal − dual) ≤ gap_tolerance·‖X‖²``.
+        Conv: stop when ``2(primal − dual) ≤ gap_tolerance·‖K‖²``, which is `ProjectionInfo.gap`.
     state : dict, optional
         ``info.state`` of an earlier call on a similar weight of the same geometry, to start
         from. It costs nothing if the weights turn out not to be similar.

@@ -41,14 +41,10 @@ class Solution:
     axes: Axes | None = None
     suspects: np.ndarray | None = None
 
-    def gap(self, reference: np.ndarray) -> float:
-        """2(primal − dual)/‖reference‖², at least 0."""
-        squared = float(np.sum(np.abs(reference) ** 2))
+    def gap(self, kernel: np.ndarray) -> float:
+        """2(primal − dual)/‖K‖², at least 0."""
+        squared = float(np.sum(np.abs(kernel) ** 2))
         return max(0.0, 2.0 * (self.primal - self.dual)) / max(squared, 1e-300)
-
-    def settled(self, gap: float) -> bool:
-        """Whether ``‖x − X*‖² ≤ gap·‖x‖²`` is certified."""
-        return self.gap(self.x) <= gap
 
     def better(self, other: Solution) -> Solution:
         """The nearer point with the higher bound, after the rounds of both."""
@@ -81,6 +77,13 @@ class Support:
         self.most = float(taps.max())
         """‖A‖² of the map A to the blocks, in the inner product of `gather`."""
         self.plain = bool((taps == 1).all())
+
+    @property
+    def work(self) -> float:
+        """Multiplications, roughly, in a decomposition of all blocks."""
+        symbol = self.symbol
+        small, large = sorted(symbol.block_shape)
+        return 200.0 * len(symbol.frequencies) * symbol.sizes.groups * small**2 * large
 
     def coordinates(self, xp: Any, kernel: Array) -> Array:
         """Of a kernel (groups, rows, columns, *taps)."""

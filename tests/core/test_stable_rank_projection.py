@@ -177,6 +177,8 @@ def test_dense_follows_the_theorem(case: Case) -> None:
 def test_feasible_by_the_explicit_matrix(
     backend: Backend, shape: tuple[int, ...], geometry: Geometry, dtype: str
 ) -> None:
+    if backend.traced and dtype != "float32":
+        pytest.skip("compiled in float32 alone")
     w = weight(shape, dtype)
     given = backend.array(w, dtype)
     for share in (0.2, 0.7, 0.999):
@@ -581,6 +583,8 @@ def always_iterated(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "complex64"])
 @pytest.mark.parametrize("preserve", [0, 1, 3])
 def test_warm_starts_give_the_same(backend: Backend, preserve: int, dtype: str) -> None:
+    if backend.name.startswith("jax") and dtype != "float32":
+        pytest.skip("compiled in float32 alone")
     values = weight((2, 24, 16), dtype)
     w = backend.array(values, dtype)
     nearby = backend.array(values + 0.01 * weight((2, 24, 16), dtype, seed=1), dtype)

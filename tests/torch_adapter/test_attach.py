@@ -83,7 +83,7 @@ def test_every_layer_is_constrained_as_it_computes() -> None:
     assert max(exact_norms(plain).values()) > 0.6
     report = attachment.report()
     assert [r.name for r in report.rows] == [n for n, _ in model.named_parameters()]
-    assert all(row.norm <= 0.5 * (1 + 1e-5) for row in report.constrained)
+    assert all(row.norm <= 0.5 * (1 + 3e-5) for row in report.constrained)
     assert all(row.reason for row in report.skipped)
     assert attachment.history[-1]["norm_after"] <= 0.5 * (1 + 1e-5)
     assert {r["step"] for r in attachment.history} == {1, 2, 3}
