@@ -154,6 +154,32 @@ def argmax(xp: Namespace, x: Array) -> Array:
     return constant(np.asarray([int(np.argmax(to_numpy(flat)))]), flat)
 
 
+def try_cholesky(xp: Namespace, a: Array) -> tuple[Array, Array]:
+    """(Cholesky factors of stacked matrices, which of them exist); never an exception.
+
+    Where there is no factor anything may stand in its place.
+    """
+    if compat.is_torch_array(a):
+        factor, failed = sys.modules["torch"].linalg.cholesky_ex(a)
+        return factor, failed == 0
+    try:
+        factor = xp.linalg.cholesky(a)
+    except Exception as error:
+        if type(error).__name__ != "LinAlgError":
+            raise
+        if a.ndim == 2:
+            factor = a * math.nan
+        else:
+            parts = [try_cholesky(xp, a[i, ...])[0] for i in range(a.shape[0])]
+            factor = xp.stack(parts, axis=0)
+    return factor, all_finite(xp, factor, axis=(-2, -1))
+
+
+def like(values: Array, other: Array) -> Array:
+    """`values` of any library and device on those of `other`, in its compute precision."""
+    return constant(to_numpy(values), other, complex=is_complex(other))
+
+
 def zeros(shape: tuple[int, ...], like: Array) -> Array:
     """Zeros of the dtype and device of `like`."""
     if compat.is_torch_array(like):
@@ -227,11 +253,6 @@ def fori(xp: Namespace, first: int, last: int, body: Any, carry: Any) -> Any:
     for j in range(first, last):
         carry = body(j, carry)
     return carry
-
-
-def compiles_per_shape(xp: Namespace) -> bool:
-    """Whether picking a subset of varying size costs a compilation each time."""
-    return bool(compat.is_jax_namespace(xp))
 
 
 def compiled(function: Any, static: tuple[Any, ...], *arrays: Array) -> Any:

@@ -35,6 +35,10 @@ class NonFiniteError(SpecopsError, ValueError):
     """The array holds NaN or infinity."""
 
 
+class StateError(SpecopsError, ValueError):
+    """The state to start from belongs to another weight or geometry, or is not finite."""
+
+
 class PlanError(SpecopsError, ValueError):
     """A plan does not fit the model it is used with."""
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
+from specops.errors import StateError
 from specops.geometry import Conv, Geometry
 from specops.geometry.arguments import check_bound
 from specops.projections import project_spectral_ball
@@ -73,7 +74,13 @@ class ClipSpectralNorm:
     ) -> tuple[Array, State, dict[str, Array]]:
         """Project; the figures are ``norm_before`` and ``norm_after``."""
         bound = self.max_norm(step, name, geometry) if callable(self.max_norm) else self.max_norm
-        weight, info = project_spectral_ball(weight, bound, geometry, state=state, return_info=True)
+        try:
+            weight, info = project_spectral_ball(
+                weight, bound, geometry, state=state, return_info=True
+            )
+        except StateError:
+            # The input size, the layer or its shape has changed since.
+            weight, info = project_spectral_ball(weight, bound, geometry, return_info=True)
         figures = {"norm_before": info.norm_before, "norm_after": info.norm_after}
         return weight, info.state, figures
 

@@ -54,7 +54,8 @@ def every_axis(value: Any, ndim: int, name: str, *, least: int = 0) -> tuple[int
 
 def check_bound(value: Any, name: str) -> Any:
     """A positive finite bound: a float, or the caller's own 0-d array (traced ones pass)."""
-    if isinstance(value, float | int | np.number) and not isinstance(value, bool):
+    real = float | int | np.integer | np.floating
+    if isinstance(value, real) and not isinstance(value, bool):
         if 0 < value < math.inf:
             return float(value)
     elif (

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from typing import Any
 
-import array_api_compat as compat
 import numpy as np
 
 from specops import backend, host
@@ -44,27 +41,6 @@ def svd(xp: Namespace, a: Array) -> tuple[Array, Array, Array]:
             raise
         result: tuple[Array, Array, Array] = _svd_fallback(xp, a, vectors=True)
         return result
-
-
-def cholesky(xp: Namespace, a: Array) -> Array:
-    """A Cholesky factor where there is one, anything where there is none; never an exception."""
-    if compat.is_torch_array(a):
-        return sys.modules["torch"].linalg.cholesky_ex(a)[0]
-    try:
-        return xp.linalg.cholesky(a)
-    except Exception as error:
-        if not _did_not_converge(error):
-            raise
-    if a.ndim == 2:
-        return a * math.nan
-    return xp.stack([cholesky(xp, a[i, ...]) for i in range(a.shape[0])], axis=0)
-
-
-def positive_definite(xp: Namespace, a: Array) -> Array:
-    """Which of stacked Hermitian matrices have a Cholesky factor: booleans of shape (...)."""
-    if compat.is_torch_array(a):
-        return sys.modules["torch"].linalg.cholesky_ex(a)[1] == 0
-    return backend.all_finite(xp, cholesky(xp, a), axis=(-2, -1))
 
 
 def eigh(xp: Namespace, a: Array) -> tuple[Array, Array]:

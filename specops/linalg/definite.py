@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 from specops import backend
-from specops.linalg.decompositions import cholesky
 from specops.linalg.matrix_sign import identity_like
 from specops.linalg.rounding import frobenius, product_rounding
 
@@ -35,7 +34,7 @@ def negative_part(xp: Any, a: Array, shift: Array) -> Array:
     """
     size = a.shape[-1]
     shifted = a + xp.astype(shift, a.dtype)[..., None, None] * identity_like(xp, a)
-    factor = xp.tril(cholesky(xp, shifted))
+    factor = xp.tril(backend.try_cholesky(xp, shifted)[0])
     square = factor @ backend.adjoint(xp, factor)
     residual = frobenius(xp, shifted - square) + product_rounding(
         xp, factor, backend.adjoint(xp, factor), square

@@ -8,7 +8,7 @@ import numpy as np
 
 from specops import backend, host
 from specops.linalg.clip import gram
-from specops.linalg.decompositions import positive_definite, svdvals
+from specops.linalg.decompositions import svdvals
 from specops.linalg.lanczos import MatrixOperator
 
 Array = Any
@@ -47,11 +47,13 @@ def inside(xp: Any, a: Array, limit: Array, *, sharp: bool = False) -> Array:
         found = np.concatenate(host.map_chunks(work, len(flat), flat[0].nbytes))
         return backend.constant(found.reshape(a.shape[:-2]), a)
     double = backend.double_dtype(xp, a)
-    scaled = a / xp.astype(limit, a.dtype)[..., None, None]
+    unit = limit[..., None, None]
+    scaled = a / xp.astype(unit, a.dtype)
     if double is None:
         return svdvals(xp, scaled)[..., 0] <= 1.0
     # No norm is less than an entry; larger ones are kept from overflowing.
     possible = xp.all(xp.abs(scaled) <= 2.0, axis=(-2, -1))
+    a = xp.where(possible[..., None, None], a, xp.zeros_like(a))
     scaled = xp.where(possible[..., None, None], scaled, xp.zeros_like(scaled))
     clearly = xp.zeros_like(possible)
     if not sharp and double != a.dtype:
@@ -60,30 +62,31 @@ def inside(xp: Any, a: Array, limit: Array, *, sharp: bool = False) -> Array:
         clearly = _fits(xp, scaled, 1.0 - _MARGIN)
         if backend.truth(xp.all(clearly)):
             return clearly & possible
-    return (clearly | _fits(xp, xp.astype(scaled, double), 1.0)) & possible
+    return (clearly | _fits(xp, xp.astype(a, double) / xp.astype(unit, double), 1.0)) & possible
 
 
 def _fits(xp: Any, scaled: Array, bound: float) -> Array:
     g = gram(xp, scaled)
     eye = xp.eye(g.shape[-1], dtype=g.dtype, device=backend.device_of(scaled))
-    return positive_definite(xp, bound**2 * eye - g)
+    return backend.try_cholesky(xp, bound**2 * eye - g)[1]
 
 
 def _host_inside(a: np.ndarray, limit: np.ndarray, sharp: bool) -> np.ndarray:
-    scaled = a / limit[:, None, None].astype(a.real.dtype)
+    unit = limit[:, None, None]
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        scaled = a / unit.astype(a.real.dtype)
     result = np.zeros(len(a), bool)
     # No norm is less than an entry, and squares of large ones would overflow.
     rest = np.flatnonzero(np.abs(scaled).max(axis=(-2, -1)) <= 2.0)
-    scaled = scaled[rest]
     if not sharp and a.real.dtype == np.float32:
-        if len(scaled) == 1 and _seen_outside(np, scaled[0]):
+        if len(rest) == 1 and _seen_outside(np, scaled[rest[0]]):
             return result
-        grams = host.gram(scaled)
-        open_ = host.exceeds(grams, 1.0 - _MARGIN)
-        result[rest] = ~open_
-        rest, scaled = rest[open_], scaled[open_]
+        uncertain = host.exceeds(host.gram(scaled[rest]), 1.0 - _MARGIN)
+        result[rest] = ~uncertain
+        rest = rest[uncertain]
     if len(rest):
-        double = scaled.astype(np.result_type(a, np.float64))
+        # Divided only now: a quotient in single precision would round.
+        double = a[rest].astype(np.result_type(a, np.float64)) / unit[rest].astype(float)
         result[rest] = ~host.exceeds(host.gram(double), 1.0)
     return result
 

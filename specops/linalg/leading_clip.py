@@ -13,8 +13,8 @@ from specops.linalg.subspace import leading_triplets
 
 Array = Any
 _ITERATIONS = 12
-_RESIDUAL = 3e-6
-HAIR = 4e-6
+_RESIDUAL = {"float32": 3e-6, "float64": 1e-9}
+_HAIR = {"float32": 4e-6, "float64": 1e-11}
 """Relative distance from the limit that unconverged vectors need."""
 _SHARE = 4
 """Of the singular values, the share up to which a warm start is kept."""
@@ -27,7 +27,11 @@ def warm_start(values: Array, vectors: Array) -> Array | None:
     """The eigenvectors to start from next time: those above 1 and as many again, if few."""
     side = vectors.shape[-1]
     width = 2 * int(np.sum(backend.to_numpy(values) > 1.0)) + 8
-    return vectors[:, side - width :] if width <= side // _SHARE else None
+    if width > side // _SHARE:
+        return None
+    # A copy: a view would keep all vectors alive.
+    xp = backend.namespace(vectors)
+    return xp.asarray(vectors[:, side - width :], copy=True)
 
 
 def leading_norm(xp: Any, a: Array, start: Array | None) -> tuple[Array, Array]:
@@ -69,17 +73,20 @@ def clip_leading(
     wide = a.shape[0] <= a.shape[1]
     operator = MatrixOperator(_tall(xp, a))
     width = start.shape[1]
-    tolerance = _RESIDUAL
+    precision = backend.dtype_name(limit.dtype)
+    tolerance = residual = _RESIDUAL[precision]
     for iterations in (1, _ITERATIONS):
         u, s, v, start = leading_triplets(
             xp, operator, start, width, iterations=iterations, tolerance=tolerance, floor=limit
         )
-        tolerance = _RESIDUAL * min(1.0, float(limit) / max(float(s[0]), 1e-30))
+        tolerance = residual * min(1.0, float(limit) / max(float(s[0]), 1e-30))
         # Values from below: if all are above, there are more.
         if backend.truth(s[width - 1] >= limit):
             return None
     if backend.truth(s[0] <= limit):
         return None
+    # Vectors that have not converged need a hair.
+    limit = limit * (1.0 - _HAIR[precision])
     share = xp.where(s > limit, s - limit, xp.zeros_like(s))
     removed = (u * xp.astype(share, u.dtype)[None, :]) @ backend.adjoint(xp, v)
     clipped = a - (backend.adjoint(xp, removed) if wide else removed)

@@ -10,9 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import array_api_compat as compat
 import numpy as np
 
 from specops import backend
+from specops.errors import StateError
 from specops.projections.support import Support
 from specops.spectra.torus import host_blocks
 
@@ -120,32 +122,39 @@ class Axes:
         result = (0.5 * (direct + mirrored) if symbol.conjugate_pairs else direct).real
         return np.asarray(result * (self.group[:, None] == self.group[None, :]))
 
-    def state(self, like: Array) -> dict[str, Array]:
-        """As arrays of the library and device of `like`."""
+    def state(self, support: Support, like: Array) -> dict[str, Array]:
+        """As arrays of the library and device of `like`, with the grid they belong to."""
+        values = {key: getattr(self, key) for key in _KEYS}
+        values["grid"] = np.array(support.symbol.fine)
         return {
             key: backend.constant(value, like, complex=value.dtype.kind == "c")
-            for key, value in ((key, getattr(self, key)) for key in _KEYS)
+            for key, value in values.items()
         }
 
     @classmethod
     def from_state(cls, state: dict[str, Array], support: Support) -> Axes:
-        """Read back what `state` made; raises ValueError where it belongs to another geometry."""
-        values = [backend.to_numpy(state[key]) for key in _KEYS if key in state]
+        """Read back what `state` made; StateError where it belongs to another geometry."""
+        keys = (*_KEYS, "grid")
+        if set(state) != set(keys) or not all(compat.is_array_api_obj(state[k]) for k in keys):
+            raise StateError(f"the state must hold arrays {', '.join(keys)}, got {sorted(state)}")
+        *values, grid = (backend.to_numpy(state[key]) for key in keys)
         rows, columns = support.symbol.block_shape
-        if len(values) != len(_KEYS) or any(len(v) != len(values[0]) for v in values):
-            raise ValueError(f"the state must hold arrays {', '.join(_KEYS)} of equal length")
-        frequency, group, left, right, weight = values
-        fits = left.shape[1:] == (rows,) and right.shape[1:] == (columns,)
-        blocks = (len(support.symbol.frequencies), support.symbol.sizes.groups)
-        for index, end in zip((frequency, group), blocks, strict=True):
-            fits &= bool(((index >= 0) & (index < end)).all())
-        if not fits:
-            raise ValueError(
-                f"the state belongs to another kernel or grid: its axes do not fit "
-                f"{blocks[0]} blocks of {rows}×{columns}. Pass state=None to start afresh"
+        count = values[-1].shape
+        shapes = (count, count, (*count, rows), (*count, columns), count)
+        fits = len(count) == 1 and all(v.shape == s for v, s in zip(values, shapes, strict=True))
+        if not fits or tuple(grid.reshape(-1)) != support.symbol.fine:
+            raise StateError(
+                f"the state belongs to another kernel or grid than {rows}×{columns} blocks on a "
+                f"torus of {support.symbol.fine}: pass state=None to start afresh"
             )
-        if not (np.isfinite(left).all() and np.isfinite(right).all() and np.isfinite(weight).all()):
-            raise ValueError("the state holds NaN or infinity: pass state=None to start afresh")
+        frequency, group, left, right, weight = values
+        ends = (len(support.symbol.frequencies), support.symbol.sizes.groups)
+        inside = all(
+            bool(((index >= 0) & (index < end)).all())
+            for index, end in zip((frequency, group), ends, strict=True)
+        )
+        if not inside or not all(np.isfinite(v).all() for v in (left, right, weight)):
+            raise StateError("the state is damaged: pass state=None to start afresh")
         left, right = (_unit(v.astype(complex)) for v in (left, right))
         weight = np.maximum(weight.astype(float), 0.0)
         return cls(frequency.astype(np.int64), group.astype(np.int64), left, right, weight)

@@ -88,12 +88,12 @@ def clip_singular_values(
 
     def change(block: MatrixBlock) -> Array:
         u, s, vh = svd(xp, block.matrices)
-        unit = block.scale[..., 0]
-        s = xp.where(s < lower / unit, lower / unit, s)
+        # In units of the weight: bounds over its scale might overflow.
+        s = s * block.scale[..., 0]
+        s = xp.where(s < lower, lower, s)
         if math.isfinite(upper):
-            s = xp.where(s > upper / unit, upper / unit, s)
-        result = (u * xp.astype(s, u.dtype)[..., None, :]) @ vh
-        return xp.astype(result * block.scale, w.dtype)
+            s = xp.where(s > upper, upper, s)
+        return xp.astype((u * xp.astype(s, u.dtype)[..., None, :]) @ vh, w.dtype)
 
     return changed_blocks(given, w, change)
 

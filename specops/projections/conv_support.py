@@ -10,7 +10,7 @@ import numpy as np
 from specops import backend, host
 from specops.geometry import Conv
 from specops.projections.axes import Axes
-from specops.projections.cutting_planes import most_axes, nearest_by_cutting_planes
+from specops.projections.cutting_planes import nearest_by_cutting_planes
 from specops.projections.feasible import ProjectionInfo, store_within
 from specops.projections.first_order import Dual, alternate, dual_gradient, largest
 from specops.projections.scan import near, within
@@ -71,7 +71,9 @@ class KernelProblem:
         scale = float(backend.to_numpy(self.given.scale))
         kernel = self.geometry.kernel(backend.to_numpy(self.given.w))
         x0 = self.support.coordinates(np, kernel)
-        limit = self.max_norm * self.certificate / scale
+        bound = self.max_norm
+        bound = bound if isinstance(bound, float) else float(backend.to_numpy(bound))
+        limit = bound * self.certificate / scale
         axes = Axes.from_state(state, self.support) if state else Axes.none(self.support)
         before = float(axes.inner(self.support, x0).max(initial=0.0))
         if before <= limit:
@@ -121,11 +123,10 @@ class KernelProblem:
                 gap=gap_tolerance,
                 max_rounds=iterations or _ROUNDS["cutting-planes"],
             )
-            active = len(found.axes) if found.axes else 0
-            if method == "cutting-planes" or active <= most_axes(support):
+            left = None if iterations is None else iterations - found.rounds
+            if method == "cutting-planes" or not found.overflowed or left == 0:
                 return found
-            method = "accelerated"
-            return found.better(self._by_dual(method, x0, limit, iterations, gap_tolerance))
+            return found.better(self._by_dual("accelerated", x0, limit, left, gap_tolerance))
         return self._by_dual(method, x0, limit, iterations, gap_tolerance)
 
     def _by_dual(
@@ -176,21 +177,20 @@ class KernelProblem:
                     break
         if iterations is not None:
             top = float(largest(np, self.support, x))
-        feasible = _double(x) * min(1.0, limit / top)
+        feasible = _double(x) * (min(1.0, limit / top) if top > 0 else 1.0)
         return Solution(feasible, 0.5 * float(np.sum(np.abs(kernel - feasible) ** 2)), 0.0, rounds)
 
     def _store(
         self, found: Solution, kernel: np.ndarray, x0: np.ndarray, limit: float
     ) -> tuple[Array, np.ndarray]:
         """(the weight in its own dtype, its coordinates), inside as stored."""
-        result = self.support.kernel(np, found.x)
+        like = self.given.w
+        weight = backend.like(self.geometry.weight(self.support.kernel(np, found.x)), like)
+        unseen = None
         if self.support.symbol.folds:
             # What wraps to nothing is not seen by the operator, and stays.
-            result = result + kernel - self.support.kernel(np, x0)
-        like = self.given.w
-        weight = backend.constant(
-            self.geometry.weight(result), like, complex=result.dtype.kind == "c"
-        )
+            rest = self.geometry.weight(kernel - self.support.kernel(np, x0))
+            unseen = backend.like(rest, like) * self.given.scale
         stored = x0
         # Blocks far from the limit stay so, unless rounding is as coarse as half precision's.
         suspects = found.suspects if self.w.dtype == like.dtype else None
@@ -201,7 +201,8 @@ class KernelProblem:
             stored = self.support.coordinates(np, self.geometry.kernel(values))
             return backend.constant(np.asarray(self._fits(stored, limit, suspects)), like)
 
-        return store_within(self.given.xp, weight * self.given.scale, self.w.dtype, fits), stored
+        scaled = weight * self.given.scale
+        return store_within(self.given.xp, scaled, self.w.dtype, fits, offset=unseen), stored
 
     def _fits(self, x: np.ndarray, limit: float, suspects: np.ndarray | None = None) -> bool:
         if suspects is None:
@@ -216,7 +217,7 @@ class KernelProblem:
         norm_before, norm_after, relative = (
             backend.constant(np.asarray(v), like) for v in (before * unit, after * unit, gap)
         )
-        state = axes.state(like) if len(axes) else {}
+        state = axes.state(self.support, like) if len(axes) else {}
         return ProjectionInfo(norm_before, norm_after, relative, rounds, state)
 
     def _traced(self, method: str, iterations: int | None) -> tuple[Array, ProjectionInfo]:
@@ -229,7 +230,11 @@ class KernelProblem:
         limit = self.max_norm * self.certificate / given.scale
         target = limit * self.hair
         rounds = iterations or _ROUNDS_WHEN_TRACED[method]
-        before = largest(xp, support, x0)
+        before = largest(xp, support, backend.stop_gradient(x0))
+        if backend.truth(before <= limit):
+            unit = given.scale / self.certificate
+            norm = before * unit
+            return self.w, ProjectionInfo(norm, norm, xp.zeros_like(norm), 0)
         x, dual = x0, xp.zeros_like(limit)
         if method == "alternating":
             for _ in range(rounds):

@@ -15,6 +15,8 @@ from specops.projections.scan import above
 from specops.projections.support import Solution, Support
 
 _CUTS_PER_AXIS = 3
+_HOPELESS = 5
+"""Cuts in one round, per axis that is affordable, from which too many will stay."""
 
 
 def most_axes(support: Support) -> int:
@@ -101,7 +103,10 @@ def _rounds(
         best = Solution(feasible, primal, dual, rounds, axes, suspects).better(
             replace(best, rounds=0)
         )
-        if best.gap(kernel) <= gap or not len(cuts) or len(axes) > most:
+        if best.gap(kernel) <= gap or not len(cuts):
+            break
+        if len(axes) > most or len(cuts) > _HOPELESS * most:
+            best.overflowed = True
             break
         joined = axes.joined(cuts.largest(_CUTS_PER_AXIS * most).reset())
         axes, x = _solved(support, kernel, limit, joined, joined.inner(support, kernel))

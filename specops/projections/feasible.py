@@ -20,9 +20,11 @@ class ProjectionInfo:
     ----------
     norm_before, norm_after : array
         The constrained norm of the weight given and of the weight returned, the latter as
-        stored. Shape (\\*batch,), one more axis for ``Dense(splits=...)``. For a zero-padded
-        Conv these are upper bounds: norms on the torus that contains the layer. With a
-        warm start `norm_before` may be a lower bound, from the directions of the start.
+        stored. Shape (\\*batch,), one more axis for ``Dense(splits=...)``; NaN for matrices
+        that are not finite. For a zero-padded Conv these are norms on the torus that contains
+        the layer. Measured from below, to about 1e-4, where a single matrix has more than 2^16
+        entries, and `norm_before` also from the directions of a warm start: what is certified
+        is that the weight returned is inside.
     gap : array
         Certified: ``‖returned − nearest‖² ≤ gap·‖given‖²``. It is twice the difference of the
         primal and the dual objective over ‖given‖², up to rounding; 0 where nothing changed.
@@ -41,13 +43,18 @@ class ProjectionInfo:
 
 
 def store_within(
-    xp: Any, x: Array, dtype: Any, fits: Callable[[Array], Array], batch: int = 0
+    xp: Any,
+    x: Array,
+    dtype: Any,
+    fits: Callable[[Array], Array],
+    batch: int = 0,
+    offset: Array | None = None,
 ) -> Array:
     """Cast `x` to `dtype`, shrunk a little more each round until it `fits` as stored.
 
     ``fits`` takes the stored array in compute precision and returns booleans, one for each
-    index of the first `batch` axes. While a compiler traces, three rounds run and
-    the result may exceed its limit by the rounding of `dtype`.
+    index of the first `batch` axes. An `offset` is added that does not shrink. While a compiler
+    traces, three rounds run and the result may exceed its limit by the rounding of `dtype`.
     """
     eps = backend.epsilon(dtype)
     # Half precision is too coarse to give away a unit at the first attempt.
@@ -55,7 +62,8 @@ def store_within(
     shrink = xp.ones_like(xp.real(x) if backend.is_complex(x) else x)
     shrink = shrink[(..., *([0] * (x.ndim - batch)))]
     for round_ in range(_ROUNDS):
-        stored = xp.astype(x * _expand(shrink, x), dtype)
+        scaled = x * _expand(shrink, x)
+        stored = xp.astype(scaled if offset is None else scaled + offset, dtype)
         inside = fits(backend.to_compute(xp, stored))
         done = backend.truth(xp.all(inside))
         if done or (done is None and round_ == 2):

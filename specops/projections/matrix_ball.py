@@ -6,14 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import array_api_compat as compat
 import numpy as np
 
 from specops import backend, host
+from specops.errors import StateError
 from specops.linalg.bounds import gram_iteration
 from specops.linalg.clip import Clipped, clip
 from specops.linalg.decompositions import svdvals
 from specops.linalg.inside import inside
-from specops.linalg.leading_clip import HAIR, clip_leading, leading_norm, warm_start
+from specops.linalg.leading_clip import clip_leading, leading_norm, warm_start
 from specops.linalg.matmul_clip import clip_by_products
 from specops.projections.feasible import store_within
 from specops.spectra.prepare import MatrixBlock
@@ -60,16 +62,17 @@ def project_block(
     """Project the stacked matrices of one block."""
     a = block.matrices
     unit = block.scale[..., 0, 0]
-    limit = max_norm / unit
+    # Scales are powers of two, so the bound is all that rounds: down.
+    limit = _rounded_down(max_norm, a) / unit
     # A hair below the limit, so that the rounding of the solver stays inside as well.
     hair = (2.0 + 0.25 * math.sqrt(min(a.shape[-2:]))) * backend.epsilon(a.dtype)
     target = limit * (1.0 - hair)
     if not backend.is_concrete(a):
-        return _traced(xp, block, max_norm, target, dtype)
+        return _traced(xp, block, limit, target, dtype)
     if start is not None:
-        start = _checked(xp, a, start)
+        start = _checked(a, start)
     warm = start is not None and method == "auto"
-    found = _from_start(xp, a, limit * (1.0 - HAIR), start) if warm else None
+    found = _from_start(xp, a, limit, start) if warm else None
     within = xp.zeros_like(limit) > 0
     if found is not None:
         # All or nothing: what a warm start missed is not worth shrinking for.
@@ -113,17 +116,28 @@ class _Found:
     """The largest singular value, where it came along."""
 
 
-def _checked(xp: Any, a: Array, start: Array) -> Array:
+def _rounded_down(bound: Any, a: Array) -> Any:
+    """A number that the precision of `a` holds, at most the bound; arrays as they are."""
+    if not isinstance(bound, float):
+        return bound
+    kind = np.dtype(backend.dtype_name(backend.real_dtype(backend.namespace(a), a.dtype))).type
+    low = kind(bound)
+    return float(np.nextafter(low, kind(0)) if float(low) > bound else low)
+
+
+def _checked(a: Array, start: Array) -> Array:
+    """The state's vectors on the library, device and precision of `a`."""
     side = min(a.shape[-2:])
-    fits = a.ndim == 2 and start.ndim == 2 and start.shape[0] == side and start.shape[1] <= side
-    if not fits:
-        raise ValueError(
+    shape = tuple(start.shape) if compat.is_array_api_obj(start) else None
+    if a.ndim != 2 or shape is None or len(shape) != 2 or shape[0] != side:
+        raise StateError(
             f"the state does not fit matrices of shape {tuple(a.shape)}: its vectors have shape "
-            f"{tuple(start.shape)}. Pass state=None to start afresh"
+            f"{shape}. Pass state=None to start afresh"
         )
-    if backend.truth(backend.all_finite(xp, start)) is False:
-        raise ValueError("the state holds NaN or infinity: pass state=None to start afresh")
-    return xp.astype(start, a.dtype)
+    damaged = backend.is_complex(start) and not backend.is_complex(a)
+    if damaged or not 0 < shape[1] <= side or not np.isfinite(backend.to_numpy(start)).all():
+        raise StateError("the state is damaged: pass state=None to start afresh")
+    return backend.like(start, a)
 
 
 def _from_start(xp: Any, a: Array, limit: Array, start: Array) -> _Found | None:
@@ -204,17 +218,22 @@ def _norm(xp: Any, a: Array, start: Array | None) -> tuple[Array, Array | None]:
     return leading_norm(xp, a, start)
 
 
-def _traced(xp: Any, block: MatrixBlock, max_norm: float, target: Array, dtype: Any) -> BlockResult:
-    """By SVD, every decision left to the compiler."""
+def _traced(xp: Any, block: MatrixBlock, limit: Array, target: Array, dtype: Any) -> BlockResult:
+    """By SVD, every decision left to the compiler, or differentiated through the vectors."""
     a, unit = block.matrices, block.scale[..., 0, 0]
-    limit = max_norm / unit
-    before = svdvals(xp, a)[..., 0]
+    fixed = backend.stop_gradient(a)
+    before = svdvals(xp, fixed)[..., 0]
     within = before <= limit
-    done = clip(xp, a, target)
+    if backend.truth(xp.all(within)):
+        return BlockResult(None, before * unit, before * unit, xp.zeros_like(limit), None)
+    # Equal singular values, such as a matrix inside may have, must not leak their derivative.
+    plain = xp.eye(a.shape[-2], a.shape[-1], dtype=a.dtype, device=backend.device_of(fixed))
+    plain = plain * backend.constant(np.arange(1.0, a.shape[-1] + 1.0), fixed)
+    done = clip(xp, xp.where(within[..., None, None], plain, a), target)
     clipped = xp.where(within[..., None, None], a, done.matrices)
 
     def norm(x: Array) -> Array:
-        return svdvals(xp, x / block.scale)[..., 0]
+        return svdvals(xp, backend.stop_gradient(x / block.scale))[..., 0]
 
     stored = store_within(
         xp, clipped * block.scale, dtype, lambda x: within | (norm(x) <= limit), limit.ndim

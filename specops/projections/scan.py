@@ -61,7 +61,7 @@ def above(support: Support, x: np.ndarray, limit: float) -> tuple[float, Axes, n
     def work(chunk: slice) -> tuple[np.ndarray, ...]:
         frequencies, where = np.unique(suspects[chunk, 0], return_inverse=True)
         blocks = host_blocks(coefficients, support.symbol, frequencies)
-        return _triplets(np, blocks[where, suspects[chunk, 1]], limit, chunk.start)
+        return _triplets(blocks[where, suspects[chunk, 1]], limit, chunk.start)
 
     parts = host.map_chunks(work, len(suspects), block_bytes(coefficients))
     index, left, right, values = (np.concatenate(p) for p in zip(*parts, strict=True))
@@ -70,11 +70,11 @@ def above(support: Support, x: np.ndarray, limit: float) -> tuple[float, Axes, n
 
 
 def _triplets(
-    xp: Any, blocks: np.ndarray, limit: float, first: int
+    blocks: np.ndarray, limit: float, first: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(block, u, v, σ) of every singular value above the limit, one after another."""
     wide = blocks.shape[-2] <= blocks.shape[-1]
-    values, vectors = eigh(xp, host.gram(blocks))
+    values, vectors = eigh(np, host.gram(blocks))
     which, place = np.nonzero(values > limit**2)
     own = vectors[which, :, place].astype(complex)
     picked = blocks[which].astype(complex)

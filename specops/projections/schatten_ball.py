@@ -113,6 +113,6 @@ def project_schatten_ball(
 def _threshold(xp: Any, s: Array, radius: Array) -> Array:
     """θ with Σ max(s − θ, 0) = radius, for descending s whose sum is larger."""
     count = backend.constant(np.arange(1.0, s.shape[-1] + 1.0), s)
-    kept = s * count > xp.cumulative_sum(s, axis=-1) - radius[..., None]
+    kept = s * count - xp.cumulative_sum(s, axis=-1) > -radius[..., None]
     ones = xp.where(kept, xp.ones_like(s), xp.zeros_like(s))
     return (xp.sum(s * ones, axis=-1) - radius) / xp.sum(ones, axis=-1)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
+from specops.errors import StateError
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import check_bound, integer
 from specops.projections import conv_support, matrix_ball
@@ -83,7 +86,9 @@ def project_spectral_ball(
     ------
     ValueError
         `max_norm` or `gap_tolerance` is not positive and finite, `iterations` below 1, an
-        unknown method, or a state of another geometry.
+        unknown method.
+    StateError
+        A state of another geometry, or one that is not finite.
     GeometryError, UnsupportedGeometryError, UnsupportedArrayError, NonFiniteError
         As `specops.singular_values`.
 
@@ -96,7 +101,9 @@ def project_spectral_ball(
     Not guaranteed: that the gap reaches its tolerance within the iterations, which
     ``info.gap`` tells; nearness to the zero-padded ball, which is larger than the ball on the
     torus. While a compiler traces, matrices are decomposed by SVD and kernels get 20
-    accelerated rounds, without state.
+    accelerated rounds, without state, and so it is with torch tensors that require gradients in
+    grad mode: project parameters under ``torch.no_grad()``. The derivative is that of the SVD,
+    which does not exist where singular values above the bound are equal.
 
     References
     ----------
@@ -148,13 +155,19 @@ def _project_dense(
     keys = [f"vectors{index}" for index in range(count)]
     unknown = set(state) - set(keys)
     if unknown:
-        raise ValueError(f"the state of another geometry: unknown entries {sorted(unknown)}")
+        raise StateError(f"the state of another geometry: unknown entries {sorted(unknown)}")
     results: list[BlockResult] = []
 
     def change(block: MatrixBlock) -> Array | None:
         start = state.get(keys[len(results)])
-        results.append(project_block(xp, block, max_norm, w.dtype, method, start, measure))
-        return results[-1].matrices
+        result = project_block(xp, block, max_norm, w.dtype, method, start, measure)
+        figures = (
+            xp.where(block.finite, x, xp.full_like(x, math.nan))
+            for x in (result.before, result.after, result.gap)
+        )
+        before, after, gap = figures
+        results.append(replace(result, before=before, after=after, gap=gap))
+        return result.matrices
 
     result = changed_blocks(given, w, change)
     split = given.geometry.splits is not None

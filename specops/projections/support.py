@@ -40,6 +40,8 @@ class Solution:
     rounds: int
     axes: Axes | None = None
     suspects: np.ndarray | None = None
+    overflowed: bool = False
+    """Whether it stopped because too many axes were active."""
 
     def gap(self, kernel: np.ndarray) -> float:
         """2(primal − dual)/‖K‖², at least 0."""
