@@ -38,7 +38,7 @@ def nonnegative_qp(hessian: np.ndarray, linear: np.ndarray, start: np.ndarray) -
     n = len(linear)
     if n == 0:
         return start
-    h = hessian + _RIDGE * float(np.trace(hessian)) / n * np.eye(n)
+    h = hessian + _RIDGE * (float(np.trace(hessian)) / n or 1.0) * np.eye(n)
     lengths = np.sqrt(np.diagonal(h))
     floor = 1e-11 * float(np.abs(linear).max(initial=0.0))
     x = _descend(h, linear, start, start > 0)

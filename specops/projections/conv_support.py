@@ -96,7 +96,8 @@ class KernelProblem:
         """Whether a few blocks, the one of frequency zero among them, exceed the limit."""
         symbol = self.support.symbol
         chosen = np.unique(np.linspace(0, len(symbol.frequencies) - 1, _SAMPLED).astype(int))
-        blocks = host_blocks(self.support.coefficients(np, x), symbol, chosen)
+        # In double: the square of a tiny limit would underflow.
+        blocks = host_blocks(self.support.coefficients(np, _double(x)), symbol, chosen)
         return bool(host.exceeds(host.gram(blocks), limit * (1.0 + _CLEAR)).any())
 
     def _solve(

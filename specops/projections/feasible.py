@@ -53,7 +53,7 @@ def store_within(
     """Cast `x` to `dtype`, shrunk a little more each round until it `fits` as stored.
 
     ``fits`` takes the stored array in compute precision and returns booleans, one for each
-    index of the first `batch` axes. An `offset` is added that does not shrink. While a compiler
+    index of the first `batch` axes. An `offset` is added, which shrinks only if nothing else helps. While a compiler
     traces, three rounds run and the result may exceed its limit by the rounding of `dtype`.
     """
     eps = backend.epsilon(dtype)
@@ -63,7 +63,11 @@ def store_within(
     shrink = shrink[(..., *([0] * (x.ndim - batch)))]
     for round_ in range(_ROUNDS):
         scaled = x * _expand(shrink, x)
-        stored = xp.astype(scaled if offset is None else scaled + offset, dtype)
+        if offset is not None:
+            # Its own rounding may be what does not fit.
+            late = round_ >= _ROUNDS // 2
+            scaled = scaled + (offset * _expand(shrink, x) if late else offset)
+        stored = xp.astype(scaled, dtype)
         inside = fits(backend.to_compute(xp, stored))
         done = backend.truth(xp.all(inside))
         if done or (done is None and round_ == 2):
