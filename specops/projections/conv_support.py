@@ -233,9 +233,8 @@ class KernelProblem:
         rounds = iterations or _ROUNDS_WHEN_TRACED[method]
         before = largest(xp, support, backend.stop_gradient(x0))
         if backend.truth(before <= limit):
-            unit = given.scale / self.certificate
-            norm = before * unit
-            return self.w, ProjectionInfo(norm, norm, xp.zeros_like(norm), 0)
+            size = before * given.scale / self.certificate
+            return self.w, ProjectionInfo(size, size, xp.zeros_like(size), 0)
         x, dual = x0, xp.zeros_like(limit)
         if method == "alternating":
             for _ in range(rounds):

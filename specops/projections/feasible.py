@@ -53,8 +53,9 @@ def store_within(
     """Cast `x` to `dtype`, shrunk a little more each round until it `fits` as stored.
 
     ``fits`` takes the stored array in compute precision and returns booleans, one for each
-    index of the first `batch` axes. An `offset` is added, which shrinks only if nothing else helps. While a compiler
-    traces, three rounds run and the result may exceed its limit by the rounding of `dtype`.
+    index of the first `batch` axes. An `offset` is added, which shrinks only if nothing else
+    helps. While a compiler traces, three rounds run and the result may exceed its limit by the
+    rounding of `dtype`.
     """
     eps = backend.epsilon(dtype)
     # Half precision is too coarse to give away a unit at the first attempt.
