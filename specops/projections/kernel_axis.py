@@ -14,7 +14,7 @@ from specops.linalg.decompositions import svd
 from specops.linalg.lanczos import largest_singular_triplet
 from specops.operators import ConvOperator
 from specops.projections.shrink import nonzero, shape_of
-from specops.spectra.norms import _SMALL, _plane_wave
+from specops.spectra.norms import SMALL_OPERATOR, plane_wave
 from specops.spectra.torus import leading_block, leading_vectors
 from specops.symbol import Symbol, symbol_of
 
@@ -35,7 +35,7 @@ def leading_axis(
         _check_start(start, None)
         return _torus_axis(xp, kernel, symbol), None
     operator = ConvOperator(kernel, sizes)
-    iterated = math.prod(operator.shape) > _SMALL
+    iterated = math.prod(operator.shape) > SMALL_OPERATOR
     _check_start(start, operator.shape[1] if iterated else None)
     if not iterated:
         v = backend.conjugate(xp, svd(xp, operator.to_matrix())[2][0, :])
@@ -58,7 +58,7 @@ def _check_start(start: Array | None, columns: int | None) -> None:
 
 def _start(xp: Any, operator: ConvOperator, v: Array | None) -> Array:
     if v is None:
-        return operator.rmatvec(_plane_wave(xp, operator.kernel, operator.sizes))
+        return operator.rmatvec(plane_wave(xp, operator.kernel, operator.sizes))
     v = xp.astype(v, operator.kernel.dtype)
     v = xp.where(xp.isfinite(v), v, xp.zeros_like(v))
     # Another direction or group may lead by now.

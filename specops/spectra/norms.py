@@ -18,7 +18,7 @@ from specops.spectra.torus import leading_block, leading_vectors
 from specops.symbol import Symbol, certified_symbol, symbol_of
 
 Array = Any
-_SMALL = 2**16
+SMALL_OPERATOR = 2**16
 """Entries up to which a zero-padded operator is decomposed as a matrix."""
 
 
@@ -133,10 +133,10 @@ def lanczos_norm(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
 
     def triplet(kernel: Array) -> tuple[Array, Array, Array]:
         operator = ConvOperator(kernel, sizes)
-        if math.prod(operator.shape) <= _SMALL:
+        if math.prod(operator.shape) <= SMALL_OPERATOR:
             u, s, vh = svd(xp, operator.to_matrix())
             return u[:, 0], s[0], backend.conjugate(xp, vh[0, :])
-        start = operator.rmatvec(_plane_wave(xp, kernel, sizes))
+        start = operator.rmatvec(plane_wave(xp, kernel, sizes))
         return largest_singular_triplet(xp, ConvOperator, kernel, sizes, start)
 
     def along_leading_pair(kernel: Array) -> Array:
@@ -147,7 +147,7 @@ def lanczos_norm(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
     return backend.with_derivative(lambda k: triplet(k)[1], along_leading_pair, kernel)
 
 
-def _plane_wave(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
+def plane_wave(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
     """An output near the leading left singular vector of a zero-padded convolution.
 
     The leading left singular vector of the maximising block, as a plane wave under a sine
