@@ -27,6 +27,7 @@ def most_axes(support: Support) -> int:
     return int(min(1000.0, max(100.0, (0.28 * support.work) ** (1.0 / 3.0))))
 
 
+@one_blas_thread()
 def nearest_by_cutting_planes(
     support: Support,
     kernel: np.ndarray,
@@ -70,19 +71,6 @@ def nearest_by_cutting_planes(
     ----------
     Kelley 1960 (cutting planes).
     """
-    with one_blas_thread():
-        return _rounds(support, kernel, limit, axes, precision, gap, max_rounds)
-
-
-def _rounds(
-    support: Support,
-    kernel: np.ndarray,
-    limit: float,
-    axes: Axes,
-    precision: Any,
-    gap: float,
-    max_rounds: int,
-) -> Solution:
     most = most_axes(support)
     linear = axes.inner(support, kernel)
     if linear.max(initial=0.0) > limit:
