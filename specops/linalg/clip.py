@@ -14,6 +14,8 @@ GRAM_RANGE = 4.0
 """σ₁/limit up to which Gram matrices resolve the limit and differences do not cancel."""
 _DOUBLE_GRAM_RANGE = 1e3
 _HALVE_FROM = 512
+_TINY = 1e-9
+"""Limits whose squares, and those of what is near them, might underflow."""
 
 
 class Clipped(NamedTuple):
@@ -96,12 +98,14 @@ def _by_gram(
     The excess is A V diag((1 − limit/σ)₊) Vᴴ. That squares the condition number: None if
     σ₁ > reach·limit, or unknown because traced.
     """
-    unit = limit[..., None, None]
     # σ₁ is at least the largest entry; checked before anything is squared.
-    if not backend.truth(xp.all(xp.abs(a) <= reach * unit)):
+    if not backend.truth(xp.all(xp.max(xp.abs(a), axis=(-2, -1)) <= reach * limit)):
         return None
-    scaled = a / xp.astype(unit, a.dtype)
-    eigenvalues, v = eigh(xp, gram(xp, scaled))
+    unit = xp.astype(limit, a.dtype)[..., None, None]
+    tiny = not backend.truth(xp.all(limit >= _TINY))
+    if tiny:
+        a, unit = a / unit, xp.ones_like(unit)
+    eigenvalues, v = eigh(xp, gram(xp, a) / unit**2)
     if not backend.truth(xp.all(eigenvalues <= reach**2)):
         return None
     above = eigenvalues > 1.0
@@ -117,11 +121,13 @@ def _by_gram(
     kept_h = backend.adjoint(xp, kept)
     wide = a.shape[-2] <= a.shape[-1]
     if 2 * kept.shape[-1] < v.shape[-1]:
-        result = (kept * share) @ (kept_h @ scaled) if wide else (scaled @ (kept * share)) @ kept_h
+        result = (kept * share) @ (kept_h @ a) if wide else (a @ (kept * share)) @ kept_h
     else:
         filtered = (kept * share) @ kept_h
-        result = filtered @ scaled if wide else scaled @ filtered
-    return result * xp.astype(unit, result.dtype), total, eigenvalues, v
+        result = filtered @ a if wide else a @ filtered
+    if tiny:
+        result = result * xp.astype(limit, a.dtype)[..., None, None]
+    return result, total, eigenvalues, v
 
 
 def gram(xp: Any, a: Array) -> Array:

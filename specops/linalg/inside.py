@@ -14,6 +14,8 @@ from specops.linalg.lanczos import MatrixOperator
 Array = Any
 _MARGIN = 1e-4
 """Relative margin above the rounding of single precision."""
+_BEYOND = 1e9
+"""Limit, for entries near 1, that no matrix reaches."""
 _POWER_STEPS = 6
 _POWER_FROM = 256
 
@@ -30,7 +32,7 @@ def inside(xp: Any, a: Array, limit: Array, *, sharp: bool = False) -> Array:
     xp : namespace
         Of the arrays, which are concrete.
     a : array, shape (..., m, n)
-        Scaled so that squares neither overflow nor underflow.
+        Scaled to entries near 1.
     limit : array, shape (...)
         Positive.
     sharp : bool
@@ -47,28 +49,29 @@ def inside(xp: Any, a: Array, limit: Array, *, sharp: bool = False) -> Array:
         found = np.concatenate(host.map_chunks(work, len(flat), flat[0].nbytes))
         return backend.constant(found.reshape(a.shape[:-2]), a)
     double = backend.double_dtype(xp, a)
-    unit = limit[..., None, None]
-    scaled = a / xp.astype(unit, a.dtype)
+    # No norm is less than an entry; larger ones, and limits out of sight, would overflow.
+    possible = xp.max(xp.abs(a), axis=(-2, -1)) <= 2.0 * limit
+    beyond = xp.full_like(limit, _BEYOND)
+    limit = xp.where(limit < beyond, limit, beyond)
     if double is None:
-        return svdvals(xp, scaled)[..., 0] <= 1.0
-    # No norm is less than an entry; larger ones are kept from overflowing.
-    possible = xp.all(xp.abs(scaled) <= 2.0, axis=(-2, -1))
-    a = xp.where(possible[..., None, None], a, xp.zeros_like(a))
-    scaled = xp.where(possible[..., None, None], scaled, xp.zeros_like(scaled))
+        return possible & (svdvals(xp, a)[..., 0] <= limit)
+    if not backend.truth(xp.all(possible)):
+        a = xp.where(possible[..., None, None], a, xp.zeros_like(a))
     clearly = xp.zeros_like(possible)
     if not sharp and double != a.dtype:
-        if a.ndim == 2 and _seen_outside(xp, scaled):
+        if a.ndim == 2 and _seen_outside(xp, a, limit):
             return clearly
-        clearly = _fits(xp, scaled, 1.0 - _MARGIN)
+        clearly = _fits(xp, a, limit * (1.0 - _MARGIN))
         if backend.truth(xp.all(clearly)):
             return clearly & possible
-    return (clearly | _fits(xp, xp.astype(a, double) / xp.astype(unit, double), 1.0)) & possible
+    real = backend.real_dtype(xp, double)
+    return (clearly | _fits(xp, xp.astype(a, double), xp.astype(limit, real))) & possible
 
 
-def _fits(xp: Any, scaled: Array, bound: float) -> Array:
-    g = gram(xp, scaled)
-    eye = xp.eye(g.shape[-1], dtype=g.dtype, device=backend.device_of(scaled))
-    return backend.try_cholesky(xp, bound**2 * eye - g)[1]
+def _fits(xp: Any, a: Array, limit: Array) -> Array:
+    g = gram(xp, a)
+    eye = xp.eye(g.shape[-1], dtype=g.dtype, device=backend.device_of(a))
+    return backend.try_cholesky(xp, xp.astype(limit**2, g.dtype)[..., None, None] * eye - g)[1]
 
 
 def _host_inside(a: np.ndarray, limit: np.ndarray, sharp: bool) -> np.ndarray:
@@ -79,7 +82,7 @@ def _host_inside(a: np.ndarray, limit: np.ndarray, sharp: bool) -> np.ndarray:
     # No norm is less than an entry, and squares of large ones would overflow.
     rest = np.flatnonzero(np.abs(scaled).max(axis=(-2, -1)) <= 2.0)
     if not sharp and a.real.dtype == np.float32:
-        if len(rest) == 1 and _seen_outside(np, scaled[rest[0]]):
+        if len(rest) == 1 and _seen_outside(np, scaled[rest[0]], 1.0):
             return result
         uncertain = host.exceeds(host.gram(scaled[rest]), 1.0 - _MARGIN)
         result[rest] = ~uncertain
@@ -91,7 +94,7 @@ def _host_inside(a: np.ndarray, limit: np.ndarray, sharp: bool) -> np.ndarray:
     return result
 
 
-def _seen_outside(xp: Any, a: Array) -> bool:
+def _seen_outside(xp: Any, a: Array, limit: Any) -> bool:
     """Whether a few power steps, far cheaper than a factorisation, exceed the limit already."""
     if min(a.shape) < _POWER_FROM:
         return False
@@ -103,4 +106,4 @@ def _seen_outside(xp: Any, a: Array) -> bool:
         v = operator.matvec(operator.rmatvec(v / xp.astype(norm, v.dtype)))
         norm = xp.linalg.vector_norm(v)
     # From unit vectors, ‖AAᴴv‖ never exceeds ‖A‖².
-    return backend.truth(norm > 1.0 + _MARGIN) is True
+    return backend.truth(norm > limit**2 * (1.0 + _MARGIN)) is True
