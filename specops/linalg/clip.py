@@ -68,15 +68,17 @@ def clip(xp: Any, a: Array, limit: Array, *, force_svd: bool = False) -> Clipped
     return Clipped(clipped, xp.sum(s - kept, axis=-1))
 
 
-def excess(xp: Any, a: Array, limit: Array) -> tuple[Array, Array]:
+def excess(xp: Any, a: Array, limit: Array, grams: Array | None = None) -> tuple[Array, Array]:
     r"""(``U max(Σ − limit, 0) Vᴴ``, Σ max(σ − limit, 0)): soft thresholding of the values.
 
     Parameters
     ----------
     xp, a, limit
         As `clip`.
+    grams : array, optional
+        What `gram` gives for `a`, if it is at hand.
     """
-    found = _by_gram(xp, a, limit, GRAM_RANGE)
+    found = _by_gram(xp, a, limit, GRAM_RANGE, grams)
     if found is None and isinstance(a, np.ndarray):
         double = a.astype(np.result_type(a, np.float64))
         found = _by_gram(xp, double, limit.astype(float), _DOUBLE_GRAM_RANGE)
@@ -91,7 +93,7 @@ def excess(xp: Any, a: Array, limit: Array) -> tuple[Array, Array]:
 
 
 def _by_gram(
-    xp: Any, a: Array, limit: Array, reach: float
+    xp: Any, a: Array, limit: Array, reach: float, grams: Array | None = None
 ) -> tuple[Array, Array, Array, Array] | None:
     """(`excess`, its nuclear norm, eigenvalues, eigenvectors) from the smaller Gram matrix.
 
@@ -104,8 +106,8 @@ def _by_gram(
     unit = xp.astype(limit, a.dtype)[..., None, None]
     tiny = not backend.truth(xp.all(limit >= _TINY))
     if tiny:
-        a, unit = a / unit, xp.ones_like(unit)
-    eigenvalues, v = eigh(xp, gram(xp, a) / unit**2)
+        a, unit, grams = a / unit, xp.ones_like(unit), None
+    eigenvalues, v = eigh(xp, (gram(xp, a) if grams is None else grams) / unit**2)
     if not backend.truth(xp.all(eigenvalues <= reach**2)):
         return None
     above = eigenvalues > 1.0

@@ -142,12 +142,15 @@ def _excess_of(xp: Any, blocks: Array, limit: Array) -> tuple[Array, Array]:
     """`excess` for (frequencies, groups, ...) blocks; on the host only of those above."""
     if not isinstance(blocks, np.ndarray):
         return excess(xp, blocks, _everywhere(xp, limit, blocks))
-    chosen = host.exceeds(host.gram(blocks), float(limit))
+    grams = host.gram(blocks)
+    chosen = host.exceeds(grams, float(limit))
+    if chosen.all():
+        return excess(np, blocks, np.broadcast_to(limit, chosen.shape), grams)
     result, nuclear = np.zeros_like(blocks), np.zeros(blocks.shape[:2], limit.dtype)
     if chosen.any():
         picked = blocks[chosen]
         bounds = np.broadcast_to(limit, picked.shape[:1])
-        result[chosen], nuclear[chosen] = excess(np, picked, bounds)
+        result[chosen], nuclear[chosen] = excess(np, picked, bounds, grams[chosen])
     return result, nuclear
 
 
