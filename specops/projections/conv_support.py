@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -65,13 +66,14 @@ class KernelProblem:
         measure: bool,
     ) -> tuple[Array, ProjectionInfo]:
         """(the weight inside the ball, what happened)."""
-        if not backend.is_concrete(self.given.w):
+        bound = self.max_norm
+        known = isinstance(bound, float) or backend.is_concrete(bound)
+        if not (known and backend.is_concrete(self.given.w)):
             return self._traced("accelerated" if method == "auto" else method, iterations)
         # Wherever the kernel lives: its blocks are small matrices, many of them.
         scale = float(backend.to_numpy(self.given.scale))
         kernel = self.geometry.kernel(backend.to_numpy(self.given.w))
         x0 = self.support.coordinates(np, kernel)
-        bound = self.max_norm
         bound = bound if isinstance(bound, float) else float(backend.to_numpy(bound))
         limit = bound * self.certificate / scale
         axes = Axes.from_state(state, self.support) if state else Axes.none(self.support)
@@ -157,14 +159,9 @@ class KernelProblem:
         return max(_ROUNDS[method], min(200, int(_PATIENCE / self.support.work)))
 
     def _certified(self, now: Dual, x0: np.ndarray, limit: float) -> Solution:
-        x, kernel = _double(now.x), _double(x0)
         top = float(largest(np, self.support, now.x))
-        feasible = x * min(1.0, limit / top) if top > 0 else x
-        change = kernel - x
-        dual = 0.5 * float(np.sum(np.abs(change) ** 2)) - limit * float(now.nuclear)
-        dual += float(np.sum((x.conj() * change).real))
-        primal = 0.5 * float(np.sum(np.abs(kernel - feasible) ** 2))
-        return Solution(feasible, primal, dual, 0)
+        nuclear = float(now.nuclear)
+        return Solution.certified(_double(x0), _double(now.x), top, limit, nuclear)
 
     def _alternating(self, x: np.ndarray, limit: float, iterations: int | None) -> Solution:
         kernel, bound = _double(x), np.asarray(limit, x.real.dtype)
@@ -178,8 +175,8 @@ class KernelProblem:
                     break
         if iterations is not None:
             top = float(largest(np, self.support, x))
-        feasible = _double(x) * (min(1.0, limit / top) if top > 0 else 1.0)
-        return Solution(feasible, 0.5 * float(np.sum(np.abs(kernel - feasible) ** 2)), 0.0, rounds)
+        # Without multipliers the distance is bounded from below by nothing but zero.
+        return replace(Solution.certified(kernel, _double(x), top, limit, 0.0, rounds), dual=0.0)
 
     def _store(
         self, found: Solution, kernel: np.ndarray, x0: np.ndarray, limit: float

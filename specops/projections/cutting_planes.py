@@ -80,17 +80,10 @@ def nearest_by_cutting_planes(
     best = Solution(0.0 * kernel, math.inf, 0.0, 0, axes)
     for rounds in range(1, max_rounds + 1):
         top, cuts, suspects = above(support, x.astype(precision), limit)
-        feasible = x * min(1.0, limit / top)
-        primal = 0.5 * float(np.sum(np.abs(kernel - feasible) ** 2))
-        change = kernel - x
-        dual = (
-            0.5 * float(np.sum(np.abs(change) ** 2))
-            + float(np.sum((x.conj() * change).real))
-            - limit * float(axes.weight.sum())
-        )
-        best = Solution(feasible, primal, dual, rounds, axes, suspects).better(
-            replace(best, rounds=0)
-        )
+        nuclear = float(axes.weight.sum())
+        now = Solution.certified(kernel, x, top, limit, nuclear, rounds)
+        now = replace(now, axes=axes, suspects=suspects)
+        best = now.better(replace(best, rounds=0))
         if best.gap(kernel) <= gap or not len(cuts):
             break
         if len(axes) > most or len(cuts) > _HOPELESS * most:

@@ -71,6 +71,8 @@ class Dual(NamedTuple):
 class _Carry(NamedTuple):
     now: Dual
     ahead: Array
+    x_ahead: Array
+    """K − A* ahead, extrapolated like it."""
     t: Array
 
 
@@ -90,23 +92,26 @@ def dual_gradient(
     ----------
     Beck & Teboulle 2009; O'Donoghue & Candès 2015 (restarts); Boyle & Dykstra 1986.
     """
-    blocks = support.symbol.blocks(xp, support.coefficients(xp, kernel))
-    zero = xp.zeros_like(blocks)
+    symbol = support.symbol
+    shape = (len(symbol.frequencies), symbol.sizes.groups, *symbol.block_shape)
+    zero = backend.zeros(shape, like=kernel)
+    zero = xp.astype(zero, backend.complex_dtype(xp, kernel.dtype))
     one = xp.ones_like(limit)
-    carry = _Carry(Dual(zero, 0.0 * one, kernel), zero, one)
+    carry = _Carry(Dual(zero, 0.0 * one, kernel), zero, kernel, one)
 
     def step(_: Any, carry: _Carry) -> _Carry:
-        now, ahead, t = carry
-        x = kernel - support.gather(xp, ahead)
-        z, nuclear = _threshold(xp, support, ahead, x, limit)
+        now, ahead, x_ahead, t = carry
+        z, nuclear = _threshold(xp, support, ahead, x_ahead, limit)
         new = Dual(z, nuclear, kernel - support.gather(xp, z))
         if not momentum:
-            return _Carry(new, z, t)
+            return _Carry(new, z, new.x, t)
         uphill = xp.sum(xp.real(xp.conj(ahead - z) * (z - now.z))) > 0
         t = xp.where(uphill, one, t)
         following = 0.5 * (1.0 + xp.sqrt(1.0 + 4.0 * t * t))
         speed = xp.where(uphill, 0.0 * one, (t - 1.0) / following)
-        return _Carry(new, z + xp.astype(speed, z.dtype) * (z - now.z), following)
+        z_ahead = z + xp.astype(speed, z.dtype) * (z - now.z)
+        x_ahead = new.x + xp.astype(speed, new.x.dtype) * (new.x - now.x)
+        return _Carry(new, z_ahead, x_ahead, following)
 
     if backend.is_traced(kernel):
         carry = backend.fori(xp, 0, max_rounds, step, carry)

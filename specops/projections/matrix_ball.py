@@ -67,7 +67,7 @@ def project_block(
     # A hair below the limit, so that the rounding of the solver stays inside as well.
     hair = (2.0 + 0.25 * math.sqrt(min(a.shape[-2:]))) * backend.epsilon(a.dtype)
     target = limit * (1.0 - hair)
-    if not backend.is_concrete(a):
+    if not (backend.is_concrete(a) and backend.is_concrete(limit)):
         return _traced(xp, block, limit, target, dtype)
     if start is not None:
         start = _checked(a, start)

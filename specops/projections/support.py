@@ -43,16 +43,38 @@ class Solution:
     overflowed: bool = False
     """Whether it stopped because too many axes were active."""
 
+    @classmethod
+    def certified(
+        cls,
+        kernel: np.ndarray,
+        x: np.ndarray,
+        top: float,
+        limit: float,
+        nuclear: float,
+        rounds: int = 0,
+    ) -> Solution:
+        """X = K − A*Z of norm `top`, scaled into the ball, and what Z of this nuclear norm bounds.
+
+        The dual objective is ½‖K − X‖² + ⟨X, K − X⟩ − c‖Z‖_*.
+        """
+        change = kernel - x
+        dual = 0.5 * _squared(change) + float(np.sum((x.conj() * change).real)) - limit * nuclear
+        feasible = x * min(1.0, limit / top) if top > 0 else x
+        return cls(feasible, 0.5 * _squared(kernel - feasible), dual, rounds)
+
     def gap(self, kernel: np.ndarray) -> float:
         """2(primal − dual)/‖K‖², at least 0."""
-        squared = float(np.sum(np.abs(kernel) ** 2))
-        return max(0.0, 2.0 * (self.primal - self.dual)) / max(squared, 1e-300)
+        return max(0.0, 2.0 * (self.primal - self.dual)) / max(_squared(kernel), 1e-300)
 
     def better(self, other: Solution) -> Solution:
         """The nearer point with the higher bound, after the rounds of both."""
         nearer = self if self.primal <= other.primal else other
         dual, rounds = max(self.dual, other.dual), self.rounds + other.rounds
         return Solution(nearer.x, nearer.primal, dual, rounds, self.axes, nearer.suspects)
+
+
+def _squared(x: np.ndarray) -> float:
+    return float(np.sum(np.abs(x) ** 2))
 
 
 class Support:
