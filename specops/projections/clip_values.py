@@ -15,7 +15,7 @@ from specops.linalg.decompositions import svd
 from specops.projections.of_values import changed_blocks
 from specops.projections.support import Support
 from specops.spectra.prepare import MatrixBlock, Prepared, prepare
-from specops.spectra.torus import block_bytes, host_blocks
+from specops.spectra.torus import map_blocks
 from specops.symbol import symbol_of
 
 Array = Any
@@ -139,18 +139,10 @@ def _round(xp: Any, support: Support, x: Array, lower: Any, upper: Any) -> Array
     """Clip every block, cut back to the support."""
     symbol, coefficients = support.symbol, support.coefficients(xp, x)
 
-    def work(chunk: slice) -> Array:
-        if isinstance(coefficients, np.ndarray):
-            blocks = host_blocks(coefficients, symbol, chunk)
-        else:
-            blocks = symbol.blocks(xp, coefficients, chunk)
+    def work(blocks: Array, chunk: slice) -> Array:
         u, s, vh = svd(xp, blocks)
         clipped = xp.where(s < lower, lower, xp.where(s > upper, upper, s))
         return support.gather(xp, (u * xp.astype(clipped, u.dtype)[..., None, :]) @ vh, chunk)
 
-    count = len(symbol.frequencies)
-    if isinstance(coefficients, np.ndarray):
-        parts = host.map_chunks(work, count, block_bytes(coefficients))
-    else:
-        parts = [work(slice(0, count))]
+    parts = map_blocks(xp, symbol, coefficients, work)
     return support.per_tap(xp, sum(parts[1:], start=parts[0]))

@@ -25,7 +25,7 @@ from specops import backend, host
 from specops.linalg.clip import clip, excess
 from specops.linalg.decompositions import svdvals
 from specops.projections.support import Support
-from specops.spectra.torus import block_bytes, host_blocks, leading_norm
+from specops.spectra.torus import leading_norm, map_blocks
 
 Array = Any
 _CHECK_EVERY = 10
@@ -48,13 +48,12 @@ def alternate(xp: Any, support: Support, x: Array, limit: Array) -> Array:
     squares = xp.sum(xp.abs(coefficients) ** 2) / (symbol.values_per_block * symbol.sizes.groups)
     near = backend.truth(squares <= (_FAR * limit) ** 2)
 
-    def taken(chunk: slice) -> Array:
-        blocks = _blocks(xp, symbol, coefficients, chunk)
+    def taken(blocks: Array, chunk: slice) -> Array:
         if near:
             return support.gather(xp, _excess_of(xp, blocks, limit)[0], chunk)
         return support.gather(xp, clip(xp, blocks, _everywhere(xp, limit, blocks)).matrices, chunk)
 
-    parts = _map(xp, taken, coefficients, symbol)
+    parts = map_blocks(xp, symbol, coefficients, taken)
     total = support.per_tap(xp, sum(parts[1:], start=parts[0]))
     # Far outside, the difference would cancel.
     return x - total if near else total
@@ -133,11 +132,10 @@ def _threshold(
     symbol, coefficients = support.symbol, support.coefficients(xp, x)
     counts = symbol.counts / np.prod(symbol.coarse)
 
-    def work(chunk: slice) -> tuple[Array, Array]:
-        blocks = ahead[chunk, ...] + _blocks(xp, symbol, coefficients, chunk) / support.most
-        return _excess_of(xp, blocks, limit / support.most)
+    def work(blocks: Array, chunk: slice) -> tuple[Array, Array]:
+        return _excess_of(xp, ahead[chunk, ...] + blocks / support.most, limit / support.most)
 
-    parts = _map(xp, work, coefficients, symbol)
+    parts = map_blocks(xp, symbol, coefficients, work)
     z, nuclear = (xp.concat(p, axis=0) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
     weights = backend.constant(counts, nuclear)
     return z, xp.sum(weights[:, None] * nuclear)
@@ -157,19 +155,6 @@ def _excess_of(xp: Any, blocks: Array, limit: Array) -> tuple[Array, Array]:
         bounds = np.broadcast_to(limit, picked.shape[:1])
         result[chosen], nuclear[chosen] = excess(np, picked, bounds, grams[chosen])
     return result, nuclear
-
-
-def _blocks(xp: Any, symbol: Any, coefficients: Array, chunk: slice) -> Array:
-    if isinstance(coefficients, np.ndarray):
-        return host_blocks(coefficients, symbol, chunk)
-    return symbol.blocks(xp, coefficients, chunk)
-
-
-def _map(xp: Any, work: Callable[[slice], Any], coefficients: Array, symbol: Any) -> list[Any]:
-    count = len(symbol.frequencies)
-    if isinstance(coefficients, np.ndarray):
-        return host.map_chunks(work, count, block_bytes(coefficients))
-    return [work(slice(0, count))]
 
 
 def _everywhere(xp: Any, limit: Array, blocks: Array) -> Array:

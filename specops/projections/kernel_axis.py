@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from specops import backend
+from specops.errors import StateError
 from specops.geometry import ConvSizes
 from specops.linalg.decompositions import svd
 from specops.linalg.lanczos import largest_singular_triplet
@@ -53,7 +54,7 @@ def _check_start(start: Array | None, columns: int | None) -> None:
     if start is None or (columns and tuple(getattr(start, "shape", ())) == (columns,)):
         return
     expected = "no state" if columns is None else f"a state v of shape ({columns},)"
-    raise ValueError(f"this Conv takes {expected}, got {shape_of(start)}")
+    raise StateError(f"this Conv takes {expected}, got {shape_of(start)}")
 
 
 def _start(xp: Any, operator: ConvOperator, v: Array | None) -> Array:

@@ -7,6 +7,7 @@ from typing import Any
 import array_api_compat as compat
 
 from specops import backend
+from specops.errors import StateError
 from specops.linalg.decompositions import svd
 from specops.linalg.lanczos import MatrixOperator, largest_singular_triplet
 from specops.linalg.subspace import leading_triplets
@@ -71,7 +72,7 @@ def leading_vectors(xp: Any, a: Array, k: int, start: Array | None) -> tuple[Arr
         shape = (*a.shape[:-2], columns, width)
         if not iterated or not compat.is_array_api_obj(start) or tuple(start.shape) != shape:
             expected = f"v of shape {shape}" if iterated else "none"
-            raise ValueError(
+            raise StateError(
                 f"state does not fit matrices of shape {tuple(a.shape)} with these options, which "
                 f"take {expected}: got {shape_of(start)}"
             )

@@ -9,7 +9,7 @@ import array_api_compat as compat
 import numpy as np
 
 from specops import backend
-from specops.errors import UnsupportedGeometryError
+from specops.errors import StateError, UnsupportedGeometryError
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import integer
 from specops.projections.kernel_axis import leading_axis
@@ -76,8 +76,10 @@ def project_stable_rank(
     Raises
     ------
     ValueError
-        `ratio`, `target` or `preserve` out of range; a `state` of another shape; for a Conv a
-        target below the least stable rank of a kernel along its leading direction.
+        `ratio`, `target` or `preserve` out of range; for a Conv a target below the least stable
+        rank of a kernel along its leading direction.
+    StateError
+        A `state` of another shape.
     UnsupportedGeometryError
         A Conv without input size, or with ``preserve`` above 0.
     GeometryError, UnsupportedArrayError, NonFiniteError
@@ -280,4 +282,4 @@ def _state(v: Array | None) -> dict[str, Array]:
 def _refuse(state: dict[str, Array]) -> None:
     if state:
         held = ", ".join(f"{name} {shape_of(value)}" for name, value in state.items())
-        raise ValueError(f"state does not belong to this weight and options: it holds {held}")
+        raise StateError(f"state does not belong to this weight and options: it holds {held}")

@@ -97,6 +97,21 @@ def block_bytes(coefficients: np.ndarray) -> int:
     return int(coefficients.shape[1]) * (16 if coefficients.real.dtype == np.float64 else 8)
 
 
+def map_blocks(
+    xp: Any, symbol: Symbol, coefficients: Array, work: Callable[[Array, slice], Any]
+) -> list[Any]:
+    """``work(blocks, chunk)`` over all frequencies: by chunks on the host, else at once."""
+    count = len(symbol.frequencies)
+    if isinstance(coefficients, np.ndarray):
+
+        def on_host(chunk: slice) -> Any:
+            return work(host_blocks(coefficients, symbol, chunk), chunk)
+
+        return host.map_chunks(on_host, count, block_bytes(coefficients))
+    whole = slice(0, count)
+    return [work(symbol.blocks(xp, coefficients, whole), whole)]
+
+
 def _host_values(kernel: np.ndarray, symbol: Symbol) -> np.ndarray:
     coefficients = symbol.coefficients(np, kernel)
     count = len(symbol.angles)
