@@ -682,7 +682,7 @@ def test_zero_padded_kernels_start_warm() -> None:
 
 
 def test_a_group_that_takes_the_lead_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_axis, "_SMALL", 0)
+    monkeypatch.setattr(kernel_axis, "SMALL_OPERATOR", 0)
     w = weight((6, 3, 3))
     geometry = Conv((6,), groups=2)
     w[:3] *= 3.0
