@@ -198,6 +198,15 @@ def add_at(x: Array, index: Any, value: Array) -> Array:
     return x
 
 
+def add_diagonal(xp: Namespace, a: Array, values: Array) -> Array:
+    """Stacked matrices plus a multiple of the identity each; `a` must not be used again."""
+    values = xp.astype(values, a.dtype)[..., None]
+    if compat.is_torch_array(a):
+        a.diagonal(dim1=-2, dim2=-1).add_(values)
+        return a
+    return a + values[..., None] * xp.eye(a.shape[-1], dtype=a.dtype, device=device_of(a))
+
+
 def torch_to_numpy(x: Array) -> np.ndarray | None:
     """A torch tensor on the host, also under torch.func.grad; None under torch.func.vmap."""
     x = stop_gradient(x).cpu().resolve_conj().resolve_neg()
@@ -317,7 +326,9 @@ def is_traced(x: Array) -> bool:
     jax = sys.modules.get("jax")
     if jax is not None and isinstance(x, jax.core.Tracer):
         return True
-    return truth(all_finite(compat.array_namespace(x), x)) is None
+    xp = compat.array_namespace(x)
+    first = x[(0,) * x.ndim] if math.prod(x.shape) else xp.sum(x)
+    return truth(xp.isfinite(first)) is None
 
 
 def is_concrete(x: Array) -> bool:
@@ -355,7 +366,16 @@ def magnitude(xp: Namespace, x: Array, axis: Any = None) -> Array:
 
     Dividing by it makes squares safe from overflow and underflow and rounds nothing.
     """
-    largest = xp.max(xp.abs(x), axis=axis, keepdims=True)
+    return power_below(xp, largest_entry(xp, x, axis, keepdims=True))
+
+
+def largest_entry(xp: Namespace, x: Array, axis: Any = None, *, keepdims: bool = False) -> Array:
+    """max|x|, NaN where an entry is: in one pass where the library has one."""
+    return xp.linalg.vector_norm(x, ord=math.inf, axis=axis, keepdims=keepdims)
+
+
+def power_below(xp: Namespace, largest: Array) -> Array:
+    """The power of two at or below positive numbers; 1 for zero and what is not finite."""
     ones = xp.ones_like(largest)
     exponent = xp.floor(xp.log2(xp.where(largest > 0, largest, ones)))
     limit = 1000.0 if dtype_name(largest.dtype) == "float64" else 120.0

@@ -10,12 +10,13 @@ copy, where it changes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from specops.errors import StateError
 from specops.geometry import Conv, Geometry
-from specops.geometry.arguments import check_bound
+from specops.geometry.arguments import check_bound, non_negative
 from specops.projections import project_spectral_ball
 from specops.spectra import spectral_norm, spectral_norm_bounds, stable_rank
 
@@ -51,19 +52,24 @@ class ClipSpectralNorm:
     ----------
     max_norm : float or callable
         The bound, or a schedule ``(step, name, geometry) -> float``.
+    distance_tolerance : float
+        Convolutions move at most ``1 + distance_tolerance`` times as far as the nearest weight
+        inside the bound is away; 0 asks for that weight itself and takes three times as long.
 
     Raises
     ------
     ValueError
-        A bound that is not positive and finite.
+        A bound that is not positive and finite, a negative tolerance.
     """
 
     max_norm: float | Schedule
+    distance_tolerance: float = field(default=0.1, repr=False)
     stage: ClassVar[Literal["weights"]] = "weights"
 
     def __post_init__(self) -> None:
         if not callable(self.max_norm):
             check_bound(self.max_norm, "max_norm")
+        non_negative(self.distance_tolerance, "distance_tolerance")
 
     def init(self, weight: Array, geometry: Geometry, name: str) -> State:
         """No state yet."""
@@ -74,13 +80,19 @@ class ClipSpectralNorm:
     ) -> tuple[Array, State, dict[str, Array]]:
         """Project; the figures are ``norm_before`` and ``norm_after``."""
         bound = self.max_norm(step, name, geometry) if callable(self.max_norm) else self.max_norm
+        project = partial(
+            project_spectral_ball,
+            weight,
+            bound,
+            geometry,
+            distance_tolerance=self.distance_tolerance,
+            return_info=True,
+        )
         try:
-            weight, info = project_spectral_ball(
-                weight, bound, geometry, state=state, return_info=True
-            )
+            weight, info = project(state=state)
         except StateError:
             # The input size, the layer or its shape has changed since.
-            weight, info = project_spectral_ball(weight, bound, geometry, return_info=True)
+            weight, info = project()
         figures = {"norm_before": info.norm_before, "norm_after": info.norm_after}
         return weight, info.state, figures
 

@@ -52,6 +52,14 @@ def every_axis(value: Any, ndim: int, name: str, *, least: int = 0) -> tuple[int
     return values
 
 
+def non_negative(value: Any, name: str) -> float:
+    """A finite float, zero or more."""
+    real = float | int | np.integer | np.floating
+    if isinstance(value, real) and not isinstance(value, bool) and 0 <= value < math.inf:
+        return float(value)
+    raise ValueError(f"{name} must be a finite number, zero or more, got {value!r}")
+
+
 def check_bound(value: Any, name: str) -> Any:
     """A positive finite bound: a float, or the caller's own 0-d array (traced ones pass)."""
     real = float | int | np.integer | np.floating

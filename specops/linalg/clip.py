@@ -14,6 +14,7 @@ GRAM_RANGE = 4.0
 """σ₁/limit up to which Gram matrices resolve the limit and differences do not cancel."""
 _DOUBLE_GRAM_RANGE = 1e3
 _HALVE_FROM = 512
+_STRIPS = 4
 _TINY = 1e-9
 """Limits whose squares, and those of what is near them, might underflow."""
 
@@ -101,7 +102,7 @@ def _by_gram(
     σ₁ > reach·limit, or unknown because traced.
     """
     # σ₁ is at least the largest entry; checked before anything is squared.
-    if not backend.truth(xp.all(xp.max(xp.abs(a), axis=(-2, -1)) <= reach * limit)):
+    if not backend.truth(xp.all(backend.largest_entry(xp, a, (-2, -1)) <= reach * limit)):
         return None
     unit = xp.astype(limit, a.dtype)[..., None, None]
     tiny = not backend.truth(xp.all(limit >= _TINY))
@@ -133,24 +134,19 @@ def _by_gram(
 
 
 def gram(xp: Any, a: Array) -> Array:
-    """AAᴴ or AᴴA, whichever is smaller."""
+    """AAᴴ or AᴴA, whichever is smaller; of what is above the diagonal some may be zero.
+
+    Solvers and factorisations of Hermitian matrices read the lower triangle only.
+    """
     if isinstance(a, np.ndarray):
         return host.gram(a)
     ah = backend.adjoint(xp, a)
     rows, columns = (a, ah) if a.shape[-2] <= a.shape[-1] else (ah, a)
-    if host.as_host(a) is None:
-        return rows @ columns
-    return _by_halves(xp, rows, columns)
-
-
-def _by_halves(xp: Any, rows: Array, columns: Array) -> Array:
-    """rows · rowsᴴ, the upper half from the lower: worth it where arithmetic is scarce."""
     size = rows.shape[-2]
-    if size < _HALVE_FROM:
+    if size < _HALVE_FROM or not host.solves_alone(a) or host.as_host(a) is None:
         return rows @ columns
-    h = size // 2
-    first = _by_halves(xp, rows[..., :h, :], columns[..., :h])
-    second = _by_halves(xp, rows[..., h:, :], columns[..., h:])
-    cross = rows[..., h:, :] @ columns[..., :h]
-    top = xp.concat([first, backend.adjoint(xp, cross)], axis=-1)
-    return xp.concat([top, xp.concat([cross, second], axis=-1)], axis=-2)
+    out = backend.zeros((size, size), a)
+    step = -(-size // _STRIPS)
+    for j in range(0, size, step):
+        out[j:, j : j + step] = rows[j:, :] @ columns[:, j : j + step]
+    return out

@@ -50,7 +50,7 @@ def inside(xp: Any, a: Array, limit: Array, *, sharp: bool = False) -> Array:
         return backend.constant(found.reshape(a.shape[:-2]), a)
     double = backend.double_dtype(xp, a)
     # No norm is less than an entry; larger ones, and limits out of sight, would overflow.
-    possible = xp.max(xp.abs(a), axis=(-2, -1)) <= 2.0 * limit
+    possible = backend.largest_entry(xp, a, (-2, -1)) <= 2.0 * limit
     beyond = xp.full_like(limit, _BEYOND)
     limit = xp.where(limit < beyond, limit, beyond)
     if double is None:
@@ -70,8 +70,8 @@ def inside(xp: Any, a: Array, limit: Array, *, sharp: bool = False) -> Array:
 
 def _fits(xp: Any, a: Array, limit: Array) -> Array:
     g = gram(xp, a)
-    eye = xp.eye(g.shape[-1], dtype=g.dtype, device=backend.device_of(a))
-    return backend.try_cholesky(xp, xp.astype(limit**2, g.dtype)[..., None, None] * eye - g)[1]
+    g *= -1.0
+    return backend.try_cholesky(xp, backend.add_diagonal(xp, g, limit**2))[1]
 
 
 def _host_inside(a: np.ndarray, limit: np.ndarray, sharp: bool) -> np.ndarray:
@@ -105,5 +105,7 @@ def _seen_outside(xp: Any, a: Array, limit: Any) -> bool:
     for _ in range(_POWER_STEPS):
         v = operator.matvec(operator.rmatvec(v / xp.astype(norm, v.dtype)))
         norm = xp.linalg.vector_norm(v)
-    # From unit vectors, ‖AAᴴv‖ never exceeds ‖A‖².
-    return backend.truth(norm > limit**2 * (1.0 + _MARGIN)) is True
+        # From unit vectors, ‖AAᴴv‖ never exceeds ‖A‖².
+        if backend.truth(norm > limit**2 * (1.0 + _MARGIN)):
+            return True
+    return False

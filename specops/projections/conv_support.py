@@ -14,8 +14,8 @@ from specops.projections.axes import Axes
 from specops.projections.cutting_planes import nearest_by_cutting_planes
 from specops.projections.feasible import ProjectionInfo, store_within
 from specops.projections.first_order import Dual, alternate, dual_gradient, largest
-from specops.projections.scan import near, within
-from specops.projections.support import Solution, Support
+from specops.projections.scan import largest_and_near, near, within
+from specops.projections.support import Solution, Support, Tolerance
 from specops.spectra.prepare import Prepared
 from specops.spectra.torus import host_blocks
 from specops.symbol import certified_symbol
@@ -61,7 +61,7 @@ class KernelProblem:
         self,
         method: str,
         iterations: int | None,
-        gap_tolerance: float,
+        tolerance: Tolerance,
         state: dict[str, Array] | None,
         measure: bool,
     ) -> tuple[Array, ProjectionInfo]:
@@ -84,7 +84,7 @@ class KernelProblem:
             unclear = before <= limit * (1.0 + _CLEAR) and not self._surely_outside(x0, limit)
             if clear or (unclear and self._fits(x0, limit)):
                 return self.w, self._info(before, before, 0.0, 0, axes)
-        found = self._solve(method, x0, limit * self.hair, axes, iterations, gap_tolerance)
+        found = self._solve(method, x0, limit * self.hair, axes, iterations, tolerance)
         result, stored = self._store(found, kernel, x0, limit)
         after = min(limit, self._norm_if(measure, stored))
         found.primal = 0.5 * float(np.sum(np.abs(_double(x0) - _double(stored)) ** 2))
@@ -109,7 +109,7 @@ class KernelProblem:
         limit: float,
         axes: Axes,
         iterations: int | None,
-        gap_tolerance: float,
+        tolerance: Tolerance,
     ) -> Solution:
         support = self.support
         size = float(np.linalg.norm(x0)) / math.sqrt(min(support.symbol.block_shape))
@@ -123,24 +123,29 @@ class KernelProblem:
                 limit,
                 axes,
                 x0.dtype,
-                gap=gap_tolerance,
+                tolerance=tolerance,
                 max_rounds=iterations or _ROUNDS["cutting-planes"],
             )
             left = None if iterations is None else iterations - found.rounds
             if method == "cutting-planes" or not found.overflowed or left == 0:
                 return found
-            return found.better(self._by_dual("accelerated", x0, limit, left, gap_tolerance))
-        return self._by_dual(method, x0, limit, iterations, gap_tolerance)
+            return found.better(self._by_dual("accelerated", x0, limit, left, tolerance))
+        return self._by_dual(method, x0, limit, iterations, tolerance)
 
     def _by_dual(
-        self, method: str, x0: np.ndarray, limit: float, iterations: int | None, gap: float
+        self,
+        method: str,
+        x0: np.ndarray,
+        limit: float,
+        iterations: int | None,
+        tolerance: Tolerance,
     ) -> Solution:
         best: list[Solution] = []
 
         def done(now: Dual) -> bool:
             solution = self._certified(now, x0, limit)
             best[:] = [solution.better(best[0]) if best else solution]
-            return best[0].gap(_double(x0)) <= gap
+            return best[0].suffices(_double(x0), tolerance)
 
         _, rounds = dual_gradient(
             np,
@@ -165,18 +170,21 @@ class KernelProblem:
 
     def _alternating(self, x: np.ndarray, limit: float, iterations: int | None) -> Solution:
         kernel, bound = _double(x), np.asarray(limit, x.real.dtype)
+        suspects: np.ndarray | None = None
         top, rounds = np.inf, 0
         while rounds < (iterations or _ROUNDS["alternating"]):
             x = alternate(np, self.support, x, bound)
             rounds += 1
             if iterations is None:
-                top = float(largest(np, self.support, x))
+                top, suspects = largest_and_near(self.support, x)
                 if top <= limit * (1.0 + _CLOSE_ENOUGH):
                     break
         if iterations is not None:
-            top = float(largest(np, self.support, x))
-        # Without multipliers the distance is bounded from below by nothing but zero.
-        return replace(Solution.certified(kernel, _double(x), top, limit, 0.0, rounds), dual=0.0)
+            top, suspects = largest_and_near(self.support, x)
+        found = Solution.certified(kernel, _double(x), top, limit, 0.0, rounds)
+        # Without multipliers the distance is bounded from below by nothing but zero. A block
+        # near the limit is near the largest, which is above it or has been brought down to it.
+        return replace(found, dual=0.0, suspects=suspects)
 
     def _store(
         self, found: Solution, kernel: np.ndarray, x0: np.ndarray, limit: float

@@ -12,7 +12,7 @@ from specops.host import one_blas_thread
 from specops.linalg.nonnegative_qp import nonnegative_qp
 from specops.projections.axes import Axes
 from specops.projections.scan import above
-from specops.projections.support import Solution, Support
+from specops.projections.support import Solution, Support, Tolerance
 
 _CUTS_PER_AXIS = 3
 _HOPELESS = 5
@@ -35,7 +35,7 @@ def nearest_by_cutting_planes(
     axes: Axes,
     precision: Any,
     *,
-    gap: float,
+    tolerance: Tolerance,
     max_rounds: int,
 ) -> Solution:
     r"""Solve :math:`\min_X \tfrac12\|K-X\|^2` subject to ``‖A(X)‖ ≤ c`` by its dual.
@@ -62,8 +62,8 @@ def nearest_by_cutting_planes(
         To start from, with multipliers, such as those of a similar kernel.
     precision : dtype
         Of coordinates whose blocks are looked through.
-    gap : float
-        Stop when 2(primal − dual) ≤ gap·‖K‖².
+    tolerance : Tolerance
+        When to stop.
     max_rounds : int
         Stop after as many rounds, or when more than `most_axes` are active.
 
@@ -84,7 +84,7 @@ def nearest_by_cutting_planes(
         now = Solution.certified(kernel, x, top, limit, nuclear, rounds)
         now = replace(now, axes=axes, suspects=suspects)
         best = now.better(replace(best, rounds=0))
-        if best.gap(kernel) <= gap or not len(cuts):
+        if best.suffices(kernel, tolerance) or not len(cuts):
             break
         if len(axes) > most or len(cuts) > _HOPELESS * most:
             best.overflowed = True

@@ -63,7 +63,7 @@ def store_within(
     shrink = xp.ones_like(xp.real(x) if backend.is_complex(x) else x)
     shrink = shrink[(..., *([0] * (x.ndim - batch)))]
     for round_ in range(_ROUNDS):
-        scaled = x * _expand(shrink, x)
+        scaled = x * _expand(shrink, x) if round_ else x
         if offset is not None:
             # Its own rounding may be what does not fit.
             late = round_ >= _ROUNDS // 2

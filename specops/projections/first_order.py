@@ -37,7 +37,7 @@ def largest(xp: Any, support: Support, x: Array) -> Array:
     """‖A x‖: the largest singular value of all blocks."""
     coefficients = support.coefficients(xp, x)
     if isinstance(x, np.ndarray):
-        return np.asarray(leading_norm(coefficients, support.symbol), x.real.dtype)
+        return np.asarray(leading_norm(coefficients, support.symbol)[0], x.real.dtype)
     return xp.max(svdvals(xp, support.symbol.blocks(xp, coefficients))[..., 0])
 
 
@@ -146,7 +146,11 @@ def _excess_of(xp: Any, blocks: Array, limit: Array) -> tuple[Array, Array]:
     if not isinstance(blocks, np.ndarray):
         return excess(xp, blocks, _everywhere(xp, limit, blocks))
     grams = host.gram(blocks)
-    chosen = host.exceeds(grams, float(limit))
+    # No eigenvalue is below a diagonal entry: where most blocks are outside that says so.
+    diagonal = np.diagonal(grams, axis1=-2, axis2=-1).real
+    chosen = np.asarray((diagonal > float(limit) ** 2).any(axis=-1))
+    if not chosen.all():
+        chosen[~chosen] = host.exceeds(grams[~chosen], float(limit))
     if chosen.all():
         return excess(np, blocks, np.broadcast_to(limit, chosen.shape), grams)
     result, nuclear = np.zeros_like(blocks), np.zeros(blocks.shape[:2], limit.dtype)

@@ -87,9 +87,12 @@ def project_block(
             norm, basis = _norm(xp, a, start) if measure else (unknown, start)
             return BlockResult(None, norm * unit, norm * unit, xp.zeros_like(limit), basis)
         found = _clipped(xp, a, target, method)
+        kept = found.matrices
+        if backend.truth(xp.any(within)):
+            kept = xp.where(within[..., None, None], a, kept)
         stored = store_within(
             xp,
-            xp.where(within[..., None, None], a, found.matrices) * block.scale,
+            kept * block.scale,
             dtype,
             lambda x: within | inside(xp, x / block.scale, limit, sharp=True),
             limit.ndim,

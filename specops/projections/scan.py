@@ -10,7 +10,7 @@ from specops import backend, host
 from specops.linalg.decompositions import eigh
 from specops.projections.axes import Axes
 from specops.projections.support import Support
-from specops.spectra.torus import block_bytes, host_blocks
+from specops.spectra.torus import block_bytes, host_blocks, leading_norm
 
 Array = Any
 _MARGIN = {"float32": 1e-4, "float64": 1e-10}
@@ -32,6 +32,12 @@ def near(support: Support, x: np.ndarray, limit: float, margin: float | None = N
     frequencies = len(support.symbol.frequencies)
     parts = host.map_chunks(work, frequencies, block_bytes(coefficients))
     return np.argwhere(np.concatenate(parts))
+
+
+def largest_and_near(support: Support, x: np.ndarray) -> tuple[float, np.ndarray]:
+    """(the largest singular value c, what `near` gives for c), in one pass."""
+    margin = _MARGIN[backend.dtype_name(x.real.dtype)]
+    return leading_norm(support.coefficients(np, x), support.symbol, margin)
 
 
 def within(support: Support, x: np.ndarray, limit: float, suspects: np.ndarray) -> bool:

@@ -16,6 +16,22 @@ if TYPE_CHECKING:
 Array = Any
 
 
+@dataclass(frozen=True)
+class Tolerance:
+    """When a feasible point is near enough to the nearest.
+
+    Attributes
+    ----------
+    gap : float
+        ``2(primal − dual)/‖K‖²`` at most this.
+    distance : float
+        Or it moved at most 1 + `distance` times as far as the nearest point.
+    """
+
+    gap: float
+    distance: float
+
+
 @dataclass
 class Solution:
     """A point of the ball in coordinates of a support, and what is known of it.
@@ -61,6 +77,11 @@ class Solution:
         dual = 0.5 * _squared(change) + float(np.sum((x.conj() * change).real)) - limit * nuclear
         feasible = x * min(1.0, limit / top) if top > 0 else x
         return cls(feasible, 0.5 * _squared(kernel - feasible), dual, rounds)
+
+    def suffices(self, kernel: np.ndarray, tolerance: Tolerance) -> bool:
+        """Whether one of the two is certified."""
+        moved = self.primal <= (1.0 + tolerance.distance) ** 2 * self.dual
+        return moved or self.gap(kernel) <= tolerance.gap
 
     def gap(self, kernel: np.ndarray) -> float:
         """2(primal − dual)/‖K‖², at least 0."""

@@ -63,11 +63,13 @@ def matrix_blocks(given: Prepared) -> tuple[MatrixBlock, ...]:
 
 
 def _block(xp: Any, matrices: Array) -> MatrixBlock:
-    finite = backend.all_finite(xp, matrices, axis=(-2, -1))
+    # The largest entry is NaN where one is.
+    largest = backend.largest_entry(xp, matrices, (-2, -1), keepdims=True)
+    finite = xp.isfinite(largest[..., 0, 0])
     if backend.truth(xp.all(finite)) is False:
         _report_bad(xp, finite, tuple(matrices.shape))
         matrices = xp.where(finite[..., None, None], matrices, xp.zeros_like(matrices))
-    scale = backend.magnitude(xp, matrices, axis=(-2, -1))
+    scale = backend.power_below(xp, largest)
 
     def restore(values: Array) -> Array:
         values = values * scale[..., 0]

@@ -59,9 +59,16 @@ def leading_block(xp: Any, kernel: Array, symbol: Symbol) -> Leading:
     return Leading(xp.max(norms), flat // groups, flat % groups)
 
 
-def leading_norm(coefficients: np.ndarray, symbol: Symbol) -> float:
-    """The largest singular value of coefficients on the host."""
-    return _HostSearch(coefficients, symbol).run()[0]
+def leading_norm(
+    coefficients: np.ndarray, symbol: Symbol, margin: float = 0.0
+) -> tuple[float, np.ndarray]:
+    """(σ₁ of coefficients on the host, the blocks that may exceed σ₁·(1 − margin)).
+
+    The latter are indices (count, 2) over frequency and group.
+    """
+    search = _HostSearch(coefficients, symbol, margin)
+    norm, _ = search.run()
+    return norm, np.stack(np.divmod(search.near, symbol.sizes.groups), axis=-1)
 
 
 def leading_vectors(
@@ -136,8 +143,10 @@ class _HostSearch:
     certificate are solved in turn until none is left.
     """
 
-    def __init__(self, coefficients: np.ndarray, symbol: Symbol) -> None:
+    def __init__(self, coefficients: np.ndarray, symbol: Symbol, margin: float = 0.0) -> None:
         self.symbol = symbol
+        self.margin = margin
+        self.near = np.zeros(0, int)
         self.coefficients = coefficients
         self.small = min(symbol.block_shape)
         self.count = len(symbol.angles) * symbol.sizes.groups
@@ -155,8 +164,10 @@ class _HostSearch:
         estimates = np.concatenate(self._chunks(self._estimate))
         best = int(np.argmax(estimates))
         sigma = self._solve(best)
-        above = np.concatenate(self._chunks(lambda chunk: self._exceeds(chunk, sigma)))
-        doubtful = [int(i) for i in np.flatnonzero(above) if i != best]
+        lowest = sigma * (1.0 - self.margin)
+        above = np.concatenate(self._chunks(lambda chunk: self._exceeds(chunk, lowest)))
+        self.near = np.union1d(np.flatnonzero(above), best)
+        doubtful = [int(i) for i in self.near if i != best]
         for candidate in sorted(doubtful, key=lambda i: -estimates[i]):
             if host.exceeds(self._gram(candidate), sigma):
                 value = self._solve(candidate)
