@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from specops import errors
+    from specops.balancing import balance_norms
     from specops.geometry import Conv, Dense
     from specops.models import attach, project
     from specops.plan import Plan
@@ -21,7 +22,18 @@ if TYPE_CHECKING:
         project_spectral_ball,
         project_stable_rank,
     )
-    from specops.rules import ClipSpectralNorm, Monitor
+    from specops.rules import (
+        ClipSpectralNorm,
+        Monitor,
+        NormalizeIfAbove,
+        ProjectStableRank,
+        SpectralHammer,
+        SpectralNormalization,
+        SpectralNormPenalty,
+        SpectralSoftCap,
+        StableRankNormalization,
+        TrainableScale,
+    )
     from specops.spectra import (
         condition_number,
         effective_rank,
@@ -40,8 +52,17 @@ __all__ = [
     "Conv",
     "Dense",
     "Monitor",
+    "NormalizeIfAbove",
     "Plan",
+    "ProjectStableRank",
+    "SpectralHammer",
+    "SpectralNormPenalty",
+    "SpectralNormalization",
+    "SpectralSoftCap",
+    "StableRankNormalization",
+    "TrainableScale",
     "attach",
+    "balance_norms",
     "clip_singular_values",
     "condition_number",
     "effective_rank",
@@ -60,6 +81,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "balancing": ("balance_norms",),
     "geometry": ("Conv", "Dense"),
     "models": ("attach", "project"),
     "plan": ("Plan",),
@@ -70,7 +92,18 @@ _HOMES = {
         "project_spectral_ball",
         "project_stable_rank",
     ),
-    "rules": ("ClipSpectralNorm", "Monitor"),
+    "rules": (
+        "ClipSpectralNorm",
+        "Monitor",
+        "NormalizeIfAbove",
+        "ProjectStableRank",
+        "SpectralHammer",
+        "SpectralNormPenalty",
+        "SpectralNormalization",
+        "SpectralSoftCap",
+        "StableRankNormalization",
+        "TrainableScale",
+    ),
     "spectra": (
         "condition_number",
         "effective_rank",

@@ -73,6 +73,17 @@ class ConvOperator:
             padded = backend.add_at(padded, (..., *self._window(tap)), part)
         return xp.reshape(self._unpad(padded), (*lead, self.shape[1]))
 
+    def gradient(self, u: Array, v: Array) -> Array:
+        """The kernel E with ⟨K, E⟩ = ⟨u, A(K) v⟩ for every K: for each tap Σ u times conj(v)."""
+        xp, sizes = self.xp, self.sizes
+        v = self._pad(xp.reshape(v, (sizes.groups, sizes.columns, *self._fine)))
+        u = xp.reshape(u, (sizes.groups, sizes.rows, -1))
+        per_tap = []
+        for tap in self._taps:
+            seen = xp.reshape(v[(..., *self._window(tap))], (sizes.groups, sizes.columns, -1))
+            per_tap.append(u @ backend.adjoint(xp, seen))
+        return xp.reshape(xp.stack(per_tap, axis=-1), self.kernel.shape)
+
     def to_matrix(self) -> Array:
         """The explicit matrix; memory grows with its `shape`."""
         eye = backend.constant(np.eye(self.shape[1]), self.kernel)

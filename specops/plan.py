@@ -168,6 +168,12 @@ class Plan:
                 f'("{weight.name}", None) before that pattern, or pass '
                 f"geometries={{'{weight.name}': ...}}"
             )
+        obstacle = getattr(entry.rule, "obstacle", None)
+        reason = obstacle(weight.geometry) if obstacle else ""
+        if reason and entry.is_bare:
+            return Assignment(weight, None, reason=reason)
+        if reason:
+            raise PlanError(f"{weight.name}: {entry.rule!r} cannot act on it: {reason}")
         if weight.opt_in and entry.is_bare:
             return Assignment(weight, None, reason=weight.opt_in)
         if weight.unusable:

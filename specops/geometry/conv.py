@@ -126,6 +126,13 @@ class Conv:
         """`input_shape` as a tuple."""
         return None if self.input_shape is None else integers(self.input_shape, "input_shape")
 
+    @property
+    def channel_axes(self) -> tuple[int, int]:
+        """The axes of the output and of the input channels in an array of this layout."""
+        full_is_out, spatial_last = _LAYOUTS[self.layout]
+        full, part = (0, 1) if spatial_last else (-1, -2)
+        return (full, part) if full_is_out else (part, full)
+
     def sizes(self, shape: tuple[int, ...]) -> ConvSizes:
         """The sizes with a kernel of this shape; `GeometryError` if the two do not fit."""
         ndim = len(shape) - 2

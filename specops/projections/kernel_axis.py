@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -47,7 +46,7 @@ def leading_axis(
     # The pair's own image, so that u is a unit vector whether or not v has converged.
     u = operator.matvec(v)
     u = u / nonzero(xp, xp.linalg.vector_norm(u))
-    return _outer(xp, operator, u, v), v if iterated else None
+    return operator.gradient(u, v), v if iterated else None
 
 
 def _check_start(start: Array | None, columns: int | None) -> None:
@@ -81,16 +80,3 @@ def _torus_axis(xp: Any, kernel: Array, symbol: Symbol) -> Array:
         sharing = axis.scatter @ axis.scatter.sum(axis=0)
         e = e * backend.constant(sharing.reshape(-1, *[1] * (len(symbol.axes) - t - 1)), kernel)
     return e
-
-
-def _outer(xp: Any, operator: ConvOperator, u: Array, v: Array) -> Array:
-    """E of a pair of vectors: for each tap the sum over positions of u times conj(v)."""
-    sizes = operator.sizes
-    assert sizes.fine is not None
-    v = operator._pad(xp.reshape(v, (sizes.groups, sizes.columns, *sizes.fine)))
-    u = xp.reshape(u, (sizes.groups, sizes.rows, -1))
-    per_tap = []
-    for tap in itertools.product(*map(range, sizes.kernel)):
-        seen = xp.reshape(v[(..., *operator._window(tap))], (sizes.groups, sizes.columns, -1))
-        per_tap.append(u @ backend.adjoint(xp, seen))
-    return xp.reshape(xp.stack(per_tap, axis=-1), operator.kernel.shape)

@@ -1,0 +1,127 @@
+"""Weights as forward passes use them: divided by a tracked norm, or of limited stable rank.
+
+Pure and differentiable functions of the weight; the singular vectors are constants, which
+`specops.tracking` advances.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from specops import backend
+from specops.geometry import Conv
+from specops.projections.kernel_cone import taps_of
+from specops.tracking import State, TrackedBlocks, TrackedKernel, TrackedOperator
+
+Array = Any
+Tracked = TrackedBlocks | TrackedKernel | TrackedOperator
+
+
+def normalize(w: Array, follow: Tracked, state: State, scale: Any = 1.0) -> Array:
+    r"""``s·W/σ`` with :math:`\sigma = \langle u, Wv\rangle`, block by block; zeros stay zero.
+
+    Parameters
+    ----------
+    w : array
+        Half precision is divided in float32 and rounded.
+    follow : tracked norm
+        Of the weight's geometry.
+    state : dict
+        Its vectors.
+    scale : float or 0-d array
+        s, which may carry a derivative.
+    """
+    xp = backend.namespace(w)
+    a = backend.to_compute(xp, w)
+    factors = tuple(scale / _nonzero(xp, n) for n in follow.norms(a, state))
+    return xp.astype(follow.scaled(a, factors), w.dtype)
+
+
+def limit_stable_rank(w: Array, follow: Tracked, state: State, ratio: Any) -> Array:
+    r"""W/σ with the rest beside its leading pair shrunk to stable rank r.
+
+    With :math:`\hat W = W/\sigma` and :math:`R = \hat W - uv^H`,
+
+    .. math:: uv^H + R\,\min\bigl(1, \sqrt{r - 1}/\|R\|_F\bigr).
+
+    For a convolution's operator it is the same in the space of kernels, along the gradient of
+    the norm and in the Frobenius norm of the operator.
+
+    Parameters
+    ----------
+    w, follow, state
+        As `normalize`.
+    ratio : float
+        r = max(1, ratio · min(rows, columns)) of the matrix whose norm is followed.
+
+    References
+    ----------
+    Sanyal, Torr & Dokania 2020, Algorithm 2.
+    """
+    xp = backend.namespace(w)
+    a = backend.to_compute(xp, w)
+    unit = follow.scaled(a, tuple(1.0 / _nonzero(xp, n) for n in follow.norms(a, state)))
+    if isinstance(follow, TrackedOperator):
+        result = _limited_operator(xp, unit, follow.geometry, state["axis"], ratio)
+    elif isinstance(follow, TrackedBlocks):
+        blocks = []
+        for j, b in enumerate(follow.geometry.blocks(unit)):
+            vh = backend.conjugate(xp, state[f"v{j}"])
+            lead = state[f"u{j}"][..., :, None] * vh[..., None, :]
+            blocks.append(_limited(xp, b, lead, ratio * min(b.shape[-2:])))
+        result = follow.geometry.assemble(tuple(blocks), w.shape)
+    else:
+        a = follow.views[0].blocks(unit)[0]
+        lead = follow.views[0].blocks(state["axis"])[0]
+        limited = _limited(xp, a, lead, ratio * min(a.shape))
+        result = follow.views[0].assemble((limited,), w.shape)
+    return xp.astype(result, w.dtype)
+
+
+def _limited(xp: Any, a: Array, lead: Array, rank: float) -> Array:
+    """Of matrices with ⟨lead, A⟩ = 1 for a unit dyad: the part beside it shrunk."""
+    rest = a - lead
+    squared = xp.sum(xp.abs(rest) ** 2, axis=(-2, -1))
+    factor = _shrink(xp, max(rank, 1.0) - 1.0, squared)
+    return lead + xp.astype(factor, a.dtype)[..., None, None] * rest
+
+
+def _limited_operator(xp: Any, w: Array, geometry: Conv, axis: Array, ratio: Any) -> Array:
+    kernel = geometry.kernel(w)
+    sizes = geometry.sizes(tuple(w.shape))
+    taps = taps_of(sizes)
+    z, e = taps.coordinates(xp, kernel), taps.coordinates(xp, geometry.kernel(axis))
+    weights = backend.constant(taps.weights, z)[:, None, None]
+    used = weights > 0
+    safe = xp.where(used, weights, xp.ones_like(weights))
+    dual = xp.where(used, e / safe, xp.zeros_like(e))
+    energy = xp.sum(xp.abs(dual) ** 2 * weights)
+    lead = dual / _nonzero(xp, energy)
+    rest = xp.where(used, z - lead, xp.zeros_like(z))
+    rank = max(ratio * min(sizes.matrix_shape()), 1.0)
+    room = rank - 1.0 / _nonzero(xp, energy)
+    factor = _shrink(xp, room, xp.sum(weights * xp.abs(rest) ** 2))
+    limited = xp.where(used, lead + xp.astype(factor, z.dtype) * rest, z)
+    if taps.folds:
+        return geometry.weight(kernel + taps.kernel(xp, limited - z, kernel))
+    return geometry.weight(taps.kernel(xp, limited, kernel))
+
+
+def _shrink(xp: Any, room: Any, squared: Array) -> Array:
+    """min(1, √(room/squared)), with a derivative that is finite at 0."""
+    room = room + xp.zeros_like(squared)
+    room = xp.where(room > 0, room, xp.zeros_like(room))
+    over = squared > room
+    safe = xp.where(over, squared, xp.ones_like(squared))
+    return xp.where(over, xp.sqrt(room) / xp.sqrt(safe), xp.ones_like(squared))
+
+
+def _nonzero(xp: Any, x: Array) -> Array:
+    return xp.where(x != 0, x, xp.ones_like(x))
+
+
+def rank_floor(ratio: float) -> None:
+    """Raise unless a ratio is in (0, 1]."""
+    if not (isinstance(ratio, int | float) and 0 < ratio <= 1 and math.isfinite(ratio)):
+        raise ValueError(f"ratio must be in (0, 1], got {ratio!r}")

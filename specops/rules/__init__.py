@@ -1,0 +1,25 @@
+"""Rules: what is done to one weight, and when in a training step; one rule per file."""
+
+from specops.rules.base import Rule, Schedule, State
+from specops.rules.caps import NormalizeIfAbove, SpectralHammer, SpectralSoftCap
+from specops.rules.clip import ClipSpectralNorm
+from specops.rules.forward import SpectralNormalization, StableRankNormalization, TrainableScale
+from specops.rules.monitor import Monitor
+from specops.rules.penalty import SpectralNormPenalty
+from specops.rules.stable_rank import ProjectStableRank
+
+__all__ = [
+    "ClipSpectralNorm",
+    "Monitor",
+    "NormalizeIfAbove",
+    "ProjectStableRank",
+    "Rule",
+    "Schedule",
+    "SpectralHammer",
+    "SpectralNormPenalty",
+    "SpectralNormalization",
+    "SpectralSoftCap",
+    "StableRankNormalization",
+    "State",
+    "TrainableScale",
+]

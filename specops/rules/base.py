@@ -1,0 +1,67 @@
+"""What a rule is: what is done to one weight, and when in a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from specops.geometry import Conv, Dense, Geometry
+from specops.geometry.arguments import check_bound
+
+Array = Any
+State = dict[str, Array]
+Figures = dict[str, Array]
+Schedule = Callable[[int, str, Geometry], float]
+Stage = Literal["weights", "gradients", "forward"]
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """What every rule has; third-party rules need nothing more.
+
+    `stage` says when it acts: "weights" after the optimizer's step, "gradients" before it,
+    "forward" in every forward pass. `init` and `update` are pure. Weights and gradients come
+    back as they were given, not as a copy, where nothing changes.
+
+    A rule of stage "forward" also has ``apply(weight, geometry, state, *, step, name)``, pure
+    and differentiable, which gives the weight that the layer uses. A rule of stage "gradients"
+    also has ``penalty(weight, geometry, state, *, step, name)``, which gives the value and the
+    gradient of what it adds to the loss.
+
+    Two more methods are used where a rule has them: ``enforce``, which is called like `update`
+    where its effect must be certain (the last word before an export), and
+    ``obstacle(geometry)``, which says why the rule cannot act on such a map, or "".
+    """
+
+    @property
+    def stage(self) -> Stage: ...
+
+    def init(self, weight: Array, geometry: Geometry, name: str) -> State:
+        """The state before the first firing: a flat dict of arrays."""
+
+    def update(
+        self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
+    ) -> tuple[Array, State, Figures]:
+        """One firing at `step` (counted from 1): (array, new state, figures for the history).
+
+        The array is the new weight for stage "weights", what is to be added to the gradient
+        for "gradients", and the weight itself for "forward", where only the state advances.
+        """
+
+
+def at(value: Any, step: int, name: str, geometry: Geometry) -> Any:
+    """A number, or what its schedule gives for this step and layer."""
+    return value(step, name, geometry) if callable(value) else value
+
+
+def check_scheduled(value: Any, name: str) -> None:
+    """Raise unless `value` is a positive bound, or a schedule, which is checked when used."""
+    if not callable(value):
+        check_bound(value, name)
+
+
+def measured_as(geometry: Geometry, norm: str) -> Geometry:
+    """The map whose norm is meant: the operator's own, or the reshaped kernel's matrix."""
+    if norm == "reshaped" and isinstance(geometry, Conv):
+        return Dense(out_axes=(geometry.channel_axes[0],))
+    return geometry

@@ -1,0 +1,262 @@
+"""The caps of enforced-Lipschitz training: cheaper than projections, and not projections."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar, Literal
+
+from specops import backend
+from specops.errors import UnsupportedGeometryError
+from specops.geometry import Conv, Dense, Geometry
+from specops.geometry.arguments import check_bound
+from specops.rules.base import Array, Figures, Schedule, State, at, check_scheduled, measured_as
+from specops.spectra import spectral_norm, spectral_norm_bounds
+from specops.spectra.prepare import prepare
+from specops.tracking import TrackedBlocks, check_norm, track
+
+_NORMS = ("operator", "reshaped")
+_REACH = 1.3
+"""σ₁/c up to which one round of the soft cap's polynomials is monotone: 81/62, rounded down."""
+_ROUNDS_WHEN_TRACED = 8
+_POWER_STEPS = 4
+
+
+@dataclass(frozen=True)
+class _Cap:
+    max_norm: float | Schedule
+    _: KW_ONLY
+    norm: Literal["operator", "reshaped"]
+    stage: ClassVar[Literal["weights"]] = "weights"
+
+    def __post_init__(self) -> None:
+        check_scheduled(self.max_norm, "max_norm")
+        check_norm(self.norm, _NORMS)
+
+    def init(self, weight: Array, geometry: Geometry, name: str) -> State:
+        """No state."""
+        return {}
+
+    def _bound(self, step: int, name: str, geometry: Geometry) -> Any:
+        return check_bound(at(self.max_norm, step, name, geometry), "max_norm")
+
+
+class NormalizeIfAbove(_Cap):
+    r"""Scale a weight down where its norm exceeds `max_norm`: :math:`W\min(1, c/\|W\|_2)`.
+
+    All singular values shrink alike, so the weight moves further than its projection. Unlike
+    `SpectralNormalization` it never scales up.
+
+    Parameters
+    ----------
+    max_norm : float or callable
+        The bound, or a schedule ``(step, name, geometry) -> float``.
+    norm : "operator" or "reshaped"
+        Of a convolution: the layer's norm (for every input size if none is known), or that of
+        the kernel reshaped to a matrix.
+
+    Notes
+    -----
+    The bound holds up to rounding, and up to how far the norm of a zero-padded convolution has
+    converged (1e-6).
+
+    References
+    ----------
+    Newhouse et al. 2025 ("spectral normalize").
+    """
+
+    def update(
+        self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
+    ) -> tuple[Array, State, Figures]:
+        """Scale; the figures are ``norm_before`` and ``norm_after``."""
+        bound = self._bound(step, name, geometry)
+        view = measured_as(geometry, self.norm)
+        given = prepare(weight, view, scaled=False)
+        xp = given.xp
+        before = _norms(given.w, view)
+        # A hair below, so that rounding stays inside.
+        target = bound * (1.0 - 4.0 * backend.epsilon(weight.dtype))
+        factors = tuple(
+            xp.where(n > bound, target / xp.where(n > 0, n, xp.ones_like(n)), xp.ones_like(n))
+            for n in before
+        )
+        if backend.truth(xp.all(xp.stack([xp.all(f == 1.0) for f in factors]))):
+            result = weight
+        else:
+            result = xp.astype(_scaled(given.w, view, factors), weight.dtype)
+        after = tuple(n * f for n, f in zip(before, factors, strict=True))
+        figures = {"norm_before": _figure(xp, before), "norm_after": _figure(xp, after)}
+        return result, state, figures
+
+
+class SpectralSoftCap(_Cap):
+    r"""Press all singular values below `max_norm` by odd polynomials of the matrix.
+
+    :math:`p_2(p_1(W))` with :math:`p_1(x) = x - \alpha x^3` and
+    :math:`p_2(x) = x + \alpha x^3`, where α is the least for which the largest singular value
+    lands on the bound. Order is kept, small values hardly move, and only products of matrices
+    are needed; several rounds where σ₁ exceeds 1.3 of the bound.
+
+    Parameters
+    ----------
+    max_norm : float or callable
+        The bound, or a schedule ``(step, name, geometry) -> float``.
+    norm : "operator" or "reshaped"
+        A convolution can only be capped as a reshaped kernel, whose norm is not the layer's.
+
+    References
+    ----------
+    Newhouse et al. 2025 ("spectral soft cap"), with the largest singular value measured
+    instead of bounded by the learning rate and weight decay.
+    """
+
+    def obstacle(self, geometry: Geometry) -> str:
+        """Why not a convolution's operator."""
+        if isinstance(geometry, Conv) and self.norm == "operator":
+            return (
+                'a polynomial of a convolution is no kernel of the same support: norm="reshaped" '
+                "caps the reshaped kernel, ClipSpectralNorm the operator"
+            )
+        return ""
+
+    def update(
+        self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
+    ) -> tuple[Array, State, Figures]:
+        """Cap; the figures are ``norm_before`` and ``norm_after``."""
+        bound = self._bound(step, name, geometry)
+        view = measured_as(geometry, self.norm)
+        if not isinstance(view, Dense):
+            raise UnsupportedGeometryError(self.obstacle(geometry))
+        given = prepare(weight, view, scaled=False)
+        xp = given.xp
+        before = _norms(given.w, view)
+        target = bound * (1.0 - 4.0 * backend.epsilon(weight.dtype))
+        blocks, after = [], []
+        for a, n in zip(view.blocks(given.w), before, strict=True):
+            done, top = _soft_cap(xp, a / target, n / target)
+            above = n > bound
+            blocks.append(xp.where(above[..., None, None], done * target, a))
+            after.append(xp.where(above, top * target, n))
+        result = weight
+        if backend.truth(xp.all(xp.stack([xp.all(n <= bound) for n in before]))) is not True:
+            result = xp.astype(view.assemble(tuple(blocks), weight.shape), weight.dtype)
+        figures = {"norm_before": _figure(xp, before), "norm_after": _figure(xp, tuple(after))}
+        return result, state, figures
+
+
+class SpectralHammer(_Cap):
+    r"""Set the largest singular value to `max_norm` where it is above; touch no other.
+
+    :math:`W - (\sigma_1 - c)\,u_1v_1^H`, for a convolution's operator the same along the
+    gradient E of its norm, :math:`K - (\sigma_1 - c)E/\|E\|^2`.
+
+    Parameters
+    ----------
+    max_norm : float or callable
+        The bound, or a schedule ``(step, name, geometry) -> float``.
+    norm : "operator" or "reshaped"
+        Of a convolution: the layer's norm, or that of the reshaped kernel.
+
+    Notes
+    -----
+    Singular values after the first may exceed the bound and lead from then on: only a firing
+    at every step, with steps that move few of them, keeps the norm near the bound. The pair is
+    followed by power steps from one firing to the next.
+
+    References
+    ----------
+    Newhouse et al. 2025 ("spectral hammer").
+    """
+
+    def init(self, weight: Array, geometry: Geometry, name: str) -> State:
+        """The leading pairs."""
+        return track(geometry, self.norm).start(weight, name)
+
+    def update(
+        self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
+    ) -> tuple[Array, State, Figures]:
+        """Strike; the figures are ``norm_before`` and ``norm_after``, of the pair followed."""
+        bound = self._bound(step, name, geometry)
+        follow = track(geometry, self.norm)
+        state = follow.advance(weight, state, _POWER_STEPS)
+        xp = backend.namespace(weight)
+        before = follow.measured(state)
+        excesses = tuple(xp.where(n > bound, n - bound, xp.zeros_like(n)) for n in before)
+        after = tuple(n - e for n, e in zip(before, excesses, strict=True))
+        figures = {"norm_before": _figure(xp, before), "norm_after": _figure(xp, after)}
+        if backend.truth(xp.all(xp.stack([xp.all(e == 0) for e in excesses]))):
+            return weight, state, figures
+        w = backend.to_compute(xp, weight)
+        if isinstance(follow, TrackedBlocks):
+            struck = []
+            for j, (a, e) in enumerate(zip(follow.geometry.blocks(w), excesses, strict=True)):
+                u, v = state[f"u{j}"], state[f"v{j}"]
+                vh = backend.conjugate(xp, v)
+                struck.append(
+                    a - (xp.astype(e, a.dtype)[..., None] * u)[..., None] * vh[..., None, :]
+                )
+            new = follow.geometry.assemble(tuple(struck), weight.shape)
+        else:
+            axis = state["axis"]
+            squared = xp.sum(xp.abs(axis) ** 2)
+            share = excesses[0] / xp.where(squared > 0, squared, xp.ones_like(squared))
+            new = w - xp.astype(share, w.dtype) * axis
+        return xp.astype(new, weight.dtype), state, figures
+
+
+def _norms(w: Array, view: Geometry) -> tuple[Array, ...]:
+    """The norms that count, one array for each block."""
+    if isinstance(view, Conv):
+        if view.grid is None:
+            return (spectral_norm_bounds(w, view).upper,)
+        return (spectral_norm(w, view),)
+    norms = spectral_norm(w, view)
+    return norms if isinstance(norms, tuple) else (norms,)
+
+
+def _scaled(w: Array, view: Geometry, factors: tuple[Array, ...]) -> Array:
+    if isinstance(view, Dense):
+        return TrackedBlocks(view).scaled(w, factors)
+    return w * factors[0]
+
+
+def _figure(xp: Any, norms: tuple[Array, ...]) -> Array:
+    return xp.stack(norms, axis=-1) if len(norms) > 1 else norms[0]
+
+
+def _soft_cap(xp: Any, a: Array, top: Array) -> tuple[Array, Array]:
+    """(matrices with values at most 1, their norms) from matrices of norms `top`."""
+    rounds = _ROUNDS_WHEN_TRACED
+    if backend.is_concrete(top):
+        highest = float(xp.max(top))
+        if not math.isfinite(highest):
+            return a, top
+        # Each round at the end of its reach multiplies the norm by 62/81.
+        deep = math.ceil(math.log(max(highest, 1.0) / _REACH) / math.log(81.0 / 62.0))
+        rounds = 1 + max(0, deep)
+    for _ in range(rounds):
+        alpha = _least_alpha(xp, top)
+        low = a - alpha[..., None, None] * _cubed(xp, a)
+        a = low + alpha[..., None, None] * _cubed(xp, low)
+        y = top - alpha * top**3
+        top = y + alpha * y**3
+    return a, top
+
+
+def _least_alpha(xp: Any, top: Array) -> Array:
+    """The least α ≥ 0 with p₂(p₁(top)) ≤ 1, at most the last for which p₁ is monotone."""
+    top = xp.where(top > 1.0, top, xp.ones_like(top))
+    most = 1.0 / (3.0 * top**2)
+    low, high = xp.zeros_like(top), most
+    for _ in range(50):
+        middle = 0.5 * (low + high)
+        y = top - middle * top**3
+        enough = y + middle * y**3 <= 1.0
+        low, high = xp.where(enough, low, middle), xp.where(enough, middle, high)
+    return xp.where(top > 1.0, high, xp.zeros_like(top))
+
+
+def _cubed(xp: Any, a: Array) -> Array:
+    """A AᴴA by the smaller Gram matrix."""
+    ah = backend.adjoint(xp, a)
+    return (a @ ah) @ a if a.shape[-2] <= a.shape[-1] else a @ (ah @ a)

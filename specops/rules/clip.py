@@ -1,0 +1,140 @@
+"""`ClipSpectralNorm`: the nearest weight inside the spectral ball, screened by an estimate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from specops import backend
+from specops.errors import StateError
+from specops.geometry import Dense, Geometry
+from specops.geometry.arguments import check_bound, non_negative
+from specops.projections import project_spectral_ball
+from specops.rules.base import Array, Figures, Schedule, State, at, check_scheduled
+from specops.tracking import TrackedBlocks, TrackedOperator
+
+_CLEARLY = 0.9
+"""Share of the bound below which an estimate, which is a lower bound, is trusted."""
+_CERTIFY_EVERY = 100
+_TRACKED = "tracked."
+_FIRINGS = "firings"
+
+
+@dataclass(frozen=True)
+class ClipSpectralNorm:
+    """Keep the operator norm of a weight at or below `max_norm`: project if above, else nothing.
+
+    The norm is the operator's own: for a convolution that of the layer, not of the reshaped
+    kernel. A weight found inside is not decomposed again at every firing: while the norm that
+    a power step on its leading vectors gives stays below 0.9 of the bound, it is left alone.
+    That estimate is a lower bound; every 100th firing, `enforce` and the first one certify.
+
+    Parameters
+    ----------
+    max_norm : float or callable
+        The bound, or a schedule ``(step, name, geometry) -> float``.
+    distance_tolerance : float
+        Convolutions move at most ``1 + distance_tolerance`` times as far as the nearest weight
+        inside the bound is away; 0 asks for that weight itself and takes three times as long.
+    screen : bool
+        False certifies at every firing.
+
+    Raises
+    ------
+    ValueError
+        A bound that is not positive and finite, a negative tolerance.
+    """
+
+    max_norm: float | Schedule
+    distance_tolerance: float = field(default=0.1, repr=False)
+    screen: bool = field(default=True, repr=False)
+    stage: ClassVar[Literal["weights"]] = "weights"
+
+    def __post_init__(self) -> None:
+        check_scheduled(self.max_norm, "max_norm")
+        non_negative(self.distance_tolerance, "distance_tolerance")
+
+    def init(self, weight: Array, geometry: Geometry, name: str) -> State:
+        """No state yet."""
+        return {}
+
+    def update(
+        self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
+    ) -> tuple[Array, State, Figures]:
+        """Project where needed; the figures are ``norm_before`` and ``norm_after``."""
+        bound = check_bound(at(self.max_norm, step, name, geometry), "max_norm")
+        tracked = {k.removeprefix(_TRACKED): v for k, v in state.items() if k.startswith(_TRACKED)}
+        firings = int(backend.to_numpy(state[_FIRINGS])) + 1 if tracked else 0
+        if tracked and firings % _CERTIFY_EVERY and backend.is_concrete(weight):
+            seen = _estimate(weight, geometry, tracked)
+            if seen is not None and _below(seen[0], _CLEARLY * bound):
+                kept = {k: v for k, v in state.items() if not k.startswith(_TRACKED)}
+                kept |= _screening(seen[1], firings, weight)
+                return weight, kept, {"norm_before": seen[0], "norm_after": seen[0]}
+        return self._certified(weight, geometry, state, bound, name)
+
+    def enforce(
+        self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
+    ) -> tuple[Array, State, Figures]:
+        """As `update`, certified."""
+        bound = check_bound(at(self.max_norm, step, name, geometry), "max_norm")
+        return self._certified(weight, geometry, state, bound, name)
+
+    def _certified(
+        self, weight: Array, geometry: Geometry, state: State, bound: Any, name: str
+    ) -> tuple[Array, State, Figures]:
+        project = partial(
+            project_spectral_ball,
+            weight,
+            bound,
+            geometry,
+            distance_tolerance=self.distance_tolerance,
+            return_info=True,
+        )
+        own = {k: v for k, v in state.items() if k != _FIRINGS and not k.startswith(_TRACKED)}
+        try:
+            new, info = project(state=own)
+        except StateError:
+            # The input size, the layer or its shape has changed since.
+            new, info = project()
+        figures = {"norm_before": info.norm_before, "norm_after": info.norm_after}
+        state = dict(info.state)
+        if self.screen and new is weight and backend.is_concrete(weight):
+            # Inside: from here on an estimate will do for a while.
+            state |= _screening(_follow(geometry).start(weight, name), 1, weight)
+        return new, state, figures
+
+
+def _follow(geometry: Geometry) -> TrackedBlocks | TrackedOperator:
+    """What the projection constrains: a zero-padded layer on the torus that contains it."""
+    if isinstance(geometry, Dense):
+        return TrackedBlocks(geometry)
+    return TrackedOperator(geometry, containing=True)
+
+
+def _estimate(weight: Array, geometry: Geometry, state: State) -> tuple[Array, State] | None:
+    """(norms of shape (*batch[, blocks]) from below, the state after a step); None: start anew."""
+    follow = _follow(geometry)
+    try:
+        if isinstance(follow, TrackedOperator):
+            return follow.estimate(weight, state)
+        state = follow.advance(weight, state)
+    except StateError:
+        return None
+    norms = follow.measured(state)
+    split = isinstance(geometry, Dense) and geometry.splits is not None
+    return (backend.namespace(weight).stack(norms, axis=-1) if split else norms[0]), state
+
+
+def _below(norms: Array, bound: Any) -> bool:
+    """Whether all are; a norm that is not finite is not."""
+    return bool(backend.truth(backend.namespace(norms).all(norms < bound)))
+
+
+def _screening(tracked: State, firings: int, like: Array) -> State:
+    """The vectors alone, and how often they were trusted."""
+    vectors = {_TRACKED + k: v for k, v in tracked.items() if k[0] in "uv"}
+    return vectors | {_FIRINGS: backend.constant(np.asarray(firings), like)}

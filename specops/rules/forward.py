@@ -1,0 +1,179 @@
+"""Rules of the forward pass: the layer uses a normalised weight, the optimizer trains the raw one.
+
+The paper names: ``SpectralNormalization(norm="reshaped")`` is SN_w, "operator" SN_conv,
+"bidirectional" BSN; with a scale other than 1 they are SSN and BSSN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar, Literal
+
+from specops import backend
+from specops.errors import StateError
+from specops.geometry import Geometry
+from specops.geometry.arguments import check_bound, integer
+from specops.normalizations import limit_stable_rank, normalize, rank_floor
+from specops.rules.base import Array, Figures, Schedule, State, at, check_scheduled
+from specops.tracking import Norm, check_norm, track
+
+
+@dataclass(frozen=True)
+class TrainableScale:
+    """A factor γ that is trained with the weights.
+
+    Parameters
+    ----------
+    initial : float
+        Positive.
+    shared : bool
+        One γ for all layers of the rule, instead of one for each.
+    """
+
+    initial: float = 1.0
+    shared: bool = False
+
+    def __post_init__(self) -> None:
+        check_bound(self.initial, "initial")
+
+
+@dataclass(frozen=True)
+class _Forward:
+    stage: ClassVar[Literal["forward"]] = "forward"
+
+    def _follow(self, geometry: Geometry) -> Any:
+        return track(geometry, self.norm)  # type: ignore[attr-defined]
+
+    def init(self, weight: Array, geometry: Geometry, name: str) -> State:
+        """The leading pairs, from a start that depends on the name alone."""
+        state: State = self._follow(geometry).start(weight, name)
+        return state
+
+    def update(
+        self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
+    ) -> tuple[Array, State, Figures]:
+        """Advance the vectors; the figure is ``norm``, from below."""
+        follow = self._follow(geometry)
+        try:
+            state = follow.advance(weight, state, self.iterations)  # type: ignore[attr-defined]
+        except StateError:
+            state = follow.start(weight, name)
+        norms = follow.measured(state)
+        xp = backend.namespace(weight)
+        return weight, state, {"norm": xp.stack(norms, axis=-1) if len(norms) > 1 else norms[0]}
+
+
+@dataclass(frozen=True)
+class SpectralNormalization(_Forward):
+    r"""Use :math:`s\,W/\sigma(W)` in the forward pass.
+
+    Parameters
+    ----------
+    norm : "reshaped", "operator" or "bidirectional"
+        Which σ of a convolution: of the kernel reshaped to (out, in·k), of the layer, or the
+        mean of those of (out, in·k) and (in, out·k). One and the same for other layers.
+    scale : float, callable or TrainableScale
+        s > 0: fixed, a schedule ``(step, name, geometry) -> float``, or trained.
+    iterations : int
+        Power steps at each firing.
+
+    Raises
+    ------
+    ValueError
+        An unknown norm, a scale that is not positive and finite.
+
+    Notes
+    -----
+    σ = ⟨u, Wv⟩ with vectors u, v that are constants of the forward pass and advance once per
+    firing, so the norm of the weight in use is at least s and approaches it. Fused blocks and
+    stacks are divided block by block.
+
+    References
+    ----------
+    Miyato et al. 2018; Lin, Sekar & Fanti 2021 (bidirectional, scaled).
+    """
+
+    _: KW_ONLY
+    norm: Norm
+    scale: float | Schedule | TrainableScale = 1.0
+    iterations: int = 1
+
+    def __post_init__(self) -> None:
+        check_norm(self.norm)
+        if not isinstance(self.scale, TrainableScale):
+            check_scheduled(self.scale, "scale")
+        integer(self.iterations, "iterations", least=1)
+
+    def apply(
+        self,
+        weight: Array,
+        geometry: Geometry,
+        state: State,
+        *,
+        step: int = 1,
+        name: str = "",
+        scale: Array | None = None,
+    ) -> Array:
+        """The weight that the layer uses; `scale` is the value of a trained one."""
+        if scale is None:
+            scale = self.fixed_scale(step, name, geometry)
+        return normalize(weight, self._follow(geometry), state, scale)
+
+    def fixed_scale(self, step: int, name: str, geometry: Geometry) -> Any:
+        """s at this step; the initial value of a trained one."""
+        if isinstance(self.scale, TrainableScale):
+            return self.scale.initial
+        return check_bound(at(self.scale, step, name, geometry), "scale")
+
+
+@dataclass(frozen=True)
+class StableRankNormalization(_Forward):
+    r"""Use W/σ with its stable rank limited in the forward pass.
+
+    With :math:`\hat W = W/\sigma`, :math:`R = \hat W - uv^H` and
+    r = max(1, ratio · min(rows, columns)):
+
+    .. math:: uv^H + R\,\min\bigl(1, \sqrt{r-1}/\|R\|_F\bigr).
+
+    Parameters
+    ----------
+    ratio : float or callable
+        In (0, 1], or a schedule ``(step, name, geometry) -> float``.
+    norm : "reshaped" or "operator"
+        Whose stable rank, of a convolution: of the reshaped kernel (the paper) or of the layer.
+    iterations : int
+        Power steps at each firing.
+
+    Raises
+    ------
+    ValueError
+        A ratio outside (0, 1], an unknown norm.
+
+    Notes
+    -----
+    As `SpectralNormalization`. A convolution's operator has a least stable rank that its
+    kernels reach along their leading direction; a ratio below it gives that kernel.
+
+    References
+    ----------
+    Sanyal, Torr & Dokania 2020, Algorithm 2.
+    """
+
+    ratio: float | Schedule
+    _: KW_ONLY
+    norm: Literal["reshaped", "operator"]
+    iterations: int = 1
+
+    def __post_init__(self) -> None:
+        if not callable(self.ratio):
+            rank_floor(self.ratio)
+        check_norm(self.norm, ("reshaped", "operator"))
+        integer(self.iterations, "iterations", least=1)
+
+    def apply(
+        self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
+    ) -> Array:
+        """The weight that the layer uses."""
+        ratio = at(self.ratio, step, name, geometry)
+        rank_floor(ratio)
+        return limit_stable_rank(weight, self._follow(geometry), state, ratio)

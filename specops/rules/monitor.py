@@ -1,0 +1,40 @@
+"""`Monitor`: measure and change nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from specops.geometry import Conv, Geometry
+from specops.rules.base import Array, Figures, State
+from specops.spectra import spectral_norm, spectral_norm_bounds, stable_rank
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """Measure and change nothing.
+
+    Figures: ``spectral_norm`` and ``stable_rank``; for a convolution without input size
+    ``norm_upper``, a bound for every size.
+    """
+
+    stage: ClassVar[Literal["weights"]] = "weights"
+
+    def init(self, weight: Array, geometry: Geometry, name: str) -> State:
+        """No state."""
+        return {}
+
+    def update(
+        self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
+    ) -> tuple[Array, State, Figures]:
+        """Measure."""
+        if isinstance(geometry, Conv) and geometry.grid is None:
+            return weight, state, {"norm_upper": spectral_norm_bounds(weight, geometry).upper}
+        return (
+            weight,
+            state,
+            {
+                "spectral_norm": spectral_norm(weight, geometry),
+                "stable_rank": stable_rank(weight, geometry),
+            },
+        )

@@ -1,0 +1,102 @@
+"""`SpectralNormPenalty`: the gradient of a penalty on spectral norms, added before the step."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar, Literal
+
+from specops import backend
+from specops.errors import StateError
+from specops.geometry import Geometry
+from specops.geometry.arguments import integer
+from specops.rules.base import Array, Figures, Schedule, State, at, check_scheduled
+from specops.tracking import Norm, TrackedBlocks, check_norm, track
+
+
+@dataclass(frozen=True)
+class SpectralNormPenalty:
+    r"""Add :math:`\tfrac\lambda2\sigma(W)^2` to the loss, by its gradient.
+
+    The gradient :math:`\lambda\sigma\,uv^H` goes to the weight's own before the optimizer's
+    step; the vectors u, v take power steps first and count as constants.
+
+    Parameters
+    ----------
+    strength : float or callable
+        λ > 0, or a schedule ``(step, name, geometry) -> float``.
+    norm : "reshaped", "operator" or "bidirectional"
+        Which σ of a convolution: of the kernel reshaped to (out, in·k) (the paper), of the
+        layer, or the mean of those of (out, in·k) and (in, out·k).
+    iterations : int
+        Power steps at each firing.
+
+    Raises
+    ------
+    ValueError
+        A strength that is not positive and finite, an unknown norm.
+
+    Notes
+    -----
+    Algorithm 1 of the paper prints σ = ‖u‖/‖v‖ for v = Wᵀu, which is 1/σ; here u and v are
+    unit vectors and σ = ⟨u, Wv⟩, at most the norm. The gradient of a zero weight is zero.
+
+    References
+    ----------
+    Yoshida & Miyato 2017, equation 3 and Algorithm 1.
+    """
+
+    strength: float | Schedule
+    _: KW_ONLY
+    norm: Norm
+    iterations: int = 1
+    stage: ClassVar[Literal["gradients"]] = "gradients"
+
+    def __post_init__(self) -> None:
+        check_scheduled(self.strength, "strength")
+        check_norm(self.norm)
+        integer(self.iterations, "iterations", least=1)
+
+    def init(self, weight: Array, geometry: Geometry, name: str) -> State:
+        """The leading pairs, from a start that depends on the name alone."""
+        return track(geometry, self.norm).start(weight, name)
+
+    def update(
+        self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
+    ) -> tuple[Array, State, Figures]:
+        """(what to add to the gradient, the state advanced, ``norm`` and ``penalty``)."""
+        follow = track(geometry, self.norm)
+        try:
+            state = follow.advance(weight, state, self.iterations)
+        except StateError:
+            state = follow.start(weight, name)
+        norms = follow.measured(state)
+        xp = backend.namespace(weight)
+        strength = at(self.strength, step, name, geometry)
+        gradient = self._gradient(xp, weight, follow, state, norms, strength)
+        norm = xp.stack(norms, axis=-1) if len(norms) > 1 else norms[0]
+        value = 0.5 * strength * sum(xp.sum(n * n) for n in norms)
+        return gradient, state, {"norm": norm, "penalty": value}
+
+    def penalty(
+        self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
+    ) -> tuple[Array, Array]:
+        """(value, gradient) with the vectors of `state`, which stays as it is."""
+        follow = track(geometry, self.norm)
+        xp = backend.namespace(weight)
+        strength = at(self.strength, step, name, geometry)
+        norms = follow.norms(backend.to_compute(xp, weight), state)
+        value = 0.5 * strength * sum(xp.sum(n * n) for n in norms)
+        return value, self._gradient(xp, weight, follow, state, norms, strength)
+
+    def _gradient(
+        self, xp: Any, w: Array, follow: Any, state: State, norms: tuple[Array, ...], strength: Any
+    ) -> Array:
+        if not isinstance(follow, TrackedBlocks):
+            axis = state["axis"]
+            return xp.astype(xp.astype(strength * norms[0], axis.dtype) * axis, w.dtype)
+        blocks = []
+        for j, norm in enumerate(norms):
+            u, v = state[f"u{j}"], state[f"v{j}"]
+            left = u * xp.astype(strength * norm, u.dtype)[..., None]
+            blocks.append(left[..., :, None] * backend.conjugate(xp, v)[..., None, :])
+        return xp.astype(follow.geometry.assemble(tuple(blocks), w.shape), w.dtype)

@@ -1,0 +1,77 @@
+"""`ProjectStableRank`: the nearest weight of bounded stable rank, after each step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+from specops.errors import StateError
+from specops.geometry import Geometry
+from specops.geometry.arguments import integer
+from specops.projections import project_stable_rank
+from specops.projections.stable_rank import check_stable_rank
+from specops.rules.base import Array, Figures, Schedule, State, at, measured_as
+from specops.tracking import check_norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectStableRank:
+    r"""Keep the stable rank :math:`\|W\|_F^2/\|W\|_2^2` at or below r: project if above.
+
+    Parameters
+    ----------
+    ratio, target : float or callable
+        Exactly one: r = max(1, ratio · min(rows, columns)), or r itself; or a schedule
+        ``(step, name, geometry) -> float``.
+    preserve : int
+        Leading singular triplets to keep; matrices only.
+    norm : "operator" or "reshaped"
+        Of a convolution: the layer's own map, or the kernel reshaped to a matrix (the paper).
+
+    Raises
+    ------
+    ValueError
+        Neither or both of `ratio` and `target`, or a number out of range.
+
+    References
+    ----------
+    Sanyal, Torr & Dokania 2020, Theorem 1.
+    """
+
+    ratio: float | Schedule | None = None
+    target: float | Schedule | None = None
+    preserve: int = 0
+    norm: Literal["operator", "reshaped"]
+    stage: ClassVar[Literal["weights"]] = "weights"
+
+    def __post_init__(self) -> None:
+        check_norm(self.norm, ("operator", "reshaped"))
+        integer(self.preserve, "preserve", least=0)
+        fixed = [0.5 if callable(self.ratio) else self.ratio]
+        fixed.append(2.0 if callable(self.target) else self.target)
+        check_stable_rank(*fixed)
+
+    def init(self, weight: Array, geometry: Geometry, name: str) -> State:
+        """No state yet."""
+        return {}
+
+    def update(
+        self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
+    ) -> tuple[Array, State, Figures]:
+        """Project; the figures are ``rank_before``, ``rank_after`` and ``distance``."""
+        project = partial(
+            project_stable_rank,
+            weight,
+            measured_as(geometry, self.norm),
+            ratio=at(self.ratio, step, name, geometry),
+            target=at(self.target, step, name, geometry),
+            preserve=self.preserve,
+            return_info=True,
+        )
+        try:
+            weight, info = project(state=state)
+        except StateError:
+            weight, info = project()
+        figures = {key: getattr(info, key) for key in ("rank_before", "rank_after", "distance")}
+        return weight, info.state, figures
