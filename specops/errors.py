@@ -51,5 +51,9 @@ class NonFiniteWarning(RuntimeWarning):
     """Some weights held NaN or infinity; they were left as they were."""
 
 
+class HookLostWarning(RuntimeWarning):
+    """Weights change, but an attachment sees no step of its optimizer."""
+
+
 class PluginWarning(RuntimeWarning):
     """A third-party plugin failed and was ignored."""

@@ -1,30 +1,29 @@
-"""`attach`: a plan that acts after every step of a torch optimizer."""
+"""`attach`: a plan that acts around every step of a torch optimizer."""
 
 from __future__ import annotations
 
 import warnings
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from specops.errors import (
-    AdapterError,
-    GeometryError,
-    NonFiniteError,
-    NonFiniteWarning,
-    SpecopsError,
-)
-from specops.geometry import Conv, Geometry
+from specops.errors import AdapterError, GeometryError, HookLostWarning
+from specops.geometry import Geometry
+from specops.history import History
 from specops.plan import Assignment, Plan, override_geometries
 from specops.report import Report, plan_rows
 from specops_torch.constrained import Constrained
+from specops_torch.firing import Firing, Record, check_ran
 from specops_torch.parameters import locate
+from specops_torch.penalised import with_penalty
+from specops_torch.scales import Scales
 
 NonFinitePolicy = Literal["raise", "skip", "warn"]
+_UNSEEN = 3
+"""Changes of a weight, apart from steps that were seen, from which a hook must be lost."""
 
 
 class Attachment:
@@ -34,6 +33,8 @@ class Attachment:
     ----------
     steps : int
         Successful optimizer steps since attaching (or since the state that was loaded).
+    scales : dict of str to torch.nn.Parameter
+        Trainable scales, by layer or, where shared, by rule.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Attachment:
         *,
         on_nonfinite: NonFinitePolicy = "raise",
         history: int = 10_000,
+        log: Any = None,
     ) -> None:
         if on_nonfinite not in ("raise", "skip", "warn"):
             raise ValueError(
@@ -57,17 +59,30 @@ class Attachment:
             )
         self.plan = plan
         self.steps = 0
-        self.on_nonfinite = on_nonfinite
-        self._history: deque[dict[str, Any]] = deque(maxlen=history)
+        self._firing = Firing(on_nonfinite, self._misfit)
+        self._history = History(history)
+        if log is not None:
+            self._history.tell(log)
         self._model, self._optimizer = model, optimizer
         self._geometries = dict(geometries or {})
         self._constrained: list[Constrained] = []
         self._assignments: list[Assignment] = []
+        self._scales = Scales()
         self._held = _held(optimizer)
-        self._assign()
-        self._hook = None
+        try:
+            self._assign()
+        except BaseException:
+            for c in self._constrained:
+                c.release()
+            self._scales.withdraw(optimizer)
+            raise
+        self._hooks: list[Any] = []
         if optimizer is not None:
-            self._hook = optimizer.register_step_post_hook(self._after_step)
+            self._hooks = [
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+            ]
+        self._versions = self._seen()
 
     def _assign(self) -> None:
         """Decide about every parameter; those constrained before keep their state and sizes."""
@@ -80,11 +95,7 @@ class Attachment:
         )
         assignments = self.plan.assign(weights)
         for assignment in assignments:
-            if assignment.rule is not None and assignment.rule.stage != "weights":
-                raise AdapterError(
-                    f"{assignment.rule!r} acts in stage {assignment.rule.stage!r}; this adapter "
-                    f'only runs rules of stage "weights"'
-                )
+            _check_stage(assignment.rule)
         before = {c.name: c for c in self._constrained}
         self._assignments, self._constrained = assignments, []
         for location, weight, assignment in zip(locations, weights, assignments, strict=True):
@@ -98,9 +109,15 @@ class Attachment:
             if weight is location.weight:
                 location.watch()
             location.weight = weight
-            self._constrained.append(Constrained(location, assignment))
+            constrained = Constrained(location, assignment)
+            self._constrained.append(constrained)
+            if constrained.stage == "forward":
+                constrained.hook_forward()
+                constrained.schedule(self.steps + 1)
         for dropped in before.values():
-            dropped.location.unwatch()
+            dropped.release()
+        self._scales.give(self._constrained, self._optimizer)
+        self._held = _held(self._optimizer)
 
     def __repr__(self) -> str:
         status = "attached" if self.is_attached else "detached"
@@ -109,43 +126,91 @@ class Attachment:
     @property
     def is_attached(self) -> bool:
         """Whether the optimizer's steps still reach this attachment."""
-        if self._hook is None:
+        if not self._hooks:
             return False
-        hooks = self._hook.hooks_dict_ref()
-        return hooks is not None and self._hook.id in hooks
+        for hook in self._hooks:
+            hooks = hook.hooks_dict_ref()
+            if hooks is None or hook.id not in hooks:
+                return False
+        return True
 
     @property
-    def history(self) -> list[dict[str, Any]]:
+    def history(self) -> list[Record]:
         """The latest firings, oldest first: step, name and the rule's figures as floats."""
-        return [{key: _plain(value) for key, value in r.items()} for r in self._history]
+        return self._history.records()
+
+    @property
+    def scales(self) -> dict[str, nn.Parameter]:
+        """Trainable scales."""
+        return dict(self._scales.parameters)
+
+    def log_to(self, listener: Any) -> None:
+        """Hand each firing's figures to a callable or a TensorBoard ``SummaryWriter``.
+
+        Figures then leave their device at every firing.
+        """
+        self._history.tell(listener)
 
     @torch.no_grad()
-    def step(self) -> None:
+    def before_step(self, parameter: nn.Parameter | None = None) -> None:
+        """Let rules of stage "gradients" add to the gradients, before an optimizer's step.
+
+        Only for ``attach(None, ...)``: of all parameters, or of one whose optimizer is about to
+        step.
+        """
+        if parameter is None:
+            self._add_gradients(self.steps + 1, self._of("gradients", self.steps + 1))
+            return
+        for c in self._owners(parameter):
+            if c.stage == "gradients" and self._fires(c, c.steps + 1):
+                self._add_gradients(c.steps + 1, [c])
+
+    @torch.no_grad()
+    def step(self, parameter: nn.Parameter | None = None) -> None:
         """Count one optimizer step and let the rules that are due act.
 
         Only for ``attach(None, ...)``; with an optimizer this runs by itself. All new weights
         are computed before the first is written, so an error leaves every weight as it was.
+
+        Parameters
+        ----------
+        parameter : torch.nn.Parameter, optional
+            The one that its own optimizer has just stepped, during the backward pass; each is
+            counted for itself. None: all of them.
         """
-        self.steps += 1
+        if parameter is not None:
+            for c in self._owners(parameter):
+                c.steps += 1
+                self.steps = max(self.steps, c.steps)
+                self._act([c] if self._fires(c, c.steps) else [], c.steps, [c])
+            return
         held = _held(self._optimizer)
-        if held is not None and self._held is not None and held.keys() != self._held.keys():
+        changed = held is not None and self._held is not None and held.keys() != self._held.keys()
+        check_ran(self._constrained)
+        self.steps += 1
+        if changed:
             self._held = held
             self._assign()
-        self._fire(
-            [c for c in self._constrained if self.plan.fires(self.steps, c.assignment.every)]
-        )
+        due = [c for c in self._constrained if self._fires(c, self.steps)]
+        self._act(due, self.steps, self._constrained)
+        self._versions = self._seen()
 
     @torch.no_grad()
     def enforce(self) -> None:
-        """Let every rule act now, whatever the step: after the last one, before an export."""
-        self._fire(self._constrained)
+        """Let every rule on weights act now, certified: after the last step, before an export."""
+        self._check_alive()
+        due = [c for c in self._constrained if c.stage == "weights"]
+        self._record(self._firing.weights(due, self.steps, certain=True))
+        self._versions = self._seen()
 
     def report(self, *, measure: bool = True) -> Report:
         """Every parameter of the model: constrained by what, or left alone and why.
 
-        With `measure`, constrained weights show their operator norm as it is now: exact for
-        matrices and circular convolutions, a certified upper bound for zero-padded ones.
+        With `measure`, constrained weights show their operator norm as it is now (of forward
+        rules: of the weight in use): exact for matrices and circular convolutions, a certified
+        upper bound for zero-padded ones.
         """
+        self._check_alive()
         current = {c.name: c for c in self._constrained}
         rows = []
         for row in plan_rows(self._assignments):
@@ -158,15 +223,19 @@ class Attachment:
         return Report(tuple(rows))
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps, sizes and rule states by parameter name: what a resumed run needs."""
+        """Steps, sizes, scales and rule states by parameter name: what a resumed run needs."""
+        self._check_alive()
         return {
             "version": 1,
             "steps": self.steps,
             "weights": {c.name: c.state_dict() for c in self._constrained},
+            "scales": self._scales.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; names must be those constrained here.
+
+        Load the model first: vectors of forward rules are checked against its weights.
 
         Raises
         ------
@@ -185,89 +254,107 @@ class Attachment:
         self.steps = int(state["steps"])
         for c in self._constrained:
             c.load_state_dict(state["weights"][c.name])
+            c.schedule(self.steps + 1)
+        self._scales.load_state_dict(state.get("scales", {}))
+        self._versions = self._seen()
 
-    def detach(self) -> None:
-        """Stop acting and remove every hook; the weights stay as they are."""
-        if self._hook is not None:
-            self._hook.remove()
-        for constrained in self._constrained:
-            constrained.location.unwatch()
+    @torch.no_grad()
+    def detach(self, *, fold: bool = False) -> None:
+        """Stop acting and remove every hook, and trainable scales from the optimizer.
 
+        Parameters
+        ----------
+        fold : bool
+            Write the weights that forward rules let their layers use into the parameters: the
+            plain model then computes the same. Otherwise all weights stay as they are.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        for c in self._constrained:
+            if fold and c.normalizer is not None:
+                parameter = c.location.parameter
+                parameter.copy_(c.normalizer(parameter.detach()))
+            c.release()
+        self._scales.withdraw(self._optimizer)
+
+    def _of(self, stage: str, step: int) -> list[Constrained]:
+        return [c for c in self._constrained if c.stage == stage and self._fires(c, step)]
+
+    def _owners(self, parameter: nn.Parameter) -> list[Constrained]:
+        return [c for c in self._constrained if c.location.parameter is parameter]
+
+    def _fires(self, c: Constrained, step: int) -> bool:
+        return self.plan.fires(step, c.assignment.every)
+
+    def _act(self, due: list[Constrained], step: int, stepped: list[Constrained]) -> None:
+        """After a step: weights first, then the vectors of what forward passes will use."""
+        weights = [c for c in due if c.stage == "weights"]
+        self._record(self._firing.weights(weights, step, certain=False))
+        self._record(self._firing.forward([c for c in due if c.stage == "forward"], step))
+        for c in stepped:
+            c.schedule(step + 1)
+
+    def _add_gradients(
+        self, step: int, due: list[Constrained], scale: torch.Tensor | None = None
+    ) -> None:
+        self._record(self._firing.gradients(due, step, scale))
+
+    def _record(self, records: list[Record]) -> None:
+        for record in records:
+            self._history.add(record)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        due = self._of("gradients", self.steps + 1)
+        if not due:
+            return None
+        closure = kwargs.get("closure", args[0] if args else None)
+        if closure is not None:
+            # It will erase what is added now.
+            wrapped = with_penalty(closure, due, self.steps + 1)
+            if "closure" in kwargs:
+                return args, {**kwargs, "closure": wrapped}
+            return (wrapped, *args[1:]), kwargs
+        if not _overflowed(optimizer):
+            # A fused optimizer under GradScaler divides by this in its step.
+            scale = getattr(optimizer, "grad_scale", None)
+            self._add_gradients(self.steps + 1, due, scale)
+        return None
+
+    @torch.compiler.disable
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        # A fused optimizer under GradScaler runs its step, and this hook, on overflow as well.
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
-            return
-        self.step()
+        if not _overflowed(optimizer):
+            self.step()
 
-    def _fire(self, due: list[Constrained]) -> None:
-        written = []
-        for c in due:
-            old = c.location.parameter.detach()
-            record: dict[str, Any] = {"step": self.steps, "name": c.name}
-            new, state = old, c.state
-            reason = self._why_not(c, old)
-            if reason:
-                record["skipped"] = reason
-            else:
-                new, state, figures = self._update(c, old)
-                record.update(figures)
-            written.append((c, old, new, state, record))
-        for c, old, new, state, record in written:
-            if new is not old:
-                c.location.parameter.copy_(new)
-            c.state = state
-            self._history.append(record)
+    def _misfit(self, c: Constrained, error: GeometryError) -> None:
+        """The geometry, known since the first forward, does not fit: "*" skips."""
+        for index, assignment in enumerate(self._assignments):
+            if assignment.weight.name == c.name:
+                self._assignments[index] = replace(assignment, rule=None, reason=str(error))
 
-    def _why_not(self, c: Constrained, weight: torch.Tensor) -> str:
-        """A reason to leave a weight alone this time, or an error."""
-        if not c.location.parameter.requires_grad:
-            return "frozen (requires_grad=False)"
-        if bool(torch.isfinite(weight).all()):
-            return self._misfit(c, weight)
-        message = (
-            f"{c.name} holds NaN or infinity at step {self.steps} (shape {tuple(weight.shape)}): "
-            f"look for a diverged step or an overflow in half precision"
+    def _seen(self) -> list[tuple[int, int]]:
+        """Which tensors are constrained, and how often each was written to."""
+        parameters = (
+            c.location.module._parameters.get(c.location.attribute) for c in self._constrained
         )
-        if self.on_nonfinite == "raise":
-            raise NonFiniteError(
-                f'{message}. No weight was changed; attach(..., on_nonfinite="warn") goes on '
-                f"without this weight"
+        return [(id(p), p._version) for p in parameters if p is not None]
+
+    def _check_alive(self) -> None:
+        """Warn if the weights move but no step is seen: the hook is on another optimizer."""
+        if self._optimizer is None or not self._hooks:
+            return
+        now = self._seen()
+        unseen = [b[1] - a[1] for a, b in zip(self._versions, now, strict=False) if a[0] == b[0]]
+        lost = unseen and min(unseen) >= _UNSEEN
+        if lost:
+            warnings.warn(
+                f"the weights changed {min(unseen)} times since step {self.steps}, the last that "
+                f"this attachment saw: optimizers lose their hooks when they are pickled or "
+                f"copied. Attach to the optimizer that steps, and load this one's state_dict()",
+                HookLostWarning,
+                stacklevel=3,
             )
-        if self.on_nonfinite == "warn":
-            warnings.warn(f"{message}; it was left as it is", NonFiniteWarning, stacklevel=2)
-        return "not finite"
-
-    def _misfit(self, c: Constrained, weight: torch.Tensor) -> str:
-        """Why the geometry, known since the first forward, does not fit: "*" skips."""
-        geometry = c.geometry
-        try:
-            if isinstance(geometry, Conv):
-                geometry.sizes(tuple(weight.shape))
-            else:
-                geometry.check(tuple(weight.shape))
-        except GeometryError as error:
-            if not c.assignment.lenient:
-                raise type(error)(f"{c.name} at step {self.steps}: {error}") from error
-            for index, assignment in enumerate(self._assignments):
-                if assignment.weight.name == c.name:
-                    self._assignments[index] = replace(assignment, rule=None, reason=str(error))
-            return str(error)
-        return ""
-
-    def _update(
-        self, c: Constrained, weight: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, Any]]:
-        rule, geometry = c.assignment.rule, c.geometry
-        assert rule is not None
-        try:
-            state = rule.init(weight, geometry, c.name) if c.state is None else c.state
-            return rule.update(weight, geometry, state, step=self.steps, name=c.name)
-        except SpecopsError as error:
-            raise type(error)(f"{c.name} at step {self.steps}: {error}") from error
-        except Exception as error:
-            error.add_note(f"while {rule!r} acted on {c.name} at step {self.steps}")
-            raise
 
 
 def attach(
@@ -279,13 +366,19 @@ def attach(
     geometries: Mapping[str, Geometry] | None = None,
     on_nonfinite: NonFinitePolicy = "raise",
     history: int = 10_000,
+    log: Callable[[Record], Any] | Any = None,
 ) -> Attachment:
-    """Make a rule, or a plan, act on a torch model's weights after the optimizer's steps.
+    """Make a rule, or a plan, act on a torch model around the optimizer's steps.
+
+    Rules of stage "weights" act after a step, those of stage "gradients" before it, and those
+    of stage "forward" in every forward pass, where the layers see the weight they give while
+    parameters and state_dict stay the plain model's.
 
     Parameters
     ----------
     optimizer : torch.optim.Optimizer or None
-        Its step post-hook runs the rules; None: call ``attachment.step()`` yourself.
+        Its step hooks run the rules; None: call ``attachment.step()`` yourself after each
+        step, and ``attachment.before_step()`` before it for rules of stage "gradients".
     model : torch.nn.Module
         The layers tell which map a weight is. Convolutions are watched for the largest input
         they see; one that did not run yet is constrained for every size.
@@ -296,6 +389,8 @@ def attach(
         "raise" leaves all others as they were, too.
     history : int
         Records kept.
+    log : callable or SummaryWriter, optional
+        As `Attachment.log_to`.
 
     Returns
     -------
@@ -322,7 +417,23 @@ def attach(
         geometries,
         on_nonfinite=on_nonfinite,
         history=history,
+        log=log,
     )
+
+
+_NEEDS = {"weights": "update", "gradients": "penalty", "forward": "apply"}
+
+
+def _check_stage(rule: Any) -> None:
+    if rule is None:
+        return
+    needed = _NEEDS.get(rule.stage)
+    if needed is None or not hasattr(rule, needed):
+        lacks = f"; such a rule needs a method {needed!r}" if needed else ""
+        raise AdapterError(
+            f"{rule!r} acts in stage {rule.stage!r}; this adapter runs rules of the stages "
+            f"{', '.join(map(repr, _NEEDS))}{lacks}"
+        )
 
 
 def _held(optimizer: torch.optim.Optimizer | None) -> dict[int, nn.Parameter] | None:
@@ -332,9 +443,7 @@ def _held(optimizer: torch.optim.Optimizer | None) -> dict[int, nn.Parameter] | 
     return {id(p): p for group in optimizer.param_groups for p in group["params"]}
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.tolist()
-    if isinstance(value, tuple):
-        return [_plain(v) for v in value]
-    return value
+def _overflowed(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether GradScaler found infinities: a fused optimizer runs its step nevertheless."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)

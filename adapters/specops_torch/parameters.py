@@ -36,6 +36,8 @@ class Location:
     aliases: list[str] = field(default_factory=list, repr=False)
     """Their names for it."""
     handles: list[Any] = field(default_factory=list, repr=False)
+    parent: tuple[nn.Module, str] | None = field(default=None, repr=False)
+    """The module whose forward uses the weight instead of this one's, and its name for it."""
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -83,7 +85,7 @@ def locate(model: nn.Module, trained: Iterable[nn.Parameter] | None) -> list[Loc
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = _plain_name(f"{path}.{attribute}" if path else attribute, wrappers)
             weight = _describe(name, module, attribute, parameter, held)
-            location = Location(weight, module, attribute)
+            location = Location(weight, module, attribute, parent=_user(model, path))
             earlier = first.get(id(parameter))
             if earlier is None:
                 first[id(parameter)] = location
@@ -91,6 +93,15 @@ def locate(model: nn.Module, trained: Iterable[nn.Parameter] | None) -> list[Loc
                 first[id(parameter)] = _tie(earlier, location)
             result.append(location)
     return result
+
+
+def _user(model: nn.Module, path: str) -> tuple[nn.Module, str] | None:
+    """Fused attention reads its output projection's weight without calling it."""
+    above, _, child = path.rpartition(".")
+    if child != "out_proj":
+        return None
+    parent = model.get_submodule(above)
+    return (parent, child) if isinstance(parent, nn.MultiheadAttention) else None
 
 
 def _wrapped_paths(model: nn.Module) -> set[str]:

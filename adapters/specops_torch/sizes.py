@@ -23,6 +23,7 @@ class SizeRecorder:
         self.input_shape: tuple[int, ...] | None = None
         self.output_padding: tuple[int, ...] | None = None
         self.varies = False
+        self._known: tuple[Any, Any] | None = None
 
     def __call__(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         """The hook itself."""
@@ -36,10 +37,19 @@ class SizeRecorder:
             seen = tuple(max(a, b) for a, b in zip(seen, self.input_shape, strict=True))
         self.input_shape = seen
 
+    def before(self, module: Any, args: Any, kwargs: Any) -> None:
+        """Learn the first input's size already before the forward pass."""
+        if self.input_shape is None:
+            given = args[0] if args else kwargs["input"]
+            self.input_shape = tuple(int(n) for n in given.shape[-len(module.kernel_size) :])
+
     def geometry(self, module: nn.Module) -> Any:
         """The module's geometry at the size seen, or for every size."""
         shape = None if self.circular and self.varies else self.input_shape
-        return role_of(module, "weight", shape, self.output_padding).geometry
+        key = (shape, self.output_padding)
+        if self._known is None or self._known[0] != key:
+            self._known = (key, role_of(module, "weight", *key).geometry)
+        return self._known[1]
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs to know."""

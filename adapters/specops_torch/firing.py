@@ -1,0 +1,187 @@
+"""One firing of the rules of each stage: all computed first, then written."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from specops.errors import (
+    AdapterError,
+    GeometryError,
+    NonFiniteError,
+    NonFiniteWarning,
+    SpecopsError,
+)
+from specops.geometry import Conv
+from specops_torch.constrained import Constrained
+
+Record = dict[str, Any]
+Update = Callable[[Constrained, torch.Tensor], tuple[torch.Tensor, dict[str, Any], dict[str, Any]]]
+
+
+class Firing:
+    """How rules act on a model's parameters.
+
+    Parameters
+    ----------
+    on_nonfinite : str
+        "raise", "skip" or "warn".
+    misfit : callable
+        Told of a weight whose geometry turned out not to fit, and the error.
+    """
+
+    def __init__(
+        self, on_nonfinite: str, misfit: Callable[[Constrained, GeometryError], None]
+    ) -> None:
+        self.on_nonfinite, self._misfit = on_nonfinite, misfit
+
+    def weights(self, due: Iterable[Constrained], step: int, *, certain: bool) -> list[Record]:
+        """Rules of stage "weights": new weights are written when all of them are known."""
+
+        def update(c: Constrained, weight: torch.Tensor) -> Any:
+            rule, geometry = c.rule, c.geometry
+            state = rule.init(weight, geometry, c.name) if c.state is None else c.state
+            act = getattr(rule, "enforce", rule.update) if certain else rule.update
+            return act(weight, geometry, state, step=step, name=c.name)
+
+        written, records = [], []
+        for c in due:
+            old = c.location.parameter.detach()
+            new, state, record = self._one(c, old, step, update)
+            written.append((c, old, new, state))
+            records.append(record)
+        for c, old, new, state in written:
+            if new is not old:
+                c.location.parameter.copy_(new)
+            c.state = state
+        return records
+
+    def gradients(
+        self, due: Iterable[Constrained], step: int, scale: torch.Tensor | None
+    ) -> list[Record]:
+        """Rules of stage "gradients": their terms are added, scaled like the loss."""
+
+        def update(c: Constrained, weight: torch.Tensor) -> Any:
+            rule, geometry = c.rule, c.geometry
+            state = rule.init(weight, geometry, c.name) if c.state is None else c.state
+            return rule.update(weight, geometry, state, step=step, name=c.name)
+
+        written, records = [], []
+        for c in due:
+            parameter = c.location.parameter
+            if parameter.grad is None:
+                records.append({"step": step, "name": c.name, "skipped": "no gradient"})
+                continue
+            if parameter.grad.is_sparse:
+                raise AdapterError(f"{c.name} has a sparse gradient, which a penalty would fill")
+            old = parameter.detach()
+            term, state, record = self._one(c, old, step, update)
+            written.append((c, None if term is old else term, state))
+            records.append(record)
+        for c, term, state in written:
+            if term is not None:
+                gradient = c.location.parameter.grad
+                assert gradient is not None
+                gradient.add_(term if scale is None else term * scale.to(term.device))
+            c.state = state
+        return records
+
+    def forward(self, due: Iterable[Constrained], step: int) -> list[Record]:
+        """Rules of stage "forward": their vectors advance."""
+
+        def update(c: Constrained, weight: torch.Tensor) -> Any:
+            normalizer = c.normalizer
+            assert normalizer is not None
+            normalizer.geometry = c.geometry
+            normalizer.prepare(c.location.parameter)
+            return weight, None, normalizer.advance(c.location.parameter, step)
+
+        return [self._one(c, c.location.parameter.detach(), step, update)[2] for c in due]
+
+    def _one(
+        self, c: Constrained, weight: torch.Tensor, step: int, update: Update
+    ) -> tuple[torch.Tensor, Any, Record]:
+        """(the array that the rule gives, its state, a record); the weight itself if skipped."""
+        record: Record = {"step": step, "name": c.name}
+        reason = self._why_not(c, weight, step)
+        if not reason:
+            try:
+                new, state, figures = update(c, weight)
+                if c.stage != "weights" and weight.device.type == "cpu":
+                    # Where it costs no wait for a device; else the loss will tell.
+                    _check_finite(figures)
+                return new, state, record | figures
+            except NonFiniteError:
+                reason = self._not_finite(c, weight, step)
+            except SpecopsError as error:
+                raise type(error)(f"{c.name} at step {step}: {error}") from error
+            except Exception as error:
+                error.add_note(f"while {c.rule!r} acted on {c.name} at step {step}")
+                raise
+        return weight, c.state, record | {"skipped": reason}
+
+    def _why_not(self, c: Constrained, weight: torch.Tensor, step: int) -> str:
+        """A reason to leave a weight alone this time, or an error."""
+        if not c.location.parameter.requires_grad:
+            return "frozen (requires_grad=False)"
+        if c.stage == "weights" and not _finite(weight):
+            return self._not_finite(c, weight, step)
+        geometry = c.geometry
+        if geometry is c.fitting:
+            return ""
+        try:
+            if isinstance(geometry, Conv):
+                geometry.sizes(tuple(weight.shape))
+            else:
+                geometry.check(tuple(weight.shape))
+            c.fitting = geometry
+        except GeometryError as error:
+            if not c.assignment.lenient:
+                raise type(error)(f"{c.name} at step {step}: {error}") from error
+            self._misfit(c, error)
+            return str(error)
+        return ""
+
+    def _not_finite(self, c: Constrained, weight: torch.Tensor, step: int) -> str:
+        message = (
+            f"{c.name} holds NaN or infinity at step {step} (shape {tuple(weight.shape)}): "
+            f"look for a diverged step or an overflow in half precision"
+        )
+        if self.on_nonfinite == "raise":
+            raise NonFiniteError(
+                f'{message}. No weight was changed; attach(..., on_nonfinite="warn") goes on '
+                f"without this weight"
+            )
+        if self.on_nonfinite == "warn":
+            warnings.warn(f"{message}; it was left as it is", NonFiniteWarning, stacklevel=2)
+        return "not finite"
+
+
+def check_ran(constrained: Sequence[Constrained]) -> None:
+    """Raise if a weight was trained although its forward rule never saw a forward pass."""
+    for c in constrained:
+        normalizer = c.normalizer
+        if normalizer is None:
+            continue
+        gradient = c.location.parameter.grad
+        if not normalizer.ran and gradient is not None and bool(gradient.any()):
+            raise AdapterError(
+                f"{c.name} has a gradient, but the forward of its layer was not called since "
+                f"the last step: something else uses the weight, and {c.rule!r} did not act on "
+                f'it. Exclude it with ("{c.name}", None), or constrain it after the step'
+            )
+        normalizer.ran = False
+
+
+def _finite(weight: torch.Tensor) -> bool:
+    # The sum is one pass; where it overflows, look closer.
+    return bool(torch.isfinite(weight.sum())) or bool(torch.isfinite(weight).all())
+
+
+def _check_finite(figures: dict[str, Any]) -> None:
+    for value in figures.values():
+        if torch.is_tensor(value) and not bool(torch.isfinite(value).all()):
+            raise NonFiniteError("its norm is not finite")
