@@ -309,13 +309,14 @@ class Attachment:
         due = self._of("gradients", self.steps + 1)
         if not due:
             return None
-        closure = kwargs.get("closure", args[0] if args else None)
+        # The first argument is the optimizer.
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is not None:
             # It will erase what is added now.
             wrapped = with_penalty(closure, due, self.steps + 1)
             if "closure" in kwargs:
                 return args, {**kwargs, "closure": wrapped}
-            return (wrapped, *args[1:]), kwargs
+            return (args[0], wrapped, *args[2:]), kwargs
         if not _overflowed(optimizer):
             # A fused optimizer under GradScaler divides by this in its step.
             scale = getattr(optimizer, "grad_scale", None)

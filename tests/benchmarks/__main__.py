@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from tests.benchmarks import conv, imports, project
+from tests.benchmarks import conv, imports, project, step
 from tests.benchmarks.harness import environment
 
-BENCHMARKS = {"conv": conv.run, "import": imports.run, "project": project.run}
+BENCHMARKS = {"conv": conv.run, "import": imports.run, "project": project.run, "step": step.run}
 
 
 def main() -> None:

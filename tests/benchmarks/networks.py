@@ -1,0 +1,60 @@
+"""The networks whose training steps are timed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Residual(nn.Module):
+    """Two 3×3 convolutions with batch norm beside a shortcut of ResNet-20's kind."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        stride = 1 if inputs == outputs else 2
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride == 2:
+            self.shortcut = nn.Conv2d(inputs, outputs, 1, stride=2, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The block."""
+        y = torch.relu(self.bn1(self.conv1(x)))
+        result: torch.Tensor = torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+        return result
+
+
+def resnet20() -> tuple[nn.Module, Any]:
+    """ResNet-20 at 32×32, batch 64."""
+    widths = [16] * 4 + [32] * 3 + [64] * 3
+    blocks = [Residual(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+    stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
+    return nn.Sequential(*stem, *blocks, *head), torch.randn(64, 3, 32, 32)
+
+
+def mlp() -> tuple[nn.Module, Any]:
+    """Six layers, 1024 wide, batch 64."""
+    layers: list[nn.Module] = []
+    for _ in range(5):
+        layers += [nn.Linear(1024, 1024), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(1024, 1024)), torch.randn(64, 1024)
+
+
+def transformer() -> tuple[nn.Module, Any]:
+    """Six encoder layers, d = 512, 8 sequences of 64."""
+    layer = nn.TransformerEncoderLayer(512, 8, 2048, dropout=0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
+    return encoder, torch.randn(8, 64, 512)
+
+
+NETWORKS = {
+    "ResNet-20, batch 64": resnet20,
+    "MLP 6×1024, batch 64": mlp,
+    "transformer, d = 512, 6 layers": transformer,
+}

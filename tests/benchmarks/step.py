@@ -1,0 +1,195 @@
+"""What rules add to a training step, against torch's own parametrization on the same layers."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import specops
+
+_ROUNDS = 5
+_STEPS = 3
+_EVERY = 10
+
+
+def run(repeats: int, quick: bool) -> None:
+    """Print the tables."""
+    from tests.benchmarks.networks import NETWORKS
+
+    names = list(NETWORKS)[1:2] if quick else list(NETWORKS)
+    rounds = 2 if quick else max(_ROUNDS, 3 * repeats)
+    _overheads(names, rounds)
+    _clips(names, rounds)
+
+
+def _overheads(names: list[str], rounds: int) -> None:
+    """Plain step, torch's spectral_norm, our forward rule and our penalty in turn."""
+    from tests.benchmarks.networks import NETWORKS
+
+    table = _table(
+        "overhead of a training step, torch on the CPU, float32",
+        "plain step",
+        "torch spectral_norm",
+        "SpectralNormalization",
+        "of torch's",
+        "SpectralNormPenalty",
+        "of torch's",
+    )
+    normalization = specops.SpectralNormalization(norm="reshaped")
+    penalty = specops.SpectralNormPenalty(0.01, norm="reshaped")
+    shares: list[list[float]] = [[], []]
+    for name in names:
+        make = NETWORKS[name]
+        steps = [
+            _training(make, None),
+            _training(make, _parametrize),
+            _training(make, lambda o, m: specops.attach(o, m, normalization)),
+            _training(make, lambda o, m: specops.attach(o, m, penalty)),
+        ]
+        plain, *added = _medians(steps, rounds)
+        ratios = [a / added[0] for a in added[1:]]
+        for kept, ratio in zip(shares, ratios, strict=True):
+            kept.append(max(ratio, 1e-3))
+        table.add_row(
+            name,
+            _ms(plain),
+            _ms(added[0]),
+            _ms(added[1]),
+            f"{ratios[0]:.2f}",
+            _ms(added[2]),
+            f"{ratios[1]:.2f}",
+        )
+    means = [math.exp(statistics.fmean(map(math.log, s))) for s in shares]
+    table.caption = f"geometric means {means[0]:.2f} and {means[1]:.2f}"
+    table.caption_justify = "left"
+    Console(width=150).print(table)
+
+
+def _clips(names: list[str], rounds: int) -> None:
+    """The clip's own time in its hook, screened and certified, over that of ten steps."""
+    import torch
+
+    from tests.benchmarks.networks import NETWORKS
+
+    table = _table(
+        f"ClipSpectralNorm(every={_EVERY}) inside the ball, torch on the CPU, float32",
+        "plain step",
+        "screened firing",
+        "per step",
+        "of the step",
+        "certified firing",
+        "per step, one in a hundred",
+    )
+    for name in names:
+        model, x, optimizer = _model(NETWORKS[name])
+        step = _stepper(model, x, optimizer)
+        step()
+        step()
+        geometry = specops.attach(None, model, specops.Monitor())
+        step()
+        geometry.step()
+        figures = (
+            v for r in geometry.history for k, v in r.items() if k.startswith(("spec", "norm"))
+        )
+        largest = max(max(v) if isinstance(v, list) else v for v in figures)
+        geometry.detach()
+        attachment = specops.attach(None, model, specops.ClipSpectralNorm(1.5 * largest))
+        step()
+        first = _seconds(attachment.step)
+        plains, screens = [], []
+        for _ in range(rounds):
+            plains.append(_seconds(step))
+            screens.append(_seconds(attachment.step))
+        certified = [_seconds(attachment.enforce) for _ in range(3)]
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+        plain, screened = statistics.median(plains), statistics.median(screens)
+        last = statistics.median(certified)
+        share = screened / _EVERY / plain
+        amortised = (0.99 * screened + 0.01 * last) / _EVERY
+        table.add_row(
+            name,
+            _ms(plain),
+            _ms(screened),
+            _ms(screened / _EVERY),
+            f"{share:.2%}",
+            f"{_ms(last)} (first {_ms(first)})",
+            f"{amortised / plain:.2%}",
+        )
+    Console(width=150).print(table)
+
+
+def _model(make: Callable[[], Any]) -> tuple[Any, Any, Any]:
+    import torch
+
+    torch.manual_seed(0)
+    model, x = make()
+    return model, x, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+
+def _stepper(model: Any, x: Any, optimizer: Any) -> Callable[[], None]:
+    def step() -> None:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    return step
+
+
+def _training(make: Callable[[], Any], prepare: Any) -> Callable[[], None]:
+    model, x, optimizer = _model(make)
+    if prepare is not None:
+        prepare(optimizer, model)
+    return _stepper(model, x, optimizer)
+
+
+def _parametrize(optimizer: Any, model: Any) -> None:
+    from torch import nn
+    from torch.nn.utils.parametrizations import spectral_norm
+
+    for module in list(model.modules()):
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            spectral_norm(module)
+        elif isinstance(module, nn.MultiheadAttention):
+            spectral_norm(module, "in_proj_weight")
+
+
+def _medians(steps: list[Callable[[], None]], rounds: int) -> tuple[float, ...]:
+    """(median of the first, medians of what the others take longer in the same round)."""
+    for step in steps:
+        step()
+    times: list[list[float]] = [[] for _ in steps]
+    for index in range(rounds):
+        order = list(range(len(steps)))
+        for i in order if index % 2 == 0 else reversed(order):
+            began = time.perf_counter()
+            for _ in range(_STEPS):
+                steps[i]()
+            times[i].append((time.perf_counter() - began) / _STEPS)
+    added = (
+        statistics.median(b - a for a, b in zip(times[0], own, strict=True)) for own in times[1:]
+    )
+    return (statistics.median(times[0]), *added)
+
+
+def _table(title: str, *headers: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("network")
+    for header in headers:
+        table.add_column(header, justify="right")
+    return table
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms"
