@@ -12,10 +12,9 @@ from typing import Any
 from specops import backend
 from specops.geometry import Conv
 from specops.projections.kernel_cone import taps_of
-from specops.tracking import State, TrackedBlocks, TrackedKernel, TrackedOperator
+from specops.tracking import State, Tracked, TrackedBlocks, TrackedOperator
 
 Array = Any
-Tracked = TrackedBlocks | TrackedKernel | TrackedOperator
 
 
 def normalize(w: Array, follow: Tracked, state: State, scale: Any = 1.0) -> Array:

@@ -14,7 +14,7 @@ from specops.geometry import Dense, Geometry
 from specops.geometry.arguments import check_bound, non_negative
 from specops.projections import project_spectral_ball
 from specops.rules.base import Array, Figures, Schedule, State, at, check_scheduled
-from specops.tracking import TrackedBlocks, TrackedOperator
+from specops.tracking import TrackedBlocks, TrackedTorus
 
 _CLEARLY = 0.9
 """Share of the bound below which an estimate, which is a lower bound, is trusted."""
@@ -66,25 +66,33 @@ class ClipSpectralNorm:
     ) -> tuple[Array, State, Figures]:
         """Project where needed; the figures are ``norm_before`` and ``norm_after``."""
         bound = check_bound(at(self.max_norm, step, name, geometry), "max_norm")
-        tracked = {k.removeprefix(_TRACKED): v for k, v in state.items() if k.startswith(_TRACKED)}
-        firings = int(backend.to_numpy(state[_FIRINGS])) + 1 if tracked else 0
-        if tracked and firings % _CERTIFY_EVERY and backend.is_concrete(weight):
+        own, tracked, firings = _parted(state)
+        seen = None
+        if tracked and backend.is_concrete(weight):
             seen = _estimate(weight, geometry, tracked)
-            if seen is not None and _below(seen[0], _CLEARLY * bound):
-                kept = {k: v for k, v in state.items() if not k.startswith(_TRACKED)}
-                kept |= _screening(seen[1], firings, weight)
-                return weight, kept, {"norm_before": seen[0], "norm_after": seen[0]}
-        return self._certified(weight, geometry, state, bound, name)
+        if seen is not None and (firings + 1) % _CERTIFY_EVERY:
+            norm, tracked = seen
+            if _below(norm, _CLEARLY * bound):
+                state = own | _screening(tracked, firings + 1, weight)
+                return weight, state, {"norm_before": norm, "norm_after": norm}
+        return self._certified(weight, geometry, own, seen and seen[1], bound, name)
 
     def enforce(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:
         """As `update`, certified."""
         bound = check_bound(at(self.max_norm, step, name, geometry), "max_norm")
-        return self._certified(weight, geometry, state, bound, name)
+        own, tracked, _ = _parted(state)
+        return self._certified(weight, geometry, own, tracked or None, bound, name)
 
     def _certified(
-        self, weight: Array, geometry: Geometry, state: State, bound: Any, name: str
+        self,
+        weight: Array,
+        geometry: Geometry,
+        own: State,
+        tracked: State | None,
+        bound: Any,
+        name: str,
     ) -> tuple[Array, State, Figures]:
         project = partial(
             project_spectral_ball,
@@ -94,7 +102,6 @@ class ClipSpectralNorm:
             distance_tolerance=self.distance_tolerance,
             return_info=True,
         )
-        own = {k: v for k, v in state.items() if k != _FIRINGS and not k.startswith(_TRACKED)}
         try:
             new, info = project(state=own)
         except StateError:
@@ -104,22 +111,27 @@ class ClipSpectralNorm:
         state = dict(info.state)
         if self.screen and new is weight and backend.is_concrete(weight):
             # Inside: from here on an estimate will do for a while.
-            state |= _screening(_follow(geometry).start(weight, name), 1, weight)
+            state |= _screening(tracked or _follow(geometry).start(weight, name), 1, weight)
         return new, state, figures
 
 
-def _follow(geometry: Geometry) -> TrackedBlocks | TrackedOperator:
+def _parted(state: State) -> tuple[State, State, int]:
+    """(state of the projection, vectors of the screen, firings since it was last certified)."""
+    tracked = {k.removeprefix(_TRACKED): v for k, v in state.items() if k.startswith(_TRACKED)}
+    own = {k: v for k, v in state.items() if k != _FIRINGS and not k.startswith(_TRACKED)}
+    return own, tracked, int(backend.to_numpy(state[_FIRINGS])) if tracked else 0
+
+
+def _follow(geometry: Geometry) -> TrackedBlocks | TrackedTorus:
     """What the projection constrains: a zero-padded layer on the torus that contains it."""
-    if isinstance(geometry, Dense):
-        return TrackedBlocks(geometry)
-    return TrackedOperator(geometry, containing=True)
+    return TrackedBlocks(geometry) if isinstance(geometry, Dense) else TrackedTorus(geometry)
 
 
 def _estimate(weight: Array, geometry: Geometry, state: State) -> tuple[Array, State] | None:
     """(norms of shape (*batch[, blocks]) from below, the state after a step); None: start anew."""
     follow = _follow(geometry)
     try:
-        if isinstance(follow, TrackedOperator):
+        if isinstance(follow, TrackedTorus):
             return follow.estimate(weight, state)
         state = follow.advance(weight, state)
     except StateError:
@@ -136,5 +148,5 @@ def _below(norms: Array, bound: Any) -> bool:
 
 def _screening(tracked: State, firings: int, like: Array) -> State:
     """The vectors alone, and how often they were trusted."""
-    vectors = {_TRACKED + k: v for k, v in tracked.items() if k[0] in "uv"}
+    vectors = {_TRACKED + k: v for k, v in tracked.items() if not k.startswith("sigma")}
     return vectors | {_FIRINGS: backend.constant(np.asarray(firings), like)}

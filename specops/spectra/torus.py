@@ -71,6 +71,13 @@ def leading_norm(
     return norm, np.stack(np.divmod(search.near, symbol.sizes.groups), axis=-1)
 
 
+def ranked_blocks(coefficients: np.ndarray, symbol: Symbol) -> np.ndarray:
+    """Indices over frequencies and groups, by falling estimates of their norms."""
+    with host.one_blas_thread():
+        search = _HostSearch(coefficients, symbol)
+        return np.argsort(-search.estimates(), kind="stable")
+
+
 def leading_vectors(
     xp: Any, kernel: Array, symbol: Symbol, leading: Leading
 ) -> tuple[Array, Array, Array, Array]:
@@ -160,8 +167,12 @@ class _HostSearch:
         with host.one_blas_thread():
             return self._search()
 
+    def estimates(self) -> np.ndarray:
+        """Of every block, from below."""
+        return np.concatenate(self._chunks(self._estimate))
+
     def _search(self) -> tuple[float, int]:
-        estimates = np.concatenate(self._chunks(self._estimate))
+        estimates = self.estimates()
         best = int(np.argmax(estimates))
         sigma = self._solve(best)
         lowest = sigma * (1.0 - self.margin)

@@ -1,0 +1,49 @@
+"""Norms of a weight followed from step to step by power iteration on its leading pairs.
+
+A tracked norm keeps unit vectors u, v of each matrix that it measures. `advance` takes one or
+more steps u ← Av/‖Av‖, v ← Aᴴu/‖Aᴴu‖; in between, σ = ⟨u, Av⟩ is linear in the weight with
+the gradient uvᴴ, and a lower bound of the norm. Vectors live in a flat dict of arrays, which
+is the state of the rules that use them. Nothing here changes what it is given.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from specops.geometry import Dense, Geometry
+from specops.tracking.matrices import TrackedBlocks, TrackedKernel
+from specops.tracking.operator import TrackedOperator
+from specops.tracking.power import State
+from specops.tracking.torus import TrackedTorus
+
+__all__ = [
+    "Norm",
+    "State",
+    "Tracked",
+    "TrackedBlocks",
+    "TrackedKernel",
+    "TrackedOperator",
+    "TrackedTorus",
+    "check_norm",
+    "track",
+]
+
+Norm = Literal["operator", "reshaped", "bidirectional"]
+Tracked = TrackedBlocks | TrackedKernel | TrackedOperator
+
+
+def check_norm(norm: Any, allowed: tuple[str, ...] = get_args(Norm)) -> None:
+    """Raise unless `norm` is one of those allowed."""
+    if norm not in allowed:
+        raise ValueError(f"norm must be one of {', '.join(map(repr, allowed))}, got {norm!r}")
+
+
+def track(geometry: Geometry, norm: Norm) -> Tracked:
+    """The follower of a norm: all three are one for a Dense geometry."""
+    if isinstance(geometry, Dense):
+        return TrackedBlocks(geometry)
+    if norm == "operator":
+        return TrackedOperator(geometry)
+    out, inn = geometry.channel_axes
+    views = (Dense((out,)), Dense((inn,)))
+    return TrackedKernel(geometry, views if norm == "bidirectional" else views[:1])

@@ -1,0 +1,128 @@
+"""Spectral norms of matrices and of reshaped kernels, followed from step to step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from specops import backend
+from specops.geometry import Conv, Dense
+from specops.tracking.power import Array, State, along, checked, inner, leading_pair, power_step
+
+
+@dataclass(frozen=True)
+class TrackedBlocks:
+    """‖W‖₂ of every matrix of a Dense weight."""
+
+    geometry: Dense
+
+    def start(self, w: Array, name: str = "") -> State:
+        """The leading pairs, to about 1e-4."""
+        xp = backend.namespace(w)
+        state: State = {}
+        for j, a in enumerate(self.geometry.blocks(backend.to_compute(xp, w))):
+            state |= _numbered(j, leading_pair(xp, a, f"{name}.{j}"))
+        return state
+
+    def advance(self, w: Array, state: State, rounds: int = 1) -> State:
+        """The state after `rounds` power steps."""
+        xp = backend.namespace(w)
+        result: State = {}
+        for j, a in enumerate(self.geometry.blocks(backend.to_compute(xp, w))):
+            u, v = _pair(state, j, a)
+            for _ in range(rounds):
+                u, v, sigma = power_step(xp, a, u, v)
+            result |= _numbered(j, (u, v, sigma))
+        return result
+
+    def norms(self, w: Array, state: State) -> tuple[Array, ...]:
+        """⟨u, Wv⟩ for each block, shape (*batch,), differentiable; `w` in compute precision."""
+        xp = backend.namespace(w)
+        blocks = self.geometry.blocks(w)
+        return tuple(along(xp, a, *_pair(state, j, a)) for j, a in enumerate(blocks))
+
+    def measured(self, state: State) -> tuple[Array, ...]:
+        """What `norms` gave for the weight of the latest `start` or `advance`."""
+        return tuple(state[f"sigma{j}"] for j in range(len(self.geometry.splits or (0,))))
+
+    def scaled(self, w: Array, factors: tuple[Array, ...]) -> Array:
+        """Every block times its factor."""
+        if len(factors) == 1 and not self.geometry.batch_axes:
+            return w * factors[0]
+        blocks = self.geometry.blocks(w)
+        pairs = zip(blocks, factors, strict=True)
+        return self.geometry.assemble(tuple(a * f[..., None, None] for a, f in pairs), w.shape)
+
+
+@dataclass(frozen=True)
+class TrackedKernel:
+    """The mean of ‖Ŵ‖₂ over ways to reshape a kernel to a matrix."""
+
+    geometry: Conv
+    views: tuple[Dense, ...]
+
+    def start(self, w: Array, name: str = "") -> State:
+        """The leading pairs, to about 1e-4."""
+        xp = backend.namespace(w)
+        w = backend.to_compute(xp, w)
+        state: State = {}
+        for i, view in enumerate(self.views):
+            state |= _numbered(i, leading_pair(xp, view.blocks(w)[0], f"{name}.{i}"))
+        return self._finished(xp, w, state)
+
+    def advance(self, w: Array, state: State, rounds: int = 1) -> State:
+        """The state after `rounds` power steps."""
+        xp = backend.namespace(w)
+        w = backend.to_compute(xp, w)
+        result: State = {}
+        for i, view in enumerate(self.views):
+            a = view.blocks(w)[0]
+            u, v = _pair(state, i, a)
+            for _ in range(rounds):
+                u, v, sigma = power_step(xp, a, u, v)
+            result |= _numbered(i, (u, v, sigma))
+        return self._finished(xp, w, result)
+
+    def _finished(self, xp: Any, w: Array, state: State) -> State:
+        """With the mean of the norms and its gradient, an array like the kernel."""
+        axes, norms = [], []
+        for i, view in enumerate(self.views):
+            u, v = state[f"u{i}"], state[f"v{i}"]
+            axes.append(view.assemble((_outer(xp, u, v),), w.shape))
+            norms.append(state[f"sigma{i}"])
+        share = 1.0 / len(self.views)
+        state["axis"] = sum(axes[1:], start=axes[0]) * share
+        state["sigma"] = sum(norms[1:], start=norms[0]) * share
+        return state
+
+    def norms(self, w: Array, state: State) -> tuple[Array]:
+        """⟨W, axis⟩, differentiable; `w` in compute precision."""
+        return (inner(backend.namespace(w), w, axis_of(state, w)),)
+
+    def measured(self, state: State) -> tuple[Array]:
+        """What `norms` gave for the weight of the latest `start` or `advance`."""
+        return (state["sigma"],)
+
+    def scaled(self, w: Array, factors: tuple[Array, ...]) -> Array:
+        """The kernel times the factor."""
+        return w * factors[0]
+
+
+def _numbered(index: int, pair: tuple[Array, Array, Array]) -> State:
+    return {f"{key}{index}": x for key, x in zip(("u", "v", "sigma"), pair, strict=True)}
+
+
+def _pair(state: State, index: int, a: Array) -> tuple[Array, Array]:
+    *batch, m, n = a.shape
+    return (
+        checked(state, f"u{index}", (*batch, m)),
+        checked(state, f"v{index}", (*batch, n)),
+    )
+
+
+def axis_of(state: State, w: Array) -> Array:
+    return checked(state, "axis", tuple(w.shape))
+
+
+def _outer(xp: Any, u: Array, v: Array) -> Array:
+    return u[..., :, None] * backend.conjugate(xp, v)[..., None, :]

@@ -1,0 +1,87 @@
+"""Power steps on stacked matrices, and the vectors that they start from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from specops import backend
+from specops.errors import StateError
+from specops.linalg.decompositions import svd
+from specops.linalg.lanczos import MatrixOperator, largest_singular_triplet
+
+Array = Any
+State = dict[str, Array]
+START_TOLERANCE = 1e-4
+_SVD_BELOW = 2**13
+"""Entries of a matrix up to which its decomposition costs less than the steps of Lanczos."""
+
+
+def checked(state: State, key: str, shape: tuple[int, ...]) -> Array:
+    found = state.get(key)
+    if found is None or tuple(found.shape) != shape:
+        got = None if found is None else tuple(found.shape)
+        raise StateError(
+            f"the state must hold {key} of shape {shape}, got {got}: it belongs to another "
+            f"weight or input size"
+        )
+    return found
+
+
+def leading_pair(xp: Any, a: Array, name: str) -> tuple[Array, Array, Array]:
+    """(u, v, σ) of stacked matrices to start from."""
+    backend.check_finite(xp, a)
+    *batch, m, n = a.shape
+    scale = backend.magnitude(xp, a, axis=(-2, -1))
+    if not batch and m * n > _SVD_BELOW:
+        start = filled(backend.start_vector(name, n), a)
+        start = largest_singular_triplet(
+            xp, MatrixOperator, a / scale, None, start, tolerance=START_TOLERANCE
+        )[2]
+    else:
+        start = backend.conjugate(xp, svd(xp, a / scale)[2][..., 0, :])
+    fallback = filled(np.broadcast_to(backend.start_vector(name, n), (*batch, n)).copy(), a)
+    v, _ = unit(xp, start, fallback)
+    u = filled(np.broadcast_to(backend.start_vector(name + "u", m), (*batch, m)).copy(), a)
+    return power_step(xp, a, u, v)
+
+
+def power_step(xp: Any, a: Array, u: Array, v: Array) -> tuple[Array, Array, Array]:
+    """One power step: (u, v, σ) with σ = ‖Aᴴu‖ = ⟨u, Av⟩."""
+    u, _ = unit(xp, (a @ v[..., None])[..., 0] if a.ndim > 2 else a @ v, u)
+    image = backend.conjugate(xp, u)
+    image = (image[..., None, :] @ a)[..., 0, :] if a.ndim > 2 else image @ a
+    v, sigma = unit(xp, backend.conjugate(xp, image), v)
+    return u, v, sigma
+
+
+def along(xp: Any, a: Array, u: Array, v: Array) -> Array:
+    """Re⟨u, Av⟩."""
+    product = xp.sum(
+        backend.conjugate(xp, u) * ((a @ v[..., None])[..., 0] if a.ndim > 2 else a @ v), axis=-1
+    )
+    return xp.real(product) if backend.is_complex(product) else product
+
+
+def unit(xp: Any, x: Array, fallback: Array | None) -> tuple[Array, Array]:
+    """(x/‖x‖ along the last axis, ‖x‖): `fallback`, or x, where x is zero or not finite."""
+    largest = xp.max(xp.abs(x), axis=-1, keepdims=True)
+    usable = (largest > 0) & xp.isfinite(largest)
+    scale = xp.where(usable, largest, xp.ones_like(largest))
+    # Squares of what is scaled to 1 neither overflow nor vanish.
+    scaled = x / xp.astype(scale, x.dtype)
+    norm = xp.linalg.vector_norm(scaled, axis=-1, keepdims=True)
+    result = scaled / xp.astype(xp.where(usable, norm, xp.ones_like(norm)), x.dtype)
+    if fallback is not None:
+        result = xp.where(usable, result, fallback)
+    return result, (norm * scale)[..., 0]
+
+
+def inner(xp: Any, w: Array, axis: Array) -> Array:
+    product = xp.sum(w * backend.conjugate(xp, axis))
+    return xp.real(product) if backend.is_complex(product) else product
+
+
+def filled(values: np.ndarray, like: Array) -> Array:
+    return backend.constant(values, like, complex=backend.is_complex(like))
