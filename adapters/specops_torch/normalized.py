@@ -14,8 +14,10 @@ from torch import nn
 
 from specops.geometry import Dense, Geometry
 from specops.rules import SpectralNormalization
-from specops.tracking import TrackedBlocks, track
+from specops.tracking import track
 from specops_torch.sizes import SizeRecorder
+
+_PLAIN = Dense()
 
 
 class Normalizer:
@@ -34,8 +36,9 @@ class Normalizer:
         """Of a schedule, or trained; None for a fixed one."""
         self.step = 1
         self.ran = False
-        self._measured: tuple[int, int, int] | None = None
+        self._measured: tuple[int, ...] = ()
 
+    @torch.compiler.disable
     def prepare(self, parameter: torch.Tensor) -> None:
         """Find the leading pairs, where that has not been done."""
         if self.state is None:
@@ -56,7 +59,7 @@ class Normalizer:
 
     def load(self, state: dict[str, torch.Tensor] | None, parameter: torch.Tensor) -> None:
         """Take over saved vectors, with their norms if the parameter is the one they are of."""
-        self.state, self._measured = state, None
+        self.state, self._measured = state, ()
         if state is None:
             return
         follow = track(self.geometry, self.rule.norm)
@@ -68,44 +71,50 @@ class Normalizer:
 
     def mark(self, parameter: torch.Tensor) -> None:
         """Say that the state's norms are those of the parameter as it is now."""
-        self._measured = _token(parameter)
+        self._measured = _token(parameter) or ()
 
     def __call__(self, parameter: torch.Tensor) -> torch.Tensor:
         """The weight that the layer uses."""
         if self.state is None:
             self.prepare(parameter)
         with torch.autocast(parameter.device.type, enabled=False):
-            if not torch.compiler.is_compiling() and self._measured == _token(parameter):
-                done = self._known(parameter)
-                if done is not None:
-                    return done
+            done = self._divided(parameter)
+            if done is not None:
+                return done
             options = {} if self.scale is None else {"scale": self.scale}
             result: torch.Tensor = self.rule.apply(
                 parameter, self.geometry, self.state, step=self.step, name=self.name, **options
             )
             return result
 
-    def _known(self, parameter: torch.Tensor) -> torch.Tensor | None:
-        """By the norm measured when the vectors advanced; None where that is not all it takes."""
-        if not isinstance(self.rule, SpectralNormalization):
+    def _divided(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        """One matrix or kernel in single or double precision: as `apply`, by fewer operations."""
+        state, rule = self.state, self.rule
+        assert state is not None
+        if not isinstance(rule, SpectralNormalization):
             return None
         if parameter.dtype not in (torch.float32, torch.float64):
             return None
-        follow = track(self.geometry, self.rule.norm)
-        assert self.state is not None
+        if "axis" in state:
+            sigma, axis, v = state["sigma"], state["axis"], None
+        elif parameter.ndim == 2 and self.geometry == _PLAIN:
+            sigma, axis, v = state["sigma0"], state["u0"], state["v0"]
+        else:
+            return None
         scale: Any = self.scale
         if scale is None:
-            scale = self.rule.fixed_scale(self.step, self.name, self.geometry)
-        if not isinstance(follow, TrackedBlocks):
-            return _divide(parameter, self.state["sigma"], scale, self.state["axis"], None)
-        if follow.geometry == Dense() and parameter.ndim == 2:
-            s = self.state
-            return _divide(parameter, s["sigma0"], scale, s["u0"], s["v0"])
+            scale = rule.fixed_scale(self.step, self.name, self.geometry)
+        if not torch.compiler.is_compiling() and self._measured == _token(parameter):
+            # Nothing has changed since the norm was measured.
+            return _divide(parameter, sigma, scale, axis, v)
+        sigma = (parameter * axis).sum() if v is None else torch.dot(axis, parameter @ v)
+        return parameter * (scale / torch.where(sigma != 0, sigma, torch.ones_like(sigma)))
+
+
+def _token(parameter: torch.Tensor) -> tuple[int, int, int] | None:
+    """What changes when a parameter's values do (but not through ``.data``)."""
+    if type(parameter) is not nn.Parameter:
         return None
-
-
-def _token(parameter: torch.Tensor) -> tuple[int, int, int]:
-    """What changes when a tensor's values do (but not through ``.data``)."""
     return id(parameter), parameter._version, parameter.data_ptr()
 
 

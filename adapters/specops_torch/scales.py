@@ -15,10 +15,11 @@ _GROUP = "specops scales"
 
 
 class Scales:
-    """The parameters γ of an attachment, by the name of their layer or of their rule."""
+    """The parameters γ of an attachment, by the name of their layer; "shared" for a rule's one."""
 
     def __init__(self) -> None:
         self.parameters: dict[str, nn.Parameter] = {}
+        self._rules: list[Any] = []
 
     def give(self, constrained: Sequence[Constrained], optimizer: Any) -> None:
         """Make what is missing, hand it to the normalizers and to the optimizer."""
@@ -27,7 +28,7 @@ class Scales:
             scale = getattr(c.rule, "scale", None)
             if not isinstance(scale, TrainableScale) or c.normalizer is None:
                 continue
-            key = f"shared by {c.rule!r}" if scale.shared else c.name
+            key = self._shared(c.rule) if scale.shared else c.name
             if key not in self.parameters:
                 weight = c.location.parameter
                 dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -43,6 +44,12 @@ class Scales:
             if named:
                 group["params"] = [(f"{_GROUP}.{i}", p) for i, p in enumerate(new)]
             optimizer.add_param_group(group)
+
+    def _shared(self, rule: Any) -> str:
+        if rule not in self._rules:
+            self._rules.append(rule)
+        count = self._rules.index(rule)
+        return f"shared {count + 1}" if count else "shared"
 
     def withdraw(self, optimizer: Any) -> None:
         """Take the group out of the optimizer again."""

@@ -94,6 +94,7 @@ class KernelProblem:
     def _norm_if(self, measure: bool, x: np.ndarray) -> float:
         return float(largest(np, self.support, x)) if measure else 0.0
 
+    @host.one_blas_thread()
     def _surely_outside(self, x: np.ndarray, limit: float) -> bool:
         """Whether a few blocks, the one of frequency zero among them, exceed the limit."""
         symbol = self.support.symbol
