@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from importlib.util import find_spec
 from typing import Any
 
 from specops.plan import Assignment
@@ -75,6 +77,20 @@ class Report:
         ]
         lines.insert(1, "  ".join("─" * width for width in widths))
         return "\n".join([*lines, self._summary()])
+
+    def show(self) -> None:
+        """Print: a coloured table in a terminal, HTML in a notebook, plain text elsewhere."""
+        if "ipykernel" in sys.modules:
+            from IPython.display import display  # type: ignore[import-not-found]
+
+            display(self)
+            return
+        if sys.stdout.isatty() and find_spec("rich"):
+            from rich.console import Console
+
+            Console().print(self)
+            return
+        print(self)
 
     def __rich__(self) -> Any:
         from rich.table import Table

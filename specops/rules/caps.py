@@ -63,6 +63,16 @@ class NormalizeIfAbove(_Cap):
     References
     ----------
     Newhouse et al. 2025 ("spectral normalize").
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from specops import Dense
+    >>> w = np.diag([4.0, 1.0])
+    >>> rule = NormalizeIfAbove(2.0, norm="operator")
+    >>> rule.update(w, Dense(), rule.init(w, Dense(), "w"))[0].round(6)
+    array([[2. , 0. ],
+           [0. , 0.5]])
     """
 
     def update(
@@ -108,6 +118,16 @@ class SpectralSoftCap(_Cap):
     ----------
     Newhouse et al. 2025 ("spectral soft cap"), with the largest singular value measured
     instead of bounded by the learning rate and weight decay.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from specops import Dense
+    >>> w = np.diag([4.0, 1.0])
+    >>> rule = SpectralSoftCap(3.5, norm="operator")
+    >>> rule.update(w, Dense(), rule.init(w, Dense(), "w"))[0].round(6)
+    array([[3.5     , 0.      ],
+           [0.      , 0.999389]])
     """
 
     def obstacle(self, geometry: Geometry) -> str:
@@ -166,6 +186,16 @@ class SpectralHammer(_Cap):
     References
     ----------
     Newhouse et al. 2025 ("spectral hammer").
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from specops import Dense
+    >>> w = np.diag([4.0, 1.0])
+    >>> rule = SpectralHammer(2.0, norm="operator")
+    >>> rule.update(w, Dense(), rule.init(w, Dense(), "w"))[0].round(6)
+    array([[2., 0.],
+           [0., 1.]])
     """
 
     def init(self, weight: Array, geometry: Geometry, name: str) -> State:

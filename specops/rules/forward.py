@@ -28,6 +28,11 @@ class TrainableScale:
         Positive.
     shared : bool
         One γ for all layers of the rule, instead of one for each.
+
+    Examples
+    --------
+    >>> SpectralNormalization(norm="bidirectional", scale=TrainableScale(1.5)).scale
+    TrainableScale(initial=1.5, shared=False)
     """
 
     initial: float = 1.0
@@ -91,6 +96,16 @@ class SpectralNormalization(_Forward):
     References
     ----------
     Miyato et al. 2018; Lin, Sekar & Fanti 2021 (bidirectional, scaled).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from specops import Dense
+    >>> w = np.diag([4.0, 1.0])
+    >>> rule = SpectralNormalization(norm="reshaped", scale=2.0)
+    >>> rule.apply(w, Dense(), rule.init(w, Dense(), "w")).round(6)
+    array([[2. , 0. ],
+           [0. , 0.5]])
     """
 
     _: KW_ONLY
@@ -157,6 +172,16 @@ class StableRankNormalization(_Forward):
     References
     ----------
     Sanyal, Torr & Dokania 2020, Algorithm 2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from specops import Dense
+    >>> rule, w = StableRankNormalization(0.5, norm="reshaped"), np.diag([4.0, 2.0, 2.0])
+    >>> rule.apply(w, Dense(), rule.init(w, Dense(), "w")).round(4)
+    array([[1. , 0. , 0. ],
+           [0. , 0.5, 0. ],
+           [0. , 0. , 0.5]])
     """
 
     ratio: float | Schedule

@@ -43,6 +43,17 @@ class SpectralNormPenalty:
     References
     ----------
     Yoshida & Miyato 2017, equation 3 and Algorithm 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from specops import Dense
+    >>> w = np.diag([4.0, 1.0])
+    >>> rule = SpectralNormPenalty(0.5, norm="reshaped")
+    >>> term, _, figures = rule.update(w, Dense(), rule.init(w, Dense(), "w"))
+    >>> term.round(6), round(float(figures["penalty"]), 6)
+    (array([[2., 0.],
+           [0., 0.]]), 4.0)
     """
 
     strength: float | Schedule

@@ -37,6 +37,15 @@ class ProjectStableRank:
     References
     ----------
     Sanyal, Torr & Dokania 2020, Theorem 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from specops import Dense
+    >>> rule = ProjectStableRank(target=1.5, preserve=1, norm="operator")
+    >>> rule.update(np.eye(2), Dense(), {})[0].round(4)
+    array([[1.    , 0.    ],
+           [0.    , 0.7071]])
     """
 
     ratio: float | Schedule | None = None

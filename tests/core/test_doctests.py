@@ -13,7 +13,7 @@ import specops
 MODULES = sorted(m.name for m in pkgutil.walk_packages(specops.__path__, "specops."))
 
 
-@pytest.mark.parametrize("name", [*MODULES, "specops_torch.geometry"])
+@pytest.mark.parametrize("name", [*MODULES, "specops_torch.geometry", "specops_torch.baselines"])
 def test_examples(name: str) -> None:
     if name.startswith("specops_torch"):
         pytest.importorskip("torch")

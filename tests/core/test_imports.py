@@ -17,6 +17,15 @@ import specops
 ROOT = Path(__file__).parents[2]
 FRAMEWORKS = {"torch", "jax", "jaxlib", "cupy", "flax", "optax", "keras", "tensorflow"}
 PUBLIC = {
+    "NormalizeIfAbove",
+    "ProjectStableRank",
+    "SpectralHammer",
+    "SpectralNormPenalty",
+    "SpectralNormalization",
+    "SpectralSoftCap",
+    "StableRankNormalization",
+    "TrainableScale",
+    "balance_norms",
     "ClipSpectralNorm",
     "Conv",
     "Dense",

@@ -1,0 +1,116 @@
+"""`balance_norms` for a torch model: its chain of layers read off its modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from specops.balancing import balance_norms as balance
+from specops.errors import AdapterError
+from specops_torch.geometry import CONVOLUTIONS, geometry_of
+from specops_torch.sizes import SizeRecorder
+
+_HOMOGENEOUS = (
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.Identity,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.MaxPool1d,
+    nn.MaxPool2d,
+    nn.MaxPool3d,
+    nn.AvgPool1d,
+    nn.AvgPool2d,
+    nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveAvgPool3d,
+    nn.AdaptiveMaxPool1d,
+    nn.AdaptiveMaxPool2d,
+    nn.AdaptiveMaxPool3d,
+    nn.Upsample,
+)
+
+
+@torch.no_grad()
+def balance_norms(model: nn.Sequential, x: torch.Tensor) -> dict[str, float]:
+    """Rescale a sequential ReLU network in place to equal operator norms; its function stays.
+
+    Parameters
+    ----------
+    model : torch.nn.Sequential
+        Linear and convolution layers with positively homogeneous modules between them (ReLU,
+        pooling, flattening, dropout), nested sequentials included.
+    x : torch.Tensor
+        A batch, which tells the sizes that convolutions work on.
+
+    Returns
+    -------
+    dict of str to float
+        The factor of each layer's weight; their product is 1.
+
+    Raises
+    ------
+    AdapterError
+        A module that is no such layer (normalisation, residual blocks, other activations), or
+        a layer that occurs twice.
+
+    References
+    ----------
+    Lin, Sekar & Fanti 2021, Proposition 2 and Theorem 1; see `specops.balance_norms`.
+    """
+    layers = _chain(model, "")
+    names = [name for name, _ in layers]
+    modules = [module for _, module in layers]
+    if len({id(m.weight) for m in modules}) != len(modules):
+        raise AdapterError("a layer or a weight occurs twice in the chain: it has one norm only")
+    recorders: dict[int, SizeRecorder] = {}
+    handles = []
+    for module in modules:
+        if isinstance(module, CONVOLUTIONS):
+            recorder = SizeRecorder(module.padding_mode == "circular")
+            recorders[id(module)] = recorder
+            handles.append(module.register_forward_hook(recorder, with_kwargs=True))
+    was_training = model.training
+    try:
+        model.eval()(x)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    geometries = [
+        recorders[id(m)].geometry(m) if id(m) in recorders else geometry_of(m) for m in modules
+    ]
+    done = balance([m.weight for m in modules], geometries, [m.bias for m in modules])
+    for module, weight, bias in zip(modules, done.weights, done.biases, strict=True):
+        module.weight.copy_(weight)
+        if bias is not None:
+            module.bias.copy_(bias)
+    return dict(zip(names, done.factors, strict=True))
+
+
+def _chain(model: nn.Module, prefix: str) -> list[tuple[str, Any]]:
+    layers: list[tuple[str, Any]] = []
+    if not isinstance(model, nn.Sequential):
+        raise AdapterError(f"expected a torch.nn.Sequential, got {type(model).__name__}")
+    for name, module in model._modules.items():
+        path = f"{prefix}{name}"
+        if module is None:
+            continue
+        if isinstance(module, nn.Sequential):
+            layers += _chain(module, f"{path}.")
+        elif isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            layers.append((path, module))
+        elif not isinstance(module, _HOMOGENEOUS):
+            raise AdapterError(
+                f"{path} is a {type(module).__name__}, which does not commute with a positive "
+                f"factor: balancing would change the function"
+            )
+    return layers

@@ -1,0 +1,136 @@
+"""Jacobian penalty, adversarial loss and balanced chains against their definitions."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn
+
+import specops
+from specops.errors import AdapterError
+from specops_torch import adversarial_loss, balance_norms, geometry_of, jacobian_penalty
+
+
+@pytest.fixture
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def squared_jacobians(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return torch.stack([torch.func.jacrev(model)(row).square().sum() for row in x])
+
+
+def test_jacobian_penalty_is_the_mean_squared_jacobian(model: nn.Sequential) -> None:
+    x = torch.randn(5, 4, dtype=torch.float64)
+    expected = 0.5 * squared_jacobians(model, x).mean()
+    exact = jacobian_penalty(model, x, projections=None)
+    torch.testing.assert_close(exact, expected)
+    generator = torch.Generator().manual_seed(0)
+    many = jacobian_penalty(model, x, projections=4000, generator=generator)
+    torch.testing.assert_close(many, expected, rtol=0.03, atol=0)
+    again = [
+        jacobian_penalty(model, x, generator=torch.Generator().manual_seed(1)) for _ in range(2)
+    ]
+    assert again[0] == again[1]
+    with pytest.raises(ValueError, match="at least 1"):
+        jacobian_penalty(model, x, projections=0)
+
+
+def test_its_gradient_reaches_the_parameters(model: nn.Sequential) -> None:
+    x = torch.randn(5, 4, dtype=torch.float64)
+    jacobian_penalty(model, x, projections=None).backward()
+    weight = model[0].weight
+    moved = weight.detach().clone()
+    step = 1e-6
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight.copy_(moved)
+            weight[2, 1] += sign * step
+        values.append(0.5 * squared_jacobians(model, x).mean().item())
+    assert weight.grad[2, 1].item() == pytest.approx((values[0] - values[1]) / 2 / step, rel=1e-6)
+    with torch.no_grad():
+        assert jacobian_penalty(model, x, projections=None).requires_grad
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_adversarial_loss(model: nn.Sequential, alpha: float) -> None:
+    x, y = torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    got = adversarial_loss(model, nn.functional.cross_entropy, x, y, alpha=alpha, epsilon=0.7)
+    perturbed = []
+    for row, label in zip(x, y, strict=True):
+        row = row.clone().requires_grad_()
+        nn.functional.cross_entropy(model(row[None]), label[None]).backward()
+        assert row.grad is not None
+        perturbed.append((row + 0.7 * row.grad / row.grad.norm()).detach())
+    moved = torch.stack(perturbed)
+    assert torch.allclose((moved - x).norm(dim=1), torch.tensor(0.7, dtype=x.dtype))
+    plain, adversarial = (nn.functional.cross_entropy(model(z), y) for z in (x, moved))
+    torch.testing.assert_close(got, alpha * plain + (1 - alpha) * adversarial)
+    model.zero_grad()
+    got.backward()
+    assert model[0].weight.grad.abs().sum() > 0
+
+
+def test_adversarial_loss_survives_a_flat_loss_and_refuses_nonsense(model: nn.Sequential) -> None:
+    x, y = torch.randn(2, 4, dtype=torch.float64), torch.zeros(2, dtype=torch.long)
+
+    def flat(outputs: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return 0.0 * outputs.sum() + 1.0
+
+    assert adversarial_loss(model, flat, x, y) == 1.0
+    for bad in ({"alpha": 1.5}, {"epsilon": -1.0}):
+        with pytest.raises(ValueError, match="alpha must be"):
+            adversarial_loss(model, flat, x, y, **bad)
+
+
+def test_a_sequential_network_is_balanced_in_place() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        nn.ConvTranspose2d(4, 3, 3, stride=2, bias=False),
+        nn.LeakyReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.5),
+        nn.Linear(3 * 81, 5),
+    ).double()
+    with torch.no_grad():
+        model[1].weight.mul_(30.0)
+    x = torch.randn(3, 2, 8, 8, dtype=torch.float64)
+    model.eval()
+    before = model(x)
+    model.train()
+    factors = balance_norms(model, x)
+    assert model.training
+    assert list(factors) == ["0.0", "1", "5"]
+    assert torch.tensor(list(factors.values())).prod().item() == pytest.approx(1.0)
+    model.eval()
+    torch.testing.assert_close(model(x), before)
+    shapes = {"0.0": (8, 8), "1": (4, 4), "5": None}
+    norms = [
+        float(
+            specops.spectral_norm(
+                model.get_submodule(name).weight.detach(),
+                geometry_of(model.get_submodule(name), input_shape=shape),
+            )
+        )
+        for name, shape in shapes.items()
+    ]
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
+
+
+def test_what_does_not_commute_is_refused() -> None:
+    x = torch.randn(2, 4)
+    for odd in (nn.Tanh(), nn.BatchNorm1d(4), nn.LayerNorm(4)):
+        model = nn.Sequential(nn.Linear(4, 4), odd, nn.Linear(4, 4))
+        before = model[0].weight.detach().clone()
+        with pytest.raises(AdapterError, match="does not commute"):
+            balance_norms(model, x)
+        assert torch.equal(model[0].weight, before)
+    with pytest.raises(AdapterError, match=r"expected a torch\.nn\.Sequential"):
+        balance_norms(nn.Linear(4, 4), x)
+    layer = nn.Linear(4, 4)
+    with pytest.raises(AdapterError, match="occurs twice"):
+        balance_norms(nn.Sequential(layer, nn.ReLU(), layer), x)
