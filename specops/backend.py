@@ -94,6 +94,8 @@ def double_dtype(xp: Namespace, x: Array) -> Any:
     """The double precision dtype of the kind of `x`, None where its device has none."""
     if str(getattr(x, "device", "")).startswith("mps"):
         return None
+    if compat.is_torch_array(x) or compat.is_numpy_array(x):
+        return xp.complex128 if is_complex(x) else xp.float64
     kind = "complex floating" if is_complex(x) else "real floating"
     info = xp.__array_namespace_info__()
     where = {} if compat.is_jax_array(x) else {"device": compat.device(x)}
@@ -149,7 +151,7 @@ def to_numpy(x: Array) -> np.ndarray:
 def argmax(xp: Namespace, x: Array) -> Array:
     """Index (shape (1,)) of the largest entry of `x` flattened."""
     flat = xp.reshape(x, (-1,))
-    if is_traced(flat):
+    if is_traced(flat) or compat.is_torch_array(x) or compat.is_cupy_array(x):
         return xp.reshape(xp.argmax(flat), (1,))
     return constant(np.asarray([int(np.argmax(to_numpy(flat)))]), flat)
 
@@ -326,9 +328,15 @@ def is_traced(x: Array) -> bool:
     jax = sys.modules.get("jax")
     if jax is not None and isinstance(x, jax.core.Tracer):
         return True
-    xp = compat.array_namespace(x)
-    first = x[(0,) * x.ndim] if math.prod(x.shape) else xp.sum(x)
-    return truth(xp.isfinite(first)) is None
+    if not compat.is_torch_array(x):
+        return False
+    torch = sys.modules["torch"]
+    if torch.compiler.is_compiling():
+        return True
+    functorch = torch._C._functorch
+    while functorch.is_gradtrackingtensor(x):
+        x = functorch.get_unwrapped(x)
+    return bool(functorch.is_batchedtensor(x))
 
 
 def is_concrete(x: Array) -> bool:

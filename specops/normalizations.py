@@ -63,18 +63,14 @@ def limit_stable_rank(w: Array, follow: Tracked, state: State, ratio: Any) -> Ar
     unit = follow.scaled(a, tuple(1.0 / _nonzero(xp, n) for n in follow.norms(a, state)))
     if isinstance(follow, TrackedOperator):
         result = _limited_operator(xp, unit, follow.geometry, state["axis"], ratio)
-    elif isinstance(follow, TrackedBlocks):
+    else:
+        assert isinstance(follow, TrackedBlocks)
         blocks = []
         for j, b in enumerate(follow.geometry.blocks(unit)):
             vh = backend.conjugate(xp, state[f"v{j}"])
             lead = state[f"u{j}"][..., :, None] * vh[..., None, :]
             blocks.append(_limited(xp, b, lead, ratio * min(b.shape[-2:])))
         result = follow.geometry.assemble(tuple(blocks), w.shape)
-    else:
-        a = follow.views[0].blocks(unit)[0]
-        lead = follow.views[0].blocks(state["axis"])[0]
-        limited = _limited(xp, a, lead, ratio * min(a.shape))
-        result = follow.views[0].assemble((limited,), w.shape)
     return xp.astype(result, w.dtype)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from specops.errors import AdapterError, GeometryError, HookLostWarning
+from specops.errors import AdapterError, GeometryError, HookLostWarning, SpecopsError
 from specops.geometry import Geometry
 from specops.history import History
 from specops.plan import Assignment, Plan, override_geometries
@@ -112,7 +112,10 @@ class Attachment:
             constrained = Constrained(location, assignment)
             self._constrained.append(constrained)
             if constrained.stage == "forward":
-                constrained.hook_forward()
+                try:
+                    constrained.hook_forward()
+                except SpecopsError as error:
+                    raise type(error)(f"{weight.name}: {error}") from error
                 constrained.schedule(self.steps + 1)
         for dropped in before.values():
             dropped.release()

@@ -27,7 +27,8 @@ def jacobian_penalty(
     model : callable
         From (N, ...) to (N, ...), each sample for itself (batch norm in training mode mixes
         them, and then this is the gradient of the sum over the batch).
-    x : torch.Tensor, shape (N, ...)
+    x : torch.Tensor
+        Shape (N, ...).
     projections : int or None
         Random directions, one backward pass each; None: every output, exactly.
     generator : torch.Generator, optional

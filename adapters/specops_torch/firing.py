@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from specops.errors import (
     SpecopsError,
 )
 from specops.geometry import Conv
+from specops_torch.batches import grouped, update_stack
 from specops_torch.constrained import Constrained
 
 Record = dict[str, Any]
-Update = Callable[[Constrained, torch.Tensor], tuple[torch.Tensor, dict[str, Any], dict[str, Any]]]
+Update = Callable[[Constrained], Any]
+"""(array, state, figures) of a weight."""
 
 
 class Firing:
@@ -41,8 +44,9 @@ class Firing:
     def weights(self, due: Iterable[Constrained], step: int, *, certain: bool) -> list[Record]:
         """Rules of stage "weights": new weights are written when all of them are known."""
 
-        def update(c: Constrained, weight: torch.Tensor) -> Any:
+        def update(c: Constrained) -> Any:
             rule, geometry = c.rule, c.geometry
+            weight = c.location.parameter.detach()
             state = rule.init(weight, geometry, c.name) if c.state is None else c.state
             act = getattr(rule, "enforce", rule.update) if certain else rule.update
             return act(weight, geometry, state, step=step, name=c.name)
@@ -63,43 +67,52 @@ class Firing:
         self, due: Iterable[Constrained], step: int, scale: torch.Tensor | None
     ) -> list[Record]:
         """Rules of stage "gradients": their terms are added, scaled like the loss."""
-
-        def update(c: Constrained, weight: torch.Tensor) -> Any:
-            rule, geometry = c.rule, c.geometry
-            state = rule.init(weight, geometry, c.name) if c.state is None else c.state
-            return rule.update(weight, geometry, state, step=step, name=c.name)
-
-        written, records = [], []
+        records: list[Record] = []
+        able = []
         for c in due:
-            parameter = c.location.parameter
-            if parameter.grad is None:
+            gradient = c.location.parameter.grad
+            if gradient is None:
                 records.append({"step": step, "name": c.name, "skipped": "no gradient"})
                 continue
-            if parameter.grad.is_sparse:
+            if gradient.is_sparse:
                 raise AdapterError(f"{c.name} has a sparse gradient, which a penalty would fill")
-            old = parameter.detach()
-            term, state, record = self._one(c, old, step, update)
-            written.append((c, None if term is old else term, state))
-            records.append(record)
-        for c, term, state in written:
+            able.append(c)
+        gradients, terms, states = [], [], []
+        for c, term, state, record in self._grouped(able, step):
             if term is not None:
-                gradient = c.location.parameter.grad
-                assert gradient is not None
-                gradient.add_(term if scale is None else term * scale.to(term.device))
+                gradients.append(c.location.parameter.grad)
+                terms.append(term if scale is None else term * scale.to(term.device))
+                states.append((c, state))
+            records.append(record)
+        for gradient, term in zip(gradients, terms, strict=True):
+            assert gradient is not None
+            gradient.add_(term)
+        for c, state in states:
             c.state = state
         return records
 
     def forward(self, due: Iterable[Constrained], step: int) -> list[Record]:
         """Rules of stage "forward": their vectors advance."""
+        records = []
+        for c, term, state, record in self._grouped(list(due), step):
+            if term is not None and c.normalizer is not None:
+                c.normalizer.geometry = c.geometry
+                c.normalizer.take(state, c.location.parameter)
+            records.append(record)
+        return records
 
-        def update(c: Constrained, weight: torch.Tensor) -> Any:
-            normalizer = c.normalizer
-            assert normalizer is not None
-            normalizer.geometry = c.geometry
-            normalizer.prepare(c.location.parameter)
-            return weight, None, normalizer.advance(c.location.parameter, step)
-
-        return [self._one(c, c.location.parameter.detach(), step, update)[2] for c in due]
+    def _grouped(
+        self, due: Sequence[Constrained], step: int
+    ) -> Iterator[tuple[Constrained, torch.Tensor | None, Any, Record]]:
+        """(weight, its term or None if skipped, new state, record), equal shapes in one call."""
+        for group in grouped(due):
+            act = _alone(step)
+            if len(group) > 1:
+                act = _in_stack(group, update_stack(group, [_state(c) for c in group], step))
+            for c in group:
+                weight = c.location.parameter.detach()
+                term, state, record = self._one(c, weight, step, act)
+                yield c, None if "skipped" in record else term, state, record
 
     def _one(
         self, c: Constrained, weight: torch.Tensor, step: int, update: Update
@@ -109,7 +122,7 @@ class Firing:
         reason = self._why_not(c, weight, step)
         if not reason:
             try:
-                new, state, figures = update(c, weight)
+                new, state, figures = update(c)
                 if c.stage != "weights" and weight.device.type == "cpu":
                     # Where it costs no wait for a device; else the loss will tell.
                     _check_finite(figures)
@@ -176,12 +189,33 @@ def check_ran(constrained: Sequence[Constrained]) -> None:
         normalizer.ran = False
 
 
+def _alone(step: int) -> Update:
+    def update(c: Constrained) -> Any:
+        weight, state = c.location.parameter.detach(), _state(c)
+        if not state:
+            state = c.rule.init(weight, c.geometry, c.name)
+        return c.rule.update(weight, c.geometry, state, step=step, name=c.name)
+
+    return update
+
+
+def _in_stack(group: Sequence[Constrained], found: Sequence[Any]) -> Update:
+    by_name = {c.name: one for c, one in zip(group, found, strict=True)}
+    return lambda c: by_name[c.name]
+
+
+def _state(c: Constrained) -> dict[str, torch.Tensor]:
+    return (c.state if c.normalizer is None else c.normalizer.state) or {}
+
+
 def _finite(weight: torch.Tensor) -> bool:
     # The sum is one pass; where it overflows, look closer.
     return bool(torch.isfinite(weight.sum())) or bool(torch.isfinite(weight).all())
 
 
 def _check_finite(figures: dict[str, Any]) -> None:
-    for value in figures.values():
-        if torch.is_tensor(value) and not bool(torch.isfinite(value).all()):
+    norm = figures.get("norm")
+    if isinstance(norm, torch.Tensor):
+        finite = math.isfinite(norm) if norm.ndim == 0 else bool(torch.isfinite(norm).all())
+        if not finite:
             raise NonFiniteError("its norm is not finite")

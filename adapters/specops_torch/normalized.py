@@ -14,10 +14,10 @@ from torch import nn
 
 from specops.geometry import Dense, Geometry
 from specops.rules import SpectralNormalization
-from specops.tracking import track
+from specops.tracking import TrackedBlocks, track
 from specops_torch.sizes import SizeRecorder
 
-_PLAIN = Dense()
+_FIRST = Dense(out_axes=(0,))
 
 
 class Normalizer:
@@ -37,6 +37,8 @@ class Normalizer:
         self.step = 1
         self.ran = False
         self._measured: tuple[int, ...] = ()
+        self._pair: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
+        self._factor: tuple[float, ...] = ()
 
     @torch.compiler.disable
     def prepare(self, parameter: torch.Tensor) -> None:
@@ -46,16 +48,10 @@ class Normalizer:
                 self.state = self.rule.init(parameter.detach(), self.geometry, self.name)
             self.mark(parameter)
 
-    def advance(self, parameter: torch.Tensor, step: int) -> dict[str, Any]:
-        """Power steps at the parameter as it is; the rule's figures."""
-        assert self.state is not None
-        _, state, figures = self.rule.update(
-            parameter.detach(), self.geometry, self.state, step=step, name=self.name
-        )
-        if parameter.device.type != "cpu" or bool(torch.isfinite(figures["norm"]).all()):
-            self.state = state
-            self.mark(parameter)
-        return dict(figures)
+    def take(self, state: dict[str, torch.Tensor], parameter: torch.Tensor) -> None:
+        """Use vectors that have advanced at the parameter as it is."""
+        self.state = state
+        self.mark(parameter)
 
     def load(self, state: dict[str, torch.Tensor] | None, parameter: torch.Tensor) -> None:
         """Take over saved vectors, with their norms if the parameter is the one they are of."""
@@ -72,43 +68,65 @@ class Normalizer:
     def mark(self, parameter: torch.Tensor) -> None:
         """Say that the state's norms are those of the parameter as it is now."""
         self._measured = _token(parameter) or ()
+        state, rule = self.state, self.rule
+        self._pair, self._factor = None, ()
+        if not isinstance(rule, SpectralNormalization) or state is None:
+            return
+        if parameter.dtype not in (torch.float32, torch.float64):
+            return
+        if "axis" in state:
+            self._pair = state["sigma"], state["axis"], None
+        elif self._rows_first() and set(state) == {"u0", "v0", "sigma0"}:
+            self._pair = state["sigma0"], state["u0"], state["v0"]
+        if self._pair is not None and self.scale is None and parameter.device.type == "cpu":
+            sigma = float(self._pair[0])
+            if sigma > 0:
+                self._factor = self._scale() / sigma, sigma
+
+    def _rows_first(self) -> bool:
+        """Whether the matrix is the weight flattened after its first axis."""
+        follow = track(self.geometry, self.rule.norm)
+        return isinstance(follow, TrackedBlocks) and follow.geometry in (_FIRST, Dense())
 
     def __call__(self, parameter: torch.Tensor) -> torch.Tensor:
         """The weight that the layer uses."""
         if self.state is None:
             self.prepare(parameter)
-        with torch.autocast(parameter.device.type, enabled=False):
-            done = self._divided(parameter)
-            if done is not None:
-                return done
+        if torch.is_autocast_enabled(parameter.device.type):
+            with torch.autocast(parameter.device.type, enabled=False):
+                return self._used(parameter)
+        return self._used(parameter)
+
+    def _used(self, parameter: torch.Tensor) -> torch.Tensor:
+        state = self.state
+        assert state is not None
+        if self._pair is None:
             options = {} if self.scale is None else {"scale": self.scale}
             result: torch.Tensor = self.rule.apply(
-                parameter, self.geometry, self.state, step=self.step, name=self.name, **options
+                parameter, self.geometry, state, step=self.step, name=self.name, **options
             )
             return result
-
-    def _divided(self, parameter: torch.Tensor) -> torch.Tensor | None:
-        """One matrix or kernel in single or double precision: as `apply`, by fewer operations."""
-        state, rule = self.state, self.rule
-        assert state is not None
-        if not isinstance(rule, SpectralNormalization):
-            return None
-        if parameter.dtype not in (torch.float32, torch.float64):
-            return None
-        if "axis" in state:
-            sigma, axis, v = state["sigma"], state["axis"], None
-        elif parameter.ndim == 2 and self.geometry == _PLAIN:
-            sigma, axis, v = state["sigma0"], state["u0"], state["v0"]
-        else:
-            return None
-        scale: Any = self.scale
-        if scale is None:
-            scale = rule.fixed_scale(self.step, self.name, self.geometry)
+        sigma, axis, v = self._pair
+        # Unless something has changed since, the norm is known.
         if not torch.compiler.is_compiling() and self._measured == _token(parameter):
-            # Nothing has changed since the norm was measured.
-            return _divide(parameter, sigma, scale, axis, v)
-        sigma = (parameter * axis).sum() if v is None else torch.dot(axis, parameter @ v)
-        return parameter * (scale / torch.where(sigma != 0, sigma, torch.ones_like(sigma)))
+            if self._factor and v is not None:
+                fixed: torch.Tensor = _Fixed.apply(parameter, axis, v, *self._factor)
+                return fixed
+            divided: torch.Tensor = _Divided.apply(parameter, sigma, self._scale(), axis, v)
+            return divided
+        sigma = _norm_along(parameter, axis, v)
+        return parameter * (self._scale() / torch.where(sigma != 0, sigma, torch.ones_like(sigma)))
+
+    def _scale(self) -> Any:
+        if self.scale is not None:
+            return self.scale
+        return self.rule.fixed_scale(self.step, self.name, self.geometry)
+
+
+def _norm_along(w: torch.Tensor, axis: torch.Tensor, v: torch.Tensor | None) -> torch.Tensor:
+    if v is None:
+        return (w * axis).sum()
+    return torch.dot(axis, w.reshape(len(axis), -1) @ v)
 
 
 def _token(parameter: torch.Tensor) -> tuple[int, int, int] | None:
@@ -161,14 +179,31 @@ def install(
     ]
 
 
-def _divide(
-    w: torch.Tensor, sigma: torch.Tensor, scale: Any, axis: torch.Tensor, v: torch.Tensor | None
-) -> torch.Tensor:
-    result: torch.Tensor = _Divide.apply(w, sigma, scale, axis, v)
-    return result
+class _Fixed(torch.autograd.Function):
+    """f·W for f = s/⟨u, Wv⟩, a number that is known; on the CPU, where reading it costs nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, w: torch.Tensor, u: torch.Tensor, v: torch.Tensor, factor: float, sigma: float
+    ) -> torch.Tensor:
+        ctx.save_for_backward(w, u, v)
+        ctx.factor, ctx.sigma = factor, sigma
+        return w * factor
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        w, u, v = ctx.saved_tensors
+        factor, sigma = ctx.factor, ctx.sigma
+        if torch.is_grad_enabled():
+            gradient, _ = _differentiable(g, w, _dyad(u, v, w), factor * sigma)
+            return gradient, None, None, None, None
+        flat = g.reshape(-1)
+        taken = float(torch.dot(flat, w.reshape(-1))) * factor / sigma
+        gradient = torch.addr(flat.view(len(u), -1), u, v, beta=factor, alpha=-taken)
+        return gradient.view(w.shape), None, None, None, None
 
 
-class _Divide(torch.autograd.Function):
+class _Divided(torch.autograd.Function):
     """s·W/σ for σ = ⟨E, W⟩ that is known; E is `axis`, or the dyad of `axis` and `v`."""
 
     @staticmethod
@@ -182,46 +217,37 @@ class _Divide(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.scaled = isinstance(scale, torch.Tensor)
         ctx.scale = None if ctx.scaled else scale
-        saved = (w, sigma, axis, v) + ((scale,) if ctx.scaled else ())
-        ctx.save_for_backward(*saved)
-        safe = torch.where(sigma > 0, sigma, torch.ones_like(sigma))
-        return w * (scale / safe)
+        ctx.save_for_backward(w, sigma, axis, v, *((scale,) if ctx.scaled else ()))
+        return w * (scale / _safe(sigma))
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Any:
         w, sigma, axis, v, *rest = ctx.saved_tensors
         scale = rest[0] if ctx.scaled else ctx.scale
-        with torch.autocast(w.device.type, enabled=False):
-            g = g.to(w.dtype)
-            if torch.is_grad_enabled():
-                return _differentiable(ctx, g, w, axis, v, scale)
-            safe = torch.where(sigma > 0, sigma, torch.ones_like(sigma))
-            # Not torch.dot, which wants one dimension and contiguous memory.
-            product = (
-                torch.dot(g.reshape(-1), w.reshape(-1)) if g.is_contiguous() else (g * w).sum()
-            )
+        axis = axis if v is None else _dyad(axis, v, w)
+        if torch.is_grad_enabled():
+            grad_w, grad_scale = _differentiable(g, w, axis, scale)
+        else:
+            safe = _safe(sigma)
+            product = (g * w).sum()
             factor = scale / safe
-            taken = product * (factor / safe)
-            grad_w = None
-            if ctx.needs_input_grad[0]:
-                if v is None:
-                    grad_w = (g * factor).sub_(axis * taken)
-                elif w.device.type == "cpu":
-                    grad_w = torch.addr(g, axis, v, beta=float(factor), alpha=-float(taken))
-                else:
-                    grad_w = torch.addr(g * factor, axis * taken, v, alpha=-1)
-            grad_scale = product / safe if ctx.needs_input_grad[2] else None
-            return grad_w, None, grad_scale, None, None
+            grad_w = (g * factor).sub_(axis * (product * (factor / safe)))
+            grad_scale = product / safe
+        return grad_w, None, grad_scale if ctx.needs_input_grad[2] else None, None, None
 
 
 def _differentiable(
-    ctx: Any, g: torch.Tensor, w: torch.Tensor, axis: torch.Tensor, v: Any, scale: Any
-) -> Any:
-    """The same gradients by operations that can be differentiated again."""
-    direction = axis if v is None else torch.outer(axis, v)
-    sigma = (w * direction).sum()
-    sigma = torch.where(sigma > 0, sigma, torch.ones_like(sigma))
+    g: torch.Tensor, w: torch.Tensor, axis: torch.Tensor, scale: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both gradients by operations that can be differentiated again."""
+    sigma = _safe((w * axis).sum())
     product = (g * w).sum()
-    grad_w = g * (scale / sigma) - direction * (product * scale / sigma**2)
-    grad_scale = product / sigma if ctx.needs_input_grad[2] else None
-    return grad_w if ctx.needs_input_grad[0] else None, None, grad_scale, None, None
+    return g * (scale / sigma) - axis * (product * scale / sigma**2), product / sigma
+
+
+def _dyad(u: torch.Tensor, v: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return (u[:, None] * v).reshape(like.shape)
+
+
+def _safe(sigma: torch.Tensor) -> torch.Tensor:
+    return torch.where(sigma != 0, sigma, torch.ones_like(sigma))

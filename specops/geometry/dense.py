@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import array_api_compat as compat
@@ -87,21 +88,13 @@ class Dense:
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise `GeometryError` if an array of this shape does not have this geometry."""
-        _, out, _ = self._axes(shape)
-        if 0 in shape:
-            raise GeometryError(f"the weight is empty: shape {shape}")
-        rows = math.prod(shape[a] for a in out)
-        if self.splits is not None and sum(self.splits) != rows:
-            raise GeometryError(
-                f"splits={self.splits} add up to {sum(self.splits)}, but the output axes of "
-                f"shape {shape} have {rows} entries"
-            )
+        _check(self, tuple(shape))
 
     def blocks(self, w: Array) -> tuple[Array, ...]:
         """The matrices, one array of shape (*batch, rows, columns) per block of `splits`."""
         self.check(w.shape)
         xp = compat.array_namespace(w)
-        batch, out, inn = self._axes(w.shape)
+        batch, out, inn = _axes(self, tuple(w.shape))
         order = batch + out + inn
         if order != tuple(range(w.ndim)):
             w = xp.permute_dims(w, order)
@@ -120,7 +113,7 @@ class Dense:
         """The array of this shape whose `blocks` these are: the inverse of `blocks`."""
         xp = compat.array_namespace(blocks[0])
         matrix = blocks[0] if len(blocks) == 1 else xp.concat(blocks, axis=-2)
-        order = sum(self._axes(shape), ())
+        order = sum(_axes(self, tuple(shape)), ())
         w = xp.reshape(matrix, tuple(shape[a] for a in order))
         if order == tuple(range(len(shape))):
             return w
@@ -130,30 +123,45 @@ class Dense:
         """The geometry under which the same array stands for the transposed matrix."""
         if self.splits is not None:
             raise GeometryError("the transpose of split blocks is not a Dense geometry")
-        batch, out, inn = self._axes((1,) * ndim)
+        batch, out, inn = _axes(self, (1,) * ndim)
         return Dense(out_axes=inn, in_axes=out, batch_axes=batch)
 
-    def _axes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        """(batch, out, in) as non-negative axes that cover the array."""
-        ndim = len(shape)
 
-        def positive(axes: tuple[int, ...], name: str) -> tuple[int, ...]:
-            for a in axes:
-                if not -ndim <= a < ndim:
-                    raise GeometryError(
-                        f"{name}={axes} does not fit an array with {ndim} axes (shape {shape})"
-                    )
-            return tuple(a % ndim for a in axes)
+@lru_cache(maxsize=1024)
+def _check(geometry: Dense, shape: tuple[int, ...]) -> None:
+    _, out, _ = _axes(geometry, shape)
+    if 0 in shape:
+        raise GeometryError(f"the weight is empty: shape {shape}")
+    rows = math.prod(shape[a] for a in out)
+    if geometry.splits is not None and sum(geometry.splits) != rows:
+        raise GeometryError(
+            f"splits={geometry.splits} add up to {sum(geometry.splits)}, but the output axes of "
+            f"shape {shape} have {rows} entries"
+        )
 
-        batch = positive(self.batch_axes, "batch_axes")
-        out = positive(self.out_axes, "out_axes")
-        if self.in_axes is None:
-            inn = tuple(a for a in range(ndim) if a not in batch + out)
-        else:
-            inn = positive(self.in_axes, "in_axes")
-        if sorted(batch + out + inn) != list(range(ndim)) or not inn:
-            raise GeometryError(
-                f"{self} does not name every axis of an array of shape {shape} exactly once as "
-                f"output, input or batch: a matrix needs at least one output and one input axis"
-            )
-        return batch, out, inn
+
+@lru_cache(maxsize=1024)
+def _axes(geometry: Dense, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """(batch, out, in) as non-negative axes that cover the array."""
+    ndim = len(shape)
+
+    def positive(axes: tuple[int, ...], name: str) -> tuple[int, ...]:
+        for a in axes:
+            if not -ndim <= a < ndim:
+                raise GeometryError(
+                    f"{name}={axes} does not fit an array with {ndim} axes (shape {shape})"
+                )
+        return tuple(a % ndim for a in axes)
+
+    batch = positive(geometry.batch_axes, "batch_axes")
+    out = positive(geometry.out_axes, "out_axes")
+    if geometry.in_axes is None:
+        inn = tuple(a for a in range(ndim) if a not in batch + out)
+    else:
+        inn = positive(geometry.in_axes, "in_axes")
+    if sorted(batch + out + inn) != list(range(ndim)) or not inn:
+        raise GeometryError(
+            f"{geometry} does not name every axis of an array of shape {shape} exactly once as "
+            f"output, input or batch: a matrix needs at least one output and one input axis"
+        )
+    return batch, out, inn

@@ -8,6 +8,7 @@ is the state of the rules that use them. Nothing here changes what it is given.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from specops.geometry import Dense, Geometry
@@ -38,12 +39,12 @@ def check_norm(norm: Any, allowed: tuple[str, ...] = get_args(Norm)) -> None:
         raise ValueError(f"norm must be one of {', '.join(map(repr, allowed))}, got {norm!r}")
 
 
+@lru_cache(maxsize=1024)
 def track(geometry: Geometry, norm: Norm) -> Tracked:
     """The follower of a norm: all three are one for a Dense geometry."""
     if isinstance(geometry, Dense):
         return TrackedBlocks(geometry)
     if norm == "operator":
         return TrackedOperator(geometry)
-    out, inn = geometry.channel_axes
-    views = (Dense((out,)), Dense((inn,)))
-    return TrackedKernel(geometry, views if norm == "bidirectional" else views[:1])
+    views = tuple(Dense((axis,)) for axis in geometry.channel_axes)
+    return TrackedBlocks(views[0]) if norm == "reshaped" else TrackedKernel(geometry, views)

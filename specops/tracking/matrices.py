@@ -12,7 +12,7 @@ from specops.tracking.power import Array, State, along, checked, inner, leading_
 
 @dataclass(frozen=True)
 class TrackedBlocks:
-    """‖W‖₂ of every matrix of a Dense weight."""
+    """‖W‖₂ of every matrix of a Dense weight, or of a reshaped kernel."""
 
     geometry: Dense
 

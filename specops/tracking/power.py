@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -66,16 +67,21 @@ def along(xp: Any, a: Array, u: Array, v: Array) -> Array:
 
 def unit(xp: Any, x: Array, fallback: Array | None) -> tuple[Array, Array]:
     """(x/‖x‖ along the last axis, ‖x‖): `fallback`, or x, where x is zero or not finite."""
-    largest = xp.max(xp.abs(x), axis=-1, keepdims=True)
-    usable = (largest > 0) & xp.isfinite(largest)
-    scale = xp.where(usable, largest, xp.ones_like(largest))
-    # Squares of what is scaled to 1 neither overflow nor vanish.
-    scaled = x / xp.astype(scale, x.dtype)
-    norm = xp.linalg.vector_norm(scaled, axis=-1, keepdims=True)
-    result = scaled / xp.astype(xp.where(usable, norm, xp.ones_like(norm)), x.dtype)
+    real = backend.real_dtype(xp, x.dtype)
+    double = backend.double_dtype(xp, x)
+    if double is None or double == x.dtype:
+        # Squares of what is scaled to 1 neither overflow nor vanish.
+        scale = xp.max(xp.abs(x), axis=-1, keepdims=True)
+        scale = xp.where((scale > 0) & xp.isfinite(scale), scale, xp.ones_like(scale))
+        norm = scale * xp.linalg.vector_norm(x / xp.astype(scale, x.dtype), axis=-1, keepdims=True)
+    else:
+        wide = xp.linalg.vector_norm(xp.astype(x, double), axis=-1, keepdims=True)
+        norm = xp.astype(wide, real)
+    usable = (norm > 0) & (norm < math.inf)
+    result = x / xp.astype(xp.where(usable, norm, xp.ones_like(norm)), x.dtype)
     if fallback is not None:
         result = xp.where(usable, result, fallback)
-    return result, (norm * scale)[..., 0]
+    return result, norm[..., 0]
 
 
 def inner(xp: Any, w: Array, axis: Array) -> Array:

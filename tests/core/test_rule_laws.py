@@ -86,8 +86,16 @@ GEOMETRIES: dict[str, tuple[tuple[int, ...], Geometry]] = {
     "zeros": ((3, 3, 4), Conv((7,), layout="*IO")),
     "transposed": ((3, 4, 3), Conv((4,), transposed=True, stride=2, padding=1, layout="IO*")),
 }
-# Compilers take a second for each rule and geometry.
-FEW = {"jax": ("stack", "zeros"), "jax-jit": ("blocks", "transposed")}
+# A second for each rule and geometry where a compiler is at work.
+FEW = {
+    "array_api_strict-CPU_DEVICE": ("dense", "transposed"),
+    "array_api_strict-device1": ("stack", "circular"),
+    "array_api_strict-no_x64": ("blocks", "zeros"),
+    "jax": ("stack",),
+    "jax-jit": ("transposed",),
+}
+
+FOLLOWED = ("hammer operator", "normalization operator", "rank operator", "penalty operator")
 
 every_rule = pytest.mark.parametrize("name", LAWS)
 
@@ -99,6 +107,7 @@ def weight(shape: tuple[int, ...], seed: int = 3) -> np.ndarray:
 
 
 def cases(backend: Backend) -> Iterator[tuple[Geometry, np.ndarray]]:
+    """All of them on NumPy and torch, some on every other backend."""
     for name in FEW.get(backend.name, GEOMETRIES):
         shape, geometry = GEOMETRIES[name]
         yield geometry, weight(shape).astype(np.float32)
@@ -137,29 +146,34 @@ def test_protocol(name: str) -> None:
 def test_pure_of_one_kind_and_alike_on_all_backends(backend: Backend, name: str) -> None:
     rule = LAWS[name].make(1.0)
     for geometry, host in cases(backend):
+        if backend.traced and (name == "soft cap" or "reshaped" in name):
+            continue  # compiled elsewhere
         w = backend.array(host)
+        # Compilers get the state of NumPy: that of their own takes them seconds.
+        start = rule.init(host if backend.traced else w, geometry, "w")
+        start = {key: backend.convert(x) for key, x in start.items()} if backend.traced else start
 
-        def fire(x: Any, geometry: Geometry = geometry) -> Any:
-            # Twice, so that the second firing starts from a state that is not empty.
-            state = outcome(rule, x, geometry)[1]
-            return state, *outcome(rule, x, geometry, state)
+        def fire(x: Any, state: Any, geometry: Geometry = geometry) -> Any:
+            return outcome(rule, x, geometry, state)
 
-        state, result, new_state, figures = backend.call(fire, w)
-        np.testing.assert_array_equal(backend.numpy(w), host)
+        result, state, figures = backend.call(fire, w, start)
         backend.same_kind(result, w)
         assert result.shape == w.shape
-        for held in (state, new_state):
+        for held in (start, state):
             assert type(held) is dict
             for key, value in held.items():
                 assert isinstance(key, str)
                 assert compat.array_namespace(value, w) is compat.array_namespace(w)
                 assert backend.traced or compat.device(value) == compat.device(w)
+        np.testing.assert_array_equal(backend.numpy(w), host)
         if not backend.traced:
-            before = {key: backend.numpy(value).copy() for key, value in state.items()}
-            outcome(rule, w, geometry, state)
-            assert before.keys() == state.keys()
-            for key, value in state.items():
-                np.testing.assert_array_equal(backend.numpy(value), before[key])
+            # Neither the first nor a later state is written to.
+            for given in (start, state):
+                before = {key: backend.numpy(value).copy() for key, value in given.items()}
+                fire(w, given)
+                assert before.keys() == given.keys()
+                for key, value in given.items():
+                    np.testing.assert_array_equal(backend.numpy(value), before[key])
         expected, _, expected_figures = outcome(rule, host.astype(np.float64), geometry)
         assert_near(backend.numpy(result), expected, geometry, rule, 2e-5)
         assert figures.keys() == expected_figures.keys()
@@ -175,30 +189,36 @@ def test_pure_of_one_kind_and_alike_on_all_backends(backend: Backend, name: str)
 def test_idempotent(backend: Backend, name: str) -> None:
     rule = LAWS[name].make(1.0)
     for geometry, host in cases(backend):
-        w = backend.array(host)
-        once, again = backend.call(
-            lambda x, g=geometry: (y := outcome(rule, x, g)[0], outcome(rule, y, g)[0]), w
-        )
+        if backend.traced and name == "soft cap":
+            continue  # compiled elsewhere
+
+        def fire(x: Any, geometry: Geometry = geometry) -> Any:
+            return outcome(rule, x, geometry)[0]
+
+        once = backend.call(fire, backend.array(host))
+        again = backend.call(fire, once)
         np.testing.assert_allclose(backend.numpy(again), backend.numpy(once), rtol=0, atol=2e-6)
         if isinstance(rule, ClipSpectralNorm | ProjectStableRank) and not backend.traced:
-            assert outcome(rule, once, geometry)[0] is once
+            assert again is once
 
 
 @every_rule
 def test_batches_and_blocks_equal_a_loop(eager: Backend, name: str) -> None:
     rule = LAWS[name].make(1.0)
     host = weight((2, 5, 4)).astype(np.float32)
-    together = eager.numpy(outcome(rule, eager.array(host), GEOMETRIES["stack"][1])[0])
-    stacked = eager.numpy(
-        outcome(rule, eager.array(np.moveaxis(host, 0, 2)), Dense(batch_axes=(-1,)))[0]
-    )
-    blocks = Dense(splits=(5, 5))
-    fused = eager.numpy(outcome(rule, eager.array(host.reshape(10, 4)), blocks)[0])
+    w = eager.array(host)
+    results = [eager.numpy(outcome(rule, w, GEOMETRIES["stack"][1])[0])]
+    if eager.name != "jax":
+        last = eager.array(np.moveaxis(host, 0, 2))
+        results.append(
+            np.moveaxis(eager.numpy(outcome(rule, last, Dense(batch_axes=(-1,)))[0]), 2, 0)
+        )
+        fused = outcome(rule, eager.array(host.reshape(10, 4)), Dense(splits=(5, 5)))[0]
+        results.append(eager.numpy(fused).reshape(host.shape))
     for i in range(2):
         alone = eager.numpy(outcome(rule, eager.array(host[i]), Dense())[0])
-        np.testing.assert_allclose(together[i], alone, rtol=0, atol=5e-6)
-        np.testing.assert_allclose(stacked[..., i], alone, rtol=0, atol=5e-6)
-        np.testing.assert_allclose(fused[5 * i : 5 * i + 5], alone, rtol=0, atol=5e-6)
+        for together in results:
+            np.testing.assert_allclose(together[i], alone, rtol=0, atol=5e-6)
 
 
 TRANSPOSED: list[tuple[tuple[int, ...], Conv, Conv]] = [
@@ -221,13 +241,15 @@ TRANSPOSED: list[tuple[tuple[int, ...], Conv, Conv]] = [
 def test_transposition(eager: Backend, name: str) -> None:
     law = LAWS[name]
     rule = law.make(1.0)
+    if eager.name == "jax":
+        pytest.skip("compiles for every shape")
     host = weight((5, 4))
     plain = eager.numpy(outcome(rule, eager.array(host), Dense())[0])
     for array, geometry in [(host.T, Dense()), (host, Dense().transpose(2))]:
         turned = eager.numpy(outcome(rule, eager.array(array), geometry)[0])
         turned = turned if array is host else turned.T
         np.testing.assert_allclose(turned, plain, rtol=0, atol=5e-6)
-    if not law.transposes or eager.name == "jax":
+    if not law.transposes or eager.name.startswith("array_api_strict"):
         return
     for shape, conv, transposed in TRANSPOSED:
         w = eager.array(weight(shape))
@@ -241,16 +263,20 @@ def test_orthogonal_changes_of_basis(eager: Backend, name: str, rng: np.random.G
     rule = LAWS[name].make(1.0)
     host = weight((5, 4))
     left, right = (np.linalg.qr(rng.standard_normal((n, n)))[0] for n in (5, 4))
-    plain = eager.numpy(outcome(rule, eager.array(host), Dense())[0])
-    turned = eager.numpy(outcome(rule, eager.array(left @ host @ right), Dense())[0])
+    plain = eager.numpy(outcome(rule, eager.array(host, "float32"), Dense())[0])
+    turned = eager.numpy(outcome(rule, eager.array(left @ host @ right, "float32"), Dense())[0])
     np.testing.assert_allclose(turned, left @ plain @ right, rtol=0, atol=5e-6)
 
 
 @every_rule
-@pytest.mark.parametrize("scale", [2.0**40, 2.0**-40, 1e20, 1e-20])
+@pytest.mark.parametrize("scale", [2.0**40, 1e20, 1e-20])
 def test_scaling(eager: Backend, name: str, scale: float) -> None:
     law = LAWS[name]
-    for geometry, host in cases(eager):
+    for key in (
+        ("stack",) if eager.name not in ("numpy", "torch") else ("stack", "circular", "zeros")
+    ):
+        shape, geometry = GEOMETRIES[key]
+        host = weight(shape).astype(np.float32)
         rule, scaled = law.make(1.0), law.make(scale)
         plain = eager.numpy(outcome(rule, eager.array(host), geometry)[0])
         w = eager.array(host * np.float32(scale))
@@ -262,35 +288,30 @@ def test_scaling(eager: Backend, name: str, scale: float) -> None:
         norm = figures.get("norm_before")
         if norm is not None:
             expected = outcome(rule, eager.array(host), geometry)[2]["norm_before"]
-            np.testing.assert_allclose(
-                eager.numpy(norm) / scale, eager.numpy(expected), rtol=1e-4
-            )
+            np.testing.assert_allclose(eager.numpy(norm) / scale, eager.numpy(expected), rtol=1e-4)
 
 
 @every_rule
-def test_zero_stays_zero(backend: Backend, name: str) -> None:
+def test_zero_stays_zero(eager: Backend, name: str) -> None:
     rule = LAWS[name].make(1.0)
-    for geometry, host in cases(backend):
-        w = backend.array(np.zeros_like(host))
-        result, state, figures = backend.call(lambda x, g=geometry: outcome(rule, x, g), w)
-        np.testing.assert_array_equal(backend.numpy(result), 0.0)
-        assert all(np.isfinite(backend.numpy(x)).all() for x in state.values())
+    for geometry, host in cases(eager):
+        result, state, figures = outcome(rule, eager.array(np.zeros_like(host)), geometry)
+        np.testing.assert_array_equal(eager.numpy(result), 0.0)
+        assert all(np.isfinite(eager.numpy(x)).all() for x in state.values())
         for value in figures.values():
             for x in value if isinstance(value, tuple) else (value,):
-                assert np.isfinite(backend.numpy(x)).all()
-        if backend.traced:
-            continue
-        # A stack with one zero, and a weight that does not stay zero.
+                assert np.isfinite(eager.numpy(x)).all()
+        # What is no longer zero finds its way from there, and a zero in a stack hurts no other.
+        later = eager.numpy(outcome(rule, eager.array(host), geometry, state)[0])
+        assert np.isfinite(later).all()
+        assert later.any()
         if isinstance(geometry, Dense) and geometry.batch_axes:
             mixed = host.copy()
             mixed[1] = 0.0
-            got = backend.numpy(outcome(rule, backend.array(mixed), geometry)[0])
-            alone = backend.numpy(outcome(rule, backend.array(host[0]), Dense())[0])
+            got = eager.numpy(outcome(rule, eager.array(mixed), geometry)[0])
+            alone = eager.numpy(outcome(rule, eager.array(host[0]), Dense())[0])
             np.testing.assert_array_equal(got[1], 0.0)
             np.testing.assert_allclose(got[0], alone, rtol=0, atol=5e-6)
-        later = backend.numpy(outcome(rule, backend.array(host), geometry, state)[0])
-        assert np.isfinite(later).all()
-        assert later.any()
 
 
 def halves(backend: Backend, w: np.ndarray) -> Iterator[Any]:
@@ -365,7 +386,7 @@ def test_bad_values_of_a_schedule(name: str, value: float) -> None:
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf, "1", None, True])
 @pytest.mark.parametrize("name", SCHEDULED)
 def test_bad_numbers(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match="must be|give exactly one"):
+    with pytest.raises(ValueError, match=r"must be|give exactly one"):
         SCHEDULED[name][0](value)
 
 
@@ -403,7 +424,7 @@ def test_numbers_of_numpy(name: str, number: Any) -> None:
     ],
 )
 def test_bad_arguments(build: Callable[[], Any]) -> None:
-    with pytest.raises(ValueError, match="must be|give exactly one"):
+    with pytest.raises(ValueError, match=r"must be|give exactly one"):
         build()
 
 
@@ -417,19 +438,23 @@ def test_the_norm_has_no_default(make: Any) -> None:
 
 
 @every_rule
-def test_a_state_that_does_not_fit_is_not_used(name: str) -> None:
-    """Of no firing yet, of another input size, of another shape."""
+@pytest.mark.parametrize("size", [1.0, 0.01])
+def test_a_state_that_does_not_fit_is_not_used(name: str, size: float) -> None:
+    """Of no firing yet, of another input size, shape or geometry; outside and inside."""
     rule = LAWS[name].make(1.0)
-    for before, now in [((6, 6), (4, 5)), ((4, 5), (6, 6))]:
-        w = weight((4, 3, 3, 3))
-        state = outcome(rule, w, Conv(before))[1]
-        fresh = outcome(rule, w, Conv(now))[0]
-        assert_near(outcome(rule, w, Conv(now), state)[0], fresh, Conv(now), rule, 1e-2)
-    w = weight((5, 4))
-    fresh = outcome(rule, w, Dense())[0]
-    other = outcome(rule, weight((6, 4)), Dense())[1]
-    for state in ({}, other):
-        assert_near(outcome(rule, w, Dense(), state)[0], fresh, Dense(), rule, 1e-6)
+    kernel, matrix = size * weight((4, 3, 3, 3)), size * weight((5, 4))
+    for w, before, now in [
+        (kernel, Conv((6, 7)), Conv((3, 4))),
+        (kernel, Conv((3, 4)), Conv((6, 7))),
+        (kernel, Dense(), Conv((3, 4))),
+        (kernel, Conv((3, 4)), Dense()),
+        (matrix, None, Dense()),
+        (matrix, Dense(batch_axes=(0,), out_axes=(1,)), Dense()),
+    ]:
+        other = w if before != Dense(batch_axes=(0,), out_axes=(1,)) else weight((2, 5, 4))
+        state = {} if before is None else outcome(rule, other, before)[1]
+        fresh = outcome(rule, w, now)[0]
+        assert_near(outcome(rule, w, now, state)[0], fresh, now, rule, 1e-2)
 
 
 @every_rule
@@ -463,16 +488,15 @@ def test_one_nan_matrix_leaves_the_others_of_a_stack_capped() -> None:
         assert np.linalg.norm(got[0], 2) <= 1.0 + 1e-9
 
 
-def with_values(values: Any, shape: tuple[int, int] = (6, 5)) -> tuple[np.ndarray, ...]:
-    """(w, u, v) with w = u·diag(values)·vᵀ."""
-    rng = np.random.default_rng(8)
-    u, _, vh = np.linalg.svd(rng.standard_normal(shape), full_matrices=False)
+def with_values(values: Any) -> tuple[np.ndarray, ...]:
+    """(w, u, v) with w = u·diag(values)·vᵀ of shape (5, 4)."""
+    u, _, vh = np.linalg.svd(weight((5, 4)), full_matrices=False)
     return (u * np.asarray(values)) @ vh, u, vh.T
 
 
 def test_normalize_if_above(backend: Backend) -> None:
     for top in (3.0, 1.0, 0.4):
-        w, _, _ = with_values([top, 0.3, 0.2, 0.1, 0.0])
+        w, _, _ = with_values([top, 0.3, 0.2, 0.0])
         given = backend.array(w, "float32")
         rule = NormalizeIfAbove(1.0, norm="operator")
         got, _, figures = backend.call(lambda x, r=rule: outcome(r, x, Dense()), given)
@@ -490,21 +514,23 @@ def test_normalize_if_above_for_every_size() -> None:
     np.testing.assert_allclose(got / w, (got / w).flat[0])
 
 
+def soft_capped(x: Any) -> Any:
+    """Of one name, so that it is compiled once."""
+    return outcome(SpectralSoftCap(1.0, norm="reshaped"), x, Dense())
+
+
 @pytest.mark.parametrize("top", [1.1, 1.6, 8.0, 50.0, 1e15])
 def test_soft_cap(backend: Backend, top: float) -> None:
-    values = np.array([top, 0.9 * top, 0.5, 0.1, 0.01])
+    values = np.array([top, 0.9 * top, 0.5, 0.01])
     w, u, v = with_values(values)
-    rule = SpectralSoftCap(1.0, norm="reshaped")
-    got, _, figures = backend.call(
-        lambda x: outcome(rule, x, Dense()), backend.array(w, "float32")
-    )
+    got, _, figures = backend.call(soft_capped, backend.array(w, "float32"))
     turned = u.T @ backend.numpy(got).astype(np.float64) @ v
     after = np.diag(turned)
     # Small values drown in the rounding of large ones before they are pressed.
     rounding = 1e-6 * min(top, 100.0)
     if top < 1e10:
         np.testing.assert_allclose(turned - np.diag(after), 0.0, atol=5 * rounding)
-        assert (np.diff(after) < 0.0).all()
+        assert (np.diff(after) <= 1e-6).all()
     assert np.linalg.norm(turned, 2) == pytest.approx(1.0, abs=1e-5)
     assert np.linalg.norm(turned, 2) <= 1.0 + 1e-6
     if top < 2.0:
@@ -513,7 +539,7 @@ def test_soft_cap(backend: Backend, top: float) -> None:
         assert values[2] - 0.05 < after[2] <= values[2] + rounding
     assert float(figures["norm_after"]) == pytest.approx(1.0, abs=1e-5)
     # Once inside, nothing moves.
-    inside = outcome(rule, backend.array(w / (1.01 * top)), Dense())[0]
+    inside = backend.call(soft_capped, backend.array(w / (1.01 * top), "float32"))[0]
     np.testing.assert_allclose(backend.numpy(inside), w / (1.01 * top), rtol=1e-6, atol=1e-7)
 
 
@@ -526,12 +552,10 @@ def test_soft_cap_refuses_an_operator() -> None:
 
 
 def test_hammer_moves_one_value(backend: Backend) -> None:
-    values = np.array([4.0, 2.5, 0.8, 0.3, 0.1])
+    values = np.array([4.0, 2.5, 0.8, 0.1])
     w, u, v = with_values(values)
     rule = SpectralHammer(1.5, norm="operator")
-    got, _, figures = backend.call(
-        lambda x: outcome(rule, x, Dense()), backend.array(w, "float32")
-    )
+    got, _, figures = backend.call(lambda x: outcome(rule, x, Dense()), backend.array(w, "float32"))
     turned = u.T @ backend.numpy(got).astype(np.float64) @ v
     np.testing.assert_allclose(turned, np.diag([1.5, *values[1:]]), atol=5e-6)
     assert float(figures["norm_before"]) == pytest.approx(4.0, rel=1e-5)
@@ -557,9 +581,7 @@ def test_hammer_on_an_operator(key: str) -> None:
     # Of all kernels for which that holds it is the nearest: it moved along the gradient.
     gradient = (w - got) / np.linalg.norm(w - got)
     h = 1e-5
-    ahead, behind = (
-        oracle.spectrum(w + t * h * gradient, geometry)[0] for t in (1.0, -1.0)
-    )
+    ahead, behind = (oracle.spectrum(w + t * h * gradient, geometry)[0] for t in (1.0, -1.0))
     slope = (ahead - behind) / (2 * h)
     assert np.linalg.norm(w - got) == pytest.approx((s[0] - 1.0) / slope, rel=1e-6)
 
@@ -591,6 +613,8 @@ SCREENED = ("dense", "stack", "blocks", "circular", "zeros")
 def test_inside_is_certified_once_and_then_estimated(
     monkeypatch: pytest.MonkeyPatch, eager: Backend, key: str
 ) -> None:
+    if eager.name == "jax" and key != "stack":
+        pytest.skip("compiles for seconds")
     shape, geometry = GEOMETRIES[key]
     screening = Screening(monkeypatch, geometry)
     host = weight(shape).astype(np.float32)
@@ -605,9 +629,7 @@ def test_inside_is_certified_once_and_then_estimated(
         for name, value in certified.items():
             assert estimated[name].shape == value.shape
             eager.same_kind(estimated[name], value)
-            np.testing.assert_allclose(
-                eager.numpy(estimated[name]), eager.numpy(value), rtol=2e-3
-            )
+            np.testing.assert_allclose(eager.numpy(estimated[name]), eager.numpy(value), rtol=2e-3)
     assert screening.certified == 1
     # It grows, and the power steps see it.
     outside = eager.array(host * np.float32(1.2 / norm))
@@ -643,9 +665,9 @@ def test_a_fooled_estimate_lasts_to_the_hundredth_firing(
     monkeypatch: pytest.MonkeyPatch, eager: Backend
 ) -> None:
     screening = Screening(monkeypatch, Dense())
-    screening.fire(eager.array(np.diag([0.6, 0.2])))
+    screening.fire(eager.array(np.diag([0.6, 0.2, 0.1, 0.0])))
     # Power steps from the first axis never leave it.
-    grown = eager.array(np.diag([0.5, 3.0]))
+    grown = eager.array(np.diag([0.5, 3.0, 0.1, 0.0]))
     for firing in range(2, 100):
         new, figures = screening.fire(grown)
         assert new is grown, firing
@@ -653,13 +675,13 @@ def test_a_fooled_estimate_lasts_to_the_hundredth_firing(
     assert float(figures["norm_after"]) == pytest.approx(0.5)
     new, figures = screening.fire(grown)
     assert screening.certified == 2
-    np.testing.assert_allclose(eager.numpy(new), np.diag([0.5, 1.0]), atol=1e-6)
+    np.testing.assert_allclose(eager.numpy(new), np.diag([0.5, 1.0, 0.1, 0.0]), atol=1e-6)
     assert float(figures["norm_before"]) == pytest.approx(3.0)
 
 
 def test_the_count_starts_again_after_a_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
     screening = Screening(monkeypatch, Dense())
-    calm, seen = np.diag([0.6, 0.2]), []
+    calm, seen = np.diag([0.6, 0.2, 0.1, 0.0]), []
     for firing in range(1, 301):
         before = screening.certified
         screening.fire(calm)
@@ -672,11 +694,11 @@ def test_the_count_starts_again_after_a_certificate(monkeypatch: pytest.MonkeyPa
 
 def test_enforce_certifies_at_once(monkeypatch: pytest.MonkeyPatch, eager: Backend) -> None:
     screening = Screening(monkeypatch, Dense())
-    screening.fire(eager.array(np.diag([0.6, 0.2])))
-    grown = eager.array(np.diag([0.5, 3.0]))
+    screening.fire(eager.array(np.diag([0.6, 0.2, 0.1, 0.0])))
+    grown = eager.array(np.diag([0.5, 3.0, 0.1, 0.0]))
     assert screening.fire(grown)[0] is grown
     new, _ = screening.fire(grown, enforce=True)
-    np.testing.assert_allclose(eager.numpy(new), np.diag([0.5, 1.0]), atol=1e-6)
+    np.testing.assert_allclose(eager.numpy(new), np.diag([0.5, 1.0, 0.1, 0.0]), atol=1e-6)
     assert screening.certified == 2
 
 
@@ -685,25 +707,22 @@ def test_without_screening_every_firing_certifies(
 ) -> None:
     screening = Screening(monkeypatch, Dense(), screen=False)
     for count in range(1, 4):
-        screening.fire(eager.array(np.diag([0.6, 0.2])))
+        screening.fire(eager.array(np.diag([0.6, 0.2, 0.1, 0.0])))
         assert screening.certified == count
-    new, _ = screening.fire(eager.array(np.diag([0.5, 3.0])))
-    np.testing.assert_allclose(eager.numpy(new), np.diag([0.5, 1.0]), atol=1e-6)
+    new, _ = screening.fire(eager.array(np.diag([0.5, 3.0, 0.1, 0.0])))
+    np.testing.assert_allclose(eager.numpy(new), np.diag([0.5, 1.0, 0.1, 0.0]), atol=1e-6)
 
 
 def test_a_bound_that_sinks_below_the_estimate_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     screening = Screening(monkeypatch, Dense())
     screening.rule = ClipSpectralNorm(lambda step, *_: 1.0 / step)
-    w, state = np.diag([0.6, 0.2]), {}
+    w, state = np.diag([0.6, 0.2, 0.1, 0.0]), {}
     for step in (1, 2):
         w, state, _ = screening.rule.update(w, Dense(), state, step=step)
     assert np.linalg.norm(w, 2) <= 0.5 + 1e-12
 
 
-STATEFUL = [name for name in LAWS if not name.startswith("monitor")]
-
-
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("name", ["clip", *FOLLOWED])
 def test_jit_takes_a_state_of_an_eager_firing(name: str) -> None:
     jax = pytest.importorskip("jax")
     rule = LAWS[name].make(6.0)  # inside, so that the clip has vectors

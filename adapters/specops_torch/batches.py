@@ -1,0 +1,71 @@
+"""Weights of one shape under one rule, advanced as one stack: fewer, larger operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from specops.geometry import Dense
+from specops.tracking import TrackedBlocks, track
+from specops_torch.constrained import Constrained
+
+_LARGEST = 2**16
+"""Entries of a weight on the CPU up to which copying it costs less than calls for it alone."""
+
+
+def grouped(due: Sequence[Constrained]) -> list[list[Constrained]]:
+    """The weights that can be stacked, together; every other one for itself."""
+    groups: dict[Any, list[Constrained]] = {}
+    for c in due:
+        groups.setdefault(_key(c), []).append(c)
+    return list(groups.values())
+
+
+def view_of(c: Constrained) -> Dense | None:
+    """The one matrix that the rule follows, if it is one."""
+    norm = getattr(c.rule, "norm", None)
+    follow = None if norm is None else track(c.geometry, norm)
+    if not isinstance(follow, TrackedBlocks):
+        return None
+    view = follow.geometry
+    return None if view.batch_axes or view.splits else view
+
+
+def _key(c: Constrained) -> Any:
+    parameter, rule = c.location.parameter, c.rule
+    alone = id(c)
+    small = parameter.device.type != "cpu" or parameter.numel() <= _LARGEST
+    scheduled = any(callable(getattr(rule, key, None)) for key in ("scale", "strength", "ratio"))
+    state = c.state if c.normalizer is None else c.normalizer.state
+    if not small or scheduled or state is None or not hasattr(rule, "iterations"):
+        return alone
+    view = view_of(c)
+    if view is None or set(state) != {"u0", "v0", "sigma0"}:
+        return alone
+    return rule, view, parameter.shape, parameter.dtype, parameter.device
+
+
+def update_stack(
+    group: Sequence[Constrained], states: Sequence[dict[str, torch.Tensor]], step: int
+) -> list[tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, Any]]]:
+    """What the rule's `update` gives for each weight, by one call for their stack."""
+    view = view_of(group[0])
+    assert view is not None
+    weights = [c.location.parameter.detach() for c in group]
+    axes = tuple(axis + 1 if axis >= 0 else axis for axis in view.out_axes)
+    stacked = {key: torch.stack([s[key] for s in states]) for key in ("u0", "v0", "sigma0")}
+    terms, state, figures = group[0].rule.update(
+        torch.stack(weights), Dense(axes, batch_axes=(0,)), stacked, step=step, name=group[0].name
+    )
+    parts = {key: value.unbind() for key, value in state.items()}
+    norms = figures["norm"].unbind()
+    result = []
+    for i, (term, weight) in enumerate(zip(terms.unbind(), weights, strict=True)):
+        own = {"norm": norms[i]}
+        if "penalty" in figures:
+            own["penalty"] = 0.5 * group[0].rule.strength * norms[i] ** 2
+        kept = {key: value[i] for key, value in parts.items()}
+        result.append((weight if group[0].stage == "forward" else term, kept, own))
+    return result

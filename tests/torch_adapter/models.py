@@ -1,0 +1,131 @@
+"""Small models, their training, and what a forward rule should make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+from torch.func import functional_call  # noqa: E402
+
+from specops import SpectralNormalization, StableRankNormalization, TrainableScale  # noqa: E402
+
+Map = Callable[[str, Any], Any]
+
+FORWARD = {
+    "reshaped": SpectralNormalization(norm="reshaped"),
+    "operator": SpectralNormalization(norm="operator", scale=1.3),
+    "bidirectional": SpectralNormalization(norm="bidirectional", scale=2.0),
+    "rank": StableRankNormalization(0.4, norm="reshaped"),
+    "rank of operator": StableRankNormalization(0.4, norm="operator"),
+    "trained": SpectralNormalization(norm="reshaped", scale=TrainableScale(1.5)),
+}
+every_rule = pytest.mark.parametrize("rule", FORWARD.values(), ids=FORWARD)
+
+
+def network(width: int = 4) -> nn.Sequential:
+    """Smooth, so that its gradients can be differentiated again."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, width, 3, padding=1),
+        nn.Tanh(),
+        nn.ConvTranspose2d(width, 3, 2, stride=2),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(3 * 64, 2),
+    )
+
+
+def batch(size: int = 4, seed: int = 1) -> Any:
+    """Inputs of `network`."""
+    return torch.randn(size, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def backward(model: nn.Module, x: Any) -> Any:
+    """The loss, after its gradients were added to those of the parameters."""
+    loss = model(x).square().mean()
+    loss.backward()
+    return loss.detach()
+
+
+def train(model: nn.Module, optimizer: Any, steps: int = 1, first: int = 0) -> list[float]:
+    """Losses of some steps; the data depend on the number of the step."""
+    dtype = next(model.parameters()).dtype
+    losses = []
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        losses.append(float(backward(model, batch(seed=step).to(dtype))))
+        optimizer.step()
+    return losses
+
+
+def gradients(model: nn.Module) -> dict[str, Any]:
+    """Of every parameter that has one, as a copy."""
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def state_of(attachment: Any, name: str) -> dict[str, Any]:
+    """A copy of the rule's state for one weight."""
+    return dict(attachment.state_dict()["weights"][name]["state"])
+
+
+def in_use(model: nn.Module, name: str, *inputs: Any) -> Any:
+    """The weight that a layer of the model uses in a forward pass."""
+    path, _, attribute = name.rpartition(".")
+    seen = []
+    layer = model.get_submodule(path)
+    hook = layer.register_forward_pre_hook(lambda m, _: seen.append(getattr(m, attribute)))
+    try:
+        model(*inputs)
+    finally:
+        hook.remove()
+    return seen[-1].detach().clone()
+
+
+def settle(attachment: Any, rounds: int = 400) -> None:
+    """Let the vectors converge at the weights as they are."""
+    for _ in range(rounds):
+        attachment.step()
+
+
+def top(matrix: Any) -> Any:
+    """The largest singular value, differentiable where it is simple."""
+    return torch.linalg.svdvals(matrix)[0]
+
+
+def operator(layer: Any, size: tuple[int, ...], weight: Any) -> Any:
+    """A convolution without its bias as a matrix, differentiable in its weight."""
+    channels = layer.in_channels
+    basis = torch.eye(channels * size[0] * size[1], dtype=weight.dtype)
+    given = {"weight": weight}
+    if layer.bias is not None:
+        given["bias"] = torch.zeros_like(layer.bias)
+    return functional_call(layer, given, (basis.reshape(-1, channels, *size),)).flatten(1).T
+
+
+def divided(blocks: Mapping[str, int]) -> Map:
+    """Every matrix over its norm, those named block by block along the first axis."""
+
+    def normalised(name: str, w: Any) -> Any:
+        if w.ndim < 2:
+            return w
+        count = next((n for part, n in blocks.items() if part in name), 1)
+        return torch.cat([b / top(b.flatten(1)) for b in w.chunk(count)])
+
+    return normalised
+
+
+def replaced(model: nn.Module, normalised: Map, *inputs: Any, **kwargs: Any) -> Any:
+    """The output of a model that uses other weights, differentiable in its parameters."""
+    used = {n: normalised(n, p) for n, p in model.named_parameters()}
+    return functional_call(model, used, inputs, kwargs)
+
+
+def assert_relative(actual: Any, expected: Any, tolerance: float) -> None:
+    """‖actual − expected‖ ≤ tolerance · ‖expected‖."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    error = float(torch.linalg.vector_norm(actual - expected))
+    assert error <= tolerance * float(torch.linalg.vector_norm(expected)), error

@@ -1,0 +1,483 @@
+"""Forward rules: what a layer computes with, and how little else changes."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+
+import specops
+from specops import (
+    ClipSpectralNorm,
+    Dense,
+    Plan,
+    SpectralNormalization,
+    StableRankNormalization,
+    errors,
+)
+from tests.torch_adapter.models import (
+    FORWARD,
+    assert_relative,
+    backward,
+    batch,
+    divided,
+    every_rule,
+    gradients,
+    in_use,
+    network,
+    operator,
+    replaced,
+    settle,
+    state_of,
+    top,
+    train,
+)
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+from torch.func import functional_call  # noqa: E402
+from torch.nn.utils import parametrizations, vector_to_parameters  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
+SN = SpectralNormalization(norm="reshaped")
+
+
+# What it computes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [
+        (nn.Linear(7, 5), (7,)),
+        (nn.Conv1d(3, 4, 3), (3, 6)),
+        (nn.Conv2d(4, 6, 3, padding=1, groups=2), (4, 5, 5)),
+        (nn.ConvTranspose2d(3, 4, 3, stride=2), (3, 4, 4)),
+    ],
+    ids=lambda v: type(v).__name__,
+)
+def test_reshaped_norm_is_that_of_torchs_parametrization(
+    layer: Any, size: tuple[int, ...], dtype: Any
+) -> None:
+    torch.manual_seed(3)
+    for p in layer.parameters():
+        nn.init.normal_(p)
+    ours, theirs = (copy.deepcopy(layer).to(dtype) for _ in range(2))
+    parametrizations.spectral_norm(theirs, n_power_iterations=400)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (ours, theirs)]
+    rule = SpectralNormalization(norm="reshaped", iterations=400)
+    attachment = specops.attach(optimizers[0], ours, Plan([("weight", rule)]))
+    settle(attachment, 1)
+    x = torch.randn(6, *size, dtype=dtype)
+    for _ in range(3):
+        outputs = [m(x) for m in (ours, theirs)]
+        for optimizer, y in zip(optimizers, outputs, strict=True):
+            optimizer.zero_grad()
+            y.square().mean().backward()
+        raw = theirs.parametrizations.weight.original
+        assert_relative(*outputs, 1e-5)
+        assert_relative(ours.weight, raw, 1e-5)
+        assert_relative(ours.weight.grad, raw.grad, 1e-5)
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+@pytest.mark.parametrize("norm", ["reshaped", "operator", "bidirectional"])
+@pytest.mark.parametrize("scale", [1.0, 0.7])
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv2d(2, 3, 3, padding=1), nn.ConvTranspose2d(2, 4, 3, stride=2, groups=2)],
+    ids=lambda v: type(v).__name__,
+)
+def test_norms_are_their_definitions(layer: Any, norm: Any, scale: float) -> None:
+    torch.manual_seed(1)
+    layer = copy.deepcopy(layer).double()
+    x = torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    w = layer.weight.detach().clone().requires_grad_()
+    first, second = top(w.flatten(1)), top(w.transpose(0, 1).flatten(1))
+    sigma = {
+        "reshaped": second if isinstance(layer, nn.ConvTranspose2d) else first,
+        "operator": top(operator(layer, (4, 4), w)),
+        "bidirectional": (first + second) / 2,
+    }[norm]
+    expected = functional_call(layer, {"weight": scale * w / sigma}, (x,))
+    expected.square().mean().backward()
+    rule = SpectralNormalization(norm=norm, scale=scale)
+    attachment = specops.attach(None, layer, Plan([("weight", rule)]))
+    layer(x)
+    settle(attachment)
+    y = layer(x)
+    y.square().mean().backward()
+    assert_relative(y, expected, 1e-6)
+    assert_relative(layer.weight.grad, w.grad, 1e-6)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.4, 1.0])
+def test_stable_rank_normalization_is_its_algorithm(ratio: float) -> None:
+    model = network().double()
+    attachment = specops.attach(None, model, StableRankNormalization(ratio, norm="reshaped"))
+    settle(attachment)
+    w = model[5].weight.detach().clone().requires_grad_()
+    u, _, vh = torch.linalg.svd(w.detach(), full_matrices=False)
+    lead = torch.outer(u[:, 0], vh[0])
+    rest = w / (w * lead).sum() - lead
+    room = (max(1.0, ratio * 2) - 1.0) ** 0.5
+    used = lead + rest * min(1.0, room / torch.linalg.matrix_norm(rest))
+    x = torch.randn(4, 192, dtype=torch.float64)
+    (x @ used.T).square().sum().backward()
+    model[5].bias.detach().zero_()
+    model[5](x).square().sum().backward()
+    assert_relative(in_use(model, "5.weight", batch().double()), used.detach(), 1e-6)
+    assert_relative(model[5].weight.grad, w.grad, 1e-6)
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.2])
+def test_stable_rank_of_the_operator_in_use(ratio: float) -> None:
+    model, plain, x = network().double(), network().double()[0], batch().double()
+    rule = StableRankNormalization(ratio, norm="operator")
+    attachment = specops.attach(None, model, Plan([("0.weight", rule)]))
+    model(x)
+    settle(attachment)
+    w = model[0].weight.detach().clone().requires_grad_()
+    raw = torch.linalg.svdvals(operator(plain, (4, 4), w))
+    (axis,) = torch.autograd.grad(raw[0], w)
+    # How often each tap meets the grid; the least squared norm with ⟨K, axis⟩ = 1.
+    often = torch.tensor([[9.0, 12.0, 9.0], [12.0, 16.0, 12.0], [9.0, 12.0, 9.0]])
+    least = float(1 / (axis.square() / often).sum())
+    rank = max(ratio * 32, least)
+    assert float(raw.detach().square().sum() / raw[0].detach() ** 2) > 1.5 * rank
+    used = in_use(model, "0.weight", x)
+    assert float((used * axis).sum()) == pytest.approx(1.0, rel=1e-6)
+    values = torch.linalg.svdvals(operator(plain, (4, 4), used))
+    assert float(values.square().sum()) == pytest.approx(rank, rel=1e-5)
+
+
+@pytest.mark.parametrize("rule", FORWARD.values(), ids=FORWARD)
+def test_gradient_penalties_have_the_gradients_of_finite_differences(rule: Any) -> None:
+    model, x = network(3).double(), batch(3).double().requires_grad_()
+    attachment = specops.attach(None, model, rule)
+    variables = [*model.parameters(), *attachment.scales.values()]
+
+    def penalty() -> Any:
+        y = model(x)
+        (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return (slope.flatten(1).norm(dim=1) - 1).square().mean() + y.square().mean()
+
+    penalty().backward()
+    direction = [torch.randn_like(p) for p in variables]
+    assert all(p.grad is not None for p in variables)
+    slope = sum((p.grad * d).sum() for p, d in zip(variables, direction, strict=True))
+
+    def moved(by: float) -> float:
+        with torch.no_grad():
+            for p, d in zip(variables, direction, strict=True):
+                p.add_(by * d)
+        return float(penalty().detach())
+
+    step = 1e-6
+    after, before = moved(step), moved(-2 * step)
+    assert float(slope) == pytest.approx((after - before) / (2 * step), rel=1e-6)
+
+
+# Nothing else changes
+
+
+@every_rule
+def test_forward_passes_change_nothing(rule: Any) -> None:
+    model, x = network(), batch()
+    attachment = specops.attach(None, model, rule)
+    model(x)
+    names = ("0.weight", "2.weight", "5.weight")
+    before = [state_of(attachment, n) for n in names]
+    versions = [p._version for p in model.parameters()]
+    outputs = [model(x), model(x), model.eval()(x), model.train()(x)]
+    with torch.no_grad():
+        outputs.append(model(x))
+    assert all(torch.equal(y, outputs[0]) for y in outputs)
+    for name, state in zip(names, before, strict=True):
+        assert all(torch.equal(v, state_of(attachment, name)[k]) for k, v in state.items())
+    assert versions == [p._version for p in model.parameters()]
+    assert not list(model.buffers())
+
+
+@every_rule
+@pytest.mark.parametrize("every", [1, 2])
+def test_vectors_advance_once_per_firing(rule: Any, every: int) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attachment = specops.attach(optimizer, model, rule, every=every)
+    model(batch())
+    geometries = {n: attachment._constrained[i].geometry for i, n in enumerate(("0", "2", "5"))}
+    for step in range(1, 4):
+        before = {n: state_of(attachment, f"{n}.weight") for n in geometries}
+        model(batch())
+        train(model, optimizer)
+        for name, geometry in geometries.items():
+            expected = before[name]
+            if step % every == 0:
+                w = model[int(name)].weight.detach()
+                expected = rule.update(w, geometry, expected, step=step)[1]
+            now = state_of(attachment, f"{name}.weight")
+            assert all(torch.allclose(now[k], v, rtol=1e-5, atol=1e-6) for k, v in expected.items())
+
+
+def test_a_discriminator_called_twice_has_the_gradient_of_one_function() -> None:
+    model, real, fake = network(), batch(seed=1), batch(seed=2)
+    expected = copy.deepcopy(model)
+    attachment = specops.attach(None, model, SN)
+    settle(attachment)
+
+    def normalised(name: str, w: Any) -> Any:
+        if w.ndim < 2:
+            return w
+        a = w.transpose(0, 1).flatten(1) if name.startswith("2.") else w.flatten(1)
+        return w / top(a)
+
+    (model(real).mean() - model(fake).mean()).backward()
+    loss = replaced(expected, normalised, real).mean() - replaced(expected, normalised, fake).mean()
+    loss.backward()
+    for name, g in gradients(model).items():
+        assert_relative(g, expected.get_parameter(name).grad, 1e-4)
+
+
+@every_rule
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+def test_checkpointing_gives_the_same_gradients(rule: Any, reentrant: bool) -> None:
+    model, x = network(), batch().requires_grad_()
+    specops.attach(None, model, rule)
+    backward(model, x)
+    expected = gradients(model)
+    model.zero_grad()
+    checkpoint(model, x, use_reentrant=reentrant).square().mean().backward()
+    assert expected.keys() == gradients(model).keys()
+    assert all(torch.equal(g, expected[n]) for n, g in gradients(model).items())
+
+
+@every_rule
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_evaluation_may_come_first(rule: Any, context: Any) -> None:
+    model, other, x = network(), network(), batch()
+    for m in (model, other):
+        optimizer = torch.optim.SGD(m.parameters(), lr=0.1)
+        specops.attach(optimizer, m, rule)
+        if m is model:
+            with context():
+                m.eval()(x)
+        train(m.train(), optimizer, 2)
+    assert torch.allclose(model(x), other(x), atol=1e-6)
+
+
+# Precisions, layouts, transformations
+
+
+@every_rule
+def test_functional_calls_and_vmap(rule: Any) -> None:
+    model, x = network(), batch()
+    specops.attach(None, model, rule)
+    backward(model, x)
+    parameters = dict(model.named_parameters())
+
+    def loss(given: dict[str, Any]) -> Any:
+        return functional_call(model, given, (x,)).square().mean()
+
+    for name, g in torch.func.grad(loss)(parameters).items():
+        torch.testing.assert_close(g, parameters[name].grad)
+    stacked = {n: torch.stack([p, 2 * p + 0.1]).detach() for n, p in parameters.items()}
+    each = [loss({n: p[i] for n, p in stacked.items()}) for i in range(2)]
+    torch.testing.assert_close(torch.vmap(loss)(stacked), torch.stack(each))
+
+
+@every_rule
+def test_channels_last(rule: Any) -> None:
+    plain, model = network(), network().to(memory_format=torch.channels_last)
+    for m in (plain, model):
+        specops.attach(None, m, rule)
+        backward(m, batch().to(memory_format=torch.channels_last))
+    for name, g in gradients(plain).items():
+        torch.testing.assert_close(model.get_parameter(name).grad, g)
+    y = model[0](batch().to(memory_format=torch.channels_last))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@every_rule
+def test_autocast_leaves_weights_and_gradients_in_single_precision(rule: Any) -> None:
+    model, plain, x = network(), network(), batch()
+    for m in (model, plain):
+        specops.attach(None, m, rule)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        used = in_use(model, "5.weight", x)
+        y = model(x)
+        y.float().square().mean().backward()
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(used, in_use(plain, "5.weight", x))
+    backward(plain, x)
+    for name, g in gradients(model).items():
+        assert g.dtype == torch.float32
+        assert_relative(g, plain.get_parameter(name).grad, 0.1)
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_other_precisions(rule: Any, dtype: Any) -> None:
+    plain, model, x = network(), network().to(dtype), batch()
+    specops.attach(None, plain, rule)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    specops.attach(optimizer, model, rule)
+    y = model(x.to(dtype))
+    assert y.dtype == dtype
+    assert_relative(y, plain(x), 2e-2 if dtype == torch.bfloat16 else 1e-3)
+    train(model, optimizer, 3)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+def test_double_precision_converges_to_it() -> None:
+    model, x = network().double(), batch().double()
+    rule = SpectralNormalization(norm="reshaped", scale=lambda *_: 0.1)
+    settle(specops.attach(None, model, rule))
+    norm = top(in_use(model, "0.weight", x).flatten(1))
+    assert float(norm) == pytest.approx(0.1, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["reshaped", "operator", "rank"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_models_may_be_cast_after_attaching(name: str, dtype: Any) -> None:
+    model, x = network(), batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    attachment = specops.attach(optimizer, model, FORWARD[name])
+    y = model(x)
+    model.to(dtype)
+    assert_relative(model(x.to(dtype)), y, 2e-2)
+    train(model, optimizer, 2)
+    attachment.load_state_dict(attachment.state_dict())
+    train(model, optimizer, 2)
+
+
+# Kinds of layers
+
+Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+
+
+def attention(**sizes: int) -> Built:
+    layer = nn.MultiheadAttention(8, 2, batch_first=True, **sizes)
+    keys = [torch.randn(2, 5, sizes.get(k, 8)) for k in ("kdim", "vdim")]
+    return layer, (torch.randn(2, 3, 8), *keys), {"need_weights": False}
+
+
+def encoder() -> Built:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    ignored = torch.arange(5) >= torch.tensor([[5], [3]])
+    return nn.TransformerEncoder(layer, 2), (torch.randn(2, 5, 8),), {"mask": None} | {
+        "src_key_padding_mask": ignored
+    }
+
+
+def recurrent(kind: Any, cell: bool = False, **options: Any) -> Built:
+    x = torch.randn(3, 4) if cell else torch.randn(5, 3, 4)
+    return kind(4, 6, **options), (x,), {}
+
+
+def tied() -> Built:
+    """An embedding and a head of one tensor, a layer used twice, a foreign holder's `kernel`."""
+    model = nn.Module()
+    model.embed, model.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+    model.head.weight = model.embed.weight
+    model.twice = nn.Linear(4, 4)
+    model.foreign = nn.Module()
+    model.foreign.kernel = model.twice.weight
+    foreign = model.foreign
+    model.foreign.forward = lambda x: x @ foreign.kernel
+    model.forward = lambda i: model.head(
+        model.foreign(model.twice(model.twice(model.embed(i)).tanh()).tanh())
+    )
+    return model, (torch.arange(6).reshape(2, 3),), {}
+
+
+KINDS = {
+    "attention": (attention, {"in_proj": 3}),
+    "attention of other sizes": (lambda: attention(kdim=6, vdim=5), {}),
+    "encoder": (encoder, {"in_proj": 3}),
+    "LSTM": (lambda: recurrent(nn.LSTM, num_layers=2, bidirectional=True), {"weight": 4}),
+    "LSTM with projection": (
+        lambda: recurrent(nn.LSTM, proj_size=2),
+        {"weight_hr": 1, "weight": 4},
+    ),
+    "GRU": (lambda: recurrent(nn.GRU), {"weight": 3}),
+    "RNN": (lambda: recurrent(nn.RNN), {}),
+    "LSTM cell": (lambda: recurrent(nn.LSTMCell, True), {"weight": 4}),
+    "tied": (tied, {}),
+}
+
+
+def parts(output: Any) -> list[Any]:
+    """The tensors of an output."""
+    if torch.is_tensor(output):
+        return [output]
+    return [t for o in output if o is not None for t in parts(o)]
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections", "ignore:The PyTorch API of nested")
+@pytest.mark.parametrize(("build", "blocks"), KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_every_use_of_a_weight_is_normalised(build: Any, blocks: Any, training: bool) -> None:
+    """Where evaluation takes another path, as it does in attention, there too."""
+    torch.manual_seed(2)
+    model, inputs, options = build()
+    model.train(training)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)
+    with torch.set_grad_enabled(training):
+        wanted = replaced(model, divided(blocks), *inputs, **options)
+    if training:
+        sum(t.square().sum() for t in parts(wanted)).backward()
+    expected = gradients(model)
+    model.zero_grad()
+    attachment = specops.attach(None, model, Plan([("*bias*", None), ("*weight*", SN)]))
+    with torch.set_grad_enabled(training):
+        output = model(*inputs, **options)
+    for a, b in zip(parts(output), parts(wanted), strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-4, atol=1e-5)
+    if training:
+        sum(t.square().sum() for t in parts(output)).backward()
+        assert gradients(model).keys() == expected.keys()
+        for name, g in gradients(model).items():
+            torch.testing.assert_close(g, expected[name], rtol=1e-3, atol=1e-5)
+    attachment.detach(fold=True)
+    with torch.no_grad():
+        for a, b in zip(parts(model(*inputs, **options)), parts(wanted), strict=True):
+            torch.testing.assert_close(a, b.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_shared_module_is_normalised_in_both_places() -> None:
+    layer, x = nn.Linear(4, 4, bias=False), torch.randn(3, 4)
+    model = nn.Sequential(layer, nn.Tanh(), nn.Sequential(layer))
+    w = layer.weight.detach().clone().requires_grad_()
+    expected = (x @ (w / top(w)).T).tanh() @ (w / top(w)).T
+    expected.square().sum().backward()
+    specops.attach(None, model, SN)
+    y = model(x)
+    y.square().sum().backward()
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(layer.weight.grad, w.grad)
+
+
+def test_one_module_may_hold_a_weight_under_two_names() -> None:
+    model, x = nn.Module(), torch.randn(3, 4)
+    model.first = model.second = nn.Parameter(2 * torch.eye(4))
+    model.forward = lambda x: x @ model.first @ model.second
+    specops.attach(None, model, SN, geometries={"first": Dense()})
+    torch.testing.assert_close(model(x), x)
+
+
+def test_attention_layers_may_share_their_output_projection() -> None:
+    torch.manual_seed(0)
+    layers = [nn.MultiheadAttention(4, 2) for _ in range(2)]
+    layers[1].out_proj = layers[0].out_proj
+    attachment = specops.attach(None, nn.ModuleList(layers), SN)
+    q = torch.randn(3, 1, 4)
+    before = [layer(q, q, q)[0] for layer in layers]
+    attachment.detach(fold=True)
+    for layer, y in zip(layers, before, strict=True):
+        torch.testing.assert_close(layer(q, q, q)[0], y)
