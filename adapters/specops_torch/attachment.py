@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -10,20 +9,19 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from specops.errors import AdapterError, GeometryError, HookLostWarning, SpecopsError
+from specops.errors import AdapterError, GeometryError, SpecopsError
 from specops.geometry import Geometry
 from specops.history import History
 from specops.plan import Assignment, Plan, override_geometries
 from specops.report import Report, plan_rows
 from specops_torch.constrained import Constrained
 from specops_torch.firing import Firing, Record, check_ran
+from specops_torch.liveness import Liveness
 from specops_torch.parameters import locate
 from specops_torch.penalised import with_penalty
 from specops_torch.scales import Scales
 
 NonFinitePolicy = Literal["raise", "skip", "warn"]
-_UNSEEN = 3
-"""Changes of a weight, apart from steps that were seen, from which a hook must be lost."""
 
 
 class Attachment:
@@ -82,7 +80,8 @@ class Attachment:
                 optimizer.register_step_pre_hook(self._before_step),
                 optimizer.register_step_post_hook(self._after_step),
             ]
-        self._versions = self._seen()
+        self._liveness = Liveness()
+        self._liveness.seen(self._constrained)
 
     def _assign(self) -> None:
         """Decide about every parameter; those constrained before keep their state and sizes."""
@@ -196,7 +195,7 @@ class Attachment:
             self._assign()
         due = [c for c in self._constrained if self._fires(c, self.steps)]
         self._act(due, self.steps, self._constrained)
-        self._versions = self._seen()
+        self._liveness.seen(self._constrained)
 
     @torch.no_grad()
     def enforce(self) -> None:
@@ -204,7 +203,7 @@ class Attachment:
         self._check_alive()
         due = [c for c in self._constrained if c.stage == "weights"]
         self._record(self._firing.weights(due, self.steps, certain=True))
-        self._versions = self._seen()
+        self._liveness.seen(self._constrained)
 
     def report(self, *, measure: bool = True) -> Report:
         """Every parameter of the model: constrained by what, or left alone and why.
@@ -259,7 +258,7 @@ class Attachment:
             c.load_state_dict(state["weights"][c.name])
             c.schedule(self.steps + 1)
         self._scales.load_state_dict(state.get("scales", {}))
-        self._versions = self._seen()
+        self._liveness.seen(self._constrained)
 
     @torch.no_grad()
     def detach(self, *, fold: bool = False) -> None:
@@ -337,28 +336,9 @@ class Attachment:
             if assignment.weight.name == c.name:
                 self._assignments[index] = replace(assignment, rule=None, reason=str(error))
 
-    def _seen(self) -> list[tuple[int, int]]:
-        """Which tensors are constrained, and how often each was written to."""
-        parameters = (
-            c.location.module._parameters.get(c.location.attribute) for c in self._constrained
-        )
-        return [(id(p), p._version) for p in parameters if p is not None]
-
     def _check_alive(self) -> None:
-        """Warn if the weights move but no step is seen: the hook is on another optimizer."""
-        if self._optimizer is None or not self._hooks:
-            return
-        now = self._seen()
-        unseen = [b[1] - a[1] for a, b in zip(self._versions, now, strict=False) if a[0] == b[0]]
-        lost = unseen and min(unseen) >= _UNSEEN
-        if lost:
-            warnings.warn(
-                f"the weights changed {min(unseen)} times since step {self.steps}, the last that "
-                f"this attachment saw: optimizers lose their hooks when they are pickled or "
-                f"copied. Attach to the optimizer that steps, and load this one's state_dict()",
-                HookLostWarning,
-                stacklevel=3,
-            )
+        if self._optimizer is not None and self._hooks:
+            self._liveness.check(self._constrained, self.steps)
 
 
 def attach(

@@ -26,7 +26,7 @@ from tests.core.test_rule_laws import outcome
 from tests.strategies import Case, convolutions, denses
 
 CONVS: list[tuple[tuple[int, ...], Conv]] = [
-    ((4, 3, 3, 3), Conv((4, 5))),
+    ((3, 2, 3, 3), Conv((4, 5))),
     ((4, 2, 3, 3), Conv((6, 4), stride=2, groups=2, boundary="circular")),
     ((3, 3, 2), Conv((9,), dilation=2, layout="*IO")),
     ((3, 2, 3), Conv((6,), dilation=2, boundary="circular")),
@@ -91,7 +91,7 @@ def test_reaches_the_norm_and_its_gradient(shape: tuple[int, ...], conv: Conv, n
     state = follow.start(w, "w")
     true = true_norms(w, conv, norm)
     np.testing.assert_allclose(measured(follow, state), true, rtol=1e-3)
-    state = follow.advance(w, state, 500)
+    state = follow.advance(w, state, 400)
     np.testing.assert_allclose(measured(follow, state), true, rtol=1e-9)
     np.testing.assert_allclose(follow.norms(w, state)[0], true[0], rtol=1e-9)
     if norm == "operator":
@@ -180,8 +180,10 @@ def test_screens_of_every_size(stride: int, dilation: int) -> None:
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_alike_on_all_backends(backend: Backend, norm: Any) -> None:
-    few = "jax" in backend.name
-    for shape, geometry in [CONVS[1], DENSE[1]] if few else [*CONVS[:5], *DENSE]:
+    given: list[tuple[tuple[int, ...], Geometry]] = [*CONVS[:5], *DENSE]
+    if "jax" in backend.name:
+        given = [CONVS[4] if norm == "operator" or backend.traced else DENSE[1]]
+    for shape, geometry in given:
         host = weight(shape).astype(np.float32)
         follow = track(geometry, norm)
         w = backend.array(host)
@@ -196,9 +198,10 @@ def test_alike_on_all_backends(backend: Backend, norm: Any) -> None:
         for key, value in state.items():
             backend.same_kind(value, w)
             assert value.shape == expected[key].shape
-        for got, want in zip(follow.norms(w, state), follow.norms(wide, expected), strict=True):
-            np.testing.assert_allclose(backend.numpy(got), want, rtol=1e-4)
-        for got, want in zip(follow.measured(state), follow.measured(expected), strict=True):
+        for got, want in [
+            *zip(follow.norms(w, state), follow.norms(wide, expected), strict=True),
+            *zip(follow.measured(state), follow.measured(expected), strict=True),
+        ]:
             np.testing.assert_allclose(backend.numpy(got), want, rtol=1e-4)
 
 
@@ -222,29 +225,36 @@ def test_start_on_any_scale(norm: Any, scale: float) -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_names_choose_the_vectors_of_what_is_zero(eager: Backend, norm: Any) -> None:
-    for shape, geometry in [CONVS[4], DENSE[1]]:
+def test_from_zero_to_a_norm(eager: Backend, norm: Any) -> None:
+    for shape, geometry in DENSE[1:2] if eager.name == "jax" else [CONVS[4], DENSE[1]]:
         follow, w = track(geometry, norm), eager.array(np.zeros(shape))
-        one, same, other = (follow.start(w, name) for name in ("one", "one", "other"))
-        keys = [key for key in one if key[0] == "v"]
-        assert keys
-        for key in keys:
-            lengths = np.linalg.norm(eager.numpy(one[key]), axis=-1)
-            np.testing.assert_allclose(lengths, 1.0, rtol=1e-6)
-            np.testing.assert_array_equal(eager.numpy(one[key]), eager.numpy(same[key]))
-            assert np.abs(eager.numpy(one[key]) - eager.numpy(other[key])).max() > 0.1
+        one, same = (follow.start(w, name) for name in ("one", "one"))
+        for key, value in one.items():
+            np.testing.assert_array_equal(eager.numpy(value), eager.numpy(same[key]))
+            if key[0] in "uv":
+                lengths = np.linalg.norm(eager.numpy(value), axis=-1)
+                np.testing.assert_allclose(lengths, 1.0, rtol=1e-6)
         assert all((eager.numpy(x) == 0.0).all() for x in follow.measured(one))
-        if eager.name == "jax":
-            continue
         # They lead to the norm once there is one, also after a step that was not finite.
         grown = weight(shape)
         state = one
         if eager.name == "numpy":
             with np.errstate(invalid="ignore"):
                 state = follow.advance(np.full(shape, np.nan), one)
-        state = follow.advance(eager.array(grown), state, 200)
+        state = follow.advance(eager.array(grown), state, 60)
         got = np.concatenate([np.ravel(eager.numpy(x)) for x in follow.measured(state)])
-        np.testing.assert_allclose(got, true_norms(grown, geometry, norm), rtol=1e-4)
+        np.testing.assert_allclose(got, true_norms(grown, geometry, norm), rtol=1e-3)
+
+
+def test_vectors_of_groups_that_do_not_lead_depend_on_the_name() -> None:
+    shape, conv = CONVS[8]
+    w = weight(shape)
+    w[1:] = 0.0
+    one, same, other = (track(conv, "operator").start(w, n)["v"] for n in ("one", "one", "two"))
+    np.testing.assert_array_equal(one, same)
+    np.testing.assert_allclose(one[0], other[0])
+    assert np.abs(one[1:] - other[1:]).max() > 0.1
+    np.testing.assert_allclose(np.linalg.norm(one, axis=-1), 1.0)
 
 
 def test_every_group_is_followed() -> None:
@@ -264,7 +274,7 @@ def test_every_group_is_followed() -> None:
 def test_states_of_another_weight_are_refused(norm: Any) -> None:
     for shape, geometry in [CONVS[0], DENSE[0]]:
         follow = track(geometry, norm)
-        w, other = weight(shape), weight((shape[0] + 1, *shape[1:]))
+        w, other = weight(shape), weight((shape[0] + 1, shape[1] + 1, *shape[2:]))
         state = follow.start(other, "w")
         for use in (follow.advance, follow.norms):
             for bad in ({}, state):
@@ -342,7 +352,7 @@ def algorithm_2(matrix: np.ndarray, ratio: float) -> np.ndarray:
 
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.45, 1.0])
 def test_stable_rank_normalization_is_algorithm_2(eager: Backend, ratio: float) -> None:
-    rule = StableRankNormalization(ratio, norm="reshaped", iterations=200)
+    rule = StableRankNormalization(ratio, norm="reshaped", iterations=20)
     for shape, geometry in some(eager):
         host = weight(shape)
         got = eager.numpy(outcome(rule, eager.array(host), geometry)[0])
@@ -356,54 +366,47 @@ def test_stable_rank_normalization_is_algorithm_2(eager: Backend, ratio: float) 
                 np.testing.assert_allclose(a, algorithm_2(m, ratio), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("ratio", [0.02, 0.1, 0.2, 1.0])
 @pytest.mark.parametrize(
     ("shape", "conv"),
     [
-        ((4, 3, 3, 3), Conv((6, 6), boundary="circular")),
+        ((3, 2, 3, 3), Conv((5, 5), boundary="circular")),
         ((3, 4, 3), Conv((7,), boundary="circular", transposed=True, layout="IO*")),
         ((2, 2, 5), Conv((3,), boundary="circular")),
-        ((4, 3, 3, 3), Conv((5, 5))),
+        ((3, 2, 3, 3), Conv((4, 5))),
         ((3, 2, 4), Conv((7,), stride=2, padding=1)),
-        ((4, 2, 3, 3), Conv((6, 4), stride=2, groups=2, boundary="circular")),
+        ((4, 2, 3, 3), Conv((4, 4), stride=2, groups=2, boundary="circular")),
     ],
 )
-def test_stable_rank_of_an_operator(shape: tuple[int, ...], conv: Conv, ratio: float) -> None:
+def test_stable_rank_of_an_operator(shape: tuple[int, ...], conv: Conv) -> None:
     w = weight(shape)
-    rule = StableRankNormalization(ratio, norm="operator", iterations=1000)
-    got, state, _ = outcome(rule, w, conv)
-    before, after = oracle.spectrum(w, conv), oracle.spectrum(got, conv)
+    follow = track(conv, "operator")
+    state = follow.advance(w, follow.start(w, "w"), 800)
+    before = oracle.spectrum(w, conv)
     rank = (before**2).sum() / before[0] ** 2
-    limit = max(1.0, ratio * len(before))
-    # Along the gradient of the norm it is 1 always, and the Frobenius norm is limited ...
-    along = follow_norm(conv, got, state)
-    assert along == pytest.approx(1.0, rel=1e-9)
-    gradient = differences(lambda x: oracle.spectrum(x, conv)[0], w)
-    least = least_energy(gradient, conv)
-    assert (after**2).sum() == pytest.approx(min(rank, max(limit, least)), rel=1e-6)
-    assert after[0] >= 1.0 - 1e-9
-    assert (after**2).sum() / after[0] ** 2 <= max(limit, least) * (1 + 1e-9)
-    # ... and where all taps count alike that direction leads on.
-    if conv.boundary == "circular" and conv.stride == (1,) * len(conv.stride):
-        assert after[0] == pytest.approx(1.0, rel=1e-7)
-
-
-def follow_norm(conv: Conv, w: np.ndarray, state: Any) -> float:
-    return float(track(conv, "operator").norms(w, state)[0])
-
-
-def least_energy(e: np.ndarray, conv: Conv) -> float:
-    """The least ‖A(X)‖_F² of kernels with ⟨X, e⟩ = 1, by the explicit operator."""
-    units = np.eye(e.size).reshape(-1, *e.shape)
+    # The least ‖A(X)‖_F² of kernels with ⟨X, E⟩ = 1, by the explicit operator.
+    units = np.eye(w.size).reshape(-1, *shape)
     images = np.stack([oracle.conv_matrix(unit, conv).ravel() for unit in units])
-    flat = e.ravel()
-    return float(1.0 / (flat @ np.linalg.pinv(images @ images.T, rcond=1e-10) @ flat))
+    e = axis(follow, state, shape).ravel()
+    least = 1.0 / (e @ np.linalg.pinv(images @ images.T, rcond=1e-10) @ e)
+    for ratio in (0.02, 0.1, 0.2, 1.0):
+        limit = max(1.0, ratio * len(before), least)
+        rule = StableRankNormalization(ratio, norm="operator")
+        got = rule.apply(w, conv, state)
+        after = oracle.spectrum(got, conv)
+        # Along the gradient of the norm it is 1 always, and the Frobenius norm is limited, ...
+        assert float(follow.norms(got, state)[0]) == pytest.approx(1.0, rel=1e-9)
+        assert (after**2).sum() == pytest.approx(min(rank, limit), rel=1e-6)
+        assert after[0] >= 1.0 - 1e-9
+        assert (after**2).sum() / after[0] ** 2 <= limit * (1 + 1e-9)
+        # ... and where all taps count alike that direction goes on to lead.
+        if conv.boundary == "circular" and set(np.ravel(conv.stride)) == {1}:
+            assert after[0] == pytest.approx(1.0, rel=1e-7)
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_penalty(eager: Backend, norm: Any) -> None:
     strength = 0.3
-    rule = SpectralNormPenalty(strength, norm=norm, iterations=100)
+    rule = SpectralNormPenalty(strength, norm=norm, iterations=40)
     for shape, geometry in some(eager):
         host = weight(shape)
         w = eager.array(host)

@@ -129,3 +129,64 @@ def assert_relative(actual: Any, expected: Any, tolerance: float) -> None:
     actual, expected = actual.detach().double(), expected.detach().double()
     error = float(torch.linalg.vector_norm(actual - expected))
     assert error <= tolerance * float(torch.linalg.vector_norm(expected)), error
+
+
+Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+
+
+def attention(**sizes: int) -> Built:
+    layer = nn.MultiheadAttention(8, 2, batch_first=True, **sizes)
+    keys = [torch.randn(2, 5, sizes.get(k, 8)) for k in ("kdim", "vdim")]
+    return layer, (torch.randn(2, 3, 8), *keys), {"need_weights": False}
+
+
+def encoder() -> Built:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    ignored = torch.arange(5) >= torch.tensor([[5], [3]])
+    return nn.TransformerEncoder(layer, 2), (torch.randn(2, 5, 8),), {"mask": None} | {
+        "src_key_padding_mask": ignored
+    }
+
+
+def recurrent(kind: Any, cell: bool = False, **options: Any) -> Built:
+    x = torch.randn(3, 4) if cell else torch.randn(5, 3, 4)
+    return kind(4, 6, **options), (x,), {}
+
+
+def tied() -> Built:
+    """An embedding and a head of one tensor, a layer used twice, a foreign holder's `kernel`."""
+    model = nn.Module()
+    model.embed, model.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+    model.head.weight = model.embed.weight
+    model.twice = nn.Linear(4, 4)
+    model.foreign = nn.Module()
+    model.foreign.kernel = model.twice.weight
+    foreign = model.foreign
+    model.foreign.forward = lambda x: x @ foreign.kernel
+    model.forward = lambda i: model.head(
+        model.foreign(model.twice(model.twice(model.embed(i)).tanh()).tanh())
+    )
+    return model, (torch.arange(6).reshape(2, 3),), {}
+
+
+KINDS = {
+    "attention": (attention, {"in_proj": 3}),
+    "attention of other sizes": (lambda: attention(kdim=6, vdim=5), {}),
+    "encoder": (encoder, {"in_proj": 3}),
+    "LSTM": (lambda: recurrent(nn.LSTM, num_layers=2, bidirectional=True), {"weight": 4}),
+    "LSTM with projection": (
+        lambda: recurrent(nn.LSTM, proj_size=2),
+        {"weight_hr": 1, "weight": 4},
+    ),
+    "GRU": (lambda: recurrent(nn.GRU), {"weight": 3}),
+    "RNN": (lambda: recurrent(nn.RNN), {}),
+    "LSTM cell": (lambda: recurrent(nn.LSTMCell, True), {"weight": 4}),
+    "tied": (tied, {}),
+}
+
+
+def parts(output: Any) -> list[Any]:
+    """The tensors of an output."""
+    if torch.is_tensor(output):
+        return [output]
+    return [t for o in output if o is not None for t in parts(o)]

@@ -14,11 +14,13 @@ from specops import (
     Dense,
     Plan,
     SpectralNormalization,
+    SpectralNormPenalty,
     StableRankNormalization,
     errors,
 )
 from tests.torch_adapter.models import (
     FORWARD,
+    KINDS,
     assert_relative,
     backward,
     batch,
@@ -28,6 +30,7 @@ from tests.torch_adapter.models import (
     in_use,
     network,
     operator,
+    parts,
     replaced,
     settle,
     state_of,
@@ -356,67 +359,6 @@ def test_models_may_be_cast_after_attaching(name: str, dtype: Any) -> None:
 
 # Kinds of layers
 
-Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
-
-
-def attention(**sizes: int) -> Built:
-    layer = nn.MultiheadAttention(8, 2, batch_first=True, **sizes)
-    keys = [torch.randn(2, 5, sizes.get(k, 8)) for k in ("kdim", "vdim")]
-    return layer, (torch.randn(2, 3, 8), *keys), {"need_weights": False}
-
-
-def encoder() -> Built:
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
-    ignored = torch.arange(5) >= torch.tensor([[5], [3]])
-    return nn.TransformerEncoder(layer, 2), (torch.randn(2, 5, 8),), {"mask": None} | {
-        "src_key_padding_mask": ignored
-    }
-
-
-def recurrent(kind: Any, cell: bool = False, **options: Any) -> Built:
-    x = torch.randn(3, 4) if cell else torch.randn(5, 3, 4)
-    return kind(4, 6, **options), (x,), {}
-
-
-def tied() -> Built:
-    """An embedding and a head of one tensor, a layer used twice, a foreign holder's `kernel`."""
-    model = nn.Module()
-    model.embed, model.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
-    model.head.weight = model.embed.weight
-    model.twice = nn.Linear(4, 4)
-    model.foreign = nn.Module()
-    model.foreign.kernel = model.twice.weight
-    foreign = model.foreign
-    model.foreign.forward = lambda x: x @ foreign.kernel
-    model.forward = lambda i: model.head(
-        model.foreign(model.twice(model.twice(model.embed(i)).tanh()).tanh())
-    )
-    return model, (torch.arange(6).reshape(2, 3),), {}
-
-
-KINDS = {
-    "attention": (attention, {"in_proj": 3}),
-    "attention of other sizes": (lambda: attention(kdim=6, vdim=5), {}),
-    "encoder": (encoder, {"in_proj": 3}),
-    "LSTM": (lambda: recurrent(nn.LSTM, num_layers=2, bidirectional=True), {"weight": 4}),
-    "LSTM with projection": (
-        lambda: recurrent(nn.LSTM, proj_size=2),
-        {"weight_hr": 1, "weight": 4},
-    ),
-    "GRU": (lambda: recurrent(nn.GRU), {"weight": 3}),
-    "RNN": (lambda: recurrent(nn.RNN), {}),
-    "LSTM cell": (lambda: recurrent(nn.LSTMCell, True), {"weight": 4}),
-    "tied": (tied, {}),
-}
-
-
-def parts(output: Any) -> list[Any]:
-    """The tensors of an output."""
-    if torch.is_tensor(output):
-        return [output]
-    return [t for o in output if o is not None for t in parts(o)]
-
-
 @pytest.mark.filterwarnings("ignore:LSTM with projections", "ignore:The PyTorch API of nested")
 @pytest.mark.parametrize(("build", "blocks"), KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -481,3 +423,61 @@ def test_attention_layers_may_share_their_output_projection() -> None:
     attachment.detach(fold=True)
     for layer, y in zip(layers, before, strict=True):
         torch.testing.assert_close(layer(q, q, q)[0], y)
+
+
+# Compiled
+
+COMPILED = {
+    **FORWARD,
+    "scheduled": SpectralNormalization(norm="bidirectional", scale=lambda s, *_: 1 + 0.1 * s),
+    "scheduled rank": StableRankNormalization(lambda s, *_: 0.9 - 0.1 * s, norm="reshaped"),
+}
+
+
+@pytest.mark.parametrize("rule", COMPILED.values(), ids=COMPILED)
+def test_compiled_models_give_the_same_numbers_without_recompiling(rule: Any) -> None:
+    losses, graphs = [], []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        specops.attach(optimizer, model, rule)
+        model(batch())
+        if compiled:
+            model.compile(backend=backend, fullgraph=True)
+        losses.append(train(model, optimizer, 5))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert len(graphs) == 1
+
+
+def test_compiled_attention() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    specops.attach(None, model, SN)
+    x = torch.randn(2, 5, 8)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:Profiler record function:UserWarning")
+def test_compiled_steps() -> None:
+    torch._dynamo.reset()
+    models = [network(), network()]
+    for i, model in enumerate(models):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        rules = (SN, ClipSpectralNorm(0.5), SpectralNormPenalty(0.3, norm="reshaped"))
+        attachments = [specops.attach(optimizer, model, rule) for rule in rules]
+        step = torch.compile(optimizer.step, backend="eager") if i else optimizer.step
+        for seed in range(4):
+            optimizer.zero_grad()
+            backward(model, batch(seed=seed))
+            step()
+        assert [a.steps for a in attachments] == [4, 4, 4]
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(a, b)

@@ -304,55 +304,375 @@ def test_ordinary_training_raises_no_alarm(make: Any) -> None:
 # Values that are not finite
 
 
-@pytest.mark.parametrize("rule", [CLIP, PENALTY, *FORWARD.values()], ids=["clip", "penalty", *FORWARD])
-@pytest.mark.parametrize("policy", ["raise", "skip", "warn"])
-@pytest.mark.parametrize("first", [True, False], ids=["from the start", "later"])
-def test_weights_that_are_not_finite(rule: Any, policy: Any, first: bool) -> None:
-    """They are left alone, and when they are finite again all goes on as if nothing had been."""
-    model, other = network(), network()
-    good = model[0].weight.detach().clone()
-
-    def spoil() -> None:
-        with torch.no_grad():
-            model[0].weight[0, 0] = float("nan")
-
-    if first:
-        spoil()
-    attachment = specops.attach(sgd(model), model, rule, on_nonfinite=policy)
-    if not first:
-        model(batch())
-        backward(model, batch())
-        attachment.before_step()
-        attachment.step()
-        spoil()
-    backward(model, batch())
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        if policy == "raise":
-            with pytest.raises(errors.NonFiniteError, match=r"0\.weight holds NaN or infinity"):
-                fire(attachment)
-        else:
-            fire(attachment)
-            skipped = {r["name"] for r in attachment.history if "skipped" in r}
-            assert skipped == {"0.weight"}
-    assert [w.category for w in caught] == [errors.NonFiniteWarning] * (policy == "warn")
-    with torch.no_grad():
-        model[0].weight.copy_(good)
-    model.zero_grad()
-    settle(attachment, 3)
-    backward(model, batch())
-    fire(attachment)
-    assert all(p.isfinite().all() for p in model.parameters())
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-    assert model(batch()).isfinite().all()
-    state = attachment.state_dict()["weights"]["0.weight"]["state"]
-    assert all(v.isfinite().all() for v in (state or {}).values() if v.is_floating_point())
-    assert same(model, other) == (rule is not CLIP)
-
-
 def fire(attachment: Any) -> None:
     attachment.before_step()
     attachment.step()
 
 
-# History
+def spoil(model: nn.Module) -> Any:
+    """Put a NaN into the first weight; a copy of what it was."""
+    good = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")
+    return good
+
+
+@pytest.mark.filterwarnings("default::specops.errors.NonFiniteWarning")
+@pytest.mark.parametrize(
+    "rule", [CLIP, PENALTY, *FORWARD.values()], ids=["clip", "penalty", *FORWARD]
+)
+@pytest.mark.parametrize("policy", ["raise", "skip", "warn"])
+def test_weights_that_are_not_finite(rule: Any, policy: Any) -> None:
+    """They are left alone, and once they are finite again all goes on."""
+    model = network()
+    attachment = specops.attach(None, model, rule, on_nonfinite=policy)
+    backward(model, batch())
+    fire(attachment)
+    good = spoil(model)
+    backward(model, batch())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if policy == "raise":
+            with pytest.raises(errors.NonFiniteError, match=r"0\.weight holds NaN.* step 2"):
+                fire(attachment)
+        else:
+            fire(attachment)
+            assert {r["name"] for r in attachment.history if "skipped" in r} == {"0.weight"}
+    assert [w.category for w in caught] == [errors.NonFiniteWarning] * (policy == "warn")
+    with torch.no_grad():
+        model[0].weight.copy_(good)
+    model.zero_grad()
+    backward(model, batch())
+    fire(attachment)
+    assert all(p.isfinite().all() and p.grad.isfinite().all() for p in model.parameters())
+    state = attachment.state_dict()["weights"]["0.weight"]["state"]
+    assert all(v.isfinite().all() for v in (state or {}).values())
+    assert "skipped" not in attachment.history[-3]
+
+
+@pytest.mark.filterwarnings("ignore::specops.errors.NonFiniteWarning")
+@every_rule
+@pytest.mark.parametrize("policy", ["raise", "skip", "warn"])
+def test_weights_that_are_not_finite_from_the_start(rule: Any, policy: Any) -> None:
+    model = network()
+    good = spoil(model)
+    if policy == "raise":
+        with pytest.raises(errors.NonFiniteError, match=r"0\.weight.*NaN"):
+            attachment = specops.attach(None, model, rule)
+            model(batch())
+            fire(attachment)
+        return
+    attachment = specops.attach(None, model, rule, on_nonfinite=policy)
+    model(batch())
+    fire(attachment)
+    with torch.no_grad():
+        model[0].weight.copy_(good)
+    fire(attachment)
+    twin = network()
+    specops.attach(None, twin, rule)
+    torch.testing.assert_close(model(batch()), twin(batch()), rtol=1e-2, atol=1e-3)
+
+
+# History and report
+
+FIGURES = {
+    "clip": (CLIP, {"norm_before", "norm_after"}),
+    "stable rank": (
+        ProjectStableRank(target=2, norm="reshaped"),
+        {"rank_before", "rank_after", "distance"},
+    ),
+    "penalty": (PENALTY, {"norm", "penalty"}),
+    "forward": (SN, {"norm"}),
+    "monitor": (Monitor(), {"spectral_norm", "stable_rank"}),
+}
+
+
+@pytest.mark.parametrize(("rule", "figures"), FIGURES.values(), ids=FIGURES)
+def test_figures_go_to_the_history_and_to_listeners(rule: Any, figures: set[str]) -> None:
+    class Writer:
+        told: list[Any] = []  # noqa: RUF012
+
+        def add_scalar(self, tag: str, value: float, step: int) -> None:
+            self.told.append((tag, value, step))
+
+    model, told, writer = network(), [], Writer()
+    optimizer = sgd(model)
+    attachment = specops.attach(optimizer, model, rule, every=2, history=4, log=told.append)
+    attachment.log_to(writer)
+    train(model, optimizer, 5)
+    assert [(r["step"], r["name"]) for r in told] == [
+        (step, f"{n}.weight") for step in (2, 4) for n in (0, 2, 5)
+    ]
+    assert attachment.history == told[-4:]
+    for record in told:
+        assert set(record) == {"step", "name"} | figures
+        assert all(isinstance(record[key], float) for key in figures)
+    assert writer.told == [
+        (f"specops/{r['name']}/{key}", r[key], r["step"])
+        for r in told
+        for key in r
+        if key in figures
+    ]
+    norm = next((k for k in ("norm", "norm_after", "spectral_norm") if k in figures), None)
+    if norm and rule is not PENALTY:
+        settle(attachment, 2)
+        measured = float(top(model[5].weight.detach()))
+        assert attachment.history[-1][norm] == pytest.approx(measured, rel=1e-2)
+    with pytest.raises(TypeError, match="callable"):
+        attachment.log_to(3)
+
+
+def test_listeners_get_the_largest_of_several_norms() -> None:
+    told = []
+
+    class Writer:
+        add_scalar = staticmethod(lambda *record: told.append(record))
+
+    model = nn.LSTM(3, 4)
+    attachment = specops.attach(None, model, Plan([("weight_ih*", SN)]), log=Writer())
+    attachment.step()
+    gates = model.weight_ih_l0.detach().chunk(4)
+    assert told == [
+        ("specops/weight_ih_l0/norm", pytest.approx(max(float(top(g)) for g in gates)), 1)
+    ]
+
+
+def test_a_report_measures_the_weight_in_use() -> None:
+    model = network()
+    attachment = specops.attach(None, model, SpectralNormalization(norm="reshaped", scale=3.0))
+    row = attachment.report()["5.weight"]
+    assert row.norm == pytest.approx(3.0, rel=1e-3)
+    assert row.norm_is == "exact"
+
+
+# Several at work
+
+
+def test_enforce_sees_what_a_screen_does_not() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.diag(torch.tensor([0.5, 0.1])))
+    attachment = specops.attach(None, model, ClipSpectralNorm(1.0))
+    attachment.step()
+    with torch.no_grad():
+        model.weight[1, 1] = 2.0
+    attachment.step()
+    assert attachment.history[-1]["norm_after"] == pytest.approx(0.5)
+    assert float(model.weight.detach()[1, 1]) == 2.0
+    attachment.enforce()
+    assert attachment.history[-1]["norm_before"] == pytest.approx(2.0)
+    assert float(top(model.weight.detach())) == pytest.approx(1.0, abs=1e-5)
+    attachment.detach()
+    unscreened = specops.attach(None, model, ClipSpectralNorm(1.0, screen=False))
+    for _ in range(2):
+        with torch.no_grad():
+            model.weight[1, 1] = 2.0
+        unscreened.step()
+        assert float(model.weight.detach()[1, 1]) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("order", [(CLIP, SN), (SN, CLIP)], ids=["clip first", "clip last"])
+def test_a_projection_and_a_normalisation_of_the_same_weights(order: Any) -> None:
+    model = network()
+    optimizer = sgd(model)
+    first, second = (specops.attach(optimizer, model, rule) for rule in order)
+    train(model, optimizer, 4)
+    assert float(top(model[5].weight.detach())) <= 0.5 * (1 + 1e-5)
+    assert float(top(in_use(model, "5.weight", batch()))) == pytest.approx(1.0, rel=1e-3)
+    assert (first.steps, second.steps) == (4, 4)
+    (first if order[0] is SN else second).detach()
+    assert not model[5]._forward_pre_hooks
+    assert float(top(in_use(model, "5.weight", batch()))) <= 0.5 * (1 + 1e-5)
+
+
+def test_steps_inside_autocast_are_taken_in_single_precision() -> None:
+    model = network()
+    optimizer = sgd(model)
+    specops.attach(optimizer, model, CLIP)
+    backward(model, batch())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        optimizer.step()
+    assert float(top(model[5].weight.detach())) <= 0.5 * (1 + 1e-5)
+    norm = specops.spectral_norm(model[0].weight.detach(), Conv((4, 4), padding=1))
+    assert float(norm) <= 0.5 * (1 + 1e-5)
+
+
+def test_averages_of_projected_weights_stay_inside() -> None:
+    model = network()
+    optimizer = sgd(model)
+    specops.attach(optimizer, model, CLIP)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.7))
+    norms = []
+    for step in range(6):
+        train(model, optimizer, first=step)
+        average.update_parameters(model)
+        norms.append(float(top(average.module[5].weight.detach())))
+    assert max(norms) <= 0.5 * (1 + 1e-5)
+    assert len(set(norms)) > 1
+    assert not torch.equal(average.module[5].weight, model[5].weight)
+
+
+@pytest.mark.parametrize("name", ["reshaped", "operator"])
+@pytest.mark.parametrize("copied", [False, True], ids=["loaded", "average"])
+def test_other_weights_are_normalised_by_their_own_norm(name: str, copied: bool) -> None:
+    """Also those that a checkpoint or an average brings, before any step."""
+    model, x = network(), batch()
+    specops.attach(None, model, SpectralNormalization(norm=name))
+    model(x)
+    used = copy.deepcopy(model) if copied else model
+    torch.manual_seed(5)
+    used.load_state_dict({n: torch.randn_like(p) for n, p in model.state_dict().items()})
+    norm = top(in_use(used, "5.weight", x))
+    assert float(norm) == pytest.approx(1.0, rel=0.05)
+
+
+def test_edits_through_data_are_noticed() -> None:
+    model, x = network(), batch()
+    specops.attach(None, model, SN)
+    y = model(x)
+    for p in (model[0].weight, model[5].weight):
+        p.data.mul_(3)
+    torch.testing.assert_close(model(x), y)
+
+
+# Rules of others
+
+
+class Halved:
+    """A forward rule of somebody else."""
+
+    stage = "forward"
+
+    def init(self, weight: Any, geometry: Any, name: str) -> dict[str, Any]:
+        return {"count": torch.zeros(())}
+
+    def update(self, weight: Any, geometry: Any, state: Any, **_: Any) -> Any:
+        return weight, {"count": state["count"] + 1}, {}
+
+    def apply(self, weight: Any, geometry: Any, state: Any, **_: Any) -> Any:
+        return 0.5 * weight
+
+
+class Decay(Halved):
+    """A gradient rule of somebody else."""
+
+    stage = "gradients"
+
+    def update(self, weight: Any, geometry: Any, state: Any, **_: Any) -> Any:
+        return 0.5 * weight, {"count": state["count"] + 1}, {}
+
+    def penalty(self, weight: Any, geometry: Any, state: Any, **_: Any) -> Any:
+        return 0.25 * (weight * weight).sum(), 0.5 * weight
+
+
+@pytest.mark.parametrize("rule", [Halved(), Decay()], ids=["forward", "gradients"])
+def test_rules_of_others_need_only_the_protocol(rule: Any) -> None:
+    model, plain = network(), network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attachment = specops.attach(optimizer, model, Plan([("5.weight", rule)]))
+    train(model, optimizer)
+    attachment.load_state_dict(attachment.state_dict())
+    train(model, optimizer, first=1)
+    assert float(state_of(attachment, "5.weight")["count"]) == 2
+    attachment.report()
+    decay = 0.05 if rule.stage == "gradients" else 0.0
+    for step in range(2):
+        w = plain[5].weight.detach().clone()
+        if rule.stage == "forward":
+            plain[5].weight.data.mul_(0.5)
+        train(plain, torch.optim.SGD(plain.parameters(), lr=0.0), first=step)
+        for p in plain.parameters():
+            p.data.sub_(0.1 * p.grad * (0.5 if p is plain[5].weight and not decay else 1))
+        if rule.stage == "forward":
+            plain[5].weight.data.sub_(plain[5].weight.data - w + 0.05 * plain[5].weight.grad)
+        else:
+            plain[5].weight.data.sub_(decay * w)
+    torch.testing.assert_close(model[5].weight, plain[5].weight)
+
+
+@pytest.mark.parametrize("stage", ["forward", "gradients", "weights", "later"])
+def test_incomplete_rules_are_refused(stage: str) -> None:
+    class Incomplete:
+        def init(self, weight: Any, geometry: Any, name: str) -> dict[str, Any]:
+            return {}
+
+        def update(self, weight: Any, geometry: Any, state: Any, **_: Any) -> Any:
+            return weight, state, {}
+
+    Incomplete.stage = stage
+    model = network()
+    optimizer = sgd(model)
+    if stage == "weights":
+        specops.attach(optimizer, model, Incomplete()).step()
+        return
+    needed = {"forward": "needs a method 'apply'", "gradients": "needs a method 'penalty'"}
+    with pytest.raises(errors.AdapterError, match=needed.get(stage, "stage 'later'")):
+        specops.attach(optimizer, model, Plan([("5.*", Incomplete()), ("*", SN)]))
+    assert not hooks(model)
+    assert not optimizer._optimizer_step_post_hooks
+
+
+# Scales
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
+@pytest.mark.parametrize("named", [False, True], ids=["", "named"])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW], ids=["SGD", "AdamW"])
+def test_trainable_scales_are_in_a_group_of_their_own(kind: Any, named: bool, shared: bool) -> None:
+    model, x = network(), batch()
+    given = list(model.named_parameters() if named else model.parameters())
+    groups = [{"params": given[:2]}, {"params": given[2:]}, {"params": []}]
+    optimizer = kind(groups[: 2 + (not named)], lr=0.01, weight_decay=0.5)
+    plain = optimizer.state_dict()
+    rule = SpectralNormalization(norm="reshaped", scale=TrainableScale(1.5, shared=shared))
+    attachment = specops.attach(optimizer, model, rule)
+    names = ["shared"] if shared else ["0.weight", "2.weight", "5.weight"]
+    assert sorted(attachment.scales) == names
+    group = optimizer.param_groups[-1]
+    assert [id(p) for p in group["params"]] == [id(p) for p in attachment.scales.values()]
+    assert group["weight_decay"] == 0.0
+    for p in (*model.parameters(), *attachment.scales.values()):
+        p.grad = torch.zeros_like(p)
+    w = model[5].weight.detach().clone()
+    optimizer.step()
+    assert all(float(s.detach()) == 1.5 for s in attachment.scales.values())
+    assert not torch.equal(model[5].weight, w)
+    optimizer.zero_grad()
+    backward(model, x)
+    optimizer.step()
+    scales = {n: float(s.detach()) for n, s in attachment.scales.items()}
+    assert all(s != 1.5 for s in scales.values())
+    model.zero_grad()
+    used = top(in_use(model, "5.weight", x))
+    assert float(used) == pytest.approx(scales["shared" if shared else "5.weight"], rel=1e-2)
+    attachment.detach()
+    assert len(optimizer.param_groups) == len(plain["param_groups"])
+    now = optimizer.state_dict()
+    assert [g["params"] for g in now["param_groups"]] == [g["params"] for g in plain["param_groups"]]
+    assert set(now["state"]) <= set(range(6))
+
+
+@pytest.mark.parametrize("lr", [0.0, 0.1])
+def test_schedules_of_scales_are_followed(lr: float) -> None:
+    model, x, seen = network(), batch(), []
+
+    def scale(step: int, name: str, geometry: Any) -> float:
+        seen.append(name)
+        return 1.0 + step
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    rule = SpectralNormalization(norm="reshaped", scale=scale, iterations=5)
+    specops.attach(optimizer, model, rule, every=2)
+    for step in range(1, 5):
+        assert float(top(in_use(model, "5.weight", x))) == pytest.approx(1.0 + step, rel=0.02)
+        train(model, optimizer)
+    assert set(seen) == {"0.weight", "2.weight", "5.weight"}
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_schedules_of_scales_are_checked(value: float) -> None:
+    model = network()
+    rule = SpectralNormalization(norm="reshaped", scale=lambda *_: value)
+    with pytest.raises(ValueError, match="scale must be"):
+        specops.attach(None, model, rule)
+    assert not hooks(model)

@@ -1,0 +1,42 @@
+"""Whether steps still reach an attachment: hooks are lost when optimizers are copied."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+from specops.errors import HookLostWarning
+from specops_torch.constrained import Constrained
+
+_UNSEEN = 3
+"""Changes of every weight, apart from steps that were seen, from which a hook must be lost."""
+
+
+class Liveness:
+    """How often each constrained tensor had been written to when a step was last seen."""
+
+    def __init__(self) -> None:
+        self._versions: dict[int, int] = {}
+
+    def seen(self, constrained: Iterable[Constrained]) -> None:
+        """A step, or a change that is the attachment's own."""
+        self._versions = _versions(constrained)
+
+    def check(self, constrained: Iterable[Constrained], step: int) -> None:
+        """Warn if all weights move without a step."""
+        now = _versions(constrained)
+        unseen = [now[key] - old for key, old in self._versions.items() if key in now]
+        if not unseen or min(unseen) < _UNSEEN:
+            return
+        warnings.warn(
+            f"the weights changed {min(unseen)} times since step {step}, the last that this "
+            f"attachment saw: optimizers lose their hooks when they are pickled or copied. "
+            f"Attach to the optimizer that steps, and load this one's state_dict()",
+            HookLostWarning,
+            stacklevel=4,
+        )
+
+
+def _versions(constrained: Iterable[Constrained]) -> dict[int, int]:
+    held = (c.location.module._parameters.get(c.location.attribute) for c in constrained)
+    return {id(p): p._version for p in held if p is not None}
