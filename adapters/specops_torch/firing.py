@@ -16,8 +16,10 @@ from specops.errors import (
     NonFiniteWarning,
     SpecopsError,
 )
-from specops.geometry import Conv
-from specops_torch.batches import grouped, update_stack
+from specops.geometry import Conv, Dense
+from specops.rules import ClipSpectralNorm
+from specops.rules.base import at
+from specops_torch.batches import dyads, grouped, in_place, update_stack
 from specops_torch.constrained import Constrained
 
 Record = dict[str, Any]
@@ -77,17 +79,13 @@ class Firing:
             if gradient.is_sparse:
                 raise AdapterError(f"{c.name} has a sparse gradient, which a penalty would fill")
             able.append(c)
-        gradients, terms, states = [], [], []
+        ready = []
         for c, term, state, record in self._grouped(able, step):
             if term is not None:
-                gradients.append(c.location.parameter.grad)
-                terms.append(term if scale is None else term * scale.to(term.device))
-                states.append((c, state))
+                ready.append((c, term, state))
             records.append(record)
-        for gradient, term in zip(gradients, terms, strict=True):
-            assert gradient is not None
-            gradient.add_(term)
-        for c, state in states:
+        for c, term, state in ready:
+            _add(c, term, state, step, scale)
             c.state = state
         return records
 
@@ -140,7 +138,7 @@ class Firing:
         """A reason to leave a weight alone this time, or an error."""
         if not c.location.parameter.requires_grad:
             return "frozen (requires_grad=False)"
-        if c.stage == "weights" and not _finite(weight):
+        if c.stage == "weights" and not _refuses_nan(c) and not _finite(weight):
             return self._not_finite(c, weight, step)
         geometry = c.geometry
         if geometry is c.fitting:
@@ -194,6 +192,9 @@ def _alone(step: int) -> Update:
         weight, state = c.location.parameter.detach(), _state(c)
         if not state:
             state = c.rule.init(weight, c.geometry, c.name)
+        if c.stage == "gradients" and in_place(c):
+            state, figures = c.rule.advance(weight, c.geometry, state, step=step, name=c.name)
+            return weight, state, figures
         return c.rule.update(weight, c.geometry, state, step=step, name=c.name)
 
     return update
@@ -204,8 +205,31 @@ def _in_stack(group: Sequence[Constrained], found: Sequence[Any]) -> Update:
     return lambda c: by_name[c.name]
 
 
+def _add(c: Constrained, term: torch.Tensor, state: Any, step: int, scale: Any) -> None:
+    gradient = c.location.parameter.grad
+    assert gradient is not None
+    if not in_place(c):
+        gradient.add_(term if scale is None else term * scale.to(term.device))
+        return
+    strength = at(c.rule.strength, step, c.name, c.geometry)
+    pairs = dyads(c, state)
+    rows = [len(u) for u, _, _ in pairs]
+    for part, (u, v, sigma) in zip(gradient.split(rows), pairs, strict=True):
+        factor = strength * sigma if scale is None else strength * sigma * scale.to(sigma.device)
+        if part.device.type == "cpu":
+            part.view(len(u), -1).addr_(u, v, alpha=float(factor))
+        else:
+            part.view(len(u), -1).addr_(u * factor, v)
+
+
 def _state(c: Constrained) -> dict[str, torch.Tensor]:
     return (c.state if c.normalizer is None else c.normalizer.state) or {}
+
+
+def _refuses_nan(c: Constrained) -> bool:
+    """Whether the rule itself refuses a weight of which any entry is not finite."""
+    stacked = isinstance(c.geometry, Dense) and bool(c.geometry.batch_axes)
+    return isinstance(c.rule, ClipSpectralNorm) and not stacked
 
 
 def _finite(weight: torch.Tensor) -> bool:

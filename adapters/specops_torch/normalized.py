@@ -7,6 +7,7 @@ that always runs takes it out again. Neither changes a vector: those advance onc
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,6 @@ from specops.geometry import Dense, Geometry
 from specops.rules import SpectralNormalization
 from specops.tracking import TrackedBlocks, track
 from specops_torch.sizes import SizeRecorder
-
-_FIRST = Dense(out_axes=(0,))
 
 
 class Normalizer:
@@ -37,8 +36,9 @@ class Normalizer:
         self.step = 1
         self.ran = False
         self._measured: tuple[int, ...] = ()
-        self._pair: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
-        self._factor: tuple[float, ...] = ()
+        self._pairs: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], ...] = ()
+        self._factors: tuple[tuple[float, float], ...] = ()
+        self._splits: tuple[int, ...] = ()
 
     @torch.compiler.disable
     def prepare(self, parameter: torch.Tensor) -> None:
@@ -60,7 +60,9 @@ class Normalizer:
             return
         follow = track(self.geometry, self.rule.norm)
         with torch.no_grad():
-            norms = follow.norms(parameter.detach().to(torch.float32), state)
+            weight = parameter.detach()
+            half = weight.dtype in (torch.float16, torch.bfloat16)
+            norms = follow.norms(weight.float() if half else weight, state)
         pairs = zip(norms, follow.measured(state), strict=True)
         if all(torch.allclose(a.double(), b.double(), rtol=1e-4) for a, b in pairs):
             self.mark(parameter)
@@ -69,24 +71,24 @@ class Normalizer:
         """Say that the state's norms are those of the parameter as it is now."""
         self._measured = _token(parameter) or ()
         state, rule = self.state, self.rule
-        self._pair, self._factor = None, ()
+        self._pairs, self._factors = (), ()
         if not isinstance(rule, SpectralNormalization) or state is None:
             return
         if parameter.dtype not in (torch.float32, torch.float64):
             return
-        if "axis" in state:
-            self._pair = state["sigma"], state["axis"], None
-        elif self._rows_first() and set(state) == {"u0", "v0", "sigma0"}:
-            self._pair = state["sigma0"], state["u0"], state["v0"]
-        if self._pair is not None and self.scale is None and parameter.device.type == "cpu":
-            sigma = float(self._pair[0])
-            if sigma > 0:
-                self._factor = self._scale() / sigma, sigma
-
-    def _rows_first(self) -> bool:
-        """Whether the matrix is the weight flattened after its first axis."""
-        follow = track(self.geometry, self.rule.norm)
-        return isinstance(follow, TrackedBlocks) and follow.geometry in (_FIRST, Dense())
+        follow = track(self.geometry, rule.norm)
+        if not isinstance(follow, TrackedBlocks):
+            self._pairs = ((state["sigma"], state["axis"], None),)
+            return
+        view = follow.geometry
+        if view.batch_axes or replace(view, splits=None) != Dense():
+            return
+        self._splits = view.splits or (parameter.shape[0],)
+        count = range(len(self._splits))
+        self._pairs = tuple((state[f"sigma{j}"], state[f"u{j}"], state[f"v{j}"]) for j in count)
+        if self.scale is None and parameter.device.type == "cpu":
+            sigmas = [float(sigma) for sigma, _, _ in self._pairs]
+            self._factors = tuple((self._scale() / s if s > 0 else 1.0, s or 1.0) for s in sigmas)
 
     def __call__(self, parameter: torch.Tensor) -> torch.Tensor:
         """The weight that the layer uses."""
@@ -98,24 +100,24 @@ class Normalizer:
         return self._used(parameter)
 
     def _used(self, parameter: torch.Tensor) -> torch.Tensor:
-        state = self.state
-        assert state is not None
-        if self._pair is None:
-            options = {} if self.scale is None else {"scale": self.scale}
-            result: torch.Tensor = self.rule.apply(
-                parameter, self.geometry, state, step=self.step, name=self.name, **options
-            )
-            return result
-        sigma, axis, v = self._pair
-        # Unless something has changed since, the norm is known.
-        if not torch.compiler.is_compiling() and self._measured == _token(parameter):
-            if self._factor and v is not None:
-                fixed: torch.Tensor = _Fixed.apply(parameter, axis, v, *self._factor)
-                return fixed
-            divided: torch.Tensor = _Divided.apply(parameter, sigma, self._scale(), axis, v)
-            return divided
-        sigma = _norm_along(parameter, axis, v)
-        return parameter * (self._scale() / torch.where(sigma != 0, sigma, torch.ones_like(sigma)))
+        # Unless something has changed since, the norms are known.
+        compiling = torch.compiler.is_compiling()
+        known = not compiling and self._measured == _token(parameter)
+        if known and self._factors:
+            vectors = [x for _, u, v in self._pairs for x in (u, v)]
+            fixed: torch.Tensor = _Fixed.apply(parameter, self._splits, self._factors, *vectors)
+            return fixed
+        if len(self._pairs) == 1:
+            sigma, axis, v = self._pairs[0]
+            if known:
+                divided: torch.Tensor = _Divided.apply(parameter, sigma, self._scale(), axis, v)
+                return divided
+            return parameter * (self._scale() / _safe(_norm_along(parameter, axis, v)))
+        options = {} if self.scale is None else {"scale": self.scale}
+        result: torch.Tensor = self.rule.apply(
+            parameter, self.geometry, self.state, step=self.step, name=self.name, **options
+        )
+        return result
 
     def _scale(self) -> Any:
         if self.scale is not None:
@@ -180,27 +182,54 @@ def install(
 
 
 class _Fixed(torch.autograd.Function):
-    """f·W for f = s/⟨u, Wv⟩, a number that is known; on the CPU, where reading it costs nothing."""
+    """f·W block by block for f = s/⟨u, Wv⟩, numbers that are known; on the CPU.
+
+    `factors` holds (f, σ) of each block of `splits` rows, `vectors` their u and v in turn.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, w: torch.Tensor, u: torch.Tensor, v: torch.Tensor, factor: float, sigma: float
+        ctx: Any, w: torch.Tensor, splits: Any, factors: Any, *vectors: torch.Tensor
     ) -> torch.Tensor:
-        ctx.save_for_backward(w, u, v)
-        ctx.factor, ctx.sigma = factor, sigma
-        return w * factor
+        ctx.save_for_backward(w, *vectors)
+        ctx.splits, ctx.factors = splits, factors
+        if len(splits) == 1:
+            return w * factors[0][0]
+        parts = zip(w.split(splits), factors, strict=True)
+        return torch.cat([part * f for part, (f, _) in parts])
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Any:
-        w, u, v = ctx.saved_tensors
-        factor, sigma = ctx.factor, ctx.sigma
-        if torch.is_grad_enabled():
-            gradient, _ = _differentiable(g, w, _dyad(u, v, w), factor * sigma)
-            return gradient, None, None, None, None
-        flat = g.reshape(-1)
-        taken = float(torch.dot(flat, w.reshape(-1))) * factor / sigma
-        gradient = torch.addr(flat.view(len(u), -1), u, v, beta=factor, alpha=-taken)
-        return gradient.view(w.shape), None, None, None, None
+        w, *vectors = ctx.saved_tensors
+        blocks = zip(
+            g.split(ctx.splits),
+            w.split(ctx.splits),
+            ctx.factors,
+            vectors[::2],
+            vectors[1::2],
+            strict=True,
+        )
+        step = _twice if torch.is_grad_enabled() else _once
+        parts = [step(*block) for block in blocks]
+        gradient = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return gradient, None, None, *(None for _ in vectors)
+
+
+def _once(
+    g: torch.Tensor, w: torch.Tensor, factors: Any, u: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """∂(f W) = f(∂W − W⟨uvᵀ, ∂W⟩/σ), transposed: f(G − uvᵀ⟨G, W⟩/σ)."""
+    factor, sigma = factors
+    flat = g.reshape(-1)
+    taken = float(torch.dot(flat, w.reshape(-1))) * factor / sigma
+    gradient = torch.addr(flat.view(len(u), -1), u, v, beta=factor, alpha=-taken)
+    return gradient.view(w.shape)
+
+
+def _twice(
+    g: torch.Tensor, w: torch.Tensor, factors: Any, u: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    return _differentiable(g, w, _dyad(u, v, w), factors[0] * factors[1])[0]
 
 
 class _Divided(torch.autograd.Function):

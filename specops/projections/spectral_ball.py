@@ -32,6 +32,7 @@ def project_spectral_ball(
     distance_tolerance: float = 0.0,
     state: dict[str, Array] | None = None,
     return_info: bool = False,
+    measure_norms: bool = True,
 ) -> Any:
     r"""The nearest weight to `w` whose operator norm is at most `max_norm`.
 
@@ -76,8 +77,10 @@ def project_spectral_ball(
         ``info.state`` of an earlier call on a similar weight of the same geometry, to start
         from. It costs nothing if the weights turn out not to be similar.
     return_info : bool
-        Also return a `ProjectionInfo`: norms, certified gap, iterations, state. Measuring the
-        norms takes some more time.
+        Also return a `ProjectionInfo`: norms, certified gap, iterations, state.
+    measure_norms : bool
+        False saves the time that measuring the norms takes; the information may then hold NaN
+        or bounds in their place, and no gap for a Dense weight. Feasibility does not depend on it.
 
     Returns
     -------
@@ -134,6 +137,7 @@ def project_spectral_ball(
     if iterations is not None:
         iterations = integer(iterations, "iterations", least=1)
     given = prepare(w, geometry)
+    measure = return_info and measure_norms
     methods = _METHODS[type(given.geometry)]
     if method not in methods:
         raise ValueError(
@@ -141,11 +145,11 @@ def project_spectral_ball(
             f"{type(given.geometry).__name__}, got {method!r}"
         )
     if isinstance(given.geometry, Dense):
-        result, info = _project_dense(given, w, max_norm, method, state or {}, return_info)
+        result, info = _project_dense(given, w, max_norm, method, state or {}, measure)
     else:
         problem = KernelProblem(given, w, max_norm)
         result, info = problem.project(
-            method, iterations, Tolerance(gap_tolerance, distance_tolerance), state, return_info
+            method, iterations, Tolerance(gap_tolerance, distance_tolerance), state, measure
         )
     return (result, info) if return_info else result
 

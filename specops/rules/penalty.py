@@ -75,6 +75,16 @@ class SpectralNormPenalty:
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:
         """(what to add to the gradient, the state advanced, ``norm`` and ``penalty``)."""
+        state, figures = self.advance(weight, geometry, state, step=step, name=name)
+        follow = track(geometry, self.norm)
+        strength = at(self.strength, step, name, geometry)
+        xp, norms = backend.namespace(weight), follow.measured(state)
+        return self._gradient(xp, weight, follow, state, norms, strength), state, figures
+
+    def advance(
+        self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
+    ) -> tuple[State, Figures]:
+        """The state and figures of `update`, for who adds λσuvᴴ from the vectors in place."""
         follow = track(geometry, self.norm)
         try:
             state = follow.advance(weight, state, self.iterations)
@@ -83,10 +93,9 @@ class SpectralNormPenalty:
         norms = follow.measured(state)
         xp = backend.namespace(weight)
         strength = at(self.strength, step, name, geometry)
-        gradient = self._gradient(xp, weight, follow, state, norms, strength)
         norm = xp.stack(norms, axis=-1) if len(norms) > 1 else norms[0]
         value = 0.5 * strength * sum(xp.sum(n * n) for n in norms)
-        return gradient, state, {"norm": norm, "penalty": value}
+        return state, {"norm": norm, "penalty": value}
 
     def penalty(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
