@@ -74,11 +74,11 @@ def limit_stable_rank(w: Array, follow: Tracked, state: State, ratio: Any) -> Ar
     return xp.astype(result, w.dtype)
 
 
-def _limited(xp: Any, a: Array, lead: Array, rank: float) -> Array:
+def _limited(xp: Any, a: Array, lead: Array, rank: Any) -> Array:
     """Of matrices with ⟨lead, A⟩ = 1 for a unit dyad: the part beside it shrunk."""
     rest = a - lead
     squared = xp.sum(xp.abs(rest) ** 2, axis=(-2, -1))
-    factor = _shrink(xp, max(rank, 1.0) - 1.0, squared)
+    factor = _shrink(xp, rank - 1.0, squared)
     return lead + xp.astype(factor, a.dtype)[..., None, None] * rest
 
 
@@ -94,8 +94,11 @@ def _limited_operator(xp: Any, w: Array, geometry: Conv, axis: Array, ratio: Any
     energy = xp.sum(xp.abs(dual) ** 2 * weights)
     lead = dual / _nonzero(xp, energy)
     rest = xp.where(used, z - lead, xp.zeros_like(z))
-    rank = max(ratio * min(sizes.matrix_shape()), 1.0)
-    room = rank - 1.0 / _nonzero(xp, energy)
+    least = 1.0 / _nonzero(xp, energy)
+    # No matrix has a stable rank below 1, so a smaller ratio asks for 1.
+    room = ratio * min(sizes.matrix_shape()) - least
+    at_one = 1.0 - least
+    room = xp.where(room > at_one, room, at_one)
     factor = _shrink(xp, room, xp.sum(weights * xp.abs(rest) ** 2))
     limited = xp.where(used, lead + xp.astype(factor, z.dtype) * rest, z)
     if taps.folds:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from specops.errors import AdapterError
 from specops.geometry import Geometry
 from specops.plan import Plan
 from specops.report import Report
@@ -32,7 +33,7 @@ class TorchAdapter:
     def project(
         self, model: Any, plan: Plan, *, geometries: Mapping[str, Geometry] | None, **options: Any
     ) -> Report:
-        """Fire every rule of the plan once."""
+        """Fire every rule of the plan once; weights of forward rules become those in use."""
         once = replace(
             plan,
             entries=[tuple(entry[:2]) for entry in plan.entries],
@@ -40,9 +41,17 @@ class TorchAdapter:
             start=0,
             stop=None,
         )
+        for _, rule in once.entries:
+            if getattr(rule, "stage", "") == "gradients":
+                raise AdapterError(f"{rule!r} acts on gradients, and there are none: attach it")
         attachment = Attachment(None, model, once, geometries, **options)
+        folded = False
         try:
             attachment.step()
-            return attachment.report()
+            report = attachment.report()
+            attachment.detach(fold=True)
+            folded = True
+            return report
         finally:
-            attachment.detach()
+            if not folded:
+                attachment.detach()

@@ -120,6 +120,7 @@ class Attachment:
             dropped.release()
         self._scales.give(self._constrained, self._optimizer)
         self._held = _held(self._optimizer)
+        self._trained = _trained(self._held)
 
     def __repr__(self) -> str:
         status = "attached" if self.is_attached else "detached"
@@ -186,9 +187,10 @@ class Attachment:
                 self.steps = max(self.steps, c.steps)
                 self._act([c] if self._fires(c, c.steps) else [], c.steps, [c])
             return
+        if self._optimizer is None:
+            check_ran(self._constrained)
         held = _held(self._optimizer)
-        changed = held is not None and self._held is not None and held.keys() != self._held.keys()
-        check_ran(self._constrained)
+        changed = _trained(held) != self._trained
         self.steps += 1
         if changed:
             self._held = held
@@ -202,7 +204,9 @@ class Attachment:
         """Let every rule on weights act now, certified: after the last step, before an export."""
         self._check_alive()
         due = [c for c in self._constrained if c.stage == "weights"]
-        self._record(self._firing.weights(due, self.steps, certain=True))
+        records, commit = self._firing.weights(due, max(self.steps, 1), certain=True)
+        commit()
+        self._record(records)
         self._liveness.seen(self._constrained)
 
     def report(self, *, measure: bool = True) -> Report:
@@ -253,6 +257,9 @@ class Attachment:
                 f"{sorted(names - set(state['weights']))}, unexpected "
                 f"{sorted(set(state['weights']) - names)}"
             )
+        for c in self._constrained:
+            c.check_state(state["weights"][c.name])
+        self._scales.check(state.get("scales", {}))
         self.steps = int(state["steps"])
         for c in self._constrained:
             c.load_state_dict(state["weights"][c.name])
@@ -270,12 +277,20 @@ class Attachment:
             Write the weights that forward rules let their layers use into the parameters: the
             plain model then computes the same. Otherwise all weights stay as they are.
         """
+        used = []
+        for c in self._constrained if fold else []:
+            if c.normalizer is None or not c.handles:
+                continue
+            try:
+                used.append((c.location.parameter, c.normalizer(c.location.parameter.detach())))
+            except SpecopsError as error:
+                raise type(error)(f"{c.name}, which nothing was folded for: {error}") from error
+        for parameter, weight in used:
+            parameter.copy_(weight)
         for hook in self._hooks:
             hook.remove()
+        self._hooks = []
         for c in self._constrained:
-            if fold and c.normalizer is not None:
-                parameter = c.location.parameter
-                parameter.copy_(c.normalizer(parameter.detach()))
             c.release()
         self._scales.withdraw(self._optimizer)
 
@@ -286,15 +301,28 @@ class Attachment:
         return [c for c in self._constrained if c.location.parameter is parameter]
 
     def _fires(self, c: Constrained, step: int) -> bool:
+        if c.stage == "forward":
+            # The rule acts in every forward pass, so its vectors never stop.
+            return (step - self.plan.start) % c.assignment.every == 0
         return self.plan.fires(step, c.assignment.every)
 
     def _act(self, due: list[Constrained], step: int, stepped: list[Constrained]) -> None:
         """After a step: weights first, then the vectors of what forward passes will use."""
-        weights = [c for c in due if c.stage == "weights"]
-        self._record(self._firing.weights(weights, step, certain=False))
-        self._record(self._firing.forward([c for c in due if c.stage == "forward"], step))
         for c in stepped:
-            c.schedule(step + 1)
+            if c.normalizer is not None:
+                c.normalizer.drifting = True
+        try:
+            weights = [c for c in due if c.stage == "weights"]
+            records, write = self._firing.weights(weights, step, certain=False)
+            vectors = [c for c in due if c.stage == "forward"]
+            more, advance = self._firing.forward(vectors, step)
+            write()
+            advance()
+        finally:
+            for c in stepped:
+                c.schedule(step + 1)
+            self._scales.forget_gradients()
+        self._record([*records, *more])
 
     def _add_gradients(
         self, step: int, due: list[Constrained], scale: torch.Tensor | None = None
@@ -308,6 +336,7 @@ class Attachment:
     @torch.compiler.disable
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        check_ran(self._constrained)
         due = self._of("gradients", self.steps + 1)
         if not due:
             return None
@@ -315,7 +344,9 @@ class Attachment:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is not None:
             # It will erase what is added now.
-            wrapped = with_penalty(closure, due, self.steps + 1)
+            records, ready = self._firing.vectors(due, self.steps + 1)
+            self._record(records)
+            wrapped = with_penalty(closure, ready, self.steps + 1)
             if "closure" in kwargs:
                 return args, {**kwargs, "closure": wrapped}
             return (args[0], wrapped, *args[2:]), kwargs
@@ -425,6 +456,11 @@ def _held(optimizer: torch.optim.Optimizer | None) -> dict[int, nn.Parameter] | 
     if optimizer is None:
         return None
     return {id(p): p for group in optimizer.param_groups for p in group["params"]}
+
+
+def _trained(held: dict[int, nn.Parameter] | None) -> frozenset[tuple[int, bool]]:
+    """The optimizer's parameters, and whether each is frozen."""
+    return frozenset((key, p.requires_grad) for key, p in (held or {}).items())
 
 
 def _overflowed(optimizer: torch.optim.Optimizer) -> bool:

@@ -84,9 +84,10 @@ def update_stack(
     assert view is not None
     weights = [c.location.parameter.detach() for c in group]
     axes = tuple(axis + 1 if axis >= 0 else axis for axis in view.out_axes)
+    inner = view.in_axes and tuple(axis + 1 if axis >= 0 else axis for axis in view.in_axes)
     stacked = {key: torch.stack([s[key] for s in states]) for key in ("u0", "v0", "sigma0")}
     first = group[0]
-    given = torch.stack(weights), Dense(axes, batch_axes=(0,)), stacked
+    given = torch.stack(weights), Dense(axes, inner, batch_axes=(0,)), stacked
     if first.stage == "gradients":
         state, figures = first.rule.advance(*given, step=step, name=first.name)
     else:

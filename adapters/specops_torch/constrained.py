@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from specops.errors import AdapterError, NonFiniteError
 from specops.geometry import Dense, Geometry
+from specops.geometry.arguments import check_bound
+from specops.normalizations import rank_floor
 from specops.plan import Assignment
 from specops.rules.base import at
 from specops.spectra import spectral_norm, spectral_norm_bounds
-from specops_torch.normalized import Normalizer, install
+from specops_torch.normalized import Normalizer, install, let_go
 from specops_torch.parameters import Location
 
 
@@ -63,40 +67,49 @@ class Constrained:
         geometry = self.geometry
         sized = isinstance(geometry, Dense) or geometry.grid is not None
         if sized or getattr(self.rule, "norm", "") != "operator":
-            self.normalizer.prepare(location.parameter)
-        if location.parent is not None:
-            module, owner = location.parent
+            # A weight that is not finite is met at its first step, by the user's policy.
+            with contextlib.suppress(NonFiniteError):
+                self.normalizer.prepare(location.parameter)
+        for module, owner in location.parents:
             self.handles += install(module, self.normalizer, location.attribute, owner)
-            return
-        for holder, attribute in self._holders():
-            self.handles += install(holder, self.normalizer, attribute)
+        if not location.parents:
+            for holder, attribute in self._holders():
+                self.handles += install(holder, self.normalizer, attribute)
 
     def _holders(self) -> list[tuple[nn.Module, str]]:
-        found = {id(m): m for m in (self.location.module, *self.location.others)}
-        return [(m, self._attribute_in(m)) for m in found.values()]
-
-    def _attribute_in(self, module: nn.Module) -> str:
         parameter = self.location.parameter
-        for attribute, own in module._parameters.items():
-            if own is parameter:
-                return attribute  # type: ignore[no-any-return]
-        return self.location.attribute
+        modules = {id(m): m for m in (self.location.module, *self.location.others)}
+        return [
+            (module, attribute)
+            for module in modules.values()
+            for attribute, own in module._parameters.items()
+            if own is parameter
+        ]
 
     def schedule(self, step: int) -> None:
-        """Bring a scheduled scale to the step that comes next, as a tensor: no recompilation."""
+        """Bring schedules to the step that comes next, as tensors: no recompilation."""
         if self.normalizer is None:
             return
         self.normalizer.step = step
-        scale = getattr(self.rule, "scale", None)
-        if callable(scale):
-            value = at(scale, step, self.name, self.geometry)
+        for key in ("scale", "ratio"):
+            schedule = getattr(self.rule, key, None)
+            if not callable(schedule):
+                continue
+            value = at(schedule, step, self.name, self.geometry)
+            if key == "ratio":
+                rank_floor(value)
+            else:
+                check_bound(value, f"{key} of {self.name} at step {step}")
             parameter = self.location.parameter
-            self.normalizer.scale = torch.tensor(float(value), device=parameter.device)
+            dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+            self.normalizer.overrides[key] = torch.tensor(
+                float(value), dtype=dtype, device=parameter.device
+            )
 
     def norm(self) -> dict[str, Any]:
         """The norm now, for a report: exact where it can be, else a certified upper bound."""
         w, geometry = self.location.parameter.detach(), self.geometry
-        if self.normalizer is not None and self.normalizer.state is not None:
+        if self.normalizer is not None and self.handles:
             with torch.no_grad():
                 w = self.normalizer(w)
         if not bool(torch.isfinite(w).all()):
@@ -114,6 +127,7 @@ class Constrained:
             "state": None if state is None else _copy(state),
             "sizes": None if recorder is None else recorder.state(),
             "steps": self.steps,
+            "drifting": self.normalizer is not None and self.normalizer.drifting,
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -127,14 +141,34 @@ class Constrained:
             self.state = state
         else:
             self.normalizer.geometry = self.geometry
-            self.normalizer.load(state, parameter)
+            self.normalizer.state = state
+            self.normalizer.drifting = bool(saved.get("drifting", False))
 
     def release(self) -> None:
         """Remove every hook."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        if self.normalizer is not None:
+            let_go(self.normalizer)
         self.location.unwatch()
+
+    def check_state(self, saved: Mapping[str, Any]) -> None:
+        """Raise if `saved` cannot be this weight's: before anything is written."""
+        try:
+            state, _ = saved["state"], saved["sizes"]
+        except (KeyError, TypeError):
+            raise AdapterError(f"{self.name}: the state has no entries state and sizes") from None
+        own = self.state if self.normalizer is None else self.normalizer.state
+        if self.normalizer is None or not own or not state:
+            return
+        shapes = {key: tuple(x.shape) for key, x in state.items()}
+        expected = {key: tuple(x.shape) for key, x in own.items()}
+        sized = {"v"}  # vectors of a convolution's operator, of the input's size
+        if set(shapes) != set(expected) or any(
+            shapes[key] != expected[key] for key in shapes if key not in sized
+        ):
+            raise AdapterError(f"{self.name}: the state has {shapes}, expected {expected}")
 
 
 def _copy(

@@ -16,13 +16,14 @@ from specops.errors import (
     NonFiniteWarning,
     SpecopsError,
 )
-from specops.geometry import Conv, Dense
+from specops.geometry import Conv, Dense, Geometry
 from specops.rules import ClipSpectralNorm
 from specops.rules.base import at
 from specops_torch.batches import dyads, grouped, in_place, update_stack
 from specops_torch.constrained import Constrained
 
 Record = dict[str, Any]
+Commit = Callable[[], None]
 Update = Callable[[Constrained], Any]
 """(array, state, figures) of a weight."""
 
@@ -43,8 +44,10 @@ class Firing:
     ) -> None:
         self.on_nonfinite, self._misfit = on_nonfinite, misfit
 
-    def weights(self, due: Iterable[Constrained], step: int, *, certain: bool) -> list[Record]:
-        """Rules of stage "weights": new weights are written when all of them are known."""
+    def weights(
+        self, due: Iterable[Constrained], step: int, *, certain: bool
+    ) -> tuple[list[Record], Commit]:
+        """Rules of stage "weights": (records, what writes the new weights)."""
 
         def update(c: Constrained) -> Any:
             rule, geometry = c.rule, c.geometry
@@ -59,11 +62,14 @@ class Firing:
             new, state, record = self._one(c, old, step, update)
             written.append((c, old, new, state))
             records.append(record)
-        for c, old, new, state in written:
-            if new is not old:
-                c.location.parameter.copy_(new)
-            c.state = state
-        return records
+
+        def commit() -> None:
+            for c, old, new, state in written:
+                if new is not old:
+                    c.location.parameter.copy_(new)
+                c.state = state
+
+        return records, commit
 
     def gradients(
         self, due: Iterable[Constrained], step: int, scale: torch.Tensor | None
@@ -89,21 +95,38 @@ class Firing:
             c.state = state
         return records
 
-    def forward(self, due: Iterable[Constrained], step: int) -> list[Record]:
-        """Rules of stage "forward": their vectors advance."""
-        records = []
-        for c, term, state, record in self._grouped(list(due), step):
-            if term is not None and c.normalizer is not None:
-                c.normalizer.geometry = c.geometry
-                c.normalizer.take(state, c.location.parameter)
+    def vectors(self, due: Sequence[Constrained], step: int) -> tuple[list[Record], list[Any]]:
+        """Rules of stage "gradients" before a closure: (records, weights that are ready)."""
+        records, ready = [], []
+        for c, term, state, record in self._grouped(due, step, in_stacks=False):
+            if term is not None:
+                ready.append((c, state))
             records.append(record)
-        return records
+        for c, state in ready:
+            c.state = state
+        return records, [c for c, _ in ready]
+
+    def forward(self, due: Iterable[Constrained], step: int) -> tuple[list[Record], Commit]:
+        """Rules of stage "forward": (records, what lets the vectors advance)."""
+        records, ready = [], []
+        for c, term, state, record in self._grouped(list(due), step):
+            if term is not None:
+                ready.append((c, state))
+            records.append(record)
+
+        def commit() -> None:
+            for c, state in ready:
+                if c.normalizer is not None:
+                    c.normalizer.geometry = _sized(c)
+                    c.normalizer.take(state, c.location.parameter)
+
+        return records, commit
 
     def _grouped(
-        self, due: Sequence[Constrained], step: int
+        self, due: Sequence[Constrained], step: int, *, in_stacks: bool = True
     ) -> Iterator[tuple[Constrained, torch.Tensor | None, Any, Record]]:
         """(weight, its term or None if skipped, new state, record), equal shapes in one call."""
-        for group in grouped(due):
+        for group in grouped(due) if in_stacks else [[c] for c in due]:
             act = _alone(step)
             if len(group) > 1:
                 act = _in_stack(group, update_stack(group, [_state(c) for c in group], step))
@@ -138,6 +161,8 @@ class Firing:
         """A reason to leave a weight alone this time, or an error."""
         if not c.location.parameter.requires_grad:
             return "frozen (requires_grad=False)"
+        if c.stage != "weights" and _needs_size(c):
+            return "its layer has seen no input yet"
         if c.stage == "weights" and not _refuses_nan(c) and not _finite(weight):
             return self._not_finite(c, weight, step)
         geometry = c.geometry
@@ -172,32 +197,47 @@ class Firing:
 
 
 def check_ran(constrained: Sequence[Constrained]) -> None:
-    """Raise if a weight was trained although its forward rule never saw a forward pass."""
+    """Raise if a weight is trained although its forward rule never saw a forward pass."""
     for c in constrained:
         normalizer = c.normalizer
-        if normalizer is None:
+        if normalizer is None or normalizer.ran:
             continue
         gradient = c.location.parameter.grad
-        if not normalizer.ran and gradient is not None and bool(gradient.any()):
+        if gradient is not None and bool(gradient.any()):
             raise AdapterError(
-                f"{c.name} has a gradient, but the forward of its layer was not called since "
-                f"the last step: something else uses the weight, and {c.rule!r} did not act on "
-                f'it. Exclude it with ("{c.name}", None), or constrain it after the step'
+                f"{c.name} has a gradient, but the forward of its layer was never called: "
+                f"something else uses the weight, and {c.rule!r} did not act on it. Exclude it "
+                f'with ("{c.name}", None), or constrain it after the step'
             )
-        normalizer.ran = False
 
 
 def _alone(step: int) -> Update:
     def update(c: Constrained) -> Any:
-        weight, state = c.location.parameter.detach(), _state(c)
+        weight, state, geometry = c.location.parameter.detach(), _state(c), _sized(c)
         if not state:
-            state = c.rule.init(weight, c.geometry, c.name)
+            state = c.rule.init(weight, geometry, c.name)
         if c.stage == "gradients" and in_place(c):
-            state, figures = c.rule.advance(weight, c.geometry, state, step=step, name=c.name)
+            state, figures = c.rule.advance(weight, geometry, state, step=step, name=c.name)
             return weight, state, figures
-        return c.rule.update(weight, c.geometry, state, step=step, name=c.name)
+        return c.rule.update(weight, geometry, state, step=step, name=c.name)
 
     return update
+
+
+def _sized(c: Constrained) -> Geometry:
+    """The geometry now, or the latest that had a size: circular layers may see several."""
+    geometry = c.geometry
+    if _has_size(geometry) or c.normalizer is None:
+        return geometry
+    return c.normalizer.geometry
+
+
+def _has_size(geometry: Geometry) -> bool:
+    return isinstance(geometry, Dense) or geometry.grid is not None
+
+
+def _needs_size(c: Constrained) -> bool:
+    return getattr(c.rule, "norm", "") == "operator" and not _has_size(_sized(c))
 
 
 def _in_stack(group: Sequence[Constrained], found: Sequence[Any]) -> Update:

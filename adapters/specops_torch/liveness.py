@@ -39,4 +39,4 @@ class Liveness:
 
 def _versions(constrained: Iterable[Constrained]) -> dict[int, int]:
     held = (c.location.module._parameters.get(c.location.attribute) for c in constrained)
-    return {id(p): p._version for p in held if p is not None}
+    return {id(p): p._version for p in held if p is not None and p.requires_grad}

@@ -2,28 +2,37 @@
 
 The raw parameter stays where it was, under its own name. A pre-hook puts the normalised tensor
 into the module's ``__dict__``, where attribute lookup finds it before the parameter, and a hook
-that always runs takes it out again. Neither changes a vector: those advance once per step.
+that always runs takes it out again. Forward passes do not advance vectors: optimizer steps do.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
 
+from specops.errors import AdapterError, NonFiniteError
 from specops.geometry import Dense, Geometry
-from specops.rules import SpectralNormalization
+from specops.rules import SpectralNormalization, StableRankNormalization
 from specops.tracking import TrackedBlocks, track
+from specops_torch.divided import divide_blocks, divide_kernel, norm_along
 from specops_torch.sizes import SizeRecorder
+
+_SAME = 1e-3
+"""Relative change of a norm, seen along the same vectors, that no rounding explains."""
+_PLAIN_DTYPES = (torch.float32, torch.float64)
 
 
 class Normalizer:
     """One weight's rule, vectors and scale, as the hooks of its modules need them.
 
     It refers to no module and no optimizer, so that a model that carries it can be copied and
-    pickled; the copy goes on with vectors of its own, as they were.
+    pickled; the copy goes on with vectors of its own. Where a weight is found to have been
+    written to from outside, by the norm along its vectors, they start anew.
     """
 
     def __init__(
@@ -31,111 +40,157 @@ class Normalizer:
     ) -> None:
         self.rule, self.name, self.geometry, self.recorder = rule, name, geometry, recorder
         self.state: dict[str, torch.Tensor] | None = None
-        self.scale: torch.Tensor | None = None
-        """Of a schedule, or trained; None for a fixed one."""
+        self.overrides: dict[str, torch.Tensor] = {}
+        """Values of schedules and trained scales, by the rule's argument."""
         self.step = 1
+        """The one that comes next, for rules of others."""
         self.ran = False
-        self._measured: tuple[int, ...] = ()
-        self._pairs: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], ...] = ()
-        self._factors: tuple[tuple[float, float], ...] = ()
-        self._splits: tuple[int, ...] = ()
+        self.drifting = False
+        """Whether steps have changed the weight since the state's norms were measured."""
+        self._version: tuple[int, ...] = ()
 
     @torch.compiler.disable
     def prepare(self, parameter: torch.Tensor) -> None:
-        """Find the leading pairs, where that has not been done."""
-        if self.state is None:
-            with torch.no_grad():
-                self.state = self.rule.init(parameter.detach(), self.geometry, self.name)
-            self.mark(parameter)
+        """Find the leading pairs."""
+        with torch.inference_mode(False), torch.no_grad():
+            weight = parameter.detach()
+            if weight.is_inference():
+                weight = weight.clone()
+            self.take(self.rule.init(weight, self.geometry, self.name), parameter)
 
     def take(self, state: dict[str, torch.Tensor], parameter: torch.Tensor) -> None:
-        """Use vectors that have advanced at the parameter as it is."""
-        self.state = state
-        self.mark(parameter)
-
-    def load(self, state: dict[str, torch.Tensor] | None, parameter: torch.Tensor) -> None:
-        """Take over saved vectors, with their norms if the parameter is the one they are of."""
-        self.state, self._measured = state, ()
-        if state is None:
-            return
-        follow = track(self.geometry, self.rule.norm)
-        with torch.no_grad():
-            weight = parameter.detach()
-            half = weight.dtype in (torch.float16, torch.bfloat16)
-            norms = follow.norms(weight.float() if half else weight, state)
-        pairs = zip(norms, follow.measured(state), strict=True)
-        if all(torch.allclose(a.double(), b.double(), rtol=1e-4) for a, b in pairs):
-            self.mark(parameter)
-
-    def mark(self, parameter: torch.Tensor) -> None:
-        """Say that the state's norms are those of the parameter as it is now."""
-        self._measured = _token(parameter) or ()
-        state, rule = self.state, self.rule
-        self._pairs, self._factors = (), ()
-        if not isinstance(rule, SpectralNormalization) or state is None:
-            return
-        if parameter.dtype not in (torch.float32, torch.float64):
-            return
-        follow = track(self.geometry, rule.norm)
-        if not isinstance(follow, TrackedBlocks):
-            self._pairs = ((state["sigma"], state["axis"], None),)
-            return
-        view = follow.geometry
-        if view.batch_axes or replace(view, splits=None) != Dense():
-            return
-        self._splits = view.splits or (parameter.shape[0],)
-        count = range(len(self._splits))
-        self._pairs = tuple((state[f"sigma{j}"], state[f"u{j}"], state[f"v{j}"]) for j in count)
-        if self.scale is None and parameter.device.type == "cpu":
-            sigmas = [float(sigma) for sigma, _, _ in self._pairs]
-            self._factors = tuple((self._scale() / s if s > 0 else 1.0, s or 1.0) for s in sigmas)
+        """Use vectors whose norms are those of the parameter as it is."""
+        self.state, self.drifting = state, False
+        self._version = _version(parameter)
 
     def __call__(self, parameter: torch.Tensor) -> torch.Tensor:
         """The weight that the layer uses."""
         if self.state is None:
-            self.prepare(parameter)
+            try:
+                self.prepare(parameter)
+            except NonFiniteError:
+                return parameter  # the next step says so, or goes on, as the user chose
         if torch.is_autocast_enabled(parameter.device.type):
             with torch.autocast(parameter.device.type, enabled=False):
                 return self._used(parameter)
         return self._used(parameter)
 
     def _used(self, parameter: torch.Tensor) -> torch.Tensor:
-        # Unless something has changed since, the norms are known.
-        compiling = torch.compiler.is_compiling()
-        known = not compiling and self._measured == _token(parameter)
-        if known and self._factors:
-            vectors = [x for _, u, v in self._pairs for x in (u, v)]
-            fixed: torch.Tensor = _Fixed.apply(parameter, self._splits, self._factors, *vectors)
-            return fixed
-        if len(self._pairs) == 1:
-            sigma, axis, v = self._pairs[0]
-            if known:
-                divided: torch.Tensor = _Divided.apply(parameter, sigma, self._scale(), axis, v)
-                return divided
-            return parameter * (self._scale() / _safe(_norm_along(parameter, axis, v)))
-        options = {} if self.scale is None else {"scale": self.scale}
+        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        kind = self._kind(parameter)
+        if kind and not transformed:
+            return self._divided(parameter, kind)
+        if not kind and not transformed and self._version != _version(parameter):
+            self._check(parameter)
+        if kind == ["axis"] or kind == ["u0"]:
+            axis, v = self._vectors(parameter, kind)
+            return parameter * (self._scale() / _safe(norm_along(parameter, axis, v)))
+        self._follow_dtype(parameter)
+        options: dict[str, Any] = dict(self.overrides)
+        if not isinstance(self.rule, SpectralNormalization | StableRankNormalization):
+            options["step"] = self.step
         result: torch.Tensor = self.rule.apply(
-            parameter, self.geometry, self.state, step=self.step, name=self.name, **options
+            parameter, self.geometry, self.state, name=self.name, **options
         )
         return result
 
+    def _kind(self, parameter: torch.Tensor) -> list[str]:
+        """The state's keys of what is divided by its norm in few operations; [] for others."""
+        if not isinstance(self.rule, SpectralNormalization) or parameter.dtype not in _PLAIN_DTYPES:
+            return []
+        follow = track(self.geometry, self.rule.norm)
+        if not isinstance(follow, TrackedBlocks):
+            return ["axis"]
+        view = follow.geometry
+        if view.batch_axes or replace(view, splits=None) != Dense():
+            return []
+        return [f"u{j}" for j in range(len(view.splits or (0,)))]
+
+    def _vectors(self, parameter: torch.Tensor, kind: list[str]) -> list[Any]:
+        self._follow_dtype(parameter)
+        state = self.state
+        assert state is not None
+        if kind == ["axis"]:
+            return [state["axis"], None]
+        return [state[f"{key}{j}"] for j in range(len(kind)) for key in "uv"]
+
+    def _divided(self, parameter: torch.Tensor, kind: list[str]) -> torch.Tensor:
+        for _ in range(2):
+            vectors = self._vectors(parameter, kind)
+            with torch.no_grad():
+                rows = [len(u) for u in vectors[::2]] if vectors[1] is not None else [-1]
+                parts = parameter.split(rows) if len(rows) > 1 else (parameter,)
+                pairs = zip(parts, vectors[::2], vectors[1::2], strict=True)
+                norms = [norm_along(part, u, v) for part, u, v in pairs]
+            if self._fits(parameter, norms):
+                break
+            # Written to from outside: a checkpoint, an average, a copy that went its own way.
+            self.prepare(parameter)
+        scale = self._scale()
+        if vectors[1] is None:
+            return divide_kernel(parameter, norms[0], scale, vectors[0])
+        return divide_blocks(parameter, norms, scale, vectors)
+
+    def _fits(self, parameter: torch.Tensor, norms: list[torch.Tensor]) -> bool:
+        """Whether norms along the vectors are those measured; steps in between explain others."""
+        if self.drifting or (parameter.device.type != "cpu" and torch.is_grad_enabled()):
+            return True
+        state = self.state
+        assert state is not None
+        follow = track(self.geometry, self.rule.norm)
+        return all(
+            abs(float(a) - float(b)) <= _SAME * abs(float(b)) or not math.isfinite(float(a))
+            for a, b in zip(norms, follow.measured(state), strict=True)
+        )
+
+    def _check(self, parameter: torch.Tensor) -> None:
+        """The same for weights that are not divided in few operations, where they were written."""
+        if self.drifting or not hasattr(self.rule, "norm"):
+            return
+        self._follow_dtype(parameter)
+        state = self.state
+        assert state is not None
+        follow = track(self.geometry, self.rule.norm)
+        with torch.no_grad():
+            weight = parameter.detach()
+            half = weight.dtype in (torch.float16, torch.bfloat16)
+            norms = follow.norms(weight.float() if half else weight, state)
+            pairs = zip(norms, follow.measured(state), strict=True)
+            if all(torch.allclose(a, b, rtol=_SAME, atol=0.0, equal_nan=True) for a, b in pairs):
+                self._version = _version(parameter)
+                return
+        self.prepare(parameter)
+
+    def _follow_dtype(self, parameter: torch.Tensor) -> None:
+        """Models are cast and moved after attaching; half precision keeps single vectors."""
+        state = self.state
+        assert state is not None
+        wanted = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        if parameter.is_complex():
+            return
+        first = next((x for x in state.values() if x.is_floating_point()), None)
+        if first is None or (first.dtype == wanted and first.device == parameter.device):
+            return
+        self.state = {
+            key: x.to(parameter.device, wanted if x.is_floating_point() else None)
+            for key, x in state.items()
+        }
+
     def _scale(self) -> Any:
-        if self.scale is not None:
-            return self.scale
-        return self.rule.fixed_scale(self.step, self.name, self.geometry)
+        if "scale" in self.overrides:
+            return self.overrides["scale"]
+        return self.rule.fixed_scale(1, self.name, self.geometry)
 
 
-def _norm_along(w: torch.Tensor, axis: torch.Tensor, v: torch.Tensor | None) -> torch.Tensor:
-    if v is None:
-        return (w * axis).sum()
-    return torch.dot(axis, w.reshape(len(axis), -1) @ v)
-
-
-def _token(parameter: torch.Tensor) -> tuple[int, int, int] | None:
-    """What changes when a parameter's values do (but not through ``.data``)."""
+def _version(parameter: torch.Tensor) -> tuple[int, ...]:
+    """What changes when a parameter is written to."""
     if type(parameter) is not nn.Parameter:
-        return None
+        return ()
     return id(parameter), parameter._version, parameter.data_ptr()
+
+
+def _safe(sigma: torch.Tensor) -> torch.Tensor:
+    return torch.where(sigma != 0, sigma, torch.ones_like(sigma))
 
 
 class Before:
@@ -170,113 +225,38 @@ class After:
             holder._update_flat_weights()
 
 
+_LIVE: WeakSet[Normalizer] = WeakSet()
+
+
+def claim(module: nn.Module, attribute: str, owner: str, name: str) -> None:
+    """Remove what copying a model left on the copy; refuse a weight that is spoken for."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if not isinstance(hook, Before | After):
+                continue
+            if (hook.attribute, hook.owner) != (attribute, owner):
+                continue
+            if hook.normalizer in _LIVE:
+                raise AdapterError(
+                    f"{name} is under a forward rule already, {hook.normalizer.rule!r}: detach "
+                    f"that attachment first"
+                )
+            del hooks[key]
+
+
+def let_go(normalizer: Normalizer) -> None:
+    """Its weight may be claimed by others."""
+    _LIVE.discard(normalizer)
+
+
 def install(
     module: nn.Module, normalizer: Normalizer, attribute: str, owner: str = ""
 ) -> list[Any]:
     """Hook a module whose forward uses the weight, its own or that of its child `owner`."""
+    claim(module, attribute, owner, normalizer.name)
+    _LIVE.add(normalizer)
     before, after = Before(normalizer, attribute, owner), After(normalizer, attribute, owner)
     return [
         module.register_forward_pre_hook(before, with_kwargs=True),
         module.register_forward_hook(after, always_call=True),
     ]
-
-
-class _Fixed(torch.autograd.Function):
-    """f·W block by block for f = s/⟨u, Wv⟩, numbers that are known; on the CPU.
-
-    `factors` holds (f, σ) of each block of `splits` rows, `vectors` their u and v in turn.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, w: torch.Tensor, splits: Any, factors: Any, *vectors: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(w, *vectors)
-        ctx.splits, ctx.factors = splits, factors
-        if len(splits) == 1:
-            return w * factors[0][0]
-        parts = zip(w.split(splits), factors, strict=True)
-        return torch.cat([part * f for part, (f, _) in parts])
-
-    @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> Any:
-        w, *vectors = ctx.saved_tensors
-        blocks = zip(
-            g.split(ctx.splits),
-            w.split(ctx.splits),
-            ctx.factors,
-            vectors[::2],
-            vectors[1::2],
-            strict=True,
-        )
-        step = _twice if torch.is_grad_enabled() else _once
-        parts = [step(*block) for block in blocks]
-        gradient = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return gradient, None, None, *(None for _ in vectors)
-
-
-def _once(
-    g: torch.Tensor, w: torch.Tensor, factors: Any, u: torch.Tensor, v: torch.Tensor
-) -> torch.Tensor:
-    """∂(f W) = f(∂W − W⟨uvᵀ, ∂W⟩/σ), transposed: f(G − uvᵀ⟨G, W⟩/σ)."""
-    factor, sigma = factors
-    flat = g.reshape(-1)
-    taken = float(torch.dot(flat, w.reshape(-1))) * factor / sigma
-    gradient = torch.addr(flat.view(len(u), -1), u, v, beta=factor, alpha=-taken)
-    return gradient.view(w.shape)
-
-
-def _twice(
-    g: torch.Tensor, w: torch.Tensor, factors: Any, u: torch.Tensor, v: torch.Tensor
-) -> torch.Tensor:
-    return _differentiable(g, w, _dyad(u, v, w), factors[0] * factors[1])[0]
-
-
-class _Divided(torch.autograd.Function):
-    """s·W/σ for σ = ⟨E, W⟩ that is known; E is `axis`, or the dyad of `axis` and `v`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        w: torch.Tensor,
-        sigma: torch.Tensor,
-        scale: Any,
-        axis: torch.Tensor,
-        v: torch.Tensor | None,
-    ) -> torch.Tensor:
-        ctx.scaled = isinstance(scale, torch.Tensor)
-        ctx.scale = None if ctx.scaled else scale
-        ctx.save_for_backward(w, sigma, axis, v, *((scale,) if ctx.scaled else ()))
-        return w * (scale / _safe(sigma))
-
-    @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> Any:
-        w, sigma, axis, v, *rest = ctx.saved_tensors
-        scale = rest[0] if ctx.scaled else ctx.scale
-        axis = axis if v is None else _dyad(axis, v, w)
-        if torch.is_grad_enabled():
-            grad_w, grad_scale = _differentiable(g, w, axis, scale)
-        else:
-            safe = _safe(sigma)
-            product = (g * w).sum()
-            factor = scale / safe
-            grad_w = (g * factor).sub_(axis * (product * (factor / safe)))
-            grad_scale = product / safe
-        return grad_w, None, grad_scale if ctx.needs_input_grad[2] else None, None, None
-
-
-def _differentiable(
-    g: torch.Tensor, w: torch.Tensor, axis: torch.Tensor, scale: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both gradients by operations that can be differentiated again."""
-    sigma = _safe((w * axis).sum())
-    product = (g * w).sum()
-    return g * (scale / sigma) - axis * (product * scale / sigma**2), product / sigma
-
-
-def _dyad(u: torch.Tensor, v: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return (u[:, None] * v).reshape(like.shape)
-
-
-def _safe(sigma: torch.Tensor) -> torch.Tensor:
-    return torch.where(sigma != 0, sigma, torch.ones_like(sigma))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from specops.errors import SpecopsError
 from specops_torch.constrained import Constrained
 
 
@@ -15,16 +16,9 @@ def with_penalty(
 ) -> Callable[[], Any]:
     """The closure's loss and gradients plus those of the penalties, with vectors of now.
 
-    An optimizer that calls it several times in one step, as LBFGS does, sees one function:
-    vectors advance once, before the first call.
+    An optimizer that calls it several times in one step, as LBFGS does, sees one function. A
+    closure that returns nothing goes on returning nothing.
     """
-    states: dict[str, Any] = {}
-    for c in due:
-        weight = c.location.parameter.detach()
-        if c.state is None:
-            c.state = c.rule.init(weight, c.geometry, c.name)
-        _, c.state, _ = c.rule.update(weight, c.geometry, c.state, step=step, name=c.name)
-        states[c.name] = c.state
 
     def wrapped() -> Any:
         # The caller's grad mode is the closure's: LBFGS enables it.
@@ -34,11 +28,20 @@ def with_penalty(
                 parameter = c.location.parameter
                 if parameter.grad is None:
                     continue
-                value, gradient = c.rule.penalty(
-                    parameter.detach(), c.geometry, states[c.name], step=step, name=c.name
-                )
+                try:
+                    value, gradient = c.rule.penalty(
+                        parameter.detach(), c.geometry, c.state, step=step, name=c.name
+                    )
+                except SpecopsError as error:
+                    raise type(error)(f"{c.name} at step {step}: {error}") from error
+                except Exception as error:
+                    error.add_note(f"while {c.rule!r} acted on {c.name} at step {step}")
+                    raise
                 parameter.grad.add_(gradient)
-                loss = loss + value.to(loss.dtype) if torch.is_tensor(loss) else loss + float(value)
+                if torch.is_tensor(loss):
+                    loss = loss + value.to(loss.device, loss.dtype)
+                elif loss is not None:
+                    loss = loss + float(value)
         return loss
 
     return wrapped

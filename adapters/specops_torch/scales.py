@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from specops.errors import AdapterError
 from specops.rules import TrainableScale
 from specops_torch.constrained import Constrained
 
@@ -35,8 +36,16 @@ class Scales:
                 value = torch.full((), scale.initial, dtype=dtype, device=weight.device)
                 self.parameters[key] = nn.Parameter(value)
                 new.append(self.parameters[key])
-            c.normalizer.scale = self.parameters[key]
+            c.normalizer.overrides["scale"] = self.parameters[key]
+        if new and isinstance(optimizer, torch.optim.LBFGS):
+            raise AdapterError(
+                "LBFGS has one parameter group and takes no trainable scales: give them to "
+                "another optimizer, attach(None, ...), or use a fixed scale"
+            )
         if new and optimizer is not None:
+            # A copied optimizer still holds the scales of the attachment it was copied with.
+            groups = optimizer.param_groups
+            groups[:] = [g for g in groups if g.get("name") != _GROUP]
             group: dict[str, Any] = {"params": new, "name": _GROUP}
             if "weight_decay" in optimizer.defaults:
                 group["weight_decay"] = 0.0
@@ -69,5 +78,16 @@ class Scales:
     def load_state_dict(self, saved: dict[str, torch.Tensor]) -> None:
         """Restore `state_dict`."""
         for key, value in saved.items():
-            if key in self.parameters:
-                self.parameters[key].copy_(value)
+            self.parameters[key].copy_(value)
+
+    def check(self, saved: dict[str, torch.Tensor]) -> None:
+        """Raise if these are the values of other scales."""
+        if set(saved) != set(self.parameters):
+            raise AdapterError(
+                f"the state has scales {sorted(saved)}, expected {sorted(self.parameters)}"
+            )
+
+    def forget_gradients(self) -> None:
+        """After a step: ``model.zero_grad()`` does not know these parameters."""
+        for p in self.parameters.values():
+            p.grad = None

@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal
 
 from specops import backend
-from specops.errors import UnsupportedGeometryError
+from specops.errors import StateError, UnsupportedGeometryError
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import check_bound
 from specops.rules.base import Array, Figures, Schedule, State, at, check_scheduled, measured_as
@@ -208,7 +208,11 @@ class SpectralHammer(_Cap):
         """Strike; the figures are ``norm_before`` and ``norm_after``, of the pair followed."""
         bound = self._bound(step, name, geometry)
         follow = track(geometry, self.norm)
-        state = follow.advance(weight, state, _POWER_STEPS)
+        try:
+            state = follow.advance(weight, state, _POWER_STEPS)
+        except StateError:
+            # The input size has changed since.
+            state = follow.start(weight, name)
         xp = backend.namespace(weight)
         before = follow.measured(state)
         excesses = tuple(xp.where(n > bound, n - bound, xp.zeros_like(n)) for n in before)

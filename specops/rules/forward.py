@@ -196,9 +196,17 @@ class StableRankNormalization(_Forward):
         integer(self.iterations, "iterations", least=1)
 
     def apply(
-        self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
+        self,
+        weight: Array,
+        geometry: Geometry,
+        state: State,
+        *,
+        step: int = 1,
+        name: str = "",
+        ratio: Array | None = None,
     ) -> Array:
-        """The weight that the layer uses."""
-        ratio = at(self.ratio, step, name, geometry)
-        rank_floor(ratio)
+        """The weight that the layer uses; `ratio` is the value of a schedule, as an array."""
+        if ratio is None:
+            ratio = at(self.ratio, step, name, geometry)
+            rank_floor(ratio)
         return limit_stable_rank(weight, self._follow(geometry), state, ratio)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from specops import backend
 from specops.errors import StateError
 from specops.geometry import Geometry
-from specops.geometry.arguments import integer
+from specops.geometry.arguments import check_bound, integer
 from specops.rules.base import Array, Figures, Schedule, State, at, check_scheduled
 from specops.tracking import Norm, TrackedBlocks, check_norm, track
 
@@ -77,7 +77,7 @@ class SpectralNormPenalty:
         """(what to add to the gradient, the state advanced, ``norm`` and ``penalty``)."""
         state, figures = self.advance(weight, geometry, state, step=step, name=name)
         follow = track(geometry, self.norm)
-        strength = at(self.strength, step, name, geometry)
+        strength = self.strength_at(step, name, geometry)
         xp, norms = backend.namespace(weight), follow.measured(state)
         return self._gradient(xp, weight, follow, state, norms, strength), state, figures
 
@@ -92,10 +92,14 @@ class SpectralNormPenalty:
             state = follow.start(weight, name)
         norms = follow.measured(state)
         xp = backend.namespace(weight)
-        strength = at(self.strength, step, name, geometry)
+        strength = self.strength_at(step, name, geometry)
         norm = xp.stack(norms, axis=-1) if len(norms) > 1 else norms[0]
         value = 0.5 * strength * sum(xp.sum(n * n) for n in norms)
         return state, {"norm": norm, "penalty": value}
+
+    def strength_at(self, step: int, name: str, geometry: Geometry) -> Any:
+        """λ at this step."""
+        return check_bound(at(self.strength, step, name, geometry), "strength")
 
     def penalty(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
@@ -103,7 +107,7 @@ class SpectralNormPenalty:
         """(value, gradient) with the vectors of `state`, which stays as it is."""
         follow = track(geometry, self.norm)
         xp = backend.namespace(weight)
-        strength = at(self.strength, step, name, geometry)
+        strength = self.strength_at(step, name, geometry)
         norms = follow.norms(backend.to_compute(xp, weight), state)
         value = 0.5 * strength * sum(xp.sum(n * n) for n in norms)
         return value, self._gradient(xp, weight, follow, state, norms, strength)

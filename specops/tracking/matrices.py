@@ -115,13 +115,13 @@ def _numbered(index: int, pair: tuple[Array, Array, Array]) -> State:
 def _pair(state: State, index: int, a: Array) -> tuple[Array, Array]:
     *batch, m, n = a.shape
     return (
-        checked(state, f"u{index}", (*batch, m)),
-        checked(state, f"v{index}", (*batch, n)),
+        checked(state, f"u{index}", (*batch, m), a),
+        checked(state, f"v{index}", (*batch, n), a),
     )
 
 
 def axis_of(state: State, w: Array) -> Array:
-    return checked(state, "axis", tuple(w.shape))
+    return checked(state, "axis", tuple(w.shape), w)
 
 
 def _outer(xp: Any, u: Array, v: Array) -> Array:

@@ -54,7 +54,7 @@ class TrackedOperator:
         kernel, sizes = self._kernel(xp, w)
         operator = ConvOperator(kernel, sizes)
         expected = (sizes.groups, operator.shape[1] // sizes.groups)
-        v = checked(state, "v", expected)
+        v = checked(state, "v", expected, kernel)
         for _ in range(rounds):
             image, _ = unit(xp, _rows(xp, operator.matvec, v), None)
             v, sigmas = unit(xp, _rows(xp, operator.rmatvec, image), v)

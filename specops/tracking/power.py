@@ -19,7 +19,8 @@ _SVD_BELOW = 2**13
 """Entries of a matrix up to which its decomposition costs less than the steps of Lanczos."""
 
 
-def checked(state: State, key: str, shape: tuple[int, ...]) -> Array:
+def checked(state: State, key: str, shape: tuple[int, ...], like: Array) -> Array:
+    """An entry of a state, in the precision and on the device of the weight it is used with."""
     found = state.get(key)
     if found is None or tuple(found.shape) != shape:
         got = None if found is None else tuple(found.shape)
@@ -27,6 +28,14 @@ def checked(state: State, key: str, shape: tuple[int, ...]) -> Array:
             f"the state must hold {key} of shape {shape}, got {got}: it belongs to another "
             f"weight or input size"
         )
+    if backend.dtype_name(found.dtype) in ("float16", "bfloat16"):
+        found = backend.to_compute(backend.namespace(found), found)
+    wanted = backend.real_dtype(backend.namespace(like), like.dtype)
+    real = backend.real_dtype(backend.namespace(found), found.dtype)
+    moved = backend.device_of(found) != backend.device_of(like)
+    if moved or backend.dtype_name(real) != backend.dtype_name(wanted):
+        # Models are cast and moved after a state was made.
+        return backend.constant(backend.to_numpy(found), like, complex=backend.is_complex(found))
     return found
 
 

@@ -49,7 +49,7 @@ class TrackedTorus:
         xp = backend.namespace(w)
         kernel, symbol, factor = self._symbol(xp, w)
         frequency = backend.to_numpy(state["frequency"])
-        v = checked(state, "v", (len(frequency), symbol.block_shape[1]))
+        v = checked(state, "v", (len(frequency), symbol.block_shape[1]), kernel)
         blocks = symbol.blocks(xp, symbol.coefficients(xp, kernel), frequency)
         if symbol.sizes.groups > 1:
             own = np.eye(symbol.sizes.groups)[backend.to_numpy(state["group"])]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -143,9 +146,11 @@ def attention(**sizes: int) -> Built:
 def encoder() -> Built:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
     ignored = torch.arange(5) >= torch.tensor([[5], [3]])
-    return nn.TransformerEncoder(layer, 2), (torch.randn(2, 5, 8),), {"mask": None} | {
-        "src_key_padding_mask": ignored
-    }
+    return (
+        nn.TransformerEncoder(layer, 2),
+        (torch.randn(2, 5, 8),),
+        {"mask": None} | {"src_key_padding_mask": ignored},
+    )
 
 
 def recurrent(kind: Any, cell: bool = False, **options: Any) -> Built:
@@ -190,3 +195,79 @@ def parts(output: Any) -> list[Any]:
     if torch.is_tensor(output):
         return [output]
     return [t for o in output if o is not None for t in parts(o)]
+
+
+def sgd(model: nn.Module, **options: Any) -> Any:
+    """With momentum."""
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, **options)
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two models hold the same values, bit by bit."""
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+def hooks(model: nn.Module) -> list[Any]:
+    """All forward hooks."""
+    return [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks)]
+
+
+def taken_over(model: nn.Module, optimizer: Any, how: str) -> Any:
+    """An optimizer of the model's parameters made from another one."""
+    if how == "new":
+        other = sgd(model)
+        other.load_state_dict(optimizer.state_dict())
+        return other
+    if how == "deepcopy":
+        return copy.deepcopy(optimizer, {id(p): p for p in model.parameters()})
+    other = pickle.loads(pickle.dumps(optimizer))
+    other.param_groups[0]["params"] = list(model.parameters())
+    other.state.clear()
+    return other
+
+
+class Halved:
+    """A forward rule of somebody else."""
+
+    stage = "forward"
+
+    def init(self, weight: Any, geometry: Any, name: str) -> dict[str, Any]:
+        return {"count": torch.zeros(())}
+
+    def update(self, weight: Any, geometry: Any, state: Any, **_: Any) -> Any:
+        return weight, {"count": state["count"] + 1}, {}
+
+    def apply(self, weight: Any, geometry: Any, state: Any, **_: Any) -> Any:
+        return 0.5 * weight
+
+
+class Decay(Halved):
+    """A gradient rule of somebody else."""
+
+    stage = "gradients"
+
+    def update(self, weight: Any, geometry: Any, state: Any, **_: Any) -> Any:
+        return 0.5 * weight, {"count": state["count"] + 1}, {}
+
+    def penalty(self, weight: Any, geometry: Any, state: Any, **_: Any) -> Any:
+        return 0.25 * (weight * weight).sum(), 0.5 * weight
+
+
+@contextmanager
+def gradients_added(model: nn.Module, optimizer: Any) -> Iterator[dict[str, Any]]:
+    """What a step inside the block adds to the gradients, by name."""
+    before, added = gradients(model), dict[str, Any]()
+    yield added
+    added |= {n: g - before[n] for n, g in gradients(model).items()}
+
+
+def penalty_of(model: nn.Module, strength: float = 0.3) -> Any:
+    """The sum over layers of λ/2·σ² for reshaped kernels, differentiable."""
+    total = 0.0
+    for layer in model.modules():
+        if getattr(layer, "weight", None) is not None and layer.weight.ndim > 1:
+            w = layer.weight
+            w = w.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else w
+            total = total + 0.5 * strength * top(w.flatten(1)) ** 2
+    return total

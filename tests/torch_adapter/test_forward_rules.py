@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from specops import (
     SpectralNormalization,
     SpectralNormPenalty,
     StableRankNormalization,
-    errors,
 )
 from tests.torch_adapter.models import (
     FORWARD,
@@ -41,10 +39,12 @@ from tests.torch_adapter.models import (
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 from torch.func import functional_call  # noqa: E402
-from torch.nn.utils import parametrizations, vector_to_parameters  # noqa: E402
+from torch.nn.utils import parametrizations  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 SN = SpectralNormalization(norm="reshaped")
+SRN = StableRankNormalization(0.4, norm="reshaped")
+PENALTY = SpectralNormPenalty(0.3, norm="reshaped")
 
 
 # What it computes
@@ -80,7 +80,7 @@ def test_reshaped_norm_is_that_of_torchs_parametrization(
             optimizer.zero_grad()
             y.square().mean().backward()
         raw = theirs.parametrizations.weight.original
-        assert_relative(*outputs, 1e-5)
+        assert_relative(outputs[0], outputs[1], 1e-5)
         assert_relative(ours.weight, raw, 1e-5)
         assert_relative(ours.weight.grad, raw.grad, 1e-5)
         for optimizer in optimizers:
@@ -157,16 +157,19 @@ def test_stable_rank_of_the_operator_in_use(ratio: float) -> None:
     assert float(values.square().sum()) == pytest.approx(rank, rel=1e-5)
 
 
-@pytest.mark.parametrize("rule", FORWARD.values(), ids=FORWARD)
-def test_gradient_penalties_have_the_gradients_of_finite_differences(rule: Any) -> None:
+@every_rule
+def test_penalties_on_gradients_have_the_slopes_of_finite_differences(rule: Any) -> None:
+    """On gradients by the input, as GANs have them, and by the weights."""
     model, x = network(3).double(), batch(3).double().requires_grad_()
     attachment = specops.attach(None, model, rule)
     variables = [*model.parameters(), *attachment.scales.values()]
 
     def penalty() -> Any:
         y = model(x)
-        (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-        return (slope.flatten(1).norm(dim=1) - 1).square().mean() + y.square().mean()
+        slope, *others = torch.autograd.grad(y.square().sum(), [x, *variables], create_graph=True)
+        return (slope.flatten(1).norm(dim=1) - 1).square().mean() + sum(
+            (g * g).sum() for g in others
+        )
 
     penalty().backward()
     direction = [torch.randn_like(p) for p in variables]
@@ -359,6 +362,7 @@ def test_models_may_be_cast_after_attaching(name: str, dtype: Any) -> None:
 
 # Kinds of layers
 
+
 @pytest.mark.filterwarnings("ignore:LSTM with projections", "ignore:The PyTorch API of nested")
 @pytest.mark.parametrize(("build", "blocks"), KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -390,6 +394,57 @@ def test_every_use_of_a_weight_is_normalised(build: Any, blocks: Any, training: 
     with torch.no_grad():
         for a, b in zip(parts(model(*inputs, **options)), parts(wanted), strict=True):
             torch.testing.assert_close(a, b.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [SN, SRN, PENALTY], ids=["forward", "rank", "penalty"])
+@pytest.mark.parametrize("odd", ["", "frozen", "idle", "nan"])
+def test_weights_of_one_shape_are_treated_each_for_itself(kind: Any, odd: str) -> None:
+    models, states = [], []
+    for plans in ([Plan([("*", kind)])], [Plan([(f"{i}.weight", kind)]) for i in (0, 1, 2)]):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        made = [specops.attach(optimizer, model, plan, on_nonfinite="skip") for plan in plans]
+        for step in range(3):
+            optimizer.zero_grad()
+            model(torch.eye(6)).square().sum().backward()
+            if step == 1 and odd == "frozen":
+                model[1].weight.requires_grad_(False)
+            elif step == 1 and odd == "idle":
+                model[1].weight.grad = None
+            elif step == 1 and odd == "nan":
+                model[1].weight.data.fill_(float("nan"))
+            optimizer.step()
+        models.append(model)
+        states.append({k: v for a in made for k, v in a.state_dict()["weights"].items()})
+    torch.testing.assert_close(*(m.state_dict() for m in models), equal_nan=True)
+    torch.testing.assert_close(
+        *({n: dict(w["state"]) for n, w in state.items()} for state in states)
+    )
+
+
+def test_larger_inputs_later_are_noticed() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, bias=False)).double()
+    plain = copy.deepcopy(model[0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    specops.attach(optimizer, model, SpectralNormalization(norm="operator", iterations=50))
+    for size in (3, 6):
+        for _ in range(4):
+            x = torch.randn(1, 2, size, size).double()
+            backward(model, x)
+            optimizer.step()
+        used = operator(plain, (size, size), in_use(model, "0.weight", x))
+        assert float(top(used)) == pytest.approx(1.0, rel=1e-6)
+
+
+def test_a_layer_that_turns_out_not_to_fit_is_skipped_by_a_bare_rule() -> None:
+    layer = nn.Conv2d(1, 2, 2, stride=2, padding_mode="circular", bias=False)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(18, 2))
+    plain, x = copy.deepcopy(model), torch.randn(1, 1, 7, 7)
+    attachment = specops.attach(None, model, SpectralNormalization(norm="operator"))
+    assert torch.equal(model[:2](x), plain[:2](x))
+    attachment.step()
+    assert "3 outputs" in attachment.report()["0.weight"].reason
 
 
 def test_a_shared_module_is_normalised_in_both_places() -> None:
@@ -434,6 +489,10 @@ COMPILED = {
 }
 
 
+quietly = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+
+
+@quietly
 @pytest.mark.parametrize("rule", COMPILED.values(), ids=COMPILED)
 def test_compiled_models_give_the_same_numbers_without_recompiling(rule: Any) -> None:
     losses, graphs = [], []
@@ -448,13 +507,13 @@ def test_compiled_models_give_the_same_numbers_without_recompiling(rule: Any) ->
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         specops.attach(optimizer, model, rule)
         model(batch())
-        if compiled:
-            model.compile(backend=backend, fullgraph=True)
-        losses.append(train(model, optimizer, 5))
+        f = torch.compile(model, backend=backend, fullgraph=True) if compiled else model
+        losses.append(train(f, optimizer, 5))
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert len(graphs) == 1
 
 
+@quietly
 def test_compiled_attention() -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -465,7 +524,7 @@ def test_compiled_attention() -> None:
     torch.testing.assert_close(compiled(x), model(x))
 
 
-@pytest.mark.filterwarnings("ignore:Profiler record function:UserWarning")
+@quietly
 def test_compiled_steps() -> None:
     torch._dynamo.reset()
     models = [network(), network()]

@@ -1,23 +1,33 @@
-"""Rules of stage "gradients": what reaches the optimizer, through scalers and closures too."""
+"""What rules bring to an optimizer: the gradients of penalties, and scales to train."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 import specops
-from specops import ClipSpectralNorm, Plan, SpectralNormPenalty, errors
+from specops import (
+    ClipSpectralNorm,
+    Plan,
+    SpectralNormalization,
+    SpectralNormPenalty,
+    TrainableScale,
+    errors,
+)
 from tests.torch_adapter.models import (
+    FORWARD,
     assert_relative,
     backward,
     batch,
     gradients,
+    gradients_added,
+    in_use,
     network,
     operator,
+    penalty_of,
+    sgd,
     state_of,
     top,
     train,
@@ -29,28 +39,9 @@ from torch import nn  # noqa: E402
 PENALTY = SpectralNormPenalty(0.3, norm="reshaped")
 
 
-@contextmanager
-def gradients_added(model: nn.Module, optimizer: Any) -> Iterator[dict[str, Any]]:
-    """What a step inside the block adds to the gradients, by name."""
-    before, added = gradients(model), {}
-    yield added
-    added |= {n: g - before[n] for n, g in gradients(model).items()}
-
-
 def still(model: nn.Module) -> Any:
     """An optimizer that leaves every weight where it is."""
     return torch.optim.SGD(model.parameters(), lr=0.0)
-
-
-def penalty_of(model: nn.Module, strength: float = 0.3) -> Any:
-    """The sum over layers of λ/2·σ² for reshaped kernels, differentiable."""
-    total = 0.0
-    for layer in model.modules():
-        if getattr(layer, "weight", None) is not None and layer.weight.ndim > 1:
-            w = layer.weight
-            w = w.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else w
-            total = total + 0.5 * strength * top(w.flatten(1)) ** 2
-    return total
 
 
 # The gradient
@@ -435,18 +426,79 @@ def test_optimizers_that_step_in_backward_give_the_same_weights(plan: Any) -> No
         hook.remove()
 
 
-def test_steps_by_hand_give_the_same_weights() -> None:
-    plain, model = network(), network()
-    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
-    specops.attach(optimizer, plain, PENALTY, every=2)
-    train(plain, optimizer, 4)
-    attachment = specops.attach(None, model, PENALTY, every=2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for seed in range(4):
-        optimizer.zero_grad()
-        backward(model, batch(seed=seed))
-        attachment.before_step()
-        optimizer.step()
-        attachment.step()
-    for name, p in plain.named_parameters():
-        torch.testing.assert_close(model.get_parameter(name), p)
+# Scales
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
+@pytest.mark.parametrize("named", [False, True], ids=["", "named"])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW], ids=["SGD", "AdamW"])
+def test_trainable_scales_are_in_a_group_of_their_own(kind: Any, named: bool, shared: bool) -> None:
+    model, x = network(), batch()
+    given = list(model.named_parameters() if named else model.parameters())
+    groups = [{"params": given[:2]}, {"params": given[2:]}]
+    optimizer = kind(groups, lr=0.01, weight_decay=0.5)
+    plain = optimizer.state_dict()
+    rule = SpectralNormalization(norm="reshaped", scale=TrainableScale(1.5, shared=shared))
+    attachment = specops.attach(optimizer, model, rule)
+    names = ["shared"] if shared else ["0.weight", "2.weight", "5.weight"]
+    assert sorted(attachment.scales) == names
+    group = optimizer.param_groups[-1]
+    assert [id(p) for p in group["params"]] == [id(p) for p in attachment.scales.values()]
+    assert group["weight_decay"] == 0.0
+    for p in (*model.parameters(), *attachment.scales.values()):
+        p.grad = torch.zeros_like(p)
+    w = model[5].weight.detach().clone()
+    optimizer.step()
+    assert all(float(s.detach()) == 1.5 for s in attachment.scales.values())
+    assert not torch.equal(model[5].weight, w)
+    optimizer.zero_grad()
+    backward(model, x)
+    optimizer.step()
+    scales = {n: float(s.detach()) for n, s in attachment.scales.items()}
+    assert all(s != 1.5 for s in scales.values())
+    model.zero_grad()
+    used = top(in_use(model, "5.weight", x))
+    assert float(used) == pytest.approx(scales["shared" if shared else "5.weight"], rel=1e-2)
+    attachment.detach()
+    now = optimizer.state_dict()
+    assert now["param_groups"] == plain["param_groups"]
+    assert set(now["state"]) <= set(range(6))
+
+
+def test_groups_without_parameters_survive_a_scale() -> None:
+    model = network()
+    optimizer = torch.optim.SGD([{"params": model.parameters()}, {"params": []}], lr=0.1)
+    specops.attach(optimizer, model, FORWARD["trained"]).detach()
+    assert len(optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize(("lr", "every"), [(0.0, 2), (0.01, 1)])
+def test_schedules_of_scales_are_followed(lr: float, every: int) -> None:
+    model, x, seen = network(), batch(), []
+
+    def scale(step: int, name: str, geometry: Any) -> float:
+        seen.append(name)
+        return 1.0 + step
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    rule = SpectralNormalization(norm="reshaped", scale=scale, iterations=5)
+    specops.attach(optimizer, model, rule, every=every)
+    for step in range(1, 5):
+        assert float(top(in_use(model, "5.weight", x))) == pytest.approx(1.0 + step, rel=0.02)
+        train(model, optimizer)
+    assert set(seen) == {"0.weight", "2.weight", "5.weight"}
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("bad", [1, 3])
+def test_schedules_of_scales_are_checked(value: float, bad: int) -> None:
+    model = network()
+    rule = SpectralNormalization(norm="reshaped", scale=lambda s, *_: value if s == bad else 1.0)
+
+    def run() -> None:
+        optimizer = sgd(model)
+        specops.attach(optimizer, model, rule)
+        train(model, optimizer, 3)
+
+    with pytest.raises(ValueError, match="scale must be"):
+        run()
