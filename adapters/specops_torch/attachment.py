@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -15,13 +17,27 @@ from specops.history import History
 from specops.plan import Assignment, Plan, override_geometries
 from specops.report import Report, plan_rows
 from specops_torch.constrained import Constrained
-from specops_torch.firing import Firing, Record, check_ran
+from specops_torch.firing import Firing, Record, check_ran, stepped
 from specops_torch.liveness import Liveness
 from specops_torch.parameters import locate
 from specops_torch.penalised import with_penalty
 from specops_torch.scales import Scales
 
 NonFinitePolicy = Literal["raise", "skip", "warn"]
+
+
+def _in_full_precision(function: Any) -> Any:
+    """Steps may be taken inside autocast: measuring in half precision would be of no use."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            for device in ("cpu", "cuda", "xpu"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 class Attachment:
@@ -120,7 +136,7 @@ class Attachment:
             dropped.release()
         self._scales.give(self._constrained, self._optimizer)
         self._held = _held(self._optimizer)
-        self._trained = _trained(self._held)
+        self._trained = {key for key, p in (self._held or {}).items() if p.requires_grad}
 
     def __repr__(self) -> str:
         status = "attached" if self.is_attached else "detached"
@@ -190,12 +206,13 @@ class Attachment:
         if self._optimizer is None:
             check_ran(self._constrained)
         held = _held(self._optimizer)
-        changed = _trained(held) != self._trained
+        changed = self._is_new(held)
         self.steps += 1
         if changed:
             self._held = held
             self._assign()
         due = [c for c in self._constrained if self._fires(c, self.steps)]
+        stepped(self._constrained)
         self._act(due, self.steps, self._constrained)
         self._liveness.seen(self._constrained)
 
@@ -294,6 +311,15 @@ class Attachment:
             c.release()
         self._scales.withdraw(self._optimizer)
 
+    def _is_new(self, held: dict[int, nn.Parameter] | None) -> bool:
+        """Whether parameters came, left or thawed since they were looked at."""
+        if held is None:
+            return False
+        trained = {key for key, p in held.items() if p.requires_grad}
+        new = self._held is None or held.keys() != self._held.keys() or trained - self._trained
+        self._trained = trained
+        return bool(new)
+
     def _of(self, stage: str, step: int) -> list[Constrained]:
         return [c for c in self._constrained if c.stage == stage and self._fires(c, step)]
 
@@ -306,6 +332,7 @@ class Attachment:
             return (step - self.plan.start) % c.assignment.every == 0
         return self.plan.fires(step, c.assignment.every)
 
+    @_in_full_precision
     def _act(self, due: list[Constrained], step: int, stepped: list[Constrained]) -> None:
         """After a step: weights first, then the vectors of what forward passes will use."""
         for c in stepped:
@@ -324,6 +351,7 @@ class Attachment:
             self._scales.forget_gradients()
         self._record([*records, *more])
 
+    @_in_full_precision
     def _add_gradients(
         self, step: int, due: list[Constrained], scale: torch.Tensor | None = None
     ) -> None:
@@ -336,6 +364,10 @@ class Attachment:
     @torch.compiler.disable
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        held = _held(self._optimizer)
+        if self._is_new(held):
+            self._held = held
+            self._assign()
         check_ran(self._constrained)
         due = self._of("gradients", self.steps + 1)
         if not due:
@@ -456,11 +488,6 @@ def _held(optimizer: torch.optim.Optimizer | None) -> dict[int, nn.Parameter] | 
     if optimizer is None:
         return None
     return {id(p): p for group in optimizer.param_groups for p in group["params"]}
-
-
-def _trained(held: dict[int, nn.Parameter] | None) -> frozenset[tuple[int, bool]]:
-    """The optimizer's parameters, and whether each is frozen."""
-    return frozenset((key, p.requires_grad) for key, p in (held or {}).items())
 
 
 def _overflowed(optimizer: torch.optim.Optimizer) -> bool:

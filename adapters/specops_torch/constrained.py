@@ -33,6 +33,8 @@ class Constrained:
     steps: int = 0
     """Of this parameter alone, where its optimizer steps in backward."""
     handles: list[Any] = field(default_factory=list, repr=False)
+    gradient_seen: tuple[int, int] = (0, 0)
+    """Which gradient the latest step had."""
     fitting: Geometry | None = None
     """The geometry that was last found to fit the weight."""
 
@@ -99,7 +101,7 @@ class Constrained:
             if key == "ratio":
                 rank_floor(value)
             else:
-                check_bound(value, f"{key} of {self.name} at step {step}")
+                check_bound(value, key)
             parameter = self.location.parameter
             dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
             self.normalizer.overrides[key] = torch.tensor(

@@ -203,12 +203,27 @@ def check_ran(constrained: Sequence[Constrained]) -> None:
         if normalizer is None or normalizer.ran:
             continue
         gradient = c.location.parameter.grad
-        if gradient is not None and bool(gradient.any()):
+        if gradient is None or _identity(gradient) == c.gradient_seen:
+            continue
+        if bool(gradient.any()):
             raise AdapterError(
-                f"{c.name} has a gradient, but the forward of its layer was never called: "
-                f"something else uses the weight, and {c.rule!r} did not act on it. Exclude it "
-                f'with ("{c.name}", None), or constrain it after the step'
+                f"{c.name} has a gradient, but the forward of its layer was not called since "
+                f"the last step: something else uses the weight, and {c.rule!r} did not act on "
+                f'it. Exclude it with ("{c.name}", None), or constrain it after the step'
             )
+
+
+def stepped(constrained: Sequence[Constrained]) -> None:
+    """Remember the gradients that have been used, and wait for the next forward passes."""
+    for c in constrained:
+        if c.normalizer is not None:
+            gradient = c.location.parameter.grad
+            c.gradient_seen = (0, 0) if gradient is None else _identity(gradient)
+            c.normalizer.ran = False
+
+
+def _identity(gradient: torch.Tensor) -> tuple[int, int]:
+    return id(gradient), gradient._version
 
 
 def _alone(step: int) -> Update:

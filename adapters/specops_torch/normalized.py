@@ -7,6 +7,7 @@ that always runs takes it out again. Forward passes do not advance vectors: opti
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import replace
 from typing import Any
@@ -65,17 +66,16 @@ class Normalizer:
 
     def __call__(self, parameter: torch.Tensor) -> torch.Tensor:
         """The weight that the layer uses."""
-        if self.state is None:
-            try:
-                self.prepare(parameter)
-            except NonFiniteError:
-                return parameter  # the next step says so, or goes on, as the user chose
         if torch.is_autocast_enabled(parameter.device.type):
             with torch.autocast(parameter.device.type, enabled=False):
                 return self._used(parameter)
         return self._used(parameter)
 
     def _used(self, parameter: torch.Tensor) -> torch.Tensor:
+        if self.state is None:
+            self._restart(parameter)
+        if self.state is None:
+            return parameter  # not finite: the next step says so, or goes on, as the user chose
         transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         kind = self._kind(parameter)
         if kind and not transformed:
@@ -125,7 +125,7 @@ class Normalizer:
             if self._fits(parameter, norms):
                 break
             # Written to from outside: a checkpoint, an average, a copy that went its own way.
-            self.prepare(parameter)
+            self._restart(parameter)
         scale = self._scale()
         if vectors[1] is None:
             return divide_kernel(parameter, norms[0], scale, vectors[0])
@@ -133,7 +133,9 @@ class Normalizer:
 
     def _fits(self, parameter: torch.Tensor, norms: list[torch.Tensor]) -> bool:
         """Whether norms along the vectors are those measured; steps in between explain others."""
-        if self.drifting or (parameter.device.type != "cpu" and torch.is_grad_enabled()):
+        own = type(parameter) is nn.Parameter
+        waits = parameter.device.type != "cpu" and torch.is_grad_enabled()
+        if self.drifting or waits or not own:
             return True
         state = self.state
         assert state is not None
@@ -145,7 +147,7 @@ class Normalizer:
 
     def _check(self, parameter: torch.Tensor) -> None:
         """The same for weights that are not divided in few operations, where they were written."""
-        if self.drifting or not hasattr(self.rule, "norm"):
+        if self.drifting or not hasattr(self.rule, "norm") or type(parameter) is not nn.Parameter:
             return
         self._follow_dtype(parameter)
         state = self.state
@@ -159,7 +161,12 @@ class Normalizer:
             if all(torch.allclose(a, b, rtol=_SAME, atol=0.0, equal_nan=True) for a, b in pairs):
                 self._version = _version(parameter)
                 return
-        self.prepare(parameter)
+        self._restart(parameter)
+
+    @torch.compiler.disable
+    def _restart(self, parameter: torch.Tensor) -> None:
+        with contextlib.suppress(NonFiniteError):
+            self.prepare(parameter)
 
     def _follow_dtype(self, parameter: torch.Tensor) -> None:
         """Models are cast and moved after attaching; half precision keeps single vectors."""

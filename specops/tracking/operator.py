@@ -28,6 +28,7 @@ class TrackedOperator:
         """The leading pair, to about 1e-4."""
         xp = backend.namespace(w)
         kernel, sizes = self._kernel(xp, w)
+        backend.check_finite(xp, kernel)
         scale = backend.magnitude(xp, kernel)
         start = ConvOperator(kernel, sizes).rmatvec(plane_wave(xp, kernel, sizes))
         _, _, v = largest_singular_triplet(
