@@ -121,6 +121,8 @@ class Attachment:
                 kept.assignment = assignment
                 self._constrained.append(kept)
                 continue
+            if kept is not None:
+                kept.release()
             if weight is location.weight:
                 location.watch()
             location.weight = weight
@@ -132,6 +134,8 @@ class Attachment:
                 except SpecopsError as error:
                     raise type(error)(f"{weight.name}: {error}") from error
                 constrained.schedule(self.steps + 1)
+                # Gradients that are there already were not made under the rule.
+                stepped([constrained])
         for dropped in before.values():
             dropped.release()
         self._scales.give(self._constrained, self._optimizer)

@@ -64,7 +64,13 @@ class Constrained:
     def hook_forward(self) -> None:
         """Let every layer that holds the weight use the normalised one."""
         location = self.location
-        self.normalizer = Normalizer(self.rule, self.name, self.geometry, location.recorder)
+        self.normalizer = Normalizer(
+            self.rule,
+            self.name,
+            self.geometry,
+            location.recorder,
+            lenient=self.assignment.lenient,
+        )
         # The norm of a convolution's operator waits for the size of its first input.
         geometry = self.geometry
         sized = isinstance(geometry, Dense) or geometry.grid is not None

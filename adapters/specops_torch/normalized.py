@@ -16,7 +16,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from specops.errors import AdapterError, NonFiniteError
+from specops.errors import AdapterError, GeometryError, NonFiniteError
 from specops.geometry import Dense, Geometry
 from specops.rules import SpectralNormalization, StableRankNormalization
 from specops.tracking import TrackedBlocks, track
@@ -37,7 +37,13 @@ class Normalizer:
     """
 
     def __init__(
-        self, rule: Any, name: str, geometry: Geometry, recorder: SizeRecorder | None
+        self,
+        rule: Any,
+        name: str,
+        geometry: Geometry,
+        recorder: SizeRecorder | None,
+        *,
+        lenient: bool = False,
     ) -> None:
         self.rule, self.name, self.geometry, self.recorder = rule, name, geometry, recorder
         self.state: dict[str, torch.Tensor] | None = None
@@ -45,10 +51,16 @@ class Normalizer:
         """Values of schedules and trained scales, by the rule's argument."""
         self.step = 1
         """The one that comes next, for rules of others."""
+        self.lenient = lenient
+        """Whether a geometry that does not fit is a reason to leave the weight alone."""
         self.ran = False
         self.drifting = False
         """Whether steps have changed the weight since the state's norms were measured."""
         self._version: tuple[int, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # No step of the optimizer reaches a copy, so what changes its weight comes from outside.
+        return {**self.__dict__, "drifting": False, "_version": ()}
 
     @torch.compiler.disable
     def prepare(self, parameter: torch.Tensor) -> None:
@@ -86,6 +98,18 @@ class Normalizer:
             axis, v = self._vectors(parameter, kind)
             return parameter * (self._scale() / _safe(norm_along(parameter, axis, v)))
         self._follow_dtype(parameter)
+        if isinstance(self.rule, StableRankNormalization) and not isinstance(
+            track(self.geometry, self.rule.norm), TrackedBlocks
+        ):
+            return self._interpreted(parameter)
+        return self._applied(parameter)
+
+    @torch.compiler.disable
+    def _interpreted(self, parameter: torch.Tensor) -> torch.Tensor:
+        """What needs tables that a compiler does not trace."""
+        return self._applied(parameter)
+
+    def _applied(self, parameter: torch.Tensor) -> torch.Tensor:
         options: dict[str, Any] = dict(self.overrides)
         if not isinstance(self.rule, SpectralNormalization | StableRankNormalization):
             options["step"] = self.step
@@ -165,7 +189,8 @@ class Normalizer:
 
     @torch.compiler.disable
     def _restart(self, parameter: torch.Tensor) -> None:
-        with contextlib.suppress(NonFiniteError):
+        forgiven = (NonFiniteError, GeometryError) if self.lenient else (NonFiniteError,)
+        with contextlib.suppress(*forgiven):
             self.prepare(parameter)
 
     def _follow_dtype(self, parameter: torch.Tensor) -> None:
@@ -175,13 +200,9 @@ class Normalizer:
         wanted = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         if parameter.is_complex():
             return
-        first = next((x for x in state.values() if x.is_floating_point()), None)
-        if first is None or (first.dtype == wanted and first.device == parameter.device):
-            return
-        self.state = {
-            key: x.to(parameter.device, wanted if x.is_floating_point() else None)
-            for key, x in state.items()
-        }
+        for key, x in state.items():
+            if x.is_floating_point() and (x.dtype != wanted or x.device != parameter.device):
+                state = self.state = {**state, key: x.to(parameter.device, wanted)}
 
     def _scale(self) -> Any:
         if "scale" in self.overrides:

@@ -66,7 +66,7 @@ class Scales:
             return
         own = {id(p) for p in self.parameters.values()}
         groups = optimizer.param_groups
-        groups[:] = [g for g in groups if not own.issuperset(id(p) for p in g["params"])]
+        groups[:] = [g for g in groups if not any(id(p) in own for p in g["params"])]
         for p in self.parameters.values():
             optimizer.state.pop(p, None)
 

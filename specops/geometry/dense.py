@@ -132,7 +132,7 @@ def _check(geometry: Dense, shape: tuple[int, ...]) -> None:
     _, out, _ = _axes(geometry, shape)
     if 0 in shape:
         raise GeometryError(f"the weight is empty: shape {shape}")
-    rows = math.prod(shape[a] for a in out)
+    rows = math.prod([shape[a] for a in out])
     if geometry.splits is not None and sum(geometry.splits) != rows:
         raise GeometryError(
             f"splits={geometry.splits} add up to {sum(geometry.splits)}, but the output axes of "

@@ -505,17 +505,19 @@ def test_averages_of_projected_weights_stay_inside() -> None:
 
 
 @pytest.mark.parametrize("name", ["reshaped", "operator"])
-@pytest.mark.parametrize("copied", [False, True], ids=["loaded", "average"])
-def test_other_weights_are_normalised_by_their_own_norm(name: Any, copied: bool) -> None:
+@pytest.mark.parametrize("how", ["loaded", "copied", "copied between firings"])
+def test_other_weights_are_normalised_by_their_own_norm(name: Any, how: str) -> None:
     """Also those that a checkpoint or an average brings, before any step."""
     model, x = network(), batch()
-    specops.attach(None, model, SpectralNormalization(norm=name))
+    optimizer = sgd(model)
+    specops.attach(optimizer, model, SpectralNormalization(norm=name), every=10)
+    if how == "copied between firings":
+        train(model, optimizer)
     model(x)
-    used = copy.deepcopy(model) if copied else model
+    used = model if how == "loaded" else copy.deepcopy(model)
     torch.manual_seed(5)
     used.load_state_dict({n: torch.randn_like(p) for n, p in model.state_dict().items()})
-    norm = top(in_use(used, "5.weight", x))
-    assert float(norm) == pytest.approx(1.0, rel=0.05)
+    assert float(top(in_use(used, "5.weight", x))) == pytest.approx(1.0, rel=0.05)
 
 
 def test_edits_through_data_are_noticed() -> None:
