@@ -80,9 +80,8 @@ class Constrained:
                 self.normalizer.prepare(location.parameter)
         for module, owner in location.parents:
             self.handles += install(module, self.normalizer, location.attribute, owner)
-        if not location.parents:
-            for holder, attribute in self._holders():
-                self.handles += install(holder, self.normalizer, attribute)
+        for holder, attribute in self._holders():
+            self.handles += install(holder, self.normalizer, attribute)
 
     def _holders(self) -> list[tuple[nn.Module, str]]:
         parameter = self.location.parameter

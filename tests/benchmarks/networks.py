@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class Residual(nn.Module):
 def resnet20() -> tuple[nn.Module, Any]:
     """ResNet-20 at 32×32, batch 64."""
     widths = [16] * 4 + [32] * 3 + [64] * 3
-    blocks = [Residual(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+    blocks = [Residual(a, b) for a, b in pairwise(widths)]
     stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
     return nn.Sequential(*stem, *blocks, *head), torch.randn(64, 3, 32, 32)

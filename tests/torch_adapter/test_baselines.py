@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 torch = pytest.importorskip("torch")
-from torch import nn
+from torch import nn  # noqa: E402
 
-import specops
-from specops.errors import AdapterError
-from specops_torch import adversarial_loss, balance_norms, geometry_of, jacobian_penalty
+import specops  # noqa: E402
+from specops.errors import AdapterError  # noqa: E402
+from specops_torch import adversarial_loss, balance_norms, geometry_of, jacobian_penalty  # noqa: E402
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-from torch import nn
+from torch import nn  # noqa: E402
 
-import specops
+import specops  # noqa: E402
 
 README = Path(__file__).parents[2] / "README.md"
 pytestmark = pytest.mark.filterwarnings("ignore")
