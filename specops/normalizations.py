@@ -6,8 +6,9 @@ Pure and differentiable functions of the weight; the singular vectors are consta
 
 from __future__ import annotations
 
-import math
 from typing import Any
+
+import numpy as np
 
 from specops import backend
 from specops.geometry import Conv
@@ -60,15 +61,18 @@ def limit_stable_rank(w: Array, follow: Tracked, state: State, ratio: Any) -> Ar
     """
     xp = backend.namespace(w)
     a = backend.to_compute(xp, w)
-    unit = follow.scaled(a, tuple(1.0 / _nonzero(xp, n) for n in follow.norms(a, state)))
+    norms = follow.norms(a, state)
+    unit = follow.scaled(a, tuple(1.0 / _nonzero(xp, n) for n in norms))
+    there = tuple(xp.astype(n != 0, n.dtype) for n in norms)
     if isinstance(follow, TrackedOperator):
-        result = _limited_operator(xp, unit, follow.geometry, state["axis"], ratio)
+        result = _limited_operator(xp, unit, follow.geometry, state["axis"], ratio, there[0])
     else:
         assert isinstance(follow, TrackedBlocks)
         blocks = []
         for j, b in enumerate(follow.geometry.blocks(unit)):
             vh = backend.conjugate(xp, state[f"v{j}"])
             lead = state[f"u{j}"][..., :, None] * vh[..., None, :]
+            lead = xp.astype(there[j], lead.dtype)[..., None, None] * lead
             blocks.append(_limited(xp, b, lead, ratio * min(b.shape[-2:])))
         result = follow.geometry.assemble(tuple(blocks), w.shape)
     return xp.astype(result, w.dtype)
@@ -82,7 +86,9 @@ def _limited(xp: Any, a: Array, lead: Array, rank: Any) -> Array:
     return lead + xp.astype(factor, a.dtype)[..., None, None] * rest
 
 
-def _limited_operator(xp: Any, w: Array, geometry: Conv, axis: Array, ratio: Any) -> Array:
+def _limited_operator(
+    xp: Any, w: Array, geometry: Conv, axis: Array, ratio: Any, there: Array
+) -> Array:
     kernel = geometry.kernel(w)
     sizes = geometry.sizes(tuple(w.shape))
     taps = taps_of(sizes)
@@ -92,7 +98,7 @@ def _limited_operator(xp: Any, w: Array, geometry: Conv, axis: Array, ratio: Any
     safe = xp.where(used, weights, xp.ones_like(weights))
     dual = xp.where(used, e / safe, xp.zeros_like(e))
     energy = xp.sum(xp.abs(dual) ** 2 * weights)
-    lead = dual / _nonzero(xp, energy)
+    lead = xp.astype(there / _nonzero(xp, energy), dual.dtype) * dual
     rest = xp.where(used, z - lead, xp.zeros_like(z))
     least = 1.0 / _nonzero(xp, energy)
     # No matrix has a stable rank below 1, so a smaller ratio asks for 1.
@@ -121,5 +127,6 @@ def _nonzero(xp: Any, x: Array) -> Array:
 
 def rank_floor(ratio: float) -> None:
     """Raise unless a ratio is in (0, 1]."""
-    if not (isinstance(ratio, int | float) and 0 < ratio <= 1 and math.isfinite(ratio)):
+    real = isinstance(ratio, int | float | np.integer | np.floating)
+    if not (real and not isinstance(ratio, bool) and 0 < ratio <= 1):
         raise ValueError(f"ratio must be in (0, 1], got {ratio!r}")

@@ -18,7 +18,9 @@ from specops.tracking import TrackedBlocks, check_norm, track
 _NORMS = ("operator", "reshaped")
 _REACH = 1.3
 """σ₁/c up to which one round of the soft cap's polynomials is monotone: 81/62, rounded down."""
-_ROUNDS_WHEN_TRACED = 8
+_ROUNDS_WHEN_TRACED = 16
+_FAR = 64.0
+"""σ₁/c from which a matrix is scaled down before the polynomials."""
 _POWER_STEPS = 4
 
 
@@ -260,11 +262,12 @@ def _figure(xp: Any, norms: tuple[Array, ...]) -> Array:
 
 def _soft_cap(xp: Any, a: Array, top: Array) -> tuple[Array, Array]:
     """(matrices with values at most 1, their norms) from matrices of norms `top`."""
+    top = xp.where(xp.isfinite(top), top, xp.zeros_like(top))
+    down = xp.where(top > _FAR, _FAR / xp.where(top > 0, top, xp.ones_like(top)), xp.ones_like(top))
+    a, top = a * down[..., None, None], top * down
     rounds = _ROUNDS_WHEN_TRACED
     if backend.is_concrete(top):
         highest = float(xp.max(top))
-        if not math.isfinite(highest):
-            return a, top
         # Each round at the end of its reach multiplies the norm by 62/81.
         deep = math.ceil(math.log(max(highest, 1.0) / _REACH) / math.log(81.0 / 62.0))
         rounds = 1 + max(0, deep)

@@ -66,9 +66,10 @@ class ClipSpectralNorm:
     ) -> tuple[Array, State, Figures]:
         """Project where needed; the figures are ``norm_before`` and ``norm_after``."""
         bound = check_bound(at(self.max_norm, step, name, geometry), "max_norm")
-        own, tracked, firings = _parted(state)
-        seen = None
+        own, tracked = _parted(state)
+        seen, firings = None, 0
         if tracked and backend.is_concrete(weight):
+            firings = int(backend.to_numpy(state[_FIRINGS]))
             seen = _estimate(weight, geometry, tracked)
         if seen is not None and _below(seen[0], _CLEARLY * bound):
             norm, tracked = seen
@@ -83,7 +84,7 @@ class ClipSpectralNorm:
     ) -> tuple[Array, State, Figures]:
         """As `update`, certified."""
         bound = check_bound(at(self.max_norm, step, name, geometry), "max_norm")
-        own, tracked, _ = _parted(state)
+        own, tracked = _parted(state)
         return self._certified(weight, geometry, own, tracked or None, bound, name)
 
     def _is_inside(self, weight: Array, bound: Any, geometry: Geometry) -> bool:
@@ -120,11 +121,11 @@ class ClipSpectralNorm:
         return new, state, figures
 
 
-def _parted(state: State) -> tuple[State, State, int]:
-    """(state of the projection, vectors of the screen, firings since it was last certified)."""
+def _parted(state: State) -> tuple[State, State]:
+    """(state of the projection, vectors of the screen)."""
     tracked = {k.removeprefix(_TRACKED): v for k, v in state.items() if k.startswith(_TRACKED)}
     own = {k: v for k, v in state.items() if k != _FIRINGS and not k.startswith(_TRACKED)}
-    return own, tracked, int(backend.to_numpy(state[_FIRINGS])) if tracked else 0
+    return own, tracked
 
 
 def _follow(geometry: Geometry) -> TrackedBlocks | TrackedTorus:

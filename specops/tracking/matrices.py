@@ -18,7 +18,7 @@ class TrackedBlocks:
 
     def start(self, w: Array, name: str = "") -> State:
         """The leading pairs, to about 1e-4."""
-        xp = backend.namespace(w)
+        xp, w = backend.namespace(w), backend.stop_gradient(w)
         state: State = {}
         for j, a in enumerate(self.geometry.blocks(backend.to_compute(xp, w))):
             state |= _numbered(j, leading_pair(xp, a, f"{name}.{j}"))
@@ -26,7 +26,7 @@ class TrackedBlocks:
 
     def advance(self, w: Array, state: State, rounds: int = 1) -> State:
         """The state after `rounds` power steps."""
-        xp = backend.namespace(w)
+        xp, w = backend.namespace(w), backend.stop_gradient(w)
         result: State = {}
         for j, a in enumerate(self.geometry.blocks(backend.to_compute(xp, w))):
             u, v = _pair(state, j, a)
@@ -64,7 +64,7 @@ class TrackedKernel:
     def start(self, w: Array, name: str = "") -> State:
         """The leading pairs, to about 1e-4."""
         xp = backend.namespace(w)
-        w = backend.to_compute(xp, w)
+        w = backend.stop_gradient(backend.to_compute(xp, w))
         state: State = {}
         for i, view in enumerate(self.views):
             state |= _numbered(i, leading_pair(xp, view.blocks(w)[0], f"{name}.{i}"))
@@ -73,7 +73,7 @@ class TrackedKernel:
     def advance(self, w: Array, state: State, rounds: int = 1) -> State:
         """The state after `rounds` power steps."""
         xp = backend.namespace(w)
-        w = backend.to_compute(xp, w)
+        w = backend.stop_gradient(backend.to_compute(xp, w))
         result: State = {}
         for i, view in enumerate(self.views):
             a = view.blocks(w)[0]

@@ -30,9 +30,10 @@ class TrackedOperator:
         kernel, sizes = self._kernel(xp, w)
         backend.check_finite(xp, kernel)
         scale = backend.magnitude(xp, kernel)
-        start = ConvOperator(kernel, sizes).rmatvec(plane_wave(xp, kernel, sizes))
+        near_one = kernel / scale
+        start = ConvOperator(near_one, sizes).rmatvec(plane_wave(xp, near_one, sizes))
         _, _, v = largest_singular_triplet(
-            xp, ConvOperator, kernel / scale, sizes, start, tolerance=START_TOLERANCE
+            xp, ConvOperator, near_one, sizes, start, tolerance=START_TOLERANCE
         )
         # Groups that do not lead now may lead later: their vectors start from the name's.
         v = xp.reshape(v, (sizes.groups, -1))
@@ -64,7 +65,7 @@ class TrackedOperator:
         return v, xp.max(sigmas), xp.astype(leads, v.dtype)[:, None], operator, image
 
     def _kernel(self, xp: Any, w: Array) -> tuple[Array, ConvSizes]:
-        kernel = self.geometry.kernel(backend.to_compute(xp, w))
+        kernel = self.geometry.kernel(backend.stop_gradient(backend.to_compute(xp, w)))
         sizes = self.geometry.sizes(tuple(w.shape))
         if sizes.fine is None:
             raise GeometryError(

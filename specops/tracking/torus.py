@@ -31,7 +31,9 @@ class TrackedTorus:
         """The frequencies and groups of the leading blocks, and vectors close to theirs."""
         xp = backend.namespace(w)
         kernel, symbol, _ = self._symbol(xp, w)
-        coefficients = symbol.coefficients(np, backend.to_numpy(kernel))
+        coefficients = symbol.coefficients(
+            np, backend.to_numpy(kernel / backend.magnitude(xp, kernel))
+        )
         chosen = ranked_blocks(coefficients, symbol)[:_FOLLOWED]
         frequency, group = np.divmod(chosen, symbol.sizes.groups)
         columns = symbol.block_shape[1]
@@ -63,6 +65,6 @@ class TrackedTorus:
         return xp.max(sigma) / factor, {**state, "v": v}
 
     def _symbol(self, xp: Any, w: Array) -> tuple[Array, Symbol, float]:
-        kernel = self.geometry.kernel(backend.to_compute(xp, w))
+        kernel = self.geometry.kernel(backend.stop_gradient(backend.to_compute(xp, w)))
         sizes = self.geometry.sizes(tuple(w.shape))
         return kernel, *certified_symbol(sizes, not backend.is_complex(kernel))

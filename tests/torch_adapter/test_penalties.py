@@ -13,6 +13,7 @@ from specops import (
     Plan,
     SpectralNormalization,
     SpectralNormPenalty,
+    StableRankNormalization,
     TrainableScale,
     errors,
 )
@@ -487,6 +488,23 @@ def test_schedules_of_scales_are_followed(lr: float, every: int) -> None:
         assert float(top(in_use(model, "5.weight", x))) == pytest.approx(1.0 + step, rel=0.02)
         train(model, optimizer)
     assert set(seen) == {"0.weight", "2.weight", "5.weight"}
+
+
+def test_schedules_of_ranks_are_followed_and_checked() -> None:
+    model, x = network().double(), batch().double()
+    ratios = [0.4, 0.5, 0.6, 1.5]
+    rule = StableRankNormalization(lambda step, *_: ratios[step - 1], norm="reshaped")
+    optimizer = still(model)
+    specops.attach(optimizer, model, Plan([("2.weight", rule)]))
+    for ratio in ratios[:3]:
+        used = in_use(model, "2.weight", x).transpose(0, 1).flatten(1)
+        values = torch.linalg.svdvals(used)
+        assert float(values.square().sum() / values[0] ** 2) == pytest.approx(3 * ratio, rel=1e-3)
+        backward(model, x)
+        if ratio < 0.6:
+            optimizer.step()
+    with pytest.raises(ValueError, match="ratio must be"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
