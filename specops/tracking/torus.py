@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from specops import backend
+from specops.errors import StateError
 from specops.geometry import Conv
 from specops.spectra.torus import ranked_blocks
 from specops.symbol import Symbol, certified_symbol
@@ -42,6 +43,7 @@ class TrackedTorus:
         state = {
             "frequency": backend.constant(frequency, kernel),
             "group": backend.constant(group, kernel),
+            "grid": backend.constant(np.array(symbol.fine), kernel),
             "v": backend.constant(v, kernel, complex=True),
         }
         return self.estimate(w, state, _START_STEPS)[1]
@@ -50,7 +52,7 @@ class TrackedTorus:
         """(a lower bound of the norm, the state after `rounds` power steps)."""
         xp = backend.namespace(w)
         kernel, symbol, factor = self._symbol(xp, w)
-        frequency = backend.to_numpy(state["frequency"])
+        frequency = self._checked_frequencies(symbol, state)
         v = checked(state, "v", (len(frequency), symbol.block_shape[1]), kernel)
         blocks = symbol.blocks(xp, symbol.coefficients(xp, kernel), frequency)
         if symbol.sizes.groups > 1:
@@ -63,6 +65,13 @@ class TrackedTorus:
         for _ in range(rounds):
             u, v, sigma = power_step(xp, blocks, u, v)
         return xp.max(sigma) / factor, {**state, "v": v}
+
+    def _checked_frequencies(self, symbol: Symbol, state: State) -> np.ndarray:
+        if not {"frequency", "group", "grid", "v"} <= set(state):
+            raise StateError(f"the state belongs to another geometry: it holds {sorted(state)}")
+        if tuple(backend.to_numpy(state["grid"]).reshape(-1)) != symbol.fine:
+            raise StateError(f"the state belongs to another grid than {symbol.fine}")
+        return backend.to_numpy(state["frequency"])
 
     def _symbol(self, xp: Any, w: Array) -> tuple[Array, Symbol, float]:
         kernel = self.geometry.kernel(backend.stop_gradient(backend.to_compute(xp, w)))

@@ -265,6 +265,26 @@ def test_spectral_normalization(eager: Backend, norm: Any) -> None:
             np.testing.assert_allclose(eager.numpy(got), 1.75 * expected, rtol=0, atol=6e-5)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: SpectralNormalization(norm="bidirectional", iterations=n),
+        lambda n: StableRankNormalization(0.5, norm="reshaped", iterations=n),
+        lambda n: SpectralNormPenalty(0.1, norm="operator", iterations=n),
+    ],
+)
+def test_iterations_are_steps_of_one_firing(make: Any) -> None:
+    shape, geometry = GEOMETRIES[3]
+    w = weight(shape)
+    once = thrice = make(1).init(weight(shape, 2), geometry, "w")
+    for _ in range(3):
+        once = make(1).update(w, geometry, once)[1]
+    thrice = make(3).update(w, geometry, thrice)[1]
+    assert once.keys() == thrice.keys()
+    for key, value in once.items():
+        np.testing.assert_allclose(thrice[key], value, rtol=0, atol=1e-12)
+
+
 def algorithm_2(matrix: np.ndarray, ratio: float) -> np.ndarray:
     """Sanyal, Torr & Dokania 2020, with the power iteration converged."""
     u, s, vh = np.linalg.svd(matrix, full_matrices=False)
