@@ -10,6 +10,7 @@ from torch import nn
 from specops.balancing import balance_norms as balance
 from specops.errors import AdapterError
 from specops_torch.geometry import CONVOLUTIONS, geometry_of
+from specops_torch.normalized import is_normalized
 from specops_torch.sizes import SizeRecorder
 
 _HOMOGENEOUS = (
@@ -78,11 +79,12 @@ def balance_norms(model: nn.Sequential, x: torch.Tensor) -> dict[str, float]:
             recorder = SizeRecorder(module.padding_mode == "circular")
             recorders[id(module)] = recorder
             handles.append(module.register_forward_hook(recorder, with_kwargs=True))
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()(x)
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
         for handle in handles:
             handle.remove()
     geometries = [
@@ -107,6 +109,11 @@ def _chain(model: nn.Module, prefix: str) -> list[tuple[str, Any]]:
         if isinstance(module, nn.Sequential):
             layers += _chain(module, f"{path}.")
         elif isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            if "weight" not in module._parameters or is_normalized(module):
+                raise AdapterError(
+                    f"{path} computes its weight (a parametrization or a forward rule), so "
+                    f"rescaling its parameters would change the function: fold or remove that first"
+                )
             layers.append((path, module))
         elif not isinstance(module, _HOMOGENEOUS):
             raise AdapterError(

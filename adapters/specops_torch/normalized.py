@@ -272,6 +272,11 @@ def claim(module: nn.Module, attribute: str, owner: str, name: str) -> None:
             del hooks[key]
 
 
+def is_normalized(module: nn.Module) -> bool:
+    """Whether a forward rule acts on a weight of this module."""
+    return any(isinstance(hook, Before) for hook in module._forward_pre_hooks.values())
+
+
 def let_go(normalizer: Normalizer) -> None:
     """Its weight may be claimed by others."""
     _LIVE.discard(normalizer)

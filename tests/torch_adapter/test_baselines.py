@@ -131,6 +131,14 @@ def test_what_does_not_commute_is_refused() -> None:
         assert torch.equal(model[0].weight, before)
     with pytest.raises(AdapterError, match=r"expected a torch\.nn\.Sequential"):
         balance_norms(nn.Linear(4, 4), x)
+    for prepare in (
+        nn.utils.parametrizations.weight_norm,
+        lambda m: specops.attach(None, m, specops.SpectralNormalization(norm="reshaped")),
+    ):
+        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+        prepare(model[0])
+        with pytest.raises(AdapterError, match="0 computes its weight"):
+            balance_norms(model, x)
     layer = nn.Linear(4, 4)
     with pytest.raises(AdapterError, match="occurs twice"):
         balance_norms(nn.Sequential(layer, nn.ReLU(), layer), x)
