@@ -54,8 +54,24 @@ class TrackedBlocks:
         return self.geometry.assemble(tuple(a * f[..., None, None] for a, f in pairs), w.shape)
 
 
+class AlongAxis:
+    """A norm that is ⟨W, axis⟩ for an array like the kernel, which the state holds."""
+
+    def norms(self, w: Array, state: State) -> tuple[Array]:
+        """⟨W, axis⟩, differentiable; `w` in compute precision."""
+        return (inner(backend.namespace(w), w, axis_of(state, w)),)
+
+    def measured(self, state: State) -> tuple[Array]:
+        """What `norms` gave for the weight of the latest `start` or `advance`."""
+        return (state["sigma"],)
+
+    def scaled(self, w: Array, factors: tuple[Array, ...]) -> Array:
+        """The kernel times the factor."""
+        return w * factors[0]
+
+
 @dataclass(frozen=True)
-class TrackedKernel:
+class TrackedKernel(AlongAxis):
     """The mean of ‖Ŵ‖₂ over ways to reshape a kernel to a matrix."""
 
     geometry: Conv
@@ -94,18 +110,6 @@ class TrackedKernel:
         state["axis"] = sum(axes[1:], start=axes[0]) * share
         state["sigma"] = sum(norms[1:], start=norms[0]) * share
         return state
-
-    def norms(self, w: Array, state: State) -> tuple[Array]:
-        """⟨W, axis⟩, differentiable; `w` in compute precision."""
-        return (inner(backend.namespace(w), w, axis_of(state, w)),)
-
-    def measured(self, state: State) -> tuple[Array]:
-        """What `norms` gave for the weight of the latest `start` or `advance`."""
-        return (state["sigma"],)
-
-    def scaled(self, w: Array, factors: tuple[Array, ...]) -> Array:
-        """The kernel times the factor."""
-        return w * factors[0]
 
 
 def _numbered(index: int, pair: tuple[Array, Array, Array]) -> State:

@@ -14,12 +14,12 @@ from specops.geometry import Conv, ConvSizes
 from specops.linalg.lanczos import largest_singular_triplet
 from specops.operators import ConvOperator
 from specops.spectra.norms import plane_wave
-from specops.tracking.matrices import axis_of
-from specops.tracking.power import START_TOLERANCE, Array, State, checked, filled, inner, unit
+from specops.tracking.matrices import AlongAxis
+from specops.tracking.power import START_TOLERANCE, Array, State, checked, filled, unit
 
 
 @dataclass(frozen=True)
-class TrackedOperator:
+class TrackedOperator(AlongAxis):
     """‖A‖₂ of a convolution, by vectors of its size, one for each group."""
 
     geometry: Conv
@@ -73,18 +73,6 @@ class TrackedOperator:
                 f"depends on it: run one forward pass first, or pass the geometry"
             )
         return kernel, sizes
-
-    def norms(self, w: Array, state: State) -> tuple[Array]:
-        """⟨W, axis⟩, differentiable; `w` in compute precision."""
-        return (inner(backend.namespace(w), w, axis_of(state, w)),)
-
-    def measured(self, state: State) -> tuple[Array]:
-        """What `norms` gave for the weight of the latest `start` or `advance`."""
-        return (state["sigma"],)
-
-    def scaled(self, w: Array, factors: tuple[Array, ...]) -> Array:
-        """The kernel times the factor."""
-        return w * factors[0]
 
 
 def _rows(xp: Any, product: Any, x: Array) -> Array:

@@ -331,6 +331,23 @@ def test_weights_that_are_not_finite(rule: Any, policy: Any) -> None:
     assert "skipped" not in attachment.history[-3]
 
 
+@pytest.mark.parametrize("last", [CLIP, SN], ids=["weights", "forward"])
+def test_an_error_leaves_every_weight_and_vector_as_it_was(last: Any) -> None:
+    model = network()
+    plan = Plan([("0.*", SN), ("2.*", ClipSpectralNorm(0.1)), ("5.*", last)])
+    attachment = specops.attach(None, model, plan)
+    model(batch())
+    with torch.no_grad():
+        model[5].weight[0, 0] = float("inf")
+        model[0].weight.add_(1.0)
+    before, vectors = copy.deepcopy(model), state_of(attachment, "0.weight")
+    with pytest.raises(errors.NonFiniteError, match=r"5\.weight"):
+        attachment.step()
+    assert same(model, before)
+    now = state_of(attachment, "0.weight")
+    assert all(torch.equal(now[key], value) for key, value in vectors.items())
+
+
 @pytest.mark.filterwarnings("ignore::specops.errors.NonFiniteWarning")
 @pytest.mark.parametrize("name", ["reshaped", "operator"])
 @pytest.mark.parametrize("policy", ["raise", "skip", "warn"])
