@@ -212,11 +212,13 @@ def test_stacks_transposes_and_changes_of_basis(
     rule = law.make(1.0)
 
     def result(w: np.ndarray, geometry: Geometry) -> np.ndarray:
-        return eager.numpy(outcome(rule, eager.array(w.astype(np.float32)), geometry)[0])
+        dtype = "complex64" if np.iscomplexobj(w) else "float32"
+        return eager.numpy(outcome(rule, eager.array(w, dtype), geometry)[0])
 
     host = weight((2, 5, 4))
     one_by_one = np.stack([result(w, Dense()) for w in host])
     left, right = (np.linalg.qr(rng.standard_normal((n, n)))[0] for n in (5, 4))
+    phases = np.exp(1j * np.arange(5))[:, None] * np.exp(2j * np.arange(4))
     last = Dense(batch_axes=(-1,))
     for got, expected in [
         (result(host, GEOMETRIES["stack"][1]), one_by_one),
@@ -225,6 +227,7 @@ def test_stacks_transposes_and_changes_of_basis(
         (result(host[1].T, Dense()), one_by_one[1].T),
         (result(host[1], Dense().transpose(2)), one_by_one[1]),
         (result(left @ host[1] @ right, Dense()), left @ one_by_one[1] @ right),
+        (result(phases * host[1], Dense()), phases * one_by_one[1]),
     ]:
         np.testing.assert_allclose(got, expected, rtol=0, atol=5e-6)
     if not law.transposes or eager.name.startswith("array_api_strict"):
@@ -618,6 +621,17 @@ def test_the_count_starts_again_after_a_certificate(monkeypatch: pytest.MonkeyPa
         counts.append(screening.certified)
     assert [counts[0], counts[98], counts[99]] == [1, 1, 2]
     assert (np.diff(np.flatnonzero(np.diff(counts))) <= 100).all()
+
+
+def test_a_leading_direction_that_turns_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    screening = Screening(monkeypatch, Dense())
+    for angle in np.linspace(0.0, np.pi / 2, 10):
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        screening.fire(turn @ np.diag([0.8, 0.5]) @ turn.T)
+    assert screening.certified == 1
+    # The vectors of the beginning would see 0.5.
+    new, _ = screening.fire(turn @ np.diag([1.2, 0.5]) @ turn.T)
+    assert np.linalg.norm(new, 2) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("screen", [True, False])

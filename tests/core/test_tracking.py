@@ -221,6 +221,18 @@ def test_states_of_another_weight_are_refused(norm: Any) -> None:
                 penalty.penalty(w, geometry, bad)
 
 
+def test_states_of_another_precision_fit(backend: Backend) -> None:
+    """Models are cast after a state was made; compilers as well."""
+    w = weight((5, 4))
+    follow = track(Dense(), "operator")
+    start = follow.start(w, "w")
+    narrow = {key: backend.array(x, "float32") for key, x in start.items()}
+    state = backend.call(follow.advance, backend.array(w), narrow)
+    for key, value in state.items():
+        assert value.dtype == backend.array(w).dtype
+        np.testing.assert_allclose(backend.numpy(value), start[key], rtol=0, atol=1e-5)
+
+
 def test_operators_need_an_input_size() -> None:
     with pytest.raises(errors.GeometryError, match="no input size"):
         track(Conv(None), "operator").start(weight((3, 2, 3)))

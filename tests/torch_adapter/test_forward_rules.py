@@ -97,6 +97,8 @@ def test_reshaped_norm_is_that_of_torchs_parametrization(
 def test_norms_are_their_definitions(layer: Any, norm: Any, scale: float) -> None:
     torch.manual_seed(1)
     layer = copy.deepcopy(layer).double()
+    for p in layer.parameters():
+        nn.init.normal_(p)
     x = torch.randn(3, 2, 4, 4, dtype=torch.float64)
     w = layer.weight.detach().clone().requires_grad_()
     first, second = top(w.flatten(1)), top(w.transpose(0, 1).flatten(1))
