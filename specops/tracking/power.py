@@ -32,10 +32,13 @@ def checked(state: State, key: str, shape: tuple[int, ...], like: Array) -> Arra
         found = backend.to_compute(backend.namespace(found), found)
     wanted = backend.real_dtype(backend.namespace(like), like.dtype)
     real = backend.real_dtype(backend.namespace(found), found.dtype)
-    moved = backend.device_of(found) != backend.device_of(like)
-    if moved or backend.dtype_name(real) != backend.dtype_name(wanted):
-        # Models are cast and moved after a state was made.
+    # Models are cast and moved after a state was made.
+    if backend.device_of(found) != backend.device_of(like):
         return backend.constant(backend.to_numpy(found), like, complex=backend.is_complex(found))
+    if backend.dtype_name(real) != backend.dtype_name(wanted):
+        xp = backend.namespace(like)
+        complex_ = backend.is_complex(found)
+        return xp.astype(found, backend.complex_dtype(xp, wanted) if complex_ else wanted)
     return found
 
 
