@@ -5,11 +5,13 @@ from __future__ import annotations
 __all__ = [
     "AdapterError",
     "GeometryError",
+    "HookLostWarning",
     "NonFiniteError",
     "NonFiniteWarning",
     "PlanError",
     "PluginWarning",
     "SpecopsError",
+    "StateError",
     "UnsupportedArrayError",
     "UnsupportedGeometryError",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,8 +34,7 @@ class Constrained:
     steps: int = 0
     """Of this parameter alone, where its optimizer steps in backward."""
     handles: list[Any] = field(default_factory=list, repr=False)
-    gradient_seen: tuple[int, int] = (0, 0)
-    """Which gradient the latest step had."""
+    _seen: tuple[Any, int] | None = None
     fitting: Geometry | None = None
     """The geometry that was last found to fit the weight."""
 
@@ -92,6 +92,18 @@ class Constrained:
             for attribute, own in module._parameters.items()
             if own is parameter
         ]
+
+    def see(self, gradient: torch.Tensor | None) -> None:
+        """Remember which gradient the latest step had."""
+        self._seen = None if gradient is None else (weakref.ref(gradient), gradient._version)
+
+    def has_seen(self, gradient: torch.Tensor) -> bool:
+        """Whether that is this one, as it is; a new one may stand at the old one's address."""
+        return (
+            self._seen is not None
+            and self._seen[0]() is gradient
+            and self._seen[1] == gradient._version
+        )
 
     def schedule(self, step: int) -> None:
         """Bring schedules to the step that comes next, as tensors: no recompilation."""

@@ -203,7 +203,7 @@ def check_ran(constrained: Sequence[Constrained]) -> None:
         if normalizer is None or normalizer.ran:
             continue
         gradient = c.location.parameter.grad
-        if gradient is None or _identity(gradient) == c.gradient_seen:
+        if gradient is None or c.has_seen(gradient):
             continue
         if bool(gradient.any()):
             raise AdapterError(
@@ -218,12 +218,8 @@ def stepped(constrained: Sequence[Constrained]) -> None:
     for c in constrained:
         if c.normalizer is not None:
             gradient = c.location.parameter.grad
-            c.gradient_seen = (0, 0) if gradient is None else _identity(gradient)
+            c.see(gradient)
             c.normalizer.ran = False
-
-
-def _identity(gradient: torch.Tensor) -> tuple[int, int]:
-    return id(gradient), gradient._version
 
 
 def _alone(step: int) -> Update:

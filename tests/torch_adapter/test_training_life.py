@@ -151,6 +151,27 @@ def test_a_weight_used_without_its_layer_is_an_error(rule: Any) -> None:
     assert attachment.steps == 2
 
 
+def test_a_new_gradient_in_the_place_of_the_old_one_is_a_new_gradient() -> None:
+    model = network()
+    optimizer = sgd(model)
+    specops.attach(optimizer, model, SN)
+    train(model, optimizer)
+    weight = model[5].weight
+    place, version, others = id(weight.grad), weight.grad._version, []
+    optimizer.zero_grad()
+    # Python gives an object the address of one that was freed.
+    for _ in range(1000):
+        others.append(torch.ones_like(weight))
+        if id(others[-1]) == place:
+            break
+    else:
+        pytest.skip("no object came to lie at the old address")
+    weight.grad = others[-1]
+    assert weight.grad._version == version
+    with pytest.raises(errors.AdapterError, match=r"5\.weight has a gradient"):
+        optimizer.step()
+
+
 def test_layers_that_leave_freeze_and_come() -> None:
     model, x = network(), batch()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
