@@ -107,10 +107,17 @@ def double_dtype(xp: Namespace, x: Array) -> Any:
 
 def device_of(x: Array) -> Any:
     """The device of a concrete array; None where the library places arrays itself."""
+    if isinstance(x, np.ndarray):
+        return "cpu"
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        return x.device
     return None if compat.is_jax_array(x) else compat.device(x)
 
 
 def is_complex(x: Array) -> bool:
+    if isinstance(x, np.ndarray):
+        return x.dtype.kind == "c"
     return dtype_name(x.dtype).startswith("complex")
 
 

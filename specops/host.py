@@ -10,6 +10,7 @@ Arrays of other libraries that live on the CPU are seen through NumPy without a 
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -37,6 +38,8 @@ _GRAM_FROM = 96
 """Smaller side from which single precision uses the Gram matrix in double."""
 _GRAM_ASPECT = 1.5
 _HALVE_FROM = 192
+_LEAST = 1e-140
+"""Length whose square is an ordinary number in double."""
 
 _lock = threading.Lock()
 _depth = 0
@@ -59,6 +62,36 @@ def as_host(x: Array) -> np.ndarray | None:
             return None
         return np.asarray(x)
     return None
+
+
+def holds(x: Array) -> bool:
+    """Whether `x` is NumPy's, or torch's on the CPU with values that are known and constant."""
+    if isinstance(x, np.ndarray):
+        return True
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(x, torch.Tensor) or x.device.type != "cpu":
+        return False
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or backend.is_differentiated(x)
+    )
+
+
+def length(x: Array) -> float:
+    """‖x‖ of what `holds` is true of: squares neither overflow nor vanish."""
+    if isinstance(x, np.ndarray):
+        wide = x.astype(np.result_type(x, np.float64), copy=False)
+        norm = math.sqrt(np.vdot(wide, wide).real)
+    else:
+        torch = sys.modules["torch"]
+        wide = torch.complex128 if x.dtype.is_complex else torch.float64
+        norm = torch.linalg.vector_norm(x, dtype=wide).item()
+    if _LEAST < norm < 1 / _LEAST or math.isnan(norm) or x.dtype.itemsize in (2, 4):
+        return float(norm)
+    xp = compat.array_namespace(x)
+    scale = float(xp.max(xp.abs(x)))
+    return scale * length(x / scale) if 0 < scale < math.inf else scale
 
 
 def from_host(values: np.ndarray, like: Array) -> Array:

@@ -37,6 +37,8 @@ class Constrained:
     _seen: tuple[Any, int] | None = None
     fitting: Geometry | None = None
     """The geometry that was last found to fit the weight."""
+    viewed: tuple[Geometry, Dense | None] | None = None
+    """The matrix, if it is one, that the rule follows under this geometry."""
 
     @property
     def name(self) -> str:

@@ -17,7 +17,15 @@ def norm_along(w: torch.Tensor, axis: torch.Tensor, v: torch.Tensor | None) -> t
     """⟨axis, W⟩ for an axis like the kernel, or ⟨u, Wv⟩ for a matrix of the axis's rows."""
     if v is None:
         return (w * axis).sum()
-    return torch.dot(axis, w.reshape(len(axis), -1) @ v)
+    return torch.dot(axis, (w if w.ndim == 2 else w.reshape(axis.shape[0], -1)).mv(v))
+
+
+def divide_matrix(
+    w: torch.Tensor, sigma: float, scale: float, u: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """One matrix of known norm along u and v."""
+    fixed: torch.Tensor = _Fixed.apply(w, ((scale / sigma, sigma),), u, v)
+    return fixed
 
 
 def divide_blocks(
@@ -64,6 +72,9 @@ class _Fixed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Any:
         w, *vectors = ctx.saved_tensors
+        step = _twice if torch.is_grad_enabled() else _once
+        if len(vectors) == 2 and not torch.is_autocast_enabled(w.device.type):
+            return step(g, w, ctx.factors[0], *vectors), None, None, None
         rows = [len(u) for u in vectors[::2]]
         whole = len(rows) == 1
         blocks = zip(
@@ -74,7 +85,6 @@ class _Fixed(torch.autograd.Function):
             vectors[1::2],
             strict=True,
         )
-        step = _twice if torch.is_grad_enabled() else _once
         with torch.autocast(w.device.type, enabled=False):
             parts = [step(*block) for block in blocks]
             gradient = parts[0] if whole else torch.cat(parts)
@@ -87,8 +97,8 @@ def _once(
     """∂(f W) = f(∂W − W⟨uvᵀ, ∂W⟩/σ), transposed: f(G − uvᵀ⟨G, W⟩/σ)."""
     factor, sigma = factors
     flat = g.reshape(-1)
-    taken = float(torch.dot(flat, w.reshape(-1))) * factor / sigma
-    gradient = torch.addr(flat.view(len(u), -1), u, v, beta=factor, alpha=-taken)
+    taken = torch.dot(flat, w.reshape(-1)).item() * factor / sigma
+    gradient = torch.addr(flat.view(u.shape[0], -1), u, v, beta=factor, alpha=-taken)
     return gradient.view(w.shape)
 
 

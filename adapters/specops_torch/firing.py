@@ -19,7 +19,7 @@ from specops.errors import (
 from specops.geometry import Conv, Dense, Geometry
 from specops.rules import ClipSpectralNorm
 from specops.rules.base import at
-from specops_torch.batches import dyads, grouped, in_place, update_stack
+from specops_torch.batches import dyads, grouped, in_place, update_together
 from specops_torch.constrained import Constrained
 
 Record = dict[str, Any]
@@ -129,7 +129,7 @@ class Firing:
         for group in grouped(due) if in_stacks else [[c] for c in due]:
             act = _alone(step)
             if len(group) > 1:
-                act = _in_stack(group, update_stack(group, [_state(c) for c in group], step))
+                act = _found(group, update_together(group, [_state(c) for c in group]))
             for c in group:
                 weight = c.location.parameter.detach()
                 term, state, record = self._one(c, weight, step, act)
@@ -251,7 +251,7 @@ def _needs_size(c: Constrained) -> bool:
     return getattr(c.rule, "norm", "") == "operator" and not _has_size(_sized(c))
 
 
-def _in_stack(group: Sequence[Constrained], found: Sequence[Any]) -> Update:
+def _found(group: Sequence[Constrained], found: Sequence[Any]) -> Update:
     by_name = {c.name: one for c, one in zip(group, found, strict=True)}
     return lambda c: by_name[c.name]
 
@@ -264,8 +264,8 @@ def _add(c: Constrained, term: torch.Tensor, state: Any, step: int, scale: Any) 
         return
     strength = at(c.rule.strength, step, c.name, c.geometry)
     pairs = dyads(c, state)
-    rows = [len(u) for u, _, _ in pairs]
-    for part, (u, v, sigma) in zip(gradient.split(rows), pairs, strict=True):
+    parts = (gradient,) if len(pairs) == 1 else gradient.split([len(u) for u, _, _ in pairs])
+    for part, (u, v, sigma) in zip(parts, pairs, strict=True):
         factor = strength * sigma if scale is None else strength * sigma * scale.to(sigma.device)
         if part.device.type == "cpu":
             part.view(len(u), -1).addr_(u, v, alpha=float(factor))

@@ -20,11 +20,12 @@ from specops.errors import AdapterError, GeometryError, NonFiniteError
 from specops.geometry import Dense, Geometry
 from specops.rules import SpectralNormalization, StableRankNormalization
 from specops.tracking import TrackedBlocks, track
-from specops_torch.divided import divide_blocks, divide_kernel, norm_along
+from specops_torch.divided import divide_blocks, divide_kernel, divide_matrix, norm_along
 from specops_torch.sizes import SizeRecorder
 
 _SAME = 1e-3
 """Relative change of a norm, seen along the same vectors, that no rounding explains."""
+_ONE_MATRIX = ["u0"]
 _PLAIN_DTYPES = (torch.float32, torch.float64)
 
 
@@ -57,10 +58,11 @@ class Normalizer:
         self.drifting = False
         """Whether steps have changed the weight since the state's norms were measured."""
         self._version: tuple[int, ...] = ()
+        self._known: tuple[Any, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         # No step of the optimizer reaches a copy, so what changes its weight comes from outside.
-        return {**self.__dict__, "drifting": False, "_version": ()}
+        return {**self.__dict__, "drifting": False, "_version": (), "_known": ()}
 
     @torch.compiler.disable
     def prepare(self, parameter: torch.Tensor) -> None:
@@ -90,6 +92,10 @@ class Normalizer:
             return parameter  # not finite: the next step says so, or goes on, as the user chose
         transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         kind = self._kind(parameter)
+        if kind is _ONE_MATRIX and not transformed and not self.overrides and parameter.is_cpu:
+            used = self._quickly(parameter)
+            if used is not None:
+                return used
         if kind and not transformed:
             return self._divided(parameter, kind)
         if not kind and not transformed and self._version != _version(parameter):
@@ -120,6 +126,13 @@ class Normalizer:
 
     def _kind(self, parameter: torch.Tensor) -> list[str]:
         """The state's keys of what is divided by its norm in few operations; [] for others."""
+        known = self._known
+        if not known or known[0] is not self.geometry or known[1] != parameter.dtype:
+            known = self._known = (self.geometry, parameter.dtype, self._find_kind(parameter))
+        kind: list[str] = known[2]
+        return kind
+
+    def _find_kind(self, parameter: torch.Tensor) -> list[str]:
         if not isinstance(self.rule, SpectralNormalization) or parameter.dtype not in _PLAIN_DTYPES:
             return []
         follow = track(self.geometry, self.rule.norm)
@@ -128,7 +141,20 @@ class Normalizer:
         view = follow.geometry
         if view.batch_axes or replace(view, splits=None) != Dense():
             return []
-        return [f"u{j}" for j in range(len(view.splits or (0,)))]
+        return [f"u{j}" for j in range(len(view.splits))] if view.splits else _ONE_MATRIX
+
+    def _quickly(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        """One matrix on the CPU, in as few calls as small layers ask for; None: not so easily."""
+        state, scale = self.state, self.rule.scale
+        assert state is not None
+        u, v = state["u0"], state["v0"]
+        if u.dtype != parameter.dtype or not u.is_cpu or type(scale) is not float:
+            return None
+        sigma = norm_along(parameter.detach(), u, v).item()
+        expected = state["sigma0"].item()
+        if not sigma or (abs(sigma - expected) > _SAME * expected and not self.drifting):
+            return None
+        return divide_matrix(parameter, sigma, scale, u, v)
 
     def _vectors(self, parameter: torch.Tensor, kind: list[str]) -> list[Any]:
         self._follow_dtype(parameter)
@@ -136,17 +162,21 @@ class Normalizer:
         assert state is not None
         if kind == ["axis"]:
             return [state["axis"], None]
+        if len(kind) == 1:
+            return [state["u0"], state["v0"]]
         return [state[f"{key}{j}"] for j in range(len(kind)) for key in "uv"]
 
     def _divided(self, parameter: torch.Tensor, kind: list[str]) -> torch.Tensor:
         for _ in range(2):
             vectors = self._vectors(parameter, kind)
-            with torch.no_grad():
-                rows = [len(u) for u in vectors[::2]] if vectors[1] is not None else [-1]
-                parts = parameter.split(rows) if len(rows) > 1 else (parameter,)
+            weight = parameter.detach()
+            if len(vectors) == 2:
+                norms = [norm_along(weight, *vectors)]
+            else:
+                parts = weight.split([len(u) for u in vectors[::2]])
                 pairs = zip(parts, vectors[::2], vectors[1::2], strict=True)
                 norms = [norm_along(part, u, v) for part, u, v in pairs]
-            if self._fits(parameter, norms):
+            if self.drifting or self._fits(parameter, norms):
                 break
             # Written to from outside: a checkpoint, an average, a copy that went its own way.
             self._restart(parameter)
@@ -159,7 +189,7 @@ class Normalizer:
         """Whether norms along the vectors are those measured; steps in between explain others."""
         own = type(parameter) is nn.Parameter
         waits = parameter.device.type != "cpu" and torch.is_grad_enabled()
-        if self.drifting or waits or not own:
+        if waits or not own:
             return True
         state = self.state
         assert state is not None
@@ -197,16 +227,19 @@ class Normalizer:
         """Models are cast and moved after attaching; half precision keeps single vectors."""
         state = self.state
         assert state is not None
-        wanted = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        if parameter.is_complex():
+        dtype, device = parameter.dtype, parameter.device
+        wanted = torch.float64 if dtype == torch.float64 else torch.float32
+        if dtype.is_complex:
             return
         for key, x in state.items():
-            if x.is_floating_point() and (x.dtype != wanted or x.device != parameter.device):
+            if (x.dtype != wanted or x.device != device) and x.is_floating_point():
                 state = self.state = {**state, key: x.to(parameter.device, wanted)}
 
     def _scale(self) -> Any:
-        if "scale" in self.overrides:
+        if self.overrides:
             return self.overrides["scale"]
+        if type(self.rule.scale) is float:
+            return self.rule.scale
         return self.rule.fixed_scale(1, self.name, self.geometry)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from specops import backend
+from specops import backend, host
 from specops.errors import StateError
 from specops.linalg.decompositions import svd
 from specops.linalg.lanczos import MatrixOperator, largest_singular_triplet
@@ -22,12 +22,14 @@ _SVD_BELOW = 2**13
 def checked(state: State, key: str, shape: tuple[int, ...], like: Array) -> Array:
     """An entry of a state, in the precision and on the device of the weight it is used with."""
     found = state.get(key)
-    if found is None or tuple(found.shape) != shape:
+    if found is None or found.shape != shape:
         got = None if found is None else tuple(found.shape)
         raise StateError(
             f"the state must hold {key} of shape {shape}, got {got}: it belongs to another "
             f"weight or input size"
         )
+    if found.dtype == like.dtype and backend.device_of(found) == backend.device_of(like):
+        return found
     if backend.dtype_name(found.dtype) in ("float16", "bfloat16"):
         found = backend.to_compute(backend.namespace(found), found)
     wanted = backend.real_dtype(backend.namespace(like), like.dtype)
@@ -62,6 +64,15 @@ def leading_pair(xp: Any, a: Array, name: str) -> tuple[Array, Array, Array]:
 
 def power_step(xp: Any, a: Array, u: Array, v: Array) -> tuple[Array, Array, Array]:
     """One power step: (u, v, σ) with σ = ‖Aᴴu‖ = ⟨u, Av⟩."""
+    # In few calls: small layers cost what they take.
+    if a.ndim == 2 and host.holds(a):
+        y = a @ v
+        if 0 < (norm := host.length(y)) < math.inf:
+            u = y / norm
+        z = xp.conj(xp.conj(u) @ a) if (complex_ := backend.is_complex(a)) else u @ a
+        if 0 < (norm := host.length(z)) < math.inf:
+            v = z / norm
+        return u, v, xp.asarray(norm, dtype=xp.real(z).dtype if complex_ else z.dtype)
     u, _ = unit(xp, (a @ v[..., None])[..., 0] if a.ndim > 2 else a @ v, u)
     image = backend.conjugate(xp, u)
     image = (image[..., None, :] @ a)[..., 0, :] if a.ndim > 2 else image @ a

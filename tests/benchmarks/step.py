@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -13,8 +14,7 @@ from rich.table import Table
 
 import specops
 
-_ROUNDS = 5
-_STEPS = 3
+_ROUNDS = 12
 _EVERY = 10
 
 
@@ -23,7 +23,7 @@ def run(repeats: int, quick: bool) -> None:
     from tests.benchmarks.networks import NETWORKS
 
     names = list(NETWORKS)[1:2] if quick else list(NETWORKS)
-    rounds = 2 if quick else max(_ROUNDS, 3 * repeats)
+    rounds = 4 if quick else _ROUNDS * repeats
     _overheads(names, rounds)
     _clips(names, rounds)
 
@@ -164,13 +164,13 @@ def _medians(steps: list[Callable[[], None]], rounds: int) -> tuple[float, ...]:
     for step in steps:
         step()
     times: list[list[float]] = [[] for _ in steps]
-    for index in range(rounds):
+    shuffle = random.Random(0).shuffle
+    for _ in range(rounds):
         order = list(range(len(steps)))
-        for i in order if index % 2 == 0 else reversed(order):
-            began = time.perf_counter()
-            for _ in range(_STEPS):
-                steps[i]()
-            times[i].append((time.perf_counter() - began) / _STEPS)
+        shuffle(order)
+        for i in order:
+            steps[i]()  # brings its own weights into the caches
+            times[i].append(_seconds(steps[i]))
     added = (
         statistics.median(b - a for a, b in zip(times[0], own, strict=True)) for own in times[1:]
     )
