@@ -117,7 +117,7 @@ def device_of(x: Array) -> Any:
 
 def is_complex(x: Array) -> bool:
     if isinstance(x, np.ndarray):
-        return x.dtype.kind == "c"
+        return bool(x.dtype.kind == "c")
     return dtype_name(x.dtype).startswith("complex")
 
 

@@ -11,12 +11,10 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 
-from specops import host
 from specops.geometry import Dense
-from specops.tracking import TrackedBlocks, power_step, track
+from specops.tracking import TrackedBlocks, power_steps, track
 from specops_torch.constrained import Constrained
 
 _SMALL = 2**16
@@ -39,8 +37,10 @@ def followed(c: Constrained) -> Dense | None:
     if c.viewed is None or c.viewed[0] is not geometry:
         norm = getattr(c.rule, "norm", None)
         follow = None if norm is None else track(geometry, norm)
-        blocks = isinstance(follow, TrackedBlocks) and not follow.geometry.batch_axes
-        c.viewed = geometry, follow.geometry if blocks else None
+        view = None
+        if isinstance(follow, TrackedBlocks) and not follow.geometry.batch_axes:
+            view = follow.geometry
+        c.viewed = geometry, view
     return c.viewed[1]
 
 
@@ -84,16 +84,18 @@ def _on_host(
     weights: Sequence[torch.Tensor],
     states: Sequence[dict[str, torch.Tensor]],
 ) -> list[dict[str, torch.Tensor]]:
-    result = []
-    with host.one_blas_thread():
-        for c, weight, state in zip(group, weights, states, strict=True):
-            u, v = state["u0"].numpy(), state["v0"].numpy()
-            matrix = weight.numpy().reshape(len(u), -1)
-            for _ in range(c.rule.iterations):
-                u, v, sigma = power_step(np, matrix, u, v)
-            new = (torch.from_numpy(x) for x in (u, v, sigma))
-            result.append(dict(zip(("u0", "v0", "sigma0"), new, strict=True)))
-    return result
+    given = []
+    for c, weight, state in zip(group, weights, states, strict=True):
+        u, v = state["u0"].numpy(), state["v0"].numpy()
+        given.append((weight.numpy().reshape(len(u), -1), u, v, c.rule.iterations))
+    return [
+        {
+            "u0": torch.from_numpy(u),
+            "v0": torch.from_numpy(v),
+            "sigma0": torch.from_numpy(sigma),
+        }
+        for u, v, sigma in power_steps(given)
+    ]
 
 
 def _in_stack(

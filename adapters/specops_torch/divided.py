@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
+from specops.linalg.products import matvec
+
 
 def norm_along(w: torch.Tensor, axis: torch.Tensor, v: torch.Tensor | None) -> torch.Tensor:
     """⟨axis, W⟩ for an axis like the kernel, or ⟨u, Wv⟩ for a matrix of the axis's rows."""
     if v is None:
         return (w * axis).sum()
-    return torch.dot(axis, (w if w.ndim == 2 else w.reshape(axis.shape[0], -1)).mv(v))
+    return torch.dot(axis, matvec(w if w.ndim == 2 else w.reshape(axis.shape[0], -1), v))
 
 
 def divide_matrix(

@@ -126,14 +126,20 @@ class Firing:
         self, due: Sequence[Constrained], step: int, *, in_stacks: bool = True
     ) -> Iterator[tuple[Constrained, torch.Tensor | None, Any, Record]]:
         """(weight, its term or None if skipped, new state, record), equal shapes in one call."""
-        for group in grouped(due) if in_stacks else [[c] for c in due]:
-            act = _alone(step)
+        together: dict[int, Any] = {}
+        for group in grouped(due) if in_stacks else []:
             if len(group) > 1:
-                act = _found(group, update_together(group, [_state(c) for c in group]))
-            for c in group:
-                weight = c.location.parameter.detach()
-                term, state, record = self._one(c, weight, step, act)
-                yield c, None if "skipped" in record else term, state, record
+                found = update_together(group, [_state(c) for c in group])
+                together.update(zip(map(id, group), found, strict=True))
+        alone = _alone(step)
+
+        def act(c: Constrained) -> Any:
+            return together[id(c)] if id(c) in together else alone(c)
+
+        for c in due:
+            weight = c.location.parameter.detach()
+            term, state, record = self._one(c, weight, step, act)
+            yield c, None if "skipped" in record else term, state, record
 
     def _one(
         self, c: Constrained, weight: torch.Tensor, step: int, update: Update
@@ -249,11 +255,6 @@ def _has_size(geometry: Geometry) -> bool:
 
 def _needs_size(c: Constrained) -> bool:
     return getattr(c.rule, "norm", "") == "operator" and not _has_size(_sized(c))
-
-
-def _found(group: Sequence[Constrained], found: Sequence[Any]) -> Update:
-    by_name = {c.name: one for c, one in zip(group, found, strict=True)}
-    return lambda c: by_name[c.name]
 
 
 def _add(c: Constrained, term: torch.Tensor, state: Any, step: int, scale: Any) -> None:

@@ -126,6 +126,8 @@ class Normalizer:
 
     def _kind(self, parameter: torch.Tensor) -> list[str]:
         """The state's keys of what is divided by its norm in few operations; [] for others."""
+        if torch.compiler.is_compiling():
+            return self._find_kind(parameter)  # what is remembered would be guarded
         known = self._known
         if not known or known[0] is not self.geometry or known[1] != parameter.dtype:
             known = self._known = (self.geometry, parameter.dtype, self._find_kind(parameter))

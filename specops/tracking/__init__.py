@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from specops.geometry import Dense, Geometry
 from specops.tracking.matrices import TrackedBlocks, TrackedKernel
 from specops.tracking.operator import TrackedOperator
-from specops.tracking.power import State, power_step
+from specops.tracking.power import State, power_steps
 from specops.tracking.torus import TrackedTorus
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
     "TrackedOperator",
     "TrackedTorus",
     "check_norm",
-    "power_step",
+    "power_steps",
     "track",
 ]
 

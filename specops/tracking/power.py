@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from specops import backend, host
 from specops.errors import StateError
 from specops.linalg.decompositions import svd
 from specops.linalg.lanczos import MatrixOperator, largest_singular_triplet
+from specops.linalg.products import matvec, vecmat
 
 Array = Any
 State = dict[str, Array]
@@ -66,10 +68,11 @@ def power_step(xp: Any, a: Array, u: Array, v: Array) -> tuple[Array, Array, Arr
     """One power step: (u, v, σ) with σ = ‖Aᴴu‖ = ⟨u, Av⟩."""
     # In few calls: small layers cost what they take.
     if a.ndim == 2 and host.holds(a):
-        y = a @ v
+        y = matvec(a, v)
         if 0 < (norm := host.length(y)) < math.inf:
             u = y / norm
-        z = xp.conj(xp.conj(u) @ a) if (complex_ := backend.is_complex(a)) else u @ a
+        complex_ = backend.is_complex(a)
+        z = xp.conj(vecmat(xp.conj(u), a)) if complex_ else vecmat(u, a)
         if 0 < (norm := host.length(z)) < math.inf:
             v = z / norm
         return u, v, xp.asarray(norm, dtype=xp.real(z).dtype if complex_ else z.dtype)
@@ -78,6 +81,19 @@ def power_step(xp: Any, a: Array, u: Array, v: Array) -> tuple[Array, Array, Arr
     image = (image[..., None, :] @ a)[..., 0, :] if a.ndim > 2 else image @ a
     v, sigma = unit(xp, backend.conjugate(xp, image), v)
     return u, v, sigma
+
+
+def power_steps(
+    given: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, int]],
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(u, v, σ) of each small matrix on the host from its (A, u, v, rounds)."""
+    result = []
+    with host.one_blas_thread():
+        for a, u, v, rounds in given:
+            for _ in range(rounds):
+                u, v, sigma = power_step(np, a, u, v)
+            result.append((u, v, sigma))
+    return result
 
 
 def along(xp: Any, a: Array, u: Array, v: Array) -> Array:
