@@ -276,6 +276,14 @@ def fori(xp: Namespace, first: int, last: int, body: Any, carry: Any) -> Any:
     return carry
 
 
+def cond(flag: Array, yes: Any, no: Any) -> Any:
+    """``yes()`` or ``no()``, decided on the device where the flag is only being traced."""
+    known = truth(flag)
+    if known is None:
+        return sys.modules["jax"].lax.cond(flag, yes, no)
+    return yes() if known else no()
+
+
 def compiled(function: Any, static: tuple[Any, ...], *arrays: Array) -> Any:
     """``function(*static, *arrays)``, compiled once per shape where eager loops are slow."""
     if compat.is_jax_array(arrays[0]):

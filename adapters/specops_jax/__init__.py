@@ -1,1 +1,34 @@
-"""Placeholder of the jax adapter: core functions take jax arrays, hooks are not there yet."""
+"""specops in JAX training loops: optax transformations and pure functions on pytrees.
+
+Names load on first use, so that looking for adapters imports no framework.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "SpecopsState": "state",
+    "add_penalty": "transforms",
+    "check": "functions",
+    "constrain": "transforms",
+    "find_state": "state",
+    "geometries_of": "modules",
+    "init": "functions",
+    "init_scales": "functions",
+    "normalize_params": "functions",
+    "project_params": "functions",
+    "report": "functions",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,4 +1,4 @@
-"""Hooks through which specops finds this adapter."""
+"""Hooks through which specops finds this adapter; imports jax only for a JAX model."""
 
 from __future__ import annotations
 
@@ -9,26 +9,30 @@ from specops.errors import AdapterError
 from specops.hookspecs import Adapter, AdapterStatus, hookimpl
 
 _PACKAGES = {"jax", "jaxlib", "flax", "equinox", "haiku", "optax"}
-_NOT_THERE = (
-    "attaching to JAX models is not there yet. The core functions take JAX arrays, also under "
-    "jit: call specops.project_spectral_ball on the parameters after optax.apply_updates"
+_HOW = (
+    "JAX training loops are functions, so there is nothing to attach to: put "
+    "specops_jax.constrain(rule_or_plan, geometries) last in the optax chain, or call "
+    "specops_jax.project_params(params, plan, state) after optax.apply_updates"
 )
 
 
 @hookimpl
 def specops_adapter(model: Any, optimizer: Any) -> Adapter | None:
-    """Say what is missing, if the model or optimizer is of a JAX library."""
+    """Say what to use instead, if the model or optimizer is of a JAX library."""
     if {_package(model), _package(optimizer)} & _PACKAGES:
-        raise AdapterError(_NOT_THERE)
+        raise AdapterError(_HOW)
     return None
 
 
 @hookimpl
 def specops_adapter_status() -> AdapterStatus:
-    """Whether JAX is installed."""
-    if util.find_spec("jax") is None:
-        return AdapterStatus("jax", False, "jax is not installed: pip install 'specops[jax]'")
-    return AdapterStatus("jax", False, f"jax {metadata.version('jax')}: {_NOT_THERE}")
+    """Whether JAX and optax are installed."""
+    missing = [name for name in ("jax", "optax") if util.find_spec(name) is None]
+    if missing:
+        names = " and ".join(missing)
+        return AdapterStatus("jax", False, f"{names} not installed: pip install 'specops[jax]'")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "optax"))
+    return AdapterStatus("jax", True, versions)
 
 
 def _package(thing: Any) -> str:

@@ -14,12 +14,13 @@ from specops.geometry import Dense, Geometry
 from specops.geometry.arguments import check_bound, non_negative
 from specops.projections import project_spectral_ball
 from specops.rules.base import Array, Figures, Schedule, State, at, check_scheduled
-from specops.tracking import TrackedBlocks, TrackedTorus
+from specops.tracking import TrackedBlocks, TrackedOperator, TrackedTorus
 
 _CLEARLY = 0.9
 """Share of the bound below which an estimate, which is a lower bound, is trusted."""
 _CERTIFY_EVERY = 100
 _TRACKED = "tracked."
+_WATCHED = "watched."
 _FIRINGS = "firings"
 
 
@@ -61,11 +62,25 @@ class ClipSpectralNorm:
         """No state yet."""
         return {}
 
+    def watch(self, weight: Array, geometry: Geometry, name: str) -> State:
+        """A state whose keys and shapes stay, for compiled loops: {} where no estimate is known.
+
+        With it `update` decides on the device whether to project. What is watched is the
+        layer's own norm, by vectors of its size.
+        """
+        follow = _own_norm(geometry)
+        if follow is None or not self.screen:
+            return {}
+        vectors = _vectors(follow.start(weight, name), _WATCHED)
+        return vectors | {_FIRINGS: backend.constant(np.asarray(0.0), weight)}
+
     def update(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:
         """Project where needed; the figures are ``norm_before`` and ``norm_after``."""
         bound = check_bound(at(self.max_norm, step, name, geometry), "max_norm")
+        if any(key.startswith(_WATCHED) for key in state):
+            return self._watched(weight, geometry, state, bound)
         own, tracked = _parted(state)
         seen, firings = None, 0
         if tracked and backend.is_concrete(weight):
@@ -86,6 +101,35 @@ class ClipSpectralNorm:
         bound = check_bound(at(self.max_norm, step, name, geometry), "max_norm")
         own, tracked = _parted(state)
         return self._certified(weight, geometry, own, tracked or None, bound, name)
+
+    def _watched(
+        self, weight: Array, geometry: Geometry, state: State, bound: Any
+    ) -> tuple[Array, State, Figures]:
+        xp, follow = backend.namespace(weight), _own_norm(geometry)
+        assert follow is not None
+        own = {k.removeprefix(_WATCHED): v for k, v in state.items() if k.startswith(_WATCHED)}
+        moved = follow.advance(weight, own)
+        norms = follow.measured(moved)
+        split = isinstance(geometry, Dense) and geometry.splits is not None
+        seen = xp.stack(norms, axis=-1) if split else norms[0]
+        firings = state[_FIRINGS]
+        trusted = xp.all(seen < _CLEARLY * bound) & (firings > 0) & (firings < _CERTIFY_EVERY)
+
+        def certify() -> tuple[Array, Array, Array]:
+            new, info = project_spectral_ball(
+                weight,
+                bound,
+                geometry,
+                distance_tolerance=self.distance_tolerance,
+                return_info=True,
+            )
+            return new, *(xp.astype(x, seen.dtype) for x in (info.norm_before, info.norm_after))
+
+        new, before, after = backend.cond(trusted, lambda: (weight, seen, seen), certify)
+        inside = xp.astype(xp.all(before <= bound), firings.dtype)
+        firings = xp.where(trusted, firings + 1.0, inside)
+        figures = {"norm_before": before, "norm_after": after}
+        return new, _vectors(moved, _WATCHED) | {_FIRINGS: firings}, figures
 
     def _is_inside(self, weight: Array, bound: Any, geometry: Geometry) -> bool:
         """Certified, without measuring more than that takes."""
@@ -121,6 +165,13 @@ class ClipSpectralNorm:
         return new, state, figures
 
 
+def _own_norm(geometry: Geometry) -> TrackedBlocks | TrackedOperator | None:
+    """What estimates the layer's own norm in compiled code."""
+    if isinstance(geometry, Dense):
+        return TrackedBlocks(geometry)
+    return None if geometry.grid is None else TrackedOperator(geometry)
+
+
 def _parted(state: State) -> tuple[State, State]:
     """(state of the projection, vectors of the screen)."""
     tracked = {k.removeprefix(_TRACKED): v for k, v in state.items() if k.startswith(_TRACKED)}
@@ -154,5 +205,8 @@ def _below(norms: Array, bound: Any) -> bool:
 
 def _screening(tracked: State, firings: int, like: Array) -> State:
     """The vectors alone, and how often they were trusted."""
-    vectors = {_TRACKED + k: v for k, v in tracked.items() if not k.startswith("sigma")}
-    return vectors | {_FIRINGS: backend.constant(np.asarray(firings), like)}
+    return _vectors(tracked, _TRACKED) | {_FIRINGS: backend.constant(np.asarray(firings), like)}
+
+
+def _vectors(tracked: State, prefix: str) -> State:
+    return {prefix + k: v for k, v in tracked.items() if not k.startswith(("sigma", "axis"))}

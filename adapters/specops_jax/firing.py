@@ -1,0 +1,152 @@
+"""One step of a plan: which rules fire, and what they do to arrays that may be traced.
+
+Arrays of one shape under one rule are handled one after the other by a single compiled body, so
+that compile times grow with the number of shapes, not of layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from specops import backend
+from specops.errors import NonFiniteError, SpecopsError
+from specops_jax.program import Item, Program
+from specops_jax.state import Arrays, SpecopsState
+
+Results = dict[str, tuple[Any, dict[str, Any], dict[str, Any], Any]]
+"""(array, state, figures, whether the weight was finite) by name."""
+
+
+def begin(program: Program, leaves: Sequence[Any]) -> SpecopsState:
+    """The state before the first step."""
+    rules, figures = {}, {}
+    for item in program.items:
+        weight, rule = leaves[item.index], item.rule
+        _refuse_nonfinite(item, weight)
+        start = getattr(rule, "watch", rule.init)
+        state = _act(item, lambda: start(weight, item.geometry, item.name))
+        rules[item.name] = state
+        shapes = jax.eval_shape(
+            lambda w, s, i=item: _update(i, w, s, jnp.int32(1))[2], weight, state
+        )
+        figures[item.name] = {k: jnp.zeros(x.shape, x.dtype) for k, x in shapes.items()}
+    zero = jnp.zeros((), jnp.int32)
+    return SpecopsState(zero, rules, figures, {item.name: zero for item in program.items})
+
+
+def advance(
+    program: Program, leaves: Sequence[Any], state: SpecopsState, *stages: str
+) -> tuple[dict[str, Any], SpecopsState]:
+    """(what rules of these stages give, by name, the state one step on).
+
+    Where a rule does not fire, weights are themselves and terms of gradients are zero.
+    """
+    step = state.step + 1
+    arrays: dict[str, Any] = {}
+    rules, figures, nonfinite = dict(state.rules), dict(state.figures), dict(state.nonfinite)
+    by_interval: dict[tuple[int, bool], list[Item]] = {}
+    for item in program.of(*stages):
+        # Vectors of forward rules are in use at every step, whatever the plan's limits.
+        always = item.rule.stage == "forward"
+        by_interval.setdefault((item.assignment.every, always), []).append(item)
+    for (every, always), items in by_interval.items():
+        own = {i.name: state.rules[i.name] for i in items}
+        shown = {i.name: state.figures[i.name] for i in items}
+        weights = {i.name: leaves[i.index] for i in items}
+
+        def fire(items: list[Item] = items, w: Any = weights, s: Any = own) -> Results:
+            return _fire(items, w, s, step)
+
+        def rest(items: list[Item] = items, w: Any = weights, s: Any = own, f: Any = shown) -> Any:
+            fine = jnp.ones((), bool)
+            return {i.name: (_unchanged(i, w[i.name]), s[i.name], f[i.name], fine) for i in items}
+
+        plan = program.plan
+        due = (step - plan.start) % every == 0
+        if not always:
+            due = due & (step > plan.start)
+            due = due if plan.stop is None else due & (step < plan.stop)
+        for name, (array, new, seen, fine) in backend.cond(due, fire, rest).items():
+            arrays[name], rules[name], figures[name] = array, new, seen
+            nonfinite[name] = nonfinite[name] + jnp.where(fine, 0, 1).astype(jnp.int32)
+    return arrays, SpecopsState(step, rules, figures, nonfinite)
+
+
+def _fire(items: Sequence[Item], weights: Any, states: Arrays, step: Any) -> Results:
+    groups: dict[Any, list[Item]] = {}
+    for item in items:
+        groups.setdefault(_key(item, weights[item.name]), []).append(item)
+    results: Results = {}
+    for group in groups.values():
+        if len(group) == 1:
+            item = group[0]
+            results[item.name] = _checked(item, weights[item.name], states[item.name], step)
+            continue
+        stack = jax.tree.map(
+            lambda *x: jnp.stack(x), *((weights[i.name], states[i.name]) for i in group)
+        )
+        found = lax.map(lambda given, i=group[0]: _checked(i, *given, step), stack)
+        for index, item in enumerate(group):
+            results[item.name] = jax.tree.map(lambda x, k=index: x[k], found)
+    return results
+
+
+def _key(item: Item, weight: Any) -> Any:
+    """What equal bodies share; schedules may depend on the name."""
+    fields = vars(item.rule).values()
+    if not isinstance(weight, jax.core.Tracer) or any(map(callable, fields)):
+        return item.name
+    return item.rule, item.geometry, weight.shape, weight.dtype
+
+
+def _checked(item: Item, weight: Any, state: Any, step: Any) -> Any:
+    """A firing that leaves weights alone that are not finite, and keeps the state's shape."""
+    fine = jnp.all(jnp.isfinite(weight))
+    _refuse_nonfinite(item, weight)
+    array, new, figures = _update(item, weight, state, step)
+    array = jnp.where(fine, array, _unchanged(item, weight))
+    same = jax.tree.structure(new) == jax.tree.structure(state) and all(
+        a.shape == b.shape and a.dtype == b.dtype
+        for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(state), strict=True)
+    )
+    if not same:
+        new = state  # a warm start whose shape depends on the values
+    new = jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, state)
+    return array, new, figures, fine
+
+
+def _update(item: Item, weight: Any, state: Any, step: Any) -> Any:
+    return _act(
+        item,
+        lambda: item.rule.update(weight, item.geometry, state, step=step, name=item.name),
+    )
+
+
+def _unchanged(item: Item, weight: Any) -> Any:
+    return jnp.zeros_like(weight) if item.rule.stage == "gradients" else weight
+
+
+def _refuse_nonfinite(item: Item, weight: Any) -> None:
+    """Raise where the values are known."""
+    if backend.truth(jnp.all(jnp.isfinite(weight))) is False:
+        raise NonFiniteError(
+            f"{item.name} holds NaN or infinity (shape {tuple(weight.shape)}): look for a diverged "
+            f"step or an overflow in half precision. No weight was changed"
+        )
+
+
+def _act(item: Item, function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except SpecopsError as error:
+        if item.name in str(error):
+            raise
+        raise type(error)(f"{item.name}: {error}") from error
+    except Exception as error:
+        error.add_note(f"while {item.rule!r} acted on {item.name}")
+        raise

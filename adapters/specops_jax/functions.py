@@ -1,0 +1,186 @@
+"""The functions of a training loop in JAX: pure, and usable inside jit, vmap, grad and scan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specops.errors import AdapterError, NonFiniteError
+from specops.geometry import Conv, Dense, Geometry
+from specops.report import Report, plan_rows
+from specops.rules import TrainableScale
+from specops.spectra import spectral_norm, spectral_norm_bounds
+from specops_jax.firing import advance, begin
+from specops_jax.program import Item, Program, program
+from specops_jax.state import SpecopsState
+
+Params = Any
+Geometries = Mapping[str, Geometry]
+
+
+def init(params: Params, plan: Any, geometries: Geometries | None = None) -> SpecopsState:
+    """The state of a plan for these parameters, before the first step.
+
+    Parameters
+    ----------
+    params : pytree of arrays
+        Of flax, haiku, equinox or your own; names are the paths' keys joined by "/".
+    plan : rule or Plan
+        A bare rule acts on every array whose geometry is known.
+    geometries : dict of str to Dense or Conv, optional
+        Patterns of names and the map those arrays stand for, or what `geometries_of` returned.
+        Modules that stand in the tree (equinox, nnx) are looked at without it.
+
+    Returns
+    -------
+    SpecopsState
+
+    Raises
+    ------
+    PlanError
+        The plan does not fit the parameters.
+    NonFiniteError
+        A constrained array holds NaN or infinity.
+    """
+    own, leaves, _ = program(params, plan, geometries)
+    return begin(own, leaves)
+
+
+def project_params(
+    params: Params, plan: Any, state: SpecopsState, geometries: Geometries | None = None
+) -> tuple[Params, SpecopsState]:
+    """Count one step and let the rules that are due act: after ``optax.apply_updates``.
+
+    Rules of stage "weights" change the arrays as they are stored, half precision included;
+    vectors of forward rules advance. Nothing is done to gradients: see `add_penalty`.
+
+    Parameters
+    ----------
+    params, plan, geometries
+        As `init`.
+    state : SpecopsState
+        From `init`, or from the call before.
+
+    Returns
+    -------
+    params, state
+        New ones; nothing that was given is changed.
+
+    Raises
+    ------
+    NonFiniteError
+        An array that is due holds NaN or infinity, outside jit. Under jit it is left alone and
+        counted: see `check`.
+    """
+    own, leaves, structure = program(params, plan, geometries)
+    arrays, state = advance(own, leaves, state, "weights", "forward")
+    for item in own.of("weights"):
+        leaves[item.index] = arrays[item.name]
+    return jax.tree.unflatten(structure, leaves), state
+
+
+def normalize_params(
+    params: Params,
+    plan: Any,
+    state: SpecopsState,
+    geometries: Geometries | None = None,
+    *,
+    scales: Mapping[str, Any] | None = None,
+) -> Params:
+    """The parameters that the forward pass uses: differentiable, the state stays as it is.
+
+    Call it inside the loss, on the parameters that are differentiated, and advance the state
+    once per step, by `project_params` or `constrain`.
+
+    Parameters
+    ----------
+    params, plan, state, geometries
+        As `project_params`.
+    scales : dict of str to array, optional
+        Values of trainable scales, from `init_scales`, trained beside the parameters.
+    """
+    own, leaves, structure = program(params, plan, geometries)
+    step = state.step + 1
+    for item in own.of("forward"):
+        options: dict[str, Any] = {"step": step, "name": item.name}
+        if isinstance(getattr(item.rule, "scale", None), TrainableScale) and scales is not None:
+            options["scale"] = scales[_scale_name(own, item)]
+        weight = leaves[item.index]
+        leaves[item.index] = item.rule.apply(
+            weight, item.geometry, state.rules[item.name], **options
+        )
+    return jax.tree.unflatten(structure, leaves)
+
+
+def init_scales(
+    params: Params, plan: Any, geometries: Geometries | None = None
+) -> dict[str, jax.Array]:
+    """Initial values of a plan's trainable scales: by array, or by rule where shared."""
+    own, leaves, _ = program(params, plan, geometries)
+    result = {}
+    for item in own.of("forward"):
+        scale = getattr(item.rule, "scale", None)
+        if isinstance(scale, TrainableScale):
+            dtype = jnp.promote_types(leaves[item.index].dtype, jnp.float32)
+            result[_scale_name(own, item)] = jnp.asarray(scale.initial, dtype)
+    return result
+
+
+def _scale_name(own: Program, item: Item) -> str:
+    rules = [entry[1] for entry in own.plan.entries]
+    return f"rule {rules.index(item.rule)}" if item.rule.scale.shared else item.name
+
+
+def report(
+    params: Params, plan: Any, geometries: Geometries | None = None, *, measure: bool = True
+) -> Report:
+    """Every array of a pytree: constrained by what, or left alone and why.
+
+    With `measure`, constrained arrays show their operator norm as it is now: exact for matrices
+    and circular convolutions, a certified upper bound for zero-padded ones.
+    """
+    own, leaves, _ = program(params, plan, geometries)
+    by_name = {item.name: item for item in own.items}
+    rows = []
+    for row in plan_rows(own.assignments):
+        item = by_name.get(row.name)
+        if measure and item is not None:
+            row = replace(row, **_norm(leaves[item.index], item.geometry))
+        rows.append(row)
+    return Report(tuple(rows))
+
+
+def check(state: SpecopsState) -> None:
+    """Raise if compiled steps met weights that were not finite; call it outside jit.
+
+    Raises
+    ------
+    NonFiniteError
+        Naming the arrays, which those steps left alone.
+    """
+    if isinstance(state.step, jax.core.Tracer):
+        raise AdapterError("check reads the state's values: call it outside jit")
+    met = {name: int(np.max(n)) for name, n in state.nonfinite.items() if np.any(np.asarray(n) > 0)}
+    if met:
+        listed = ", ".join(f"{name} ({n} times)" for name, n in met.items())
+        raise NonFiniteError(
+            f"by step {int(np.max(state.step))} these weights held NaN or infinity when a rule was "
+            f"due, and were left as they were: {listed}. Look for a diverged step or an overflow "
+            f"in half precision"
+        )
+
+
+def _norm(w: jax.Array, geometry: Geometry) -> dict[str, Any]:
+    if not bool(jnp.all(jnp.isfinite(w))):
+        return {"norm": float("nan"), "norm_is": "not finite"}
+    exact = isinstance(geometry, Dense) or (
+        isinstance(geometry, Conv) and geometry.has_exact_spectrum(tuple(w.shape))
+    )
+    norms = spectral_norm(w, geometry) if exact else spectral_norm_bounds(w, geometry).upper
+    largest = max(float(n.max()) for n in (norms if isinstance(norms, tuple) else (norms,)))
+    return {"norm": largest, "norm_is": "exact" if exact else "upper bound"}

@@ -1,0 +1,193 @@
+"""The map that a layer's kernel stands for, from the layer's attributes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from specops.errors import GeometryError
+from specops.geometry import Conv, Dense, Geometry
+
+EMBEDDING = "an embedding: a table of rows, constrained only by a rule that names it"
+
+
+@dataclass(frozen=True)
+class Role:
+    """What an array is: a map, or why it is none."""
+
+    geometry: Geometry | None = None
+    obstacle: str = ""
+    opt_in: str = ""
+
+
+def dense(batch: int = 0, outputs: int = 1) -> Role:
+    """A kernel (*batch, inputs…, outputs…)."""
+    return Role(Dense(out_axes=tuple(range(-outputs, 0)), batch_axes=tuple(range(batch))))
+
+
+def convolution(
+    *,
+    kernel: Sequence[int],
+    stride: Any,
+    dilation: Any,
+    padding: Any,
+    groups: int,
+    layout: str,
+    input_shape: tuple[int, ...] | None,
+    input_dilation: Any = 1,
+    masked: bool = False,
+) -> Role:
+    """A convolution as XLA's libraries describe it."""
+    ndim = len(kernel)
+    stride, dilation = per_axis(stride, ndim), per_axis(dilation, ndim)
+    if masked:
+        return Role(obstacle="its kernel is masked: the map is not that of the array")
+    if set(per_axis(input_dilation, ndim)) != {1}:
+        return Role(obstacle="dilated inputs are not supported: give a transposed convolution")
+    boundary = "zeros"
+    if isinstance(padding, str):
+        name = padding.upper()
+        if name == "CIRCULAR":
+            boundary, padding = "circular", "same"
+        elif name == "CAUSAL":
+            padding = tuple((d * (k - 1), 0) for d, k in zip(dilation, kernel, strict=True))
+        elif name in ("SAME", "VALID"):
+            padding = name.lower()
+        elif name == "SAME_LOWER":
+            padding = _same_lower(kernel, stride, dilation, input_shape)
+        else:
+            return Role(obstacle=f"padding {padding!r} is no convolution on a torus")
+    else:
+        padding = pairs(padding, ndim)
+    return _checked(
+        input_shape,
+        stride=stride,
+        dilation=dilation,
+        groups=groups,
+        padding=padding,
+        boundary=boundary,
+        layout=layout,
+    )
+
+
+def transposed_convolution(
+    *,
+    kernel: Sequence[int],
+    stride: Any,
+    dilation: Any,
+    padding: Any,
+    layout: str,
+    flipped: bool,
+    input_shape: tuple[int, ...] | None,
+    groups: int = 1,
+    masked: bool = False,
+) -> Role:
+    """A correlation over an input with stride − 1 zeros between its entries.
+
+    `padding` is a name, or what is added before and after on each axis. Where the kernel is not
+    flipped the map is the mirror image of the transpose: the same singular values.
+    """
+    ndim = len(kernel)
+    stride, dilation = per_axis(stride, ndim), per_axis(dilation, ndim)
+    if masked:
+        return Role(obstacle="its kernel is masked: the map is not that of the array")
+    circular = isinstance(padding, str) and padding.upper() == "CIRCULAR"
+    if circular:
+        return _checked(
+            input_shape,
+            stride=stride,
+            dilation=dilation,
+            groups=groups,
+            transposed=True,
+            boundary="circular",
+            layout=layout,
+        )
+    wide = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if isinstance(padding, str):
+        if padding.upper() not in ("SAME", "VALID"):
+            return Role(obstacle=f"padding {padding!r} is no convolution on a torus")
+        added = [_named(w + 1, s, padding.upper()) for w, s in zip(wide, stride, strict=True)]
+    else:
+        added = list(pairs(padding, ndim))
+    taken = [
+        (w - before, w - after) if flipped else (w - after, w - before)
+        for w, (before, after) in zip(wide, added, strict=True)
+    ]
+    # More than the kernel's reach on a side is rows of zeros.
+    extra = tuple(max(0, -upper) for _, upper in taken)
+    return _checked(
+        input_shape,
+        stride=stride,
+        dilation=dilation,
+        groups=groups,
+        transposed=True,
+        output_padding=extra,
+        padding=tuple((max(0, lower), max(0, upper)) for lower, upper in taken),
+        layout=layout,
+    )
+
+
+def stacked(role: Role, own: tuple[int, ...], found: tuple[int, ...]) -> Role:
+    """The role of a stack of such kernels, as scanned and mapped layers hold them."""
+    extra = len(found) - len(own)
+    if extra == 0 or role.geometry is None:
+        return role
+    if isinstance(role.geometry, Conv) or found[extra:] != own:
+        return Role(obstacle=f"a stack of kernels of shape {found}: pass its geometry")
+    batch = tuple(range(extra)) + tuple(a + extra for a in role.geometry.batch_axes)
+    out, inner = role.geometry.out_axes, role.geometry.in_axes
+    out = tuple(a if a < 0 else a + extra for a in out)
+    inner = inner and tuple(a if a < 0 else a + extra for a in inner)
+    return Role(Dense(out, inner, batch_axes=batch), opt_in=role.opt_in)
+
+
+def per_axis(value: Any, ndim: int) -> tuple[int, ...]:
+    """One int per axis; None stands for 1."""
+    if value is None:
+        return (1,) * ndim
+    if isinstance(value, int):
+        return (value,) * ndim
+    values = tuple(int(v) for v in value)
+    return values * ndim if len(values) == 1 else values
+
+
+def pairs(padding: Any, ndim: int) -> tuple[tuple[int, int], ...]:
+    """(before, after) per axis from an int, ints or pairs."""
+    if isinstance(padding, int):
+        return ((padding, padding),) * ndim
+    result = tuple((p, p) if isinstance(p, int) else (int(p[0]), int(p[1])) for p in padding)
+    return result * ndim if len(result) == 1 else result
+
+
+def _named(reach: int, stride: int, name: str) -> tuple[int, int]:
+    """What `jax.lax.conv_transpose` adds on both sides for a kernel that reaches so far."""
+    if name == "VALID":
+        return reach - 1, max(reach - stride, 0) + stride - 1
+    total = reach + stride - 2
+    before = reach - 1 if stride > reach - 1 else math.ceil(total / 2)
+    return before, total - before
+
+
+def _same_lower(
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    input_shape: tuple[int, ...] | None,
+) -> Any:
+    """XLA's "same" with the odd one before instead of after: mirrored, where it matters."""
+    if input_shape is None:
+        return "same"
+    result = []
+    for k, s, d, n in zip(kernel, stride, dilation, input_shape, strict=True):
+        total = max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
+        result.append((total - total // 2, total // 2))
+    return tuple(result)
+
+
+def _checked(input_shape: tuple[int, ...] | None, **arguments: Any) -> Role:
+    try:
+        return Role(Conv(input_shape, **arguments))
+    except GeometryError as error:
+        return Role(obstacle=str(error))

@@ -1,0 +1,93 @@
+"""equinox: modules are pytrees; sizes of inputs are met while they are traced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from specops.geometry import Dense
+from specops_jax.layers import EMBEDDING, Role, convolution, stacked, transposed_convolution
+from specops_jax.libraries.watching import watched
+from specops_jax.paths import name_of
+
+
+def knows(module: Any) -> bool:
+    """Whether it is an equinox module."""
+    import equinox as eqx
+
+    return isinstance(module, eqx.Module)
+
+
+def roles(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Role]:
+    """A role for every weight, at the sizes that `inputs` (one sample) lead to."""
+    import equinox as eqx
+
+    shapes: dict[int, tuple[int, ...]] = {}
+
+    def seen(layer: Any, x: Any) -> None:
+        shapes[id(layer)] = tuple(int(n) for n in x.shape[1:])
+
+    if inputs or kwargs:
+        with watched((eqx.nn.Conv, eqx.nn.ConvTranspose), seen):
+            eqx.filter_eval_shape(lambda: module(*_sample(inputs), **kwargs))
+    return _roles(module, shapes)
+
+
+def roles_within(params: Any) -> dict[str, Role]:
+    """A role for every weight of the modules in a pytree."""
+    return _roles(params, {})
+
+
+def _sample(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    import jax.numpy as jnp
+
+    shapes = (jax.ShapeDtypeStruct,)
+    return tuple(jnp.zeros(x.shape, x.dtype) if isinstance(x, shapes) else x for x in inputs)
+
+
+def _roles(tree: Any, shapes: dict[int, tuple[int, ...]]) -> dict[str, Role]:
+    import equinox as eqx
+
+    kinds = (eqx.nn.Linear, eqx.nn.Conv, eqx.nn.ConvTranspose, eqx.nn.Embedding)
+    met = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, kinds))[0]
+    found = {}
+    for path, layer in met:
+        if isinstance(layer, kinds) and layer.weight is not None:
+            role = _role(layer, shapes.get(id(layer)))
+            own = _own_ndim(layer)
+            shape = tuple(layer.weight.shape)
+            if role is not None:
+                name = name_of((*path, jax.tree_util.GetAttrKey("weight")))
+                found[name] = stacked(role, shape[len(shape) - own :], shape)
+    return found
+
+
+def _own_ndim(layer: Any) -> int:
+    return int(getattr(layer, "num_spatial_dims", 0)) + 2
+
+
+def _role(layer: Any, shape: tuple[int, ...] | None) -> Role | None:
+    import equinox as eqx
+
+    if isinstance(layer, eqx.nn.Linear):
+        return Role(Dense(out_axes=(-2,)))
+    if isinstance(layer, eqx.nn.Embedding):
+        return Role(Dense(out_axes=(-1,)), opt_in=EMBEDDING)
+    mode = layer.padding_mode.upper()
+    if mode not in ("ZEROS", "CIRCULAR"):
+        return Role(obstacle=f"padding_mode {mode.lower()!r} is no convolution on a torus")
+    common = {
+        "kernel": layer.kernel_size,
+        "stride": layer.stride,
+        "dilation": layer.dilation,
+        "padding": "CIRCULAR" if mode == "CIRCULAR" else layer.padding,
+        "groups": layer.groups,
+        "layout": "OI*",
+        "input_shape": shape,
+    }
+    if isinstance(layer, eqx.nn.ConvTranspose):
+        if mode == "ZEROS":
+            common["padding"] = layer._padding_transpose()
+        return transposed_convolution(**common, flipped=False)
+    return convolution(**common)

@@ -1,0 +1,99 @@
+"""haiku: layers are met while a transformed function is traced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from specops.errors import AdapterError
+from specops_jax.layers import EMBEDDING, Role, convolution, dense, transposed_convolution
+
+
+def knows(module: Any) -> bool:
+    """Whether it is what `haiku.transform` returns."""
+    import haiku as hk
+
+    return isinstance(module, hk.Transformed | hk.TransformedWithState)
+
+
+def roles(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Role]:
+    """A role for every weight that tracing `init` meets."""
+    import haiku as hk
+
+    if not inputs and not kwargs:
+        raise AdapterError("haiku functions know their layers only when called: give the inputs")
+    met: dict[str, Role] = {}
+
+    def look(function: Any, args: Any, given: Any, context: Any) -> Any:
+        layer = context.module
+        if context.method_name == "__call__":
+            x = args[0] if args else next(iter(given.values()), None)
+            for attribute, role in _roles(layer, x).items():
+                met[f"{layer.module_name}/{attribute}"] = role
+        return function(*args, **given)
+
+    def init(*x: Any) -> Any:
+        with hk.intercept_methods(look):
+            return module.init(jax.random.key(0), *x, **kwargs)
+
+    jax.eval_shape(init, *inputs)
+    return met
+
+
+def _roles(layer: Any, x: Any) -> dict[str, Role]:
+    import haiku as hk
+
+    if isinstance(layer, hk.Linear):
+        return {"w": dense()}
+    if isinstance(layer, hk.Embed):
+        return {"embeddings": Role(dense().geometry, opt_in=EMBEDDING)}
+    if isinstance(layer, hk.ConvND | hk.ConvNDTranspose):
+        ndim = layer.num_spatial_dims
+        last = layer.channel_index == -1
+        shape = tuple(x.shape[-ndim - 1 : -1] if last else x.shape[-ndim:])
+        masked = layer.mask is not None
+    if isinstance(layer, hk.ConvNDTranspose):
+        if layer.output_shape is not None:
+            return {"w": Role(obstacle="a transposed layer of given output shape")}
+        return {
+            "w": transposed_convolution(
+                kernel=layer.kernel_shape,
+                stride=layer.stride,
+                dilation=1,
+                padding=layer.padding,
+                layout="*OI",
+                flipped=False,
+                input_shape=shape,
+                masked=masked,
+            )
+        }
+    if isinstance(layer, hk.ConvND):
+        return {
+            "w": convolution(
+                kernel=layer.kernel_shape,
+                stride=layer.stride,
+                dilation=layer.kernel_dilation,
+                padding=layer.padding,
+                groups=layer.feature_group_count,
+                layout="*IO",
+                input_shape=shape,
+                input_dilation=layer.lhs_dilation,
+                masked=masked,
+            )
+        }
+    if isinstance(layer, hk.DepthwiseConv1D | hk.DepthwiseConv2D | hk.DepthwiseConv3D):
+        ndim, last = len(layer.kernel_shape), hk.get_channel_index(layer.data_format) == -1
+        return {
+            "w": convolution(
+                kernel=layer.kernel_shape,
+                stride=layer.stride,
+                dilation=layer.rhs_dilation,
+                padding=layer.padding,
+                groups=int(x.shape[-1] if last else x.shape[-ndim - 1]),
+                layout="*IO",
+                input_shape=tuple(x.shape[-ndim - 1 : -1] if last else x.shape[-ndim:]),
+                input_dilation=layer.lhs_dilation,
+            )
+        }
+    return {}

@@ -1,0 +1,105 @@
+"""flax.linen: layers are met while the module is traced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from specops.errors import AdapterError
+from specops_jax.layers import EMBEDDING, Role, convolution, dense, stacked, transposed_convolution
+from specops_jax.paths import named_leaves
+
+
+def knows(module: Any) -> bool:
+    """Whether it is a linen module."""
+    from flax import linen as nn
+
+    return isinstance(module, nn.Module)
+
+
+def roles(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Role]:
+    """A role for every kernel that tracing `module.init` meets."""
+    from flax import linen as nn
+
+    if not inputs and not kwargs:
+        raise AdapterError(
+            f"{type(module).__name__}: linen modules know their layers only when called: "
+            f"geometries_of(module, *inputs)"
+        )
+    met: dict[str, tuple[Role, tuple[int, ...]]] = {}
+
+    def look(function: Any, args: Any, given: Any, context: Any) -> Any:
+        layer, result = context.module, function(*args, **given)
+        if context.method_name == "__call__":
+            x = args[0] if args else next(iter(given.values()), None)
+            own = layer.variables.get("params", {})
+            for attribute, role in _roles(layer, x).items():
+                if attribute in own:
+                    name = "/".join((*map(str, layer.path), attribute))
+                    met[name] = role, tuple(own[attribute].shape)
+        return result
+
+    keys = {name: jax.random.key(0) for name in ("params", "dropout")}
+    with nn.intercept_methods(look):
+        variables = jax.eval_shape(lambda *x: module.init(keys, *x, **kwargs), *inputs)
+    leaves, _ = named_leaves(variables.get("params", {}))
+    return {
+        name: stacked(met[name][0], met[name][1], tuple(leaf.shape))
+        for name, leaf in leaves
+        if name in met
+    }
+
+
+def _roles(layer: Any, x: Any) -> dict[str, Role]:
+    from flax import linen as nn
+
+    if isinstance(layer, nn.DenseGeneral):
+        axes = layer.features if isinstance(layer.features, tuple | list) else (layer.features,)
+        return {"kernel": dense(len(tuple(layer.batch_dims)), len(axes))}
+    if isinstance(layer, nn.Dense):
+        return {"kernel": dense()}
+    if isinstance(layer, nn.Embed):
+        return {"embedding": Role(dense().geometry, opt_in=EMBEDDING)}
+    if isinstance(layer, nn.ConvTranspose):
+        kernel = _sizes(layer.kernel_size)
+        return {
+            "kernel": transposed_convolution(
+                kernel=kernel,
+                stride=layer.strides,
+                dilation=layer.kernel_dilation,
+                padding=layer.padding,
+                layout="*OI" if layer.transpose_kernel else "*IO",
+                flipped=layer.transpose_kernel,
+                input_shape=_spatial(x, len(kernel)),
+                masked=layer.mask is not None,
+            )
+        }
+    if isinstance(layer, nn.Conv):
+        kernel = _sizes(layer.kernel_size)
+        return {
+            "kernel": convolution(
+                kernel=kernel,
+                stride=layer.strides,
+                dilation=layer.kernel_dilation,
+                padding=layer.padding,
+                groups=layer.feature_group_count,
+                layout="*IO",
+                input_shape=_spatial(x, len(kernel)),
+                input_dilation=layer.input_dilation,
+                masked=layer.mask is not None,
+            )
+        }
+    if isinstance(layer, nn.Einsum):
+        return {"kernel": Role(obstacle="an einsum's kernel: pass its geometry")}
+    if isinstance(layer, nn.ConvLocal):
+        return {"kernel": Role(obstacle="a locally connected layer is no convolution")}
+    return {}
+
+
+def _sizes(kernel_size: Any) -> tuple[int, ...]:
+    return (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
+
+
+def _spatial(x: Any, ndim: int) -> tuple[int, ...] | None:
+    return None if x is None else tuple(int(n) for n in x.shape[-ndim - 1 : -1])

@@ -1,0 +1,23 @@
+"""The sizes of inputs that layers see, while a module is traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+
+@contextmanager
+def watched(kinds: Iterable[type], seen: Callable[[Any, Any], None]) -> Iterator[None]:
+    """Tell `seen` (layer, input) of every call of layers of these classes."""
+    with ExitStack() as stack:
+        for kind in kinds:
+            plain = kind.__call__  # type: ignore[operator]
+
+            def call(self: Any, x: Any, *args: Any, _plain: Any = plain, **kwargs: Any) -> Any:
+                seen(self, x)
+                return _plain(self, x, *args, **kwargs)
+
+            stack.enter_context(patch.object(kind, "__call__", call))
+        yield

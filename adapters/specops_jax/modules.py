@@ -1,0 +1,102 @@
+"""Geometries of the arrays in a module, by looking at its layers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+from specops.errors import AdapterError
+from specops.geometry import Geometry
+from specops_jax.layers import Role
+
+_LIBRARIES = {"flax.linen": "linen", "flax.nnx": "nnx", "equinox": "equinox", "haiku": "haiku"}
+
+
+class Geometries(dict[str, Geometry]):
+    """Geometries by the names of parameters, as `geometries_of` finds them.
+
+    Attributes
+    ----------
+    reasons : dict of str to str
+        Why other arrays have none.
+    opt_in : dict of str to str
+        Why some are constrained only by rules that name them.
+    """
+
+    def __init__(self, roles: dict[str, Role] | None = None) -> None:
+        super().__init__()
+        self.reasons: dict[str, str] = {}
+        self.opt_in: dict[str, str] = {}
+        for name, role in (roles or {}).items():
+            if role.geometry is not None:
+                self[name] = role.geometry
+            if role.obstacle:
+                self.reasons[name] = role.obstacle
+            if role.opt_in:
+                self.opt_in[name] = role.opt_in
+
+    def joined(self, other: Geometries) -> Geometries:
+        """Both; the other's where both know an array."""
+        result = Geometries()
+        for part in (self, other):
+            result.update(part)
+            result.reasons.update(part.reasons)
+            result.opt_in.update(part.opt_in)
+        return result
+
+
+def geometries_of(module: Any, *inputs: Any, **kwargs: Any) -> Geometries:
+    """The geometry of every weight of a module, from its layers' attributes.
+
+    Parameters
+    ----------
+    module : flax.linen.Module, flax.nnx.Module, equinox.Module or haiku.Transformed
+        Equinox modules and nnx modules may be given without inputs: convolutions then stand for
+        every input size.
+    *inputs, **kwargs
+        What the module is called with (one sample for equinox): arrays or
+        `jax.ShapeDtypeStruct`; traced, not computed.
+
+    Returns
+    -------
+    Geometries
+        A dict by the names that `specops_jax.init` and its like give the parameters.
+
+    Raises
+    ------
+    AdapterError
+        A module of no known library, or missing inputs.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp
+    >>> import flax.linen as nn
+    >>> geometries_of(nn.Dense(3), jnp.ones((1, 2)))
+    {'kernel': Dense(out_axes=(-1,), in_axes=None, batch_axes=(), splits=None)}
+    """
+    for library in _loaded():
+        if library.knows(module):
+            return Geometries(library.roles(module, inputs, kwargs))
+    raise AdapterError(
+        f"expected a module of flax, equinox or haiku (hk.transform(...)), got "
+        f"{type(module).__module__}.{type(module).__name__}: for other pytrees pass "
+        f"geometries={{name: Dense(...) or Conv(...)}}"
+    )
+
+
+def inspect_leaves(params: Any) -> Geometries:
+    """What modules that stand in the tree of parameters itself say, at no input size."""
+    found: dict[str, Role] = {}
+    for library in _loaded():
+        if hasattr(library, "roles_within"):
+            found |= library.roles_within(params)
+    return Geometries(found)
+
+
+def _loaded() -> Iterator[Any]:
+    # A module of a library that was never imported cannot be at hand.
+    for needed, name in _LIBRARIES.items():
+        if needed in sys.modules:
+            yield import_module(f"specops_jax.libraries.{name}")

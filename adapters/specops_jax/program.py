@@ -1,0 +1,103 @@
+"""What a plan does with the arrays of a pytree: decided from names, shapes and geometries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
+
+from specops.errors import AdapterError
+from specops.geometry import Geometry
+from specops.plan import Assignment, Plan, Weight, override_geometries
+from specops_jax.modules import Geometries, inspect_leaves
+from specops_jax.paths import named_leaves
+
+_NONE_KNOWN = (
+    "no geometry is known for it: pass geometries={name or pattern: Dense(...) or Conv(...)}, or "
+    "what specops_jax.geometries_of(module, inputs) returns"
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One array under a rule."""
+
+    index: int
+    """Of its leaf."""
+    assignment: Assignment
+
+    @property
+    def name(self) -> str:
+        """The array's path."""
+        return self.assignment.weight.name
+
+    @property
+    def rule(self) -> Any:
+        """The rule that acts on it."""
+        return self.assignment.rule
+
+    @property
+    def geometry(self) -> Geometry:
+        """The map that the array stands for."""
+        geometry = self.assignment.weight.geometry
+        assert geometry is not None
+        return geometry
+
+
+@dataclass(frozen=True)
+class Program:
+    """A plan, applied to one tree of parameters. Holds no arrays."""
+
+    plan: Plan
+    assignments: tuple[Assignment, ...]
+    items: tuple[Item, ...]
+
+    def of(self, *stages: str) -> tuple[Item, ...]:
+        """The arrays under rules of these stages."""
+        return tuple(item for item in self.items if item.rule.stage in stages)
+
+    def only(self, *stages: str) -> Program:
+        """The program without rules of other stages."""
+        return replace(self, items=self.of(*stages))
+
+
+def program(
+    params: Any, plan: Any, geometries: Mapping[str, Geometry] | None = None
+) -> tuple[Program, list[Any], Any]:
+    """(what the plan does, the leaves, the tree's structure)."""
+    leaves, structure = named_leaves(params)
+    if not leaves:
+        raise AdapterError("the parameters hold no array")
+    found, given = inspect_leaves(params), dict(geometries or {})
+    if isinstance(geometries, Geometries):
+        found, given = found.joined(geometries), {}
+    described = [_describe(name, leaf, found) for name, leaf in leaves]
+    plan = Plan.of(plan)
+    assignments = plan.assign(override_geometries(described, given))
+    items = tuple(Item(i, a) for i, a in enumerate(assignments) if a.rule is not None)
+    return Program(plan, tuple(assignments), items), [leaf for _, leaf in leaves], structure
+
+
+def _describe(name: str, leaf: Any, found: Geometries) -> Weight:
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        return Weight(name, (), type(leaf).__name__, skipped="no array")
+    shape, dtype = tuple(leaf.shape), leaf.dtype
+    skipped = ""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        skipped = f"dtype {dtype} holds no weights"
+    elif len(shape) < 2:
+        skipped = f"{len(shape)}-d: a bias or scale, no matrix"
+    elif 0 in shape:
+        skipped = "empty"
+    if skipped:
+        return Weight(name, shape, str(dtype), skipped=skipped)
+    if dtype.itemsize == 1:
+        reason = f"dtype {dtype} cannot be measured: keep a float32 master weight"
+        return Weight(name, shape, str(dtype), obstacle=reason)
+    geometry = found.get(name)
+    obstacle = "" if geometry is not None else found.reasons.get(name, _NONE_KNOWN)
+    return Weight(
+        name, shape, str(dtype), geometry, obstacle=obstacle, opt_in=found.opt_in.get(name, "")
+    )

@@ -1,0 +1,143 @@
+"""Plans as gradient transformations of optax."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from specops.errors import PlanError
+from specops.geometry import Geometry
+from specops_jax.firing import advance, begin
+from specops_jax.program import Program, program
+from specops_jax.state import SpecopsState
+
+Geometries = Mapping[str, Geometry]
+
+
+def constrain(
+    plan: Any, geometries: Geometries | None = None, *, every: int | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Let a plan's rules act on what an optimizer's step leads to: last in the chain.
+
+    The updates become what takes the parameters to where the rules put them,
+    :math:`u' = P(w + u) - w`; arrays that no rule changes keep their updates bit by bit.
+    Vectors of forward rules advance at those new weights.
+
+    Parameters
+    ----------
+    plan : rule or Plan
+        Rules of stage "weights" and "forward".
+    geometries : dict of str to Dense or Conv, optional
+        See `specops_jax.init`.
+    every : int, optional
+        Act at every so many steps; default: the plan's own interval. Does not recompile.
+
+    Returns
+    -------
+    optax.GradientTransformationExtraArgs
+        Its state is a `SpecopsState`.
+
+    Raises
+    ------
+    ValueError
+        In ``update`` without ``params``.
+    PlanError
+        In ``init``: the plan does not fit the parameters.
+
+    Notes
+    -----
+    Last in the chain, or a later transformation undoes it. ``optax.MultiSteps`` around the
+    chain projects on real steps only. ``optax.apply_if_finite`` belongs around the chain too.
+    In half precision ``w + (P(w + u) − w)`` rounds again and may end above the bound by a few
+    units of the last place of w: use `project_params` after ``optax.apply_updates`` where the
+    bound must hold as stored.
+    """
+
+    def update(
+        updates: Any, state: SpecopsState, params: Any = None, **extra: Any
+    ) -> tuple[Any, SpecopsState]:
+        del extra
+        _need(params, "constrain")
+        stepped = optax.apply_updates(params, updates)
+        own, leaves, structure = _program(stepped, params, plan, geometries, every)
+        arrays, state = advance(own, leaves, state, "weights", "forward")
+        before, given = jax.tree.leaves(params), jax.tree.leaves(updates)
+        for item in own.of("weights"):
+            i, new = item.index, arrays[item.name]
+            moved = (new - before[i]).astype(given[i].dtype)
+            given[i] = jnp.where(new == leaves[i], given[i], moved)
+        del structure
+        return jax.tree.unflatten(jax.tree.structure(updates), given), state
+
+    return optax.GradientTransformationExtraArgs(
+        _starting(plan, geometries, every, ("weights", "forward"), "constrain"), update
+    )
+
+
+def add_penalty(
+    plan: Any, geometries: Geometries | None = None, *, every: int | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Add the gradients of a plan's penalties: first in the chain.
+
+    Parameters, returns and errors as `constrain`, for rules of stage "gradients". A penalty's
+    vectors advance, and its term is added, at the steps that are due.
+    """
+
+    def update(
+        updates: Any, state: SpecopsState, params: Any = None, **extra: Any
+    ) -> tuple[Any, SpecopsState]:
+        del extra
+        _need(params, "add_penalty")
+        own, leaves, _ = _program(params, params, plan, geometries, every)
+        terms, state = advance(own, leaves, state, "gradients")
+        given = jax.tree.leaves(updates)
+        for item in own.of("gradients"):
+            g = given[item.index]
+            given[item.index] = g + terms[item.name].astype(g.dtype)
+        return jax.tree.unflatten(jax.tree.structure(updates), given), state
+
+    return optax.GradientTransformationExtraArgs(
+        _starting(plan, geometries, every, ("gradients",), "add_penalty"), update
+    )
+
+
+def _starting(
+    plan: Any,
+    geometries: Geometries | None,
+    every: int | None,
+    stages: tuple[str, ...],
+    name: str,
+) -> Any:
+    def init(params: Any) -> SpecopsState:
+        own, leaves, _ = _program(params, params, plan, geometries, every)
+        if not own.of(*stages):
+            other = {"constrain": "add_penalty", "add_penalty": "constrain"}[name]
+            raise PlanError(
+                f"{name} has nothing to do: no rule of the plan is of stage "
+                f"{' or '.join(map(repr, stages))}. Use specops_jax.{other}"
+            )
+        return begin(own.only(*stages), leaves)
+
+    return init
+
+
+def _program(
+    current: Any, params: Any, plan: Any, geometries: Geometries | None, every: int | None
+) -> tuple[Program, list[Any], Any]:
+    """The program of `params`, whose modules may be looked at, and the leaves of `current`."""
+    from specops.plan import Plan
+
+    own, _, structure = program(params, Plan.of(plan, every), geometries)
+    return own, jax.tree.leaves(current), structure
+
+
+def _need(params: Any, name: str) -> None:
+    if params is None:
+        raise ValueError(
+            f"specops_jax.{name} needs the parameters: call "
+            f"optimizer.update(gradients, state, params), and in a chain of your own pass params on"
+        )

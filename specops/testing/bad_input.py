@@ -1,0 +1,189 @@
+"""Checks that what goes wrong is said, and that no weight is left half-written."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+
+from specops.errors import NonFiniteError, PlanError, SpecopsError
+from specops.geometry import Dense
+from specops.plan import Plan
+from specops.rules import (
+    ClipSpectralNorm,
+    Monitor,
+    SpectralNormalization,
+    SpectralNormPenalty,
+)
+from specops.testing.base import BOUND, SuiteBase, advanced, changed, listed
+
+_CLIP = ClipSpectralNorm(BOUND)
+_OF_STAGE = {
+    "weights": _CLIP,
+    "gradients": SpectralNormPenalty(0.1, norm="reshaped"),
+    "forward": SpectralNormalization(norm="reshaped"),
+}
+
+
+class BadInputChecks(SuiteBase):
+    """Errors name the layer and leave all weights alone."""
+
+    def test_nan_in_a_weight_is_named(self) -> None:
+        """Silence would let a run go on that is lost."""
+        self.needs("weights")
+        within = self.capabilities.nonfinite_within
+        for name in self.constrained(self.start(self.model(), Monitor())):
+            training = self.start(self.model(), Plan([(name, _CLIP)]))
+            training.step()
+            training.set_weight(name, _poisoned(training.weights()[name]))
+            error = _raised(training, within)
+            assert error is not None, (
+                f"{name} holds NaN, and {within} step(s) of {_CLIP!r} raised no NonFiniteError. "
+                f"Likely cause: the error is swallowed, or the weight is not checked before the "
+                f"rule"
+            )
+            assert name in str(error), (
+                f"the NonFiniteError does not name the layer {name!r}: {str(error)!r}"
+            )
+
+    def test_nan_leaves_every_weight_as_it_was(self) -> None:
+        """project() computes all new weights before it writes the first."""
+        self.needs("weights")
+        if not self.capabilities.in_place:
+            pytest.skip("project() of this adapter changes no model")
+        model = self.model()
+        training = self.start(model, Monitor())
+        training.step()
+        name = self.constrained(training)[-1]
+        training.detach()
+        training.set_weight(name, _poisoned(training.weights()[name]))
+        before = training.weights()
+        try:
+            self.project(model, _CLIP)
+        except NonFiniteError as error:
+            assert name in str(error), (
+                f"the NonFiniteError does not name the layer {name!r}: {str(error)!r}"
+            )
+        else:
+            pytest.fail(
+                f"{name} holds NaN, and project() raised no NonFiniteError. Likely cause: the "
+                f"error is swallowed"
+            )
+        moved = changed(training.weights(), before, 0.0)
+        assert not moved, (
+            f"project() raised about {name}, yet changed {listed(moved)} (relative change). "
+            f"Compute all, check, then write"
+        )
+
+    def test_a_rule_that_fails_leaves_every_weight_as_it_was(self) -> None:
+        """An error at one layer leaves the others unconstrained, too."""
+        self.needs("weights")
+        last = self.constrained(self.start(self.model(), Monitor()))[-1]
+
+        def bound(step: int, name: str, geometry: Any) -> float:
+            if name == last:
+                raise ValueError("this layer has no bound")
+            return BOUND
+
+        training = self.start(self.model(), ClipSpectralNorm(bound))
+        before = training.weights()
+        try:
+            training.step()
+        except (ValueError, SpecopsError):
+            pass
+        else:
+            pytest.fail(f"the schedule of a rule raised for {last}, and step() did not")
+        weights = training.weights()
+        moved = changed(weights, self.plain(1).weights())
+        # A functional step that raises returns nothing.
+        if moved and changed(weights, before):
+            pytest.fail(
+                f"a rule failed at {last}, the last weight, yet {listed(moved)} were written "
+                f"(relative change against the plain step). Compute all, check, then write"
+            )
+
+    @pytest.mark.parametrize(
+        "plan",
+        [
+            pytest.param(Plan([("no.such.layer", _CLIP)]), id="names nothing"),
+            pytest.param(ClipSpectralNorm, id="class"),
+            pytest.param([("*", _CLIP)], id="list"),
+        ],
+    )
+    def test_a_plan_that_cannot_hold_is_refused(self, plan: Any) -> None:
+        """With a PlanError, before anything is changed."""
+        self._refused(plan, PlanError)
+
+    def test_geometries_that_name_nothing_are_refused(self) -> None:
+        """A misspelt name would leave the inferred geometry in force."""
+        geometries = {"no.such.layer": Dense()}
+        self._refused(Monitor(), PlanError, geometries=geometries)
+
+    @pytest.mark.parametrize("stage", list(_OF_STAGE))
+    def test_rules_of_other_stages_are_refused(self, stage: Any) -> None:
+        """What an adapter does not run it must not accept."""
+        if stage in self.capabilities.stages:
+            return
+        self._refused(_OF_STAGE[stage], SpecopsError)
+
+    def test_detaching_frees(self) -> None:
+        """No hook on the model keeps a rule alive."""
+        self.needs("weights")
+        if not self.capabilities.in_place:
+            pytest.skip("the model is not changed, so nothing can stay on it")
+        model, bound = self.model(), _Bound()
+        training = advanced(self.start(model, ClipSpectralNorm(bound)), 1)
+        training.detach()
+        kept = weakref.ref(bound)
+        del training, bound
+        gc.collect()
+        assert kept() is None, (
+            "the rule is still alive after detach(), with nothing but the model around: a hook "
+            "was left on it, or a cache holds the rule"
+        )
+        assert model is not None
+
+    def _refused(self, plan: Any, kind: type[Exception], **options: Any) -> None:
+        model = self.model()
+        try:
+            self.start(model, plan, **options)
+        except kind:
+            pass
+        except Exception as error:
+            pytest.fail(
+                f"{plan!r} {options or ''}: expected {kind.__name__}, got "
+                f"{type(error).__name__}: {error}. Plan.of, Plan.assign and override_geometries "
+                f"raise what is expected"
+            )
+        else:
+            pytest.fail(
+                f"{plan!r} {options or ''} was accepted; expected {kind.__name__}. Likely "
+                f"cause: the adapter does not go through Plan.of, Plan.assign and "
+                f"override_geometries, or runs no rules of this stage"
+            )
+        moved = changed(self.start(model, Monitor()).weights(), self.plain().weights(), 0.0)
+        assert not moved, f"refusing {plan!r} changed {listed(moved)} (relative change)"
+
+
+class _Bound:
+    """A schedule that can be watched being freed."""
+
+    def __call__(self, step: int, name: str, geometry: Any) -> float:
+        return BOUND
+
+
+def _poisoned(weight: np.ndarray) -> np.ndarray:
+    values = weight.copy()
+    values.flat[-1] = np.nan
+    return values
+
+
+def _raised(training: Any, steps: int) -> NonFiniteError | None:
+    try:
+        advanced(training, steps)
+    except NonFiniteError as error:
+        return error
+    return None

@@ -1,0 +1,129 @@
+"""Checks of rules that act in the forward pass."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from specops.geometry import Dense, Geometry
+from specops.rules import SpectralNormalization
+from specops.testing.base import SuiteBase, advanced, changed, listed, norm_of
+from specops.testing.cases import Training
+
+_SCALE = 0.5
+_RULE = SpectralNormalization(norm="operator", scale=_SCALE, iterations=50)
+_STEPS = 3
+_RTOL = 0.02
+
+
+class ForwardChecks(SuiteBase):
+    """Rules of stage "forward": the layer uses another weight, the optimizer trains the raw one."""
+
+    def test_a_forward_pass_changes_nothing(self) -> None:
+        """Two give the same output, and training goes on as if there had been none."""
+        self.needs("forward")
+        # One power step at a time: vectors that are not at rest show every extra one.
+        rule = SpectralNormalization(norm="operator", scale=_SCALE, iterations=1)
+        training, quiet = (advanced(self.start(self.model(), rule), _STEPS) for _ in range(2))
+        before = training.weights()
+        first, second = training.outputs(), training.outputs()
+        assert np.array_equal(first, second), (
+            f"two forward passes on the same batch differ by {_apart(first, second):.3g} "
+            f"(relative). Likely cause: vectors advance in the forward pass; they may only in "
+            f"update(), once per optimizer step"
+        )
+        moved = changed(training.weights(), before, 0.0)
+        assert not moved, (
+            f"a forward pass changed the raw weights {listed(moved)} (relative change): the "
+            f"normalised weight is to be used, not stored"
+        )
+        moved = changed(advanced(training, 2).weights(), advanced(quiet, 2).weights())
+        assert not moved, (
+            f"two extra forward passes changed the steps that followed: {listed(moved)} "
+            f"(relative change). Likely cause: the rule's state is touched in the forward pass"
+        )
+
+    def test_the_weight_in_use_has_the_norm_asked_for(self) -> None:
+        """Outputs are those of a plain model with weights s·W/‖W‖."""
+        self.needs("forward")
+        training = advanced(self.start(self.model(), _RULE), _STEPS)
+        geometries, weights = training.geometries, training.weights()
+        used = {name: _normalised(weights[name], g) for name, g in geometries.items()}
+        expected = self._outputs_with(weights | used)
+        got = training.outputs()
+        raw = _apart(self._outputs_with(weights), got)
+        assert _apart(got, expected) <= _RTOL, (
+            f"outputs differ by {_apart(got, expected):.3g} (relative) from those of weights of "
+            f"norm {_SCALE}. Likely cause: "
+            + (
+                "the layers use the raw weights"
+                if raw <= _RTOL
+                else "the norm is not the operator's, the vectors do not advance, or the scale "
+                "is not in effect"
+            )
+        )
+
+    def test_the_report_shows_the_norm_in_use(self) -> None:
+        """Not that of the raw weight."""
+        self.needs("forward")
+        training = advanced(self.start(self.model(), _RULE), _STEPS)
+        weights = training.weights()
+        for row in training.report().constrained:
+            raw = norm_of(weights[row.name], training.geometries[row.name])
+            assert row.norm is not None, f"{row.name} is under a rule without a norm"
+            low = row.norm >= _SCALE * (1 - _RTOL)
+            # A bound for zero padding may be a little larger.
+            high = row.norm <= _SCALE * (1.5 if row.norm_is == "upper bound" else 1 + _RTOL)
+            assert low and high, (
+                f"{row.name}: the report says norm {row.norm:.6g} ({row.norm_is}) under a rule "
+                f"that makes it {_SCALE}; the raw weight's is {raw:.6g}"
+            )
+
+    def test_writes_from_outside_are_noticed(self) -> None:
+        """A weight that was scaled (a checkpoint, an average) is normalised to the same."""
+        self.needs("forward")
+        training = advanced(self.start(self.model(), _RULE), _STEPS)
+        before, weights = training.outputs(), training.weights()
+        for name in training.geometries:
+            training.set_weight(name, weights[name] * np.asarray(4.0, weights[name].dtype))
+        apart = _apart(training.outputs(), before)
+        assert apart <= _RTOL, (
+            f"weights four times as large changed the outputs by {apart:.3g} (relative), though "
+            f"4W and W have the same direction. Likely cause: a norm is cached; "
+            f"rule.apply(weight, ...) has to see the weight of each forward pass"
+        )
+
+    def test_detaching_gives_the_plain_model(self) -> None:
+        """Layers use the raw weights again."""
+        self.needs("forward")
+        training = advanced(self.start(self.model(), _RULE), _STEPS)
+        weights = training.weights()
+        training.detach()
+        moved = changed(training.weights(), weights)
+        assert not moved, f"detach() changed the raw weights {listed(moved)} (relative change)"
+        apart = _apart(training.outputs(), self._outputs_with(weights))
+        assert apart <= 1e-5, (
+            f"after detach() outputs differ by {apart:.3g} (relative) from the plain model's "
+            f"with the same weights: the layers still use normalised ones"
+        )
+
+    def _outputs_with(self, weights: dict[str, np.ndarray]) -> np.ndarray:
+        training: Training = self.plain()
+        for name, values in weights.items():
+            training.set_weight(name, values)
+        return training.outputs()
+
+
+def _normalised(weight: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """s·W/‖W‖, block by block."""
+    if not isinstance(geometry, Dense):
+        return (_SCALE / norm_of(weight, geometry) * weight).astype(weight.dtype)
+    blocks = geometry.blocks(weight.astype(np.float64))
+    scaled = tuple(_SCALE * b / np.linalg.norm(b, 2, (-2, -1), keepdims=True) for b in blocks)
+    result: np.ndarray = geometry.assemble(scaled, weight.shape).astype(weight.dtype)
+    return result
+
+
+def _apart(a: np.ndarray, b: np.ndarray) -> float:
+    """The largest difference, relatively to the largest entry."""
+    assert a.shape == b.shape, f"outputs of shapes {a.shape} and {b.shape}"
+    return float(np.max(np.abs(a - b)) / max(float(np.max(np.abs(b))), 1e-30))

@@ -1,0 +1,142 @@
+"""Checks of the rules' laws on the adapter's own arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from specops.geometry import Conv, Dense, Geometry
+from specops.rules import (
+    ClipSpectralNorm,
+    NormalizeIfAbove,
+    ProjectStableRank,
+    SpectralNormalization,
+    SpectralNormPenalty,
+    StableRankNormalization,
+)
+from specops.testing.base import SuiteBase
+
+_NAME = "w"
+_RTOL = 5e-5
+
+
+class _Law(NamedTuple):
+    """A rule for a bound, and which laws hold for it."""
+
+    make: Callable[[float], Any]
+    degree: int
+    """Power of s by which the result grows where weight and bound grow by s."""
+    idempotent: bool = False
+
+
+RULES: Mapping[str, _Law] = {
+    "clip": _Law(lambda c: ClipSpectralNorm(c, distance_tolerance=0.0), 1, True),
+    "normalize-if-above": _Law(lambda c: NormalizeIfAbove(c, norm="operator"), 1, True),
+    "project-stable-rank": _Law(lambda c: ProjectStableRank(ratio=0.4, norm="operator"), 1, True),
+    "penalty": _Law(lambda c: SpectralNormPenalty(0.3, norm="bidirectional"), 1),
+    "spectral-normalization": _Law(lambda c: SpectralNormalization(norm="operator", scale=1.5), 0),
+    "stable-rank-normalization": _Law(lambda c: StableRankNormalization(0.4, norm="reshaped"), 0),
+}
+_DENSE = ((6, 4), Dense())
+_GEOMETRIES: Mapping[str, tuple[tuple[int, ...], Geometry]] = {
+    "dense": _DENSE,
+    "stack": ((3, 6, 4), Dense(out_axes=(1,), batch_axes=(0,))),
+    "conv": ((4, 2, 3), Conv((6,), stride=2, groups=2, boundary="circular")),
+}
+
+
+class LawChecks(SuiteBase):
+    """Rules as pure functions of the framework's arrays, in single precision."""
+
+    def test_rule_agrees_with_numpy(self, law: str) -> None:
+        """Same values, same kind, arguments untouched."""
+        rule = RULES[law].make(1.0)
+        for label, (shape, geometry) in _GEOMETRIES.items():
+            host = _weight(shape)
+            w = self.array(host)
+            got = _outcome(rule, w, geometry)
+            assert type(got) is type(w), (
+                f"{rule!r} on a {type(w).__name__} gave a {type(got).__name__}"
+            )
+            values = self.numpy(got)
+            assert values.dtype == host.dtype, (
+                f"{rule!r} on {host.dtype} gave {values.dtype}. Likely cause: array() or "
+                f"numpy() changes the dtype"
+            )
+            assert np.array_equal(self.numpy(w), host), f"{rule!r} changed its argument"
+            expected = np.asarray(_outcome(rule, host, geometry))
+            _assert_near(values, expected, f"{rule!r} on a {label} differs from NumPy")
+
+    def test_rule_twice_is_once(self, law: str) -> None:
+        """A projection of what it has projected changes nothing."""
+        if not RULES[law].idempotent:
+            return
+        rule = RULES[law].make(1.0)
+        for label, (shape, geometry) in _GEOMETRIES.items():
+            once = _outcome(rule, self.array(_weight(shape)), geometry)
+            again = self.numpy(_outcome(rule, once, geometry))
+            _assert_near(again, self.numpy(once), f"{rule!r} twice on a {label}")
+
+    def test_rule_on_a_stack_is_a_loop(self, law: str) -> None:
+        """Each matrix of a stack is treated as if it were alone."""
+        rule = RULES[law].make(1.0)
+        shape, geometry = _GEOMETRIES["stack"]
+        host = _weight(shape)
+        together = self.numpy(_outcome(rule, self.array(host), geometry))
+        alone = [self.numpy(_outcome(rule, self.array(m), Dense())) for m in host]
+        _assert_near(together, np.stack(alone), f"{rule!r} on a stack, against one by one")
+
+    def test_rule_scales_with_powers_of_two(self, law: str) -> None:
+        """rule(2^k·W, bound 2^k·c) = 2^(k·degree)·rule(W, c), far from 1 in either direction."""
+        for k in (-60, 40):
+            factor, degree = np.float32(2.0**k), RULES[law].degree
+            for label, (shape, geometry) in _GEOMETRIES.items():
+                host = _weight(shape)
+                plain = self.numpy(_outcome(RULES[law].make(1.0), self.array(host), geometry))
+                rule = RULES[law].make(float(factor))
+                scaled = self.numpy(_outcome(rule, self.array(host * factor), geometry))
+                expected = plain.astype(np.float64) * 2.0 ** (k * degree)
+                _assert_near(scaled, expected, f"{rule!r} on a {label} scaled by 2^{k}")
+
+    def test_rule_under_jit(self, law: str) -> None:
+        """Compiled and not compiled give the same."""
+        if not self.capabilities.supports_jit:
+            pytest.skip("the adapter does not claim supports_jit")
+        rule = RULES[law].make(1.0)
+        for label, (shape, geometry) in _GEOMETRIES.items():
+            w = self.array(_weight(shape))
+            state = rule.init(w, geometry, _NAME)
+
+            def fire(w: Any, state: Any, geometry: Geometry = geometry) -> Any:
+                return _outcome(rule, w, geometry, state)
+
+            compiled = self.numpy(self.jit(fire)(w, state))
+            eager = self.numpy(fire(w, state))
+            _assert_near(compiled, eager, f"{rule!r} on a {label} under jit")
+
+
+def _weight(shape: tuple[int, ...]) -> np.ndarray:
+    """Norms of 2 to 5."""
+    return np.random.default_rng(3).standard_normal(shape).astype(np.float32)
+
+
+def _outcome(rule: Any, w: Any, geometry: Geometry, state: Any = None) -> Any:
+    """The new weight, what is added to the gradient, or the weight in use."""
+    state = rule.init(w, geometry, _NAME) if state is None else state
+    result, state, _ = rule.update(w, geometry, state, step=1, name=_NAME)
+    if rule.stage == "forward":
+        result = rule.apply(w, geometry, state, step=1, name=_NAME)
+    return result
+
+
+def _assert_near(got: np.ndarray, expected: np.ndarray, what: str) -> None:
+    scale = float(np.max(np.abs(expected)))
+    error = float(np.max(np.abs(np.asarray(got, np.float64) - expected)))
+    assert error <= _RTOL * scale, (
+        f"{what}: entries differ by up to {error / scale:.3g} of the largest; allowed is "
+        f"{_RTOL:.3g}. Likely cause: reduced precision of products (TF32, bfloat16), or a "
+        f"linear algebra routine of the framework that differs from NumPy's"
+    )

@@ -1,0 +1,76 @@
+"""The explicit matrix of a layer, from nothing but its own forward pass."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from specops.geometry import Dense, Geometry
+from specops.spectra import linear_operator
+from specops.testing.cases import LayerCase
+
+_BATCH = 512
+
+
+def explicit_matrix(case: LayerCase) -> np.ndarray:
+    """The layer applied to the unit vectors, its value at zero (a bias) taken off.
+
+    Returns
+    -------
+    array, shape (outputs, inputs)
+        In double precision; both sides flattened as the layer orders them.
+    """
+    inputs = math.prod(case.input_shape)
+    offset = _applied(case, np.zeros((1, inputs)))
+    columns = []
+    for first in range(0, inputs, _BATCH):
+        units = np.zeros((min(_BATCH, inputs - first), inputs))
+        units[np.arange(len(units)), first + np.arange(len(units))] = 1.0
+        columns.append(_applied(case, units) - offset)
+    return np.concatenate(columns).T
+
+
+def is_linear(case: LayerCase, matrix: np.ndarray, rtol: float) -> bool:
+    """Whether the layer maps a random vector as the matrix does."""
+    x = np.random.default_rng(0).standard_normal((1, matrix.shape[1]))
+    y = _applied(case, x) - _applied(case, np.zeros_like(x))
+    return bool(np.allclose(y[0], matrix @ x[0], rtol=0, atol=rtol * np.abs(y).max()))
+
+
+def parts_of(matrix: np.ndarray, weight: np.ndarray, geometry: Geometry) -> list[np.ndarray]:
+    """The explicit matrix as the maps that the geometry tells apart: a block for each split."""
+    if not isinstance(geometry, Dense) or geometry.splits is None:
+        return [matrix]
+    stacked = math.prod([weight.shape[a] for a in geometry.batch_axes])
+    rows = matrix.reshape(stacked, -1, matrix.shape[1])
+    if rows.shape[1] != sum(geometry.splits):
+        return [matrix]
+    ends = np.cumsum(geometry.splits)[:-1]
+    return [part.reshape(-1, matrix.shape[1]) for part in np.split(rows, ends, axis=1)]
+
+
+def described(weight: np.ndarray, geometry: Geometry) -> list[np.ndarray]:
+    """The matrices that specops reads out of the weight; stacks stand on one diagonal."""
+    operators: Any = linear_operator(np.asarray(weight, np.float64), geometry)
+    result = []
+    for operator in operators if isinstance(operators, tuple) else (operators,):
+        matrix = np.asarray(operator.to_matrix())
+        rows, columns = matrix.shape[-2:]
+        stack = matrix.reshape(-1, rows, columns)
+        diagonal = np.zeros((len(stack), rows, len(stack), columns))
+        diagonal[np.arange(len(stack)), :, np.arange(len(stack))] = stack
+        result.append(diagonal.reshape(len(stack) * rows, -1))
+    return result
+
+
+def _applied(case: LayerCase, x: np.ndarray) -> np.ndarray:
+    batch = x.reshape(len(x), *case.input_shape).astype(np.float32)
+    y = np.asarray(case.apply(batch), dtype=np.float64)
+    if y.ndim == 0 or len(y) != len(x):
+        raise ValueError(
+            f"{case.label}: apply() returned an array of shape {y.shape} for a batch of {len(x)} "
+            f"inputs: its first axis must be the batch"
+        )
+    return y.reshape(len(x), -1)

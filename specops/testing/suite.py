@@ -1,0 +1,69 @@
+"""`AdapterSuite`: every check of the conformance kit."""
+
+from __future__ import annotations
+
+import pytest
+
+from specops.testing.bad_input import BadInputChecks
+from specops.testing.checkpoints import CheckpointChecks
+from specops.testing.forward import ForwardChecks
+from specops.testing.geometry import GeometryChecks
+from specops.testing.gradients import GradientChecks
+from specops.testing.laws import RULES, LawChecks
+from specops.testing.registration import RegistrationChecks
+from specops.testing.weights import WeightChecks
+
+
+class AdapterSuite(
+    RegistrationChecks,
+    GeometryChecks,
+    WeightChecks,
+    GradientChecks,
+    ForwardChecks,
+    CheckpointChecks,
+    BadInputChecks,
+    LawChecks,
+):
+    """Everything that specops asks of an adapter. Subclass it in a test module and run pytest.
+
+    Attributes
+    ----------
+    name : str
+        As ``specops adapters`` lists the adapter.
+    capabilities : Capabilities
+        What the adapter claims; checks of the rest are skipped, with the reason.
+
+    Notes
+    -----
+    To write: `model`, `layers`, `start`, `array`, `numpy`, and `jit` where it is claimed. Two
+    more may be overridden where the default does not suit: `project` (``specops.project``) and
+    `examine` (how the kit learns a layer's weight and geometry).
+
+    The kit finds wrong maps, rules that act at the wrong time or not at all, state that is lost
+    and errors that are swallowed. It does not test devices other than the one that `array`
+    uses, sharded or low-precision weights, or how an adapter copes with compiled, copied or
+    wrapped models.
+
+    Examples
+    --------
+    .. code-block:: python
+
+        class TestMyAdapter(AdapterSuite):
+            name = "mine"
+            capabilities = Capabilities(stages=("weights",))
+
+            def model(self):
+                return mine.Sequential(mine.Conv(1, 4, 3), mine.Dense(16, 3))
+
+            ...
+    """
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """A test for each layer, and for each rule of a stage that the adapter claims."""
+        if "layer_label" in metafunc.fixturenames:
+            labels = list(dict.fromkeys(case.label for case in self.layers()))
+            metafunc.parametrize("layer_label", labels, ids=labels)
+        if "law" in metafunc.fixturenames:
+            stages = self.capabilities.stages
+            laws = [name for name, law in RULES.items() if law.make(1.0).stage in stages]
+            metafunc.parametrize("law", laws)

@@ -1,0 +1,173 @@
+"""Checks of rules that act after the step, of reports and of histories."""
+
+from __future__ import annotations
+
+import pytest
+
+from specops.plan import Plan
+from specops.rules import ClipSpectralNorm, Monitor
+from specops.testing.base import (
+    BOUND,
+    SLACK,
+    SuiteBase,
+    advanced,
+    changed,
+    listed,
+    norm_of,
+    norms_of,
+)
+
+_CLIP = ClipSpectralNorm(BOUND)
+
+
+class WeightChecks(SuiteBase):
+    """Rules of stage "weights": what they reach, and when."""
+
+    def test_norms_stay_below_the_bound(self) -> None:
+        """After each step every constrained weight has a norm of at most the bound."""
+        self.needs("weights")
+        training = self.start(self.model(), _CLIP)
+        for step in range(1, 4):
+            training.step()
+            _assert_inside(norms_of(training), f"after step {step}")
+
+    def test_other_weights_train_as_without_rules(self) -> None:
+        """A rule on one layer leaves all others as the plain step leaves them."""
+        self.needs("weights")
+        for name in self.constrained(self.start(self.model(), Monitor())):
+            training = advanced(self.start(self.model(), Plan([(name, _CLIP)])), 1)
+            moved = changed(training.weights(), self.plain(1).weights())
+            others = {other: by for other, by in moved.items() if other != name}
+            assert not others, (
+                f"a plan that names {name!r} alone also changed {listed(others)} (relative "
+                f"change). Likely cause: patterns are ignored, or parameters share memory"
+            )
+            assert name in moved, f"a plan that names {name!r} did not change it"
+
+    def test_monitor_changes_nothing(self) -> None:
+        """Measuring is no intervention, and leaves figures in the history."""
+        self.needs("weights")
+        training = advanced(self.start(self.model(), Monitor()), 2)
+        moved = changed(training.weights(), self.plain(2).weights())
+        assert not moved, f"Monitor() changed {listed(moved)} (relative change)"
+        name = self.constrained(training)[0]
+        figures = [record for record in training.history() if record.get("name") == name]
+        assert figures, f"Monitor() left no record of {name} in the history"
+        assert set(figures[-1]) & {"spectral_norm", "norm_upper"}, (
+            f"the record of {name} holds {sorted(figures[-1])}: the rule's figures are missing"
+        )
+
+    @pytest.mark.parametrize(("every", "start"), [(3, 0), (2, 1)])
+    def test_rules_act_at_their_interval(self, every: int, start: int) -> None:
+        """At the steps with (step - start) % every == 0, and at no other."""
+        self.needs("weights")
+        fires = start + every
+        training = self.start(self.model(), Plan([("*", _CLIP)], every=every, start=start))
+        plain = self.plain()
+        for step in range(1, fires):
+            training.step()
+            plain.step()
+            moved = changed(training.weights(), plain.weights())
+            assert not moved, (
+                f"every={every}, start={start}: the rule acted at step {step}, due is step "
+                f"{fires}; {listed(moved)} changed (relative change). Likely cause: the adapter "
+                f"does not ask plan.fires(step), or counts steps from 0"
+            )
+        training.step()
+        _assert_inside(
+            norms_of(training),
+            f"at step {fires}, where every={every}, start={start} is due (steps count from 1)",
+        )
+
+    def test_an_interval_of_ones_own(self) -> None:
+        """The third entry of a plan's item goes before the plan's interval."""
+        self.needs("weights")
+        first = self.constrained(self.start(self.model(), Monitor()))[0]
+        plan = Plan([(first, _CLIP, 2), ("*", _CLIP)])
+        training = advanced(self.start(self.model(), plan), 1)
+        norms = norms_of(training)
+        assert norms.pop(first) > BOUND * (1 + SLACK), (
+            f"{first} has an interval of its own, 2, but the rule acted at step 1. Likely "
+            f"cause: the plan's every is used instead of the assignment's"
+        )
+        _assert_inside(norms, f"at step 1; only {first} was to wait")
+        training.step()
+        _assert_inside(norms_of(training), f"at step 2, where {first} is due as well")
+
+    def test_rules_stop(self) -> None:
+        """No rule acts from step `stop` on."""
+        self.needs("weights")
+        stopping = advanced(self.start(self.model(), Plan([("*", _CLIP)], stop=3)), 2)
+        _assert_inside(norms_of(stopping), "at step 2, before stop=3")
+        stopped = self.start(self.model(), _CLIP)
+        advanced(stopped, 2).detach()
+        moved = changed(advanced(stopping, 1).weights(), advanced(stopped, 1).weights())
+        assert not moved, f"stop=3, but the rule changed {listed(moved)} at step 3"
+
+    def test_report_accounts_for_every_parameter(self) -> None:
+        """Each is under a rule, with its true norm, or left alone with a reason."""
+        self.needs("weights")
+        training = advanced(self.start(self.model(), _CLIP), 2)
+        report, weights = training.report(), training.weights()
+        rows = {row.name: row for row in report.rows}
+        assert rows.keys() == weights.keys(), (
+            f"the report lists {sorted(rows)}, the model has {sorted(weights)}: every parameter "
+            f"must be accounted for, by the same names"
+        )
+        for name, row in rows.items():
+            assert tuple(row.shape) == weights[name].shape, (
+                f"{name}: the report says shape {row.shape}, it is {weights[name].shape}"
+            )
+            assert bool(row.rule) != bool(row.reason), (
+                f"{name}: a row has either a rule or a reason why there is none, got "
+                f"rule={row.rule!r}, reason={row.reason!r}"
+            )
+        for name, geometry in training.geometries.items():
+            row, true = rows[name], norm_of(weights[name], geometry)
+            assert row.norm is not None, f"{name} is under a rule, but the report has no norm"
+            tolerance = 1e-3 * true
+            if row.norm_is == "upper bound":
+                assert row.norm >= true - tolerance, (
+                    f"{name}: the report's upper bound {row.norm:.6g} is below the norm {true:.6g}"
+                )
+            else:
+                assert abs(row.norm - true) <= tolerance, (
+                    f"{name}: the report says norm {row.norm:.6g} ({row.norm_is}), it is "
+                    f"{true:.6g}. Likely cause: measured before the rule acted, or not the "
+                    f"operator's norm"
+                )
+
+    def test_history_has_the_steps_that_fired(self) -> None:
+        """One record for each weight and firing, with the step and the name."""
+        self.needs("weights")
+        training = advanced(self.start(self.model(), Plan([("*", _CLIP)], every=2)), 5)
+        names = self.constrained(training)
+        got = sorted((record["step"], record["name"]) for record in training.history())
+        expected = sorted((step, name) for step in (2, 4) for name in names)
+        assert got == expected, (
+            f"with every=2 the history of 5 steps has records of {got}, expected {expected}"
+        )
+
+    def test_detached_rules_act_no_more(self) -> None:
+        """Detaching leaves the weights as they are; from then on no rule acts."""
+        self.needs("weights")
+        training = advanced(self.start(self.model(), _CLIP), 2)
+        before, geometries = training.weights(), dict(training.geometries)
+        training.detach()
+        moved = changed(training.weights(), before)
+        assert not moved, f"detach() itself changed {listed(moved)} (relative change)"
+        weights = advanced(training, 3).weights()
+        norms = {name: norm_of(weights[name], g) for name, g in geometries.items()}
+        assert any(norm > BOUND * (1 + SLACK) for norm in norms.values()), (
+            f"three steps after detach() all norms are still at most {BOUND} ({listed(norms)}): "
+            f"the rule goes on acting, or step() no longer trains"
+        )
+
+
+def _assert_inside(norms: dict[str, float], when: str) -> None:
+    above = {name: norm for name, norm in norms.items() if norm > BOUND * (1 + SLACK)}
+    assert not above, (
+        f"{when} the norms of {listed(above)} are above the bound {BOUND}. Likely cause: the "
+        f"rule did not act at this step, its result was not written back, or before the "
+        f"optimizer's step"
+    )
