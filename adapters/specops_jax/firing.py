@@ -7,6 +7,7 @@ that compile times grow with the number of shapes, not of layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,11 +27,10 @@ def begin(program: Program, leaves: Sequence[Any]) -> SpecopsState:
     """The state before the first step."""
     rules, figures = {}, {}
     for item in program.items:
-        weight, rule = leaves[item.index], item.rule
+        weight = leaves[item.index]
         _refuse_nonfinite(item, weight)
-        start = getattr(rule, "watch", rule.init)
-        state = _act(item, lambda: start(weight, item.geometry, item.name))
-        rules[item.name] = state
+        start = getattr(item.rule, "watch", item.rule.init)
+        rules[item.name] = state = _act(item, partial(start, weight, item.geometry, item.name))
         shapes = jax.eval_shape(
             lambda w, s, i=item: _update(i, w, s, jnp.int32(1))[2], weight, state
         )
@@ -90,10 +90,14 @@ def _fire(items: Sequence[Item], weights: Any, states: Arrays, step: Any) -> Res
         stack = jax.tree.map(
             lambda *x: jnp.stack(x), *((weights[i.name], states[i.name]) for i in group)
         )
-        found = lax.map(lambda given, i=group[0]: _checked(i, *given, step), stack)
+        found = lax.map(partial(_checked_pair, group[0], step), stack)
         for index, item in enumerate(group):
             results[item.name] = jax.tree.map(lambda x, k=index: x[k], found)
     return results
+
+
+def _checked_pair(item: Item, step: Any, given: tuple[Any, Any]) -> Any:
+    return _checked(item, *given, step)
 
 
 def _key(item: Item, weight: Any) -> Any:

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from specops.errors import AdapterError, NonFiniteError
 from specops.geometry import Conv, Dense, Geometry
@@ -165,12 +164,13 @@ def check(state: SpecopsState) -> None:
     """
     if isinstance(state.step, jax.core.Tracer):
         raise AdapterError("check reads the state's values: call it outside jit")
-    met = {name: int(np.max(n)) for name, n in state.nonfinite.items() if np.any(np.asarray(n) > 0)}
+    counts = {name: int(jnp.max(n)) for name, n in state.nonfinite.items()}
+    met = {name: n for name, n in counts.items() if n > 0}
     if met:
         listed = ", ".join(f"{name} ({n} times)" for name, n in met.items())
         raise NonFiniteError(
-            f"by step {int(np.max(state.step))} these weights held NaN or infinity when a rule was "
-            f"due, and were left as they were: {listed}. Look for a diverged step or an overflow "
+            f"by step {int(jnp.max(state.step))} these weights held NaN or infinity when a rule "
+            f"was due, and were left as they were: {listed}. Look for a diverged step or an overflow "
             f"in half precision"
         )
 

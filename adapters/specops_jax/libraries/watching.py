@@ -13,7 +13,7 @@ def watched(kinds: Iterable[type], seen: Callable[[Any, Any], None]) -> Iterator
     """Tell `seen` (layer, input) of every call of layers of these classes."""
     with ExitStack() as stack:
         for kind in kinds:
-            plain = kind.__call__  # type: ignore[operator]
+            plain = kind.__call__
 
             def call(self: Any, x: Any, *args: Any, _plain: Any = plain, **kwargs: Any) -> Any:
                 seen(self, x)
