@@ -30,6 +30,8 @@ _COMPUTE = {
     "complex64": "complex64",
     "complex128": "complex128",
 }
+_HALF = {"float16": (5, 10), "bfloat16": (8, 7)}
+"""Exponent and mantissa bits."""
 _REAL = {
     "complex64": "float32",
     "complex128": "float64",
@@ -81,6 +83,14 @@ def to_compute(xp: Namespace, w: Array) -> Array:
     """`w` in the dtype its decompositions run in: half precision becomes float32."""
     target = getattr(xp, _COMPUTE[dtype_name(w.dtype)])
     return w if w.dtype == target else xp.astype(w, target)
+
+
+def rounded(xp: Namespace, x: Array, dtype: Any) -> Array:
+    """`x` in `dtype`, to that precision also where a compiler would rather keep more."""
+    info = _HALF.get(dtype_name(dtype))
+    if info is not None and is_jax_traced(x):
+        x = sys.modules["jax"].lax.reduce_precision(x, *info)
+    return xp.astype(x, dtype)
 
 
 def real_dtype(xp: Namespace, dtype: Any) -> Any:
@@ -284,6 +294,11 @@ def cond(flag: Array, yes: Any, no: Any) -> Any:
     return yes() if known else no()
 
 
+def while_loop(cond: Any, body: Any, carry: Any) -> Any:
+    """``while cond(carry): carry = body(carry)`` while JAX traces."""
+    return sys.modules["jax"].lax.while_loop(cond, body, carry)
+
+
 def compiled(function: Any, static: tuple[Any, ...], *arrays: Array) -> Any:
     """``function(*static, *arrays)``, compiled once per shape where eager loops are slow."""
     if compat.is_jax_array(arrays[0]):
@@ -355,6 +370,12 @@ def is_traced(x: Array) -> bool:
     while functorch.is_gradtrackingtensor(x):
         x = functorch.get_unwrapped(x)
     return bool(functorch.is_batchedtensor(x))
+
+
+def is_jax_traced(x: Array) -> bool:
+    """Whether JAX traces `x`: loops of unknown length are possible then."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(x, jax.core.Tracer)
 
 
 def is_concrete(x: Array) -> bool:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from specops import backend
-from specops.errors import NonFiniteError, SpecopsError
+from specops.errors import NonFiniteError, SpecopsError, StateError
 from specops_jax.program import Item, Program
 from specops_jax.state import Arrays, SpecopsState
 
@@ -35,8 +35,12 @@ def begin(program: Program, leaves: Sequence[Any]) -> SpecopsState:
             lambda w, s, i=item: _update(i, w, s, jnp.int32(1))[2], weight, state
         )
         figures[item.name] = {k: jnp.zeros(x.shape, x.dtype) for k, x in shapes.items()}
-    zero = jnp.zeros((), jnp.int32)
-    return SpecopsState(zero, rules, figures, {item.name: zero for item in program.items})
+
+    def zero() -> jax.Array:
+        # A buffer of its own for each, so that all of them can be donated.
+        return jnp.zeros((), jnp.int32)
+
+    return SpecopsState(zero(), rules, figures, {item.name: zero() for item in program.items})
 
 
 def advance(
@@ -46,6 +50,7 @@ def advance(
 
     Where a rule does not fire, weights are themselves and terms of gradients are zero.
     """
+    check_names(program.of(*stages), state)
     step = state.step + 1
     arrays: dict[str, Any] = {}
     rules, figures, nonfinite = dict(state.rules), dict(state.figures), dict(state.nonfinite)
@@ -75,6 +80,16 @@ def advance(
             arrays[name], rules[name], figures[name] = array, new, seen
             nonfinite[name] = nonfinite[name] + jnp.where(fine, 0, 1).astype(jnp.int32)
     return arrays, SpecopsState(step, rules, figures, nonfinite)
+
+
+def check_names(items: Sequence[Item], state: SpecopsState) -> None:
+    """Raise if a state was made for other parameters, or another plan."""
+    missing = [item.name for item in items if item.name not in state.rules]
+    if missing:
+        raise StateError(
+            f"the state holds nothing for {', '.join(missing)}: it was made by another plan, or "
+            f"for other parameters. Make a new one with specops_jax.init"
+        )
 
 
 def _fire(items: Sequence[Item], weights: Any, states: Arrays, step: Any) -> Results:

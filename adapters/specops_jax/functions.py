@@ -14,7 +14,7 @@ from specops.geometry import Conv, Dense, Geometry
 from specops.report import Report, plan_rows
 from specops.rules import TrainableScale
 from specops.spectra import spectral_norm, spectral_norm_bounds
-from specops_jax.firing import advance, begin
+from specops_jax.firing import advance, begin, check_names
 from specops_jax.program import Item, Program, program
 from specops_jax.state import SpecopsState
 
@@ -104,6 +104,7 @@ def normalize_params(
         Values of trainable scales, from `init_scales`, trained beside the parameters.
     """
     own, leaves, structure = program(params, plan, geometries)
+    check_names(own.of("forward"), state)
     step = state.step + 1
     for item in own.of("forward"):
         options: dict[str, Any] = {"step": step, "name": item.name}

@@ -10,6 +10,7 @@ from specops import backend
 
 Array = Any
 _ROUNDS = 40
+_LATE = 20
 
 
 @dataclass
@@ -54,7 +55,7 @@ def store_within(
 
     ``fits`` takes the stored array in compute precision and returns booleans, one for each
     index of the first `batch` axes. An `offset` is added, which shrinks only if nothing else
-    helps. While a compiler traces, three rounds run and the result may exceed its limit by the
+    helps. While torch compiles, three rounds run and the result may exceed its limit by the
     rounding of `dtype`.
     """
     eps = backend.epsilon(dtype)
@@ -62,20 +63,44 @@ def store_within(
     first = -6 if eps > 1e-4 else 1
     shrink = xp.ones_like(xp.real(x) if backend.is_complex(x) else x)
     shrink = shrink[(..., *([0] * (x.ndim - batch)))]
-    for round_ in range(_ROUNDS):
-        scaled = x * _expand(shrink, x) if round_ else x
+
+    def stored(x: Array, offset: Array | None, shrink: Array, late: Any) -> Array:
+        scaled = x * _expand(shrink, x)
         if offset is not None:
             # Its own rounding may be what does not fit.
-            late = round_ >= _ROUNDS // 2
-            scaled = scaled + (offset * _expand(shrink, x) if late else offset)
-        stored = xp.astype(scaled, dtype)
-        inside = fits(backend.to_compute(xp, stored))
+            plain = xp.ones_like(shrink)
+            factor = xp.where(late, shrink, plain) if backend.is_traced(late) else plain
+            scaled = scaled + offset * _expand(shrink if late is True else factor, x)
+        return backend.rounded(xp, scaled, dtype)
+
+    def fit(x: Array, offset: Array | None, shrink: Array, late: Any) -> Array:
+        return fits(backend.to_compute(xp, stored(x, offset, shrink, late)))
+
+    if backend.is_jax_traced(x):
+        # What is found is a constant of the result, so that it can still be differentiated.
+        fixed = [None if y is None else backend.stop_gradient(y) for y in (x, offset)]
+
+        def shrunk(carry: Any) -> Any:
+            index, shrink, inside = carry
+            step = 1.0 - eps * 2.0 ** (xp.astype(index, shrink.dtype) + first)
+            step = xp.where(step > 0.5, step, xp.full_like(step, 0.5))
+            shrink = xp.where(inside, shrink, shrink * step)
+            return index + 1, shrink, fit(*fixed, shrink, index + 1 >= _LATE)
+
+        start = xp.asarray(0), shrink, fit(*fixed, shrink, False)
+        index, shrink, _ = backend.while_loop(
+            lambda carry: (carry[0] < _ROUNDS - 1) & ~xp.all(carry[2]), shrunk, start
+        )
+        return stored(x, offset, shrink, index >= _LATE)
+    for round_ in range(_ROUNDS):
+        result = stored(x, offset, shrink, round_ >= _LATE)
+        inside = fits(backend.to_compute(xp, result))
         done = backend.truth(xp.all(inside))
         if done or (done is None and round_ == 2):
             break
         step = max(0.5, 1.0 - eps * 2.0 ** (round_ + first))
         shrink = xp.where(inside, shrink, shrink * step)
-    return stored
+    return result
 
 
 def _expand(factor: Array, x: Array) -> Array:
