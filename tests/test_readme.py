@@ -22,7 +22,7 @@ SECTIONS = [
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("blocks", SECTIONS)
 def test_programs_run(blocks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("torch", "lightning", "transformers", "accelerate"):
+    for name in ("torch", "lightning", "transformers", "accelerate", "flax", "optax"):
         if any(f"import {name}" in block for block in blocks):
             pytest.importorskip(name)
     from specops import plugins
@@ -37,7 +37,7 @@ def test_programs_run(blocks: list[str], tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_every_use_has_a_program() -> None:
-    assert len(SECTIONS) == 4
+    assert len(SECTIONS) == 5
 
 
 def test_commands_install_extras_that_exist() -> None:

@@ -26,21 +26,35 @@ Results = dict[str, tuple[Any, dict[str, Any], dict[str, Any], Any]]
 def begin(program: Program, leaves: Sequence[Any]) -> SpecopsState:
     """The state before the first step."""
     rules, figures = {}, {}
+    known: dict[Any, Any] = {}
     for item in program.items:
         weight = leaves[item.index]
         _refuse_nonfinite(item, weight)
-        start = getattr(item.rule, "watch", item.rule.init)
-        rules[item.name] = state = _act(item, partial(start, weight, item.geometry, item.name))
-        shapes = jax.eval_shape(
-            lambda w, s, i=item: _update(i, w, s, jnp.int32(1))[2], weight, state
-        )
-        figures[item.name] = {k: jnp.zeros(x.shape, x.dtype) for k, x in shapes.items()}
+        rules[item.name] = state = _start(item, weight)
+        key = _key(item, weight)
+        if key not in known:
+            known[key] = jax.eval_shape(
+                lambda w, s, i=item: _update(i, w, s, jnp.int32(1))[2], weight, state
+            )
+        figures[item.name] = {k: jnp.zeros(x.shape, x.dtype) for k, x in known[key].items()}
 
     def zero() -> jax.Array:
         # A buffer of its own for each, so that all of them can be donated.
         return jnp.zeros((), jnp.int32)
 
     return SpecopsState(zero(), rules, figures, {item.name: zero() for item in program.items})
+
+
+def _start(item: Item, weight: Any) -> dict[str, Any]:
+    start = getattr(item.rule, "watch", item.rule.init)
+    if isinstance(weight, jax.core.Tracer):
+        state: dict[str, Any] = _act(item, partial(start, weight, item.geometry, item.name))
+        return state
+    # On the host, where nothing has to be compiled for it.
+    wide = jnp.promote_types(weight.dtype, jnp.float32)
+    host = jax.device_get(weight).astype(wide)
+    state = _act(item, partial(start, host, item.geometry, item.name))
+    return {key: jnp.asarray(x) for key, x in state.items()}
 
 
 def advance(
@@ -95,7 +109,9 @@ def check_names(items: Sequence[Item], state: SpecopsState) -> None:
 def _fire(items: Sequence[Item], weights: Any, states: Arrays, step: Any) -> Results:
     groups: dict[Any, list[Item]] = {}
     for item in items:
-        groups.setdefault(_key(item, weights[item.name]), []).append(item)
+        weight = weights[item.name]
+        alone = not isinstance(weight, jax.core.Tracer)
+        groups.setdefault(item.name if alone else _key(item, weight), []).append(item)
     results: Results = {}
     for group in groups.values():
         if len(group) == 1:
@@ -117,8 +133,7 @@ def _checked_pair(item: Item, step: Any, given: tuple[Any, Any]) -> Any:
 
 def _key(item: Item, weight: Any) -> Any:
     """What equal bodies share; schedules may depend on the name."""
-    fields = vars(item.rule).values()
-    if not isinstance(weight, jax.core.Tracer) or any(map(callable, fields)):
+    if any(map(callable, vars(item.rule).values())):
         return item.name
     return item.rule, item.geometry, weight.shape, weight.dtype
 

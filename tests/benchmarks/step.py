@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import specops
+from tests.benchmarks import jax_step
 
 _ROUNDS = 12
 _EVERY = 10
@@ -26,6 +27,7 @@ def run(repeats: int, quick: bool) -> None:
     rounds = 4 if quick else _ROUNDS * repeats
     _overheads(names, rounds)
     _clips(names, rounds)
+    jax_step.run(repeats, quick)
 
 
 def _overheads(names: list[str], rounds: int) -> None:

@@ -110,7 +110,9 @@ def test_nnx_transposed_convolutions(options: dict[str, Any], shape: tuple[int, 
 @pytest.mark.parametrize("kind", ["linear", "general"])
 def test_nnx_dense_layers(kind: str) -> None:
     rngs = nnx.Rngs(0)
-    layer = nnx.Linear(4, 3, rngs=rngs) if kind == "linear" else nnx.LinearGeneral(4, (2, 3), rngs=rngs)
+    layer = (
+        nnx.Linear(4, 3, rngs=rngs) if kind == "linear" else nnx.LinearGeneral(4, (2, 3), rngs=rngs)
+    )
     check_nnx(layer, (4,))
 
 

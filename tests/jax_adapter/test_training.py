@@ -102,7 +102,9 @@ def test_the_rule_is_the_core_s() -> None:
 
 @pytest.mark.parametrize("donated", [False, True])
 def test_intervals_fire_without_compiling_again(donated: bool) -> None:
-    plan = Plan([("conv", ClipSpectralNorm(CAP), 2), ("*", ClipSpectralNorm(CAP))], every=3, start=1)
+    plan = Plan(
+        [("conv", ClipSpectralNorm(CAP), 2), ("*", ClipSpectralNorm(CAP))], every=3, start=1
+    )
     transform = optax.chain(optax.sgd(0.05), specops_jax.constrain(plan, GEOMETRIES))
     params, counter = parameters(), []
     state = transform.init(params)
@@ -247,7 +249,9 @@ def test_inside_the_ball_firings_are_screened_and_certified() -> None:
     assert max(norms(grown).values()) <= CAP * (1 + 1e-5)
     assert float(state.rules["conv"]["firings"]) == 0.0
     # A hundred trusted firings, then one that certifies.
-    nearly = state._replace(rules={**state.rules, "a/w": {**state.rules["a/w"], "firings": jnp.float32(100)}})
+    nearly = state._replace(
+        rules={**state.rules, "a/w": {**state.rules["a/w"], "firings": jnp.float32(100)}}
+    )
     _, state = project(jax.tree.map(lambda x: 0.05 * x, grown), nearly)
     assert float(state.rules["a/w"]["firings"]) == 1.0
 
