@@ -24,6 +24,8 @@ class AdapterStatus:
     available: bool
     detail: str = ""
     """The framework's version, or why the adapter is not available."""
+    supports: str = ""
+    """What it can do, in a few words: "weights, gradients, forward; checkpoints"."""
 
 
 @runtime_checkable

@@ -8,6 +8,8 @@ from typing import Any
 
 from specops.hookspecs import Adapter, AdapterStatus, hookimpl
 
+_SUPPORTS = "weights, gradients, forward; checkpoints; compiled models"
+
 
 @hookimpl
 def specops_adapter(model: Any) -> Adapter | None:
@@ -25,4 +27,4 @@ def specops_adapter_status() -> AdapterStatus:
     """Whether torch is installed."""
     if util.find_spec("torch") is None:
         return AdapterStatus("torch", False, "torch is not installed: pip install 'specops[torch]'")
-    return AdapterStatus("torch", True, f"torch {metadata.version('torch')}")
+    return AdapterStatus("torch", True, f"torch {metadata.version('torch')}", _SUPPORTS)

@@ -6,6 +6,8 @@ adapter's own framework.
 
 from __future__ import annotations
 
+from pkgutil import iter_modules
+
 try:
     import pytest
 except ImportError as error:
@@ -14,7 +16,7 @@ except ImportError as error:
     ) from error
 
 # Before the import below, or failing checks print no values.
-pytest.register_assert_rewrite("specops.testing")
+pytest.register_assert_rewrite(*(m.name for m in iter_modules(__path__, "specops.testing.")))
 
 from specops.testing.cases import Capabilities, LayerCase, Training  # noqa: E402
 from specops.testing.suite import AdapterSuite  # noqa: E402

@@ -24,6 +24,7 @@ BOUND = 1.0
 SLACK = 1e-4
 """How far, relatively, a norm may exceed the bound: rounding in single precision."""
 _ROUNDING = 1e-5
+"""Relative difference of weights that were computed alike, in single precision."""
 
 
 class SuiteBase(ABC):
@@ -91,6 +92,16 @@ class SuiteBase(ABC):
         values = np.array(self.numpy(weight))
         return values, with_grid(geometry, values.shape, case.input_shape)
 
+    def choices(self) -> dict[str, Callable[[], Sequence[str]]]:
+        """Arguments of checks that run once for each of several things."""
+        return {}
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """A test for each choice."""
+        for argument, values in self.choices().items():
+            if argument in metafunc.fixturenames:
+                metafunc.parametrize(argument, values())
+
     def plain(self, steps: int = 0) -> Training:
         """Training of a fresh model without rules, after some steps."""
         training = self.start(self.model(), Monitor())
@@ -143,9 +154,15 @@ def changed(new: Weights, old: Weights, rtol: float = _ROUNDING) -> dict[str, fl
         moved = np.where(np.isnan(new[name]) & np.isnan(values), 0.0, moved)
         worst = float(np.max(np.where(np.isnan(moved), np.inf, moved), initial=0.0))
         size = float(np.nanmax(np.abs(values), initial=0.0))
-        if worst > rtol * max(size, np.finfo(np.float32).tiny):
+        if worst > rtol * max(size, 1e-30):
             found[name] = worst / size if size else np.inf
     return found
+
+
+def relative(a: np.ndarray, b: np.ndarray) -> float:
+    """The largest difference of two outputs, relatively to the largest entry."""
+    assert a.shape == b.shape, f"outputs of shapes {a.shape} and {b.shape}"
+    return float(np.max(np.abs(a - b)) / max(float(np.max(np.abs(b))), 1e-30))
 
 
 def listed(figures: Mapping[str, float]) -> str:

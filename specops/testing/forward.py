@@ -6,7 +6,7 @@ import numpy as np
 
 from specops.geometry import Dense, Geometry
 from specops.rules import SpectralNormalization
-from specops.testing.base import SuiteBase, advanced, changed, listed, norm_of
+from specops.testing.base import SuiteBase, advanced, changed, listed, norm_of, relative
 from specops.testing.cases import Training
 
 _SCALE = 0.5
@@ -27,7 +27,7 @@ class ForwardChecks(SuiteBase):
         before = training.weights()
         first, second = training.outputs(), training.outputs()
         assert np.array_equal(first, second), (
-            f"two forward passes on the same batch differ by {_apart(first, second):.3g} "
+            f"two forward passes on the same batch differ by {relative(first, second):.3g} "
             f"(relative). Likely cause: vectors advance in the forward pass; they may only in "
             f"update(), once per optimizer step"
         )
@@ -50,9 +50,9 @@ class ForwardChecks(SuiteBase):
         used = {name: _normalised(weights[name], g) for name, g in geometries.items()}
         expected = self._outputs_with(weights | used)
         got = training.outputs()
-        raw = _apart(self._outputs_with(weights), got)
-        assert _apart(got, expected) <= _RTOL, (
-            f"outputs differ by {_apart(got, expected):.3g} (relative) from those of weights of "
+        raw = relative(self._outputs_with(weights), got)
+        assert relative(got, expected) <= _RTOL, (
+            f"outputs differ by {relative(got, expected):.3g} (relative) from those of weights of "
             f"norm {_SCALE}. Likely cause: "
             + (
                 "the layers use the raw weights"
@@ -70,10 +70,9 @@ class ForwardChecks(SuiteBase):
         for row in training.report().constrained:
             raw = norm_of(weights[row.name], training.geometries[row.name])
             assert row.norm is not None, f"{row.name} is under a rule without a norm"
-            low = row.norm >= _SCALE * (1 - _RTOL)
             # A bound for zero padding may be a little larger.
-            high = row.norm <= _SCALE * (1.5 if row.norm_is == "upper bound" else 1 + _RTOL)
-            assert low and high, (
+            most = _SCALE * (1.5 if row.norm_is == "upper bound" else 1 + _RTOL)
+            assert _SCALE * (1 - _RTOL) <= row.norm <= most, (
                 f"{row.name}: the report says norm {row.norm:.6g} ({row.norm_is}) under a rule "
                 f"that makes it {_SCALE}; the raw weight's is {raw:.6g}"
             )
@@ -85,7 +84,7 @@ class ForwardChecks(SuiteBase):
         before, weights = training.outputs(), training.weights()
         for name in training.geometries:
             training.set_weight(name, weights[name] * np.asarray(4.0, weights[name].dtype))
-        apart = _apart(training.outputs(), before)
+        apart = relative(training.outputs(), before)
         assert apart <= _RTOL, (
             f"weights four times as large changed the outputs by {apart:.3g} (relative), though "
             f"4W and W have the same direction. Likely cause: a norm is cached; "
@@ -100,7 +99,7 @@ class ForwardChecks(SuiteBase):
         training.detach()
         moved = changed(training.weights(), weights)
         assert not moved, f"detach() changed the raw weights {listed(moved)} (relative change)"
-        apart = _apart(training.outputs(), self._outputs_with(weights))
+        apart = relative(training.outputs(), self._outputs_with(weights))
         assert apart <= 1e-5, (
             f"after detach() outputs differ by {apart:.3g} (relative) from the plain model's "
             f"with the same weights: the layers still use normalised ones"
@@ -121,9 +120,3 @@ def _normalised(weight: np.ndarray, geometry: Geometry) -> np.ndarray:
     scaled = tuple(_SCALE * b / np.linalg.norm(b, 2, (-2, -1), keepdims=True) for b in blocks)
     result: np.ndarray = geometry.assemble(scaled, weight.shape).astype(weight.dtype)
     return result
-
-
-def _apart(a: np.ndarray, b: np.ndarray) -> float:
-    """The largest difference, relatively to the largest entry."""
-    assert a.shape == b.shape, f"outputs of shapes {a.shape} and {b.shape}"
-    return float(np.max(np.abs(a - b)) / max(float(np.max(np.abs(b))), 1e-30))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import pytest
 
@@ -15,6 +17,13 @@ _RTOL = 2e-5
 
 class GeometryChecks(SuiteBase):
     """Every layer against the matrix that its forward pass makes of the unit vectors."""
+
+    def choices(self) -> dict[str, Callable[[], Sequence[str]]]:
+        """Each layer by its label: every test makes the layer anew."""
+        return super().choices() | {"layer_label": self._labels}
+
+    def _labels(self) -> list[str]:
+        return list(dict.fromkeys(case.label for case in self.layers()))
 
     def test_layers_are_given(self) -> None:
         """A kit without layers checks no geometry, and labels stand for one layer each."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,8 @@ from specops.testing.base import SuiteBase
 
 _NAME = "w"
 _RTOL = 5e-5
+_CERTIFIED = 0.02
+"""Of clipped convolutions, which are certified to ‖X − X*‖² ≤ 1e-4·‖K‖² only."""
 
 
 class _Law(NamedTuple):
@@ -51,6 +53,17 @@ _GEOMETRIES: Mapping[str, tuple[tuple[int, ...], Geometry]] = {
 class LawChecks(SuiteBase):
     """Rules as pure functions of the framework's arrays, in single precision."""
 
+    def choices(self) -> dict[str, Callable[[], Sequence[str]]]:
+        """Each rule of a stage that the adapter claims."""
+        return super().choices() | {"law": self._laws, "projection": self._projections}
+
+    def _laws(self) -> list[str]:
+        stages = self.capabilities.stages
+        return [name for name, law in RULES.items() if law.make(1.0).stage in stages]
+
+    def _projections(self) -> list[str]:
+        return [name for name in self._laws() if RULES[name].idempotent]
+
     def test_rule_agrees_with_numpy(self, law: str) -> None:
         """Same values, same kind, arguments untouched."""
         rule = RULES[law].make(1.0)
@@ -68,17 +81,17 @@ class LawChecks(SuiteBase):
             )
             assert np.array_equal(self.numpy(w), host), f"{rule!r} changed its argument"
             expected = np.asarray(_outcome(rule, host, geometry))
-            _assert_near(values, expected, f"{rule!r} on a {label} differs from NumPy")
+            _assert_near(
+                values, expected, _rtol(rule, geometry), f"{rule!r} on a {label}, against NumPy"
+            )
 
-    def test_rule_twice_is_once(self, law: str) -> None:
+    def test_rule_twice_is_once(self, projection: str) -> None:
         """A projection of what it has projected changes nothing."""
-        if not RULES[law].idempotent:
-            return
-        rule = RULES[law].make(1.0)
+        rule = RULES[projection].make(1.0)
         for label, (shape, geometry) in _GEOMETRIES.items():
             once = _outcome(rule, self.array(_weight(shape)), geometry)
             again = self.numpy(_outcome(rule, once, geometry))
-            _assert_near(again, self.numpy(once), f"{rule!r} twice on a {label}")
+            _assert_near(again, self.numpy(once), _RTOL, f"{rule!r} twice on a {label}")
 
     def test_rule_on_a_stack_is_a_loop(self, law: str) -> None:
         """Each matrix of a stack is treated as if it were alone."""
@@ -87,7 +100,12 @@ class LawChecks(SuiteBase):
         host = _weight(shape)
         together = self.numpy(_outcome(rule, self.array(host), geometry))
         alone = [self.numpy(_outcome(rule, self.array(m), Dense())) for m in host]
-        _assert_near(together, np.stack(alone), f"{rule!r} on a stack, against one by one")
+        _assert_near(
+            together,
+            np.stack(alone),
+            _rtol(rule, geometry),
+            f"{rule!r} on a stack, against one by one",
+        )
 
     def test_rule_scales_with_powers_of_two(self, law: str) -> None:
         """rule(2^k·W, bound 2^k·c) = 2^(k·degree)·rule(W, c), far from 1 in either direction."""
@@ -99,7 +117,12 @@ class LawChecks(SuiteBase):
                 rule = RULES[law].make(float(factor))
                 scaled = self.numpy(_outcome(rule, self.array(host * factor), geometry))
                 expected = plain.astype(np.float64) * 2.0 ** (k * degree)
-                _assert_near(scaled, expected, f"{rule!r} on a {label} scaled by 2^{k}")
+                _assert_near(
+                    scaled,
+                    expected,
+                    _rtol(rule, geometry),
+                    f"{rule!r} on a {label} scaled by 2^{k}",
+                )
 
     def test_rule_under_jit(self, law: str) -> None:
         """Compiled and not compiled give the same."""
@@ -115,7 +138,7 @@ class LawChecks(SuiteBase):
 
             compiled = self.numpy(self.jit(fire)(w, state))
             eager = self.numpy(fire(w, state))
-            _assert_near(compiled, eager, f"{rule!r} on a {label} under jit")
+            _assert_near(compiled, eager, _rtol(rule, geometry), f"{rule!r} on a {label} under jit")
 
 
 def _weight(shape: tuple[int, ...]) -> np.ndarray:
@@ -132,11 +155,17 @@ def _outcome(rule: Any, w: Any, geometry: Geometry, state: Any = None) -> Any:
     return result
 
 
-def _assert_near(got: np.ndarray, expected: np.ndarray, what: str) -> None:
+def _rtol(rule: Any, geometry: Geometry) -> float:
+    """What two computations of the same may differ by."""
+    clipped = isinstance(rule, ClipSpectralNorm) and isinstance(geometry, Conv)
+    return _CERTIFIED if clipped else _RTOL
+
+
+def _assert_near(got: np.ndarray, expected: np.ndarray, rtol: float, what: str) -> None:
     scale = float(np.max(np.abs(expected)))
     error = float(np.max(np.abs(np.asarray(got, np.float64) - expected)))
-    assert error <= _RTOL * scale, (
+    assert error <= rtol * scale, (
         f"{what}: entries differ by up to {error / scale:.3g} of the largest; allowed is "
-        f"{_RTOL:.3g}. Likely cause: reduced precision of products (TF32, bfloat16), or a "
+        f"{rtol:.3g}. Likely cause: reduced precision of products (TF32, bfloat16), or a "
         f"linear algebra routine of the framework that differs from NumPy's"
     )

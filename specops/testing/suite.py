@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
-
 from specops.testing.bad_input import BadInputChecks
 from specops.testing.checkpoints import CheckpointChecks
 from specops.testing.forward import ForwardChecks
 from specops.testing.geometry import GeometryChecks
 from specops.testing.gradients import GradientChecks
-from specops.testing.laws import RULES, LawChecks
+from specops.testing.laws import LawChecks
 from specops.testing.registration import RegistrationChecks
 from specops.testing.weights import WeightChecks
 
@@ -57,13 +55,3 @@ class AdapterSuite(
 
             ...
     """
-
-    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """A test for each layer, and for each rule of a stage that the adapter claims."""
-        if "layer_label" in metafunc.fixturenames:
-            labels = list(dict.fromkeys(case.label for case in self.layers()))
-            metafunc.parametrize("layer_label", labels, ids=labels)
-        if "law" in metafunc.fixturenames:
-            stages = self.capabilities.stages
-            laws = [name for name, law in RULES.items() if law.make(1.0).stage in stages]
-            metafunc.parametrize("law", laws)
