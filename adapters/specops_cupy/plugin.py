@@ -1,31 +1,45 @@
-"""Hooks through which specops finds this adapter."""
+"""Hooks through which specops finds this adapter; imports cupy only to say whether it works."""
 
 from __future__ import annotations
 
-from importlib import util
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 from specops.errors import AdapterError
 from specops.hookspecs import Adapter, AdapterStatus, hookimpl
+from specops_cupy.device import find
 
-_NOT_THERE = (
-    "attaching to CuPy arrays is not there yet. The core functions take CuPy arrays: call "
-    "specops.project_spectral_ball on each of them"
-)
+_SUPPORTS = "weights, gradients, forward; checkpoints"
 
 
 @hookimpl
 def specops_adapter(model: Any) -> Adapter | None:
-    """Say what is missing, if the model is a CuPy array or a dict of them."""
-    leaf = next(iter(model.values()), None) if isinstance(model, dict) else model
-    if type(leaf).__module__.partition(".")[0] == "cupy":
-        raise AdapterError(_NOT_THERE)
-    return None
+    """This adapter, if the model is a dict, possibly nested, that holds a CuPy array."""
+    kind = getattr(sys.modules.get("cupy"), "ndarray", None)
+    if kind is None:
+        return None
+    if isinstance(model, kind):
+        raise AdapterError(
+            'a bare CuPy array has no name for a plan to match: pass a dict, {"w": array}, and '
+            'geometries={"w": ...}'
+        )
+    if not isinstance(model, Mapping) or not _holds(model, kind):
+        return None
+    from specops_cupy.adapter import CupyAdapter
+
+    return CupyAdapter()
 
 
 @hookimpl
 def specops_adapter_status() -> AdapterStatus:
-    """Whether CuPy is installed."""
-    if util.find_spec("cupy") is None:
-        return AdapterStatus("cupy", False, "cupy is not installed: pip install 'specops[cupy]'")
-    return AdapterStatus("cupy", False, _NOT_THERE)
+    """Whether CuPy is installed, loads and has a device."""
+    cupy, detail = find()
+    return AdapterStatus("cupy", cupy is not None, detail, _SUPPORTS)
+
+
+def _holds(model: Mapping[Any, Any], kind: type) -> bool:
+    return any(
+        _holds(leaf, kind) if isinstance(leaf, Mapping) else isinstance(leaf, kind)
+        for leaf in model.values()
+    )

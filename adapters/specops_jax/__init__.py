@@ -19,6 +19,7 @@ _HOMES = {
     "init_scales": "functions",
     "normalize_params": "functions",
     "project_params": "functions",
+    "records": "state",
     "report": "functions",
 }
 __all__ = sorted(_HOMES)

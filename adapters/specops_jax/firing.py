@@ -42,7 +42,9 @@ def begin(program: Program, leaves: Sequence[Any]) -> SpecopsState:
         # A buffer of its own for each, so that all of them can be donated.
         return jnp.zeros((), jnp.int32)
 
-    return SpecopsState(zero(), rules, figures, {item.name: zero() for item in program.items})
+    names = [item.name for item in program.items]
+    fired, nonfinite = ({name: zero() for name in names} for _ in range(2))
+    return SpecopsState(zero(), rules, figures, fired, nonfinite)
 
 
 def _start(item: Item, weight: Any) -> dict[str, Any]:
@@ -67,7 +69,8 @@ def advance(
     check_names(program.of(*stages), state)
     step = state.step + 1
     arrays: dict[str, Any] = {}
-    rules, figures, nonfinite = dict(state.rules), dict(state.figures), dict(state.nonfinite)
+    rules, figures = dict(state.rules), dict(state.figures)
+    fired, nonfinite = dict(state.fired), dict(state.nonfinite)
     by_interval: dict[tuple[int, bool], list[Item]] = {}
     for item in program.of(*stages):
         # Vectors of forward rules are in use at every step, whatever the plan's limits.
@@ -92,8 +95,9 @@ def advance(
             due = due if plan.stop is None else due & (step < plan.stop)
         for name, (array, new, seen, fine) in backend.cond(due, fire, rest).items():
             arrays[name], rules[name], figures[name] = array, new, seen
+            fired[name] = jnp.where(due, step, fired[name])
             nonfinite[name] = nonfinite[name] + jnp.where(fine, 0, 1).astype(jnp.int32)
-    return arrays, SpecopsState(step, rules, figures, nonfinite)
+    return arrays, SpecopsState(step, rules, figures, fired, nonfinite)
 
 
 def check_names(items: Sequence[Item], state: SpecopsState) -> None:

@@ -14,6 +14,7 @@ _HOW = (
     "specops_jax.constrain(rule_or_plan, geometries) last in the optax chain, or call "
     "specops_jax.project_params(params, plan, state) after optax.apply_updates"
 )
+_SUPPORTS = "weights, gradients, forward; checkpoints; jit, vmap, scan"
 
 
 @hookimpl
@@ -32,7 +33,7 @@ def specops_adapter_status() -> AdapterStatus:
         names = " and ".join(missing)
         return AdapterStatus("jax", False, f"{names} not installed: pip install 'specops[jax]'")
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "optax"))
-    return AdapterStatus("jax", True, versions)
+    return AdapterStatus("jax", True, versions, _SUPPORTS)
 
 
 def _package(thing: Any) -> str:

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from specops.history import plain
+
 Arrays = dict[str, dict[str, jax.Array]]
 
 
@@ -20,6 +22,8 @@ class SpecopsState(NamedTuple):
         The rules' own states, by parameter name.
     figures : dict of str to dict of arrays
         Of the latest firing: zeros before the first.
+    fired : dict of str to int32 array
+        The step of that firing: 0 before the first.
     nonfinite : dict of str to int32 array
         Firings at which a weight held NaN or infinity and was left alone; see `check`.
     """
@@ -27,7 +31,21 @@ class SpecopsState(NamedTuple):
     step: jax.Array
     rules: Arrays
     figures: Arrays
+    fired: dict[str, jax.Array]
     nonfinite: dict[str, jax.Array]
+
+
+def records(state: SpecopsState) -> list[dict[str, Any]]:
+    """What fired at the state's step: step, name and the rule's figures as floats, for a log.
+
+    Call it outside jit; it waits for the step.
+    """
+    step = int(state.step)
+    return [
+        plain({"step": step, "name": name, **state.figures[name]})
+        for name, fired in state.fired.items()
+        if step and int(fired) == step
+    ]
 
 
 def find_state(state: Any) -> SpecopsState:

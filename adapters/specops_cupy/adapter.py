@@ -1,0 +1,51 @@
+"""What the CuPy plugin hands to specops."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from specops.errors import AdapterError
+from specops.geometry import Geometry
+from specops.plan import Plan
+from specops.report import Report
+from specops_cupy.attachment import Attachment
+
+
+class CupyAdapter:
+    """Attach to, or project, a dict of arrays."""
+
+    name = "cupy"
+
+    def attach(
+        self,
+        optimizer: Any,
+        model: Any,
+        plan: Plan,
+        *,
+        geometries: Mapping[str, Geometry] | None,
+        **options: Any,
+    ) -> Attachment:
+        """See `specops_cupy.attach`."""
+        return Attachment(optimizer, model, plan, geometries, **options)
+
+    def project(
+        self, model: Any, plan: Plan, *, geometries: Mapping[str, Geometry] | None, **options: Any
+    ) -> Report:
+        """Fire every rule of the plan once; arrays of forward rules become those in use."""
+        once = replace(
+            plan,
+            entries=[tuple(entry[:2]) for entry in plan.entries],
+            every=1,
+            start=0,
+            stop=None,
+        )
+        for _, rule in once.entries:
+            if getattr(rule, "stage", "") == "gradients":
+                raise AdapterError(f"{rule!r} acts on gradients, and there are none: attach it")
+        attachment = Attachment(None, model, once, geometries, **options)
+        attachment.step()
+        report = attachment.report()
+        attachment.detach(fold=True)
+        return report

@@ -1,0 +1,142 @@
+"""One array under a rule: its state, the array in use, its norm."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from specops import backend
+from specops.errors import AdapterError, NonFiniteError
+from specops.geometry import Dense, Geometry
+from specops.plan import Assignment
+from specops.rules import State
+from specops.spectra import spectral_norm, spectral_norm_bounds
+from specops.tracking import track
+from specops_cupy.device import on_device_of
+
+Array = Any
+_SAME = 1e-3
+"""Relative change of a norm, seen along the same vectors, that no rounding explains."""
+
+
+@dataclass
+class Constrained:
+    """One array under a rule."""
+
+    assignment: Assignment
+    array: Array
+    state: State | None = None
+    drifting: bool = False
+    """Of a forward rule: whether steps have changed the array since its vectors advanced."""
+
+    @property
+    def name(self) -> str:
+        """The array's path in the dict."""
+        return self.assignment.weight.name
+
+    @property
+    def rule(self) -> Any:
+        """The rule that acts on it."""
+        return self.assignment.rule
+
+    @property
+    def stage(self) -> str:
+        """When the rule acts."""
+        stage: str = self.rule.stage
+        return stage
+
+    @property
+    def geometry(self) -> Geometry:
+        """The map that it stands for."""
+        geometry = self.assignment.weight.geometry
+        assert geometry is not None
+        return geometry
+
+    def start(self) -> State:
+        """The rule's state for the array as it is."""
+        state: State = self.rule.init(self.array, self.geometry, self.name)
+        return state
+
+    def prepare(self) -> None:
+        """Let a forward rule find its vectors; an array that is not finite waits for a step."""
+        with contextlib.suppress(NonFiniteError), on_device_of(self.array):
+            self.state = self.start()
+            self.drifting = False
+
+    def used(self, step: int) -> Array:
+        """What a forward pass before this step uses; the array itself where it is not finite."""
+        with on_device_of(self.array):
+            if self.state is None or self._is_written_to():
+                self.state = None
+                self.prepare()
+            if self.state is None:
+                return self.array
+            return self.rule.apply(self.array, self.geometry, self.state, step=step, name=self.name)
+
+    def _is_written_to(self) -> bool:
+        """Whether the norm along the vectors is not what it was: a checkpoint, an average."""
+        if self.drifting or not hasattr(self.rule, "norm"):
+            return False
+        assert self.state is not None
+        follow = track(self.geometry, self.rule.norm)
+        xp = backend.namespace(self.array)
+        norms = follow.norms(backend.to_compute(xp, self.array), self.state)
+        # A norm that is not finite is for the next step to report.
+        changed = [
+            xp.any(xp.abs(now - then) > _SAME * xp.abs(then))
+            for now, then in zip(norms, follow.measured(self.state), strict=True)
+        ]
+        return any(bool(flag) for flag in changed)
+
+    def norm(self, step: int) -> dict[str, Any]:
+        """The norm now, for a report: exact where it can be, else a certified upper bound."""
+        geometry = self.geometry
+        w = self.used(step) if self.stage == "forward" else self.array
+        with on_device_of(w):
+            xp = backend.namespace(w)
+            if not bool(backend.all_finite(xp, w)):
+                return {"norm": float("nan"), "norm_is": "not finite"}
+            exact = isinstance(geometry, Dense) or geometry.has_exact_spectrum(tuple(w.shape))
+            norms = spectral_norm(w, geometry) if exact else spectral_norm_bounds(w, geometry).upper
+            largest = max(
+                float(xp.max(n)) for n in (norms if isinstance(norms, tuple) else (norms,))
+            )
+        return {"norm": largest, "norm_is": "exact" if exact else "upper bound"}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of the rule's state, on the array's device."""
+        with on_device_of(self.array):
+            state = None if self.state is None else copy.deepcopy(self.state)
+        return {"state": state, "drifting": self.drifting}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Restore `state_dict`, whose arrays may be on the host."""
+        state = saved["state"]
+        with on_device_of(self.array):
+            self.state = state and {k: self._onto(v) for k, v in state.items()}
+        self.drifting = bool(saved.get("drifting", False))
+
+    def check_state(self, saved: Mapping[str, Any]) -> None:
+        """Raise if `saved` cannot be this array's: before anything is changed."""
+        try:
+            state = saved["state"]
+            shapes = {key: tuple(x.shape) for key, x in state.items()} if state else {}
+        except (KeyError, TypeError, AttributeError):
+            raise AdapterError(
+                f"{self.name}: the state is no dict of arrays under the entry 'state'"
+            ) from None
+        if self.stage != "forward" or not self.state or not state:
+            return
+        expected = {key: tuple(x.shape) for key, x in self.state.items()}
+        if shapes != expected:
+            raise AdapterError(f"{self.name}: the state has {shapes}, expected {expected}")
+
+    def _onto(self, value: Array) -> Array:
+        same = type(value) is type(self.array)
+        if same and backend.device_of(value) == backend.device_of(self.array):
+            return copy.deepcopy(value)
+        complex_ = backend.is_complex(value)
+        return backend.constant(backend.to_numpy(value), self.array, complex=complex_)

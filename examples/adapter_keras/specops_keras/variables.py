@@ -1,0 +1,155 @@
+"""Every variable of a Keras model: its name, its map, and the sizes its layer sees."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import keras
+
+from specops.plan import Weight
+from specops_keras.geometry import SIZED, Role, grid_of, roles
+
+_UNKNOWN = "no geometry is known for it: pass it in geometries="
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+@dataclass
+class Variable:
+    """A variable, and the layer through which it acts."""
+
+    weight: Weight
+    variable: Any
+    layer: Any = None
+    recorder: SizeRecorder | None = None
+    role: Role = field(default_factory=Role)
+    inferred: bool = True
+    """Whether the geometry is the layer's, not the user's."""
+
+    def geometry(self) -> Any:
+        """The map now, at the largest size seen."""
+        if self.recorder is None or not self.inferred:
+            return self.weight.geometry
+        return self.recorder.geometry(self.layer, self.variable)
+
+    def read(self) -> Any:
+        """The value as the geometry's array, without gradient."""
+        value = keras.ops.stop_gradient(self.variable.value)
+        shape = self._view()
+        return value if shape is None else keras.ops.reshape(value, shape)
+
+    def write(self, value: Any) -> None:
+        """Store an array of the geometry's shape."""
+        shape = self.variable.shape
+        self.variable.assign(value if self._view() is None else keras.ops.reshape(value, shape))
+
+    def _view(self) -> tuple[int, ...] | None:
+        return self.role.shape if self.inferred else None
+
+
+class SizeRecorder:
+    """The largest input that a convolution was built for or has seen; None: every size.
+
+    Zero padding makes the operator of a smaller input a submatrix, so the largest covers all.
+    Sizes other than those of the model's graph are seen by a wrapper around the layer's
+    `call`, which compiled functions run when they are traced: once for every size.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        shapes = [node.input_tensors[0].shape for node in getattr(layer, "_inbound_nodes", ())]
+        shapes = shapes or [(layer.get_build_config() or {}).get("input_shape")]
+        grids = [grid_of(layer, shape) for shape in shapes]
+        self.grid = None if None in grids else tuple(map(max, zip(*grids, strict=True)))
+        self._known: tuple[Any, Any] | None = None
+
+    def watch(self, layer: Any) -> None:
+        """Look at what the layer's `call` is given."""
+        wrapper = vars(layer).get("call")
+        if not isinstance(wrapper, _Watched):
+            wrapper = layer.call = _Watched(layer, "call" in vars(layer))
+        wrapper.recorders.append(self)
+
+    def unwatch(self, layer: Any) -> None:
+        """Give the layer its own `call` back, unless another attachment watches it."""
+        wrapper = vars(layer).get("call")
+        if not isinstance(wrapper, _Watched) or self not in wrapper.recorders:
+            return
+        wrapper.recorders.remove(self)
+        if not wrapper.recorders and wrapper.was_wrapped:
+            layer.call = wrapper.call
+        elif not wrapper.recorders:
+            del layer.call
+
+    def see(self, grid: Any) -> None:
+        """Take note of a size."""
+        if grid and self.grid:
+            self.grid = tuple(max(a, b) for a, b in zip(grid, self.grid, strict=True))
+
+    def geometry(self, layer: Any, variable: Any) -> Any:
+        """The map of one of the layer's variables at this size."""
+        if self._known is None or self._known[0] != self.grid:
+            found = {id(v): role.geometry for v, role in roles(layer, self.grid)}
+            self._known = (self.grid, found)
+        return self._known[1][id(variable)]
+
+
+class _Watched:
+    """A layer's `call` that tells recorders of the sizes it is given."""
+
+    def __init__(self, layer: Any, was_wrapped: bool) -> None:
+        self.call, self.was_wrapped = layer.call, was_wrapped
+        self.recorders: list[SizeRecorder] = []
+        self._grid_of = functools.partial(grid_of, layer)
+        functools.update_wrapper(self, layer.call)
+
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        for recorder in self.recorders:
+            recorder.see(self._grid_of(inputs.shape))
+        return self.call(inputs, *args, **kwargs)
+
+
+def locate(model: Any) -> list[Variable]:
+    """Describe every weight of the model, each name once."""
+    found: dict[int, tuple[Any, SizeRecorder | None, Role]] = {}
+    for layer in model._flatten_layers():
+        recorder = SizeRecorder(layer) if isinstance(layer, SIZED) and layer.built else None
+        for variable, role in roles(layer, recorder.grid if recorder else None):
+            earlier = found.get(id(variable))
+            if earlier is not None and earlier[2].geometry != role.geometry:
+                role = Role(
+                    obstacle=f"{earlier[0].name} and {layer.name} share it as different maps: "
+                    f"give one in geometries="
+                )
+            found[id(variable)] = (layer, recorder, role)
+    result, names = [], set()
+    for variable in model.weights:
+        name = variable.path.removeprefix(f"{model.name}/")
+        while name in names:  # layers of the same name in a subclassed model
+            name += "+"
+        names.add(name)
+        layer, recorder, role = found.get(id(variable), (None, None, Role(obstacle=_UNKNOWN)))
+        result.append(Variable(_describe(name, variable, role), variable, layer, recorder, role))
+    return result
+
+
+def override(variables: list[Variable], weights: list[Weight]) -> list[Variable]:
+    """The variables with the user's geometries, which speak of the arrays as they are stored."""
+    return [
+        v if v.weight is w else replace(v, weight=w, inferred=False)
+        for v, w in zip(variables, weights, strict=True)
+    ]
+
+
+def _describe(name: str, variable: Any, role: Role) -> Weight:
+    shape, dtype = tuple(variable.shape), str(variable.dtype)
+    if len(shape) < 2:
+        return Weight(name, shape, dtype, skipped=f"{len(shape)}-d: a bias or scale, no matrix")
+    if 0 in shape:
+        return Weight(name, shape, dtype, skipped="empty")
+    if not variable.trainable:
+        return Weight(name, shape, dtype, skipped="frozen (trainable=False)")
+    if dtype not in _FLOATS:
+        obstacle = f"dtype {dtype} cannot be measured: keep a float32 variable"
+        return Weight(name, shape, dtype, obstacle=obstacle)
+    return Weight(name, shape, dtype, role.geometry, "", role.obstacle, role.opt_in)
