@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import array_api_compat as compat
@@ -176,6 +177,14 @@ def argmax(xp: Namespace, x: Array) -> Array:
     return constant(np.asarray([int(np.argmax(to_numpy(flat)))]), flat)
 
 
+def solving(a: Array) -> AbstractContextManager[None]:
+    """Let solvers raise where they fail: CuPy's give numbers without a word unless asked to."""
+    if compat.is_cupy_array(a):
+        context: AbstractContextManager[None] = import_module("cupyx").errstate(linalg="raise")
+        return context
+    return nullcontext()
+
+
 def try_cholesky(xp: Namespace, a: Array) -> tuple[Array, Array]:
     """(Cholesky factors of stacked matrices, which of them exist); never an exception.
 
@@ -185,15 +194,20 @@ def try_cholesky(xp: Namespace, a: Array) -> tuple[Array, Array]:
         factor, failed = sys.modules["torch"].linalg.cholesky_ex(a)
         return factor, failed == 0
     try:
-        factor = xp.linalg.cholesky(a)
+        with solving(a):
+            factor = xp.linalg.cholesky(a)
     except Exception as error:
         if type(error).__name__ != "LinAlgError":
             raise
         if a.ndim == 2:
             factor = a * math.nan
+        elif a.shape[0] == 1:
+            factor = try_cholesky(xp, a[0, ...])[0][None, ...]
         else:
-            parts = [try_cholesky(xp, a[i, ...])[0] for i in range(a.shape[0])]
-            factor = xp.stack(parts, axis=0)
+            # By halves: few calls where few have no factor.
+            half = a.shape[0] // 2
+            parts = [try_cholesky(xp, part)[0] for part in (a[:half, ...], a[half:, ...])]
+            factor = xp.concat(parts, axis=0)
     return factor, all_finite(xp, factor, axis=(-2, -1))
 
 
@@ -312,6 +326,17 @@ def ieee_products(xp: Namespace) -> Iterator[None]:
     if compat.is_jax_namespace(xp):
         with sys.modules["jax"].default_matmul_precision("highest"):
             yield
+        return
+    if compat.is_cupy_namespace(xp):
+        # What CUPY_TF32=1 sets, for which there is no other switch.
+        products = sys.modules["cupy"]._core._routines_linalg
+        single = np.dtype(np.float32)
+        chosen = products.get_compute_type(single)
+        products.set_compute_type(single, products.COMPUTE_TYPE_FP32)
+        try:
+            yield
+        finally:
+            products.set_compute_type(single, chosen)
         return
     torch = sys.modules.get("torch")
     if not compat.is_torch_namespace(xp) or torch is None or torch.compiler.is_compiling():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from specops import backend
+from specops.linalg.decompositions import svd
 
 Array = Any
 
@@ -61,7 +62,7 @@ def enclosure(xp: Any, a: Array, v: Array, *, gram_steps: int = 6) -> tuple[Arra
     """
     # The certificate needs orthonormal columns, whatever the caller's rounding.
     v = xp.linalg.qr(xp.linalg.qr(v)[0])[0]
-    u, s, qh = xp.linalg.svd(a @ v, full_matrices=False)
+    u, s, qh = svd(xp, a @ v)
     v = v @ backend.adjoint(xp, qh)
     remainder = a - (u * xp.astype(s, u.dtype)[None, :]) @ backend.adjoint(xp, v)
     coupling = backend.adjoint(xp, u) @ remainder

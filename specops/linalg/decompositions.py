@@ -24,7 +24,8 @@ def svdvals(xp: Namespace, a: Array) -> Array:
     eigenvalues of the Gram matrix.
     """
     try:
-        return xp.linalg.svdvals(a)
+        with backend.solving(a):
+            return xp.linalg.svdvals(a)
     except Exception as error:
         if not _did_not_converge(error):
             raise
@@ -34,7 +35,8 @@ def svdvals(xp: Namespace, a: Array) -> Array:
 def svd(xp: Namespace, a: Array) -> tuple[Array, Array, Array]:
     """Thin SVD ``(u, s, vh)`` of stacked matrices, with the fallbacks of `svdvals`."""
     try:
-        u, s, vh = xp.linalg.svd(a, full_matrices=False)
+        with backend.solving(a):
+            u, s, vh = xp.linalg.svd(a, full_matrices=False)
         return u, s, vh
     except Exception as error:
         if not _did_not_converge(error):
@@ -46,11 +48,22 @@ def svd(xp: Namespace, a: Array) -> tuple[Array, Array, Array]:
 def eigh(xp: Namespace, a: Array) -> tuple[Array, Array]:
     """Eigenvalues, ascending, and eigenvectors of stacked Hermitian matrices.
 
-    NumPy's public function computes single precision in double, at twice the time.
+    In double precision where single fails. NumPy's public function computes single precision
+    in double, at twice the time.
     """
     if isinstance(a, np.ndarray):
         return host.eigh(a)
-    values, vectors = xp.linalg.eigh(a)
+    try:
+        with backend.solving(a):
+            values, vectors = xp.linalg.eigh(a)
+    except Exception as error:
+        double = None if not _did_not_converge(error) else backend.double_dtype(xp, a)
+        if double is None or double == a.dtype:
+            raise
+        with backend.solving(a):
+            values, vectors = xp.linalg.eigh(xp.astype(a, double))
+        real = backend.real_dtype(xp, a.dtype)
+        return xp.astype(values, real), xp.astype(vectors, a.dtype)
     return values, vectors
 
 
@@ -59,9 +72,10 @@ def _svd_fallback(xp: Namespace, a: Array, *, vectors: bool) -> Any:
     double = xp.astype(a, xp.complex128 if backend.is_complex(a) else xp.float64)
     real = backend.real_dtype(xp, a.dtype)
     try:
-        if not vectors:
-            return xp.astype(xp.linalg.svdvals(double), real)
-        u, s, vh = xp.linalg.svd(double, full_matrices=False)
+        with backend.solving(a):
+            if not vectors:
+                return xp.astype(xp.linalg.svdvals(double), real)
+            u, s, vh = xp.linalg.svd(double, full_matrices=False)
     except Exception as error:
         if not _did_not_converge(error):
             raise
@@ -74,7 +88,8 @@ def _svd_fallback(xp: Namespace, a: Array, *, vectors: bool) -> Any:
 def _svd_by_gram(xp: Namespace, a: Array) -> tuple[Array, Array, Array]:
     wide = a.shape[-2] < a.shape[-1]
     tall = backend.adjoint(xp, a) if wide else a
-    _, v = xp.linalg.eigh(backend.adjoint(xp, tall) @ tall)
+    with backend.solving(a):
+        _, v = xp.linalg.eigh(backend.adjoint(xp, tall) @ tall)
     v = xp.flip(v, axis=-1)
     # QR of A·V has R diagonal up to rounding: its diagonal gives sharper values than sqrt(λ).
     q, r = xp.linalg.qr(tall @ v)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from specops import backend
+from specops.linalg.decompositions import svd
 
 Array = Any
 _FIRST_STEPS = 8
@@ -116,7 +117,7 @@ def largest_singular_triplet(
         right, left, band = backend.compiled(
             _extend, (kind, sizes, done, steps), data, right, left, band
         )
-        p, s, qh = xp.linalg.svd(band[:, :, :steps], full_matrices=False)
+        p, s, qh = svd(xp, band[:, :, :steps])
         done = steps
         if traced or done == limit:
             break

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from specops import backend
+from specops.linalg.decompositions import svd
 from specops.linalg.lanczos import Operator
 
 Array = Any
@@ -64,7 +65,7 @@ def leading_triplets(
     directions = basis[:, :0]
     image = _apply(operator.matvec, basis)
     while True:
-        u, s, qh = xp.linalg.svd(image, full_matrices=False)
+        u, s, qh = svd(xp, image)
         q = backend.adjoint(xp, qh)[:, : min(width, qh.shape[0])]
         u, s = u[:, : q.shape[1]], s[: q.shape[1]]
         v = basis @ q
