@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 
 import numpy as np
 import pytest
 import threadpoolctl
 from hypothesis import HealthCheck, settings
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Workers and child processes compile each program once between them.
+    _COMPILED = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 
 from tests.backends import BACKENDS, MISSING, Backend
 

@@ -137,14 +137,23 @@ def _scale_name(own: Program, item: Item) -> str:
 
 
 def report(
-    params: Params, plan: Any, geometries: Geometries | None = None, *, measure: bool = True
+    params: Params,
+    plan: Any,
+    geometries: Geometries | None = None,
+    *,
+    state: SpecopsState | None = None,
+    measure: bool = True,
 ) -> Report:
     """Every array of a pytree: constrained by what, or left alone and why.
 
     With `measure`, constrained arrays show their operator norm as it is now: exact for matrices
-    and circular convolutions, a certified upper bound for zero-padded ones.
+    and circular convolutions, a certified upper bound for zero-padded ones. Given the `state`,
+    it is that of the arrays which forward rules let the loss use.
     """
     own, leaves, _ = program(params, plan, geometries)
+    if state is not None and measure:
+        used = normalize_params(params, plan, state, geometries)
+        leaves = jax.tree.leaves(used)
     by_name = {item.name: item for item in own.items}
     rows = []
     for row in plan_rows(own.assignments):
@@ -171,12 +180,14 @@ def check(state: SpecopsState) -> None:
         listed = ", ".join(f"{name} ({n} times)" for name, n in met.items())
         raise NonFiniteError(
             f"by step {int(jnp.max(state.step))} these weights held NaN or infinity when a rule "
-            f"was due, and were left as they were: {listed}. Look for a diverged step or an overflow "
-            f"in half precision"
+            f"was due, and were left as they were: {listed}. Look for a diverged step or an "
+            f"overflow in half precision"
         )
 
 
 def _norm(w: jax.Array, geometry: Geometry) -> dict[str, Any]:
+    # On the host, where nothing has to be compiled for one look.
+    w = jax.device_get(w).astype(jnp.promote_types(w.dtype, jnp.float32))
     if not bool(jnp.all(jnp.isfinite(w))):
         return {"norm": float("nan"), "norm_is": "not finite"}
     exact = isinstance(geometry, Dense) or (

@@ -78,16 +78,17 @@ def store_within(
 
     if backend.is_jax_traced(x):
         # What is found is a constant of the result, so that it can still be differentiated.
-        fixed = [None if y is None else backend.stop_gradient(y) for y in (x, offset)]
+        fixed = backend.stop_gradient(x)
+        shift = None if offset is None else backend.stop_gradient(offset)
 
         def shrunk(carry: Any) -> Any:
             index, shrink, inside = carry
             step = 1.0 - eps * 2.0 ** (xp.astype(index, shrink.dtype) + first)
             step = xp.where(step > 0.5, step, xp.full_like(step, 0.5))
             shrink = xp.where(inside, shrink, shrink * step)
-            return index + 1, shrink, fit(*fixed, shrink, index + 1 >= _LATE)
+            return index + 1, shrink, fit(fixed, shift, shrink, index + 1 >= _LATE)
 
-        start = xp.asarray(0), shrink, fit(*fixed, shrink, False)
+        start = xp.asarray(0), shrink, fit(fixed, shift, shrink, False)
         index, shrink, _ = backend.while_loop(
             lambda carry: (carry[0] < _ROUNDS - 1) & ~xp.all(carry[2]), shrunk, start
         )

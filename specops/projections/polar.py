@@ -81,8 +81,7 @@ def polar_factor(w: Array, geometry: Geometry | None = None, *, method: str = "a
     def change(block: MatrixBlock) -> Array:
         factor = _by_products(xp, block.matrices, method)
         if factor is None:
-            u, _, vh = svd(xp, block.matrices)
-            factor = u @ vh
+            factor = _by_svd(xp, block.matrices)
         return xp.astype(factor, w.dtype)
 
     return changed_blocks(given, w, change)
@@ -96,5 +95,12 @@ def _by_products(xp: Any, a: Array, method: str) -> Array | None:
         return None
     factor, error = polar_by_products(xp, a)
     accepted = _ACCEPTED[backend.dtype_name(backend.real_dtype(xp, a.dtype))]
-    good = backend.truth(xp.all(error <= accepted * math.sqrt(smaller)))
-    return None if good is False else factor
+    good = xp.all(error <= accepted * math.sqrt(smaller))
+    if backend.is_jax_traced(good):
+        return backend.cond(good, lambda: factor, lambda: _by_svd(xp, a))
+    return None if backend.truth(good) is False else factor
+
+
+def _by_svd(xp: Any, a: Array) -> Array:
+    u, _, vh = svd(xp, a)
+    return u @ vh

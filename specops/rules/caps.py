@@ -284,12 +284,14 @@ def _least_alpha(xp: Any, top: Array) -> Array:
     """The least α ≥ 0 with p₂(p₁(top)) ≤ 1, at most the last for which p₁ is monotone."""
     top = xp.where(top > 1.0, top, xp.ones_like(top))
     most = 1.0 / (3.0 * top**2)
-    low, high = xp.zeros_like(top), most
-    for _ in range(50):
-        middle = 0.5 * (low + high)
+
+    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        middle = 0.5 * (ends[0] + ends[1])
         y = top - middle * top**3
         enough = y + middle * y**3 <= 1.0
-        low, high = xp.where(enough, low, middle), xp.where(enough, middle, high)
+        return xp.where(enough, ends[0], middle), xp.where(enough, middle, ends[1])
+
+    _, high = backend.fori(xp, 0, 50, halve, (xp.zeros_like(top), most))
     return xp.where(top > 1.0, high, xp.zeros_like(top))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from specops import backend
 from specops.geometry import Conv, Dense
-from specops.tracking.power import Array, State, along, checked, inner, leading_pair, power_step
+from specops.tracking.power import Array, State, advanced, along, checked, inner, leading_pair
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,7 @@ class TrackedBlocks:
         result: State = {}
         for j, a in enumerate(self.geometry.blocks(backend.to_compute(xp, w))):
             u, v = _pair(state, j, a)
-            for _ in range(rounds):
-                u, v, sigma = power_step(xp, a, u, v)
-            result |= _numbered(j, (u, v, sigma))
+            result |= _numbered(j, advanced(xp, a, u, v, rounds))
         return result
 
     def norms(self, w: Array, state: State) -> tuple[Array, ...]:
@@ -94,9 +92,7 @@ class TrackedKernel(AlongAxis):
         for i, view in enumerate(self.views):
             a = view.blocks(w)[0]
             u, v = _pair(state, i, a)
-            for _ in range(rounds):
-                u, v, sigma = power_step(xp, a, u, v)
-            result |= _numbered(i, (u, v, sigma))
+            result |= _numbered(i, advanced(xp, a, u, v, rounds))
         return self._finished(xp, w, result)
 
     def _finished(self, xp: Any, w: Array, state: State) -> State:

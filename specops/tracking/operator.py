@@ -57,9 +57,14 @@ class TrackedOperator(AlongAxis):
         operator = ConvOperator(kernel, sizes)
         expected = (sizes.groups, operator.shape[1] // sizes.groups)
         v = checked(state, "v", expected, kernel)
-        for _ in range(rounds):
+
+        def step(v: Array) -> tuple[Array, Array, Array]:
             image, _ = unit(xp, _rows(xp, operator.matvec, v), None)
-            v, sigmas = unit(xp, _rows(xp, operator.rmatvec, image), v)
+            return image, *unit(xp, _rows(xp, operator.rmatvec, image), v)
+
+        if rounds > 1:
+            v = backend.fori(xp, 0, rounds - 1, lambda _, v: step(v)[1], v)
+        image, v, sigmas = step(v)
         index = backend.argmax(xp, sigmas)
         leads = xp.take(backend.constant(np.eye(sizes.groups), sigmas), index, axis=0)[0, :]
         return v, xp.max(sigmas), xp.astype(leads, v.dtype)[:, None], operator, image

@@ -17,6 +17,8 @@ from specops.linalg.products import matvec, vecmat
 Array = Any
 State = dict[str, Array]
 START_TOLERANCE = 1e-4
+_UNROLLED = 4
+"""Power steps up to which a compiler is given each of them."""
 _SVD_BELOW = 2**13
 """Entries of a matrix up to which its decomposition costs less than the steps of Lanczos."""
 
@@ -80,6 +82,18 @@ def power_step(xp: Any, a: Array, u: Array, v: Array) -> tuple[Array, Array, Arr
     image = backend.conjugate(xp, u)
     image = (image[..., None, :] @ a)[..., 0, :] if a.ndim > 2 else image @ a
     v, sigma = unit(xp, backend.conjugate(xp, image), v)
+    return u, v, sigma
+
+
+def advanced(xp: Any, a: Array, u: Array, v: Array, rounds: int) -> tuple[Array, Array, Array]:
+    """(u, v, σ) after that many power steps."""
+    if rounds > _UNROLLED:
+        u, v = backend.fori(
+            xp, 0, rounds - 1, lambda _, pair: power_step(xp, a, *pair)[:2], (u, v)
+        )
+        rounds = 1
+    for _ in range(rounds):
+        u, v, sigma = power_step(xp, a, u, v)
     return u, v, sigma
 
 

@@ -116,11 +116,9 @@ def test_masked_parameters_stay_out() -> None:
 @pytest.mark.parametrize("model", ["module", "optimizer"])
 def test_attach_says_what_to_use_instead(model: str) -> None:
     given = {"w": jnp.eye(2)}
+    optimizer = None if model == "module" else optax.sgd(0.1)
     with pytest.raises(specops.errors.AdapterError, match=r"specops_jax\.constrain"):
-        if model == "module":
-            specops.attach(None, given, RULE)
-        else:
-            specops.attach(optax.sgd(0.1), given, RULE)
+        specops.attach(optimizer, given, RULE)
 
 
 def test_half_precision_through_updates_rounds_again() -> None:
