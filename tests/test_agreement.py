@@ -51,8 +51,6 @@ EAGER_ONLY = {"balance_norms"}
 """Its factors are Python floats."""
 STATIC = {"clip_singular_values"}
 """Its bounds are plain numbers, also where a compiler traces."""
-KNOWN: dict[tuple[bool, str], str] = {}
-"""By whether a compiler traces."""
 NO_ARRAYS = {"Conv", "Dense", "Plan", "TrainableScale", "attach", "errors", "project"}
 """Public names that compute nothing from arrays."""
 
@@ -227,9 +225,7 @@ def largest(backend: Backend, full: bool = False) -> dict[str, tuple[float, floa
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_agreement(request: pytest.FixtureRequest, backend: Backend, name: str) -> None:
-    if (reason := KNOWN.get((backend.traced, name))) is not None:
-        request.applymarker(pytest.mark.xfail(reason=reason))
+def test_agreement(backend: Backend, name: str) -> None:
     if backend.traced and name in EAGER_ONLY:
         pytest.skip("is not for compilers")
     entries = measured(backend, name)

@@ -35,6 +35,15 @@ import numpy as np
 w = np.random.default_rng(0).standard_normal((4, 3, 3, 3))
 clipped = specops.project_spectral_ball(w, 1.0, Conv((8, 8)))
 assert specops.spectral_norm(clipped, Conv((8, 8))) <= 1.0
+from specops.cli import main
+
+assert main(["adapters"]) == 0
+try:
+    import specops.testing
+except ImportError as error:
+    assert "specops[testing]" in str(error)
+else:
+    raise AssertionError("the kit without pytest")
 assert not {"torch", "jax", "cupy"} & set(sys.modules)
 for status in plugins.statuses():
     assert not status.available, status
