@@ -174,7 +174,7 @@ HAIKU = [
 ]
 
 
-@pytest.mark.parametrize(("function", "shape", "name"), HAIKU, ids=lambda v: str(v)[:30])
+@pytest.mark.parametrize(("function", "shape", "name"), HAIKU, ids=range(len(HAIKU)))
 def test_haiku_layers(function: Any, shape: tuple[int, ...], name: str) -> None:
     model = hk.without_apply_rng(hk.transform(function))
     x = jnp.zeros((1, *shape))
