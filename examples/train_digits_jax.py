@@ -23,6 +23,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 from rich.progress import Progress
+from threadpoolctl import threadpool_limits
 
 import specops
 import specops_jax
@@ -98,7 +99,8 @@ def train(
     progress: Progress,
 ) -> digits.Run:
     """One run; both runs see the same initial weights and the same batches."""
-    with jax.default_device(options.device):
+    # XLA calls LAPACK for one small matrix after the other, which threads slow down a hundredfold.
+    with jax.default_device(options.device), threadpool_limits(1, user_api="blas"):
         return _train(data, rule, options, progress)
 
 

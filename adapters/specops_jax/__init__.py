@@ -13,6 +13,7 @@ _HOMES = {
     "add_penalty": "transforms",
     "check": "functions",
     "constrain": "transforms",
+    "enforce": "functions",
     "find_state": "state",
     "geometries_of": "modules",
     "init": "functions",

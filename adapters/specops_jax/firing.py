@@ -100,6 +100,16 @@ def advance(
     return arrays, SpecopsState(step, rules, figures, fired, nonfinite)
 
 
+def enforced(item: Item, weight: Any) -> Any:
+    """A certified firing on the host."""
+    _refuse_nonfinite(item, weight)
+    rule, held = item.rule, jax.device_get(weight)
+    act = getattr(rule, "enforce", rule.update)
+    state = _act(item, partial(rule.init, held, item.geometry, item.name))
+    new = _act(item, partial(act, held, item.geometry, state, step=1, name=item.name))[0]
+    return weight if new is held else jax.device_put(new, weight.sharding)
+
+
 def check_names(items: Sequence[Item], state: SpecopsState) -> None:
     """Raise if a state was made for other parameters, or another plan."""
     missing = [item.name for item in items if item.name not in state.rules]

@@ -14,7 +14,7 @@ from specops.geometry import Conv, Dense, Geometry
 from specops.report import Report, plan_rows
 from specops.rules import TrainableScale
 from specops.spectra import spectral_norm, spectral_norm_bounds
-from specops_jax.firing import advance, begin, check_names
+from specops_jax.firing import advance, begin, check_names, enforced
 from specops_jax.program import Item, Program, program
 from specops_jax.state import SpecopsState
 
@@ -81,6 +81,28 @@ def project_params(
     for item in own.of("weights"):
         leaves[item.index] = arrays[item.name]
     return jax.tree.unflatten(structure, leaves), state
+
+
+def enforce(params: Params, plan: Any, geometries: Geometries | None = None) -> Params:
+    """The last word before an export: every rule of stage "weights", certified, whatever is due.
+
+    Computed on the host, outside jit, so that nothing has to be compiled for one call. Bounds
+    hold as stored.
+
+    Parameters
+    ----------
+    params, plan, geometries
+        As `init`.
+
+    Raises
+    ------
+    NonFiniteError
+        A constrained array holds NaN or infinity.
+    """
+    own, leaves, structure = program(params, plan, geometries)
+    for item in own.of("weights"):
+        leaves[item.index] = enforced(item, leaves[item.index])
+    return jax.tree.unflatten(structure, leaves)
 
 
 def normalize_params(

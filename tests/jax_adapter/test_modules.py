@@ -210,6 +210,15 @@ def test_names_and_sizes_of_a_whole_model() -> None:
     assert [row.name for row in wrapped.rows] == [row.name for row in report.rows]
 
 
+def test_flags_among_the_inputs_are_not_traced() -> None:
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x: Any, train: bool) -> Any:
+            return linen.Dense(3)(x) if train else linen.Dense(3)(x) + 1
+
+    assert set(specops_jax.geometries_of(Net(), jnp.ones((1, 2)), True)) == {"Dense_0/kernel"}
+
+
 def test_scanned_layers_are_stacks() -> None:
     class Layer(linen.Module):
         @linen.compact

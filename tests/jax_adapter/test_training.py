@@ -392,3 +392,18 @@ def test_a_state_is_found_wherever_it_is() -> None:
     assert specops_jax.find_state((state, {"x": 1})) is state[1]
     with pytest.raises(ValueError, match="found 0"):
         specops_jax.find_state(optax.sgd(0.1).init(parameters()))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_enforce_is_the_last_word_as_stored(dtype: Any) -> None:
+    params = parameters(dtype)
+    plan = Plan([("conv", ClipSpectralNorm(CAP), 50), ("*", ClipSpectralNorm(CAP))])
+    final = specops_jax.enforce(params, plan, GEOMETRIES)
+    assert max(norms(final).values()) <= CAP * (1 + 1e-6)
+    assert min(norms(final).values()) >= 0.9 * CAP
+    for a, b in zip(jax.tree.leaves(final), jax.tree.leaves(params), strict=True):
+        assert a.dtype == b.dtype
+    again = specops_jax.enforce(final, plan, GEOMETRIES)
+    assert again["conv"] is final["conv"]
+    with pytest.raises(NonFiniteError, match="conv"):
+        specops_jax.enforce({**params, "conv": params["conv"] * jnp.nan}, plan, GEOMETRIES)

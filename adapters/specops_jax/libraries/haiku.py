@@ -8,6 +8,7 @@ import jax
 
 from specops.errors import AdapterError
 from specops_jax.layers import EMBEDDING, Role, convolution, dense, transposed_convolution
+from specops_jax.libraries.watching import trace
 
 
 def knows(module: Any) -> bool:
@@ -37,7 +38,7 @@ def roles(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
         with hk.intercept_methods(look):
             return module.init(jax.random.key(0), *x, **kwargs)
 
-    jax.eval_shape(init, *inputs)
+    trace(init, inputs)
     return met
 
 

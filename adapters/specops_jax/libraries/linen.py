@@ -8,6 +8,7 @@ import jax
 
 from specops.errors import AdapterError
 from specops_jax.layers import EMBEDDING, Role, convolution, dense, stacked, transposed_convolution
+from specops_jax.libraries.watching import trace
 from specops_jax.paths import named_leaves
 
 
@@ -42,7 +43,7 @@ def roles(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
 
     keys = {name: jax.random.key(0) for name in ("params", "dropout")}
     with nn.intercept_methods(look):
-        variables = jax.eval_shape(lambda *x: module.init(keys, *x, **kwargs), *inputs)
+        variables = trace(lambda *x: module.init(keys, *x, **kwargs), inputs)
     leaves, _ = named_leaves(variables.get("params", {}))
     return {
         name: stacked(met[name][0], met[name][1], tuple(leaf.shape))

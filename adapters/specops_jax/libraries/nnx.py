@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-
 from specops_jax.layers import EMBEDDING, Role, convolution, dense, transposed_convolution
-from specops_jax.libraries.watching import watched
+from specops_jax.libraries.watching import trace, watched
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -46,7 +44,7 @@ def _shapes(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Sha
         with watched((nnx.Conv, nnx.ConvTranspose), seen):
             return copy(*x, **kwargs)
 
-    jax.eval_shape(run, state, *inputs)
+    trace(run, (state, *inputs))
     return shapes
 
 

@@ -7,6 +7,21 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import jax
+
+
+def trace(function: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+    """The shapes of ``function(*inputs)``: arrays are traced, flags and the like are constants."""
+    leaves, structure = jax.tree.flatten(inputs)
+    is_array = [hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves]
+
+    def call(arrays: list[Any]) -> Any:
+        given = iter(arrays)
+        merged = [next(given) if a else x for x, a in zip(leaves, is_array, strict=True)]
+        return function(*jax.tree.unflatten(structure, merged))
+
+    return jax.eval_shape(call, [x for x, a in zip(leaves, is_array, strict=True) if a])
+
 
 @contextmanager
 def watched(kinds: Iterable[type], seen: Callable[[Any, Any], None]) -> Iterator[None]:
