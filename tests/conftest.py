@@ -11,6 +11,10 @@ import pytest
 import threadpoolctl
 from hypothesis import HealthCheck, settings
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # For a BLAS that is loaded later, such as the one that JAX borrows from SciPy, and children.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Workers and child processes compile each program once between them.
     _COMPILED = tempfile.TemporaryDirectory()
@@ -34,6 +38,12 @@ settings.register_profile(
 )
 settings.register_profile("long", parent=settings.get_profile("default"), max_examples=2000)
 settings.load_profile("default")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no worker is left alone with them at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
 
 _PARAMETERS = [pytest.param(b, id=b.name) for b in BACKENDS] + [
     pytest.param(None, id=name, marks=pytest.mark.skip(reason=reason))

@@ -21,6 +21,7 @@ from rich.progress import Progress  # noqa: E402
 from specops import ClipSpectralNorm  # noqa: E402
 from tests.torch_adapter.test_geometry import layer_matrix  # noqa: E402
 
+pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 

@@ -39,7 +39,7 @@ class ClipSpectralNorm:
         The bound, or a schedule ``(step, name, geometry) -> float``.
     distance_tolerance : float
         Convolutions move at most ``1 + distance_tolerance`` times as far as the nearest weight
-        inside the bound is away; 0 asks for that weight itself and takes three times as long.
+        inside the bound is away; 0 asks for that weight itself, at three to many times the cost.
     screen : bool
         False certifies at every firing.
 

@@ -88,9 +88,7 @@ def power_step(xp: Any, a: Array, u: Array, v: Array) -> tuple[Array, Array, Arr
 def advanced(xp: Any, a: Array, u: Array, v: Array, rounds: int) -> tuple[Array, Array, Array]:
     """(u, v, σ) after that many power steps."""
     if rounds > _UNROLLED:
-        u, v = backend.fori(
-            xp, 0, rounds - 1, lambda _, pair: power_step(xp, a, *pair)[:2], (u, v)
-        )
+        u, v = backend.fori(xp, 0, rounds - 1, lambda _, pair: power_step(xp, a, *pair)[:2], (u, v))
         rounds = 1
     for _ in range(rounds):
         u, v, sigma = power_step(xp, a, u, v)

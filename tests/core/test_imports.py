@@ -69,7 +69,9 @@ def imported(statement: str) -> set[str]:
     ],
 )
 def test_no_framework_is_imported(statement: str) -> None:
-    assert not imported(statement) & FRAMEWORKS
+    # Whether CuPy has a device is known only to CuPy.
+    asked = {"cupy"} if "statuses" in statement else set()
+    assert not imported(statement) & (FRAMEWORKS - asked)
 
 
 def test_import_loads_nothing_but_its_dependencies() -> None:
