@@ -156,7 +156,9 @@ def _checked(item: Item, weight: Any, state: Any, step: Any) -> Any:
     """A firing that leaves weights alone that are not finite, and keeps the state's shape."""
     fine = jnp.all(jnp.isfinite(weight))
     _refuse_nonfinite(item, weight)
-    array, new, figures = _update(item, weight, state, step)
+    # Decompositions of infinity may never end.
+    safe = jnp.where(fine, weight, jnp.zeros_like(weight))
+    array, new, figures = _update(item, safe, state, step)
     array = jnp.where(fine, array, _unchanged(item, weight))
     same = jax.tree.structure(new) == jax.tree.structure(state) and all(
         a.shape == b.shape and a.dtype == b.dtype

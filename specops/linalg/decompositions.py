@@ -34,6 +34,10 @@ def svdvals(xp: Namespace, a: Array) -> Array:
 
 def svd(xp: Namespace, a: Array) -> tuple[Array, Array, Array]:
     """Thin SVD ``(u, s, vh)`` of stacked matrices, with the fallbacks of `svdvals`."""
+    if backend.is_jax_traced(a):
+        fine, a = _without_infinity(xp, a)
+        u, s, vh = xp.linalg.svd(a, full_matrices=False)
+        return u, xp.where(fine[..., 0], s, xp.full_like(s, xp.nan)), vh
     try:
         with backend.solving(a):
             u, s, vh = xp.linalg.svd(a, full_matrices=False)
@@ -53,6 +57,10 @@ def eigh(xp: Namespace, a: Array) -> tuple[Array, Array]:
     """
     if isinstance(a, np.ndarray):
         return host.eigh(a)
+    if backend.is_jax_traced(a):
+        fine, a = _without_infinity(xp, a)
+        values, vectors = xp.linalg.eigh(a)
+        return xp.where(fine[..., 0], values, xp.full_like(values, xp.nan)), vectors
     try:
         with backend.solving(a):
             values, vectors = xp.linalg.eigh(a)
@@ -65,6 +73,15 @@ def eigh(xp: Namespace, a: Array) -> tuple[Array, Array]:
         real = backend.real_dtype(xp, a.dtype)
         return xp.astype(values, real), xp.astype(vectors, a.dtype)
     return values, vectors
+
+
+def _without_infinity(xp: Namespace, a: Array) -> tuple[Array, Array]:
+    """(which matrices are finite, zeros in place of others): LAPACK may never end on infinity.
+
+    Where values are known the callers have refused such matrices before.
+    """
+    fine = xp.all(xp.isfinite(a), axis=(-2, -1), keepdims=True)
+    return fine, xp.where(fine, a, xp.zeros_like(a))
 
 
 def _svd_fallback(xp: Namespace, a: Array, *, vectors: bool) -> Any:

@@ -276,6 +276,8 @@ class KernelProblem:
             self.w.dtype,
             lambda array: untouched | (norm(array) <= limit),
         )
+        # An infinite scale would not leave the other entries what they were.
+        stored = xp.where(backend.all_finite(xp, self.w), stored, self.w)
         after = self._coordinates(backend.to_compute(xp, stored))
         primal = 0.5 * xp.sum(xp.abs(x0 - after) ** 2)
         squared = xp.sum(xp.abs(x0) ** 2)

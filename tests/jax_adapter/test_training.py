@@ -162,13 +162,14 @@ def test_multi_steps_project_on_real_steps_only() -> None:
     assert int(specops_jax.find_state(state).step) == 1
 
 
-def test_apply_if_finite_leaves_a_bad_step_out() -> None:
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_apply_if_finite_leaves_a_bad_step_out(bad: float) -> None:
     transform = optax.apply_if_finite(
         optax.chain(optax.sgd(0.05), specops_jax.constrain(ClipSpectralNorm(CAP), GEOMETRIES)), 3
     )
     params = parameters()
     state = transform.init(params)
-    gradients = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params)
+    gradients = jax.tree.map(lambda x: jnp.full_like(x, bad), params)
     updates, state = jax.jit(transform.update)(gradients, state, params)
     kept = optax.apply_updates(params, updates)
     for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(params), strict=True):
