@@ -34,7 +34,9 @@ def begin(program: Program, leaves: Sequence[Any]) -> SpecopsState:
         key = _key(item, weight)
         if key not in known:
             known[key] = jax.eval_shape(
-                lambda w, s, i=item: _update(i, w, s, jnp.int32(1))[2], weight, state
+                lambda w, s, i=item: _update(i, w, s, jnp.int32(1))[2],
+                jax.ShapeDtypeStruct(weight.shape, weight.dtype),
+                state,
             )
         figures[item.name] = {k: jnp.zeros(x.shape, x.dtype) for k, x in known[key].items()}
 
@@ -121,6 +123,9 @@ def check_names(items: Sequence[Item], state: SpecopsState) -> None:
 
 
 def _fire(items: Sequence[Item], weights: Any, states: Arrays, step: Any) -> Results:
+    layouts, weights = {}, dict(weights)
+    for item in items:
+        weights[item.name], layouts[item.name] = _gathered(weights[item.name])
     groups: dict[Any, list[Item]] = {}
     for item in items:
         weight = weights[item.name]
@@ -138,7 +143,19 @@ def _fire(items: Sequence[Item], weights: Any, states: Arrays, step: Any) -> Res
         found = lax.map(partial(_checked_pair, group[0], step), stack)
         for index, item in enumerate(group):
             results[item.name] = jax.tree.map(lambda x, k=index: x[k], found)
+    for name, spec in layouts.items():
+        if spec is not None:
+            array, *rest = results[name]
+            results[name] = (jax.sharding.reshard(array, spec), *rest)
     return results
+
+
+def _gathered(weight: Any) -> tuple[Any, Any]:
+    """(the weight, whole on every device; the layout to go back to): on explicit meshes."""
+    spec = getattr(getattr(jax.typeof(weight), "sharding", None), "spec", ())
+    if not any(spec):
+        return weight, None
+    return jax.sharding.reshard(weight, jax.sharding.PartitionSpec()), spec
 
 
 def _checked_pair(item: Item, step: Any, given: tuple[Any, Any]) -> Any:
@@ -156,9 +173,10 @@ def _checked(item: Item, weight: Any, state: Any, step: Any) -> Any:
     """A firing that leaves weights alone that are not finite, and keeps the state's shape."""
     fine = jnp.all(jnp.isfinite(weight))
     _refuse_nonfinite(item, weight)
-    # Decompositions of infinity may never end.
+    # Decompositions of infinities need not return.
     safe = jnp.where(fine, weight, jnp.zeros_like(weight))
     array, new, figures = _update(item, safe, state, step)
+    figures = jax.tree.map(lambda x: jnp.where(fine, x, jnp.full_like(x, jnp.nan)), figures)
     array = jnp.where(fine, array, _unchanged(item, weight))
     same = jax.tree.structure(new) == jax.tree.structure(state) and all(
         a.shape == b.shape and a.dtype == b.dtype

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from specops.errors import AdapterError
+from specops.errors import AdapterError, PlanError
 from specops.geometry import Geometry
 from specops.plan import Assignment, Plan, Weight, override_geometries
 from specops_jax.modules import Geometries, inspect_leaves
@@ -70,6 +70,7 @@ def program(
     leaves, structure = named_leaves(params)
     if not leaves:
         raise AdapterError("the parameters hold no array")
+    _refuse_collisions([name for name, _ in leaves])
     found, given = inspect_leaves(params), dict(geometries or {})
     if isinstance(geometries, Geometries):
         found, given = found.joined(geometries), {}
@@ -78,6 +79,15 @@ def program(
     assignments = plan.assign(override_geometries(described, given))
     items = tuple(Item(i, a) for i, a in enumerate(assignments) if a.rule is not None)
     return Program(plan, tuple(assignments), items), [leaf for _, leaf in leaves], structure
+
+
+def _refuse_collisions(names: list[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise PlanError(
+            f"two arrays of the parameters are both called {', '.join(map(repr, twice))}: their "
+            f"keys joined by '/' must differ. Rename one"
+        )
 
 
 def _describe(name: str, leaf: Any, found: Geometries) -> Weight:

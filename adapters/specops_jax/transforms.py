@@ -62,16 +62,26 @@ def constrain(
     ) -> tuple[Any, SpecopsState]:
         del extra
         _need(params, "constrain")
-        stepped = optax.apply_updates(params, updates)
+        # Where nothing is to be updated stands None (equinox), whatever the parameters hold there.
+        spots, shape = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
+        held = shape.flatten_up_to(params)
+        moved = [
+            p if u is None else optax.apply_updates(p, u) for p, u in zip(held, spots, strict=True)
+        ]
+        stepped = jax.tree.unflatten(shape, moved)
+        place = [j for j, p in enumerate(held) for _ in jax.tree.leaves(p)]
         own, leaves, structure = _program(stepped, params, plan, geometries, every)
         arrays, state = advance(own, leaves, state, "weights", "forward")
-        before, given = jax.tree.leaves(params), jax.tree.leaves(updates)
         for item in own.of("weights"):
-            i, new = item.index, arrays[item.name]
-            moved = (new - before[i]).astype(given[i].dtype)
-            given[i] = jnp.where(new == leaves[i], given[i], moved)
+            i, new = place[item.index], arrays[item.name]
+            if spots[i] is None:
+                continue
+            # Exact where updates are wider than weights.
+            wide = jnp.promote_types(new.dtype, spots[i].dtype)
+            delta = (new.astype(wide) - held[i].astype(wide)).astype(spots[i].dtype)
+            spots[i] = jnp.where(new == leaves[item.index], spots[i], delta)
         del structure
-        return jax.tree.unflatten(jax.tree.structure(updates), given), state
+        return jax.tree.unflatten(shape, spots), state
 
     return optax.GradientTransformationExtraArgs(
         _starting(plan, geometries, every, ("weights", "forward"), "constrain"), update

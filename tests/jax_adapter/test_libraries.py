@@ -133,3 +133,30 @@ def test_half_precision_through_updates_rounds_again() -> None:
     exact, _ = specops_jax.project_params(params, RULE, state, geometries)
     assert norm(exact["w"]) <= CAP
     assert rounded <= CAP * (1 + 2.0**-6)
+
+
+def test_names_that_collide_are_refused() -> None:
+    params = {"a": {"b": jnp.eye(2)}, "a/b": jnp.eye(3)}
+    with pytest.raises(specops.errors.PlanError, match="a/b"):
+        specops_jax.init(params, RULE, {"a/b": specops.Dense()})
+
+
+def test_equinox_models_may_be_given_whole() -> None:
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(4, 2, 8, 1, key=jax.random.key(0))
+    transform = optax.chain(optax.sgd(0.1), specops_jax.constrain(RULE))
+    state = transform.init(eqx.filter(model, eqx.is_array))
+    x = jnp.asarray(X, model.layers[0].weight.dtype)
+    gradients = eqx.filter_grad(lambda m: -jnp.mean(jax.vmap(m)(x) ** 2))(model)
+    updates, _ = transform.update(gradients, state, model)
+    model = eqx.apply_updates(model, updates)
+    assert max(norm(layer.weight) for layer in model.layers) <= CAP * (1 + 1e-5)
+
+
+def test_wide_updates_of_half_precision_are_exact() -> None:
+    params = {"w": jnp.asarray(np.random.default_rng(2).normal(size=(24, 16)), jnp.bfloat16)}
+    transform = specops_jax.constrain(RULE, {"w": specops.Dense()})
+    wide = {"w": jnp.full((24, 16), 0.3, jnp.float32)}
+    updates, _ = transform.update(wide, transform.init(params), params)
+    assert updates["w"].dtype == jnp.float32
+    assert norm(optax.apply_updates(params, updates)["w"]) <= CAP

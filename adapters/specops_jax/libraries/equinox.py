@@ -28,7 +28,10 @@ def roles(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     def seen(layer: Any, x: Any) -> None:
         shapes[id(layer)] = tuple(int(n) for n in x.shape[1:])
 
+    # Batch statistics would need an axis, and dropout a key.
+    module = eqx.nn.inference_mode(module)
     if inputs or kwargs:
+        inputs, kwargs = jax.tree.map(lambda x: x, (inputs, kwargs))  # states may be used once
         with watched((eqx.nn.Conv, eqx.nn.ConvTranspose), seen):
             eqx.filter_eval_shape(lambda: module(*_sample(inputs), **kwargs))
     return _roles(module, shapes)
@@ -53,7 +56,7 @@ def _roles(tree: Any, shapes: dict[int, tuple[int, ...]]) -> dict[str, Role]:
     met = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, kinds))[0]
     found = {}
     for path, layer in met:
-        if isinstance(layer, kinds) and layer.weight is not None:
+        if isinstance(layer, kinds) and hasattr(layer.weight, "shape"):
             role = _role(layer, shapes.get(id(layer)))
             own = _own_ndim(layer)
             shape = tuple(layer.weight.shape)

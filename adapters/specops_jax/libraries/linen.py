@@ -38,7 +38,8 @@ def roles(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
             for attribute, role in _roles(layer, x).items():
                 if attribute in own:
                     name = "/".join((*map(str, layer.path), attribute))
-                    met[name] = role, tuple(own[attribute].shape)
+                    shape = nn.unbox(own[attribute]).shape
+                    met[name] = role, tuple(shape)
         return result
 
     keys = {name: jax.random.key(0) for name in ("params", "dropout")}

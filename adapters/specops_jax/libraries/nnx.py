@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from specops_jax.layers import EMBEDDING, Role, convolution, dense, transposed_convolution
+from specops_jax.layers import EMBEDDING, Role, convolution, dense, stacked, transposed_convolution
 from specops_jax.libraries.watching import trace, watched
 
 Shapes = dict[str, tuple[int, ...]]
@@ -66,6 +66,8 @@ def _roles(module: Any, shapes: Shapes) -> dict[str, Role]:
         elif isinstance(layer, nnx.Conv | nnx.ConvTranspose):
             role = _convolution(layer, shapes.get(name))
         if role is not None:
+            shape, own = getattr(layer, attribute).shape, _own_shape(layer)
+            role = stacked(role, own or shape, shape)
             found[f"{name}/{attribute}" if name else attribute] = role
     return found
 
@@ -96,6 +98,18 @@ def _convolution(layer: Any, shape: tuple[int, ...] | None) -> Role:
         input_dilation=layer.input_dilation,
         masked=masked,
     )
+
+
+def _own_shape(layer: Any) -> tuple[int, ...] | None:
+    from flax import nnx
+
+    if isinstance(layer, nnx.Linear):
+        return layer.in_features, layer.out_features
+    if isinstance(layer, nnx.Embed):
+        return layer.num_embeddings, layer.features
+    if isinstance(layer, nnx.Conv | nnx.ConvTranspose):
+        return tuple(layer.kernel_shape)
+    return None
 
 
 def _sizes(kernel_size: Any) -> tuple[int, ...]:

@@ -30,9 +30,9 @@ def watched(kinds: Iterable[type], seen: Callable[[Any, Any], None]) -> Iterator
         for kind in kinds:
             plain = kind.__call__
 
-            def call(self: Any, x: Any, *args: Any, _plain: Any = plain, **kwargs: Any) -> Any:
-                seen(self, x)
-                return _plain(self, x, *args, **kwargs)
+            def call(self: Any, *args: Any, _plain: Any = plain, **kwargs: Any) -> Any:
+                seen(self, args[0] if args else next(iter(kwargs.values())))
+                return _plain(self, *args, **kwargs)
 
             stack.enter_context(patch.object(kind, "__call__", call))
         yield
