@@ -29,10 +29,12 @@ class Residual(nn.Module):
 class ResNet20(nn.Module):
     """ResNet-20 at 32×32, without state beside its parameters."""
 
+    widths: tuple[int, ...] = (16,) * 4 + (32,) * 3 + (64,) * 3
+
     @nn.compact
     def __call__(self, x: Any) -> Any:
         """Ten scores for each image."""
         x = nn.relu(nn.GroupNorm(4)(nn.Conv(16, (3, 3), use_bias=False)(x)))
-        for before, after in pairwise([16] * 4 + [32] * 3 + [64] * 3):
+        for before, after in pairwise(self.widths):
             x = Residual(after, 1 if before == after else 2)(x)
         return nn.Dense(10)(jnp.mean(x, axis=(1, 2)))
