@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from specops.errors import GeometryError
@@ -127,6 +127,21 @@ def transposed_convolution(
         padding=tuple((max(0, lower), max(0, upper)) for lower, upper in taken),
         layout=layout,
     )
+
+
+def at_both(a: Role, b: Role) -> Role:
+    """The role of a layer that is called at two input sizes.
+
+    For a zero boundary the larger size covers the smaller, whose operator is a part of its own;
+    circular, it stands for every size.
+    """
+    one, two = a.geometry, b.geometry
+    if one == two or not isinstance(one, Conv) or not isinstance(two, Conv):
+        return b
+    if one.grid is None or two.grid is None or one.boundary == "circular":
+        return Role(replace(two, input_shape=None))
+    larger = tuple(max(m, n) for m, n in zip(one.grid, two.grid, strict=True))
+    return Role(replace(two, input_shape=larger))
 
 
 def stacked(role: Role, own: tuple[int, ...], found: tuple[int, ...]) -> Role:

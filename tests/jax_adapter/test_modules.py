@@ -242,3 +242,17 @@ def test_unknown_modules_and_missing_inputs_say_what_to_do() -> None:
         specops_jax.geometries_of(object())
     with pytest.raises(specops.errors.PlanError, match="geometries"):
         specops_jax.init({"w": jnp.ones((2, 2))}, specops.ClipSpectralNorm(1.0))
+
+
+def test_a_layer_called_at_two_sizes_is_known_at_the_larger() -> None:
+    class Net(linen.Module):
+        padding: str = "SAME"
+
+        @linen.compact
+        def __call__(self, x: Any) -> Any:
+            layer = linen.Conv(2, (3, 3), padding=self.padding)
+            return layer(x).sum() + layer(x[:, :4, :3]).sum()
+
+    x = jnp.zeros((1, 6, 5, 2))
+    assert specops_jax.geometries_of(Net(), x)["Conv_0/kernel"].grid == (6, 5)
+    assert specops_jax.geometries_of(Net("CIRCULAR"), x)["Conv_0/kernel"].grid is None

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from specops.errors import AdapterError
-from specops_jax.layers import EMBEDDING, Role, convolution, dense, transposed_convolution
+from specops_jax.layers import EMBEDDING, Role, at_both, convolution, dense, transposed_convolution
 from specops_jax.libraries.watching import trace
 
 
@@ -31,7 +31,8 @@ def roles(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
         if context.method_name == "__call__":
             x = args[0] if args else next(iter(given.values()), None)
             for attribute, role in _roles(layer, x).items():
-                met[f"{layer.module_name}/{attribute}"] = role
+                name = f"{layer.module_name}/{attribute}"
+                met[name] = at_both(met[name], role) if name in met else role
         return function(*args, **given)
 
     def init(*x: Any) -> Any:

@@ -7,7 +7,15 @@ from typing import Any
 import jax
 
 from specops.errors import AdapterError
-from specops_jax.layers import EMBEDDING, Role, convolution, dense, stacked, transposed_convolution
+from specops_jax.layers import (
+    EMBEDDING,
+    Role,
+    at_both,
+    convolution,
+    dense,
+    stacked,
+    transposed_convolution,
+)
 from specops_jax.libraries.watching import trace
 from specops_jax.paths import named_leaves
 
@@ -39,7 +47,7 @@ def roles(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
                 if attribute in own:
                     name = "/".join((*map(str, layer.path), attribute))
                     shape = nn.unbox(own[attribute]).shape
-                    met[name] = role, tuple(shape)
+                    met[name] = at_both(met[name][0], role) if name in met else role, tuple(shape)
         return result
 
     keys = {name: jax.random.key(0) for name in ("params", "dropout")}
