@@ -256,3 +256,23 @@ def test_a_layer_called_at_two_sizes_is_known_at_the_larger() -> None:
     x = jnp.zeros((1, 6, 5, 2))
     assert specops_jax.geometries_of(Net(), x)["Conv_0/kernel"].grid == (6, 5)
     assert specops_jax.geometries_of(Net("CIRCULAR"), x)["Conv_0/kernel"].grid is None
+
+
+def test_the_same_of_layers_that_are_objects() -> None:
+    class Twice(nnx.Module):
+        def __init__(self) -> None:
+            self.conv = nnx.Conv(2, 2, (3, 3), rngs=nnx.Rngs(0))
+
+        def __call__(self, x: Any) -> Any:
+            return self.conv(inputs=x).sum() + self.conv(x[:, :4, :3]).sum()
+
+    assert specops_jax.geometries_of(Twice(), jnp.zeros((1, 6, 5, 2)))["conv/kernel"].grid == (6, 5)
+
+    class Pair(eqx.Module):
+        conv: Any
+
+        def __call__(self, x: Any) -> Any:
+            return self.conv(x).sum() + self.conv(x[:, :4, :3]).sum()
+
+    pair = Pair(eqx.nn.Conv2d(2, 2, 3, padding=1, key=jax.random.key(0)))
+    assert specops_jax.geometries_of(pair, jnp.zeros((2, 6, 5)))["conv/weight"].grid == (6, 5)

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import jax
 
 from specops.geometry import Dense
-from specops_jax.layers import EMBEDDING, Role, convolution, stacked, transposed_convolution
+from specops_jax.layers import (
+    EMBEDDING,
+    Role,
+    at_both,
+    convolution,
+    stacked,
+    transposed_convolution,
+)
 from specops_jax.libraries.watching import watched
 from specops_jax.paths import name_of
+
+Shapes = dict[int, list[tuple[int, ...] | None]]
 
 
 def knows(module: Any) -> bool:
@@ -23,10 +33,10 @@ def roles(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     """A role for every weight, at the sizes that `inputs` (one sample) lead to."""
     import equinox as eqx
 
-    shapes: dict[int, tuple[int, ...]] = {}
+    shapes: Shapes = {}
 
     def seen(layer: Any, x: Any) -> None:
-        shapes[id(layer)] = tuple(int(n) for n in x.shape[1:])
+        shapes.setdefault(id(layer), []).append(tuple(int(n) for n in x.shape[1:]))
 
     # Batch statistics would need an axis, and dropout a key.
     module = eqx.nn.inference_mode(module)
@@ -49,7 +59,7 @@ def _sample(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(jnp.zeros(x.shape, x.dtype) if isinstance(x, shapes) else x for x in inputs)
 
 
-def _roles(tree: Any, shapes: dict[int, tuple[int, ...]]) -> dict[str, Role]:
+def _roles(tree: Any, shapes: Shapes) -> dict[str, Role]:
     import equinox as eqx
 
     kinds = (eqx.nn.Linear, eqx.nn.Conv, eqx.nn.ConvTranspose, eqx.nn.Embedding)
@@ -57,12 +67,12 @@ def _roles(tree: Any, shapes: dict[int, tuple[int, ...]]) -> dict[str, Role]:
     found = {}
     for path, layer in met:
         if isinstance(layer, kinds) and hasattr(layer.weight, "shape"):
-            role = _role(layer, shapes.get(id(layer)))
+            roles = [_role(layer, shape) for shape in shapes.get(id(layer)) or [None]]
+            role = reduce(at_both, roles)
             own = _own_ndim(layer)
             shape = tuple(layer.weight.shape)
-            if role is not None:
-                name = name_of((*path, jax.tree_util.GetAttrKey("weight")))
-                found[name] = stacked(role, shape[len(shape) - own :], shape)
+            name = name_of((*path, jax.tree_util.GetAttrKey("weight")))
+            found[name] = stacked(role, shape[len(shape) - own :], shape)
     return found
 
 
@@ -70,7 +80,7 @@ def _own_ndim(layer: Any) -> int:
     return int(getattr(layer, "num_spatial_dims", 0)) + 2
 
 
-def _role(layer: Any, shape: tuple[int, ...] | None) -> Role | None:
+def _role(layer: Any, shape: tuple[int, ...] | None) -> Role:
     import equinox as eqx
 
     if isinstance(layer, eqx.nn.Linear):

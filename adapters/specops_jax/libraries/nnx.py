@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
-from specops_jax.layers import EMBEDDING, Role, convolution, dense, stacked, transposed_convolution
+from specops_jax.layers import (
+    EMBEDDING,
+    Role,
+    at_both,
+    convolution,
+    dense,
+    stacked,
+    transposed_convolution,
+)
 from specops_jax.libraries.watching import trace, watched
 
-Shapes = dict[str, tuple[int, ...]]
+Shapes = dict[str, list[tuple[int, ...] | None]]
 
 
 def knows(module: Any) -> bool:
@@ -39,7 +48,8 @@ def _shapes(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Sha
 
         def seen(layer: Any, x: Any) -> None:
             spatial = len(_sizes(layer.kernel_size))
-            shapes[paths[id(layer)]] = tuple(int(n) for n in x.shape[-spatial - 1 : -1])
+            shape = tuple(int(n) for n in x.shape[-spatial - 1 : -1])
+            shapes.setdefault(paths[id(layer)], []).append(shape)
 
         with watched((nnx.Conv, nnx.ConvTranspose), seen):
             return copy(*x, **kwargs)
@@ -64,7 +74,7 @@ def _roles(module: Any, shapes: Shapes) -> dict[str, Role]:
         elif isinstance(layer, nnx.Einsum):
             role = Role(obstacle="an einsum's kernel: pass its geometry")
         elif isinstance(layer, nnx.Conv | nnx.ConvTranspose):
-            role = _convolution(layer, shapes.get(name))
+            role = reduce(at_both, (_convolution(layer, s) for s in shapes.get(name) or [None]))
         if role is not None:
             shape, own = getattr(layer, attribute).shape, _own_shape(layer)
             role = stacked(role, own or shape, shape)
