@@ -9,7 +9,10 @@ from html import escape
 from importlib.util import find_spec
 from typing import Any
 
+from specops import backend
+from specops.geometry import Dense, Geometry
 from specops.plan import Assignment
+from specops.spectra import spectral_norm, spectral_norm_bounds
 
 _WIDEST = 60
 _HEADERS = ("parameter", "shape", "geometry", "rule", "norm")
@@ -145,3 +148,14 @@ def _cells(row: ReportRow) -> tuple[str, ...]:
         norm = f"≤ {norm}"
     shape = "×".join(map(str, row.shape)) or "scalar"
     return (row.name, shape, row.geometry, row.rule or f"– {row.reason}", norm)
+
+
+def measured_norm(w: Any, geometry: Geometry) -> dict[str, Any]:
+    """`norm` and `norm_is` of a row: exact where it can be, else a certified upper bound."""
+    xp = backend.namespace(w)
+    if not bool(backend.all_finite(xp, w)):
+        return {"norm": float("nan"), "norm_is": "not finite"}
+    exact = isinstance(geometry, Dense) or geometry.has_exact_spectrum(tuple(w.shape))
+    norms = spectral_norm(w, geometry) if exact else spectral_norm_bounds(w, geometry).upper
+    largest = max(float(xp.max(n)) for n in (norms if isinstance(norms, tuple) else (norms,)))
+    return {"norm": largest, "norm_is": "exact" if exact else "upper bound"}

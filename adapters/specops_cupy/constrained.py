@@ -10,10 +10,10 @@ from typing import Any
 
 from specops import backend
 from specops.errors import AdapterError, NonFiniteError
-from specops.geometry import Dense, Geometry
+from specops.geometry import Geometry
 from specops.plan import Assignment
+from specops.report import measured_norm
 from specops.rules import State
-from specops.spectra import spectral_norm, spectral_norm_bounds
 from specops.tracking import track
 from specops_cupy.device import on_device_of
 
@@ -93,18 +93,9 @@ class Constrained:
 
     def norm(self, step: int) -> dict[str, Any]:
         """The norm now, for a report: exact where it can be, else a certified upper bound."""
-        geometry = self.geometry
         w = self.used(step) if self.stage == "forward" else self.array
         with on_device_of(w):
-            xp = backend.namespace(w)
-            if not bool(backend.all_finite(xp, w)):
-                return {"norm": float("nan"), "norm_is": "not finite"}
-            exact = isinstance(geometry, Dense) or geometry.has_exact_spectrum(tuple(w.shape))
-            norms = spectral_norm(w, geometry) if exact else spectral_norm_bounds(w, geometry).upper
-            largest = max(
-                float(xp.max(n)) for n in (norms if isinstance(norms, tuple) else (norms,))
-            )
-        return {"norm": largest, "norm_is": "exact" if exact else "upper bound"}
+            return measured_norm(w, self.geometry)
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the rule's state, on the array's device."""

@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from specops.errors import AdapterError, NonFiniteError
-from specops.geometry import Conv, Dense, Geometry
-from specops.report import Report, plan_rows
+from specops.geometry import Geometry
+from specops.report import Report, measured_norm, plan_rows
 from specops.rules import TrainableScale
-from specops.spectra import spectral_norm, spectral_norm_bounds
 from specops_jax.firing import advance, begin, check_names, enforced
 from specops_jax.program import Item, Program, program
 from specops_jax.state import SpecopsState
@@ -181,7 +180,10 @@ def report(
     for row in plan_rows(own.assignments):
         item = by_name.get(row.name)
         if measure and item is not None:
-            row = replace(row, **_norm(leaves[item.index], item.geometry))
+            # On the host, where nothing has to be compiled for one look.
+            w = jax.device_get(leaves[item.index])
+            w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+            row = replace(row, **measured_norm(w, item.geometry))
         rows.append(row)
     return Report(tuple(rows))
 
@@ -205,16 +207,3 @@ def check(state: SpecopsState) -> None:
             f"was due, and were left as they were: {listed}. Look for a diverged step or an "
             f"overflow in half precision"
         )
-
-
-def _norm(w: jax.Array, geometry: Geometry) -> dict[str, Any]:
-    # On the host, where nothing has to be compiled for one look.
-    w = jax.device_get(w).astype(jnp.promote_types(w.dtype, jnp.float32))
-    if not bool(jnp.all(jnp.isfinite(w))):
-        return {"norm": float("nan"), "norm_is": "not finite"}
-    exact = isinstance(geometry, Dense) or (
-        isinstance(geometry, Conv) and geometry.has_exact_spectrum(tuple(w.shape))
-    )
-    norms = spectral_norm(w, geometry) if exact else spectral_norm_bounds(w, geometry).upper
-    largest = max(float(n.max()) for n in (norms if isinstance(norms, tuple) else (norms,)))
-    return {"norm": largest, "norm_is": "exact" if exact else "upper bound"}

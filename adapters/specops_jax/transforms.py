@@ -11,6 +11,7 @@ import optax
 
 from specops.errors import PlanError
 from specops.geometry import Geometry
+from specops.plan import Plan
 from specops_jax.firing import advance, begin
 from specops_jax.program import Program, program
 from specops_jax.state import SpecopsState
@@ -70,7 +71,7 @@ def constrain(
         ]
         stepped = jax.tree.unflatten(shape, moved)
         place = [j for j, p in enumerate(held) for _ in jax.tree.leaves(p)]
-        own, leaves, structure = _program(stepped, params, plan, geometries, every)
+        own, leaves = _program(stepped, params, plan, geometries, every)
         arrays, state = advance(own, leaves, state, "weights", "forward")
         for item in own.of("weights"):
             i, new = place[item.index], arrays[item.name]
@@ -80,7 +81,6 @@ def constrain(
             wide = jnp.promote_types(new.dtype, spots[i].dtype)
             delta = (new.astype(wide) - held[i].astype(wide)).astype(spots[i].dtype)
             spots[i] = jnp.where(new == leaves[item.index], spots[i], delta)
-        del structure
         return jax.tree.unflatten(shape, spots), state
 
     return optax.GradientTransformationExtraArgs(
@@ -102,7 +102,7 @@ def add_penalty(
     ) -> tuple[Any, SpecopsState]:
         del extra
         _need(params, "add_penalty")
-        own, leaves, _ = _program(params, params, plan, geometries, every)
+        own, leaves = _program(params, params, plan, geometries, every)
         terms, state = advance(own, leaves, state, "gradients")
         given = jax.tree.leaves(updates)
         for item in own.of("gradients"):
@@ -123,7 +123,7 @@ def _starting(
     name: str,
 ) -> Any:
     def init(params: Any) -> SpecopsState:
-        own, leaves, _ = _program(params, params, plan, geometries, every)
+        own, leaves = _program(params, params, plan, geometries, every)
         if not own.of(*stages):
             other = {"constrain": "add_penalty", "add_penalty": "constrain"}[name]
             raise PlanError(
@@ -137,12 +137,10 @@ def _starting(
 
 def _program(
     current: Any, params: Any, plan: Any, geometries: Geometries | None, every: int | None
-) -> tuple[Program, list[Any], Any]:
+) -> tuple[Program, list[Any]]:
     """The program of `params`, whose modules may be looked at, and the leaves of `current`."""
-    from specops.plan import Plan
-
-    own, _, structure = program(params, Plan.of(plan, every), geometries)
-    return own, jax.tree.leaves(current), structure
+    own, _, _ = program(params, Plan.of(plan, every), geometries)
+    return own, jax.tree.leaves(current)
 
 
 def _need(params: Any, name: str) -> None:

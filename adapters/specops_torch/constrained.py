@@ -16,8 +16,8 @@ from specops.geometry import Dense, Geometry
 from specops.geometry.arguments import check_bound
 from specops.normalizations import rank_floor
 from specops.plan import Assignment
+from specops.report import measured_norm
 from specops.rules.base import at
-from specops.spectra import spectral_norm, spectral_norm_bounds
 from specops_torch.normalized import Normalizer, install, let_go
 from specops_torch.parameters import Location
 
@@ -133,12 +133,7 @@ class Constrained:
         if self.normalizer is not None and self.handles:
             with torch.no_grad():
                 w = self.normalizer(w)
-        if not bool(torch.isfinite(w).all()):
-            return {"norm": float("nan"), "norm_is": "not finite"}
-        exact = isinstance(geometry, Dense) or geometry.has_exact_spectrum(tuple(w.shape))
-        norms = spectral_norm(w, geometry) if exact else spectral_norm_bounds(w, geometry).upper
-        largest = max(float(n.max()) for n in (norms if isinstance(norms, tuple) else (norms,)))
-        return {"norm": largest, "norm_is": "exact" if exact else "upper bound"}
+        return measured_norm(w, geometry)
 
     def state_dict(self) -> dict[str, Any]:
         """The rule's state and the sizes seen."""
