@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from specops.errors import GeometryError, PlanError, UnsupportedArrayError
+from specops.errors import AdapterError, GeometryError, PlanError, UnsupportedArrayError
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import integer
 from specops.rules import Rule
@@ -129,6 +129,22 @@ class Plan:
                 f"wrap several rules in a plan: Plan([(pattern, rule), ...]), not {rule_or_plan!r}"
             )
         return cls([("*", rule_or_plan)], every=1 if every is None else every)
+
+    def once(self) -> Plan:
+        """The plan for a single firing without training, at step 1: every rule acts.
+
+        Raises
+        ------
+        AdapterError
+            A rule on gradients: there are none.
+        """
+        for entry in self._parsed:
+            if getattr(entry.rule, "stage", "") == "gradients":
+                raise AdapterError(
+                    f"{entry.rule!r} acts on gradients, and there are none: attach it"
+                )
+        entries = [(entry.pattern, entry.rule) for entry in self._parsed]
+        return Plan(entries)
 
     def fires(self, step: int, every: int | None = None) -> bool:
         """Whether rules act at this step (at an interval of their own, if they have one)."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from specops.errors import AdapterError
 from specops.geometry import Geometry
 from specops.plan import Plan
 from specops.report import Report
@@ -34,17 +32,7 @@ class TorchAdapter:
         self, model: Any, plan: Plan, *, geometries: Mapping[str, Geometry] | None, **options: Any
     ) -> Report:
         """Fire every rule of the plan once; weights of forward rules become those in use."""
-        once = replace(
-            plan,
-            entries=[tuple(entry[:2]) for entry in plan.entries],
-            every=1,
-            start=0,
-            stop=None,
-        )
-        for _, rule in once.entries:
-            if getattr(rule, "stage", "") == "gradients":
-                raise AdapterError(f"{rule!r} acts on gradients, and there are none: attach it")
-        attachment = Attachment(None, model, once, geometries, **options)
+        attachment = Attachment(None, model, plan.once(), geometries, **options)
         folded = False
         try:
             attachment.step()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import keras
@@ -41,9 +40,7 @@ class KerasAdapter:
         **options: Any,
     ) -> Report:
         """Fire every rule of the plan once."""
-        entries = [tuple(entry[:2]) for entry in plan.entries]
-        once = replace(plan, entries=entries, every=1, start=0, stop=None)
-        attachment = self.attach(None, model, once, geometries=geometries, **options)
+        attachment = self.attach(None, model, plan.once(), geometries=geometries, **options)
         try:
             attachment.step()
             return attachment.report()

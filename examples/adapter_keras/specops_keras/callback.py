@@ -13,8 +13,8 @@ from specops import Plan
 from specops.errors import AdapterError, HookLostWarning
 from specops.history import History, Record
 from specops.plan import Assignment, override_geometries
-from specops.report import Report, plan_rows
-from specops_keras.firing import Constrained, fire, norm_now
+from specops.report import Report, measured_norm, plan_rows
+from specops_keras.firing import Constrained, fire
 from specops_keras.variables import Variable, locate, override
 
 _POLICIES = ("raise", "skip", "warn")
@@ -216,7 +216,7 @@ class Spectral(keras.callbacks.Callback):
             if row.name in current:
                 at = current[row.name].at
                 row = replace(row, geometry=at.geometry().describe())
-                row = replace(row, **norm_now(at)) if measure else row
+                row = replace(row, **measured_norm(at.read(), at.geometry())) if measure else row
             rows.append(row)
         return Report(tuple(rows))
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import keras
 
-from specops import Conv, spectral_norm, spectral_norm_bounds
 from specops.errors import NonFiniteError, NonFiniteWarning, SpecopsError
 from specops.history import Record
 from specops.plan import Assignment
@@ -55,19 +54,6 @@ def fire(
             c.at.write(new)
         c.state = state
     return [record for *_, record in done]
-
-
-def norm_now(at: Variable) -> dict[str, Any]:
-    """The norm for a report: exact where it can be, else a certified upper bound."""
-    weight, geometry = at.read(), at.geometry()
-    if not _finite(weight):
-        return {"norm": float("nan"), "norm_is": "not finite"}
-    exact = not isinstance(geometry, Conv) or geometry.has_exact_spectrum(tuple(weight.shape))
-    norm = (
-        spectral_norm(weight, geometry) if exact else spectral_norm_bounds(weight, geometry).upper
-    )
-    largest = max(float(n.max()) for n in (norm if isinstance(norm, tuple) else (norm,)))
-    return {"norm": largest, "norm_is": "exact" if exact else "upper bound"}
 
 
 def _one(c: Constrained, step: int, on_nonfinite: str, certain: bool) -> tuple[Any, ...]:
