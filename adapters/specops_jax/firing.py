@@ -95,7 +95,12 @@ def advance(
         if not always:
             due = due & (step > plan.start)
             due = due if plan.stop is None else due & (step < plan.stop)
-        for name, (array, new, seen, fine) in backend.cond(due, fire, rest).items():
+        try:
+            fired_now = backend.cond(due, fire, rest)
+        except TypeError as error:
+            _explain(fire, rest, error)
+            raise
+        for name, (array, new, seen, fine) in fired_now.items():
             arrays[name], rules[name], figures[name] = array, new, seen
             fired[name] = jnp.where(due, step, fired[name])
             nonfinite[name] = nonfinite[name] + jnp.where(fine, 0, 1).astype(jnp.int32)
@@ -120,6 +125,21 @@ def check_names(items: Sequence[Item], state: SpecopsState) -> None:
             f"the state holds nothing for {', '.join(missing)}: it was made by another plan, or "
             f"for other parameters. Make a new one with specops_jax.init"
         )
+
+
+def _explain(fire: Callable[[], Results], rest: Callable[[], Results], error: TypeError) -> None:
+    """Raise where the branches differ because a state is not what its rule makes."""
+    new, old = jax.eval_shape(fire), jax.eval_shape(rest)
+
+    def kinds(tree: Any) -> Any:
+        return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+    wrong = [name for name in new if kinds(new[name][1:3]) != kinds(old[name][1:3])]
+    if wrong:
+        raise StateError(
+            f"the state of {', '.join(wrong)} is not what the plan's rules keep: it was made by "
+            f"another plan, or for other parameters. Make a new one with specops_jax.init"
+        ) from error
 
 
 def _fire(items: Sequence[Item], weights: Any, states: Arrays, step: Any) -> Results:
@@ -176,6 +196,8 @@ def _checked(item: Item, weight: Any, state: Any, step: Any) -> Any:
     # Decompositions of infinities need not return.
     safe = jnp.where(fine, weight, jnp.zeros_like(weight))
     array, new, figures = _update(item, safe, state, step)
+    # Schedules whose values are none become NaN under a compiler.
+    fine = fine & jnp.all(jnp.isfinite(array))
     figures = jax.tree.map(lambda x: jnp.where(fine, x, jnp.full_like(x, jnp.nan)), figures)
     array = jnp.where(fine, array, _unchanged(item, weight))
     same = jax.tree.structure(new) == jax.tree.structure(state) and all(

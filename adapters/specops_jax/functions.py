@@ -73,7 +73,16 @@ def project_params(
     ------
     NonFiniteError
         An array that is due holds NaN or infinity, outside jit. Under jit it is left alone and
-        counted: see `check`.
+        counted, also where a schedule gives what is no bound: see `check`.
+    StateError
+        A state of another plan, or of other parameters.
+
+    Notes
+    -----
+    Differentiable where the rule's own steps are: for ``ClipSpectralNorm`` of a matrix this is
+    the derivative of the nearest point, for convolutions and ``SpectralHammer`` that of the
+    rounds that were run, with the vectors held fixed. Under ``shard_map`` give whole
+    (replicated) convolution kernels.
     """
     own, leaves, structure = program(params, plan, geometries)
     arrays, state = advance(own, leaves, state, "weights", "forward")
@@ -203,7 +212,8 @@ def check(state: SpecopsState) -> None:
     if met:
         listed = ", ".join(f"{name} ({n} times)" for name, n in met.items())
         raise NonFiniteError(
-            f"by step {int(jnp.max(state.step))} these weights held NaN or infinity when a rule "
-            f"was due, and were left as they were: {listed}. Look for a diverged step or an "
-            f"overflow in half precision"
+            f"by step {int(jnp.max(state.step))} a rule was due and these weights, or the bound "
+            f"that its schedule gave, were not finite (a bound: not positive); they were left as "
+            f"they were: {listed}. Look for a diverged step, an overflow in half precision, or "
+            f"a schedule that reaches 0"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 from specops.errors import GeometryError
@@ -149,12 +150,20 @@ def stacked(role: Role, own: tuple[int, ...], found: tuple[int, ...]) -> Role:
     extra = len(found) - len(own)
     if extra == 0 or role.geometry is None:
         return role
-    if isinstance(role.geometry, Conv) or found[extra:] != own:
+    # Scans and maps put their axis where they are told to.
+    places = [
+        kept
+        for kept in combinations(range(len(found)), len(own))
+        if tuple(found[axis] for axis in kept) == own
+    ]
+    if isinstance(role.geometry, Conv) or len(places) != 1:
         return Role(obstacle=f"a stack of kernels of shape {found}: pass its geometry")
-    batch = tuple(range(extra)) + tuple(a + extra for a in role.geometry.batch_axes)
+    kept = places[0]
+    stack = tuple(axis for axis in range(len(found)) if axis not in kept)
+    batch = stack + tuple(kept[a] for a in role.geometry.batch_axes)
     out, inner = role.geometry.out_axes, role.geometry.in_axes
-    out = tuple(a if a < 0 else a + extra for a in out)
-    inner = inner and tuple(a if a < 0 else a + extra for a in inner)
+    out = tuple(kept[a] for a in out)
+    inner = inner and tuple(kept[a] for a in inner)
     return Role(Dense(out, inner, batch_axes=batch), opt_in=role.opt_in)
 
 

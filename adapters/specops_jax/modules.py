@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -37,14 +37,26 @@ class Geometries(dict[str, Geometry]):
             if role.opt_in:
                 self.opt_in[name] = role.opt_in
 
-    def joined(self, other: Geometries) -> Geometries:
-        """Both; the other's where both know an array."""
+    def __or__(self, other: Mapping[str, Geometry]) -> Geometries:  # type: ignore[override]
+        """Both, the other's where both know an array: its own words, where it has any."""
         result = Geometries()
         for part in (self, other):
-            result.update(part)
-            result.reasons.update(part.reasons)
-            result.opt_in.update(part.opt_in)
+            for name, geometry in part.items():
+                result[name] = geometry
+                result.reasons.pop(name, None)
+                result.opt_in.pop(name, None)
+            if isinstance(part, Geometries):
+                result.reasons.update(part.reasons)
+                result.opt_in.update(part.opt_in)
         return result
+
+    def __ior__(self, other: Mapping[str, Geometry]) -> Geometries:  # type: ignore[override]
+        """The same, for ``|=``."""
+        return self | other
+
+    def __ror__(self, other: Mapping[str, Geometry]) -> Geometries:  # type: ignore[override]
+        """A plain dict's, and these over them."""
+        return (Geometries() | other) | self
 
 
 def geometries_of(module: Any, *inputs: Any, **kwargs: Any) -> Geometries:

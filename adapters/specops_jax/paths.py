@@ -20,6 +20,15 @@ def named_leaves(params: Any) -> tuple[list[tuple[str, Any]], Any]:
     return [(name_of(path), leaf) for path, leaf in found], structure
 
 
+def masked_names(params: Any) -> list[str]:
+    """Names of what `optax.masked` and `optax.multi_transform` hide."""
+    import optax
+
+    nodes = (optax.MaskedNode,)
+    found = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, nodes))
+    return [name_of(path) for path, leaf in found[0] if isinstance(leaf, nodes)]
+
+
 def name_of(path: tuple[Any, ...]) -> str:
     """A path of keys as one name."""
     parts = [_key(entry) for entry in path]

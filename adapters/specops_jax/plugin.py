@@ -10,9 +10,10 @@ from specops.hookspecs import Adapter, AdapterStatus, hookimpl
 
 _PACKAGES = {"jax", "jaxlib", "flax", "equinox", "haiku", "optax"}
 _HOW = (
-    "JAX training loops are functions, so there is nothing to attach to: put "
+    "parameters of JAX are values, which no call can change in place: put "
     "specops_jax.constrain(rule_or_plan, geometries) last in the optax chain, or call "
-    "specops_jax.project_params(params, plan, state) after optax.apply_updates"
+    "specops_jax.project_params(params, plan, state) after optax.apply_updates; once, without "
+    "training, params = specops_jax.enforce(params, plan, geometries)"
 )
 _SUPPORTS = "weights, gradients, forward; checkpoints; jit, vmap, scan"
 

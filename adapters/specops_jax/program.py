@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from specops.errors import AdapterError, PlanError
 from specops.geometry import Geometry
 from specops.plan import Assignment, Plan, Weight, override_geometries
 from specops_jax.modules import Geometries, inspect_leaves
-from specops_jax.paths import named_leaves
+from specops_jax.paths import masked_names, named_leaves
 
 _NONE_KNOWN = (
     "no geometry is known for it: pass geometries={name or pattern: Dense(...) or Conv(...)}, or "
@@ -72,13 +73,25 @@ def program(
         raise AdapterError("the parameters hold no array")
     _refuse_collisions([name for name, _ in leaves])
     found, given = inspect_leaves(params), dict(geometries or {})
+    names = {name for name, _ in leaves}
     if isinstance(geometries, Geometries):
-        found, given = found.joined(geometries), {}
+        # What was found by looking need not all be here; what is no name is a user's pattern.
+        found = found | geometries
+        given = {key: given[key] for key in given if any(c in key for c in "*?[")}
+    given = {key: given[key] for key in given if not _only_masked(key, names, params)}
     described = [_describe(name, leaf, found) for name, leaf in leaves]
     plan = Plan.of(plan)
     assignments = plan.assign(override_geometries(described, given))
     items = tuple(Item(i, a) for i, a in enumerate(assignments) if a.rule is not None)
     return Program(plan, tuple(assignments), items), [leaf for _, leaf in leaves], structure
+
+
+def _only_masked(pattern: str, names: set[str], params: Any) -> bool:
+    """Whether a pattern means arrays that optax has masked, and no other."""
+    if any(fnmatchcase(name, pattern) for name in names):
+        return False
+    masked = masked_names(params)  # whole branches too
+    return any(fnmatchcase(name, pattern) or pattern.startswith(f"{name}/") for name in masked)
 
 
 def _refuse_collisions(names: list[str]) -> None:

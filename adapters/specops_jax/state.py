@@ -25,7 +25,8 @@ class SpecopsState(NamedTuple):
     fired : dict of str to int32 array
         The step of that firing: 0 before the first.
     nonfinite : dict of str to int32 array
-        Firings at which a weight held NaN or infinity and was left alone; see `check`.
+        Firings at which a weight, or what its rule made of it, held NaN or infinity and which
+        left it alone; see `check`.
     """
 
     step: jax.Array
@@ -48,18 +49,32 @@ def records(state: SpecopsState) -> list[dict[str, Any]]:
     ]
 
 
-def find_state(state: Any) -> SpecopsState:
+def find_state(state: Any, index: int | None = None) -> SpecopsState:
     """The `SpecopsState` within an optimizer's state.
+
+    Parameters
+    ----------
+    state : pytree
+        Of an optimizer.
+    index : int, optional
+        Which one, in the order of the chain, where there are several (`add_penalty` and
+        `constrain` in one chain).
 
     Raises
     ------
     ValueError
-        There is none, or more than one: pass the inner state then.
+        There is none, or more than one and no `index`.
     """
     leaves = jax.tree_util.tree_leaves(state, is_leaf=lambda x: isinstance(x, SpecopsState))
     found = [x for x in leaves if isinstance(x, SpecopsState)]
-    if len(found) != 1:
+    if index is None and len(found) > 1:
         raise ValueError(
-            f"expected one specops_jax state in the optimizer's state, found {len(found)}"
+            f"the optimizer's state holds {len(found)} specops_jax states: say which, "
+            f"find_state(state, index), with 0 the first of the chain"
         )
-    return found[0]
+    try:
+        return found[index or 0]
+    except IndexError:
+        raise ValueError(
+            f"expected a specops_jax state in the optimizer's state, found {len(found)}"
+        ) from None

@@ -53,6 +53,9 @@ def constrain(
     -----
     Last in the chain, or a later transformation undoes it. ``optax.MultiSteps`` around the
     chain projects on real steps only. ``optax.apply_if_finite`` belongs around the chain too.
+    Arrays that an earlier link freezes (``optax.set_to_zero``) are projected all the same:
+    leave them out of the plan, or put ``constrain`` into the branch of
+    ``optax.multi_transform`` that trains the others.
     In half precision ``w + (P(w + u) − w)`` rounds again and may end above the bound by a few
     units of the last place of w: use `project_params` after ``optax.apply_updates`` where the
     bound must hold as stored.
@@ -83,6 +86,7 @@ def constrain(
             spots[i] = jnp.where(new == leaves[item.index], spots[i], delta)
         return jax.tree.unflatten(shape, spots), state
 
+    Plan.of(plan, every)  # what is wrong with it is said where it is written
     return optax.GradientTransformationExtraArgs(
         _starting(plan, geometries, every, ("weights", "forward"), "constrain"), update
     )
@@ -110,6 +114,7 @@ def add_penalty(
             given[item.index] = g + terms[item.name].astype(g.dtype)
         return jax.tree.unflatten(jax.tree.structure(updates), given), state
 
+    Plan.of(plan, every)
     return optax.GradientTransformationExtraArgs(
         _starting(plan, geometries, every, ("gradients",), "add_penalty"), update
     )

@@ -14,7 +14,7 @@ from torch import nn
 from specops.errors import AdapterError, NonFiniteError
 from specops.geometry import Dense, Geometry
 from specops.geometry.arguments import check_bound
-from specops.normalizations import rank_floor
+from specops.normalizations import check_ratio
 from specops.plan import Assignment
 from specops.report import measured_norm
 from specops.rules.base import at
@@ -118,7 +118,7 @@ class Constrained:
                 continue
             value = at(schedule, step, self.name, self.geometry)
             if key == "ratio":
-                rank_floor(value)
+                check_ratio(value)
             else:
                 check_bound(value, key)
             parameter = self.location.parameter

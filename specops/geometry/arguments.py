@@ -61,18 +61,35 @@ def non_negative(value: Any, name: str) -> float:
 
 
 def check_bound(value: Any, name: str) -> Any:
-    """A positive finite bound: a float, or the caller's own 0-d array (traced ones pass)."""
+    """A positive finite bound: a float, or the caller's own 0-d array.
+
+    While a compiler traces, values are not known: what turns out to be no bound becomes NaN.
+    """
     real = float | int | np.integer | np.floating
     if isinstance(value, real) and not isinstance(value, bool):
         if 0 < value < math.inf:
             return float(value)
-    elif (
-        compat.is_array_api_obj(value)
-        and value.ndim == 0
-        and (backend.truth((value > 0) & (value < math.inf)) is not False)
-    ):
-        return value
+    elif compat.is_array_api_obj(value) and value.ndim == 0:
+        fits = (value > 0) & (value < math.inf)
+        if (known := backend.truth(fits)) is not False:
+            return value if known else nan_unless(fits, value)
     raise ValueError(
         f"{name} must be a positive finite number, got {value!r}: to switch a layer off, give "
         f"it no rule"
     )
+
+
+def nan_unless(fits: Any, value: Any) -> Any:
+    """`value`, or NaN where a traced condition turns out not to hold."""
+    return backend.namespace(value).where(fits, value * 1.0, math.nan)
+
+
+def nan_without(bound: Any, result: Any) -> Any:
+    """`result`, or NaN throughout where a traced bound turned out to be none.
+
+    Comparisons with such a bound would otherwise pass for a weight that is inside.
+    """
+    if not (compat.is_array_api_obj(bound) and backend.is_traced(bound)):
+        return result
+    xp = backend.namespace(result)
+    return xp.where(xp.isnan(bound), xp.full_like(result, math.nan), result)

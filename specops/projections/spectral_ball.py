@@ -8,7 +8,7 @@ from typing import Any
 
 from specops.errors import StateError
 from specops.geometry import Conv, Dense, Geometry
-from specops.geometry.arguments import check_bound, integer, non_negative
+from specops.geometry.arguments import check_bound, integer, nan_without, non_negative
 from specops.projections import conv_support, matrix_ball
 from specops.projections.conv_support import KernelProblem
 from specops.projections.feasible import ProjectionInfo
@@ -151,6 +151,7 @@ def project_spectral_ball(
         result, info = problem.project(
             method, iterations, Tolerance(gap_tolerance, distance_tolerance), state, measure
         )
+    result = nan_without(max_norm, result)
     return (result, info) if return_info else result
 
 

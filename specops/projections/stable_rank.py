@@ -11,7 +11,7 @@ import numpy as np
 from specops import backend
 from specops.errors import StateError, UnsupportedGeometryError
 from specops.geometry import Conv, Dense, Geometry
-from specops.geometry.arguments import integer
+from specops.geometry.arguments import integer, nan_unless, nan_without
 from specops.projections.kernel_axis import leading_axis
 from specops.projections.kernel_cone import kernel_family
 from specops.projections.matrix_cone import leading_vectors, matrix_family
@@ -113,18 +113,19 @@ def project_stable_rank(
            [0.    , 0.7071, 0.    ],
            [0.    , 0.    , 0.7071]])
     """
-    check_stable_rank(ratio, target)
+    ratio, target = check_stable_rank(ratio, target)
     preserve = integer(preserve, "preserve", least=0)
     given = prepare(w, geometry)
     if isinstance(given.geometry, Conv):
         result, info = _project_conv(given, given.geometry, w, ratio, target, preserve, state)
     else:
         result, info = _project_dense(given, given.geometry, w, ratio, target, preserve, state)
+    result = nan_without(target if ratio is None else ratio, result)
     return (result, info) if return_info else result
 
 
-def check_stable_rank(ratio: Any, target: Any) -> None:
-    """Raise unless exactly one of the two is given and in range."""
+def check_stable_rank(ratio: Any, target: Any) -> tuple[Any, Any]:
+    """Both as given. Raise unless exactly one is, and in range; traced ones as `check_bound`."""
     if (ratio is None) == (target is None):
         raise ValueError(
             f"give exactly one of ratio and target, got ratio={ratio!r} and target={target!r}"
@@ -134,7 +135,10 @@ def check_stable_rank(ratio: Any, target: Any) -> None:
         fits: Any = bool((low <= value < high) if ratio is None else (low < value <= high))
     elif compat.is_array_api_obj(value) and value.ndim == 0:
         flag = (value >= low) & (value < high) if ratio is None else (value > low) & (value <= high)
-        fits = backend.truth(flag) is not False
+        fits = backend.truth(flag)
+        if fits is None:
+            value = nan_unless(flag, value)
+            return (None, value) if ratio is None else (value, None)
     else:
         fits = False
     if not fits and ratio is None:
@@ -147,6 +151,7 @@ def check_stable_rank(ratio: Any, target: Any) -> None:
             f"ratio must be in (0, 1], got {ratio!r}: it is a share of min(rows, columns) of the "
             f"map, and stable ranks lie in [1, min(rows, columns)]"
         )
+    return ratio, target
 
 
 def _limit(xp: Any, ratio: Any, target: Any, side: int, like: Array) -> Array:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from specops import backend
 from specops.errors import StateError, UnsupportedGeometryError
 from specops.geometry import Conv, Dense, Geometry
-from specops.geometry.arguments import check_bound
+from specops.geometry.arguments import check_bound, nan_without
 from specops.rules.base import Array, Figures, Schedule, State, at, check_scheduled, measured_as
 from specops.spectra import spectral_norm, spectral_norm_bounds
 from specops.spectra.prepare import prepare
@@ -22,6 +22,9 @@ _ROUNDS_WHEN_TRACED = 16
 _FAR = 64.0
 """σ₁/c from which a matrix is scaled down before the polynomials."""
 _POWER_STEPS = 4
+_STIR = 0.1
+_CLEARLY = 1.01
+"""By how much another pair must lead: nearly equal ones would be chosen among by rounding."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class NormalizeIfAbove(_Cap):
         if backend.truth(xp.all(xp.stack([xp.all(f == 1.0) for f in factors]))):
             result = weight
         else:
-            result = xp.astype(_scaled(given.w, view, factors), weight.dtype)
+            result = nan_without(bound, xp.astype(_scaled(given.w, view, factors), weight.dtype))
         after = tuple(n * f for n, f in zip(before, factors, strict=True))
         figures = {"norm_before": _figure(xp, before), "norm_after": _figure(xp, after)}
         return result, state, figures
@@ -161,7 +164,8 @@ class SpectralSoftCap(_Cap):
             after.append(xp.where(above, top * target, n))
         result = weight
         if backend.truth(xp.all(xp.stack([xp.all(n <= bound) for n in before]))) is not True:
-            result = xp.astype(view.assemble(tuple(blocks), weight.shape), weight.dtype)
+            new = view.assemble(tuple(blocks), weight.shape)
+            result = nan_without(bound, xp.astype(new, weight.dtype))
         figures = {"norm_before": _figure(xp, before), "norm_after": _figure(xp, tuple(after))}
         return result, state, figures
 
@@ -183,7 +187,8 @@ class SpectralHammer(_Cap):
     -----
     Singular values after the first may exceed the bound and lead from then on: only a firing
     at every step, with steps that move few of them, keeps the norm near the bound. The pair is
-    followed by power steps from one firing to the next.
+    followed by power steps from one firing to the next, and so is one mixed with a little of
+    every other direction: where that leads by 1 % it takes over, so that what leads after a strike is found.
 
     References
     ----------
@@ -211,7 +216,10 @@ class SpectralHammer(_Cap):
         bound = self._bound(step, name, geometry)
         follow = track(geometry, self.norm)
         try:
-            state = follow.advance(weight, state, _POWER_STEPS)
+            state = _longer(
+                follow.advance(weight, state, _POWER_STEPS),
+                follow.advance(weight, _stirred(state, name), _POWER_STEPS),
+            )
         except StateError:
             # The input size has changed since.
             state = follow.start(weight, name)
@@ -237,7 +245,7 @@ class SpectralHammer(_Cap):
             squared = xp.sum(xp.abs(axis) ** 2)
             share = excesses[0] / xp.where(squared > 0, squared, xp.ones_like(squared))
             new = w - xp.astype(share, w.dtype) * axis
-        return xp.astype(new, weight.dtype), state, figures
+        return nan_without(bound, xp.astype(new, weight.dtype)), state, figures
 
 
 def _norms(w: Array, view: Geometry) -> tuple[Array, ...]:
@@ -258,6 +266,28 @@ def _scaled(w: Array, view: Geometry, factors: tuple[Array, ...]) -> Array:
 
 def _figure(xp: Any, norms: tuple[Array, ...]) -> Array:
     return xp.stack(norms, axis=-1) if len(norms) > 1 else norms[0]
+
+
+def _stirred(state: State, name: str) -> State:
+    """The pairs with noise: power steps never leave a singular pair, struck or not."""
+    result = dict(state)
+    for key, v in state.items():
+        if key.startswith("v"):
+            noise = backend.start_vector(f"{name}.{key} stirred", v.shape[-1])
+            result[key] = v + _STIR * backend.constant(noise, v, complex=backend.is_complex(v))
+    return result
+
+
+def _longer(one: State, other: State) -> State:
+    """Of each pair the other one, where its value is clearly larger."""
+    result = {}
+    for key, value in one.items():
+        index = "".join(c for c in key if c.isdigit())
+        xp = backend.namespace(value)
+        less = _CLEARLY * one[f"sigma{index}"] < other[f"sigma{index}"]
+        less = less[(..., *([None] * (value.ndim - less.ndim)))]
+        result[key] = xp.where(less, other[key], value)
+    return result
 
 
 def _soft_cap(xp: Any, a: Array, top: Array) -> tuple[Array, Array]:

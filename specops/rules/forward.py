@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Literal
 from specops import backend
 from specops.errors import StateError
 from specops.geometry import Geometry
-from specops.geometry.arguments import check_bound, integer
-from specops.normalizations import limit_stable_rank, normalize, rank_floor
+from specops.geometry.arguments import check_bound, integer, nan_without
+from specops.normalizations import check_ratio, limit_stable_rank, normalize
 from specops.rules.base import Array, Figures, Schedule, State, at, check_scheduled
 from specops.tracking import Norm, check_norm, track
 
@@ -191,7 +191,7 @@ class StableRankNormalization(_Forward):
 
     def __post_init__(self) -> None:
         if not callable(self.ratio):
-            rank_floor(self.ratio)
+            check_ratio(self.ratio)
         check_norm(self.norm, ("reshaped", "operator"))
         integer(self.iterations, "iterations", least=1)
 
@@ -207,6 +207,6 @@ class StableRankNormalization(_Forward):
     ) -> Array:
         """The weight that the layer uses; `ratio` is the value of a schedule, as an array."""
         if ratio is None:
-            ratio = at(self.ratio, step, name, geometry)
-            rank_floor(ratio)
-        return limit_stable_rank(weight, self._follow(geometry), state, ratio)
+            ratio = check_ratio(at(self.ratio, step, name, geometry))
+        limited = limit_stable_rank(weight, self._follow(geometry), state, ratio)
+        return nan_without(ratio, limited)

@@ -276,3 +276,59 @@ def test_the_same_of_layers_that_are_objects() -> None:
 
     pair = Pair(eqx.nn.Conv2d(2, 2, 3, padding=1, key=jax.random.key(0)))
     assert specops_jax.geometries_of(pair, jnp.zeros((2, 6, 5)))["conv/weight"].grid == (6, 5)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_scanned_linen_layers_are_stacks_along_their_own_axis(axis: int) -> None:
+    class Block(linen.Module):
+        @linen.compact
+        def __call__(self, x: Any, _: Any) -> Any:
+            return linen.Dense(4)(x), None
+
+    class Net(linen.Module):
+        length: int
+
+        @linen.compact
+        def __call__(self, x: Any) -> Any:
+            scanned = linen.scan(
+                Block,
+                variable_axes={"params": axis},
+                split_rngs={"params": True},
+                length=self.length,
+            )
+            return scanned(name="blocks")(x, None)[0]
+
+    x = jnp.ones((2, 4))
+    geometry = specops_jax.geometries_of(Net(3), x)["blocks/Dense_0/kernel"]
+    assert geometry.batch_axes == (axis,)
+    kernel = Net(3).init(jax.random.key(0), x)["params"]["blocks"]["Dense_0"]["kernel"]
+    expected = [np.linalg.norm(np.take(np.asarray(kernel), i, axis=axis), 2) for i in range(3)]
+    np.testing.assert_allclose(specops.spectral_norm(kernel, geometry), expected, rtol=1e-5)
+    # As many layers as features: which axis is the stack cannot be told.
+    unknown = specops_jax.geometries_of(Net(4), x)
+    assert "blocks/Dense_0/kernel" not in unknown
+    assert "stack" in unknown.reasons["blocks/Dense_0/kernel"]
+
+
+def test_stacked_haiku_layers_are_known_by_the_stacks_name() -> None:
+    def net(x: Any) -> Any:
+        x = hk.Linear(5, name="first")(x)
+        return hk.experimental.layer_stack(3)(lambda x: hk.Linear(5, name="inner")(x))(x)
+
+    transformed, x = hk.transform(net), jnp.ones((2, 4))
+    params = transformed.init(jax.random.key(0), x)
+    found = specops_jax.geometries_of(transformed, x)
+    report = specops_jax.report(params, specops.ClipSpectralNorm(1.0), found)
+    assert len(report.constrained) == 2
+    stack = next(name for name in found if name.endswith("inner/w"))
+    assert found[stack].batch_axes == (0,)
+
+
+def test_stacked_general_nnx_layers_are_stacks() -> None:
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stack(rngs: Any) -> Any:
+        return nnx.LinearGeneral((2, 3), (4,), axis=(-2, -1), rngs=rngs)
+
+    geometry = specops_jax.geometries_of(stack(nnx.Rngs(0).split(7)))["kernel"]
+    assert geometry.batch_axes == (0,)
+    assert geometry.out_axes == (3,)

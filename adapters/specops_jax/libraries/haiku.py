@@ -7,8 +7,17 @@ from typing import Any
 import jax
 
 from specops.errors import AdapterError
-from specops_jax.layers import EMBEDDING, Role, at_both, convolution, dense, transposed_convolution
+from specops_jax.layers import (
+    EMBEDDING,
+    Role,
+    at_both,
+    convolution,
+    dense,
+    stacked,
+    transposed_convolution,
+)
 from specops_jax.libraries.watching import trace
+from specops_jax.paths import named_leaves
 
 
 def knows(module: Any) -> bool:
@@ -24,23 +33,33 @@ def roles(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
 
     if not inputs and not kwargs:
         raise AdapterError("haiku functions know their layers only when called: give the inputs")
-    met: dict[str, Role] = {}
+    met: dict[str, tuple[Role, tuple[int, ...]]] = {}
 
     def look(function: Any, args: Any, given: Any, context: Any) -> Any:
-        layer = context.module
+        layer, result = context.module, function(*args, **given)
         if context.method_name == "__call__":
             x = args[0] if args else next(iter(given.values()), None)
+            own = layer.params_dict()
             for attribute, role in _roles(layer, x).items():
                 name = f"{layer.module_name}/{attribute}"
-                met[name] = at_both(met[name], role) if name in met else role
-        return function(*args, **given)
+                if name in own:
+                    role = at_both(met[name][0], role) if name in met else role
+                    met[name] = role, tuple(own[name].shape)
+        return result
 
     def init(*x: Any) -> Any:
         with hk.intercept_methods(look):
             return module.init(jax.random.key(0), *x, **kwargs)
 
-    trace(init, inputs)
-    return met
+    parameters = trace(init, inputs)
+    parameters = parameters[0] if isinstance(parameters, tuple) else parameters
+    found = {}
+    for name, leaf in named_leaves(parameters)[0]:
+        # Layers of a stack are met without the stack's name.
+        inner = name if name in met else name.partition("/")[2]
+        if inner in met:
+            found[name] = stacked(*met[inner], tuple(leaf.shape))
+    return found
 
 
 def _roles(layer: Any, x: Any) -> dict[str, Role]:

@@ -113,6 +113,8 @@ def _convolution(layer: Any, shape: tuple[int, ...] | None) -> Role:
 def _own_shape(layer: Any) -> tuple[int, ...] | None:
     from flax import nnx
 
+    if isinstance(layer, nnx.LinearGeneral):
+        return (*dict(layer.batch_axis).values(), *layer.in_features, *layer.out_features)
     if isinstance(layer, nnx.Linear):
         return layer.in_features, layer.out_features
     if isinstance(layer, nnx.Embed):
