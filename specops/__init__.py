@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specops import errors
+    from specops import errors, measures, plots
     from specops.balancing import balance_norms
     from specops.geometry import Conv, Dense
     from specops.models import attach, project
@@ -123,7 +123,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(f"specops.{_HOME_OF[name]}"), name)
         globals()[name] = value
         return value
-    if name in ("errors", "plugins"):
+    if name in ("checkpoints", "errors", "inspection", "measures", "plots", "plugins"):
         return import_module(f"specops.{name}")
     raise AttributeError(f"module 'specops' has no attribute {name!r}")
 

@@ -16,6 +16,7 @@ from specops.spectra import spectral_norm, spectral_norm_bounds
 
 _WIDEST = 60
 _HEADERS = ("parameter", "shape", "geometry", "rule", "norm")
+_NORMALIZED = "with batch norm"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class ReportRow:
         "exact" or an "upper bound".
     norm_is : str
         See `norm`.
+    normalized : float or None
+        The norm of the layer together with the batch normalisation behind it, as in
+        evaluation: what a cap on the weight alone does not bound. None where there is none.
     """
 
     name: str
@@ -47,6 +51,7 @@ class ReportRow:
     reason: str = ""
     norm: float | None = None
     norm_is: str = ""
+    normalized: float | None = None
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,9 @@ class Report:
         return tuple(row for row in self.rows if not row.rule)
 
     def __str__(self) -> str:
-        table = [_HEADERS, *(tuple(map(_short, _cells(row))) for row in self.rows)]
-        widths = [max(len(cells[i]) for cells in table) for i in range(len(_HEADERS))]
+        headers = self._headers()
+        table = [headers, *(tuple(map(_short, self._cells(row))) for row in self.rows)]
+        widths = [max(len(cells[i]) for cells in table) for i in range(len(headers))]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
             for cells in table
@@ -100,20 +106,33 @@ class Report:
         from rich.text import Text
 
         table = Table(caption=self._summary(), header_style="bold")
-        for header in _HEADERS:
-            table.add_column(header, justify="right" if header == "norm" else "left")
+        for header in self._headers():
+            numeric = header in (_HEADERS[-1], _NORMALIZED)
+            table.add_column(header, justify="right" if numeric else "left")
         for row in self.rows:
-            table.add_row(*map(Text, _cells(row)), style=None if row.rule else "dim")
+            table.add_row(*map(Text, self._cells(row)), style=None if row.rule else "dim")
         return table
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{h}</th>" for h in _HEADERS)
+        head = "".join(f"<th>{h}</th>" for h in self._headers())
         body = "".join(
-            "<tr>" + "".join(f"<td>{escape(c)}</td>" for c in _cells(row)) + "</tr>"
+            "<tr>" + "".join(f"<td>{escape(c)}</td>" for c in self._cells(row)) + "</tr>"
             for row in self.rows
         )
         caption = escape(self._summary())
         return f"<table><caption>{caption}</caption><tr>{head}</tr>{body}</table>"
+
+    def _headers(self) -> tuple[str, ...]:
+        return (*_HEADERS, _NORMALIZED) if self._normalizes() else _HEADERS
+
+    def _cells(self, row: ReportRow) -> tuple[str, ...]:
+        cells = _cells(row)
+        if not self._normalizes():
+            return cells
+        return (*cells, "" if row.normalized is None else f"{row.normalized:.4g}")
+
+    def _normalizes(self) -> bool:
+        return any(row.normalized is not None for row in self.rows)
 
     def _summary(self) -> str:
         return f"{len(self.constrained)} of {len(self.rows)} parameters under a rule"

@@ -12,22 +12,50 @@ if TYPE_CHECKING:
     from specops_torch.attachment import Attachment, attach
     from specops_torch.balance import balance_norms
     from specops_torch.baselines import adversarial_loss, jacobian_penalty
+    from specops_torch.derivatives import (
+        hessian_operator,
+        input_gradient_norms,
+        jacobian_operator,
+        margin_jacobians,
+    )
+    from specops_torch.generative import (
+        frechet_inception_distance,
+        inception_score,
+        neural_divergence,
+    )
     from specops_torch.geometry import geometry_of
+    from specops_torch.lipschitz import lipschitz_upper_bound
 
 __all__ = [
     "Attachment",
     "adversarial_loss",
     "attach",
     "balance_norms",
+    "frechet_inception_distance",
     "geometry_of",
+    "hessian_operator",
+    "inception_score",
+    "input_gradient_norms",
+    "jacobian_operator",
     "jacobian_penalty",
+    "lipschitz_upper_bound",
+    "margin_jacobians",
+    "neural_divergence",
 ]
 
 _HOMES = {
     "attachment": ("Attachment", "attach"),
     "balance": ("balance_norms",),
     "baselines": ("adversarial_loss", "jacobian_penalty"),
+    "derivatives": (
+        "hessian_operator",
+        "input_gradient_norms",
+        "jacobian_operator",
+        "margin_jacobians",
+    ),
+    "generative": ("frechet_inception_distance", "inception_score", "neural_divergence"),
     "geometry": ("geometry_of",),
+    "lipschitz": ("lipschitz_upper_bound",),
 }
 
 

@@ -16,6 +16,7 @@ from specops.geometry import Geometry
 from specops.history import History
 from specops.plan import Assignment, Plan, override_geometries
 from specops.report import Report, plan_rows
+from specops_torch.batch_norms import behind
 from specops_torch.constrained import Constrained
 from specops_torch.firing import Firing, Record, check_ran, stepped
 from specops_torch.liveness import Liveness
@@ -235,17 +236,21 @@ class Attachment:
 
         With `measure`, constrained weights show their operator norm as it is now (of forward
         rules: of the weight in use): exact for matrices and circular convolutions, a certified
-        upper bound for zero-padded ones.
+        upper bound for zero-padded ones. Where batch normalisation is registered right behind a
+        layer, the norm of both together, in evaluation, stands beside it: training can undo
+        there what a rule does to the weight.
         """
         self._check_alive()
         current = {c.name: c for c in self._constrained}
+        normalized = behind(self._model) if measure else {}
         rows = []
         for row in plan_rows(self._assignments):
             constrained = current.get(row.name)
             if constrained is not None:
                 row = replace(row, geometry=constrained.geometry.describe())
                 if measure and row.rule:
-                    row = replace(row, **constrained.norm())
+                    following = normalized.get(id(constrained.location.module))
+                    row = replace(row, **constrained.norm(following))
             rows.append(row)
         return Report(tuple(rows))
 

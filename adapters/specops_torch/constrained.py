@@ -18,6 +18,7 @@ from specops.normalizations import check_ratio
 from specops.plan import Assignment
 from specops.report import measured_norm
 from specops.rules.base import at
+from specops_torch.batch_norms import norm_with
 from specops_torch.normalized import Normalizer, install, let_go
 from specops_torch.parameters import Location
 
@@ -127,13 +128,19 @@ class Constrained:
                 float(value), dtype=dtype, device=parameter.device
             )
 
-    def norm(self) -> dict[str, Any]:
-        """The norm now, for a report: exact where it can be, else a certified upper bound."""
+    def norm(self, following: nn.Module | None = None) -> dict[str, Any]:
+        """The norm now, for a report: exact where it can be, else a certified upper bound.
+
+        And that with the batch normalisation which follows, if there is one.
+        """
         w, geometry = self.location.parameter.detach(), self.geometry
         if self.normalizer is not None and self.handles:
             with torch.no_grad():
                 w = self.normalizer(w)
-        return measured_norm(w, geometry)
+        found = measured_norm(w, geometry)
+        if following is not None and found["norm_is"] != "not finite":
+            found["normalized"] = norm_with(self.location.module, w, geometry, following)
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """The rule's state and the sizes seen."""

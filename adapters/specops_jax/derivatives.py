@@ -1,0 +1,204 @@
+"""Derivatives of JAX functions as operators for `specops.measures`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from specops.errors import AdapterError
+from specops.measures import margins
+
+
+class JacobianOperator:
+    """The Jacobian of a function at a point; see `jacobian_operator`."""
+
+    def __init__(self, function: Callable[[Any], Any], x: Any) -> None:
+        self.like, unravel = ravel_pytree(x)
+
+        def flat(v: Any) -> Any:
+            return ravel_pytree(function(unravel(v)))[0]
+
+        y, push = jax.linearize(flat, self.like)
+        self.shape = (int(y.size), int(self.like.size))
+        self._push = jax.jit(push)
+        self._pull = jax.jit(jax.linear_transpose(push, self.like))
+
+    def matvec(self, x: Any) -> Any:
+        """J x."""
+        return self._push(x)
+
+    def rmatvec(self, y: Any) -> Any:
+        """Jᵀ y."""
+        return self._pull(y)[0]
+
+
+def jacobian_operator(function: Callable[[Any], Any], x: Any) -> JacobianOperator:
+    """The Jacobian of a function at a point, by its products.
+
+    Parameters
+    ----------
+    function : callable
+        Pytree → pytree of arrays: for a network on one sample,
+        ``lambda x: model.apply(variables, x[None])[0]``.
+    x : pytree of arrays
+        The point; real and of one dtype.
+
+    Returns
+    -------
+    JacobianOperator
+        ``shape`` (outputs, inputs), ``matvec(x)`` = J x and ``rmatvec(y)`` = Jᵀ y on flat
+        vectors, compiled once each.
+
+    Examples
+    --------
+    >>> from specops.measures import local_lipschitz
+    >>> a = jnp.diag(jnp.array([3.0, 1.0]))
+    >>> round(local_lipschitz(jacobian_operator(lambda x: a @ x, jnp.ones(2))).value, 4)
+    3.0
+    """
+    return JacobianOperator(function, x)
+
+
+class HessianOperator:
+    """The Hessian of a loss; see `hessian_operator`."""
+
+    def __init__(self, losses: Sequence[Callable[[Any], Any]], params: Any) -> None:
+        self.like, unravel = ravel_pytree(params)
+        if not self.like.size:
+            raise AdapterError("there is no parameter to differentiate by")
+        self.shape = (int(self.like.size),) * 2
+
+        def product(x: Any) -> Any:
+            def mean(v: Any) -> Any:
+                return sum(loss(unravel(v)) for loss in losses) / len(losses)
+
+            return jax.jvp(jax.grad(mean), (self.like,), (x,))[1]
+
+        self._product = jax.jit(product)
+
+    def matvec(self, x: Any) -> Any:
+        """H x: the mean over the losses."""
+        return self._product(x)
+
+
+def hessian_operator(
+    loss: Callable[[Any], Any] | Sequence[Callable[[Any], Any]], params: Any
+) -> HessianOperator:
+    """The Hessian of a loss by parameters, by its products.
+
+    Parameters
+    ----------
+    loss : callable or sequence of callables
+        params → scalar; of several, one for each batch, the mean counts.
+    params : pytree of arrays
+        Of one dtype.
+
+    Returns
+    -------
+    HessianOperator
+        ``shape`` (n, n) and ``matvec(x)`` = H x on flat vectors, compiled once.
+
+    Raises
+    ------
+    AdapterError
+        No loss, or no parameters.
+
+    Examples
+    --------
+    >>> from specops.measures import spectrum_ends
+    >>> h = hessian_operator(lambda w: 2 * w[0] ** 2 - w[1] ** 2, jnp.ones(2))
+    >>> ends = spectrum_ends(h)
+    >>> round(ends.smallest, 4), round(ends.largest, 4)
+    (-2.0, 4.0)
+    """
+    losses = [loss] if callable(loss) else list(loss)
+    if not losses:
+        raise AdapterError("there is no loss")
+    return HessianOperator(losses, params)
+
+
+def input_gradient_norms(losses: Callable[[Any], Any], x: Any) -> Any:
+    r"""The norm of each sample's loss gradient by its input, :math:`\|\nabla_x L\|_2`.
+
+    Small norms mean that small changes of inputs hardly change the loss, to first order only.
+
+    Parameters
+    ----------
+    losses : callable
+        (n, ...) → (n,), every sample's own loss.
+    x : array (n, ...)
+        Inputs.
+
+    Returns
+    -------
+    array (n,)
+
+    References
+    ----------
+    Yoshida & Miyato 2017, section 4.3.
+    """
+    gradient = jax.grad(lambda x: jnp.sum(losses(x)))(x)
+    return jnp.linalg.norm(gradient.reshape(len(x), -1), axis=1)
+
+
+class MarginJacobians(NamedTuple):
+    """What `specops.measures.log_jac_norm` takes.
+
+    Attributes
+    ----------
+    hidden_norms, jacobian_norms : array (layers, n)
+        Norms of hidden layers, and of the margin's gradients by them.
+    margins : array (n,)
+        Of the samples.
+    """
+
+    hidden_norms: Any
+    jacobian_norms: Any
+    margins: Any
+
+
+def margin_jacobians(
+    stages: Sequence[Callable[[Any], Any]], x: Any, labels: Any
+) -> MarginJacobians:
+    r"""Norms of hidden layers and of the margin's gradients by them, for every sample.
+
+    Parameters
+    ----------
+    stages : sequence of callables
+        The network cut at its hidden layers: the first takes `x`, the last gives logits
+        (n, classes), and what goes from one to the next, (n, ...), is a hidden layer.
+    x : array (n, ...)
+        Inputs.
+    labels : integer array (n,)
+        Of the right classes.
+
+    Raises
+    ------
+    AdapterError
+        Fewer than two stages: there is no hidden layer.
+    """
+    if len(stages) < 2:
+        raise AdapterError("two stages or more make a hidden layer: cut the network into parts")
+    hidden = []
+    for stage in stages[:-1]:
+        x = stage(x)
+        hidden.append(x)
+
+    def total(added: Sequence[Any]) -> Any:
+        h = hidden[0] + added[0]
+        for stage, zero in zip(stages[1:-1], added[1:], strict=True):
+            h = stage(h) + zero
+        found = margins(stages[-1](h), labels)
+        return jnp.sum(found), found
+
+    zeros = [jnp.zeros_like(h) for h in hidden]
+    gradients, found = jax.grad(total, has_aux=True)(zeros)
+
+    def norms(arrays: Sequence[Any]) -> Any:
+        return jnp.stack([jnp.linalg.norm(a.reshape(len(a), -1), axis=1) for a in arrays])
+
+    return MarginJacobians(norms(hidden), norms(gradients), found)

@@ -1,0 +1,60 @@
+"""Batch normalisation as the diagonal map that it is in evaluation."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from specops.errors import AdapterError
+from specops.geometry import Conv, Geometry
+from specops.report import measured_norm
+from specops_torch.geometry import CONVOLUTIONS
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def diagonal(name: str, layer: Any) -> torch.Tensor:
+    """γ/√(var + ε): what channels are multiplied by in evaluation, in double precision."""
+    if layer.running_var is None:
+        raise AdapterError(
+            f"{name} keeps no running statistics: it normalises by the batch in evaluation too, "
+            f"and is no linear map"
+        )
+    scale = torch.rsqrt(layer.running_var.detach().double() + layer.eps)
+    return scale if layer.weight is None else scale * layer.weight.detach().double()
+
+
+def behind(model: nn.Module) -> dict[int, nn.Module]:
+    """By the id of a layer, the batch normalisation that is registered right after it.
+
+    Networks that are not sequential may compute in another order: this is what blocks of one
+    convolution and one normalisation each, as ResNets have, look like.
+    """
+    found = {}
+    for parent in model.modules():
+        for layer, following in pairwise(parent.children()):
+            if isinstance(following, BATCH_NORMS):
+                outputs = getattr(layer, "out_channels", getattr(layer, "out_features", None))
+                if outputs == following.num_features and following.running_var is not None:
+                    found[id(layer)] = following
+    return found
+
+
+def norm_with(layer: nn.Module, w: torch.Tensor, geometry: Geometry, following: Any) -> Any:
+    """The norm of a layer and the normalisation behind it; None where it is not computed."""
+    if isinstance(layer, CONVOLUTIONS):
+        transposed = isinstance(geometry, Conv) and geometry.transposed
+        if transposed and layer.groups > 1:
+            return None
+        axis = 1 if transposed else 0
+    elif isinstance(layer, nn.Linear):
+        axis = 0
+    else:
+        return None
+    scale = diagonal(type(following).__name__, following).to(w.device)
+    shape = [1] * w.ndim
+    shape[axis] = -1
+    return measured_norm(w.double() * scale.reshape(shape), geometry)["norm"]

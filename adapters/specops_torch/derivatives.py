@@ -1,0 +1,281 @@
+"""Derivatives of torch functions as operators for `specops.measures`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from specops.errors import AdapterError
+from specops.measures import margins
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class JacobianOperator:
+    """The Jacobian of a function at a point; see `jacobian_operator`."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self._x, self._y = x, y
+        self.shape = (y.numel(), x.numel())
+        self.like = x.detach()
+        # J^T u is linear in u: its derivative by u is J.
+        self._u = torch.zeros_like(y, requires_grad=True)
+        self._pulled = self._pull(self._u, create_graph=True)
+
+    def matvec(self, x: Tensor) -> Tensor:
+        """J x."""
+        if not self._pulled.requires_grad:
+            return x.new_zeros(self.shape[0])
+        v = x.reshape(self._x.shape).to(self._x)
+        (image,) = torch.autograd.grad(
+            self._pulled, self._u, v, retain_graph=True, materialize_grads=True
+        )
+        return image.reshape(-1)
+
+    def rmatvec(self, y: Tensor) -> Tensor:
+        """Jᵀ y."""
+        return self._pull(y.reshape(self._y.shape).to(self._y)).reshape(-1)
+
+    def _pull(self, u: Tensor, create_graph: bool = False) -> Tensor:
+        if not self._y.requires_grad:
+            return torch.zeros_like(self._x)
+        return torch.autograd.grad(
+            self._y,
+            self._x,
+            u,
+            retain_graph=True,
+            create_graph=create_graph,
+            materialize_grads=True,
+        )[0]
+
+
+def jacobian_operator(function: Callable[[Tensor], Tensor], x: Tensor) -> JacobianOperator:
+    """The Jacobian of a function at a point, by its products.
+
+    Parameters
+    ----------
+    function : callable
+        Tensor → tensor, of any shapes: for a network on one sample,
+        ``lambda x: model(x[None])[0]``, in evaluation.
+    x : tensor
+        The point.
+
+    Returns
+    -------
+    JacobianOperator
+        ``shape`` (outputs, inputs), ``matvec(x)`` = J x and ``rmatvec(y)`` = Jᵀ y on flat
+        vectors. It keeps the graph of one forward pass.
+
+    Notes
+    -----
+    Products are backward passes, twice differentiated for J x, so that every operation needs a
+    double backward; recurrent layers on cuDNN have none.
+
+    Examples
+    --------
+    >>> from specops.measures import local_lipschitz
+    >>> layer = nn.Linear(2, 2, bias=False)
+    >>> layer.weight.data = torch.diag(torch.tensor([3.0, 1.0]))
+    >>> round(local_lipschitz(jacobian_operator(layer, torch.ones(2))).value, 4)
+    3.0
+    """
+    with torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        return JacobianOperator(x, function(x))
+
+
+class HessianOperator:
+    """The Hessian of a loss; see `hessian_operator`."""
+
+    def __init__(self, losses: Sequence[Callable[[], Tensor]], parameters: list[Tensor]) -> None:
+        if not parameters:
+            raise AdapterError("there is no parameter to differentiate by")
+        self._losses, self._parameters = losses, parameters
+        size = sum(p.numel() for p in parameters)
+        self.shape = (size, size)
+        self.like = parameters[0].detach()
+        self._kept: tuple[Tensor, ...] | None = None
+
+    def matvec(self, x: Tensor) -> Tensor:
+        """H x: the mean over the losses."""
+        parts = x.split([p.numel() for p in self._parameters])
+        direction = [v.reshape(p.shape).to(p) for v, p in zip(parts, self._parameters, strict=True)]
+        total = torch.zeros_like(x)
+        for loss in self._losses:
+            gradients = self._gradients(loss)
+            # Of what depends on the parameters: linear losses have no second derivative.
+            used = [(g, v) for g, v in zip(gradients, direction, strict=True) if g.requires_grad]
+            if not used:
+                continue
+            products = torch.autograd.grad(
+                [g for g, _ in used],
+                self._parameters,
+                [v for _, v in used],
+                retain_graph=self._kept is not None,
+                materialize_grads=True,
+            )
+            total = total + torch.cat([p.reshape(-1) for p in products]).to(x)
+        return total / len(self._losses)
+
+    def _gradients(self, loss: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+        if self._kept is not None:
+            return self._kept
+        with torch.enable_grad():
+            gradients: tuple[Tensor, ...] = torch.autograd.grad(
+                loss(), self._parameters, create_graph=True, materialize_grads=True
+            )
+        if len(self._losses) == 1:
+            self._kept = gradients
+        return gradients
+
+
+def hessian_operator(
+    loss: Callable[[], Tensor] | Sequence[Callable[[], Tensor]], parameters: Iterable[Tensor]
+) -> HessianOperator:
+    """The Hessian of a loss by parameters, by its products.
+
+    Parameters
+    ----------
+    loss : callable or sequence of callables
+        Each gives a scalar: ``lambda: criterion(model(x), y)``. Of several, one for each batch,
+        the mean counts; they are computed anew for each product, a single one only once.
+    parameters : iterable of tensor
+        Those of ``model.parameters()`` that require gradients.
+
+    Returns
+    -------
+    HessianOperator
+        ``shape`` (n, n) and ``matvec(x)`` = H x on flat vectors of all entries.
+
+    Raises
+    ------
+    AdapterError
+        No parameter requires a gradient.
+
+    Notes
+    -----
+    Put the model into evaluation: dropout and batch statistics change from call to call, and
+    the operator would not be one matrix. Where ReLU bends there is no second derivative; what is
+    measured is that of the linear pieces.
+
+    Examples
+    --------
+    >>> from specops.measures import spectrum_ends
+    >>> w = torch.tensor([1.0, 1.0], requires_grad=True)
+    >>> ends = spectrum_ends(hessian_operator(lambda: 2 * w[0] ** 2 - w[1] ** 2, [w]))
+    >>> round(ends.smallest, 4), round(ends.largest, 4)
+    (-2.0, 4.0)
+    """
+    losses = [loss] if callable(loss) else list(loss)
+    if not losses:
+        raise AdapterError("there is no loss")
+    return HessianOperator(losses, [p for p in parameters if p.requires_grad])
+
+
+def input_gradient_norms(losses: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    r"""The norm of each sample's loss gradient by its input, :math:`\|\nabla_x L\|_2`.
+
+    Small norms mean that small changes of inputs hardly change the loss, to first order only.
+
+    Parameters
+    ----------
+    losses : callable
+        (n, ...) → (n,), every sample's own loss: ``lambda x: cross_entropy(model(x), y,
+        reduction="none")``, in evaluation.
+    x : tensor (n, ...)
+        Inputs.
+
+    Returns
+    -------
+    tensor (n,)
+
+    References
+    ----------
+    Yoshida & Miyato 2017, section 4.3.
+    """
+    with torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(losses(x).sum(), x, materialize_grads=True)
+    return gradient.reshape(len(x), -1).norm(dim=1)
+
+
+class MarginJacobians(NamedTuple):
+    """What `specops.measures.log_jac_norm` takes.
+
+    Attributes
+    ----------
+    hidden_norms, jacobian_norms : tensor (layers, n)
+        Norms of hidden layers, and of the margin's gradients by them.
+    margins : tensor (n,)
+        Of the samples.
+    """
+
+    hidden_norms: Tensor
+    jacobian_norms: Tensor
+    margins: Tensor
+
+
+def margin_jacobians(
+    model: nn.Module, x: Tensor, labels: Tensor, layers: Sequence[str] | None = None
+) -> MarginJacobians:
+    r"""Norms of hidden layers and of the margin's gradients by them, for every sample.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Gives logits (n, classes); it is run in evaluation and left in its mode.
+    x : tensor (n, ...)
+        Inputs.
+    labels : integer tensor (n,)
+        Of the right classes.
+    layers : sequence of str, optional
+        Names of the modules whose outputs are the hidden layers; default: all linear and
+        convolution layers but the last.
+
+    Raises
+    ------
+    AdapterError
+        A name that the model does not know, a module that did not run or ran twice.
+    """
+    named = dict(model.named_modules())
+    if layers is None:
+        layers = [name for name, m in named.items() if isinstance(m, _LAYERS)][:-1]
+    unknown = [name for name in layers if name not in named]
+    if unknown or not layers:
+        raise AdapterError(f"no such modules: {', '.join(unknown)}" if unknown else "no layers")
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            if name in seen:
+                raise AdapterError(f"{name} ran twice: its output is no single hidden layer")
+            if not output.requires_grad:
+                output.requires_grad_()
+            seen[name] = output
+            return output
+
+        return hook
+
+    handles = [named[name].register_forward_hook(keep(name)) for name in layers]
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        with torch.enable_grad():
+            found = margins(model.eval()(x), labels)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    missing = [name for name in layers if name not in seen]
+    if missing:
+        raise AdapterError(f"{', '.join(missing)} did not run")
+    hidden = [seen[name] for name in layers]
+    gradients = torch.autograd.grad(found.sum(), hidden, materialize_grads=True)
+
+    def norms(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.stack([t.detach().reshape(len(x), -1).norm(dim=1) for t in tensors])
+
+    return MarginJacobians(norms(hidden), norms(gradients), found.detach())

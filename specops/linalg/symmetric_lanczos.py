@@ -1,0 +1,97 @@
+"""Lanczos tridiagonalisation of a symmetric operator whose products only are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from specops import backend
+from specops.errors import NonFiniteError
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class Ritz:
+    """Ritz values of a Krylov space.
+
+    Attributes
+    ----------
+    values : ndarray (steps,)
+        Ascending.
+    residuals : ndarray (steps,)
+        ‖A q − θ q‖ of each Ritz pair: A has an eigenvalue at most that far from θ.
+    weights : ndarray (steps,)
+        Squared first components of the Ritz vectors: the quadrature of Gauss for the start.
+    """
+
+    values: np.ndarray
+    residuals: np.ndarray
+    weights: np.ndarray
+
+
+def lanczos(
+    product: Callable[[Array], Array],
+    start: Array,
+    *,
+    steps: int,
+    settled: Callable[[Ritz], bool] | None = None,
+) -> Ritz:
+    """Ritz values of A in the Krylov space of `start`, fully reorthogonalised.
+
+    Parameters
+    ----------
+    product : callable
+        x ↦ A x for a symmetric A.
+    start : array (n,)
+        Not zero.
+    steps : int
+        Products at the most; n are enough.
+    settled : callable, optional
+        Ends the process early.
+
+    Raises
+    ------
+    NonFiniteError
+        A product holds NaN or infinity.
+    """
+    xp = backend.namespace(start)
+    size = int(start.shape[0])
+    eps = backend.epsilon(start.dtype)
+    basis = [start / xp.linalg.vector_norm(start)]
+    diagonal: list[float] = []
+    beside: list[float] = []
+    for index in range(min(steps, size)):
+        x = product(basis[-1])
+        along = float(xp.sum(basis[-1] * x))
+        # Twice: once leaves components that grow into copies of values already found.
+        for _ in range(2):
+            for q in basis:
+                x = x - xp.sum(q * x) * q
+        rest = float(xp.linalg.vector_norm(x))
+        if not np.isfinite(along) or not np.isfinite(rest):
+            raise NonFiniteError(
+                f"product {index + 1} with the operator holds NaN or infinity: look for an "
+                f"overflow, or a function without derivatives where it is differentiated"
+            )
+        diagonal.append(along)
+        beside.append(rest)
+        found = _ritz(diagonal, beside)
+        # Below rounding the space is exhausted: what is left is noise.
+        if rest <= 8 * eps * max(np.abs(found.values).max(), 1e-300) or len(diagonal) == size:
+            beside[-1] = 0.0
+            return _ritz(diagonal, beside)
+        if settled is not None and settled(found):
+            return found
+        basis.append(x / rest)
+    return found
+
+
+def _ritz(diagonal: list[float], beside: list[float]) -> Ritz:
+    values, vectors = np.linalg.eigh(
+        np.diag(diagonal) + np.diag(beside[:-1], 1) + np.diag(beside[:-1], -1)
+    )
+    return Ritz(values, beside[-1] * np.abs(vectors[-1]), vectors[0] ** 2)

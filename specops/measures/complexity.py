@@ -1,0 +1,274 @@
+"""Margins, and the complexities of networks that generalisation bounds divide by them.
+
+All in logarithms: products of norms over many layers overflow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import array_api_compat as compat
+import numpy as np
+
+from specops import backend
+from specops.errors import GeometryError
+from specops.geometry import Conv, Dense, Geometry
+from specops.operators import ConvOperator
+from specops.spectra import spectral_norm, stable_rank
+from specops.spectra.prepare import prepare
+
+Array = Any
+
+
+def margins(logits: Array, labels: Array) -> Array:
+    r"""How far the right class is ahead, :math:`\gamma = f(x)_y - \max_{j\ne y} f(x)_j`.
+
+    Positive for what is classified rightly. Its size means nothing by itself, as outputs may
+    be scaled at will: complexities divide by it.
+
+    Parameters
+    ----------
+    logits : array (n, classes)
+        Outputs, at least two classes.
+    labels : integer array (n,)
+        Of the right classes.
+
+    Returns
+    -------
+    array (n,)
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit, one class only, a label that is no class.
+
+    References
+    ----------
+    Bartlett, Foster & Telgarsky 2017; Sanyal, Torr & Dokania 2020, section 5.1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> margins(np.array([[3.0, 1.0, 0.0], [0.0, 2.0, 5.0]]), np.array([0, 1])).tolist()
+    [2.0, -3.0]
+    """
+    if logits.ndim != 2 or logits.shape[1] < 2 or tuple(labels.shape) != (logits.shape[0],):
+        raise ValueError(
+            f"logits must be (n, classes) with two classes or more, and labels (n,): got "
+            f"{tuple(logits.shape)} and {tuple(labels.shape)}"
+        )
+    xp = backend.namespace(logits)
+    z = backend.to_compute(xp, logits)
+    classes = backend.constant(np.arange(z.shape[1]), z)
+    own = classes[None, :] == xp.astype(labels, classes.dtype)[:, None]
+    if backend.truth(xp.all(xp.any(own, axis=-1))) is False:
+        raise ValueError(f"labels must lie in 0 … {z.shape[1] - 1}, one for each class")
+    right = xp.sum(xp.where(own, z, xp.zeros_like(z)), axis=-1)
+    return right - xp.max(xp.where(own, xp.full_like(z, -math.inf), z), axis=-1)
+
+
+def log_spec_fro(
+    weights: Sequence[Array],
+    margin: Any,
+    geometries: Sequence[Geometry | None] | None = None,
+) -> Any:
+    r"""The logarithm of Spec-Fro,
+    :math:`\prod_i\|W_i\|_2^2\,\sum_i\mathrm{srank}(W_i)\,/\,\gamma^2`.
+
+    What the bound of Neyshabur et al. grows with, up to depth and logarithms. It compares
+    networks of one architecture; its value is no bound on anything.
+
+    Parameters
+    ----------
+    weights : sequence of array
+        Of all layers.
+    margin : float or array
+        γ > 0, of a sample or a percentile over samples (`margins`). Where it is not positive
+        the result is inf: what is classified wrongly has no margin.
+    geometries : sequence of Dense or Conv, optional
+        Of each weight; None is ``Dense()``. With a `Conv` norm and stable rank are the
+        operator's, with ``Dense()`` those of the reshaped kernel, which papers use.
+
+    Returns
+    -------
+    float, or array of the margins' shape
+
+    Raises
+    ------
+    ValueError
+        No weights, sequences of different lengths.
+    GeometryError, UnsupportedArrayError, NonFiniteError
+        As `specops.stable_rank`; stacks and fused blocks, which have several norms.
+
+    References
+    ----------
+    Neyshabur, Bhojanapalli & Srebro 2018; Sanyal, Torr & Dokania 2020, section 5.1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> round(log_spec_fro([np.diag([2.0, 2.0]), np.diag([3.0, 0.0])], 1.0), 6)
+    4.682131
+    >>> round(float(np.log(4 * 9 * (2 + 1))), 6)
+    4.682131
+    """
+    pairs = _paired(weights, geometries)
+    norms = [_one(spectral_norm(w, g), i) for i, (w, g) in enumerate(pairs)]
+    ranks = [_one(stable_rank(w, g), i) for i, (w, g) in enumerate(pairs)]
+    if 0.0 in norms:
+        return _over_margin(-math.inf, margin, 2.0)
+    log = 2.0 * math.fsum(map(math.log, norms)) + math.log(math.fsum(ranks))
+    return _over_margin(log, margin, 2.0)
+
+
+def log_spec_l1(
+    weights: Sequence[Array],
+    margin: Any,
+    geometries: Sequence[Geometry | None] | None = None,
+) -> Any:
+    r"""The logarithm of Spec-L1,
+
+    .. math:: \prod_i\|W_i\|_2^2\,
+              \Bigl(\sum_i\frac{\|W_i^T\|_{2,1}^{2/3}}{\|W_i\|_2^{2/3}}\Bigr)^3 / \gamma^2,
+
+    with :math:`\|W^T\|_{2,1}` the sum over output units of the ℓ₂ norms of their rows: the
+    spectrally normalised margin bound. What it tells is as for `log_spec_fro`.
+
+    Parameters
+    ----------
+    weights, margin, geometries
+        As `log_spec_fro`. The output units of a `Conv` are those of every position, so that it
+        needs an ``input_shape``.
+
+    Returns
+    -------
+    float, or array of the margins' shape
+
+    Raises
+    ------
+    ValueError, GeometryError, UnsupportedArrayError, NonFiniteError
+        As `log_spec_fro`; a `Conv` without an input size.
+
+    References
+    ----------
+    Bartlett, Foster & Telgarsky 2017, equation 1.2; Sanyal, Torr & Dokania 2020, section 5.1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> round(log_spec_l1([np.diag([2.0, 1.0])], 1.0), 6), round(float(np.log(4 * (3 / 2) ** 2)), 6)
+    (2.197225, 2.197225)
+    """
+    pairs = _paired(weights, geometries)
+    norms = [_one(spectral_norm(w, g), i) for i, (w, g) in enumerate(pairs)]
+    rows = [_one(_row_norms(w, g), i) for i, (w, g) in enumerate(pairs)]
+    if 0.0 in norms:
+        return _over_margin(-math.inf, margin, 2.0)
+    shares = [(r / n) ** (2.0 / 3.0) for r, n in zip(rows, norms, strict=True)]
+    log = 2.0 * math.fsum(map(math.log, norms)) + 3.0 * math.log(math.fsum(shares))
+    return _over_margin(log, margin, 2.0)
+
+
+def log_jac_norm(hidden_norms: Array, jacobian_norms: Array, margin: Array) -> Array:
+    r"""The logarithm of Jac-Norm, :math:`\sum_i\|h_i\|_2\|J_i\|_2/\gamma`, sample by sample.
+
+    :math:`h_i` is the i-th hidden layer and :math:`J_i = \partial\gamma/\partial h_i`. Unlike
+    Spec-Fro and Spec-L1 it depends on the data, and sees how the network behaves there.
+
+    Parameters
+    ----------
+    hidden_norms, jacobian_norms : array (layers, n)
+        As ``margin_jacobians`` of an adapter gives them.
+    margin : array (n,)
+        γ; where it is not positive the result is inf.
+
+    Returns
+    -------
+    array (n,)
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit.
+
+    References
+    ----------
+    Wei & Ma 2019; Sanyal, Torr & Dokania 2020, section 5.1.
+    """
+    shape = tuple(hidden_norms.shape)
+    if len(shape) != 2 or tuple(jacobian_norms.shape) != shape or tuple(margin.shape) != shape[1:]:
+        raise ValueError(
+            f"expected norms (layers, n) and margins (n,), got {shape}, "
+            f"{tuple(jacobian_norms.shape)} and {tuple(margin.shape)}"
+        )
+    xp = backend.namespace(hidden_norms)
+    # Factor by factor in logarithms, and their sum from the largest.
+    terms = xp.log(hidden_norms) + xp.log(jacobian_norms)
+    top = xp.max(terms, axis=0)
+    safe = xp.where(xp.isfinite(top), top, xp.zeros_like(top))
+    total = safe + xp.log(xp.sum(xp.exp(terms - safe[None, :]), axis=0))
+    positive = margin > 0
+    logs = xp.log(xp.where(positive, margin, xp.ones_like(margin)))
+    return xp.where(positive, total - logs, xp.full_like(total, math.inf))
+
+
+def _paired(
+    weights: Sequence[Array], geometries: Sequence[Geometry | None] | None
+) -> list[tuple[Array, Geometry | None]]:
+    if not len(weights):
+        raise ValueError("weights is empty")
+    geometries = [None] * len(weights) if geometries is None else geometries
+    if len(geometries) != len(weights):
+        raise ValueError(f"got {len(weights)} weights and {len(geometries)} geometries")
+    return list(zip(weights, geometries, strict=True))
+
+
+def _one(value: Any, index: int) -> float:
+    if isinstance(value, tuple) or value.ndim:
+        raise GeometryError(
+            f"weights[{index}] is a stack of matrices or of fused blocks, with a norm for each: "
+            f"give the matrices as layers of their own"
+        )
+    return float(value)
+
+
+def _row_norms(w: Array, geometry: Geometry | None) -> Array:
+    """‖Aᵀ‖₂,₁: the sum of the ℓ₂ norms of A's rows."""
+    given = prepare(w, geometry, scaled=False)
+    xp = given.xp
+    if isinstance(given.geometry, Dense):
+        blocks = given.geometry.blocks(given.w)
+        if len(blocks) > 1:
+            return tuple(blocks)
+        return xp.sum(xp.linalg.vector_norm(blocks[0], axis=-1), axis=-1)
+    return _conv_row_norms(given.w, given.geometry)
+
+
+def _conv_row_norms(w: Array, geometry: Conv) -> Array:
+    sizes = geometry.sizes(tuple(w.shape))
+    assert sizes.fine is not None  # `spectral_norm` has refused it
+    xp, kernel = backend.namespace(w), geometry.kernel(w)
+    reach = zip(sizes.spans, sizes.fine, strict=True)
+    if sizes.circular and any(span > n for span, n in reach):
+        # Taps wrap onto each other: their values add before they are squared.
+        matrix = ConvOperator(kernel, sizes).to_matrix()
+        return xp.sum(xp.linalg.vector_norm(matrix, axis=-2 if geometry.transposed else -1))
+    squares = ConvOperator(xp.abs(kernel) ** 2, sizes)
+    rows, columns = squares.shape
+    if geometry.transposed:
+        sums = squares.rmatvec(xp.ones_like(backend.zeros((rows,), squares.kernel)))
+    else:
+        sums = squares.matvec(xp.ones_like(backend.zeros((columns,), squares.kernel)))
+    return xp.sum(xp.sqrt(sums))
+
+
+def _over_margin(log: float, margin: Any, power: float) -> Any:
+    """log − power · log γ; inf where γ is not positive."""
+    if not compat.is_array_api_obj(margin):
+        return log - power * math.log(margin) if margin > 0 else math.inf
+    xp = backend.namespace(margin)
+    positive = margin > 0
+    logs = xp.log(xp.where(positive, margin, xp.ones_like(margin)))
+    return xp.where(positive, log - power * logs, xp.full_like(margin, math.inf))

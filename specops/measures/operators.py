@@ -1,0 +1,34 @@
+"""What a derivative has to offer to be measured."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+Array = Any
+
+
+@runtime_checkable
+class SymmetricOperator(Protocol):
+    """A symmetric matrix by its products: the Hessian of a loss.
+
+    Attributes
+    ----------
+    shape : (int, int)
+        Of the matrix.
+    like : array
+        Vectors have its namespace, device and dtype.
+    """
+
+    shape: tuple[int, int]
+    like: Array
+
+    def matvec(self, x: Array) -> Array:
+        """A x, for x of shape (columns,)."""
+
+
+@runtime_checkable
+class JacobianOperator(SymmetricOperator, Protocol):
+    """Any real matrix by its products from both sides: the Jacobian of a function at a point."""
+
+    def rmatvec(self, y: Array) -> Array:
+        """Aᵀ y, for y of shape (rows,)."""

@@ -1,0 +1,1 @@
+"""Measures against closed forms and definitions."""

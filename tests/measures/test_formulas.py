@@ -1,0 +1,325 @@
+"""Measures on arrays: closed forms on linear networks, definitions by brute force."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specops import Conv, Dense, errors, measures
+from tests import oracle
+from tests.backends import Backend
+
+RNG = np.random.default_rng(0)
+LAYERS = [RNG.normal(size=(5, 4)), RNG.normal(size=(6, 5)), RNG.normal(size=(3, 6))]
+CONVS = {
+    "circular": ((4, 3, 3, 3), Conv((6, 5), boundary="circular")),
+    "zeros, stride": ((4, 3, 3, 2), Conv((6, 5), stride=2, padding=1)),
+    "grouped": ((4, 2, 3), Conv((7,), groups=2)),
+    "wraps": ((2, 3, 5), Conv((3,), boundary="circular")),
+    "transposed": ((3, 4, 3), Conv((5,), transposed=True, layout="IO*", stride=2, padding=1)),
+}
+
+
+def as_operator(a: np.ndarray) -> Any:
+    return SimpleNamespace(shape=a.shape, like=a, matvec=lambda x: a @ x, rmatvec=lambda y: a.T @ y)
+
+
+def test_margins(backend: Backend) -> None:
+    logits = RNG.normal(size=(7, 4))
+    labels = RNG.integers(0, 4, 7)
+    expected = [
+        row[y] - max(row[j] for j in range(4) if j != y)
+        for row, y in zip(logits, labels, strict=True)
+    ]
+    got = backend.call(
+        lambda z: measures.margins(z, backend.convert(labels.astype(np.int32))),
+        backend.array(logits, "float32"),
+    )
+    np.testing.assert_allclose(backend.numpy(got), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels"),
+    [((3, 1), (3,)), ((3,), (3,)), ((3, 4), (2,))],
+    ids=["one class", "no classes", "lengths"],
+)
+def test_margins_refuse_shapes(logits: Any, labels: Any) -> None:
+    with pytest.raises(ValueError, match="two classes"):
+        measures.margins(np.zeros(logits), np.zeros(labels, int))
+
+
+def test_margins_refuse_labels_that_are_no_class() -> None:
+    with pytest.raises(ValueError, match="0 … 2"):
+        measures.margins(np.zeros((2, 3)), np.array([0, 3]))
+
+
+def brute_spec_fro(matrices: list[np.ndarray], margin: float) -> float:
+    norms = [np.linalg.norm(a, 2) for a in matrices]
+    ranks = [np.sum(a**2) / n**2 for a, n in zip(matrices, norms, strict=True)]
+    return float(np.prod(norms) ** 2 * sum(ranks) / margin**2)
+
+
+def brute_spec_l1(matrices: list[np.ndarray], margin: float) -> float:
+    norms = [np.linalg.norm(a, 2) for a in matrices]
+    shares = [
+        (np.sum(np.linalg.norm(a, axis=1)) / n) ** (2 / 3)
+        for a, n in zip(matrices, norms, strict=True)
+    ]
+    return float(np.prod(norms) ** 2 * sum(shares) ** 3 / margin**2)
+
+
+@pytest.mark.parametrize(
+    ("log_of", "brute"),
+    [(measures.log_spec_fro, brute_spec_fro), (measures.log_spec_l1, brute_spec_l1)],
+    ids=["spec-fro", "spec-l1"],
+)
+def test_complexities_of_matrices(log_of: Any, brute: Any) -> None:
+    assert log_of(LAYERS, 0.3) == pytest.approx(math.log(brute(LAYERS, 0.3)), rel=1e-10)
+    many = log_of(LAYERS, np.array([0.3, 2.0, 0.0, -1.0]))
+    np.testing.assert_allclose(many[:2], np.log([brute(LAYERS, 0.3), brute(LAYERS, 2.0)]))
+    assert np.isinf(many[2:]).all()
+    # Far beyond what a product of floats holds, and through a layer of zeros.
+    huge = [np.eye(2) * 1e150] * 10
+    assert log_of(huge, 1.0) == pytest.approx(20 * 150 * math.log(10), rel=1e-2)
+    assert log_of([np.eye(2), np.zeros((2, 2))], 1.0) == -math.inf
+
+
+@pytest.mark.parametrize("key", CONVS)
+def test_complexities_of_convolutions_are_those_of_their_matrices(key: str) -> None:
+    shape, geometry = CONVS[key]
+    w = RNG.normal(size=shape)
+    matrices = [oracle.conv_matrix(w, geometry), LAYERS[0]]
+    for log_of, brute in (
+        (measures.log_spec_fro, brute_spec_fro),
+        (measures.log_spec_l1, brute_spec_l1),
+    ):
+        got = log_of([w, LAYERS[0]], 0.7, [geometry, None])
+        assert got == pytest.approx(math.log(brute(matrices, 0.7)), rel=1e-6)
+
+
+def test_complexities_refuse_what_has_no_single_norm() -> None:
+    with pytest.raises(errors.GeometryError, match=r"weights\[1\] is a stack"):
+        measures.log_spec_fro([np.eye(2), np.ones((3, 2, 2))], 1.0, [None, Dense((1,), (2,), (0,))])
+    with pytest.raises(errors.GeometryError, match=r"weights\[0\] is a stack"):
+        measures.log_spec_l1([np.eye(4)], 1.0, [Dense(splits=(2, 2))])
+    with pytest.raises(errors.GeometryError, match="input_shape"):
+        measures.log_spec_l1([np.ones((2, 2, 3))], 1.0, [Conv(None)])
+    with pytest.raises(ValueError, match="empty"):
+        measures.log_spec_fro([], 1.0)
+    with pytest.raises(ValueError, match="2 weights and 1"):
+        measures.log_spec_fro(LAYERS[:2], 1.0, [None])
+
+
+def test_jac_norm(backend: Backend) -> None:
+    h, j, margin = RNG.uniform(0, 3, (3, 5)), RNG.uniform(0, 2, (3, 5)), RNG.normal(size=5)
+    h[:, 1] = 0.0
+    with np.errstate(divide="ignore"):
+        expected = np.where(margin > 0, np.log((h * j).sum(0) / np.abs(margin)), np.inf)
+    arrays = [backend.array(x, "float64") for x in (h, j, margin)]
+    with np.errstate(divide="ignore"):
+        got = backend.numpy(measures.log_jac_norm(*arrays))
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="margins"):
+        measures.log_jac_norm(h, j[:2], margin)
+
+
+@pytest.mark.parametrize("norm", ["reshaped", "bidirectional"])
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_variance_never_exceeds_its_bound(norm: Any, data: Any) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(1, 6), min_size=2, max_size=4)))
+    seed = data.draw(st.integers(0, 100))
+    w = np.random.default_rng(seed).choice([-1.0, 1.0], size=shape)
+    geometry = Dense() if len(shape) == 2 else Conv(None)
+    found = measures.parameter_variance(w, geometry, norm=norm)
+    first = np.linalg.norm(w.reshape(shape[0], -1), 2)
+    second = np.linalg.norm(np.moveaxis(w, 1, 0).reshape(shape[1], -1), 2)
+    sigma = first if norm == "reshaped" else (first + second) / 2
+    assert found.measured == pytest.approx(np.var(w / sigma), rel=1e-9, abs=1e-15)
+    assert found.measured <= found.bound * (1 + 1e-9)
+
+
+def test_variance_bounds_are_met() -> None:
+    """Flat spectra and entries of one size: nothing tighter holds."""
+    hadamard = np.array([[1.0, 1.0], [1.0, -1.0]])
+    found = measures.parameter_variance(np.kron(hadamard, [[1.0, -1.0]])[:, :4], norm="reshaped")
+    assert found.measured == pytest.approx(0.25)
+    assert found.bound == 0.25
+    kernel = RNG.choice([-1.0, 1.0], size=(1, 100, 10, 10))
+    both = measures.parameter_variance(kernel, Conv(None), norm="bidirectional")
+    # The printed theorem's bound.
+    assert both.bound > 2 / (100 * 100 + 100)
+    with pytest.raises(ValueError, match="zero"):
+        measures.parameter_variance(np.zeros((2, 2)), norm="reshaped")
+    with pytest.raises(ValueError, match="norm"):
+        measures.parameter_variance(np.eye(2), norm="operator")  # type: ignore[arg-type]
+
+
+def test_generalization_gap() -> None:
+    train, test = [0.6, 0.9, 0.99, 1.0], [0.5, 0.7, 0.88, 0.86]
+    assert measures.generalization_gap(train, test, 0.6) == pytest.approx(0.11)
+    assert measures.generalization_gap(train, test, 0.4) == pytest.approx(0.1)
+    assert math.isnan(measures.generalization_gap(train, test, 0.88))
+    with pytest.raises(ValueError, match="as many"):
+        measures.generalization_gap(train, test[:2], 0.5)
+
+
+def test_gradient_norms(backend: Backend) -> None:
+    values = {"a": RNG.normal(size=(3, 4)), "b": RNG.normal(size=6) * 1e-30}
+    given_ = {k: backend.array(v, "float32") for k, v in values.items()} | {"none": None}
+    got = measures.gradient_norms(given_)
+    assert set(got) == {"a", "b"}
+    for name, value in values.items():
+        assert got[name] == pytest.approx(np.linalg.norm(value), rel=1e-5)
+
+
+def test_the_lipschitz_bound_is_the_product() -> None:
+    shape, geometry = CONVS["circular"]
+    w = RNG.normal(size=shape)
+    bound = measures.lipschitz_upper_bound([(w, geometry), 1.0, (LAYERS[0], None), 0.25])
+    expected = oracle.spectrum(w, geometry)[0] * np.linalg.norm(LAYERS[0], 2) * 0.25
+    assert expected <= bound.value * (1 + 1e-12)
+    assert bound.value == pytest.approx(expected, rel=1e-5)
+    assert bound.factors[1::2] == (1.0, 0.25)
+    assert measures.lipschitz_upper_bound([0.0, 2.0]).value == 0.0
+    assert measures.lipschitz_upper_bound([1e200] * 3).value == math.inf
+    assert measures.lipschitz_upper_bound([1e200] * 3).log == pytest.approx(600 * math.log(10))
+    for bad in ([], [-1.0], [math.nan], [(np.ones((3, 2, 2)), Dense((1,), (2,), (0,)))]):
+        with pytest.raises(ValueError, match="layers"):
+            measures.lipschitz_upper_bound(bad)
+
+
+def test_ratios_of_all_pairs(backend: Backend) -> None:
+    x, y = RNG.normal(size=(6, 2, 3)), RNG.normal(size=(6, 4))
+    x[5] = x[0]
+    expected = sorted(
+        np.linalg.norm(y[i] - y[j]) / np.linalg.norm(x[i] - x[j])
+        for i, j in itertools.combinations(range(6), 2)
+        if (i, j) != (0, 5)
+    )
+    got = measures.lipschitz_ratios(backend.array(x, "float32"), backend.array(y, "float32"))
+    np.testing.assert_allclose(np.sort(backend.numpy(got)), expected, rtol=1e-5)
+
+
+def test_ratios_of_random_pairs_are_below_the_norm_of_a_linear_map() -> None:
+    a, x = LAYERS[0], RNG.normal(size=(300, 4))
+    ratios = measures.lipschitz_ratios(x, x @ a.T, pairs=1000, seed=1)
+    assert ratios.shape == (1000,)
+    assert 0.5 * np.linalg.norm(a, 2) < ratios.max() <= np.linalg.norm(a, 2) * (1 + 1e-12)
+    np.testing.assert_array_equal(ratios, measures.lipschitz_ratios(x, x @ a.T, pairs=1000, seed=1))
+    with pytest.raises(ValueError, match="two or more"):
+        measures.lipschitz_ratios(x[:1], x[:1])
+    with pytest.raises(ValueError, match="same samples"):
+        measures.lipschitz_ratios(x, x[:5])
+
+
+@pytest.mark.parametrize("shape", [(40, 7), (7, 40), (30, 30), (1, 5), (5, 1)])
+def test_the_local_constant_of_a_linear_map_is_its_norm(shape: tuple[int, int]) -> None:
+    a = np.random.default_rng(1).normal(size=shape)
+    found = measures.local_lipschitz(as_operator(a), tolerance=1e-8)
+    assert found.value == pytest.approx(np.linalg.norm(a, 2), rel=1e-7)
+    loose = measures.local_lipschitz(as_operator(a), tolerance=0.3)
+    assert loose.steps <= found.steps
+    assert loose.value <= np.linalg.norm(a, 2) * (1 + 1e-12)
+    values = np.linalg.svd(a, compute_uv=False)
+    assert np.abs(values - loose.value).min() <= loose.error * (1 + 1e-9) + 1e-12
+
+
+def test_the_local_constant_of_nothing_is_zero() -> None:
+    found = measures.local_lipschitz(as_operator(np.zeros((4, 3))))
+    assert (found.value, found.error) == (0.0, 0.0)
+    with pytest.raises(errors.NonFiniteError, match="NaN or infinity"):
+        measures.local_lipschitz(as_operator(np.full((4, 3), np.nan)))
+
+
+def symmetric(values: Any, seed: int = 0) -> np.ndarray:
+    q = np.linalg.qr(np.random.default_rng(seed).normal(size=(len(values),) * 2))[0]
+    return (q * np.asarray(values, float)) @ q.T
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.linspace(-3, 10, 60),
+        [2.0],
+        [-1.0, -1.0, -1.0],
+        np.zeros(5),
+        [0.0, 0.0, 0.0, 5.0],
+        np.r_[np.zeros(40), -2.0, 7.0],
+        np.linspace(-3, 10, 40) * 1e-12,
+    ],
+    ids=["spread", "one", "multiple", "zero", "rank one", "low rank", "small"],
+)
+def test_both_ends_of_a_spectrum(values: Any) -> None:
+    values = np.asarray(values, float)
+    a = symmetric(values)
+    ends = measures.spectrum_ends(as_operator(a), tolerance=1e-9)
+    size = np.abs(values).max()
+    assert ends.largest == pytest.approx(values.max(), rel=1e-8, abs=1e-10 * size + 1e-300)
+    assert ends.smallest == pytest.approx(values.min(), rel=1e-8, abs=1e-10 * size + 1e-300)
+    assert ends.steps <= len(values)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(-10, 10), min_size=3, max_size=30), st.integers(1, 8), st.integers(0, 50))
+def test_the_error_bounds_hold_wherever_it_stops(values: Any, steps: int, seed: int) -> None:
+    a = symmetric(values, seed)
+    ends = measures.spectrum_ends(as_operator(a), max_steps=steps, tolerance=1e-6, seed=seed)
+    slack = 1e-9 * (1 + np.abs(values).max())
+    true = np.linalg.eigvalsh(a)
+    assert np.abs(true - ends.largest).min() <= ends.largest_error + slack
+    assert np.abs(true - ends.smallest).min() <= ends.smallest_error + slack
+    assert true[0] - slack <= ends.smallest <= ends.largest <= true[-1] + slack
+
+
+def test_density_is_that_of_the_eigenvalues() -> None:
+    values = np.r_[np.linspace(0, 1, 300), np.full(100, 6.0)]
+    found = measures.spectral_density(
+        as_operator(symmetric(values)), steps=40, probes=16, points=2000
+    )
+    unit = found.grid[1] - found.grid[0]
+    assert np.sum(found.density) * unit == pytest.approx(1.0, abs=1e-3)
+    assert np.sum(found.density[found.grid > 4]) * unit == pytest.approx(0.25, abs=0.05)
+    assert found.grid[0] < values.min() < values.max() < found.grid[-1]
+    one = measures.spectral_density(as_operator(np.eye(3)), steps=3)
+    assert one.grid[np.argmax(one.density)] == pytest.approx(1.0, abs=0.01)
+
+
+def test_noise_sensitivity_of_a_linear_map(backend: Backend) -> None:
+    if backend.traced:
+        pytest.skip("as eager")
+    a, x = LAYERS[0], RNG.normal(size=(3, 4))
+    matrix = backend.array(a.T.copy(), "float32")
+    got = measures.noise_sensitivity(
+        lambda z: z @ matrix, backend.array(x, "float32"), samples=2000
+    )
+    lengths = np.linalg.norm(x, axis=1) / np.linalg.norm(x @ a.T, axis=1)
+    expected = np.sum(a**2) * lengths**2
+    np.testing.assert_allclose(backend.numpy(got), expected, rtol=0.1)
+    ranks = np.sum(a**2) / np.linalg.norm(a, 2) ** 2
+    assert backend.numpy(got).min() >= ranks * 0.9
+
+
+def test_noise_sensitivity_by_its_definition_on_a_relu_network() -> None:
+    a, b = LAYERS[0], LAYERS[1]
+
+    def f(x: np.ndarray) -> np.ndarray:
+        return np.maximum(x @ a.T, 0) @ b.T
+
+    x = RNG.normal(size=(2, 4))
+    got = measures.noise_sensitivity(f, x, samples=4000, seed=3)
+    rng = np.random.default_rng(5)
+    for row, value in zip(x, got, strict=True):
+        noise = rng.normal(size=(4000, 4)) * np.linalg.norm(row)
+        moved = f(row + noise) - f(row[None])
+        expected = np.mean(np.sum(moved**2, 1)) / np.sum(f(row[None]) ** 2)
+        assert value == pytest.approx(expected, rel=0.15)
+    with pytest.raises(ValueError, match="samples apart"):
+        measures.noise_sensitivity(lambda x: x[:1], x)
