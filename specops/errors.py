@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "AdapterError",
+    "CheckpointError",
     "GeometryError",
     "HookLostWarning",
     "NonFiniteError",
@@ -47,6 +48,10 @@ class PlanError(SpecopsError, ValueError):
 
 class AdapterError(SpecopsError, RuntimeError):
     """No adapter is available, or it cannot do what was asked."""
+
+
+class CheckpointError(SpecopsError, ValueError):
+    """A saved model, or one of its tensors, cannot be read."""
 
 
 class NonFiniteWarning(RuntimeWarning):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import pluggy
 
 from specops.geometry import Geometry
 from specops.plan import Plan
+
+if TYPE_CHECKING:
+    from specops.checkpoints.base import Checkpoint
 
 PROJECT = "specops"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -61,3 +65,10 @@ class Specs:
     @hookspec
     def specops_adapter_status(self) -> AdapterStatus:  # type: ignore[empty-body]
         """Say whether your adapter could be used here, and if not, why."""
+
+    @hookspec(firstresult=True)
+    def specops_open_checkpoint(self, path: Path) -> Checkpoint | None:
+        """Return a reader if the file or folder is of your format, judged by its first bytes.
+
+        Raise `CheckpointError` if it is, but cannot be read.
+        """

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -13,16 +14,22 @@ from specops import hookspecs
 from specops.errors import AdapterError, PluginWarning, SpecopsError
 from specops.hookspecs import Adapter, AdapterStatus
 
+if TYPE_CHECKING:
+    from specops.checkpoints.base import Checkpoint
+
 _broken: dict[str, str] = {}
 
 
 @cache
 def manager() -> pluggy.PluginManager:
-    """The plugin manager, with every entry point that loads registered."""
+    """The plugin manager: the core's own plugin, and every entry point that loads."""
     from importlib import metadata  # a fifth of the package's import time
+
+    from specops.checkpoints import plugin
 
     pm = pluggy.PluginManager(hookspecs.PROJECT)
     pm.add_hookspecs(hookspecs.Specs)
+    pm.register(plugin, name=hookspecs.PROJECT)
     _broken.clear()
     for entry in metadata.entry_points(group=hookspecs.PROJECT):
         if pm.has_plugin(entry.name):
@@ -52,6 +59,18 @@ def find_adapter(model: Any, optimizer: Any = None) -> Adapter:
         f"no adapter knows a model of type {type(model).__module__}.{type(model).__name__}. "
         f"Installed adapters: {listed or 'none'}. For torch: pip install 'specops[torch]'"
     )
+
+
+def find_checkpoint(path: Path) -> Checkpoint | None:
+    """The reader that knows this file or folder, open; None if there is none."""
+    from specops.checkpoints.base import Checkpoint
+
+    refusals: list[SpecopsError] = []
+    for found in _call("specops_open_checkpoint", Checkpoint, refusals, path=path):
+        return found  # type: ignore[no-any-return]
+    if refusals:
+        raise refusals[0]
+    return None
 
 
 def statuses() -> list[AdapterStatus]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from importlib import metadata, util
+from pathlib import Path
 from typing import Any
 
+from specops.checkpoints.base import Checkpoint, explained
+from specops.checkpoints.sniffing import head
 from specops.errors import AdapterError
 from specops.hookspecs import Adapter, AdapterStatus, hookimpl
 
@@ -15,6 +18,8 @@ _HOW = (
     "specops_jax.project_params(params, plan, state) after optax.apply_updates; once, without "
     "training, params = specops_jax.enforce(params, plan, geometries)"
 )
+_MAPS = {bytes([first]) for first in (*range(0x81, 0x90), 0xDE, 0xDF)}
+_STRINGS = {b"\xd9", b"\xda", b"\xdb"}
 _SUPPORTS = "weights, gradients, forward; checkpoints; jit, vmap, scan"
 
 
@@ -35,6 +40,24 @@ def specops_adapter_status() -> AdapterStatus:
         return AdapterStatus("jax", False, f"{names} not installed: pip install 'specops[jax]'")
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "optax"))
     return AdapterStatus("jax", True, versions, _SUPPORTS)
+
+
+@hookimpl
+def specops_open_checkpoint(path: Path) -> Checkpoint | None:
+    """A reader, if the path is a folder of orbax or a file of flax.serialization."""
+    if path.is_dir():
+        from specops_jax.checkpoints import open_orbax
+
+        return open_orbax(path)
+    # A map of msgpack whose first key is a string.
+    with explained(path):
+        start = head(path, 6)
+    key = start[{0xDE: 3, 0xDF: 5}.get(start[0], 1) :][:1] if start else b""
+    if start[:1] not in _MAPS or not (b"\xa0" <= key <= b"\xbf" or key in _STRINGS):
+        return None
+    from specops_jax.checkpoints import FlaxCheckpoint
+
+    return FlaxCheckpoint(path)
 
 
 def _package(thing: Any) -> str:

@@ -1,11 +1,14 @@
-"""Hooks through which specops finds this adapter; imports torch only for a torch model."""
+"""Hooks through which specops finds this adapter; imports torch only for what is torch's."""
 
 from __future__ import annotations
 
 import sys
 from importlib import metadata, util
+from pathlib import Path
 from typing import Any
 
+from specops.checkpoints.base import Checkpoint, explained
+from specops.checkpoints.sniffing import head, zip_names
 from specops.errors import AdapterError
 from specops.hookspecs import Adapter, AdapterStatus, hookimpl
 
@@ -31,3 +34,16 @@ def specops_adapter_status() -> AdapterStatus:
     if util.find_spec("torch") is None:
         return AdapterStatus("torch", False, "torch is not installed: pip install 'specops[torch]'")
     return AdapterStatus("torch", True, f"torch {metadata.version('torch')}", _SUPPORTS)
+
+
+@hookimpl
+def specops_open_checkpoint(path: Path) -> Checkpoint | None:
+    """A reader, if the file is what torch.save writes: a zip file with a pickle, or a pickle."""
+    with explained(path):
+        start = head(path, 2)
+        zipped = any(name.endswith("/data.pkl") for name in zip_names(path))
+    if not zipped and not (start[:1] == b"\x80" and start[1:] in {b"\2", b"\3", b"\4", b"\5"}):
+        return None
+    from specops_torch.checkpoint import open_torch
+
+    return open_torch(path, zipped)

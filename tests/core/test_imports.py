@@ -97,9 +97,10 @@ def test_the_core_names_no_framework() -> None:
 
 def test_adapters_import_only_the_core_and_their_own_framework() -> None:
     modules = {"flax", "equinox", "haiku"}  # inside functions, for modules that are at hand
+    formats = {"numpy", "msgpack", "tensorstore"}  # the last two inside functions
     own = {
-        "specops_torch": {"torch"},
-        "specops_jax": {"jax", "optax"} | modules,
+        "specops_torch": {"torch", "numpy"},
+        "specops_jax": {"jax", "optax"} | modules | formats,
         "specops_cupy": {"cupy", "cupyx"},
     }
     for package, allowed in own.items():

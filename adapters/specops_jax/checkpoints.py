@@ -1,0 +1,207 @@
+"""What flax.serialization and orbax write, read without flax, orbax and JAX."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from specops.checkpoints.base import Checkpoint, Entry, explained, one_line
+from specops.checkpoints.dtypes import decode, is_numeric, itemsize, plain
+from specops.errors import CheckpointError
+
+_ARRAY, _COMPLEX, _SCALAR = 1, 2, 3  # flax's extension types
+_CHUNKED = "__msgpack_chunked_array__"
+_SMALL = 1 << 26
+_RATIO = 1000
+
+
+class FlaxCheckpoint(Checkpoint):
+    """A reader of ``flax.serialization.to_bytes``; names are joined by slashes.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import msgpack
+        except ImportError as error:
+            raise CheckpointError(
+                f"{path}: reading {path.suffix or 'it'} needs msgpack: pip install msgpack"
+            ) from error
+        with explained(path, "truncated, damaged or not of flax: "):
+            loaded = msgpack.unpackb(path.read_bytes(), ext_hook=_Stored, raw=False)
+        self._arrays: dict[str, list[bytes]] = {}
+        with explained(path):
+            entries = [self._entry(msgpack, name, leaf) for name, leaf in _leaves(loaded)]
+        super().__init__(path, "flax msgpack", entries, layout="jax", streams=False)
+
+    def _entry(self, msgpack: Any, name: str, leaf: Any) -> Entry:
+        try:
+            if isinstance(leaf, dict):
+                shape = tuple(leaf["shape"][str(i)] for i in range(len(leaf["shape"])))
+                chunks = [leaf["chunks"][str(i)] for i in range(len(leaf["chunks"]))]
+                stored = [chunk.unpacked(msgpack) for chunk in chunks]
+                dtype = stored[0][1]
+            elif isinstance(leaf, _Stored) and leaf.code in (_ARRAY, _SCALAR):
+                stored = [leaf.unpacked(msgpack)]
+                shape, dtype = stored[0][0], stored[0][1]
+            else:
+                return Entry(name, (), "", f"not a tensor but of type {type(leaf).__name__}")
+        except Exception as error:
+            return Entry(name, (), "", f"damaged: {one_line(error)}")
+        width, held = itemsize(dtype), sum(len(data) for _, _, data in stored)
+        problem = ""
+        if width is None:
+            problem = f"its type {dtype} is packed or unknown"
+        elif not all(type(n) is int and n >= 0 for n in shape):
+            return Entry(name, (), dtype, f"it claims the shape {shape}")
+        elif math.prod(shape) * width != held:
+            problem = f"it claims {math.prod(shape)} {dtype} and has {held} bytes"
+        self._arrays.setdefault(name, [data for _, _, data in stored])
+        return Entry(name, shape, dtype, problem)
+
+    def _read(self, entry: Entry) -> np.ndarray[Any, Any]:
+        data = b"".join(self._arrays[entry.name])
+        array = decode(np.frombuffer(data, dtype=np.uint8), entry.dtype)
+        return array.reshape(entry.shape)
+
+    def close(self) -> None:
+        """Let go of the tensors."""
+        self._arrays.clear()
+
+
+class _Stored:
+    """One of flax's extension values, not decoded yet."""
+
+    def __init__(self, code: int, data: bytes) -> None:
+        self.code, self._data = code, data
+
+    def unpacked(self, msgpack: Any) -> tuple[tuple[int, ...], str, bytes]:
+        shape, dtype, data = msgpack.unpackb(self._data, raw=True)
+        return tuple(shape), dtype.decode(), data
+
+
+def _leaves(loaded: Any) -> Iterator[tuple[str, Any]]:
+    pending = [("", loaded)]
+    while pending:
+        name, thing = pending.pop()
+        if isinstance(thing, dict) and _CHUNKED not in thing:
+            prefix = f"{name}/" if name else ""
+            pending += [(f"{prefix}{key}", value) for key, value in reversed(thing.items())]
+        else:
+            yield name, thing
+
+
+class OrbaxCheckpoint(Checkpoint):
+    """A reader of a folder of orbax; names are joined by dots, as orbax joins them.
+
+    Parameters
+    ----------
+    path : Path
+        The folder that the user named.
+    items : dict
+        The folders in it that hold arrays, by the prefix for their names.
+    """
+
+    def __init__(self, path: Path, items: dict[str, Path]) -> None:
+        try:
+            import tensorstore
+        except ImportError as error:
+            raise CheckpointError(
+                f"{path}: reading orbax needs tensorstore: pip install tensorstore"
+            ) from error
+        self._stores: dict[str, Any] = {}
+        entries = []
+        for prefix, folder in items.items():
+            held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            for name, spec in _specs(tensorstore, folder):
+                entries.append(self._entry(tensorstore, prefix + name, spec, held))
+        super().__init__(path, "orbax", entries, layout="jax")
+
+    def _entry(self, tensorstore: Any, name: str, spec: dict[str, Any], held: int) -> Entry:
+        try:
+            store = tensorstore.open(spec, open=True, read=True).result()
+        except Exception as error:  # the others are as readable as before
+            return Entry(name, (), "", one_line(error))
+        shape, dtype = tuple(store.shape), store.dtype.numpy_dtype
+        wanted = math.prod(shape) * dtype.itemsize
+        problem = ""
+        if not is_numeric(dtype) and dtype.isbuiltin != 2:
+            problem = f"not a tensor but of type {store.dtype.name}"
+        elif wanted > max(_SMALL, _RATIO * held):
+            problem = f"{held} stored bytes cannot unpack to {wanted}"
+        self._stores.setdefault(name, store)
+        return Entry(name, shape, dtype.name, problem)
+
+    def _read(self, entry: Entry) -> np.ndarray[Any, Any]:
+        return plain(np.asarray(self._stores[entry.name].read().result()))
+
+    def close(self) -> None:
+        """Close the arrays."""
+        self._stores.clear()
+
+
+def open_orbax(path: Path) -> Checkpoint | None:
+    """The reader of a folder of orbax; None if it is not one.
+
+    Of a `CheckpointManager`'s folder the latest step is read.
+
+    Parameters
+    ----------
+    path : Path
+        The folder.
+    """
+    with explained(path):
+        if _is_item(path):
+            return OrbaxCheckpoint(path, {"": path})
+        steps = [p for p in path.iterdir() if p.name.isdecimal() and _is_step(p)]
+        step = max(steps, key=lambda p: int(p.name)) if steps else path
+        if not steps and not _is_step(path):
+            return None
+        items = sorted(p for p in step.iterdir() if p.is_dir() and _is_item(p))
+        if not items:
+            raise CheckpointError(f"{path}: a folder of orbax without arrays; was saving cut off?")
+        named = {f"{p.name}." if len(items) > 1 else "": p for p in items}
+        found = OrbaxCheckpoint(path, named)
+        found.format = f"orbax (step {step.name})" if steps else "orbax"
+        return found
+
+
+def _is_item(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("_METADATA", "manifest.ocdbt"))
+
+
+def _is_step(folder: Path) -> bool:
+    return (folder / "_CHECKPOINT_METADATA").is_file()
+
+
+def _specs(tensorstore: Any, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names of the arrays in a folder, and how to open each."""
+    where = f"{folder.resolve()}/"
+    base: dict[str, Any] = {"driver": "file", "path": where}
+    if (folder / "manifest.ocdbt").is_file():
+        base = {"driver": "ocdbt", "base": {"driver": "file", "path": where}, "path": ""}
+    # Orbax writes every chunk, so one that is absent was lost and must not be read as zeros.
+    complete = _writes_every_chunk(folder)
+    for key in sorted(tensorstore.KvStore.open(base).result().list().result()):
+        name, _, last = key.decode().rpartition("/")
+        driver = {".zarray": "zarr", "zarr.json": "zarr3"}.get(last)
+        if driver:
+            spec = {"driver": driver, "kvstore": {**base, "path": f"{base['path']}{name}/"}}
+            yield name, spec | ({"fill_missing_data_reads": False} if complete else {})
+
+
+def _writes_every_chunk(folder: Path) -> bool:
+    try:
+        told = json.loads((folder / "_METADATA").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(told, dict) and told.get("store_array_data_equal_to_fill_value") is True

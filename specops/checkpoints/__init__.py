@@ -1,0 +1,6 @@
+"""Reading the tensors of a saved model one at a time, whatever wrote it."""
+
+from specops.checkpoints.base import Checkpoint, Entry
+from specops.checkpoints.opening import open_checkpoint
+
+__all__ = ["Checkpoint", "Entry", "open_checkpoint"]

@@ -1,0 +1,151 @@
+"""What every reader of checkpoints provides."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from specops.errors import CheckpointError
+
+_LONGEST = 300  # characters of somebody else's error message
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a checkpoint says about one of its tensors, before it is read."""
+
+    name: str
+    """As stored: "layer1.0.conv1.weight", "layers/dense/vars/0"."""
+    shape: tuple[int, ...]
+    dtype: str
+    """The stored type: "float32", "bfloat16", "float8_e4m3fn", "int8"."""
+    problem: str = ""
+    """Why it cannot be read; empty if it can."""
+
+
+class Checkpoint(ABC):
+    """An open checkpoint: its tensors by name, read when they are asked for.
+
+    A reader sets the attributes and implements `_read`. Use it in a ``with`` statement.
+
+    Parameters
+    ----------
+    path : Path
+        The file or folder.
+    format : str
+        What it is, for people: "safetensors", "torch (legacy pickle)".
+    entries : iterable of Entry
+        One for each tensor. Of two with one name the second is left out and reported.
+    layout : {"torch", "jax", "keras", ""}, optional
+        The framework whose order of a kernel's axes to assume; empty if unknown.
+    streams : bool, optional
+        Whether one tensor can be read without the others in memory.
+    problems : iterable of str, optional
+        What is wrong with the file as a whole, though some of it can be read.
+    """
+
+    path: Path
+    format: str
+    layout: str
+    streams: bool
+    entries: tuple[Entry, ...]
+    problems: tuple[str, ...]
+
+    def __init__(
+        self,
+        path: Path,
+        format: str,
+        entries: Iterable[Entry],
+        *,
+        layout: str = "",
+        streams: bool = True,
+        problems: Iterable[str] = (),
+    ) -> None:
+        self.path, self.format, self.layout, self.streams = path, format, layout, streams
+        self._named: dict[str, Entry] = {}
+        found = list(problems)
+        for entry in entries:
+            if entry.name in self._named:
+                found.append(f"two tensors are called {entry.name!r}; the second is left out")
+            else:
+                self._named[entry.name] = entry
+        self.entries, self.problems = tuple(self._named.values()), tuple(found)
+
+    def read(self, name: str) -> np.ndarray[Any, Any]:
+        """The tensor of this name, in memory.
+
+        Parameters
+        ----------
+        name : str
+            One of the names in `entries`.
+
+        Returns
+        -------
+        ndarray
+            Of the stored type; bfloat16 and float8, which NumPy lacks, as the equal float32.
+
+        Raises
+        ------
+        CheckpointError
+            If there is no such tensor, or it cannot be read.
+        """
+        entry = self._named.get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.path}: there is no tensor {name!r}")
+        if entry.problem:
+            raise CheckpointError(f"{self.path}: {name!r} cannot be read: {entry.problem}")
+        with explained(self.path, f"{name!r} cannot be read: "):
+            array = self._read(entry)
+            if array.shape != entry.shape:
+                raise ValueError(f"its shape is {array.shape}, not {entry.shape} as listed")
+        return array
+
+    @abstractmethod
+    def _read(self, entry: Entry) -> np.ndarray[Any, Any]:
+        """The tensor of an entry without a problem; any exception becomes a CheckpointError."""
+
+    def close(self) -> None:  # noqa: B027 (most readers keep nothing open)
+        """Let go of the file. Reading afterwards is an error or opens it again."""
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+@contextmanager
+def explained(path: Path, doing: str = "") -> Iterator[None]:
+    """Turn whatever a damaged file provokes into one line that names the file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except PermissionError as error:
+        raise CheckpointError(f"{path}: {doing}no permission to read it; try chmod +r") from error
+    except MemoryError as error:
+        raise CheckpointError(f"{path}: {doing}it does not fit into memory") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path}: {doing}it is nested too deeply") from error
+    except Exception as error:
+        raise CheckpointError(f"{path}: {doing}{one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks, cut short, or its type if it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+
+
+def layout_from(names: Iterable[str]) -> str:
+    """The layout that names give away: torch says "weight", JAX's libraries say "kernel"."""
+    last = {name.replace("/", ".").rpartition(".")[2] for name in names}
+    if "weight" in last:
+        return "" if "kernel" in last else "torch"
+    return "jax" if "kernel" in last else ""

@@ -1,0 +1,156 @@
+"""Keras weights in HDF5: .weights.h5, .h5, and the .keras zip file that holds one."""
+
+from __future__ import annotations
+
+import io
+import math
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+
+from specops.checkpoints.base import Checkpoint, Entry, one_line
+from specops.checkpoints.dtypes import decode, is_numeric, plain
+from specops.checkpoints.sniffing import check_member, head, member_position
+from specops.errors import CheckpointError
+
+_INSIDE = "model.weights.h5"
+_SMALL = 1 << 26
+_RATIO = 2000  # more than HDF5's compression reaches
+
+
+class KerasCheckpoint(Checkpoint):
+    """A reader of HDF5 files; a tensor's name is its path there.
+
+    Links to other files are not followed, nor arrays read that lie in other files.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import h5py
+        except ImportError as error:
+            raise CheckpointError(
+                f"{path}: reading {path.suffix or 'it'} needs h5py: pip install 'specops[inspect]'"
+            ) from error
+        self._source = _hdf5_file(path)
+        self._file: Any = None
+        try:
+            self._file = h5py.File(self._source, "r")
+            entries, problems = self._list(h5py)
+        except OSError as error:
+            self.close()
+            raise CheckpointError(
+                f"{path}: the HDF5 file is truncated or damaged ({one_line(error)}); "
+                "copy or download it again"
+            ) from error
+        except BaseException:
+            self.close()
+            raise
+        super().__init__(path, "keras h5", entries, layout="keras", problems=problems)
+
+    def _list(self, h5py: Any) -> tuple[list[Entry], list[str]]:
+        names: list[str] = []
+        problems: list[str] = []
+        try:
+            self._file.visit(names.append)  # neither soft nor external links
+        except Exception as error:
+            problems.append(f"the list of tensors may be incomplete: {one_line(error)}")
+        entries = []
+        for name in names:
+            try:
+                found = self._file[name]
+                if isinstance(found, h5py.Dataset):
+                    entries.append(_entry(name, found))
+            except Exception as error:  # the others are as readable as before
+                entries.append(Entry(name, (), "", one_line(error)))
+        return entries, problems
+
+    def _read(self, entry: Entry) -> np.ndarray[Any, Any]:
+        stored = np.asarray(self._file[entry.name][()])
+        if entry.dtype == "bfloat16":
+            raw = np.frombuffer(stored.tobytes(), dtype=np.uint8)
+            return decode(raw, "bfloat16").reshape(entry.shape)
+        return plain(stored)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file:
+            self._file.close()
+        self._source.close()
+
+
+def _entry(name: str, dataset: Any) -> Entry:
+    shape, dtype = dataset.shape, dataset.dtype
+    if shape is None:
+        return Entry(name, (), "", "not a tensor: empty")
+    told = dataset.attrs.get("dtype") if dtype.kind == "V" else None
+    bfloat16 = told == "bfloat16" and dtype.itemsize == 2
+    wanted, stored = math.prod(shape) * dtype.itemsize, dataset.id.get_storage_size()
+    problem = ""
+    if not (is_numeric(dtype) or bfloat16):
+        problem = f"not a tensor but of type {dtype.str!r}"
+    elif dataset.external or dataset.is_virtual:
+        problem = "its numbers lie in another file, which is not opened"
+    elif wanted > max(_SMALL, _RATIO * stored):
+        problem = f"{stored} stored bytes cannot unpack to {wanted}"
+    return Entry(name, tuple(shape), "bfloat16" if bfloat16 else dtype.name, problem)
+
+
+def _hdf5_file(path: Path) -> BinaryIO:
+    """The HDF5 file at the path, or the one in the zip file there."""
+    if not head(path).startswith(b"PK"):
+        return path.open("rb")
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(_INSIDE)
+        check_member(info, path.stat().st_size)
+        with archive.open(info) as member:
+            if info.compress_type == zipfile.ZIP_STORED:
+                # Seeking in a member reads all before; its bytes are in the file as they are.
+                with path.open("rb") as file:
+                    begin = member_position(file, info)
+                window = _Window(path, begin, info.file_size)
+                return cast(BinaryIO, io.BufferedReader(window))
+            unpacked = tempfile.TemporaryFile()  # noqa: SIM115 (the reader closes it)
+            try:
+                shutil.copyfileobj(member, unpacked)
+            except BaseException:
+                unpacked.close()
+                raise
+            return cast(BinaryIO, unpacked)
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file of its own."""
+
+    def __init__(self, path: Path, begin: int, size: int) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._begin, self._size, self._at = begin, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        self._file.seek(self._begin + self._at)
+        got = self._file.readinto(view[: max(0, self._size - self._at)])
+        self._at += got
+        return got
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()

@@ -1,0 +1,121 @@
+"""NumPy's own files: .npy with one array, .npz with several in a zip file."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import numpy as np
+
+from specops.checkpoints.base import Checkpoint, Entry, layout_from, one_line
+from specops.checkpoints.dtypes import is_numeric, plain
+from specops.checkpoints.sniffing import check_member, fill
+
+_LARGEST = 2**63 - 1
+
+
+class _Header(NamedTuple):
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype[Any]
+    length: int  # where the numbers begin
+
+    def entry(self, name: str, size: int) -> Entry:
+        """The entry of an array whose file or member has this many bytes."""
+        problem, dtype = "", self.dtype.name
+        wanted = math.prod(self.shape) * self.dtype.itemsize
+        if self.dtype.hasobject:
+            problem = "it holds Python objects, which are not unpickled"
+        elif not is_numeric(self.dtype):
+            problem = f"not a tensor but of type {self.dtype.str!r}, which names no numbers"
+        elif wanted != size - self.length:
+            problem = (
+                f"its header claims {wanted} bytes and {size - self.length} are there; "
+                "truncated or damaged"
+            )
+        return Entry(name, self.shape, dtype, problem)
+
+    def read(self, file: BinaryIO) -> np.ndarray[Any, Any]:
+        """The array whose header this is, from the file at its beginning."""
+        _header(file)
+        flat = fill(file, math.prod(self.shape) * self.dtype.itemsize).view(self.dtype)
+        order = self.shape[::-1] if self.fortran else self.shape
+        array = plain(flat).reshape(order)
+        return array.T if self.fortran else array
+
+
+class NpyCheckpoint(Checkpoint):
+    """A reader of one array, which has the name of its file.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self._header = _header(file)
+        super().__init__(path, "npy", [self._header.entry(path.stem, path.stat().st_size)])
+
+    def _read(self, entry: Entry) -> np.ndarray[Any, Any]:
+        with self.path.open("rb") as file:
+            return self._header.read(file)
+
+
+class NpzCheckpoint(Checkpoint):
+    """A reader of the arrays in a zip file, compressed or not.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._archive = zipfile.ZipFile(path)
+        self._members: dict[str, tuple[zipfile.ZipInfo, _Header]] = {}
+        try:
+            size = path.stat().st_size
+            entries = [self._entry(info, size) for info in self._archive.infolist()]
+        except BaseException:
+            self._archive.close()
+            raise
+        super().__init__(path, "npz", entries, layout=layout_from(entry.name for entry in entries))
+
+    def _entry(self, info: zipfile.ZipInfo, size: int) -> Entry:
+        name = info.filename.removesuffix(".npy")
+        if name == info.filename:
+            return Entry(name, (), "", "not a tensor: no .npy file")
+        try:
+            check_member(info, size)
+            with self._archive.open(info) as member:
+                header = _header(cast(BinaryIO, member))
+        except Exception as error:  # the other members are as readable as before
+            return Entry(name, (), "", one_line(error))
+        self._members.setdefault(name, (info, header))
+        return header.entry(name, info.file_size)
+
+    def _read(self, entry: Entry) -> np.ndarray[Any, Any]:
+        info, header = self._members[entry.name]
+        with self._archive.open(info) as member:
+            return header.read(cast(BinaryIO, member))  # which compares the checksum at the end
+
+    def close(self) -> None:
+        """Close the zip file."""
+        self._archive.close()
+
+
+def _header(file: BinaryIO) -> _Header:
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    elif version in ((2, 0), (3, 0)):  # the third only spells names of records in UTF-8
+        shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
+    else:
+        raise ValueError(f"version {version} of the .npy format is unknown")
+    if not all(0 <= extent <= _LARGEST for extent in shape):
+        raise ValueError(f"its header claims the shape {shape}")
+    return _Header(shape, fortran, dtype, file.tell())

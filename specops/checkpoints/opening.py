@@ -1,0 +1,69 @@
+"""Opening a checkpoint with whichever reader knows it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from specops.checkpoints.base import Checkpoint, explained
+from specops.checkpoints.sniffing import head
+from specops.errors import CheckpointError
+
+_KNOWN = (
+    ".safetensors, .npz, .npy, .h5 and .keras, torch's .pt, .pth, .bin and .ckpt, flax's .msgpack, "
+    "and folders of orbax or of Hugging Face shards"
+)
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open a saved model and list its tensors, without reading them where the format allows.
+
+    No code in the file is run: pickles are read by torch's ``weights_only`` unpickler, arrays of
+    objects not at all.
+
+    Parameters
+    ----------
+    path : path-like
+        A file, or a folder of orbax or of Hugging Face shards. What it is, its content says;
+        the name only where the content does not.
+
+    Returns
+    -------
+    Checkpoint
+        With `entries`, `problems` and `read`; close it, or use it in a ``with`` statement.
+
+    Raises
+    ------
+    CheckpointError
+        In one line: the path, what is wrong with it, and what to do.
+    """
+    from specops.plugins import find_checkpoint
+
+    path = Path(path).expanduser()
+    with explained(path):
+        try:
+            size = path.stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            raise CheckpointError(f"{path}: there is no such file or folder") from None
+        if not path.is_dir():
+            if not path.is_file():
+                raise CheckpointError(f"{path}: neither a file nor a folder")
+            if size == 0:
+                raise CheckpointError(f"{path}: the file is empty; copy or download it again")
+            start = head(path, 64)
+        else:
+            start = b""
+            os.listdir(path)
+    found = find_checkpoint(path)
+    if found is None:
+        raise CheckpointError(f"{path}: {_unknown(path, start)}")
+    return found
+
+
+def _unknown(path: Path, start: bytes) -> str:
+    if path.is_dir():
+        return f"no checkpoint that is known is in this folder; known are {_KNOWN}"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer and not the weights; run git lfs pull"
+    text = all(byte >= 32 or byte in b"\t\r\n" for byte in start) and start.isascii()
+    return f"{'a text file' if text else 'a file'} that no reader knows; known are {_KNOWN}"

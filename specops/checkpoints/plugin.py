@@ -1,0 +1,48 @@
+"""The readers of formats that belong to no framework, behind the hook that adapters implement."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from specops.checkpoints.base import Checkpoint, explained
+from specops.checkpoints.sniffing import head, zip_names
+from specops.hookspecs import hookimpl
+
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+
+
+@hookimpl
+def specops_open_checkpoint(path: Path) -> Checkpoint | None:
+    """A reader of safetensors, NumPy, Keras or Hugging Face files, if the path is one."""
+    with explained(path):
+        if path.is_dir() or path.name.endswith(".index.json"):
+            from specops.checkpoints.sharded import open_folder
+
+            return open_folder(path)
+        return _open_file(path)
+
+
+def _open_file(path: Path) -> Checkpoint | None:
+    start, names = head(path), zip_names(path)
+    if start.startswith(_HDF5) or "model.weights.h5" in names:
+        from specops.checkpoints.keras import KerasCheckpoint
+
+        return KerasCheckpoint(path)
+    if start.startswith(b"\x93NUMPY"):
+        from specops.checkpoints.numpy import NpyCheckpoint
+
+        return NpyCheckpoint(path)
+    if any(name.endswith(".npy") for name in names) or (
+        path.suffix == ".npz" and start.startswith(b"PK") and not names
+    ):
+        from specops.checkpoints.numpy import NpzCheckpoint
+
+        return NpzCheckpoint(path)
+    if names:
+        return None
+    # The name decides only where the content says nothing, for an error that is to the point.
+    if start[8:9] == b"{" or (path.suffix == ".safetensors" and not start.isascii()):
+        from specops.checkpoints.safetensors import SafetensorsCheckpoint
+
+        return SafetensorsCheckpoint(path)
+    return None
