@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specops import errors, measures, plots
+    from specops import errors
     from specops.balancing import balance_norms
     from specops.geometry import Conv, Dense
     from specops.models import attach, project

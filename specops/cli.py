@@ -6,11 +6,11 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib.util import find_spec
-from typing import Any
 
 import specops
 from specops.errors import PluginWarning
+from specops.inspection.command import add_parser
+from specops.tables import print_table
 
 _HEADERS = ("adapter", "available", "supports", "detail")
 
@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         description="List the installed adapters.",
     )
     adapters.set_defaults(run=_adapters)
+    add_parser(commands)
     return parser
 
 
@@ -59,31 +60,6 @@ def _adapters(given: argparse.Namespace) -> int:
     rows = [(s.name, "yes" if s.available else "no", s.supports, s.detail) for s in found]
     if not rows:
         print("no adapter is installed")
-    elif sys.stdout.isatty() and find_spec("rich"):
-        _print_rich(rows)
     else:
-        print(_aligned([_HEADERS, *rows]))
+        print_table(_HEADERS, rows, dim=[row[1] == "no" for row in rows])
     return 0
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width; what is wrapped in a cell stands on one line."""
-    cells = [[" ".join(cell.split()) for cell in row] for row in table]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    ]
-    return "\n".join(lines)
-
-
-def _print_rich(rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table: Any = Table(*_HEADERS, header_style="bold")
-    for row in rows:
-        # Not markup: details have brackets, as in specops[torch].
-        table.add_row(*map(Text, row), style=None if row[1] == "yes" else "dim")
-    Console().print(table)

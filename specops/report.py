@@ -13,6 +13,7 @@ from specops import backend
 from specops.geometry import Dense, Geometry
 from specops.plan import Assignment
 from specops.spectra import spectral_norm, spectral_norm_bounds
+from specops.tables import aligned, rich_table
 
 _WIDEST = 60
 _HEADERS = ("parameter", "shape", "geometry", "rule", "norm")
@@ -79,13 +80,7 @@ class Report:
     def __str__(self) -> str:
         headers = self._headers()
         table = [headers, *(tuple(map(_short, self._cells(row))) for row in self.rows)]
-        widths = [max(len(cells[i]) for cells in table) for i in range(len(headers))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
-            for cells in table
-        ]
-        lines.insert(1, "  ".join("─" * width for width in widths))
-        return "\n".join([*lines, self._summary()])
+        return f"{aligned(table, rule=True)}\n{self._summary()}"
 
     def show(self) -> None:
         """Print: a coloured table in a terminal, HTML in a notebook, plain text elsewhere."""
@@ -102,16 +97,13 @@ class Report:
         print(self)
 
     def __rich__(self) -> Any:
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(caption=self._summary(), header_style="bold")
-        for header in self._headers():
-            numeric = header in (_HEADERS[-1], _NORMALIZED)
-            table.add_column(header, justify="right" if numeric else "left")
-        for row in self.rows:
-            table.add_row(*map(Text, self._cells(row)), style=None if row.rule else "dim")
-        return table
+        return rich_table(
+            self._headers(),
+            [self._cells(row) for row in self.rows],
+            dim=[not row.rule for row in self.rows],
+            right=(_HEADERS[-1], _NORMALIZED),
+            caption=self._summary(),
+        )
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{h}</th>" for h in self._headers())

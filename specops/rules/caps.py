@@ -188,7 +188,8 @@ class SpectralHammer(_Cap):
     Singular values after the first may exceed the bound and lead from then on: only a firing
     at every step, with steps that move few of them, keeps the norm near the bound. The pair is
     followed by power steps from one firing to the next, and so is one mixed with a little of
-    every other direction: where that leads by 1 % it takes over, so that what leads after a strike is found.
+    every other direction: where that leads by 1 % it takes over, so that what leads after a
+    strike is found.
 
     References
     ----------

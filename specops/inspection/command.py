@@ -1,0 +1,241 @@
+"""The command ``specops inspect``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from specops.errors import CheckpointError
+from specops.inspection.assumptions import Hints
+from specops.inspection.comparison import compare, records, show_comparison
+from specops.inspection.output import as_csv, as_json, show
+from specops.inspection.run import Inspection, inspect_checkpoint, upper
+
+INTERRUPTED = 130
+_DESCRIPTION = """\
+Spectral figures of every weight in a checkpoint: safetensors, torch (.pt, .pth, .bin, .ckpt),
+.npz and .npy, Keras .weights.h5, flax msgpack, orbax folders, and sharded Hugging Face folders.
+Tensors are read one at a time where the format allows it.
+
+Which map a tensor stands for is taken from its name and shape. Convolutions are given as the
+bracket of their operator norm over all input sizes, unless --input-size says at which size to
+measure; stride 1 is assumed unless --stride says otherwise.
+"""
+_EPILOG = """\
+PATTERN is that of file names, as in 'layer2.*'; the last one that matches counts.
+Exit status: 0; 1 if a file or a tensor could not be measured that should have been, with a
+line for each on standard error; 2 for wrong arguments; 130 after Ctrl-C.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to `argparse` subparsers."""
+    parser = commands.add_parser(
+        "inspect",
+        help="spectral figures of every weight in a checkpoint",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", help="a file or folder")
+    known = parser.add_argument_group("what the file does not say")
+    known.add_argument(
+        "--input-size",
+        action="append",
+        default=[],
+        metavar="[PATTERN=]HxW",
+        help="what convolutions see: 32x32, or 'layer2.*=16x16'; may be repeated",
+    )
+    known.add_argument(
+        "--stride",
+        action="append",
+        default=[],
+        metavar="[PATTERN=]N",
+        help="of convolutions; may be repeated",
+    )
+    known.add_argument(
+        "--groups",
+        action="append",
+        default=[],
+        metavar="[PATTERN=]N",
+        help="of convolutions; may be repeated",
+    )
+    known.add_argument(
+        "--boundary",
+        choices=["zeros", "circular"],
+        default="zeros",
+        help="of convolutions with an input size (default: zeros)",
+    )
+    known.add_argument(
+        "--layout",
+        choices=["torch", "jax", "keras"],
+        default="",
+        help="order of a kernel's axes, where the file does not tell",
+    )
+    parser.add_argument(
+        "--method",
+        choices=["auto", "exact", "bounds"],
+        default="auto",
+        help="all singular values, or certified bounds of the largest; auto: bounds for matrices "
+        "whose smaller side exceeds 2048",
+    )
+    parser.add_argument("--compare", metavar="OTHER", help="a second checkpoint of the same model")
+    output = parser.add_argument_group("output (default: a table)")
+    shape = output.add_mutually_exclusive_group()
+    shape.add_argument("--json", action="store_true", help="JSON on standard output")
+    shape.add_argument("--csv", action="store_true", help="CSV on standard output")
+    output.add_argument("--html", metavar="FILE", help="also write a page with all spectra")
+    output.add_argument("--plot", metavar="FILE", help="also draw all spectra (.png, .pdf, .svg)")
+    parser.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Inspect as the arguments say; return the exit status."""
+    try:
+        hints = _hints(given)
+        _check_outputs(given)
+        found = _inspect(given.checkpoint, hints, given)
+        other = None
+        if given.compare and not found.interrupted:
+            other = _inspect(given.compare, hints, given)
+    except CheckpointError as error:
+        return _fail(str(error), 1)
+    except ValueError as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted before anything was read", INTERRUPTED)
+    for inspection in (found, *([other] if other else [])):
+        for problem in inspection.problems:
+            _fail(f"{inspection.path}: {problem}", 1)
+    _write(given, found, other)
+    if found.interrupted or (other and other.interrupted):
+        return _fail("interrupted: the figures above are those of what was done", INTERRUPTED)
+    return 1 if found.problems or (other and other.problems) else 0
+
+
+def _write(given: argparse.Namespace, found: Inspection, other: Inspection | None) -> None:
+    comparison = None if other is None else compare(found, other)
+    if given.json:
+        more: dict[str, Any] = {}
+        if comparison is not None:
+            more = {
+                "compared_with": given.compare,
+                "comparison": records(comparison),
+                "only_in_first": comparison.only_one,
+                "only_in_second": comparison.only_other,
+            }
+        print(as_json(found, **more))
+    elif given.csv:
+        print(as_csv(found), end="")
+    else:
+        show(found)
+        if comparison is not None:
+            print()
+            show_comparison(comparison)
+    if given.html:
+        from specops.inspection.page import as_html
+
+        Path(given.html).write_text(as_html(found), encoding="utf-8")
+    if given.plot:
+        _plot(found, other, given.plot)
+
+
+def _plot(found: Inspection, other: Inspection | None, path: str) -> None:
+    from specops import plots
+
+    spectra = {
+        w.name: w.figures.spectrum
+        for w in found.measured
+        if w.figures is not None and w.figures.spectrum is not None and w.figures.spectrum[0] > 0
+    }
+    if other is not None:
+        norms = [{w.name: upper(w.figures) for w in i.measured} for i in (found, other)]
+        axes = plots.norms(norms[0], compare=norms[1], labels=(found.path, other.path))
+    elif spectra:
+        axes = plots.singular_values(spectra, scale="normalized")
+    else:
+        _fail("nothing to plot: no weight has all its singular values", 1)
+        return
+    plots.save(axes, path)
+
+
+def _inspect(path: str, hints: Hints, given: argparse.Namespace) -> Inspection:
+    with _progress() as progress:
+        return inspect_checkpoint(path, hints, method=given.method, progress=progress)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int, str], None] | None]:
+    """A bar on standard error, if that is a terminal."""
+    if not (sys.stderr.isatty() and find_spec("rich")):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("opening", total=None)
+        yield lambda done, total, name: bar.update(
+            task, completed=done, total=total, description=name
+        )
+
+
+def _hints(given: argparse.Namespace) -> Hints:
+    return Hints(
+        input_size=_table(given.input_size, "--input-size", _size),
+        stride=_table(given.stride, "--stride", _positive),
+        groups=_table(given.groups, "--groups", _positive),
+        boundary=given.boundary,
+        layout=given.layout,
+    )
+
+
+def _table(given: list[str], option: str, read: Callable[[str], Any]) -> dict[str, Any]:
+    found = {}
+    for text in given:
+        pattern, _, value = text.rpartition("=")
+        try:
+            found[pattern or "*"] = read(value)
+        except ValueError:
+            raise ValueError(f"{option} {text}: {value!r} is no {_EXPECTED[option]}") from None
+    return found
+
+
+_EXPECTED = {"--input-size": "size such as 32x32", "--stride": "count", "--groups": "count"}
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def _size(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part) for part in text.lower().replace("×", "x").split("x"))
+
+
+def _check_outputs(given: argparse.Namespace) -> None:
+    """Before hours of work, not after."""
+    for option in ("html", "plot"):
+        path = getattr(given, option)
+        if path and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"--{option} {path}: there is no such folder")
+    if given.plot and not find_spec("matplotlib"):
+        raise ValueError("--plot needs matplotlib: pip install 'specops[inspect]'")
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"specops inspect: {' '.join(message.split())}", file=sys.stderr)
+    return status

@@ -1,0 +1,174 @@
+"""An inspection as a table, as JSON and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import shutil
+import textwrap
+from typing import Any
+
+import specops
+from specops.inspection.figures import Figures
+from specops.inspection.run import Inspection, WeightFigures
+from specops.tables import print_table
+
+HEADERS = (
+    "weight",
+    "shape",
+    "dtype",
+    "geometry",
+    "σ_max",
+    "σ_min",
+    "‖·‖_F",
+    "stable rank",
+    "eff. rank",
+    "condition",
+    "σ < 1 % σ_max",
+)
+NUMERIC = HEADERS[4:]
+_KEYS = (
+    "sigma_min",
+    "frobenius",
+    "stable_rank",
+    "effective_rank",
+    "condition_number",
+    "collapsed",
+)
+COLUMNS = (
+    "name",
+    "shape",
+    "dtype",
+    "geometry",
+    "decided",
+    "sigma_max",
+    *_KEYS,
+    "method",
+    "skipped",
+)
+
+
+def show(inspection: Inspection) -> None:
+    """Print the weights, then what was skipped, by reason."""
+    listed = inspection.listed
+    print_table(
+        HEADERS,
+        [cells(w) for w in listed],
+        dim=[bool(w.skipped) for w in listed],
+        right=NUMERIC,
+    )
+    for reason, names in inspection.by_reason().items():
+        print(_wrapped(f"skipped {len(names)}, {reason}: {', '.join(names)}"))
+    for note in inspection.notes:
+        print(_wrapped(f"note: {note}"))
+    print(summary(inspection))
+
+
+def _wrapped(text: str) -> str:
+    width = shutil.get_terminal_size((100, 24)).columns
+    return textwrap.fill(
+        text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+
+
+def summary(inspection: Inspection) -> str:
+    """Totals in a line."""
+    found = inspection.totals()
+    text = (
+        f"{inspection.path} ({inspection.format}): {found['measured']} of {found['tensors']} "
+        f"tensors measured, {found['skipped']} skipped, {found['parameters']:,} numbers"
+    )
+    if found["largest_sigma_max_in"] is not None:
+        text += f"; largest σ_max {found['largest_sigma_max']:.4g} in "
+        text += str(found["largest_sigma_max_in"])
+    if inspection.interrupted:
+        text += f"; interrupted after {len(inspection.weights)}"
+    return text
+
+
+def cells(weight: WeightFigures) -> tuple[str, ...]:
+    """A row of the table."""
+    shape = "×".join(map(str, weight.shape)) or "scalar"
+    head = (weight.name, shape, weight.dtype)
+    f = weight.figures
+    if f is None:
+        return (*head, f"– {weight.skipped}", *("" for _ in NUMERIC))
+    return (
+        *head,
+        weight.geometry,
+        sigma_text(f),
+        *(number_text(getattr(f, key)) for key in _KEYS[:-1]),
+        "" if f.collapsed is None else f"{100 * f.collapsed:.3g} %",
+    )
+
+
+def sigma_text(f: Figures) -> str:
+    """σ_max, or its bracket."""
+    if isinstance(f.sigma_max, tuple):
+        low, high = f.sigma_max
+        return f"[{low:.5g}, {high:.5g}]"
+    return f"{f.sigma_max:.5g}"
+
+
+def number_text(value: float | None) -> str:
+    """Five digits; empty for what was not computed."""
+    return "" if value is None else f"{value:.5g}"
+
+
+def weight_record(weight: WeightFigures) -> dict[str, Any]:
+    """One tensor as JSON: ``sigma_max`` a number or [lower, upper]; null: not computed.
+
+    A condition number of infinity, which JSON lacks, is "inf".
+    """
+    f = weight.figures
+    record: dict[str, Any] = {
+        "name": weight.name,
+        "shape": list(weight.shape),
+        "dtype": weight.dtype,
+        "geometry": weight.geometry,
+        "decided": weight.why,
+        "sigma_max": None,
+    }
+    if f is not None:
+        record["sigma_max"] = list(f.sigma_max) if isinstance(f.sigma_max, tuple) else f.sigma_max
+    for key in _KEYS:
+        value = None if f is None else getattr(f, key)
+        record[key] = "inf" if value is not None and math.isinf(value) else value
+    record["method"] = "" if f is None else f.method
+    record["skipped"] = weight.skipped
+    return record
+
+
+def as_json(inspection: Inspection, **more: Any) -> str:
+    """The whole inspection."""
+    document = {
+        "specops": specops.__version__,
+        "path": inspection.path,
+        "format": inspection.format,
+        "weights": [weight_record(w) for w in inspection.weights],
+        "totals": inspection.totals(),
+        "problems": inspection.problems,
+        "notes": inspection.notes,
+        "interrupted": inspection.interrupted,
+        **more,
+    }
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def as_csv(inspection: Inspection) -> str:
+    """One line for each tensor; a bracket as two columns, equal where σ_max is exact."""
+    columns = [c for c in COLUMNS if c != "sigma_max"]
+    columns[5:5] = ["sigma_max_lower", "sigma_max_upper"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for weight in inspection.weights:
+        record = weight_record(weight)
+        sigma = record.pop("sigma_max")
+        low, high = sigma if isinstance(sigma, list) else (sigma, sigma)
+        record |= {"sigma_max_lower": low, "sigma_max_upper": high}
+        record["shape"] = "x".join(map(str, weight.shape))
+        writer.writerow(record)
+    return text.getvalue()

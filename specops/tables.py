@@ -1,0 +1,81 @@
+"""Tables of text: coloured in a terminal, aligned columns elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+Rows = Sequence[Sequence[str]]
+
+
+def print_table(
+    headers: Sequence[str],
+    rows: Rows,
+    *,
+    dim: Sequence[bool] | None = None,
+    right: Sequence[str] = (),
+    caption: str = "",
+) -> None:
+    """Print: by rich where there is a terminal and rich is installed, else `aligned`.
+
+    Parameters
+    ----------
+    headers, rows
+        Of equal lengths.
+    dim : sequence of bool, optional
+        Rows to show faintly.
+    right : sequence of str
+        Headers of columns that are aligned to the right.
+    caption : str
+        A line below.
+    """
+    if sys.stdout.isatty() and find_spec("rich"):
+        from rich.console import Console
+
+        Console().print(rich_table(headers, rows, dim=dim, right=right, caption=caption))
+        return
+    print(aligned([headers, *rows], right=[h in right for h in headers]))
+    if caption:
+        print(caption)
+
+
+def rich_table(
+    headers: Sequence[str],
+    rows: Rows,
+    *,
+    dim: Sequence[bool] | None = None,
+    right: Sequence[str] = (),
+    caption: str = "",
+) -> Any:
+    """A `rich.table.Table`; cells are no markup, whatever brackets they have."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(caption=caption or None, header_style="bold")
+    for header in headers:
+        table.add_column(header, justify="right" if header in right else "left")
+    for row, faint in zip(rows, dim or [False] * len(rows), strict=True):
+        table.add_row(*map(Text, row), style="dim" if faint else None)
+    return table
+
+
+def aligned(table: Rows, right: Sequence[bool] | None = None, *, rule: bool = False) -> str:
+    """Columns of equal width; what is wrapped in a cell stands on one line.
+
+    With `rule` a line separates the first row, the headers, from the others.
+    """
+    cells = [[" ".join(cell.split()) for cell in row] for row in table]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    right = right or [False] * len(widths)
+    lines = [
+        "  ".join(
+            cell.rjust(width) if r else cell.ljust(width)
+            for cell, width, r in zip(row, widths, right, strict=True)
+        ).rstrip()
+        for row in cells
+    ]
+    if rule:
+        lines.insert(1, "  ".join("─" * width for width in widths))
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""`specops inspect`: figures, guesses, bad files, output."""

@@ -1,0 +1,239 @@
+"""The command: what it prints, what it returns, and what it does with bad files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import specops
+from specops import cli
+from tests.inspection.files import model, written
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return written(tmp_path / "m.safetensors", model(), format="pt")
+
+
+def call(*arguments: Any) -> int:
+    return cli.main(["inspect", *map(str, arguments)])
+
+
+def test_a_table(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(path) == 0
+    out, err = capsys.readouterr()
+    assert not err
+    lines = out.splitlines()
+    assert lines[0].split()[:3] == ["weight", "shape", "dtype"]
+    row = next(line for line in lines if line.startswith("fc.weight"))
+    top = np.linalg.norm(model()["fc.weight"].astype(float), 2)
+    assert f"{top:.5g}" in row
+    assert "conv1.bias" in out
+    assert "1-d" in out
+    assert "8 of 10 tensors measured" in lines[-1]
+    assert "supremum over all sizes" in " ".join(out.split())
+
+
+def test_json_has_one_object_for_each_tensor(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(path, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    weights = {w["name"]: w for w in found["weights"]}
+    assert list(weights) == list(model())
+    required = {
+        "name",
+        "shape",
+        "dtype",
+        "geometry",
+        "sigma_max",
+        "sigma_min",
+        "frobenius",
+        "stable_rank",
+        "effective_rank",
+        "condition_number",
+        "skipped",
+    }
+    assert all(required <= set(w) for w in weights.values())
+    w = model()["fc.weight"].astype(float)
+    assert weights["fc.weight"]["sigma_max"] == pytest.approx(np.linalg.norm(w, 2), rel=1e-6)
+    assert weights["fc.weight"]["shape"] == [5, 12]
+    assert weights["fc.weight"]["skipped"] == ""
+    low, high = weights["conv1.weight"]["sigma_max"]
+    assert low < high
+    assert weights["zero.weight"]["condition_number"] == "inf"
+    assert weights["conv1.bias"]["sigma_max"] is None
+    assert weights["conv1.bias"]["skipped"]
+    assert found["totals"]["measured"] == 8
+    assert found["specops"] == specops.__version__
+
+
+def test_csv(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(path, "--csv") == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["name"] for row in rows] == list(model())
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["fc.weight"]["sigma_max_lower"] == by_name["fc.weight"]["sigma_max_upper"] != ""
+    assert by_name["conv1.weight"]["shape"] == "6x3x3x3"
+    assert by_name["conv1.bias"]["sigma_max_lower"] == ""
+
+
+def test_options_reach_the_figures(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = call(
+        path, "--json", "--input-size", "8x8", "--input-size", "conv2*=4x4", "--stride", "conv2*=2",
+        "--boundary", "circular", "--groups", "dw*=6",
+    )  # fmt: skip
+    assert status == 0
+    weights = {w["name"]: w for w in json.loads(capsys.readouterr().out)["weights"]}
+    assert weights["conv2.weight"]["geometry"] == "conv 4×4, circular, stride 2"
+    geometry = specops.Conv((4, 4), stride=2, boundary="circular")
+    top = specops.spectral_norm(model()["conv2.weight"].astype(float), geometry)
+    assert weights["conv2.weight"]["sigma_max"] == pytest.approx(float(top), rel=1e-9)
+    assert call(path, "--json", "--method", "bounds") == 0
+    weights = {w["name"]: w for w in json.loads(capsys.readouterr().out)["weights"]}
+    assert isinstance(weights["fc.weight"]["sigma_max"], list)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--input-size", "huge"], "'huge' is no size such as 32x32"),
+        (["--input-size", "0x4"], "'0x4' is no size"),
+        (["--stride", "-1"], "'-1' is no count"),
+        (["--stride", "nine*=2"], "no tensor matches 'nine*'"),
+        (["--html", "/nowhere/at/all.html"], "there is no such folder"),
+    ],
+)
+def test_wrong_arguments(
+    path: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(path, *arguments) == 2
+    out, err = capsys.readouterr()
+    assert said in err
+    assert len(err.splitlines()) == 1
+    assert not out
+
+
+def test_files_beside_the_table(path: Path, tmp_path: Path) -> None:
+    assert call(path, "--html", tmp_path / "a.html", "--plot", tmp_path / "a.png") == 0
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert "fc.<wbr>weight" in (tmp_path / "a.html").read_text(encoding="utf-8")
+    other = written(tmp_path / "o.safetensors", model(1), format="pt")
+    assert call(path, "--compare", other, "--plot", tmp_path / "b.png") == 0
+    assert (tmp_path / "b.png").stat().st_size > 0
+
+
+def test_two_checkpoints_of_one_model(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    doubled = {f"module.{k}": 2 * v if k != "fc.weight" else v[:, :3] for k, v in model().items()}
+    other = written(tmp_path / "o.safetensors", doubled, format="pt")
+    assert call(path, "--compare", other, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    pairs = {pair["name"]: pair for pair in found["comparison"]}
+    assert pairs["flat.weight"]["ratio"] == pytest.approx(2.0, rel=1e-5)
+    assert pairs["conv1.weight"]["ratio"] == pytest.approx(2.0, rel=1e-3)
+    assert pairs["zero.weight"]["ratio"] is None
+    assert found["only_in_first"] == ["fc.weight"]
+    assert found["only_in_second"] == ["fc.weight"]
+    assert call(path, "--compare", other) == 0
+    out = capsys.readouterr().out
+    assert "only in the first, or of another shape there: fc.weight" in out
+    assert "other σ_max" in out
+
+
+def broken(folder: Path, kind: str) -> Path:
+    """A file of which some or all cannot be measured."""
+    tensors = model()
+    target = folder / "m.safetensors"
+    if kind == "nan":
+        tensors["fc.weight"][1, 2] = np.nan
+    if kind == "quantised":
+        tensors["fc.weight"] = np.ones((5, 12), np.int8)
+    written(target, tensors, format="pt")
+    if kind == "truncated":
+        target.write_bytes(target.read_bytes()[:-100])
+    if kind == "header":
+        target.write_bytes(b"\xff" * 8 + target.read_bytes()[8:])
+    if kind == "empty":
+        target.write_bytes(b"")
+    if kind == "folder":
+        target = folder / "nothing"
+        target.mkdir()
+    if kind == "missing":
+        target = folder / "missing.safetensors"
+    if kind == "pickle":
+        target = folder / "m.pt"
+
+        class Evil:
+            def __reduce__(self) -> Any:
+                return os.system, (f"touch {folder / 'ran'}",)
+
+        target.write_bytes(pickle.dumps({"w": Evil()}))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "measured"),
+    [
+        ("nan", "'fc.weight': holds NaN or infinity in 1 of 60 entries", 7),
+        ("quantised", "'fc.weight': int8: quantised or packed", 7),
+        ("truncated", "experts.weight", 7),
+        ("header", "header", None),
+        ("empty", "empty", None),
+        ("folder", "nothing", None),
+        ("missing", "missing.safetensors", None),
+        ("pickle", "m.pt", None),
+    ],
+)
+def test_bad_files_get_a_line_and_the_rest_is_measured(
+    kind: str, said: str, measured: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = broken(tmp_path, kind)
+    assert call(target, "--json") == 1
+    out, err = capsys.readouterr()
+    assert said in err
+    assert all(line.startswith("specops inspect: ") for line in err.splitlines())
+    assert "Traceback" not in err
+    assert not (tmp_path / "ran").exists()
+    if measured is None:
+        assert not out
+        assert len(err.splitlines()) == 1
+    else:
+        found = json.loads(out)
+        assert found["totals"]["measured"] == measured
+        assert found["problems"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_what_was_done(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    tensors = {f"w{i}": rng.normal(size=(900, 900)).astype(np.float32) for i in range(60)}
+    target = written(tmp_path / "m.safetensors", tensors)
+    code = "import sys; from specops.cli import main; sys.exit(main(sys.argv[1:]))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "inspect", str(target), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        time.sleep(5.0)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    found = json.loads(out)
+    assert process.returncode == 130
+    assert found["interrupted"]
+    assert 0 < len(found["weights"]) < 60
+    assert "interrupted" in err
