@@ -37,7 +37,7 @@ def test_programs_run(blocks: list[str], tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_every_use_has_a_program() -> None:
-    assert len(SECTIONS) == 5
+    assert len(SECTIONS) == 6
 
 
 def test_commands_install_extras_that_exist() -> None:
@@ -60,3 +60,12 @@ def test_names_in_the_table_of_functions_are_public() -> None:
     assert len(names) == 14
     for name in names:
         assert name in specops.__all__
+
+
+def test_names_in_the_table_of_measures_are_public() -> None:
+    from specops import measures
+
+    table = README.split("| measure |")[1].split("\n\n")[0]
+    names = re.findall(r"`(\w+)`", "".join(re.findall(r"^\|([^|]*)\|", table, re.M)))
+    functions = {name for name in measures.__all__ if name[0].islower()}
+    assert set(names) == functions

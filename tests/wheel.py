@@ -38,6 +38,9 @@ assert specops.spectral_norm(clipped, Conv((8, 8))) <= 1.0
 from specops.cli import main
 
 assert main(["adapters"]) == 0
+np.savez("weights.npz", w=np.eye(3))
+assert main(["inspect", "weights.npz", "--html", "page.html"]) == 0
+assert Path("page.html").stat().st_size > 1000
 try:
     import specops.testing
 except ImportError as error:

@@ -83,7 +83,7 @@ def test_a_terminal_gets_a_table(found: None, monkeypatch: pytest.MonkeyPatch) -
 def test_without_rich_a_terminal_gets_plain_text(
     found: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(tables, "find_spec", lambda name: None)
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     assert cli.main(["adapters"]) == 0

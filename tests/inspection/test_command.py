@@ -237,3 +237,27 @@ def test_ctrl_c_leaves_what_was_done(tmp_path: Path) -> None:
     assert found["interrupted"]
     assert 0 < len(found["weights"]) < 60
     assert "interrupted" in err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_tensors_are_not_kept(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(2304, 2304)).astype(np.float32)
+    target = written(tmp_path / "m.safetensors", {f"w{i}": w + i for i in range(8)})
+    code = (
+        "import re, sys; from specops.cli import main; main(sys.argv[1:]); "
+        "peak = re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]; "
+        "print(int(peak) / 1024, file=sys.stderr)"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "inspect", str(target), "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    assert len(json.loads(done.stdout)["weights"]) == 8
+    largest = w.nbytes / 2**20
+    assert float(done.stderr) < 6 * largest + 150
