@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import specops
-from specops import cli, plugins
+from specops import cli, plugins, tables
 from specops.errors import PluginWarning
 from specops.hookspecs import AdapterStatus
 
