@@ -7,13 +7,13 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal
 
 from specops import backend
-from specops.errors import StateError, UnsupportedGeometryError
+from specops.errors import UnsupportedGeometryError
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import check_bound, nan_without
 from specops.rules.base import Array, Figures, Schedule, State, at, check_scheduled, measured_as
 from specops.spectra import spectral_norm, spectral_norm_bounds
 from specops.spectra.prepare import prepare
-from specops.tracking import TrackedBlocks, check_norm, track
+from specops.tracking import TrackedBlocks, check_norm
 
 _NORMS = ("operator", "reshaped")
 _REACH = 1.3
@@ -21,14 +21,12 @@ _REACH = 1.3
 _ROUNDS_WHEN_TRACED = 16
 _FAR = 64.0
 """σ₁/c from which a matrix is scaled down before the polynomials."""
-_POWER_STEPS = 4
-_STIR = 0.1
-_CLEARLY = 1.01
-"""By how much another pair must lead: nearly equal ones would be chosen among by rounding."""
 
 
 @dataclass(frozen=True)
-class _Cap:
+class Cap:
+    """What the caps have in common."""
+
     max_norm: float | Schedule
     _: KW_ONLY
     norm: Literal["operator", "reshaped"]
@@ -46,7 +44,7 @@ class _Cap:
         return check_bound(at(self.max_norm, step, name, geometry), "max_norm")
 
 
-class NormalizeIfAbove(_Cap):
+class NormalizeIfAbove(Cap):
     r"""Scale a weight down where its norm exceeds `max_norm`: :math:`W\min(1, c/\|W\|_2)`.
 
     All singular values shrink alike, so the weight moves further than its projection. Unlike
@@ -100,11 +98,11 @@ class NormalizeIfAbove(_Cap):
         else:
             result = nan_without(bound, xp.astype(_scaled(given.w, view, factors), weight.dtype))
         after = tuple(n * f for n, f in zip(before, factors, strict=True))
-        figures = {"norm_before": _figure(xp, before), "norm_after": _figure(xp, after)}
+        figures = {"norm_before": figure(xp, before), "norm_after": figure(xp, after)}
         return result, state, figures
 
 
-class SpectralSoftCap(_Cap):
+class SpectralSoftCap(Cap):
     r"""Press all singular values below `max_norm` by odd polynomials of the matrix.
 
     :math:`p_2(p_1(W))` with :math:`p_1(x) = x - \alpha x^3` and
@@ -166,87 +164,8 @@ class SpectralSoftCap(_Cap):
         if backend.truth(xp.all(xp.stack([xp.all(n <= bound) for n in before]))) is not True:
             new = view.assemble(tuple(blocks), weight.shape)
             result = nan_without(bound, xp.astype(new, weight.dtype))
-        figures = {"norm_before": _figure(xp, before), "norm_after": _figure(xp, tuple(after))}
+        figures = {"norm_before": figure(xp, before), "norm_after": figure(xp, tuple(after))}
         return result, state, figures
-
-
-class SpectralHammer(_Cap):
-    r"""Set the largest singular value to `max_norm` where it is above; touch no other.
-
-    :math:`W - (\sigma_1 - c)\,u_1v_1^H`, for a convolution's operator the same along the
-    gradient E of its norm, :math:`K - (\sigma_1 - c)E/\|E\|^2`.
-
-    Parameters
-    ----------
-    max_norm : float or callable
-        The bound, or a schedule ``(step, name, geometry) -> float``.
-    norm : "operator" or "reshaped"
-        Of a convolution: the layer's norm, or that of the reshaped kernel.
-
-    Notes
-    -----
-    Singular values after the first may exceed the bound and lead from then on: only a firing
-    at every step, with steps that move few of them, keeps the norm near the bound. The pair is
-    followed by power steps from one firing to the next, and so is one mixed with a little of
-    every other direction: where that leads by 1 % it takes over, so that what leads after a
-    strike is found.
-
-    References
-    ----------
-    Newhouse et al. 2025 ("spectral hammer").
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from specops import Dense
-    >>> w = np.diag([4.0, 1.0])
-    >>> rule = SpectralHammer(2.0, norm="operator")
-    >>> rule.update(w, Dense(), rule.init(w, Dense(), "w"))[0].round(6)
-    array([[2., 0.],
-           [0., 1.]])
-    """
-
-    def init(self, weight: Array, geometry: Geometry, name: str) -> State:
-        """The leading pairs."""
-        return track(geometry, self.norm).start(weight, name)
-
-    def update(
-        self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
-    ) -> tuple[Array, State, Figures]:
-        """Strike; the figures are ``norm_before`` and ``norm_after``, of the pair followed."""
-        bound = self._bound(step, name, geometry)
-        follow = track(geometry, self.norm)
-        try:
-            state = _longer(
-                follow.advance(weight, state, _POWER_STEPS),
-                follow.advance(weight, _stirred(state, name), _POWER_STEPS),
-            )
-        except StateError:
-            # The input size has changed since.
-            state = follow.start(weight, name)
-        xp = backend.namespace(weight)
-        before = follow.measured(state)
-        excesses = tuple(xp.where(n > bound, n - bound, xp.zeros_like(n)) for n in before)
-        after = tuple(n - e for n, e in zip(before, excesses, strict=True))
-        figures = {"norm_before": _figure(xp, before), "norm_after": _figure(xp, after)}
-        if backend.truth(xp.all(xp.stack([xp.all(e == 0) for e in excesses]))):
-            return weight, state, figures
-        w = backend.to_compute(xp, weight)
-        if isinstance(follow, TrackedBlocks):
-            struck = []
-            for j, (a, e) in enumerate(zip(follow.geometry.blocks(w), excesses, strict=True)):
-                u, v = state[f"u{j}"], state[f"v{j}"]
-                vh = backend.conjugate(xp, v)
-                struck.append(
-                    a - (xp.astype(e, a.dtype)[..., None] * u)[..., None] * vh[..., None, :]
-                )
-            new = follow.geometry.assemble(tuple(struck), weight.shape)
-        else:
-            axis = state["axis"]
-            squared = xp.sum(xp.abs(axis) ** 2)
-            share = excesses[0] / xp.where(squared > 0, squared, xp.ones_like(squared))
-            new = w - xp.astype(share, w.dtype) * axis
-        return nan_without(bound, xp.astype(new, weight.dtype)), state, figures
 
 
 def _norms(w: Array, view: Geometry) -> tuple[Array, ...]:
@@ -265,30 +184,9 @@ def _scaled(w: Array, view: Geometry, factors: tuple[Array, ...]) -> Array:
     return w * factors[0]
 
 
-def _figure(xp: Any, norms: tuple[Array, ...]) -> Array:
+def figure(xp: Any, norms: tuple[Array, ...]) -> Array:
+    """Norms as one figure: those of blocks along a last axis."""
     return xp.stack(norms, axis=-1) if len(norms) > 1 else norms[0]
-
-
-def _stirred(state: State, name: str) -> State:
-    """The pairs with noise: power steps never leave a singular pair, struck or not."""
-    result = dict(state)
-    for key, v in state.items():
-        if key.startswith("v"):
-            noise = backend.start_vector(f"{name}.{key} stirred", v.shape[-1])
-            result[key] = v + _STIR * backend.constant(noise, v, complex=backend.is_complex(v))
-    return result
-
-
-def _longer(one: State, other: State) -> State:
-    """Of each pair the other one, where its value is clearly larger."""
-    result = {}
-    for key, value in one.items():
-        index = "".join(c for c in key if c.isdigit())
-        xp = backend.namespace(value)
-        less = _CLEARLY * one[f"sigma{index}"] < other[f"sigma{index}"]
-        less = less[(..., *([None] * (value.ndim - less.ndim)))]
-        result[key] = xp.where(less, other[key], value)
-    return result
 
 
 def _soft_cap(xp: Any, a: Array, top: Array) -> tuple[Array, Array]:
