@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from specops.checkpoints.base import Checkpoint, Entry, explained, one_line
+from specops.checkpoints.base import Checkpoint, Entry, explained, one_line, required
 from specops.checkpoints.dtypes import decode, is_numeric, itemsize, plain
 from specops.errors import CheckpointError
 
@@ -30,12 +30,7 @@ class FlaxCheckpoint(Checkpoint):
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            import msgpack
-        except ImportError as error:
-            raise CheckpointError(
-                f"{path}: reading {path.suffix or 'it'} needs msgpack: pip install msgpack"
-            ) from error
+        msgpack = required("msgpack", path, "msgpack")
         with explained(path, "truncated, damaged or not of flax: "):
             loaded = msgpack.unpackb(path.read_bytes(), ext_hook=_Stored, raw=False)
         self._arrays: dict[str, list[bytes]] = {}
@@ -112,12 +107,7 @@ class OrbaxCheckpoint(Checkpoint):
     """
 
     def __init__(self, path: Path, items: dict[str, Path]) -> None:
-        try:
-            import tensorstore
-        except ImportError as error:
-            raise CheckpointError(
-                f"{path}: reading orbax needs tensorstore: pip install tensorstore"
-            ) from error
+        tensorstore = required("tensorstore", path, "tensorstore")
         self._stores: dict[str, Any] = {}
         entries = []
         for prefix, folder in items.items():

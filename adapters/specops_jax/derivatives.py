@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from specops.errors import AdapterError
-from specops.measures import margins
+from specops.measures import MarginJacobians, margins
 
 
 class JacobianOperator:
@@ -143,22 +143,6 @@ def input_gradient_norms(losses: Callable[[Any], Any], x: Any) -> Any:
     """
     gradient = jax.grad(lambda x: jnp.sum(losses(x)))(x)
     return jnp.linalg.norm(gradient.reshape(len(x), -1), axis=1)
-
-
-class MarginJacobians(NamedTuple):
-    """What `specops.measures.log_jac_norm` takes.
-
-    Attributes
-    ----------
-    hidden_norms, jacobian_norms : array (layers, n)
-        Norms of hidden layers, and of the margin's gradients by them.
-    margins : array (n,)
-        Of the samples.
-    """
-
-    hidden_norms: Any
-    jacobian_norms: Any
-    margins: Any
 
 
 def margin_jacobians(

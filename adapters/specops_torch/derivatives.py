@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from specops.errors import AdapterError
-from specops.measures import margins
+from specops.measures import MarginJacobians, margins
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -200,22 +200,6 @@ def input_gradient_norms(losses: Callable[[Tensor], Tensor], x: Tensor) -> Tenso
         x = x.detach().clone().requires_grad_()
         (gradient,) = torch.autograd.grad(losses(x).sum(), x, materialize_grads=True)
     return gradient.reshape(len(x), -1).norm(dim=1)
-
-
-class MarginJacobians(NamedTuple):
-    """What `specops.measures.log_jac_norm` takes.
-
-    Attributes
-    ----------
-    hidden_norms, jacobian_norms : tensor (layers, n)
-        Norms of hidden layers, and of the margin's gradients by them.
-    margins : tensor (n,)
-        Of the samples.
-    """
-
-    hidden_norms: Tensor
-    jacobian_norms: Tensor
-    margins: Tensor
 
 
 def margin_jacobians(

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,16 @@ def explained(path: Path, doing: str = "") -> Iterator[None]:
         raise CheckpointError(f"{path}: {doing}it is nested too deeply") from error
     except Exception as error:
         raise CheckpointError(f"{path}: {doing}{one_line(error)}") from error
+
+
+def required(module: str, path: Path, install: str) -> Any:
+    """A library that a format needs; `install` is what pip would be told."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path}: reading {path.suffix or 'it'} needs {module}: pip install {install}"
+        ) from error
 
 
 def one_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from specops.checkpoints.base import Checkpoint, Entry, one_line
+from specops.checkpoints.base import Checkpoint, Entry, one_line, required
 from specops.checkpoints.dtypes import decode, is_numeric, plain
 from specops.checkpoints.sniffing import check_member, head, member_position
 from specops.errors import CheckpointError
@@ -34,12 +34,7 @@ class KerasCheckpoint(Checkpoint):
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            import h5py
-        except ImportError as error:
-            raise CheckpointError(
-                f"{path}: reading {path.suffix or 'it'} needs h5py: pip install 'specops[inspect]'"
-            ) from error
+        h5py = required("h5py", path, "'specops[inspect]'")
         self._source = _hdf5_file(path)
         self._file: Any = None
         try:

@@ -33,6 +33,12 @@ class Ritz:
     weights: np.ndarray
 
 
+def random_start(size: int, like: Array, seed: int, probe: int = 0) -> Array:
+    """A normal vector, the same on every backend; starts of other probes are independent."""
+    rng = np.random.Generator(np.random.Philox(key=[seed, probe]))
+    return backend.constant(rng.standard_normal(size), like)
+
+
 def lanczos(
     product: Callable[[Array], Array],
     start: Array,

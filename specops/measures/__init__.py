@@ -5,7 +5,13 @@ adapters make: `specops_torch.jacobian_operator`, `specops_torch.hessian_operato
 namesakes in `specops_jax`; any object with the same methods will do.
 """
 
-from specops.measures.complexity import log_jac_norm, log_spec_fro, log_spec_l1, margins
+from specops.measures.complexity import (
+    MarginJacobians,
+    log_jac_norm,
+    log_spec_fro,
+    log_spec_l1,
+    margins,
+)
 from specops.measures.generalization import generalization_gap
 from specops.measures.gradients import gradient_norms
 from specops.measures.lipschitz import (
@@ -29,6 +35,7 @@ __all__ = [
     "JacobianOperator",
     "LipschitzBound",
     "LocalLipschitz",
+    "MarginJacobians",
     "ParameterVariance",
     "SpectralDensity",
     "SpectrumEnds",

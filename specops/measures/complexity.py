@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import array_api_compat as compat
 import numpy as np
@@ -169,6 +169,22 @@ def log_spec_l1(
     shares = [(r / n) ** (2.0 / 3.0) for r, n in zip(rows, norms, strict=True)]
     log = 2.0 * math.fsum(map(math.log, norms)) + 3.0 * math.log(math.fsum(shares))
     return _over_margin(log, margin, 2.0)
+
+
+class MarginJacobians(NamedTuple):
+    """What `log_jac_norm` takes, as ``margin_jacobians`` of an adapter gives it.
+
+    Attributes
+    ----------
+    hidden_norms, jacobian_norms : array (layers, n)
+        Norms of hidden layers, and of the margin's gradients by them.
+    margins : array (n,)
+        Of the samples.
+    """
+
+    hidden_norms: Array
+    jacobian_norms: Array
+    margins: Array
 
 
 def log_jac_norm(hidden_norms: Array, jacobian_norms: Array, margin: Array) -> Array:

@@ -11,7 +11,7 @@ import numpy as np
 from specops import backend
 from specops.errors import GeometryError
 from specops.geometry.arguments import check_bound, integer, non_negative
-from specops.linalg.symmetric_lanczos import Ritz, lanczos
+from specops.linalg.symmetric_lanczos import Ritz, lanczos, random_start
 from specops.measures.operators import JacobianOperator
 from specops.spectra import spectral_norm_bounds
 
@@ -244,8 +244,7 @@ def local_lipschitz(
         # |σ² − θ| ≤ r means |σ − √θ| ≤ r/√θ.
         return bool(found.residuals[-1] <= tolerance * found.values[-1])
 
-    rng = np.random.Generator(np.random.Philox(key=[seed, 0]))
-    start = backend.constant(rng.standard_normal(min(rows, columns)), jacobian.like)
+    start = random_start(min(rows, columns), jacobian.like, seed)
     found = lanczos(gram, start, steps=max_steps, settled=settled)
     squared = max(float(found.values[-1]), 0.0)
     value, residual = math.sqrt(squared), float(found.residuals[-1])

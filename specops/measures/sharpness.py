@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from specops import backend
 from specops.geometry.arguments import check_bound, integer
-from specops.linalg.symmetric_lanczos import Ritz, lanczos
+from specops.linalg.symmetric_lanczos import Ritz, lanczos, random_start
 from specops.measures.operators import SymmetricOperator
 
 
@@ -107,7 +106,12 @@ def spectrum_ends(
         worst = max(found.residuals[0], found.residuals[-1])
         return len(found.values) > 1 and bool(worst <= tolerance * size)
 
-    found = lanczos(operator.matvec, _start(operator, seed), steps=max_steps, settled=settled)
+    found = lanczos(
+        operator.matvec,
+        random_start(operator.shape[1], operator.like, seed),
+        steps=max_steps,
+        settled=settled,
+    )
     return SpectrumEnds(
         float(found.values[0]),
         float(found.values[-1]),
@@ -167,7 +171,11 @@ def spectral_density(
     steps, probes = integer(steps, "steps", least=1), integer(probes, "probes", least=1)
     points = integer(points, "points", least=2)
     found = [
-        lanczos(operator.matvec, _start(operator, seed, probe), steps=steps)
+        lanczos(
+            operator.matvec,
+            random_start(operator.shape[1], operator.like, seed, probe),
+            steps=steps,
+        )
         for probe in range(probes)
     ]
     values = np.concatenate([f.values for f in found])
@@ -177,9 +185,3 @@ def spectral_density(
     grid = np.linspace(values.min() - 4 * sigma, values.max() + 4 * sigma, points)
     bumps = np.exp(-0.5 * ((grid[:, None] - values) / sigma) ** 2)
     return SpectralDensity(grid, bumps @ weights / (sigma * math.sqrt(2 * math.pi)))
-
-
-def _start(operator: SymmetricOperator, seed: int, probe: int = 0) -> object:
-    size = operator.shape[1]
-    rng = np.random.Generator(np.random.Philox(key=[seed, probe]))
-    return backend.constant(rng.standard_normal(size), operator.like)
