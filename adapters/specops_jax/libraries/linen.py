@@ -7,15 +7,8 @@ from typing import Any
 import jax
 
 from specops.errors import AdapterError
-from specops_jax.layers import (
-    EMBEDDING,
-    Role,
-    at_both,
-    convolution,
-    dense,
-    stacked,
-    transposed_convolution,
-)
+from specops_jax.layers import EMBEDDING, Role, at_both, dense, stacked
+from specops_jax.libraries.flax_layers import flax_convolution, sizes
 from specops_jax.libraries.watching import trace
 from specops_jax.paths import named_leaves
 
@@ -71,44 +64,15 @@ def _roles(layer: Any, x: Any) -> dict[str, Role]:
         return {"kernel": dense()}
     if isinstance(layer, nn.Embed):
         return {"embedding": Role(dense().geometry, opt_in=EMBEDDING)}
-    if isinstance(layer, nn.ConvTranspose):
-        kernel = _sizes(layer.kernel_size)
-        return {
-            "kernel": transposed_convolution(
-                kernel=kernel,
-                stride=layer.strides,
-                dilation=layer.kernel_dilation,
-                padding=layer.padding,
-                layout="*OI" if layer.transpose_kernel else "*IO",
-                flipped=layer.transpose_kernel,
-                input_shape=_spatial(x, len(kernel)),
-                masked=layer.mask is not None,
-            )
-        }
-    if isinstance(layer, nn.Conv):
-        kernel = _sizes(layer.kernel_size)
-        return {
-            "kernel": convolution(
-                kernel=kernel,
-                stride=layer.strides,
-                dilation=layer.kernel_dilation,
-                padding=layer.padding,
-                groups=layer.feature_group_count,
-                layout="*IO",
-                input_shape=_spatial(x, len(kernel)),
-                input_dilation=layer.input_dilation,
-                masked=layer.mask is not None,
-            )
-        }
+    if isinstance(layer, nn.Conv | nn.ConvTranspose):
+        shape = _spatial(x, len(sizes(layer.kernel_size)))
+        transposed = isinstance(layer, nn.ConvTranspose)
+        return {"kernel": flax_convolution(layer, shape, transposed=transposed)}
     if isinstance(layer, nn.Einsum):
         return {"kernel": Role(obstacle="an einsum's kernel: pass its geometry")}
     if isinstance(layer, nn.ConvLocal):
         return {"kernel": Role(obstacle="a locally connected layer is no convolution")}
     return {}
-
-
-def _sizes(kernel_size: Any) -> tuple[int, ...]:
-    return (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
 
 
 def _spatial(x: Any, ndim: int) -> tuple[int, ...] | None:

@@ -5,15 +5,8 @@ from __future__ import annotations
 from functools import reduce
 from typing import Any
 
-from specops_jax.layers import (
-    EMBEDDING,
-    Role,
-    at_both,
-    convolution,
-    dense,
-    stacked,
-    transposed_convolution,
-)
+from specops_jax.layers import EMBEDDING, Role, at_both, dense, stacked
+from specops_jax.libraries.flax_layers import flax_convolution, sizes
 from specops_jax.libraries.watching import trace, watched
 
 Shapes = dict[str, list[tuple[int, ...] | None]]
@@ -47,7 +40,7 @@ def _shapes(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Sha
         paths = {id(layer): _name(path) for path, layer in nnx.iter_graph(copy)}
 
         def seen(layer: Any, x: Any) -> None:
-            spatial = len(_sizes(layer.kernel_size))
+            spatial = len(sizes(layer.kernel_size))
             shape = tuple(int(n) for n in x.shape[-spatial - 1 : -1])
             shapes.setdefault(paths[id(layer)], []).append(shape)
 
@@ -74,40 +67,14 @@ def _roles(module: Any, shapes: Shapes) -> dict[str, Role]:
         elif isinstance(layer, nnx.Einsum):
             role = Role(obstacle="an einsum's kernel: pass its geometry")
         elif isinstance(layer, nnx.Conv | nnx.ConvTranspose):
-            role = reduce(at_both, (_convolution(layer, s) for s in shapes.get(name) or [None]))
+            transposed = isinstance(layer, nnx.ConvTranspose)
+            met = shapes.get(name) or [None]
+            role = reduce(at_both, (flax_convolution(layer, s, transposed=transposed) for s in met))
         if role is not None:
             shape, own = getattr(layer, attribute).shape, _own_shape(layer)
             role = stacked(role, own or shape, shape)
             found[f"{name}/{attribute}" if name else attribute] = role
     return found
-
-
-def _convolution(layer: Any, shape: tuple[int, ...] | None) -> Role:
-    from flax import nnx
-
-    kernel, masked = _sizes(layer.kernel_size), layer.mask is not None
-    if isinstance(layer, nnx.ConvTranspose):
-        return transposed_convolution(
-            kernel=kernel,
-            stride=layer.strides,
-            dilation=layer.kernel_dilation,
-            padding=layer.padding,
-            layout="*OI" if layer.transpose_kernel else "*IO",
-            flipped=layer.transpose_kernel,
-            input_shape=shape,
-            masked=masked,
-        )
-    return convolution(
-        kernel=kernel,
-        stride=layer.strides,
-        dilation=layer.kernel_dilation,
-        padding=layer.padding,
-        groups=layer.feature_group_count,
-        layout="*IO",
-        input_shape=shape,
-        input_dilation=layer.input_dilation,
-        masked=masked,
-    )
 
 
 def _own_shape(layer: Any) -> tuple[int, ...] | None:
@@ -122,10 +89,6 @@ def _own_shape(layer: Any) -> tuple[int, ...] | None:
     if isinstance(layer, nnx.Conv | nnx.ConvTranspose):
         return tuple(layer.kernel_shape)
     return None
-
-
-def _sizes(kernel_size: Any) -> tuple[int, ...]:
-    return (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
 
 
 def _name(path: Any) -> str:

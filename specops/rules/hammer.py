@@ -1,0 +1,117 @@
+"""Striking the largest singular value alone."""
+
+from __future__ import annotations
+
+from specops import backend
+from specops.errors import StateError
+from specops.geometry import Geometry
+from specops.geometry.arguments import nan_without
+from specops.rules.base import Array, Figures, State
+from specops.rules.caps import Cap, figure
+from specops.tracking import TrackedBlocks, track
+
+_POWER_STEPS = 4
+_STIR = 0.1
+_CLEARLY = 1.01
+"""By how much another pair must lead: nearly equal ones would be chosen among by rounding."""
+
+
+class SpectralHammer(Cap):
+    r"""Set the largest singular value to `max_norm` where it is above; touch no other.
+
+    :math:`W - (\sigma_1 - c)\,u_1v_1^H`, for a convolution's operator the same along the
+    gradient E of its norm, :math:`K - (\sigma_1 - c)E/\|E\|^2`.
+
+    Parameters
+    ----------
+    max_norm : float or callable
+        The bound, or a schedule ``(step, name, geometry) -> float``.
+    norm : "operator" or "reshaped"
+        Of a convolution: the layer's norm, or that of the reshaped kernel.
+
+    Notes
+    -----
+    Singular values after the first may exceed the bound and lead from then on: only a firing
+    at every step, with steps that move few of them, keeps the norm near the bound. The pair is
+    followed by power steps from one firing to the next, and so is one mixed with a little of
+    every other direction: where that leads by 1 % it takes over, so that what leads after a
+    strike is found.
+
+    References
+    ----------
+    Newhouse et al. 2025 ("spectral hammer").
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from specops import Dense
+    >>> w = np.diag([4.0, 1.0])
+    >>> rule = SpectralHammer(2.0, norm="operator")
+    >>> rule.update(w, Dense(), rule.init(w, Dense(), "w"))[0].round(6)
+    array([[2., 0.],
+           [0., 1.]])
+    """
+
+    def init(self, weight: Array, geometry: Geometry, name: str) -> State:
+        """The leading pairs."""
+        return track(geometry, self.norm).start(weight, name)
+
+    def update(
+        self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
+    ) -> tuple[Array, State, Figures]:
+        """Strike; the figures are ``norm_before`` and ``norm_after``, of the pair followed."""
+        bound = self._bound(step, name, geometry)
+        follow = track(geometry, self.norm)
+        try:
+            state = _longer(
+                follow.advance(weight, state, _POWER_STEPS),
+                follow.advance(weight, _stirred(state, name), _POWER_STEPS),
+            )
+        except StateError:
+            # The input size has changed since.
+            state = follow.start(weight, name)
+        xp = backend.namespace(weight)
+        before = follow.measured(state)
+        excesses = tuple(xp.where(n > bound, n - bound, xp.zeros_like(n)) for n in before)
+        after = tuple(n - e for n, e in zip(before, excesses, strict=True))
+        figures = {"norm_before": figure(xp, before), "norm_after": figure(xp, after)}
+        if backend.truth(xp.all(xp.stack([xp.all(e == 0) for e in excesses]))):
+            return weight, state, figures
+        w = backend.to_compute(xp, weight)
+        if isinstance(follow, TrackedBlocks):
+            struck = []
+            for j, (a, e) in enumerate(zip(follow.geometry.blocks(w), excesses, strict=True)):
+                u, v = state[f"u{j}"], state[f"v{j}"]
+                vh = backend.conjugate(xp, v)
+                struck.append(
+                    a - (xp.astype(e, a.dtype)[..., None] * u)[..., None] * vh[..., None, :]
+                )
+            new = follow.geometry.assemble(tuple(struck), weight.shape)
+        else:
+            axis = state["axis"]
+            squared = xp.sum(xp.abs(axis) ** 2)
+            share = excesses[0] / xp.where(squared > 0, squared, xp.ones_like(squared))
+            new = w - xp.astype(share, w.dtype) * axis
+        return nan_without(bound, xp.astype(new, weight.dtype)), state, figures
+
+
+def _stirred(state: State, name: str) -> State:
+    """The pairs with noise: power steps never leave a singular pair, struck or not."""
+    result = dict(state)
+    for key, v in state.items():
+        if key.startswith("v"):
+            noise = backend.start_vector(f"{name}.{key} stirred", v.shape[-1])
+            result[key] = v + _STIR * backend.constant(noise, v, complex=backend.is_complex(v))
+    return result
+
+
+def _longer(one: State, other: State) -> State:
+    """Of each pair the other one, where its value is clearly larger."""
+    result = {}
+    for key, value in one.items():
+        index = "".join(c for c in key if c.isdigit())
+        xp = backend.namespace(value)
+        less = _CLEARLY * one[f"sigma{index}"] < other[f"sigma{index}"]
+        less = less[(..., *([None] * (value.ndim - less.ndim)))]
+        result[key] = xp.where(less, other[key], value)
+    return result
