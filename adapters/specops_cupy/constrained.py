@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from specops import backend
+from specops.assigned import Assigned
 from specops.errors import AdapterError, NonFiniteError
-from specops.geometry import Geometry
 from specops.plan import Assignment
 from specops.report import measured_norm
 from specops.rules import State
@@ -23,7 +23,7 @@ _SAME = 1e-3
 
 
 @dataclass
-class Constrained:
+class Constrained(Assigned):
     """One array under a rule."""
 
     assignment: Assignment
@@ -31,29 +31,6 @@ class Constrained:
     state: State | None = None
     drifting: bool = False
     """Of a forward rule: whether steps have changed the array since its vectors advanced."""
-
-    @property
-    def name(self) -> str:
-        """The array's path in the dict."""
-        return self.assignment.weight.name
-
-    @property
-    def rule(self) -> Any:
-        """The rule that acts on it."""
-        return self.assignment.rule
-
-    @property
-    def stage(self) -> str:
-        """When the rule acts."""
-        stage: str = self.rule.stage
-        return stage
-
-    @property
-    def geometry(self) -> Geometry:
-        """The map that it stands for."""
-        geometry = self.assignment.weight.geometry
-        assert geometry is not None
-        return geometry
 
     def start(self) -> State:
         """The rule's state for the array as it is."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from specops.assigned import Assigned
 from specops.errors import AdapterError, PlanError
 from specops.geometry import Geometry
 from specops.plan import Assignment, Plan, Weight, override_geometries
@@ -22,29 +23,12 @@ _NONE_KNOWN = (
 
 
 @dataclass(frozen=True)
-class Item:
+class Item(Assigned):
     """One array under a rule."""
 
     index: int
     """Of its leaf."""
     assignment: Assignment
-
-    @property
-    def name(self) -> str:
-        """The array's path."""
-        return self.assignment.weight.name
-
-    @property
-    def rule(self) -> Any:
-        """The rule that acts on it."""
-        return self.assignment.rule
-
-    @property
-    def geometry(self) -> Geometry:
-        """The map that the array stands for."""
-        geometry = self.assignment.weight.geometry
-        assert geometry is not None
-        return geometry
 
 
 @dataclass(frozen=True)

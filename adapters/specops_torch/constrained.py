@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from specops.assigned import Assigned
 from specops.errors import AdapterError, NonFiniteError
 from specops.geometry import Dense, Geometry
 from specops.geometry.arguments import check_bound
@@ -24,7 +25,7 @@ from specops_torch.parameters import Location
 
 
 @dataclass
-class Constrained:
+class Constrained(Assigned):
     """One weight under a rule."""
 
     location: Location
@@ -40,22 +41,6 @@ class Constrained:
     """The geometry that was last found to fit the weight."""
     viewed: tuple[Geometry, Dense | None] | None = None
     """The matrix, if it is one, that the rule follows under this geometry."""
-
-    @property
-    def name(self) -> str:
-        """The parameter's path."""
-        return self.assignment.weight.name
-
-    @property
-    def rule(self) -> Any:
-        """The rule that acts on it."""
-        return self.assignment.rule
-
-    @property
-    def stage(self) -> str:
-        """When the rule acts."""
-        stage: str = self.rule.stage
-        return stage
 
     @property
     def geometry(self) -> Geometry:
