@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from specops.errors import AdapterError
 from specops.geometry import Geometry
 from specops.plan import Assignment
 
@@ -35,3 +37,48 @@ class Assigned:
         geometry = self.assignment.weight.geometry
         assert geometry is not None
         return geometry
+
+
+def check_saved(state: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise unless a saved state is of a known version and of these weights.
+
+    Raises
+    ------
+    AdapterError
+        Another version, or other names.
+    """
+    if state.get("version") != 1:
+        raise AdapterError(f"unknown version {state.get('version')!r} of the state")
+    expected, found = set(names), set(state["weights"])
+    if expected != found:
+        raise AdapterError(
+            f"the state is of other weights: missing {sorted(expected - found)}, unexpected "
+            f"{sorted(found - expected)}. Attach the same plan to a model of the same names; "
+            f"where names are made up, give layers names"
+        )
+
+
+def check_stage(rule: Any, needs: Mapping[str, str]) -> None:
+    """Raise unless a rule's stage is among those of an adapter, and has the method it needs.
+
+    Parameters
+    ----------
+    rule : rule or None
+        None, of what is left alone, passes.
+    needs : mapping of str to str
+        By stage, the method that the adapter calls.
+
+    Raises
+    ------
+    AdapterError
+        Another stage, or no such method.
+    """
+    if rule is None:
+        return
+    needed = needs.get(rule.stage)
+    if needed is None or not hasattr(rule, needed):
+        lacks = f"; such a rule needs a method {needed!r}" if needed else ""
+        raise AdapterError(
+            f"{rule!r} acts in stage {rule.stage!r}; this adapter runs rules of the stages "
+            f"{', '.join(map(repr, needs))}{lacks}"
+        )

@@ -40,8 +40,9 @@ class ReportRow:
     norm_is : str
         See `norm`.
     normalized : float or None
-        The norm of the layer together with the batch normalisation behind it, as in
-        evaluation: what a cap on the weight alone does not bound. None where there is none.
+        The norm of the layer together with the batch normalisation registered right behind it,
+        as in evaluation, exact or a bound as `norm` is: what a cap on the weight alone does not
+        bound. None where there is none.
     """
 
     name: str
@@ -121,7 +122,7 @@ class Report:
         cells = _cells(row)
         if not self._normalizes():
             return cells
-        return (*cells, "" if row.normalized is None else f"{row.normalized:.4g}")
+        return (*cells, _norm_text(row.normalized, row.norm_is))
 
     def _normalizes(self) -> bool:
         return any(row.normalized is not None for row in self.rows)
@@ -154,11 +155,14 @@ def _short(cell: str) -> str:
 
 
 def _cells(row: ReportRow) -> tuple[str, ...]:
-    norm = "" if row.norm is None else f"{row.norm:.4g}"
-    if row.norm_is == "upper bound":
-        norm = f"≤ {norm}"
+    norm = _norm_text(row.norm, row.norm_is)
     shape = "×".join(map(str, row.shape)) or "scalar"
     return (row.name, shape, row.geometry, row.rule or f"– {row.reason}", norm)
+
+
+def _norm_text(norm: float | None, norm_is: str) -> str:
+    text = "" if norm is None else f"{norm:.4g}"
+    return f"≤ {text}" if text and norm_is == "upper bound" else text
 
 
 def measured_norm(w: Any, geometry: Geometry) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from specops.assigned import check_stage
 from specops.errors import AdapterError, PlanError
 from specops.geometry import Dense, Geometry
 from specops.plan import Assignment, Plan, Weight
@@ -106,13 +107,7 @@ def _why_not(rule: Any, geometry: Geometry) -> str:
 
 
 def _check_rule(rule: Any) -> None:
-    needed = _NEEDS.get(rule.stage)
-    if needed is None or not hasattr(rule, needed):
-        lacks = f"; such a rule needs a method {needed!r}" if needed else ""
-        raise AdapterError(
-            f"{rule!r} acts in stage {rule.stage!r}; this adapter runs rules of the stages "
-            f"{', '.join(map(repr, _NEEDS))}{lacks}"
-        )
+    check_stage(rule, _NEEDS)
     if isinstance(getattr(rule, "scale", None), TrainableScale):
         raise AdapterError(
             f"{rule!r}: arrays have no automatic differentiation to train a scale with; give a "

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
+from specops.assigned import check_saved
 from specops.errors import AdapterError, GeometryError
 from specops.geometry import Geometry
 from specops.history import History
@@ -210,14 +211,7 @@ class Attachment:
             Another version, other names, or vectors of other shapes; nothing is changed then.
         """
         self._look()
-        if state.get("version") != 1:
-            raise AdapterError(f"unknown version {state.get('version')!r} of the state")
-        names, found = {c.name for c in self._constrained}, set(state["weights"])
-        if names != found:
-            raise AdapterError(
-                f"the state is of other arrays: missing {sorted(names - found)}, unexpected "
-                f"{sorted(found - names)}"
-            )
+        check_saved(state, [c.name for c in self._constrained])
         for c in self._constrained:
             c.check_state(state["weights"][c.name])
         self.steps = int(state["steps"])

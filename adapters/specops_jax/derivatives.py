@@ -11,16 +11,20 @@ from jax.flatten_util import ravel_pytree
 
 from specops.errors import AdapterError
 from specops.measures import MarginJacobians, margins
+from specops.measures.rows import row_norms
 
 
 class JacobianOperator:
     """The Jacobian of a function at a point; see `jacobian_operator`."""
 
     def __init__(self, function: Callable[[Any], Any], x: Any) -> None:
-        self.like, unravel = ravel_pytree(x)
+        at, unravel = ravel_pytree(x)
+        # Products of half precision would round the vectors they are measured by.
+        self.like = at.astype(jnp.promote_types(at.dtype, jnp.float32))
 
         def flat(v: Any) -> Any:
-            return ravel_pytree(function(unravel(v)))[0]
+            y = ravel_pytree(function(unravel(v.astype(at.dtype))))[0]
+            return y.astype(jnp.promote_types(y.dtype, jnp.float32))
 
         y, push = jax.linearize(flat, self.like)
         self.shape = (int(y.size), int(self.like.size))
@@ -67,14 +71,16 @@ class HessianOperator:
     """The Hessian of a loss; see `hessian_operator`."""
 
     def __init__(self, losses: Sequence[Callable[[Any], Any]], params: Any) -> None:
-        self.like, unravel = ravel_pytree(params)
+        at, unravel = ravel_pytree(params)
+        self.like = at.astype(jnp.promote_types(at.dtype, jnp.float32))
         if not self.like.size:
             raise AdapterError("there is no parameter to differentiate by")
         self.shape = (int(self.like.size),) * 2
 
         def product(x: Any) -> Any:
             def mean(v: Any) -> Any:
-                return sum(loss(unravel(v)) for loss in losses) / len(losses)
+                given = unravel(v.astype(at.dtype))
+                return sum(loss(given) for loss in losses) / len(losses)
 
             return jax.jvp(jax.grad(mean), (self.like,), (x,))[1]
 
@@ -137,12 +143,21 @@ def input_gradient_norms(losses: Callable[[Any], Any], x: Any) -> Any:
     -------
     array (n,)
 
+    Raises
+    ------
+    AdapterError
+        Losses of another shape, such as their mean.
+
     References
     ----------
     Yoshida & Miyato 2017, section 4.3.
     """
-    gradient = jax.grad(lambda x: jnp.sum(losses(x)))(x)
-    return jnp.linalg.norm(gradient.reshape(len(x), -1), axis=1)
+    shape = jax.eval_shape(losses, x).shape
+    if shape != (len(x),):
+        raise AdapterError(
+            f"losses must be those of each sample, of shape ({len(x)},): got {shape}"
+        )
+    return row_norms(jax.grad(lambda x: jnp.sum(losses(x)))(x))
 
 
 def margin_jacobians(
@@ -183,6 +198,6 @@ def margin_jacobians(
     gradients, found = jax.grad(total, has_aux=True)(zeros)
 
     def norms(arrays: Sequence[Any]) -> Any:
-        return jnp.stack([jnp.linalg.norm(a.reshape(len(a), -1), axis=1) for a in arrays])
+        return jnp.stack([row_norms(a) for a in arrays])
 
     return MarginJacobians(norms(hidden), norms(gradients), found)

@@ -68,7 +68,7 @@ def advance(
 
     Where a rule does not fire, weights are themselves and terms of gradients are zero.
     """
-    check_names(program.of(*stages), state)
+    check_states(program.of(*stages), leaves, state)
     step = state.step + 1
     arrays: dict[str, Any] = {}
     rules, figures = dict(state.rules), dict(state.figures)
@@ -95,12 +95,7 @@ def advance(
         if not always:
             due = due & (step > plan.start)
             due = due if plan.stop is None else due & (step < plan.stop)
-        try:
-            fired_now = backend.cond(due, fire, rest)
-        except TypeError as error:
-            _explain(fire, rest, error)
-            raise
-        for name, (array, new, seen, fine) in fired_now.items():
+        for name, (array, new, seen, fine) in backend.cond(due, fire, rest).items():
             arrays[name], rules[name], figures[name] = array, new, seen
             fired[name] = jnp.where(due, step, fired[name])
             nonfinite[name] = nonfinite[name] + jnp.where(fine, 0, 1).astype(jnp.int32)
@@ -117,29 +112,44 @@ def enforced(item: Item, weight: Any) -> Any:
     return weight if new is held else jax.device_put(new, weight.sharding)
 
 
-def check_names(items: Sequence[Item], state: SpecopsState) -> None:
+def check_states(items: Sequence[Item], leaves: Sequence[Any], state: SpecopsState) -> None:
     """Raise if a state was made for other parameters, or another plan."""
-    missing = [item.name for item in items if item.name not in state.rules]
-    if missing:
+    wrong = [
+        item.name
+        for item in items
+        if item.name not in state.rules
+        or not _holds(state.rules[item.name], _started(item, leaves[item.index]))
+    ]
+    if wrong:
         raise StateError(
-            f"the state holds nothing for {', '.join(missing)}: it was made by another plan, or "
-            f"for other parameters. Make a new one with specops_jax.init"
+            f"the state is not what the plan keeps of {', '.join(wrong)}: it was made by another "
+            f"plan, or for other parameters. Make a new one with specops_jax.init"
         )
 
 
-def _explain(fire: Callable[[], Results], rest: Callable[[], Results], error: TypeError) -> None:
-    """Raise where the branches differ because a state is not what its rule makes."""
-    new, old = jax.eval_shape(fire), jax.eval_shape(rest)
+def _holds(found: dict[str, Any], started: dict[str, Any]) -> bool:
+    """Whether a state has what its rule starts with; firings may add to that."""
+    # Stacked, where a whole step is mapped and the state is not.
+    return all(
+        key in found and found[key].shape[found[key].ndim - x.ndim :] == x.shape
+        for key, x in started.items()
+    )
 
-    def kinds(tree: Any) -> Any:
-        return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
-    wrong = [name for name in new if kinds(new[name][1:3]) != kinds(old[name][1:3])]
-    if wrong:
-        raise StateError(
-            f"the state of {', '.join(wrong)} is not what the plan's rules keep: it was made by "
-            f"another plan, or for other parameters. Make a new one with specops_jax.init"
-        ) from error
+_STARTED: dict[Any, Any] = {}
+_MOST_STARTED = 4096
+
+
+def _started(item: Item, weight: Any) -> dict[str, Any]:
+    """Shapes of the state that a rule starts with."""
+    key = (item.rule, item.geometry, weight.shape, weight.dtype)
+    if len(_STARTED) > _MOST_STARTED:
+        _STARTED.clear()
+    if key not in _STARTED:
+        shape = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
+        _STARTED[key] = jax.eval_shape(lambda w: _start(item, w), shape)
+    found: dict[str, Any] = _STARTED[key]
+    return found
 
 
 def _fire(items: Sequence[Item], weights: Any, states: Arrays, step: Any) -> Results:

@@ -13,7 +13,7 @@ from specops.errors import AdapterError, NonFiniteError
 from specops.geometry import Geometry
 from specops.report import Report, measured_norm, plan_rows
 from specops.rules import TrainableScale
-from specops_jax.firing import advance, begin, check_names, enforced
+from specops_jax.firing import advance, begin, check_states, enforced
 from specops_jax.program import Item, Program, program
 from specops_jax.state import SpecopsState
 
@@ -132,9 +132,18 @@ def normalize_params(
         As `project_params`.
     scales : dict of str to array, optional
         Values of trainable scales, from `init_scales`, trained beside the parameters.
+
+    Raises
+    ------
+    StateError
+        A state of another plan, or of other parameters.
+
+    Notes
+    -----
+    Under jit a schedule that gives no scale or ratio makes the weight NaN, which the loss shows.
     """
     own, leaves, structure = program(params, plan, geometries)
-    check_names(own.of("forward"), state)
+    check_states(own.of("forward"), leaves, state)
     step = state.step + 1
     for item in own.of("forward"):
         options: dict[str, Any] = {"step": step, "name": item.name}

@@ -23,12 +23,15 @@ class Geometries(dict[str, Geometry]):
         Why other arrays have none.
     opt_in : dict of str to str
         Why some are constrained only by rules that name them.
+    given : set of str
+        Names and patterns that a user's own dict has added, by ``|``.
     """
 
     def __init__(self, roles: dict[str, Role] | None = None) -> None:
         super().__init__()
         self.reasons: dict[str, str] = {}
         self.opt_in: dict[str, str] = {}
+        self.given: set[str] = set()
         for name, role in (roles or {}).items():
             if role.geometry is not None:
                 self[name] = role.geometry
@@ -38,21 +41,28 @@ class Geometries(dict[str, Geometry]):
                 self.opt_in[name] = role.opt_in
 
     def __or__(self, other: Mapping[str, Geometry]) -> Geometries:  # type: ignore[override]
-        """Both, the other's where both know an array: its own words, where it has any."""
+        """Both; what the other says of an array replaces what is said here."""
         result = Geometries()
-        for part in (self, other):
-            for name, geometry in part.items():
-                result[name] = geometry
-                result.reasons.pop(name, None)
-                result.opt_in.pop(name, None)
-            if isinstance(part, Geometries):
-                result.reasons.update(part.reasons)
-                result.opt_in.update(part.opt_in)
+        result |= self
+        result |= other
         return result
 
     def __ior__(self, other: Mapping[str, Geometry]) -> Geometries:  # type: ignore[override]
-        """The same, for ``|=``."""
-        return self | other
+        """The same, in place."""
+        looked = other if isinstance(other, Geometries) else None
+        for name in {*other, *(looked.reasons if looked is not None else ())}:
+            self.pop(name, None)
+            self.reasons.pop(name, None)
+            self.opt_in.pop(name, None)
+            self.given.discard(name)
+        self.update(other)
+        if looked is None:
+            self.given.update(other)
+            return self
+        self.reasons.update(looked.reasons)
+        self.opt_in.update(looked.opt_in)
+        self.given.update(looked.given)
+        return self
 
     def __ror__(self, other: Mapping[str, Geometry]) -> Geometries:  # type: ignore[override]
         """A plain dict's, and these over them."""

@@ -59,9 +59,9 @@ def program(
     found, given = inspect_leaves(params), dict(geometries or {})
     names = {name for name, _ in leaves}
     if isinstance(geometries, Geometries):
-        # What was found by looking need not all be here; what is no name is a user's pattern.
+        # What was found by looking need not all be here.
         found = found | geometries
-        given = {key: given[key] for key in given if any(c in key for c in "*?[")}
+        given = {key: given[key] for key in given if key in geometries.given}
     given = {key: given[key] for key in given if not _only_masked(key, names, params)}
     described = [_describe(name, leaf, found) for name, leaf in leaves]
     plan = Plan.of(plan)

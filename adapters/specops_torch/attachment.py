@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from specops.assigned import check_saved, check_stage
 from specops.errors import AdapterError, GeometryError, SpecopsError
 from specops.geometry import Geometry
 from specops.history import History
@@ -111,7 +112,7 @@ class Attachment:
         )
         assignments = self.plan.assign(weights)
         for assignment in assignments:
-            _check_stage(assignment.rule)
+            check_stage(assignment.rule, _NEEDS)
         before = {c.name: c for c in self._constrained}
         self._assignments, self._constrained = assignments, []
         for location, weight, assignment in zip(locations, weights, assignments, strict=True):
@@ -249,7 +250,7 @@ class Attachment:
             if constrained is not None:
                 row = replace(row, geometry=constrained.geometry.describe())
                 if measure and row.rule:
-                    following = normalized.get(id(constrained.location.module))
+                    following = normalized.get(id(constrained.location.module), [])
                     row = replace(row, **constrained.norm(following))
             rows.append(row)
         return Report(tuple(rows))
@@ -274,15 +275,7 @@ class Attachment:
         AdapterError
             Another version, or other parameter names.
         """
-        if state.get("version") != 1:
-            raise AdapterError(f"unknown version {state.get('version')!r} of the state")
-        names = {c.name for c in self._constrained}
-        if names != set(state["weights"]):
-            raise AdapterError(
-                f"the state is of other parameters: missing "
-                f"{sorted(names - set(state['weights']))}, unexpected "
-                f"{sorted(set(state['weights']) - names)}"
-            )
+        check_saved(state, [c.name for c in self._constrained])
         for c in self._constrained:
             c.check_state(state["weights"][c.name])
         self._scales.check(state.get("scales", {}))
@@ -478,18 +471,6 @@ def attach(
 
 
 _NEEDS = {"weights": "update", "gradients": "penalty", "forward": "apply"}
-
-
-def _check_stage(rule: Any) -> None:
-    if rule is None:
-        return
-    needed = _NEEDS.get(rule.stage)
-    if needed is None or not hasattr(rule, needed):
-        lacks = f"; such a rule needs a method {needed!r}" if needed else ""
-        raise AdapterError(
-            f"{rule!r} acts in stage {rule.stage!r}; this adapter runs rules of the stages "
-            f"{', '.join(map(repr, _NEEDS))}{lacks}"
-        )
 
 
 def _held(optimizer: torch.optim.Optimizer | None) -> dict[int, nn.Parameter] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -23,28 +24,34 @@ def diagonal(name: str, layer: Any) -> torch.Tensor:
             f"{name} keeps no running statistics: it normalises by the batch in evaluation too, "
             f"and is no linear map"
         )
-    scale = torch.rsqrt(layer.running_var.detach().double() + layer.eps)
-    return scale if layer.weight is None else scale * layer.weight.detach().double()
+    scale = torch.rsqrt(layer.running_var.detach().cpu().double() + layer.eps)
+    return scale if layer.weight is None else scale * layer.weight.detach().cpu().double()
 
 
-def behind(model: nn.Module) -> dict[int, nn.Module]:
-    """By the id of a layer, the batch normalisation that is registered right after it.
+def behind(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """By the id of a layer, the batch normalisations that are registered right after it.
 
     Networks that are not sequential may compute in another order: this is what blocks of one
     convolution and one normalisation each, as ResNets have, look like.
     """
-    found = {}
+    found: dict[int, list[nn.Module]] = {}
     for parent in model.modules():
-        for layer, following in pairwise(parent.children()):
+        # Not `children`, which gives a shared layer once.
+        for layer, following in pairwise(parent._modules.values()):
             if isinstance(following, BATCH_NORMS):
                 outputs = getattr(layer, "out_channels", getattr(layer, "out_features", None))
                 if outputs == following.num_features and following.running_var is not None:
-                    found[id(layer)] = following
+                    found.setdefault(id(layer), []).append(following)
     return found
 
 
-def norm_with(layer: nn.Module, w: torch.Tensor, geometry: Geometry, following: Any) -> Any:
-    """The norm of a layer and the normalisation behind it; None where it is not computed."""
+def norm_with(
+    layer: nn.Module, w: torch.Tensor, geometry: Geometry, following: Sequence[Any]
+) -> float | None:
+    """The norm of a layer and the normalisation behind it; None where it is not computed.
+
+    The largest, where a layer is shared by several blocks.
+    """
     if isinstance(layer, CONVOLUTIONS):
         transposed = isinstance(geometry, Conv) and geometry.transposed
         if transposed and layer.groups > 1:
@@ -54,7 +61,11 @@ def norm_with(layer: nn.Module, w: torch.Tensor, geometry: Geometry, following: 
         axis = 0
     else:
         return None
-    scale = diagonal(type(following).__name__, following).to(w.device)
     shape = [1] * w.ndim
     shape[axis] = -1
-    return measured_norm(w.double() * scale.reshape(shape), geometry)["norm"]
+    w = w.detach().cpu().double()  # not every device has double precision
+    norms = [
+        measured_norm(w * diagonal(type(n).__name__, n).cpu().reshape(shape), geometry)["norm"]
+        for n in following
+    ]
+    return max(norms, default=None)

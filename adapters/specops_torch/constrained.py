@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,7 +113,7 @@ class Constrained(Assigned):
                 float(value), dtype=dtype, device=parameter.device
             )
 
-    def norm(self, following: nn.Module | None = None) -> dict[str, Any]:
+    def norm(self, following: Sequence[nn.Module] = ()) -> dict[str, Any]:
         """The norm now, for a report: exact where it can be, else a certified upper bound.
 
         And that with the batch normalisation which follows, if there is one.
@@ -123,7 +123,7 @@ class Constrained(Assigned):
             with torch.no_grad():
                 w = self.normalizer(w)
         found = measured_norm(w, geometry)
-        if following is not None and found["norm_is"] != "not finite":
+        if following and found["norm_is"] != "not finite":
             found["normalized"] = norm_with(self.location.module, w, geometry, following)
         return found
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from specops.errors import AdapterError
 from specops.measures import MarginJacobians, margins
+from specops.measures.rows import row_norms
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -27,8 +28,6 @@ class JacobianOperator:
 
     def matvec(self, x: Tensor) -> Tensor:
         """J x."""
-        if not self._pulled.requires_grad:
-            return x.new_zeros(self.shape[0])
         v = x.reshape(self._x.shape).to(self._x)
         (image,) = torch.autograd.grad(
             self._pulled, self._u, v, retain_graph=True, materialize_grads=True
@@ -40,8 +39,6 @@ class JacobianOperator:
         return self._pull(y.reshape(self._y.shape).to(self._y)).reshape(-1)
 
     def _pull(self, u: Tensor, create_graph: bool = False) -> Tensor:
-        if not self._y.requires_grad:
-            return torch.zeros_like(self._x)
         return torch.autograd.grad(
             self._y,
             self._x,
@@ -69,6 +66,11 @@ def jacobian_operator(function: Callable[[Tensor], Tensor], x: Tensor) -> Jacobi
         ``shape`` (outputs, inputs), ``matvec(x)`` = J x and ``rmatvec(y)`` = Jᵀ y on flat
         vectors. It keeps the graph of one forward pass.
 
+    Raises
+    ------
+    AdapterError
+        The value has no derivative: gradients were switched off within the function.
+
     Notes
     -----
     Products are backward passes, twice differentiated for J x, so that every operation needs a
@@ -82,9 +84,15 @@ def jacobian_operator(function: Callable[[Tensor], Tensor], x: Tensor) -> Jacobi
     >>> round(local_lipschitz(jacobian_operator(layer, torch.ones(2))).value, 4)
     3.0
     """
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone().requires_grad_()
-        return JacobianOperator(x, function(x))
+        y = function(x)
+        if not y.requires_grad:
+            raise AdapterError(
+                "the function's value does not depend on x differentiably: it ran without "
+                "gradients (torch.no_grad, inference_mode, detach), or is constant"
+            )
+        return JacobianOperator(x, y)
 
 
 class HessianOperator:
@@ -98,6 +106,7 @@ class HessianOperator:
         self.shape = (size, size)
         self.like = parameters[0].detach()
         self._kept: tuple[Tensor, ...] | None = None
+        self._versions: list[int] = []
 
     def matvec(self, x: Tensor) -> Tensor:
         """H x: the mean over the losses."""
@@ -121,14 +130,15 @@ class HessianOperator:
         return total / len(self._losses)
 
     def _gradients(self, loss: Callable[[], Tensor]) -> tuple[Tensor, ...]:
-        if self._kept is not None:
+        versions = [p._version for p in self._parameters]
+        if self._kept is not None and versions == self._versions:
             return self._kept
         with torch.enable_grad():
             gradients: tuple[Tensor, ...] = torch.autograd.grad(
                 loss(), self._parameters, create_graph=True, materialize_grads=True
             )
         if len(self._losses) == 1:
-            self._kept = gradients
+            self._kept, self._versions = gradients, versions
         return gradients
 
 
@@ -141,7 +151,8 @@ def hessian_operator(
     ----------
     loss : callable or sequence of callables
         Each gives a scalar: ``lambda: criterion(model(x), y)``. Of several, one for each batch,
-        the mean counts; they are computed anew for each product, a single one only once.
+        the mean counts; they are computed anew for each product, a single one only after its
+        parameters have changed.
     parameters : iterable of tensor
         Those of ``model.parameters()`` that require gradients.
 
@@ -192,14 +203,26 @@ def input_gradient_norms(losses: Callable[[Tensor], Tensor], x: Tensor) -> Tenso
     -------
     tensor (n,)
 
+    Raises
+    ------
+    AdapterError
+        Losses of another shape, such as their mean.
+
     References
     ----------
     Yoshida & Miyato 2017, section 4.3.
     """
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(losses(x).sum(), x, materialize_grads=True)
-    return gradient.reshape(len(x), -1).norm(dim=1)
+        values = losses(x)
+        if tuple(values.shape) != (len(x),):
+            raise AdapterError(
+                f"losses must be those of each sample, of shape ({len(x)},): got "
+                f"{tuple(values.shape)}. Pass reduction='none' to torch's losses"
+            )
+        (gradient,) = torch.autograd.grad(values.sum(), x, materialize_grads=True)
+    norms: Tensor = row_norms(gradient)
+    return norms
 
 
 def margin_jacobians(
@@ -233,20 +256,21 @@ def margin_jacobians(
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        def hook(_: nn.Module, __: Any, output: Any) -> Tensor:
             if name in seen:
                 raise AdapterError(f"{name} ran twice: its output is no single hidden layer")
-            if not output.requires_grad:
-                output.requires_grad_()
-            seen[name] = output
-            return output
+            if not isinstance(output, Tensor):
+                raise AdapterError(f"{name} gives {type(output).__name__}, no tensor")
+            seen[name] = output if output.requires_grad else output.detach().requires_grad_()
+            # A copy goes on: activations may write to it in place.
+            return seen[name].clone()
 
         return hook
 
     handles = [named[name].register_forward_hook(keep(name)) for name in layers]
     modes = [(m, m.training) for m in model.modules()]
     try:
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             found = margins(model.eval()(x), labels)
     finally:
         for handle in handles:
@@ -260,6 +284,6 @@ def margin_jacobians(
     gradients = torch.autograd.grad(found.sum(), hidden, materialize_grads=True)
 
     def norms(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.stack([t.detach().reshape(len(x), -1).norm(dim=1) for t in tensors])
+        return torch.stack([row_norms(t.detach()) for t in tensors])
 
     return MarginJacobians(norms(hidden), norms(gradients), found.detach())

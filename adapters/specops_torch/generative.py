@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -65,11 +65,12 @@ def inception_score(
         warnings.simplefilter("ignore", UserWarning)
         metric = kind(feature=_Features(classifier), splits=splits)
     count = _fill(metric, images)
-    if count < splits:
-        raise AdapterError(f"{count} images cannot be divided into {splits} splits")
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    if not count or -(-count // -(-count // splits)) != splits:
+        raise AdapterError(
+            f"{count} images cannot be divided into {splits} splits: give a multiple of it"
+        )
+    with _seeded(seed), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of a single split's deviation
-        torch.manual_seed(seed)
         mean, deviation = metric.compute()
     return InceptionScore(float(mean), float(deviation))
 
@@ -161,8 +162,7 @@ def neural_divergence(
     learning_rate = check_bound(learning_rate, "learning_rate")
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must lie between 0 and 1, got {held_out!r}")
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)
+    with _seeded(seed), torch.enable_grad():
         critic = make_critic().to(real.device).train()
         parts = [_divided(x, held_out) for x in (real, generated)]
         optimizer = torch.optim.Adam(critic.parameters(), lr=learning_rate)
@@ -175,9 +175,23 @@ def neural_divergence(
             return float(_told_apart(critic.eval(), *(x for _, x in parts)))
 
 
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """A seed whose generators, those of devices too, are put back afterwards."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
 def _told_apart(critic: nn.Module, real: Tensor, generated: Tensor) -> Tensor:
     log_sigmoid = nn.functional.logsigmoid
-    value = log_sigmoid(critic(real)).mean() + log_sigmoid(-critic(generated)).mean()
+    told = [critic(x) for x in (real, generated)]
+    for x, score in zip((real, generated), told, strict=True):
+        if score.numel() != len(x):
+            raise AdapterError(
+                f"a critic gives one number for each sample: got {tuple(score.shape)} for {len(x)}"
+            )
+    value = log_sigmoid(told[0]).mean() + log_sigmoid(-told[1]).mean()
     return value + 2.0 * torch.log(torch.tensor(2.0))
 
 
@@ -194,14 +208,25 @@ class _Features(nn.Module):
 
     def __init__(self, module: nn.Module, sample: Tensor | None = None) -> None:
         super().__init__()
-        self.module = copy.deepcopy(module).eval()
+        self._held = [module]  # not a submodule: moving the metric must not move it
         if sample is not None:
             # Or torchmetrics asks with an image of Inception's size.
             self.num_features = int(self(sample[:1]).shape[-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            result: Tensor = self.module(x)
+        (module,) = self._held
+        modes = [(m, m.training) for m in module.modules()]
+        try:
+            with torch.no_grad():
+                result: Tensor = module.eval()(x)
+        finally:
+            for m, training in modes:
+                m.training = training
+        if result.ndim != 2:
+            raise AdapterError(
+                f"expected (n, features), got {tuple(result.shape)} from "
+                f"{type(module).__name__}: flatten its output"
+            )
         return result
 
 

@@ -13,6 +13,7 @@ from specops.measures import LipschitzBound
 from specops.measures import lipschitz_upper_bound as product
 from specops_torch.batch_norms import BATCH_NORMS, diagonal
 from specops_torch.geometry import CONVOLUTIONS, geometry_of
+from specops_torch.sizes import SizeRecorder
 
 _ONE = (
     nn.Identity,
@@ -22,10 +23,8 @@ _ONE = (
     nn.ReLU6,
     nn.Tanh,
     nn.Hardtanh,
-    nn.Softplus,
     nn.LogSigmoid,
     nn.Softsign,
-    nn.CELU,
     nn.Dropout,
     nn.Dropout1d,
     nn.Dropout2d,
@@ -37,6 +36,8 @@ _ONE = (
 )
 _MAX_POOL = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _AVERAGE_POOL = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+_OURS = ("specops_torch", "torch.nn.utils")
+_NO_JUMP = 20.0
 _ADAPTIVE = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 _STEEPEST = {nn.Sigmoid: 0.25, nn.GELU: 1.1291, nn.SiLU: 1.0999, nn.Softmax: 0.5}
 """Largest slopes, rounded up; of the softmax, the largest norm of its Jacobian."""
@@ -53,7 +54,8 @@ def lipschitz_upper_bound(model: nn.Module, input_shape: tuple[int, ...]) -> Lip
     Parameters
     ----------
     model : torch.nn.Sequential
-        Nested ones too; single layers pass. Its mode stays as it is.
+        Nested ones too; single layers pass. Its mode stays as it is. Weights are those in use:
+        normalised or reparametrised ones as the forward pass sees them.
     input_shape : tuple of int
         Of one sample: (channels, height, width).
 
@@ -65,8 +67,9 @@ def lipschitz_upper_bound(model: nn.Module, input_shape: tuple[int, ...]) -> Lip
     Raises
     ------
     AdapterError
-        A layer whose constant is not known, or a block that is not sequential: compute its
-        factor, and give the numbers to `specops.measures.lipschitz_upper_bound`.
+        A layer whose constant is not known, one with a forward or hooks of its own, or a block
+        that is not sequential: compute its factor, and give the numbers to
+        `specops.measures.lipschitz_upper_bound`.
 
     Examples
     --------
@@ -80,32 +83,80 @@ def lipschitz_upper_bound(model: nn.Module, input_shape: tuple[int, ...]) -> Lip
     parameter = next(model.parameters(), None)
     x = x if parameter is None else x.to(parameter)
     for name, layer in _chain("", model):
-        layers.append(_factor(name, layer, x))
-        training = layer.training
-        try:
-            with torch.no_grad():
-                x = layer.eval()(x)
-        finally:
-            layer.train(training)
+        y, weight = _run(name, layer, x)
+        layers.append(_factor(name, layer, x, weight))
+        x = y
     return product(layers)
 
 
 def _chain(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    _check_plain(name or type(module).__name__, module)
     if isinstance(module, nn.Sequential):
+        # Not `named_children`, which gives a shared layer once.
         return [
             pair
-            for key, child in module.named_children()
+            for key, child in module._modules.items()
+            if child is not None
             for pair in _chain(f"{name}.{key}".lstrip("."), child)
         ]
     return [(name or type(module).__name__, module)]
 
 
-def _factor(name: str, layer: nn.Module, x: torch.Tensor) -> Any:
+def _check_plain(name: str, module: nn.Module) -> None:
+    """Raise where a module computes something else than its class of torch does."""
+    kinds = (k for k in type(module).__mro__ if k.__module__.startswith("torch.nn.modules."))
+    plain: Any = next(kinds, nn.Module)
+    own = type(module).forward is not plain.forward or "forward" in vars(module)
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    foreign = [
+        h
+        for h in hooks
+        if not type(h).__module__.startswith(_OURS)
+        and not (getattr(h, "__module__", "") or "").startswith(_OURS)
+    ]
+    if own or foreign:
+        what = "a forward of its own" if own else f"a hook, {foreign[0]!r}"
+        raise AdapterError(
+            f"{name} ({type(module).__name__}) has {what}: its Lipschitz constant is not known. "
+            f"Compute it, and give the factors of all layers to "
+            f"specops.measures.lipschitz_upper_bound"
+        )
+
+
+def _run(name: str, layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """(the output in evaluation, the weight that the layer used), nothing of it left behind."""
+    used: list[torch.Tensor] = []
+    if isinstance(layer, BATCH_NORMS):
+        diagonal(name, layer)
+
+    def look(module: nn.Module, _: Any) -> None:
+        # The last pre-hook: what others put into the weight's place is there.
+        weight = getattr(module, "weight", None)
+        used.append(weight if weight is None else weight.detach().clone())
+
+    recorders = [h for h in layer._forward_hooks.values() if isinstance(h, SizeRecorder)]
+    known = [dict(vars(recorder)) for recorder in recorders]
+    training = layer.training
+    handle = layer.register_forward_pre_hook(look)
+    try:
+        with torch.no_grad():
+            y = layer.eval()(x)
+    finally:
+        handle.remove()
+        layer.train(training)
+        for recorder, state in zip(recorders, known, strict=True):
+            vars(recorder).update(state)
+    if not isinstance(y, torch.Tensor):
+        raise AdapterError(f"{name} ({type(layer).__name__}) gives {type(y).__name__}, no tensor")
+    return y, used[0]
+
+
+def _factor(name: str, layer: nn.Module, x: torch.Tensor, weight: Any) -> Any:
     if isinstance(layer, CONVOLUTIONS):
         spatial = tuple(x.shape[-len(layer.kernel_size) :])
-        return layer.weight.detach(), geometry_of(layer, input_shape=spatial)
+        return weight, geometry_of(layer, input_shape=spatial)
     if isinstance(layer, nn.Linear):
-        return layer.weight.detach(), geometry_of(layer)
+        return weight, geometry_of(layer)
     if isinstance(layer, _ONE):
         return 1.0
     if type(layer) in _STEEPEST:
@@ -113,7 +164,11 @@ def _factor(name: str, layer: nn.Module, x: torch.Tensor) -> Any:
     if isinstance(layer, nn.LeakyReLU):
         return max(1.0, abs(layer.negative_slope))
     if isinstance(layer, nn.ELU):
-        return max(1.0, layer.alpha)
+        return max(1.0, abs(layer.alpha))
+    # Where they bend the wrong way or jump nothing bounds them.
+    smooth = isinstance(layer, nn.CELU) and layer.alpha > 0
+    if smooth or (isinstance(layer, nn.Softplus) and layer.threshold >= _NO_JUMP):
+        return 1.0
     if isinstance(layer, nn.PReLU):
         return max(1.0, float(layer.weight.detach().abs().max()))
     if isinstance(layer, BATCH_NORMS):

@@ -81,7 +81,7 @@ def check_bound(value: Any, name: str) -> Any:
 
 def nan_unless(fits: Any, value: Any) -> Any:
     """`value`, or NaN where a traced condition turns out not to hold."""
-    return backend.namespace(value).where(fits, value * 1.0, math.nan)
+    return compat.array_namespace(value).where(fits, value * 1.0, math.nan)
 
 
 def nan_without(bound: Any, result: Any) -> Any:

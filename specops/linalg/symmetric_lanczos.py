@@ -23,7 +23,8 @@ class Ritz:
     values : ndarray (steps,)
         Ascending.
     residuals : ndarray (steps,)
-        ‖A q − θ q‖ of each Ritz pair: A has an eigenvalue at most that far from θ.
+        ‖A q − θ q‖ of each Ritz pair, and an allowance for rounding: A has an eigenvalue at
+        most that far from θ.
     weights : ndarray (steps,)
         Squared first components of the Ritz vectors: the quadrature of Gauss for the start.
     """
@@ -37,6 +38,13 @@ def random_start(size: int, like: Array, seed: int, probe: int = 0) -> Array:
     """A normal vector, the same on every backend; starts of other probes are independent."""
     rng = np.random.Generator(np.random.Philox(key=[seed, probe]))
     return backend.constant(rng.standard_normal(size), like)
+
+
+def safe_norm(x: Array) -> Array:
+    """‖x‖ of a vector whose squares may leave the range of its dtype."""
+    xp = backend.namespace(x)
+    scale = backend.magnitude(xp, x)
+    return xp.linalg.vector_norm(x / scale) * xp.max(scale)
 
 
 def lanczos(
@@ -67,17 +75,17 @@ def lanczos(
     xp = backend.namespace(start)
     size = int(start.shape[0])
     eps = backend.epsilon(start.dtype)
-    basis = [start / xp.linalg.vector_norm(start)]
+    basis = [start / safe_norm(start)]
     diagonal: list[float] = []
     beside: list[float] = []
     for index in range(min(steps, size)):
-        x = product(basis[-1])
+        x = xp.astype(product(basis[-1]), start.dtype)
         along = float(xp.sum(basis[-1] * x))
         # Twice: once leaves components that grow into copies of values already found.
         for _ in range(2):
             for q in basis:
                 x = x - xp.sum(q * x) * q
-        rest = float(xp.linalg.vector_norm(x))
+        rest = float(safe_norm(x))
         if not np.isfinite(along) or not np.isfinite(rest):
             raise NonFiniteError(
                 f"product {index + 1} with the operator holds NaN or infinity: look for an "
@@ -85,19 +93,19 @@ def lanczos(
             )
         diagonal.append(along)
         beside.append(rest)
-        found = _ritz(diagonal, beside)
+        found = _ritz(diagonal, beside, eps)
         # Below rounding the space is exhausted: what is left is noise.
-        if rest <= 8 * eps * max(np.abs(found.values).max(), 1e-300) or len(diagonal) == size:
-            beside[-1] = 0.0
-            return _ritz(diagonal, beside)
+        if rest <= 8 * eps * np.abs(found.values).max() or len(diagonal) == size:
+            return _ritz(diagonal, [*beside[:-1], 0.0], eps)
         if settled is not None and settled(found):
             return found
         basis.append(x / rest)
     return found
 
 
-def _ritz(diagonal: list[float], beside: list[float]) -> Ritz:
+def _ritz(diagonal: list[float], beside: list[float], eps: float) -> Ritz:
     values, vectors = np.linalg.eigh(
         np.diag(diagonal) + np.diag(beside[:-1], 1) + np.diag(beside[:-1], -1)
     )
-    return Ritz(values, beside[-1] * np.abs(vectors[-1]), vectors[0] ** 2)
+    rounding = 8 * eps * np.abs(values).max()
+    return Ritz(values, beside[-1] * np.abs(vectors[-1]) + rounding, vectors[0] ** 2)

@@ -15,6 +15,7 @@ import numpy as np
 from specops import backend
 from specops.errors import GeometryError
 from specops.geometry import Conv, Dense, Geometry
+from specops.geometry.arguments import nan_unless
 from specops.operators import ConvOperator
 from specops.spectra import spectral_norm, stable_rank
 from specops.spectra.prepare import prepare
@@ -54,19 +55,23 @@ def margins(logits: Array, labels: Array) -> Array:
     >>> margins(np.array([[3.0, 1.0, 0.0], [0.0, 2.0, 5.0]]), np.array([0, 1])).tolist()
     [2.0, -3.0]
     """
-    if logits.ndim != 2 or logits.shape[1] < 2 or tuple(labels.shape) != (logits.shape[0],):
+    shape = tuple(labels.shape) if hasattr(labels, "shape") else (len(labels),)
+    if logits.ndim != 2 or logits.shape[1] < 2 or shape != (logits.shape[0],):
         raise ValueError(
             f"logits must be (n, classes) with two classes or more, and labels (n,): got "
-            f"{tuple(logits.shape)} and {tuple(labels.shape)}"
+            f"{tuple(logits.shape)} and {shape}"
         )
     xp = backend.namespace(logits)
+    if not compat.is_array_api_obj(labels) or compat.array_namespace(labels) is not xp:
+        labels = backend.constant(np.asarray(labels), logits)
     z = backend.to_compute(xp, logits)
     classes = backend.constant(np.arange(z.shape[1]), z)
     own = classes[None, :] == xp.astype(labels, classes.dtype)[:, None]
     if backend.truth(xp.all(xp.any(own, axis=-1))) is False:
         raise ValueError(f"labels must lie in 0 … {z.shape[1] - 1}, one for each class")
     right = xp.sum(xp.where(own, z, xp.zeros_like(z)), axis=-1)
-    return right - xp.max(xp.where(own, xp.full_like(z, -math.inf), z), axis=-1)
+    found = right - xp.max(xp.where(own, xp.full_like(z, -math.inf), z), axis=-1)
+    return nan_unless(xp.any(own, axis=-1), found)
 
 
 def log_spec_fro(
@@ -163,7 +168,7 @@ def log_spec_l1(
     """
     pairs = _paired(weights, geometries)
     norms = [_one(spectral_norm(w, g), i) for i, (w, g) in enumerate(pairs)]
-    rows = [_one(_row_norms(w, g), i) for i, (w, g) in enumerate(pairs)]
+    rows = [_sum_of_row_norms(w, g, i) for i, (w, g) in enumerate(pairs)]
     if 0.0 in norms:
         return _over_margin(-math.inf, margin, 2.0)
     shares = [(r / n) ** (2.0 / 3.0) for r, n in zip(rows, norms, strict=True)]
@@ -225,7 +230,7 @@ def log_jac_norm(hidden_norms: Array, jacobian_norms: Array, margin: Array) -> A
     top = xp.max(terms, axis=0)
     safe = xp.where(xp.isfinite(top), top, xp.zeros_like(top))
     total = safe + xp.log(xp.sum(xp.exp(terms - safe[None, :]), axis=0))
-    positive = margin > 0
+    positive = ~(margin <= 0)  # NaN stays
     logs = xp.log(xp.where(positive, margin, xp.ones_like(margin)))
     return xp.where(positive, total - logs, xp.full_like(total, math.inf))
 
@@ -248,6 +253,14 @@ def _one(value: Any, index: int) -> float:
             f"give the matrices as layers of their own"
         )
     return float(value)
+
+
+def _sum_of_row_norms(w: Array, geometry: Geometry | None, index: int) -> float:
+    """Scaled first: squares of small and large entries leave the range of single precision."""
+    xp = backend.namespace(w)
+    a = backend.to_compute(xp, w)
+    scale = backend.magnitude(xp, a)
+    return _one(_row_norms(a / scale, geometry), index) * float(xp.max(scale))
 
 
 def _row_norms(w: Array, geometry: Geometry | None) -> Array:
@@ -283,8 +296,11 @@ def _conv_row_norms(w: Array, geometry: Conv) -> Array:
 def _over_margin(log: float, margin: Any, power: float) -> Any:
     """log − power · log γ; inf where γ is not positive."""
     if not compat.is_array_api_obj(margin):
+        if math.isnan(margin):
+            return math.nan
         return log - power * math.log(margin) if margin > 0 else math.inf
+    margin = margin * 1.0
     xp = backend.namespace(margin)
-    positive = margin > 0
+    positive = ~(margin <= 0)  # NaN stays
     logs = xp.log(xp.where(positive, margin, xp.ones_like(margin)))
     return xp.where(positive, log - power * logs, xp.full_like(margin, math.inf))

@@ -11,8 +11,9 @@ import numpy as np
 from specops import backend
 from specops.errors import GeometryError
 from specops.geometry.arguments import check_bound, integer, non_negative
-from specops.linalg.symmetric_lanczos import Ritz, lanczos, random_start
+from specops.linalg.symmetric_lanczos import Ritz, lanczos, random_start, safe_norm
 from specops.measures.operators import JacobianOperator
+from specops.measures.rows import row_norms
 from specops.spectra import spectral_norm_bounds
 
 Array = Any
@@ -174,11 +175,10 @@ def lipschitz_ratios(x: Array, y: Array, *, pairs: int = 2000, seed: int = 0) ->
         for at in range(0, len(first), _SLICE):
             i = backend.constant(first[at : at + _SLICE], flat)
             j = backend.constant(second[at : at + _SLICE], flat)
-            difference = xp.take(flat, i, axis=0) - xp.take(flat, j, axis=0)
-            parts.append(xp.linalg.vector_norm(difference, axis=-1))
+            parts.append(row_norms(xp.take(flat, i, axis=0) - xp.take(flat, j, axis=0)))
         apart.append(xp.concat(parts))
     near, far = apart
-    kept = np.flatnonzero(backend.to_numpy(near) > 0)
+    kept = np.flatnonzero(backend.to_numpy(near) != 0)  # NaN stays to be seen
     chosen = backend.constant(kept, near)
     return xp.take(far, chosen) / xp.take(near, chosen)
 
@@ -235,18 +235,23 @@ def local_lipschitz(
     max_steps = integer(max_steps, "max_steps", least=1)
     rows, columns = jacobian.shape
 
+    wide = rows < columns
+    first: Any = jacobian.rmatvec if wide else jacobian.matvec
+    second: Any = jacobian.matvec if wide else jacobian.rmatvec
+    start = random_start(min(rows, columns), jacobian.like, seed)
+    # JᵀJ squares the scale, which may leave the range of single precision.
+    scale = float(safe_norm(first(start / safe_norm(start))))
+    scale = scale if 0.0 < scale < math.inf else 1.0
+
     def gram(x: Array) -> Array:
-        if rows < columns:
-            return jacobian.matvec(jacobian.rmatvec(x))
-        return jacobian.rmatvec(jacobian.matvec(x))
+        return second(first(x) / scale) / scale
 
     def settled(found: Ritz) -> bool:
         # |σ² − θ| ≤ r means |σ − √θ| ≤ r/√θ.
         return bool(found.residuals[-1] <= tolerance * found.values[-1])
 
-    start = random_start(min(rows, columns), jacobian.like, seed)
     found = lanczos(gram, start, steps=max_steps, settled=settled)
     squared = max(float(found.values[-1]), 0.0)
     value, residual = math.sqrt(squared), float(found.residuals[-1])
     error = residual / value if value > 0 else math.sqrt(residual)
-    return LocalLipschitz(value, error, len(found.values))
+    return LocalLipschitz(value * scale, error * scale, len(found.values))

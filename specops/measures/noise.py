@@ -10,6 +10,7 @@ import numpy as np
 
 from specops import backend
 from specops.geometry.arguments import integer
+from specops.measures.rows import row_norms
 
 Array = Any
 
@@ -67,17 +68,18 @@ def noise_sensitivity(
         raise ValueError(
             f"function must keep samples apart: {x.shape[0]} inputs gave {clean.shape[0]} outputs"
         )
-    lengths = xp.linalg.vector_norm(_rows(x), axis=-1)
+    sizes, lengths = row_norms(clean), row_norms(x)
     lengths = lengths[(..., *([None] * (x.ndim - 1)))]
     rng = np.random.Generator(np.random.Philox(key=[seed, math.prod(x.shape)]))
     total = None
     for _ in range(samples):
         noise = backend.constant(rng.standard_normal(tuple(x.shape)), lengths)
         moved = _rows(function(x + xp.astype(noise * lengths, x.dtype)))
-        energy = xp.linalg.vector_norm(moved - clean, axis=-1) ** 2
+        # Divided before squaring: squares alone may leave the range of single precision.
+        energy = (row_norms(moved - clean) / sizes) ** 2
         total = energy if total is None else total + energy
     assert total is not None
-    return total / samples / xp.linalg.vector_norm(clean, axis=-1) ** 2
+    return total / samples
 
 
 def _rows(x: Array) -> Array:

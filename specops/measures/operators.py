@@ -16,7 +16,7 @@ class SymmetricOperator(Protocol):
     shape : (int, int)
         Of the matrix.
     like : array
-        Vectors have its namespace, device and dtype.
+        Vectors have its namespace and device, and its dtype; of half precision, float32.
     """
 
     shape: tuple[int, int]

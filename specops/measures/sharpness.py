@@ -148,7 +148,7 @@ def spectral_density(
     points : int
         Of the grid, which reaches past both ends by 4 s.
     width : float
-        s as a share of the distance between the ends.
+        s as a share of the distance between the ends; at least 2/points.
     seed : int
         Of the starts.
 
@@ -169,7 +169,7 @@ def spectral_density(
     """
     width = check_bound(width, "width")
     steps, probes = integer(steps, "steps", least=1), integer(probes, "probes", least=1)
-    points = integer(points, "points", least=2)
+    points = integer(points, "points", least=16)
     found = [
         lanczos(
             operator.matvec,
@@ -180,8 +180,9 @@ def spectral_density(
     ]
     values = np.concatenate([f.values for f in found])
     weights = np.concatenate([f.weights for f in found]) / probes
-    spread = values.max() - values.min() or max(abs(values).max(), 1.0)
-    sigma = width * spread
+    spread = max(values.max() - values.min(), 1e-3 * np.abs(values).max()) or 1.0
+    # No narrower than two points of the grid, or bumps fall between them.
+    sigma = max(width, 2.0 / points) * spread
     grid = np.linspace(values.min() - 4 * sigma, values.max() + 4 * sigma, points)
     bumps = np.exp(-0.5 * ((grid[:, None] - values) / sigma) ** 2)
     return SpectralDensity(grid, bumps @ weights / (sigma * math.sqrt(2 * math.pi)))

@@ -23,7 +23,7 @@ class ParameterVariance(NamedTuple):
     measured : float
         Over the entries.
     bound : float
-        What it never exceeds.
+        What it never exceeds, but for rounding.
     """
 
     measured: float

@@ -100,6 +100,23 @@ def test_a_forward_rule_without_a_value_shows_as_nan(rule: Any) -> None:
     assert bool(jnp.all(jnp.isnan(used["a"]["w"])))
 
 
+@pytest.mark.parametrize("key", _SCHEDULED)
+def test_schedules_may_give_integers(key: str) -> None:
+    params = _two(parameters())
+    rank = key == "stable rank"
+    plan = specops.Plan([("a/w", _SCHEDULED[key](lambda step, *_: step if not rank else 1))])
+    state = specops_jax.init(params, plan, DENSE)
+    step = jax.jit(lambda p, s: specops_jax.project_params(p, plan, s, DENSE))
+    moved, state = step(params, state)
+    specops_jax.check(state)
+    if not rank:
+        assert np.linalg.norm(np.asarray(moved["a"]["w"]), 2) < norms_of(params)["a"]
+
+
+def norms_of(params: Any) -> dict[str, float]:
+    return {k: float(np.linalg.norm(np.asarray(v["w"]), 2)) for k, v in params.items()}
+
+
 def test_a_traced_ratio_is_that_of_the_schedule() -> None:
     params = _two(parameters())
     at_step = StableRankNormalization(lambda step, *_: 0.25 * step, norm="operator")
@@ -113,16 +130,23 @@ def test_a_traced_ratio_is_that_of_the_schedule() -> None:
     np.testing.assert_allclose(*used, rtol=1e-6)
 
 
-@pytest.mark.parametrize("other", ["another rule", "another shape"])
-def test_a_state_of_something_else_is_refused_by_name_under_jit(other: str) -> None:
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("other", ["another rule", "another pair", "another shape"])
+def test_a_state_of_something_else_is_refused_by_name(other: str, compiled: bool) -> None:
     params, plan = _two(parameters()), specops.Plan([("a/w", ClipSpectralNorm(CAP))])
-    if other == "another rule":
-        ranks = specops.Plan([("a/w", ProjectStableRank(ratio=0.5, norm="operator"))])
-        state = specops_jax.init(params, ranks, DENSE)
-    else:
+    if other == "another shape":
         larger = {"a": {"w": jnp.ones((7, 9))}}
         state = specops_jax.init(larger, plan, DENSE)
-    step = jax.jit(lambda p, s: specops_jax.project_params(p, plan, s, DENSE))
+    else:
+        rule: Any = ProjectStableRank(ratio=0.5, norm="operator")
+        if other == "another pair":
+            rule = SpectralHammer(CAP, norm="operator")
+        state = specops_jax.init(params, specops.Plan([("a/w", rule)]), DENSE)
+
+    def step(p: Any, s: Any) -> Any:
+        return specops_jax.project_params(p, plan, s, DENSE)
+
+    step = jax.jit(step) if compiled else step
     with pytest.raises(StateError, match="a/w"):
         step(params, state)
 
@@ -197,8 +221,17 @@ def test_geometries_keep_what_they_know_when_joined() -> None:
         for row in specops_jax.report(params, ClipSpectralNorm(1.0), named, measure=False).rows
     }
     assert rows["Embed_0/embedding"].rule
-    updated = specops_jax.geometries_of(net, x)
+    with pytest.raises(PlanError, match="Dense_O"):
+        specops_jax.init(params, ClipSpectralNorm(1.0), found | {"Dense_O/kernel": mine})
+    refused = specops_jax.geometries_of(net, x)
+    refused.clear()
+    refused.reasons["Dense_0/kernel"] = "no map"
+    joined = found | refused
+    assert "Dense_0/kernel" not in joined
+    assert joined.reasons["Dense_0/kernel"] == "no map"
+    same = updated = specops_jax.geometries_of(net, x)
     updated |= {"Dense_0/kernel": mine}
+    assert updated is same
     assert updated.opt_in == found.opt_in
     assert updated["Dense_0/kernel"] == mine
 

@@ -190,13 +190,67 @@ def test_jac_norm_by_its_definition(kind: Any) -> None:
     assert good.any()
 
 
-def test_what_has_no_derivative_is_zero() -> None:
-    constant = specops_torch.jacobian_operator(lambda x: torch.ones(2), torch.ones(3))
-    assert float(constant.matvec(torch.ones(3)).abs().max()) == 0.0
-    assert float(constant.rmatvec(torch.ones(2)).abs().max()) == 0.0
+def test_what_ran_without_gradients_is_refused_and_linear_losses_are_flat() -> None:
+    @torch.no_grad()
+    def silent(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    for function in (silent, lambda x: torch.ones(2), lambda x: x.detach()):
+        with pytest.raises(errors.AdapterError, match="without gradients"):
+            specops_torch.jacobian_operator(function, torch.ones(3))
+    with torch.inference_mode():
+        found = specops_torch.jacobian_operator(lambda x: 2 * x, torch.ones(3))
+    assert measures.local_lipschitz(found).value == pytest.approx(2.0)
     w = torch.ones(3, requires_grad=True)
     linear = specops_torch.hessian_operator(lambda: w.sum(), [w])
     assert float(linear.matvec(torch.ones(3)).abs().max()) == 0.0
+
+
+def test_a_hessian_follows_its_parameters() -> None:
+    w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    operator = specops_torch.hessian_operator(lambda: (w**4).sum(), [w])
+    first = operator.matvec(torch.ones(2, dtype=torch.float64))
+    with torch.no_grad():
+        w.mul_(2.0)
+    second = operator.matvec(torch.ones(2, dtype=torch.float64))
+    np.testing.assert_allclose(first, [12.0, 12.0])
+    np.testing.assert_allclose(second, [48.0, 48.0])
+
+
+def test_hidden_layers_are_those_before_they_are_written_to() -> None:
+    x, y = torch.from_numpy(X), torch.from_numpy(LABELS)
+    plain, inplace = torch_model(), torch_model()
+    for index in (1, 3):
+        inplace[index] = nn.ReLU(inplace=True)
+    for model in (plain, inplace):
+        for p in model.parameters():
+            p.requires_grad_(False)
+    found = [specops_torch.margin_jacobians(m, x, y, ["0", "2"]) for m in (plain, inplace)]
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_mean_losses_are_refused(kind: Any) -> None:
+    x = kind.array(X)
+    mean = (lambda x: x.mean()) if isinstance(x, torch.Tensor) else (lambda x: jnp.mean(x))
+    package = specops_torch if isinstance(x, torch.Tensor) else specops_jax
+    with pytest.raises(errors.AdapterError, match=r"of shape \(9,\)"):
+        package.input_gradient_norms(mean, x)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("package", ["torch", "jax"])
+def test_half_precision_is_measured_in_single(package: str, dtype: str) -> None:
+    if package == "torch":
+        a = torch.tensor([[300.0, 0], [0, 4.0]], dtype=getattr(torch, dtype))
+        x = torch.ones(2, dtype=a.dtype)
+        operator: Any = specops_torch.jacobian_operator(lambda x: a @ x, x)
+    else:
+        a = jnp.array([[300.0, 0], [0, 4.0]], dtype=dtype)
+        operator = specops_jax.jacobian_operator(lambda x: a @ x, jnp.ones(2, dtype))
+    found = measures.local_lipschitz(operator)
+    assert found.value == pytest.approx(300.0, rel=1e-2 if dtype != "float32" else 1e-5)
+    assert found.error < 3.0
 
 
 def test_what_cannot_be_differentiated_is_refused() -> None:

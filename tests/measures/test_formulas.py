@@ -117,6 +117,16 @@ def test_complexities_refuse_what_has_no_single_norm() -> None:
         measures.log_spec_fro(LAYERS[:2], 1.0, [None])
 
 
+def test_margins_that_are_no_number_stay_none() -> None:
+    found = measures.log_spec_fro(LAYERS, np.array([1.0, np.nan, -1.0]))
+    assert np.isfinite(found[0])
+    assert np.isnan(found[1])
+    assert np.isinf(found[2])
+    assert math.isnan(measures.log_spec_l1(LAYERS, math.nan))
+    whole = measures.log_spec_fro(LAYERS, np.array([1, 2]))
+    assert whole[0] == pytest.approx(measures.log_spec_fro(LAYERS, 1.0))
+
+
 def test_jac_norm(backend: Backend) -> None:
     h, j, margin = RNG.uniform(0, 3, (3, 5)), RNG.uniform(0, 2, (3, 5)), RNG.normal(size=5)
     h[:, 1] = 0.0
@@ -230,6 +240,28 @@ def test_the_local_constant_of_a_linear_map_is_its_norm(shape: tuple[int, int]) 
     assert loose.value <= np.linalg.norm(a, 2) * (1 + 1e-12)
     values = np.linalg.svd(a, compute_uv=False)
     assert np.abs(values - loose.value).min() <= loose.error * (1 + 1e-9) + 1e-12
+
+
+@pytest.mark.parametrize("scale", [1e-22, 1e-12, 1e12, 1e22])
+def test_scales_do_not_matter(scale: float) -> None:
+    rng = np.random.default_rng(3)
+    a = (rng.normal(size=(40, 30)) * scale).astype(np.float32)
+    top = np.linalg.norm(a.astype(float), 2)
+    found = measures.local_lipschitz(as_operator(a))
+    assert found.value == pytest.approx(top, rel=1e-2)
+    assert 0 < found.error < 0.01 * top
+    square = (a[:30] + a[:30].T) / 2
+    ends = measures.spectrum_ends(as_operator(square))
+    assert ends.largest == pytest.approx(np.linalg.eigvalsh(square.astype(float))[-1], rel=1e-2)
+    x = (rng.normal(size=(9, 30)) * scale).astype(np.float32)
+    ratios = measures.lipschitz_ratios(x, x * np.float32(2.0))
+    np.testing.assert_allclose(ratios, 2.0, rtol=1e-5)
+    noise = measures.noise_sensitivity(lambda x: x * np.float32(3.0), x, samples=200)
+    np.testing.assert_allclose(noise, 30.0, rtol=0.2)
+    kernel = (rng.normal(size=(4, 3, 3)) * scale).astype(np.float32)
+    one = measures.log_spec_l1([a, kernel], 1.0, [None, Conv((7,))])
+    two = measures.log_spec_l1([a / scale, kernel / scale], 1.0, [None, Conv((7,))])
+    assert one == pytest.approx(two + 4 * math.log(scale), abs=1e-3)
 
 
 def test_the_local_constant_of_nothing_is_zero() -> None:

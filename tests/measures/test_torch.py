@@ -149,6 +149,90 @@ def test_unknown_layers_are_refused_by_name(layer: nn.Module, named: str) -> Non
     assert named in str(caught.value)
 
 
+class Residual(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + super().forward(x)
+
+
+def doubling(bias: bool = False) -> nn.Linear:
+    layer = nn.Linear(3, 3, bias=bias)
+    layer.weight.data = 2.0 * torch.eye(3)
+    return layer
+
+
+def test_what_computes_something_else_is_refused() -> None:
+    hooked = doubling()
+    hooked.register_forward_hook(lambda m, i, o: 5 * o)
+    for model in (
+        Residual(doubling()),
+        nn.Sequential(Residual(doubling())),
+        nn.Sequential(hooked),
+        nn.CELU(-1.0),
+        nn.Softplus(1.0, threshold=0.0),
+        nn.MaxPool1d(2, return_indices=True),
+    ):
+        with pytest.raises(errors.AdapterError):
+            specops_torch.lipschitz_upper_bound(model, (3, 4) if "Pool" in str(model) else (3,))
+
+
+def test_every_use_of_a_shared_layer_counts() -> None:
+    layer = doubling()
+    assert specops_torch.lipschitz_upper_bound(
+        nn.Sequential(layer, nn.ReLU(), layer), (3,)
+    ).value == pytest.approx(4.0, rel=1e-5)
+    assert specops_torch.lipschitz_upper_bound(nn.ELU(-2.0), (3,)).value == 2.0
+
+
+@pytest.mark.parametrize("kind", ["rule", "weight norm", "spectral norm", "parametrization"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_weights_are_those_in_use(kind: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 6, bias=False)
+    model = nn.Sequential(layer)
+    model.train()
+    if kind == "rule":
+        layer.weight.data *= 0.3
+        specops.attach(None, model, specops.SpectralNormalization(norm="operator"))
+    elif kind == "weight norm":
+        nn.utils.weight_norm(layer)
+        layer.weight_g.data *= 10.0
+    elif kind == "spectral norm":
+        nn.utils.spectral_norm(layer)
+        layer.weight_orig.data *= 4.0
+    else:
+        nn.utils.parametrizations.spectral_norm(layer)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = specops_torch.lipschitz_upper_bound(model, (6,)).value
+    after = model.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    with torch.no_grad():
+        true = float(torch.linalg.matrix_norm(model.eval()(torch.eye(6)), 2))
+    assert found == pytest.approx(true, rel=1e-5)
+
+
+def test_sizes_that_an_attachment_has_seen_stay() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3))
+    attachment = specops.attach(None, model, ClipSpectralNorm(1.0))
+    model(torch.zeros(1, 1, 8, 8))
+    specops_torch.lipschitz_upper_bound(model, (1, 32, 32))
+    assert "8×8" in attachment.report().rows[0].geometry
+
+
+def test_normalisations_of_a_shared_convolution_and_of_repeated_modules() -> None:
+    conv, relu = nn.Conv2d(2, 2, 1, bias=False), nn.ReLU()
+    conv.weight.data = torch.eye(2)[:, :, None, None]
+    large, small = nn.BatchNorm2d(2), nn.BatchNorm2d(2)
+    large.weight.data *= 100.0
+    model = nn.Sequential(nn.Sequential(conv, large), nn.Sequential(conv, small))
+    attachment = specops.attach(None, model, specops.Monitor())
+    model.eval()(torch.zeros(1, 2, 4, 4))
+    assert attachment.report().rows[0].normalized == pytest.approx(100.0, rel=1e-4)
+    one, two = nn.Linear(3, 3), nn.Linear(3, 3)
+    repeated = nn.Sequential(one, relu, two, relu, nn.BatchNorm1d(3))
+    rows = specops.attach(None, repeated, specops.Monitor()).report().rows
+    assert all(row.normalized is None for row in rows)
+
+
 def test_reports_show_norms_with_the_normalisation_behind() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -211,6 +295,8 @@ def test_inception_score_is_its_definition() -> None:
     assert got.mean == pytest.approx(expected, rel=1e-5)
     several = specops_torch.inception_score(images.split(30), classifier, splits=4, seed=1)
     assert several == specops_torch.inception_score(images.split(30), classifier, splits=4, seed=1)
+    with pytest.raises(errors.AdapterError, match="11 images"):
+        specops_torch.inception_score([images[:11]], classifier, splits=10)
     with pytest.raises(errors.AdapterError, match="3 images"):
         specops_torch.inception_score([images[:3]], classifier, splits=4)
 
@@ -232,5 +318,7 @@ def test_neural_divergence_between_equal_and_distant_samples() -> None:
     assert far == specops_torch.neural_divergence(critic, a, b + 6.0, **options)
     with pytest.raises(ValueError, match="held_out"):
         specops_torch.neural_divergence(critic, a, b, held_out=1.0)
+    with pytest.raises(errors.AdapterError, match="one number for each"):
+        specops_torch.neural_divergence(lambda: nn.Linear(2, 3), a, b, steps=1)
     with pytest.raises(errors.AdapterError, match="too few"):
         specops_torch.neural_divergence(critic, a[:1], b)

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 
 from specops import Plan
+from specops.assigned import check_saved
 from specops.errors import AdapterError, HookLostWarning
 from specops.history import History, Record
 from specops.plan import Assignment, override_geometries
@@ -229,16 +230,7 @@ class Spectral(keras.callbacks.Callback):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`; load the model, with its optimizer, first."""
         self._check_bound()
-        if state.get("version") != 1:
-            raise AdapterError(f"unknown version {state.get('version')!r} of the state")
-        names = {c.name for c in self._constrained}
-        if names != set(state["weights"]):
-            raise AdapterError(
-                f"the state is of other weights: missing "
-                f"{sorted(names - set(state['weights']))}, unexpected "
-                f"{sorted(set(state['weights']) - names)}. Give layers names, so that those of a "
-                f"new model are the same"
-            )
+        check_saved(state, [c.name for c in self._constrained])
         for c in self._constrained:
             c.load(state["weights"][c.name])
         self.steps = int(state["steps"]) if self._manual else self._iterations() or 0

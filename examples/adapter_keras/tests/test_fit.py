@@ -281,7 +281,7 @@ def test_state_of_others_is_refused() -> None:
     spectral = specops.attach(None, network(), CLIP)
     state = spectral.state_dict()
     state["weights"]["other"] = state["weights"].pop("dense/kernel")
-    with pytest.raises(AdapterError, match=r"missing \['dense/kernel'\].*Give layers names"):
+    with pytest.raises(AdapterError, match=r"missing \['dense/kernel'\].*give layers names"):
         spectral.load_state_dict(state)
 
 
