@@ -64,5 +64,7 @@ def save(figure: Axes | FigureBase, path: str | os.PathLike[str]) -> Path:
     # Of axes the figure or subfigure they are on, of either the figure as a whole.
     root: Any = figure.figure.figure
     with rc_context({"svg.hashsalt": "specops"}):
+        # Layouts move a little at the first drawing.
+        root.draw_without_rendering()
         root.savefig(where, dpi=150, bbox_inches="tight", metadata=metadata)
     return where
