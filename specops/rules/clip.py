@@ -85,7 +85,7 @@ class ClipSpectralNorm:
         seen, firings = None, 0
         if tracked and backend.is_concrete(weight):
             firings = int(backend.to_numpy(state[_FIRINGS]))
-            seen = _estimate(weight, geometry, tracked)
+            seen = _estimate(weight, geometry, tracked, to_left=firings % 2 == 0)
         if seen is not None and _below(seen[0], _CLEARLY * bound):
             norm, tracked = seen
             figures = {"norm_before": norm, "norm_after": norm}
@@ -184,13 +184,19 @@ def _follow(geometry: Geometry) -> TrackedBlocks | TrackedTorus:
     return TrackedBlocks(geometry) if isinstance(geometry, Dense) else TrackedTorus(geometry)
 
 
-def _estimate(weight: Array, geometry: Geometry, state: State) -> tuple[Array, State] | None:
-    """(norms of shape (*batch[, blocks]) from below, the state after a step); None: start anew."""
+def _estimate(
+    weight: Array, geometry: Geometry, state: State, *, to_left: bool
+) -> tuple[Array, State] | None:
+    """(norms of shape (*batch[, blocks]) from below, the new state); None: start anew.
+
+    Matrices take half a step at a firing, to one side and to the other in turn: weights move
+    little in between, and large ones cost what it takes to read them.
+    """
     follow = _follow(geometry)
     try:
         if isinstance(follow, TrackedTorus):
             return follow.estimate(weight, state)
-        state = follow.advance(weight, state)
+        state = follow.half_advance(weight, state, to_left=to_left)
     except StateError:
         return None
     norms = follow.measured(state)

@@ -7,7 +7,16 @@ from typing import Any
 
 from specops import backend
 from specops.geometry import Conv, Dense
-from specops.tracking.power import Array, State, advanced, along, checked, inner, leading_pair
+from specops.tracking.power import (
+    Array,
+    State,
+    advanced,
+    along,
+    checked,
+    half_step,
+    inner,
+    leading_pair,
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,16 @@ class TrackedBlocks:
         for j, a in enumerate(self.geometry.blocks(backend.to_compute(xp, w))):
             u, v = _pair(state, j, a)
             result |= _numbered(j, advanced(xp, a, u, v, rounds))
+        return result
+
+    def half_advance(self, w: Array, state: State, *, to_left: bool) -> State:
+        """The state after half a power step, to u or to v: for half its time."""
+        xp, w = backend.namespace(w), backend.stop_gradient(w)
+        result: State = {}
+        for j, a in enumerate(self.geometry.blocks(backend.to_compute(xp, w))):
+            u, v = _pair(state, j, a)
+            new, sigma = half_step(xp, a, u, v, to_left=to_left)
+            result |= _numbered(j, (new, v, sigma) if to_left else (u, new, sigma))
         return result
 
     def norms(self, w: Array, state: State) -> tuple[Array, ...]:

@@ -68,21 +68,28 @@ def leading_pair(xp: Any, a: Array, name: str) -> tuple[Array, Array, Array]:
 
 def power_step(xp: Any, a: Array, u: Array, v: Array) -> tuple[Array, Array, Array]:
     """One power step: (u, v, σ) with σ = ‖Aᴴu‖ = ⟨u, Av⟩."""
+    u, _ = half_step(xp, a, u, v, to_left=True)
+    v, sigma = half_step(xp, a, u, v, to_left=False)
+    return u, v, sigma
+
+
+def half_step(xp: Any, a: Array, u: Array, v: Array, *, to_left: bool) -> tuple[Array, Array]:
+    """(u ← Av/‖Av‖, ‖Av‖) or (v ← Aᴴu/‖Aᴴu‖, ‖Aᴴu‖): each norm is a lower bound of ‖A‖."""
+    complex_ = backend.is_complex(a)
     # In few calls: small layers cost what they take.
     if a.ndim == 2 and host.holds(a):
-        y = matvec(a, v)
-        if 0 < (norm := host.length(y)) < math.inf:
-            u = y / norm
-        complex_ = backend.is_complex(a)
-        z = xp.conj(vecmat(xp.conj(u), a)) if complex_ else vecmat(u, a)
-        if 0 < (norm := host.length(z)) < math.inf:
-            v = z / norm
-        return u, v, xp.asarray(norm, dtype=xp.real(z).dtype if complex_ else z.dtype)
-    u, _ = unit(xp, (a @ v[..., None])[..., 0] if a.ndim > 2 else a @ v, u)
+        if to_left:
+            x, kept = matvec(a, v), u
+        else:
+            x, kept = (xp.conj(vecmat(xp.conj(u), a)) if complex_ else vecmat(u, a)), v
+        norm = host.length(x)
+        real = xp.real(x).dtype if complex_ else x.dtype
+        return (x / norm if 0 < norm < math.inf else kept), xp.asarray(norm, dtype=real)
+    if to_left:
+        return unit(xp, (a @ v[..., None])[..., 0] if a.ndim > 2 else a @ v, u)
     image = backend.conjugate(xp, u)
     image = (image[..., None, :] @ a)[..., 0, :] if a.ndim > 2 else image @ a
-    v, sigma = unit(xp, backend.conjugate(xp, image), v)
-    return u, v, sigma
+    return unit(xp, backend.conjugate(xp, image), v)
 
 
 def advanced(xp: Any, a: Array, u: Array, v: Array, rounds: int) -> tuple[Array, Array, Array]:
