@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,6 +14,9 @@ from specops.errors import PluginWarning
 from specops.inspection.command import add_parser
 from specops.tables import print_table
 
+_CLOSED = 141
+_INTERRUPTED = 130
+"""As shells give for the signals PIPE and INT."""
 _HEADERS = ("adapter", "available", "supports", "detail")
 
 
@@ -23,12 +28,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments : sequence of str, optional
         Default: those of the process.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # σ, and names from files, in terminals and pipes of every encoding.
+            stream.reconfigure(errors="backslashreplace")
     parser = _parser()
     given = parser.parse_args(arguments)
     if given.command is None:
         parser.print_help(sys.stderr)
         return 2
-    status: int = given.run(given)
+    try:
+        status: int = given.run(given)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who reads has seen enough; nor is Python to say so when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _CLOSED
+    except KeyboardInterrupt:
+        return _INTERRUPTED
     return status
 
 

@@ -141,7 +141,8 @@ class Symbol:
         kernel = xp.reshape(kernel, (*kernel.shape[:3], *split))
         phases = [3 + 2 * t for t in range(len(self.axes))]
         kernel = xp.permute_dims(kernel, (*(p + 1 for p in phases), 0, 1, *phases, 2))
-        return xp.reshape(kernel, (self.angles.shape[1], -1))
+        # Not the width of `angles`, a large table that not everybody needs.
+        return xp.reshape(kernel, (math.prod(len(axis.shifts) for axis in self.axes), -1))
 
     def kernel(self, xp: Any, coefficients: Array) -> Array:
         """The least-norm kernel with these coefficients: slots that no tap fills are dropped."""

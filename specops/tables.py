@@ -41,6 +41,12 @@ def print_table(
         print(caption)
 
 
+def printable(text: str) -> str:
+    """On one line, and without what a terminal would obey: names come from files."""
+    joined = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
+
+
 def rich_table(
     headers: Sequence[str],
     rows: Rows,
@@ -55,9 +61,10 @@ def rich_table(
 
     table = Table(caption=caption or None, header_style="bold")
     for header in headers:
-        table.add_column(header, justify="right" if header in right else "left")
+        table.add_column(header, justify="right" if header in right else "left", overflow="fold")
     for row, faint in zip(rows, dim or [False] * len(rows), strict=True):
-        table.add_row(*map(Text, row), style="dim" if faint else None)
+        cells = (Text(printable(cell)) for cell in row)
+        table.add_row(*cells, style="dim" if faint else None)
     return table
 
 
@@ -66,7 +73,7 @@ def aligned(table: Rows, right: Sequence[bool] | None = None, *, rule: bool = Fa
 
     With `rule` a line separates the first row, the headers, from the others.
     """
-    cells = [[" ".join(cell.split()) for cell in row] for row in table]
+    cells = [[printable(cell) for cell in row] for row in table]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     right = right or [False] * len(widths)
     lines = [

@@ -1,8 +1,8 @@
 """Spectral figures of the weights in a checkpoint, without the model that they belong to."""
 
-from specops.inspection.assumptions import Hints
 from specops.inspection.comparison import Comparison, compare
 from specops.inspection.figures import Figures
+from specops.inspection.hints import Hints
 from specops.inspection.output import as_csv, as_json
 from specops.inspection.page import as_html
 from specops.inspection.run import Inspection, WeightFigures, inspect_checkpoint

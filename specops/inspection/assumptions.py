@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from typing import Any, Literal
+from dataclasses import dataclass
 
-from specops.errors import GeometryError
-from specops.geometry import Conv, Dense, Geometry
+from specops.geometry import Dense, Geometry
+from specops.inspection.convolutions import WIDEST_TAP, guess_convolution
+from specops.inspection.hints import Context
 
 _INDICES = ("int64", "bool")
-_WIDEST_TAP = 31
-"""Kernels rarely reach further: a 3-d tensor with more at its end is a stack of matrices."""
 _OPTIMIZERS = {"optimizer", "opt_state", "optimizer_state", "optimizer_states"}
-_DEPTHWISE = ("depthwise", "dwconv", ".dw.", "conv_dw")
 _TABLES = ("embed", "wte", "wpe")
+_WEIGHTS = {"weight", "kernel", "qweight", "qzeros", "weight_packed", "0"}
+_SCALES = ("_scale", "_scale_inv", ".scales", ".scale", ".weight_scale", ".absmax")
+_ATTENTION = ("query", "key", "value")
 
 
 @dataclass(frozen=True)
@@ -43,143 +41,97 @@ class Assumption:
     shape: tuple[int, ...] | None = None
 
 
-@dataclass
-class Hints:
-    """What the user knows: patterns of names, and values for the convolutions that match.
-
-    Attributes
-    ----------
-    input_size, stride, groups : dict of str to tuple of int, or int
-        The last pattern that matches a name counts.
-    boundary : "zeros" or "circular"
-        Of all convolutions.
-    layout : str
-        "torch", "jax" or "keras": the order of a kernel's axes; "": what the file says.
-    """
-
-    input_size: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    stride: Mapping[str, int] = field(default_factory=dict)
-    groups: Mapping[str, int] = field(default_factory=dict)
-    boundary: Literal["zeros", "circular"] = "zeros"
-    layout: str = ""
-
-    def of(self, name: str, key: str) -> Any:
-        """The value of the last pattern that matches; None if there is none."""
-        table: Mapping[str, Any] = getattr(self, key)
-        found = [value for pattern, value in table.items() if fnmatchcase(name, pattern)]
-        return found[-1] if found else None
-
-    def unused(self, names: list[str]) -> list[str]:
-        """Patterns that match no name."""
-        tables = (self.input_size, self.stride, self.groups)
-        patterns = {pattern for table in tables for pattern in table}
-        return sorted(p for p in patterns if not any(fnmatchcase(n, p) for n in names))
+def assume(name: str, shape: tuple[int, ...], dtype: str, context: Context) -> Assumption:
+    """The map a tensor is taken for."""
+    skipped = _no_matrix(name, shape, dtype, context)
+    if skipped is not None:
+        return skipped
+    parts = name.replace("/", ".").split(".")
+    note = ""
+    if _is_reparametrised(name, context):
+        note = "; a part of a reparametrised weight, as stored"
+    if len(shape) == 2:
+        table = any(word in name.lower() for word in _TABLES)
+        what = "a table, one row for each entry" if table else "2-d: a matrix"
+        out = -1 if context.layout in ("jax", "keras") else 0
+        return Assumption(Dense(out_axes=(out,)), what + note)
+    if len(shape) == 3:
+        heads = _heads(parts, context.layout)
+        if heads is not None:
+            return Assumption(heads, "an attention projection by heads")
+        tapped = shape[0] if context.layout in ("jax", "keras") else shape[-1]
+        experts = "expert" in name.lower()
+        if experts or tapped > WIDEST_TAP:
+            why = "named experts" if experts else f"{tapped} is too wide for a kernel"
+            return Assumption(
+                Dense(out_axes=(1,), batch_axes=(0,)), f"3-d, a stack of matrices: {why}{note}"
+            )
+    found = guess_convolution(name, shape, context)
+    if found.geometry is None:
+        return Assumption(skipped=found.obstacle, harmless=found.harmless)
+    return Assumption(found.geometry, found.why + note, shape=found.shape)
 
 
-def assume(
-    name: str, shape: tuple[int, ...], dtype: str, layout: str, hints: Hints, first_conv: bool
-) -> Assumption:
-    """The map a tensor is taken for. `first_conv`: no convolution came before it."""
+def _no_matrix(
+    name: str, shape: tuple[int, ...], dtype: str, context: Context
+) -> Assumption | None:
+    parts = name.replace("/", ".").split(".")
     if 0 in shape:
         return Assumption(skipped="empty")
+    if set(parts) & _OPTIMIZERS:
+        return Assumption(skipped="of the optimizer's state")
     if len(shape) < 2:
         return Assumption(skipped="a scalar" if not shape else "1-d: a bias or scale, no matrix")
     if dtype in _INDICES:
         return Assumption(skipped=f"{dtype}: indices or flags, no weights")
-    if "int" in dtype or dtype in ("bits8", "opaque"):
+    if dtype.startswith("float8_e8m0") or (
+        name.endswith(_SCALES) and any(_bare(name) in (n, _bare(n)) for n in context.names - {name})
+    ):
+        return Assumption(skipped="scales of a quantised weight")
+    scaled = any(name + end in context.names for end in ("_scale", "_scale_inv"))
+    packed = "int" in dtype or dtype in ("bits8", "opaque")
+    if scaled or (packed and parts[-1] in _WEIGHTS):
         reason = f"{dtype}: quantised or packed, its map is not that of the numbers stored"
         return Assumption(skipped=f"{reason}; dequantise the model first", harmless=False)
-    if set(name.replace("/", ".").split(".")) & _OPTIMIZERS:
-        return Assumption(skipped="of the optimizer's state")
-    layout = hints.layout or layout
-    last = name.replace("/", ".").rpartition(".")[2]
-    path = name.lower()
-    if len(shape) == 2:
-        what = "a table, one row for each entry" if _any(path, _TABLES) else "2-d: a matrix"
-        out = -1 if layout in ("jax", "keras") else 0
-        return Assumption(Dense(out_axes=(out,)), what)
+    if packed:
+        return Assumption(skipped=f"{dtype}: no weights")
     if len(shape) > 5:
         return Assumption(skipped=f"{len(shape)}-d: no layer that is known", harmless=False)
-    if len(shape) == 3:
-        heads = _attention(path, last, layout)
-        if heads is not None:
-            return Assumption(heads, "an attention projection by heads")
-        tapped = shape[0] if layout in ("jax", "keras") else shape[-1]
-        if "expert" in path or tapped > _WIDEST_TAP:
-            why = "named experts" if "expert" in path else f"3-d, {tapped} is too wide for a kernel"
-            return Assumption(Dense(out_axes=(1,), batch_axes=(0,)), f"a stack of matrices: {why}")
-    return _convolution(name, last, shape, layout, hints, first_conv)
+    keras_bias = context.layout == "keras" and parts[-1] == "1" and _is_attention(parts)
+    if parts[-1] in ("bias", "b") or keras_bias or name.endswith("masked_bias"):
+        return Assumption(skipped="a bias or mask, no matrix")
+    factors = parts[-1] in ("weight_g", "original0") and max(shape[1:]) == 1
+    if factors and _is_reparametrised(name, context):
+        return Assumption(skipped="the lengths of a weight-normalised layer")
+    return None
 
 
-def _convolution(
-    name: str, last: str, shape: tuple[int, ...], layout: str, hints: Hints, first: bool
-) -> Assumption:
-    order, why = _order(shape, layout)
-    if order == "*IO":
-        inputs, outputs = shape[-2:]
-    else:
-        outputs, inputs = shape[:2]
-    seen: tuple[int, ...] | None = None
-    groups, note = hints.of(name, "groups"), ""
-    if groups is None:
-        groups = 1
-        named = _any(name.lower(), _DEPTHWISE)
-        separable = "separable" in name.lower() and last == "0"
-        if layout == "keras" and (named or separable):
-            # Keras: (*kernel, channels, multiplier); outputs of a channel stand together.
-            groups, note = inputs, ", named depthwise: (taps, channels, multiplier)"
-            shape = seen = (*shape[:-2], 1, inputs * outputs)
-        elif inputs == 1 and outputs > 1 and (named or not first):
-            groups, note = outputs, ", one input for each output: depthwise"
-    size = hints.of(name, "input_size")
-    spatial = len(shape) - 2
-    if size is not None and len(size) == 1:
-        size = size * spatial
-    taps = shape[2:] if order == "OI*" else shape[:-2]
-    padding: Any = "same"
-    if (
-        size is not None
-        and order == "OI*"
-        and hints.boundary == "zeros"
-        and all(k % 2 for k in taps)
-    ):
-        padding = tuple(k // 2 for k in taps)  # torch pads both sides alike at strides too
-        note += ", zeros of half a kernel around"
-    geometry = Conv(
-        size,
-        stride=hints.of(name, "stride") or 1,
-        groups=groups,
-        padding=padding,
-        boundary=hints.boundary,
-        layout=order,
-    )
-    try:
-        geometry.sizes(shape)
-    except GeometryError as error:
-        return Assumption(skipped=str(error), harmless=False)
-    return Assumption(geometry, f"{len(shape)}-d, {why}{note}", shape=seen)
+def _bare(name: str) -> str:
+    """A weight's name without what marks its scales."""
+    for end in _SCALES:
+        if name.endswith(end):
+            name = name.removesuffix(end)
+    return name.removesuffix(".weight").removesuffix(".qweight")
 
 
-def _order(shape: tuple[int, ...], layout: str) -> tuple[Literal["OI*", "*IO"], str]:
-    if layout in ("jax", "keras"):
-        return "*IO", f"{layout}'s order: taps, inputs, outputs"
-    if layout == "torch":
-        return "OI*", "torch's order: outputs, inputs, taps"
-    if max(shape[:-2]) <= _WIDEST_TAP < max(shape[-2:]) or min(shape[-2:]) > max(shape[:-2]):
-        return "*IO", "taps first, by their sizes"
-    return "OI*", "taps last, by their sizes"
+def _is_reparametrised(name: str, context: Context) -> bool:
+    """Whether the layer's own weight is not stored, but what it is computed from."""
+    stem, _, last = name.rpartition(".")
+    if last in ("original", "original0", "original1") and "parametrizations" in stem:
+        return True
+    siblings = {"weight_g": "weight_v", "weight_v": "weight_g", "weight_orig": "weight_u"}
+    return last in siblings and f"{stem}.{siblings[last]}" in context.names
 
 
-def _attention(path: str, last: str, layout: str) -> Dense | None:
-    if layout not in ("jax", "keras") or last not in ("kernel", "0"):
+def _is_attention(parts: list[str]) -> bool:
+    return any(p.startswith(_ATTENTION) for p in parts)
+
+
+def _heads(parts: list[str], layout: str) -> Dense | None:
+    if layout not in ("jax", "keras") or parts[-1] not in ("kernel", "0"):
         return None
-    parts = path.replace("/", ".").split(".")
-    if any(p.startswith(("query", "key", "value")) for p in parts):
+    if _is_attention(parts):
         return Dense(out_axes=(-2, -1))
     if any(p in ("out", "attention_output", "output_dense") for p in parts):
         return Dense(out_axes=(-1,))
     return None
-
-
-def _any(path: str, words: tuple[str, ...]) -> bool:
-    return any(word in path for word in words)

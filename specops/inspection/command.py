@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from specops.checkpoints import open_checkpoint
 from specops.errors import CheckpointError
-from specops.inspection.assumptions import Hints
 from specops.inspection.comparison import compare, records, show_comparison
+from specops.inspection.hints import Hints
 from specops.inspection.output import as_csv, as_json, show
 from specops.inspection.run import Inspection, inspect_checkpoint, upper
+from specops.tables import printable
 
 INTERRUPTED = 130
+_PLOTTED = (".png", ".pdf", ".svg")
 _DESCRIPTION = """\
 Spectral figures of every weight in a checkpoint: safetensors, torch (.pt, .pth, .bin, .ckpt),
 .npz and .npy, Keras .weights.h5, flax msgpack, orbax folders, and sharded Hugging Face folders.
@@ -96,11 +100,13 @@ def add_parser(commands: Any) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Inspect as the arguments say; return the exit status."""
+    other = None
     try:
         hints = _hints(given)
         _check_outputs(given)
+        if given.compare:
+            open_checkpoint(given.compare).close()  # before hours of work, not after
         found = _inspect(given.checkpoint, hints, given)
-        other = None
         if given.compare and not found.interrupted:
             other = _inspect(given.compare, hints, given)
     except CheckpointError as error:
@@ -112,13 +118,13 @@ def run(given: argparse.Namespace) -> int:
     for inspection in (found, *([other] if other else [])):
         for problem in inspection.problems:
             _fail(f"{inspection.path}: {problem}", 1)
-    _write(given, found, other)
+    status = _write(given, found, other)
     if found.interrupted or (other and other.interrupted):
         return _fail("interrupted: the figures above are those of what was done", INTERRUPTED)
-    return 1 if found.problems or (other and other.problems) else 0
+    return 1 if found.problems or (other and other.problems) else status
 
 
-def _write(given: argparse.Namespace, found: Inspection, other: Inspection | None) -> None:
+def _write(given: argparse.Namespace, found: Inspection, other: Inspection | None) -> int:
     comparison = None if other is None else compare(found, other)
     if given.json:
         more: dict[str, Any] = {}
@@ -137,15 +143,23 @@ def _write(given: argparse.Namespace, found: Inspection, other: Inspection | Non
         if comparison is not None:
             print()
             show_comparison(comparison)
+    status = 0
     if given.html:
         from specops.inspection.page import as_html
 
-        Path(given.html).write_text(as_html(found), encoding="utf-8")
+        try:
+            Path(given.html).write_text(as_html(found, comparison), encoding="utf-8")
+        except OSError as error:
+            status = _fail(f"--html {given.html}: {error}", 1)
     if given.plot:
-        _plot(found, other, given.plot)
+        try:
+            status = _plot(found, other, given.plot) or status
+        except (OSError, ValueError) as error:
+            status = _fail(f"--plot {given.plot}: {error}", 1)
+    return status
 
 
-def _plot(found: Inspection, other: Inspection | None, path: str) -> None:
+def _plot(found: Inspection, other: Inspection | None, path: str) -> int:
     from specops import plots
 
     spectra = {
@@ -153,15 +167,15 @@ def _plot(found: Inspection, other: Inspection | None, path: str) -> None:
         for w in found.measured
         if w.figures is not None and w.figures.spectrum is not None and w.figures.spectrum[0] > 0
     }
-    if other is not None:
+    if other is not None and found.measured and other.measured:
         norms = [{w.name: upper(w.figures) for w in i.measured} for i in (found, other)]
         axes = plots.norms(norms[0], compare=norms[1], labels=(found.path, other.path))
     elif spectra:
         axes = plots.singular_values(spectra, scale="normalized")
     else:
-        _fail("nothing to plot: no weight has all its singular values", 1)
-        return
+        return _fail("nothing to plot: no weight has all its singular values", 1)
     plots.save(axes, path)
+    return 0
 
 
 def _inspect(path: str, hints: Hints, given: argparse.Namespace) -> Inspection:
@@ -187,7 +201,7 @@ def _progress() -> Iterator[Callable[[int, int, str], None] | None]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("opening", total=None)
         yield lambda done, total, name: bar.update(
-            task, completed=done, total=total, description=name
+            task, completed=done, total=total, description=printable(name)
         )
 
 
@@ -228,14 +242,28 @@ def _size(text: str) -> tuple[int, ...]:
 
 def _check_outputs(given: argparse.Namespace) -> None:
     """Before hours of work, not after."""
+    if given.csv and given.compare:
+        raise ValueError("--csv holds one checkpoint: take --json or --html with --compare")
+    inputs = [Path(path) for path in (given.checkpoint, given.compare) if path]
     for option in ("html", "plot"):
-        path = getattr(given, option)
-        if path and not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"--{option} {path}: there is no such folder")
+        text = getattr(given, option)
+        if not text:
+            continue
+        path = Path(text)
+        if not path.absolute().parent.is_dir():
+            raise ValueError(f"--{option} {text}: there is no such folder")
+        if path.is_dir():
+            raise ValueError(f"--{option} {text}: that is a folder")
+        if any(path.exists() and known.exists() and path.samefile(known) for known in inputs):
+            raise ValueError(f"--{option} {text} would replace the checkpoint")
+        if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+            raise ValueError(f"--{option} {text}: no permission to write there")
+    if given.plot and Path(given.plot).suffix.lower() not in _PLOTTED:
+        raise ValueError(f"--plot {given.plot}: the name must end in {', '.join(_PLOTTED)}")
     if given.plot and not find_spec("matplotlib"):
         raise ValueError("--plot needs matplotlib: pip install 'specops[inspect]'")
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"specops inspect: {' '.join(message.split())}", file=sys.stderr)
+    print(f"specops inspect: {printable(message)}", file=sys.stderr)
     return status

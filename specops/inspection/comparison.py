@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from specops.inspection.figures import Figures
+from specops.inspection.hints import bare_name
 from specops.inspection.output import number_text, sigma_text
 from specops.inspection.run import Inspection, WeightFigures
-from specops.tables import print_table
+from specops.tables import print_table, printable
 
 HEADERS = (
     "weight",
@@ -22,7 +23,6 @@ HEADERS = (
     "eff. rank",
     "other eff.",
 )
-_PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 @dataclass(frozen=True)
@@ -49,49 +49,68 @@ class Comparison:
     Attributes
     ----------
     pairs : list of Pair
+        Measured in both.
     only_one, only_other : list of str
-        Names that one of them lacks, and names of different shapes.
+        Measured in one of them, and absent, of another shape, or not measured in the other.
     """
 
     pairs: list[Pair]
     only_one: list[str]
     only_other: list[str]
 
+    def rows(self) -> list[tuple[str, ...]]:
+        """The pairs as text, under `HEADERS`."""
+        found = []
+        for pair in self.pairs:
+            a, b = pair.one.figures, pair.other.figures
+            assert a is not None
+            assert b is not None
+            ranks = (a.stable_rank, b.stable_rank, a.effective_rank, b.effective_rank)
+            ratio = number_text(pair.ratio)
+            found.append((pair.name, sigma_text(a), sigma_text(b), ratio, *map(number_text, ranks)))
+        return found
+
+    def lines(self) -> list[str]:
+        """What has no partner."""
+        both = (("first", self.only_one), ("second", self.only_other))
+        return [
+            f"measured only in the {label} (absent, of another shape, or skipped in the other): "
+            f"{', '.join(names)}"
+            for label, names in both
+            if names
+        ]
+
 
 def middle(figures: Figures) -> float:
     """σ_max, or the geometric mean of its bounds."""
     sigma = figures.sigma_max
-    return math.sqrt(sigma[0] * sigma[1]) if isinstance(sigma, tuple) else sigma
+    return math.sqrt(sigma[0]) * math.sqrt(sigma[1]) if isinstance(sigma, tuple) else sigma
 
 
 def compare(one: Inspection, other: Inspection) -> Comparison:
-    """Match the weights of two checkpoints by name and shape."""
-    first, second = _by_name(one.measured), _by_name(other.measured)
-    pairs = [
-        Pair(name, first[name], second[name])
-        for name in first
-        if name in second and first[name].shape == second[name].shape
-    ]
-    common = {pair.name for pair in pairs}
+    """Match the weights of two checkpoints by name and shape, by bare names where unique."""
+    first = {w.name: w for w in one.measured}
+    second = {w.name: w for w in other.measured}
+    bare = _unique(second)
+    pairs, taken = [], set()
+    for name, weight in first.items():
+        partner = second.get(name)
+        if partner is None and bare_name(name) in _unique(first):
+            partner = bare.get(bare_name(name))
+        if partner is not None and partner.shape == weight.shape and partner.name not in taken:
+            pairs.append(Pair(name, weight, partner))
+            taken.add(partner.name)
+    paired = {pair.one.name for pair in pairs}
     return Comparison(
-        pairs, [n for n in first if n not in common], [n for n in second if n not in common]
+        pairs, [n for n in first if n not in paired], [n for n in second if n not in taken]
     )
 
 
 def show_comparison(found: Comparison) -> None:
     """Print the pairs, and what has no partner."""
-    rows = []
-    for pair in found.pairs:
-        a, b = pair.one.figures, pair.other.figures
-        assert a is not None
-        assert b is not None
-        ranks = (a.stable_rank, b.stable_rank, a.effective_rank, b.effective_rank)
-        ratio = number_text(pair.ratio)
-        rows.append((pair.name, sigma_text(a), sigma_text(b), ratio, *map(number_text, ranks)))
-    print_table(HEADERS, rows, right=HEADERS[1:])
-    for label, names in (("first", found.only_one), ("second", found.only_other)):
-        if names:
-            print(f"only in the {label}, or of another shape there: {', '.join(names)}")
+    print_table(HEADERS, found.rows(), right=HEADERS[1:])
+    for line in found.lines():
+        print(printable(line))
 
 
 def records(found: Comparison) -> list[dict[str, Any]]:
@@ -117,11 +136,7 @@ def _of(weight: WeightFigures, key: str) -> Any:
     return getattr(weight.figures, key)
 
 
-def _by_name(weights: Iterable[WeightFigures]) -> dict[str, WeightFigures]:
-    return {_bare(w.name): w for w in weights}
-
-
-def _bare(name: str) -> str:
-    for prefix in _PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
+def _unique(weights: dict[str, WeightFigures]) -> dict[str, WeightFigures]:
+    """By bare name, where no two have the same."""
+    counts = Counter(map(bare_name, weights))
+    return {bare_name(name): w for name, w in weights.items() if counts[bare_name(name)] == 1}

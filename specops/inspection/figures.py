@@ -15,6 +15,9 @@ from specops.operators import ConvOperator
 from specops.spectra import singular_values, spectral_norm, spectral_norm_bounds
 
 Method = Literal["auto", "exact", "bounds"]
+BOUNDED = "certified bounds"
+LANCZOS = "by Lanczos"
+"""How methods are told apart in what they say of themselves."""
 COLLAPSED_BELOW = 0.01
 """A direction counts as collapsed below this share of the largest singular value."""
 _EXACT_UP_TO = 2048
@@ -79,7 +82,7 @@ def _dense(w: np.ndarray, geometry: Dense, method: Method) -> Figures:
         return found[0] if len(found) == 1 else _worst(found)
     if len(stack) == 1:
         return _from_values(exact_values(stack[0]), "all singular values")
-    return _worst([_from_values(exact_values(a), "") for a in stack])
+    return _worst([_from_values(exact_values(a), "all singular values") for a in stack])
 
 
 def exact_values(a: np.ndarray) -> np.ndarray:
@@ -109,6 +112,8 @@ def exact_values(a: np.ndarray) -> np.ndarray:
 def _from_values(values: np.ndarray, method: str, **over: Any) -> Figures:
     """Of singular values in descending order."""
     top, least = float(values[0]), float(values[-1])
+    # What decompositions leave of a singular matrix.
+    least = least if least > len(values) * np.finfo(float).eps * top else 0.0
     if top == 0.0:
         # As specops.stable_rank and its like define them for the zero matrix.
         return Figures(0.0, 0.0, method, 0.0, 0.0, 0.0, math.inf, None, values)
@@ -140,8 +145,9 @@ def _worst(found: list[Figures]) -> Figures:
     spectra = [f.spectrum for f in found if f.spectrum is not None]
     return Figures(
         sigma_max=low if low == high else (low, high),
-        frobenius=math.sqrt(math.fsum(f.frobenius**2 for f in found)),
-        method=f"{len(found)} matrices: extremes over them, their mean share collapsed",
+        frobenius=math.hypot(*(f.frobenius for f in found)),
+        method=f"{len(found)} matrices: extremes over them, their mean share collapsed; "
+        f"{found[0].method}",
         sigma_min=over("sigma_min", min),
         stable_rank=over("stable_rank", min),
         effective_rank=over("effective_rank", min),
@@ -174,7 +180,7 @@ def _bounded(a: np.ndarray) -> Figures:
     return Figures(
         sigma_max=(lower * scale, upper * scale),
         frobenius=math.sqrt(squares) * scale,
-        method="certified bounds: too large for all singular values",
+        method=f"{BOUNDED} of σ_max",
         stable_rank=squares / sigma**2,
     )
 
@@ -212,17 +218,19 @@ def _slices(a: np.ndarray) -> Iterator[np.ndarray]:
 
 def _every_size(w: np.ndarray, geometry: Conv, method: Method) -> Figures:
     """The operator's supremum over input sizes; the rest of the reshaped kernel."""
-    refined = max(geometry.kernel(w).shape[1:3]) <= _REFINED_UP_TO
-    if refined:
-        bounds = spectral_norm_bounds(w.astype(np.float64), geometry, rtol=1e-4)
+    scale = 2.0 ** math.floor(math.log2(float(np.abs(w).max(initial=0.0)) or 1.0))
+    w = w / w.dtype.type(scale)  # exact, and far from the ends of single precision
+    wide = np.complex128 if np.iscomplexobj(w) else np.float64
+    if max(geometry.kernel(w).shape[1:3]) <= _REFINED_UP_TO and method != "bounds":
+        bounds = spectral_norm_bounds(w.astype(wide), geometry, rtol=1e-6)
     else:
         bounds = spectral_norm_bounds(w, geometry)
     reshaped = Dense(out_axes=(geometry.channel_axes[0],))
-    rest = _dense(w, reshaped, method)
+    rest = _dense(w * w.dtype.type(scale), reshaped, method)
     return Figures(
         **{
             **vars(rest),
-            "sigma_max": (float(bounds.lower), float(bounds.upper)),
+            "sigma_max": (float(bounds.lower) * scale, float(bounds.upper) * scale),
             "method": "σ_max: of the operator, over all input sizes; the rest: of the kernel as "
             "a matrix outputs × (inputs·taps)",
         }
@@ -241,11 +249,11 @@ def _sized(w: np.ndarray, geometry: Conv, method: Method) -> Figures:
     if method == "bounds":
         bounds = spectral_norm_bounds(w, geometry)
         ends = float(bounds.lower), float(bounds.upper)
-        sigma, method_text = ends[0], "certified bounds of the operator"
+        sigma, method_text = ends[0], f"{BOUNDED} of the operator"
         top: float | tuple[float, float] = ends
     else:
         top = sigma = float(np.asarray(spectral_norm(w, geometry)))
-        method_text = "σ_max of the operator by Lanczos: too large for all singular values"
+        method_text = f"σ_max of the operator {LANCZOS}"
     rank = (frobenius / sigma) ** 2 if sigma > 0 else 0.0
     return Figures(top, frobenius, method_text, stable_rank=rank)
 

@@ -7,13 +7,15 @@ import io
 import json
 import math
 import shutil
+import sys
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 import specops
 from specops.inspection.figures import Figures
 from specops.inspection.run import Inspection, WeightFigures
-from specops.tables import print_table
+from specops.tables import print_table, printable
 
 HEADERS = (
     "weight",
@@ -29,6 +31,16 @@ HEADERS = (
     "σ < 1 % σ_max",
 )
 NUMERIC = HEADERS[4:]
+_DROPPED_FIRST = (
+    "dtype",
+    "geometry",
+    "σ < 1 % σ_max",
+    "eff. rank",
+    "‖·‖_F",
+    "shape",
+    "condition",
+    "σ_min",
+)
 _KEYS = (
     "sigma_min",
     "frobenius",
@@ -53,12 +65,19 @@ COLUMNS = (
 def show(inspection: Inspection) -> None:
     """Print the weights, then what was skipped, by reason."""
     listed = inspection.listed
+    rows = [cells(w) for w in listed]
+    kept = _columns(rows)
     print_table(
-        HEADERS,
-        [cells(w) for w in listed],
+        [HEADERS[i] for i in kept],
+        [[row[i] for i in kept] for row in rows],
         dim=[bool(w.skipped) for w in listed],
         right=NUMERIC,
     )
+    if len(kept) < len(HEADERS):
+        left_out = ", ".join(h for i, h in enumerate(HEADERS) if i not in kept)
+        print(_wrapped(f"no room for {left_out}: widen the terminal, or take --json or --html"))
+    for why, names in inspection.decisions().items():
+        print(_wrapped(f"{why}: {', '.join(names)}"))
     for reason, names in inspection.by_reason().items():
         print(_wrapped(f"skipped {len(names)}, {reason}: {', '.join(names)}"))
     for note in inspection.notes:
@@ -66,7 +85,22 @@ def show(inspection: Inspection) -> None:
     print(summary(inspection))
 
 
+def _columns(rows: Sequence[Sequence[str]]) -> list[int]:
+    """Those that a terminal has room for; all of them in a file."""
+    kept = list(range(len(HEADERS)))
+    if not sys.stdout.isatty():
+        return kept
+    room = shutil.get_terminal_size((100, 24)).columns
+    widths = [max(len(row[i]) for row in (HEADERS, *rows)) for i in kept]
+    for header in _DROPPED_FIRST:
+        if sum(widths[i] + 3 for i in kept) + 1 <= room:
+            break
+        kept.remove(HEADERS.index(header))
+    return kept
+
+
 def _wrapped(text: str) -> str:
+    text = printable(text)
     width = shutil.get_terminal_size((100, 24)).columns
     return textwrap.fill(
         text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
@@ -77,12 +111,13 @@ def summary(inspection: Inspection) -> str:
     """Totals in a line."""
     found = inspection.totals()
     text = (
-        f"{inspection.path} ({inspection.format}): {found['measured']} of {found['tensors']} "
-        f"tensors measured, {found['skipped']} skipped, {found['parameters']:,} numbers"
+        f"{printable(inspection.path)} ({inspection.format}): {found['measured']} of "
+        f"{found['tensors']} tensors measured, {found['skipped']} skipped, "
+        f"{found['parameters']:,} numbers"
     )
     if found["largest_sigma_max_in"] is not None:
         text += f"; largest σ_max {found['largest_sigma_max']:.4g} in "
-        text += str(found["largest_sigma_max_in"])
+        text += printable(str(found["largest_sigma_max_in"]))
     if inspection.interrupted:
         text += f"; interrupted after {len(inspection.weights)}"
     return text
@@ -90,7 +125,7 @@ def summary(inspection: Inspection) -> str:
 
 def cells(weight: WeightFigures) -> tuple[str, ...]:
     """A row of the table."""
-    shape = "×".join(map(str, weight.shape)) or "scalar"
+    shape = "?" if weight.shape is None else "×".join(map(str, weight.shape)) or "scalar"
     head = (weight.name, shape, weight.dtype)
     f = weight.figures
     if f is None:
@@ -125,7 +160,7 @@ def weight_record(weight: WeightFigures) -> dict[str, Any]:
     f = weight.figures
     record: dict[str, Any] = {
         "name": weight.name,
-        "shape": list(weight.shape),
+        "shape": None if weight.shape is None else list(weight.shape),
         "dtype": weight.dtype,
         "geometry": weight.geometry,
         "decided": weight.why,
@@ -169,6 +204,6 @@ def as_csv(inspection: Inspection) -> str:
         sigma = record.pop("sigma_max")
         low, high = sigma if isinstance(sigma, list) else (sigma, sigma)
         record |= {"sigma_max_lower": low, "sigma_max_upper": high}
-        record["shape"] = "x".join(map(str, weight.shape))
+        record["shape"] = "x".join(map(str, weight.shape or ()))
         writer.writerow(record)
     return text.getvalue()

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from specops.inspection.comparison import HEADERS as COMPARED
+from specops.inspection.comparison import Comparison
 from specops.inspection.output import HEADERS, cells, summary
 from specops.inspection.run import Inspection, WeightFigures, upper
 
@@ -65,7 +67,8 @@ for (const table of document.querySelectorAll("table")) {
       rows.sort((a, b) => {
         const x = key(a), y = key(b);
         if (x === "" || y === "") return (x === "") - (y === "");  // what is missing stays last
-        const order = head.dataset.kind === "number" ? x - y : x.localeCompare(y);
+        const order = head.dataset.kind === "number"
+          ? parseFloat(x) - parseFloat(y) : x.localeCompare(y);
         return up ? order : -order;
       });
       body.append(...rows);
@@ -75,8 +78,8 @@ for (const table of document.querySelectorAll("table")) {
 """
 
 
-def as_html(inspection: Inspection) -> str:
-    """The page."""
+def as_html(inspection: Inspection, comparison: Comparison | None = None) -> str:
+    """The page; with a comparison, its table too."""
     plots = "\n".join(_figure(w) for w in inspection.measured if w.figures is not None)
     problems = "".join(f"<li>{escape(line)}</li>" for line in inspection.problems)
     notes = "".join(f"<p>{escape(note)}</p>" for note in inspection.notes)
@@ -95,8 +98,10 @@ def as_html(inspection: Inspection) -> str:
 <div class="scroll">
 {_table(inspection)}
 </div>
+{_decided(inspection)}
 {_skipped(inspection)}
 {notes}
+{_compared(comparison)}
 <h2>Singular values</h2>
 <p>By rank, from the largest; the scale is logarithmic where values span three decades.</p>
 <div class="plots">
@@ -116,6 +121,40 @@ def _table(inspection: Inspection) -> str:
     )
     rows = "\n".join(_row(w, kinds) for w in inspection.listed)
     return f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table>"
+
+
+def _decided(inspection: Inspection) -> str:
+    """What tensors were taken for."""
+    return "".join(
+        f"<details><summary>{len(names)} taken as: {escape(why)}</summary>"
+        f"<p>{escape(', '.join(names))}</p></details>"
+        for why, names in inspection.decisions().items()
+    )
+
+
+def _compared(comparison: Comparison | None) -> str:
+    if comparison is None:
+        return ""
+    head = "".join(
+        f'<th data-kind="{"text" if i == 0 else "number"}" scope="col"><button>{escape(h)}'
+        f"</button></th>"
+        for i, h in enumerate(COMPARED)
+    )
+    rows = "".join(
+        "<tr>"
+        + "".join(
+            f'<td{"" if i == 0 else " class=number"} data-value="{escape(cell.strip("[]"))}">'
+            f"{escape(cell)}</td>"
+            for i, cell in enumerate(row)
+        )
+        + "</tr>"
+        for row in comparison.rows()
+    )
+    alone = "".join(f"<p>{escape(line)}</p>" for line in comparison.lines())
+    return (
+        f'<h2>Compared with another</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>{alone}"
+    )
 
 
 def _skipped(inspection: Inspection) -> str:
@@ -152,7 +191,7 @@ def _row(weight: WeightFigures, kinds: list[str]) -> str:
 
 def _values(weight: WeightFigures) -> list[Any]:
     """What columns are sorted by; empty for what is missing."""
-    head = [weight.name, math.prod(weight.shape), weight.dtype, weight.geometry]
+    head = [weight.name, math.prod(weight.shape or ()), weight.dtype, weight.geometry]
     f = weight.figures
     if f is None:
         return [*head, *[""] * (len(HEADERS) - 4)]
@@ -182,11 +221,11 @@ def _figure(weight: WeightFigures) -> str:
         return ""
     assert weight.figures is not None
     assert weight.figures.spectrum is not None
-    shape = "×".join(map(str, weight.shape))
-    method = escape(weight.figures.method)
+    shape = "×".join(map(str, weight.shape or ()))
+    method, why = escape(weight.figures.method), escape(weight.why)
     return (
         f'<figure id="{escape(_anchor(weight.name))}"><figcaption>{escape(weight.name)} '
-        f"<small>{shape}, {escape(weight.geometry)}; {method}</small></figcaption>"
+        f"<small>{shape}, {escape(weight.geometry)} ({why}); {method}</small></figcaption>"
         f"{_svg(weight.name, weight.figures.spectrum)}</figure>"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from os import PathLike
@@ -11,10 +12,12 @@ import numpy as np
 
 from specops.checkpoints import Checkpoint, Entry, open_checkpoint
 from specops.errors import CheckpointError, SpecopsError
-from specops.geometry import Conv, Geometry
-from specops.inspection.assumptions import Assumption, Hints, assume
-from specops.inspection.figures import Figures, Method, figures_of
+from specops.geometry import Geometry
+from specops.inspection.assumptions import Assumption, assume
+from specops.inspection.figures import BOUNDED, LANCZOS, Figures, Method, figures_of
+from specops.inspection.hints import Context, Hints
 
+_NAMED = 3
 Progress = Callable[[int, int, str], None]
 
 
@@ -25,7 +28,7 @@ class WeightFigures:
     Attributes
     ----------
     name, shape, dtype
-        As stored.
+        As stored; no shape where it is not known.
     geometry : str
         The map that it is taken for, in words.
     why : str
@@ -39,7 +42,7 @@ class WeightFigures:
     """
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
     dtype: str
     geometry: str = ""
     why: str = ""
@@ -85,6 +88,13 @@ class Inspection:
         """Those measured, and those that should have been."""
         return [w for w in self.weights if not (w.skipped and w.harmless)]
 
+    def decisions(self) -> dict[str, list[str]]:
+        """Names of what was measured, by what it was taken for and why."""
+        found: dict[str, list[str]] = {}
+        for weight in self.measured:
+            found.setdefault(weight.why, []).append(weight.name)
+        return found
+
     def by_reason(self) -> dict[str, list[str]]:
         """Names of what was skipped, by the reason."""
         found: dict[str, list[str]] = {}
@@ -101,7 +111,7 @@ class Inspection:
             "tensors": self.total,
             "measured": len(found),
             "skipped": len(self.weights) - len(found),
-            "parameters": sum(int(np.prod(w.shape, dtype=object)) for w in self.weights),
+            "parameters": sum(math.prod(w.shape) for w in self.weights if w.shape is not None),
             "largest_sigma_max": None if largest is None else upper(largest.figures),
             "largest_sigma_max_in": None if largest is None else largest.name,
         }
@@ -167,40 +177,67 @@ def inspect_checkpoint(
             result.notes.append(
                 f"{checkpoint.format} cannot be read in parts: it is in memory whole"
             )
+        context = Context.of(entries, checkpoint.layout, hints)
         try:
-            _walk(checkpoint, hints, method, result, progress)
+            _walk(checkpoint, context, method, result, progress)
         except KeyboardInterrupt:
             result.interrupted = True
-    if any(w.geometry.startswith(("conv any", "transposed conv any")) for w in result.measured):
-        result.notes.append(
-            "convolutions without an input size: σ_max is the supremum over all sizes, [lower, "
-            "upper], at stride 1 unless given; the other figures are of the reshaped kernel"
-        )
+    result.problems += _grouped(result.weights)
+    result.notes += _notes(result.measured, method)
     return result
+
+
+def _grouped(weights: list[WeightFigures]) -> list[str]:
+    """A line for each reason why what should have been measured was not."""
+    found: dict[str, list[str]] = {}
+    for weight in weights:
+        if weight.skipped and not weight.harmless:
+            found.setdefault(weight.skipped, []).append(weight.name)
+    lines = []
+    for reason, names in found.items():
+        shown = ", ".join(map(repr, names[:_NAMED]))
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        lines.append(f"{shown}{more}: {reason}")
+    return lines
+
+
+def _notes(measured: list[WeightFigures], method: Method) -> list[str]:
+    notes = []
+    if any(w.geometry.startswith(("conv any", "transposed conv any")) for w in measured):
+        notes.append(
+            "convolutions without an input size: σ_max is the supremum over all sizes, [lower, "
+            "upper], at stride 1 unless given, in one group unless they look depthwise; the "
+            "other figures are of the reshaped kernel"
+        )
+    texts = {
+        BOUNDED: "certified bounds of σ_max alone",
+        LANCZOS: "σ_max by Lanczos at this input size, not all singular values",
+    }
+    for key, text in texts.items():
+        names = [w.name for w in measured if w.figures is not None and key in w.figures.method]
+        if names:
+            why = "asked for" if method == "bounds" else "too large: --method exact insists"
+            notes.append(f"{text} ({why}) of {len(names)}: {', '.join(names)}")
+    return notes
 
 
 def _walk(
     checkpoint: Checkpoint,
-    hints: Hints,
+    context: Context,
     method: Method,
     result: Inspection,
     progress: Progress | None,
 ) -> None:
-    first_conv = True
     for index, entry in enumerate(checkpoint.entries):
         if progress is not None:
             progress(index, len(checkpoint.entries), entry.name)
         if entry.problem:
-            found = _skip(entry, entry.problem, harmless=False)
+            found = _skip(entry, entry.problem, harmless=entry.harmless)
         else:
-            assumed = assume(
-                entry.name, entry.shape, entry.dtype, checkpoint.layout, hints, first_conv
-            )
-            first_conv = first_conv and not isinstance(assumed.geometry, Conv)
+            assert entry.shape is not None
+            assumed = assume(entry.name, entry.shape, entry.dtype, context)
             found = _measured(checkpoint, entry, assumed, method)
         result.weights.append(found)
-        if found.skipped and not found.harmless:
-            result.problems.append(f"{entry.name!r}: {found.skipped}")
     if progress is not None:
         progress(len(checkpoint.entries), len(checkpoint.entries), "")
 
@@ -209,7 +246,8 @@ def _measured(
     checkpoint: Checkpoint, entry: Entry, assumed: Assumption, method: Method
 ) -> WeightFigures:
     geometry = assumed.geometry
-    if geometry is None:
+    small = entry.shape is not None and len(entry.shape) == 1 and "float" in entry.dtype
+    if geometry is None and not small:
         return _skip(entry, assumed.skipped, assumed.harmless)
     try:
         w = checkpoint.read(entry.name)
@@ -217,16 +255,21 @@ def _measured(
         if bad:
             reason = f"holds NaN or infinity in {bad} of {w.size} entries"
             return _skip(entry, reason, harmless=False, geometry=geometry, why=assumed.why)
+        if geometry is None:
+            return _skip(entry, assumed.skipped, assumed.harmless)
         if w.dtype == np.float16:
             w = w.astype(np.float32)
         if assumed.shape is not None:
             w = w.reshape(assumed.shape)
-        figures = figures_of(w, geometry, method)
+        with np.errstate(all="ignore"):
+            figures = figures_of(w, geometry, method)
+        if not math.isfinite(upper(figures)) or not math.isfinite(figures.frobenius):
+            raise OverflowError("its figures are beyond double precision")
     except CheckpointError as error:
         return _skip(entry, str(error), harmless=False)
     except MemoryError:
-        return _skip(entry, "does not fit into memory: try --method bounds", harmless=False)
-    except (SpecopsError, np.linalg.LinAlgError) as error:
+        return _skip(entry, "does not fit into memory", harmless=False)
+    except (SpecopsError, ArithmeticError, ValueError, np.linalg.LinAlgError) as error:
         return _skip(entry, str(error), harmless=False, geometry=geometry, why=assumed.why)
     return WeightFigures(
         entry.name, entry.shape, entry.dtype, geometry.describe(), assumed.why, figures

@@ -69,7 +69,9 @@ def _norms(
 ) -> np.ndarray:
     """σ₁ of the blocks at any frequencies, groups' largest, in double precision."""
     result: list[Any] = []
-    for part in np.array_split(points, max(1, len(points) * coefficients.shape[1] // 2**20)):
+    # Neither phases nor blocks of all points at once.
+    widest = max(coefficients.shape[1], len(shifts))
+    for part in np.array_split(points, max(1, len(points) * widest // 2**19)):
         phases = np.exp(1j * (part @ shifts.T))
         blocks = phases @ coefficients.astype(np.complex128)
         blocks = blocks.reshape(-1, symbol.sizes.groups, *symbol.block_shape)

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -114,6 +115,9 @@ def test_options_reach_the_figures(path: Path, capsys: pytest.CaptureFixture[str
         (["--stride", "-1"], "'-1' is no count"),
         (["--stride", "nine*=2"], "no tensor matches 'nine*'"),
         (["--html", "/nowhere/at/all.html"], "there is no such folder"),
+        (["--html", "/"], "that is a folder"),
+        (["--plot", "spectra.xyz"], "must end in .png"),
+        (["--csv", "--compare", "other"], "--csv holds one checkpoint"),
     ],
 )
 def test_wrong_arguments(
@@ -147,10 +151,10 @@ def test_two_checkpoints_of_one_model(
     assert pairs["conv1.weight"]["ratio"] == pytest.approx(2.0, rel=1e-3)
     assert pairs["zero.weight"]["ratio"] is None
     assert found["only_in_first"] == ["fc.weight"]
-    assert found["only_in_second"] == ["fc.weight"]
+    assert found["only_in_second"] == ["module.fc.weight"]
     assert call(path, "--compare", other) == 0
     out = capsys.readouterr().out
-    assert "only in the first, or of another shape there: fc.weight" in out
+    assert "measured only in the first" in out
     assert "other σ_max" in out
 
 
@@ -261,3 +265,103 @@ def test_tensors_are_not_kept(tmp_path: Path) -> None:
     assert len(json.loads(done.stdout)["weights"]) == 8
     largest = w.nbytes / 2**20
     assert float(done.stderr) < 6 * largest + 150
+
+
+def test_outputs_never_replace_a_checkpoint(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = path.read_bytes()
+    assert call(path, "--html", path) == 2
+    assert "would replace the checkpoint" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+def test_a_bad_second_file_is_told_before_the_work(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(path, "--compare", tmp_path / "none.pt") == 1
+    out, err = capsys.readouterr()
+    assert not out
+    assert "none.pt" in err
+
+
+def test_comparisons_are_in_the_page(path: Path, tmp_path: Path) -> None:
+    other = written(tmp_path / "o.safetensors", model(1), format="pt")
+    assert call(path, "--compare", other, "--html", tmp_path / "a.html", "--json") == 0
+    text = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert "Compared with another" in text
+    assert text.count("<table>") == 2
+
+
+def test_a_reader_that_has_seen_enough(path: Path) -> None:
+    code = "import sys; from specops.cli import main; sys.exit(main(sys.argv[1:]))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "inspect", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        err = process.stderr.read()
+        process.wait(timeout=60)
+    assert process.returncode == 141
+    assert not err
+
+
+def test_terminals_that_know_no_greek(path: Path) -> None:
+    code = "import sys; from specops.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "inspect", str(path)],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        check=True,
+    )
+    assert b"fc.weight" in done.stdout
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_narrow_terminals_get_whole_names_and_norms(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("rich")
+    for columns, complete in ((200, True), (72, False)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stdout", terminal)
+        assert call(path) == 0
+        text = terminal.getvalue()
+        table = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if "│" in line]
+        assert max(map(len, table)) <= columns
+        assert "experts.weight" in text
+        top = np.linalg.norm(model()["fc.weight"].astype(float), 2)
+        assert f"{top:.5g}" in text
+        assert ("no room for" not in text) is complete
+
+
+def test_names_cannot_command_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "evil\x1b[2J\nname\u202e"
+    target = written(tmp_path / "m.safetensors", {name: np.full((2, 2), np.nan, np.float32)})
+    assert call(target) == 1
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err
+    assert "\u202e" not in out + err
+    assert len(err.splitlines()) == 1
+
+
+def test_notes_say_what_was_bounded(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(path, "--method", "bounds", "--json") == 0
+    (note,) = [n for n in json.loads(capsys.readouterr().out)["notes"] if "bounds of" in n]
+    assert "asked for" in note
+    assert "fc.weight" in note
+
+
+def test_how_maps_were_decided_is_printed(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(path) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "4-d, torch's order: taps last: conv1.weight, conv2.weight" in text
+    assert "depthwise: dw.weight" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,67 @@ def test_a_matrix_and_a_stack() -> None:
     assert "3 matrices" in stack.method
 
 
+def test_complex_kernels_keep_their_imaginary_part() -> None:
+    w = np.random.default_rng(0).normal(size=(4, 3, 3, 3)) * 1j
+    low, high = figures_of(w, Conv(None)).sigma_max  # type: ignore[misc]
+    real = figures_of(w.imag, Conv(None)).sigma_max
+    assert (low, high) == pytest.approx(real, rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30, 1e37])
+@pytest.mark.parametrize("channels", [3, 130])
+def test_scales_of_kernels_do_not_matter(scale: float, channels: int) -> None:
+    w = np.random.default_rng(0).normal(size=(channels, channels, 1, 2)).astype(np.float32)
+    one = figures_of(w, Conv(None))
+    two = figures_of((w * np.float32(scale)).astype(np.float32), Conv(None))
+    np.testing.assert_allclose(np.array(two.sigma_max) / scale, one.sigma_max, rtol=1e-5)
+
+
+def test_many_taps_take_little_memory(tmp_path: Path) -> None:
+    w = np.random.default_rng(0).normal(size=(2, 1, 31, 31)).astype(np.float32)
+    tracemalloc.start()
+    figures_of(w, Conv(None, groups=2))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 150e6
+
+
+def test_figures_beyond_a_float_are_a_problem_of_that_tensor(tmp_path: Path) -> None:
+    tensors = {
+        "huge": np.full((4, 4), 1.7e308),
+        "experts": np.full((3, 4, 4), 1e200),
+        "fine": np.eye(3),
+    }
+    found = inspect_checkpoint(written(tmp_path / "m.safetensors", tensors))
+    by_name = {w.name: w for w in found.weights}
+    assert "beyond double precision" in by_name["huge"].skipped
+    assert by_name["fine"].figures is not None
+    assert by_name["experts"].figures is not None
+    assert by_name["experts"].figures.frobenius == pytest.approx(1e200 * math.sqrt(48))
+    assert len(found.problems) == 1
+
+
+def test_vectors_that_are_not_finite_are_a_problem(tmp_path: Path) -> None:
+    tensors = {"bn.weight": np.array([1.0, np.nan], np.float32), "w": np.eye(2)}
+    found = inspect_checkpoint(written(tmp_path / "m.safetensors", tensors))
+    assert found.problems == ["'bn.weight': holds NaN or infinity in 1 of 2 entries"]
+
+
+def test_problems_of_one_kind_are_one_line(tmp_path: Path) -> None:
+    tensors = {f"w{i}": np.full((2, 2), np.nan) for i in range(9)}
+    (line,) = inspect_checkpoint(written(tmp_path / "m.safetensors", tensors)).problems
+    assert line.startswith("'w0', 'w1', 'w2' and 6 more: holds NaN")
+
+
 def test_special_matrices() -> None:
     zero = figures_of(np.zeros((3, 4)), Dense())
     assert (zero.sigma_max, zero.stable_rank, zero.effective_rank) == (0.0, 0.0, 0.0)
     assert zero.condition_number == math.inf
     singular = figures_of(np.diag([2.0, 1.0, 0.0]), Dense())
     assert singular.condition_number == math.inf
+    noisy = np.outer(np.arange(1.0, 6.0), np.arange(1.0, 5.0) / 3)
+    assert figures_of(noisy, Dense()).condition_number == math.inf
+    assert figures_of(noisy, Dense()).sigma_min == 0.0
     assert singular.collapsed == pytest.approx(1 / 3)
     assert singular.effective_rank == pytest.approx(
         math.exp(-(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3)))
