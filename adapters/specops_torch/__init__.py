@@ -16,7 +16,6 @@ if TYPE_CHECKING:
         hessian_operator,
         input_gradient_norms,
         jacobian_operator,
-        margin_jacobians,
     )
     from specops_torch.generative import (
         frechet_inception_distance,
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     )
     from specops_torch.geometry import geometry_of
     from specops_torch.lipschitz import lipschitz_upper_bound
+    from specops_torch.margins import margin_jacobians
 
 __all__ = [
     "Attachment",
@@ -47,15 +47,11 @@ _HOMES = {
     "attachment": ("Attachment", "attach"),
     "balance": ("balance_norms",),
     "baselines": ("adversarial_loss", "jacobian_penalty"),
-    "derivatives": (
-        "hessian_operator",
-        "input_gradient_norms",
-        "jacobian_operator",
-        "margin_jacobians",
-    ),
+    "derivatives": ("hessian_operator", "input_gradient_norms", "jacobian_operator"),
     "generative": ("frechet_inception_distance", "inception_score", "neural_divergence"),
     "geometry": ("geometry_of",),
     "lipschitz": ("lipschitz_upper_bound",),
+    "margins": ("margin_jacobians",),
 }
 
 

@@ -5,7 +5,8 @@ from specops.inspection.figures import Figures
 from specops.inspection.hints import Hints
 from specops.inspection.output import as_csv, as_json
 from specops.inspection.page import as_html
-from specops.inspection.run import Inspection, WeightFigures, inspect_checkpoint
+from specops.inspection.results import Inspection, WeightFigures
+from specops.inspection.run import inspect_checkpoint
 
 __all__ = [
     "Comparison",

@@ -16,7 +16,8 @@ from specops.errors import CheckpointError
 from specops.inspection.comparison import compare, records, show_comparison
 from specops.inspection.hints import Hints
 from specops.inspection.output import as_csv, as_json, show
-from specops.inspection.run import Inspection, inspect_checkpoint, upper
+from specops.inspection.results import Inspection, upper
+from specops.inspection.run import inspect_checkpoint
 from specops.tables import printable
 
 INTERRUPTED = 130

@@ -10,7 +10,7 @@ from typing import Any
 from specops.inspection.figures import Figures
 from specops.inspection.hints import bare_name
 from specops.inspection.output import number_text, sigma_text
-from specops.inspection.run import Inspection, WeightFigures
+from specops.inspection.results import Inspection, WeightFigures
 from specops.tables import print_table, printable
 
 HEADERS = (

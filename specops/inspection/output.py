@@ -14,7 +14,7 @@ from typing import Any
 
 import specops
 from specops.inspection.figures import Figures
-from specops.inspection.run import Inspection, WeightFigures
+from specops.inspection.results import Inspection, WeightFigures
 from specops.tables import print_table, printable
 
 HEADERS = (

@@ -11,7 +11,7 @@ import numpy as np
 from specops.inspection.comparison import HEADERS as COMPARED
 from specops.inspection.comparison import Comparison
 from specops.inspection.output import HEADERS, cells, summary
-from specops.inspection.run import Inspection, WeightFigures, upper
+from specops.inspection.results import Inspection, WeightFigures, upper
 
 _POINTS = 120
 """Of a curve: more cannot be told apart at its size."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any
 
 import numpy as np
 
@@ -14,114 +12,12 @@ from specops.checkpoints import Checkpoint, Entry, open_checkpoint
 from specops.errors import CheckpointError, SpecopsError
 from specops.geometry import Geometry
 from specops.inspection.assumptions import Assumption, assume
-from specops.inspection.figures import BOUNDED, LANCZOS, Figures, Method, figures_of
+from specops.inspection.figures import Method, figures_of
 from specops.inspection.hints import Context, Hints
+from specops.inspection.notes import grouped_problems, notes_on
+from specops.inspection.results import Inspection, WeightFigures, upper
 
-_NAMED = 3
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class WeightFigures:
-    """One tensor of a checkpoint.
-
-    Attributes
-    ----------
-    name, shape, dtype
-        As stored; no shape where it is not known.
-    geometry : str
-        The map that it is taken for, in words.
-    why : str
-        How that was decided.
-    figures : Figures, optional
-        None if it was skipped.
-    skipped : str
-        Why it was; empty if it was not.
-    harmless : bool
-        Whether nothing is missing: biases, counters.
-    """
-
-    name: str
-    shape: tuple[int, ...] | None
-    dtype: str
-    geometry: str = ""
-    why: str = ""
-    figures: Figures | None = None
-    skipped: str = ""
-    harmless: bool = True
-
-
-@dataclass
-class Inspection:
-    """What a checkpoint holds.
-
-    Attributes
-    ----------
-    path, format : str
-    weights : list of WeightFigures
-        In the order of the file.
-    problems : list of str
-        One line each: of the file, and of tensors that should have been measured.
-    notes : list of str
-        What to know about the figures.
-    interrupted : bool
-        Whether the rest was not reached.
-    total : int
-        Tensors in the file.
-    """
-
-    path: str
-    format: str
-    total: int
-    weights: list[WeightFigures] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    interrupted: bool = False
-
-    @property
-    def measured(self) -> list[WeightFigures]:
-        """The weights that have figures."""
-        return [w for w in self.weights if w.figures is not None]
-
-    @property
-    def listed(self) -> list[WeightFigures]:
-        """Those measured, and those that should have been."""
-        return [w for w in self.weights if not (w.skipped and w.harmless)]
-
-    def decisions(self) -> dict[str, list[str]]:
-        """Names of what was measured, by what it was taken for and why."""
-        found: dict[str, list[str]] = {}
-        for weight in self.measured:
-            found.setdefault(weight.why, []).append(weight.name)
-        return found
-
-    def by_reason(self) -> dict[str, list[str]]:
-        """Names of what was skipped, by the reason."""
-        found: dict[str, list[str]] = {}
-        for weight in self.weights:
-            if weight.skipped:
-                found.setdefault(weight.skipped, []).append(weight.name)
-        return found
-
-    def totals(self) -> dict[str, Any]:
-        """Counts, and the extremes over the weights that were measured."""
-        found = [w for w in self.measured if w.figures is not None]
-        largest = max(found, key=lambda w: upper(w.figures), default=None)
-        return {
-            "tensors": self.total,
-            "measured": len(found),
-            "skipped": len(self.weights) - len(found),
-            "parameters": sum(math.prod(w.shape) for w in self.weights if w.shape is not None),
-            "largest_sigma_max": None if largest is None else upper(largest.figures),
-            "largest_sigma_max_in": None if largest is None else largest.name,
-        }
-
-
-def upper(figures: Figures | None) -> float:
-    """σ_max, or what it is at most."""
-    assert figures is not None
-    sigma = figures.sigma_max
-    return sigma[1] if isinstance(sigma, tuple) else sigma
 
 
 def inspect_checkpoint(
@@ -182,43 +78,9 @@ def inspect_checkpoint(
             _walk(checkpoint, context, method, result, progress)
         except KeyboardInterrupt:
             result.interrupted = True
-    result.problems += _grouped(result.weights)
-    result.notes += _notes(result.measured, method)
+    result.problems += grouped_problems(result.weights)
+    result.notes += notes_on(result.measured, method)
     return result
-
-
-def _grouped(weights: list[WeightFigures]) -> list[str]:
-    """A line for each reason why what should have been measured was not."""
-    found: dict[str, list[str]] = {}
-    for weight in weights:
-        if weight.skipped and not weight.harmless:
-            found.setdefault(weight.skipped, []).append(weight.name)
-    lines = []
-    for reason, names in found.items():
-        shown = ", ".join(map(repr, names[:_NAMED]))
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        lines.append(f"{shown}{more}: {reason}")
-    return lines
-
-
-def _notes(measured: list[WeightFigures], method: Method) -> list[str]:
-    notes = []
-    if any(w.geometry.startswith(("conv any", "transposed conv any")) for w in measured):
-        notes.append(
-            "convolutions without an input size: σ_max is the supremum over all sizes, [lower, "
-            "upper], at stride 1 unless given, in one group unless they look depthwise; the "
-            "other figures are of the reshaped kernel"
-        )
-    texts = {
-        BOUNDED: "certified bounds of σ_max alone",
-        LANCZOS: "σ_max by Lanczos at this input size, not all singular values",
-    }
-    for key, text in texts.items():
-        names = [w.name for w in measured if w.figures is not None and key in w.figures.method]
-        if names:
-            why = "asked for" if method == "bounds" else "too large: --method exact insists"
-            notes.append(f"{text} ({why}) of {len(names)}: {', '.join(names)}")
-    return notes
 
 
 def _walk(

@@ -5,13 +5,7 @@ adapters make: `specops_torch.jacobian_operator`, `specops_torch.hessian_operato
 namesakes in `specops_jax`; any object with the same methods will do.
 """
 
-from specops.measures.complexity import (
-    MarginJacobians,
-    log_jac_norm,
-    log_spec_fro,
-    log_spec_l1,
-    margins,
-)
+from specops.measures.complexity import log_jac_norm, log_spec_fro, log_spec_l1
 from specops.measures.generalization import generalization_gap
 from specops.measures.gradients import gradient_norms
 from specops.measures.lipschitz import (
@@ -21,6 +15,7 @@ from specops.measures.lipschitz import (
     lipschitz_upper_bound,
     local_lipschitz,
 )
+from specops.measures.margins import MarginJacobians, margins
 from specops.measures.noise import noise_sensitivity
 from specops.measures.operators import JacobianOperator, SymmetricOperator
 from specops.measures.sharpness import (

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from tests.benchmarks import conv, imports, project, step
+from tests.benchmarks import conv, imports, inspection, project, step
 from tests.benchmarks.harness import environment
 
-BENCHMARKS = {"conv": conv.run, "import": imports.run, "project": project.run, "step": step.run}
+BENCHMARKS = {
+    "conv": conv.run,
+    "import": imports.run,
+    "inspect": inspection.run,
+    "project": project.run,
+    "step": step.run,
+}
 
 
 def main() -> None:

@@ -1,0 +1,79 @@
+"""Gradients of a torch model's margins by its hidden layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specops.errors import AdapterError
+from specops.measures import MarginJacobians, margins
+from specops.measures.rows import row_norms
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def margin_jacobians(
+    model: nn.Module, x: Tensor, labels: Tensor, layers: Sequence[str] | None = None
+) -> MarginJacobians:
+    r"""Norms of hidden layers and of the margin's gradients by them, for every sample.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Gives logits (n, classes); it is run in evaluation and left in its mode.
+    x : tensor (n, ...)
+        Inputs.
+    labels : integer tensor (n,)
+        Of the right classes.
+    layers : sequence of str, optional
+        Names of the modules whose outputs are the hidden layers; default: all linear and
+        convolution layers but the last.
+
+    Raises
+    ------
+    AdapterError
+        A name that the model does not know, a module that did not run or ran twice.
+    """
+    named = dict(model.named_modules())
+    if layers is None:
+        layers = [name for name, m in named.items() if isinstance(m, _LAYERS)][:-1]
+    unknown = [name for name in layers if name not in named]
+    if unknown or not layers:
+        raise AdapterError(f"no such modules: {', '.join(unknown)}" if unknown else "no layers")
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> Tensor:
+            if name in seen:
+                raise AdapterError(f"{name} ran twice: its output is no single hidden layer")
+            if not isinstance(output, Tensor):
+                raise AdapterError(f"{name} gives {type(output).__name__}, no tensor")
+            seen[name] = output if output.requires_grad else output.detach().requires_grad_()
+            # A copy goes on: activations may write to it in place.
+            return seen[name].clone()
+
+        return hook
+
+    handles = [named[name].register_forward_hook(keep(name)) for name in layers]
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            found = margins(model.eval()(x), labels)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    missing = [name for name in layers if name not in seen]
+    if missing:
+        raise AdapterError(f"{', '.join(missing)} did not run")
+    hidden = [seen[name] for name in layers]
+    gradients = torch.autograd.grad(found.sum(), hidden, materialize_grads=True)
+
+    def norms(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.stack([row_norms(t.detach()) for t in tensors])
+
+    return MarginJacobians(norms(hidden), norms(gradients), found.detach())

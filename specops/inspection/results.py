@@ -1,0 +1,112 @@
+"""What an inspection returns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from specops.inspection.figures import Figures
+
+
+@dataclass(frozen=True)
+class WeightFigures:
+    """One tensor of a checkpoint.
+
+    Attributes
+    ----------
+    name, shape, dtype
+        As stored; no shape where it is not known.
+    geometry : str
+        The map that it is taken for, in words.
+    why : str
+        How that was decided.
+    figures : Figures, optional
+        None if it was skipped.
+    skipped : str
+        Why it was; empty if it was not.
+    harmless : bool
+        Whether nothing is missing: biases, counters.
+    """
+
+    name: str
+    shape: tuple[int, ...] | None
+    dtype: str
+    geometry: str = ""
+    why: str = ""
+    figures: Figures | None = None
+    skipped: str = ""
+    harmless: bool = True
+
+
+@dataclass
+class Inspection:
+    """What a checkpoint holds.
+
+    Attributes
+    ----------
+    path, format : str
+    weights : list of WeightFigures
+        In the order of the file.
+    problems : list of str
+        One line each: of the file, and of tensors that should have been measured.
+    notes : list of str
+        What to know about the figures.
+    interrupted : bool
+        Whether the rest was not reached.
+    total : int
+        Tensors in the file.
+    """
+
+    path: str
+    format: str
+    total: int
+    weights: list[WeightFigures] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    interrupted: bool = False
+
+    @property
+    def measured(self) -> list[WeightFigures]:
+        """The weights that have figures."""
+        return [w for w in self.weights if w.figures is not None]
+
+    @property
+    def listed(self) -> list[WeightFigures]:
+        """Those measured, and those that should have been."""
+        return [w for w in self.weights if not (w.skipped and w.harmless)]
+
+    def decisions(self) -> dict[str, list[str]]:
+        """Names of what was measured, by what it was taken for and why."""
+        found: dict[str, list[str]] = {}
+        for weight in self.measured:
+            found.setdefault(weight.why, []).append(weight.name)
+        return found
+
+    def by_reason(self) -> dict[str, list[str]]:
+        """Names of what was skipped, by the reason."""
+        found: dict[str, list[str]] = {}
+        for weight in self.weights:
+            if weight.skipped:
+                found.setdefault(weight.skipped, []).append(weight.name)
+        return found
+
+    def totals(self) -> dict[str, Any]:
+        """Counts, and the extremes over the weights that were measured."""
+        found = [w for w in self.measured if w.figures is not None]
+        largest = max(found, key=lambda w: upper(w.figures), default=None)
+        return {
+            "tensors": self.total,
+            "measured": len(found),
+            "skipped": len(self.weights) - len(found),
+            "parameters": sum(math.prod(w.shape) for w in self.weights if w.shape is not None),
+            "largest_sigma_max": None if largest is None else upper(largest.figures),
+            "largest_sigma_max_in": None if largest is None else largest.name,
+        }
+
+
+def upper(figures: Figures | None) -> float:
+    """σ_max, or what it is at most."""
+    assert figures is not None
+    sigma = figures.sigma_max
+    return sigma[1] if isinstance(sigma, tuple) else sigma

@@ -1,0 +1,94 @@
+"""How far the right class is ahead, and dividing by it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import array_api_compat as compat
+import numpy as np
+
+from specops import backend
+from specops.geometry.arguments import nan_unless
+
+Array = Any
+
+
+def margins(logits: Array, labels: Array) -> Array:
+    r"""How far the right class is ahead, :math:`\gamma = f(x)_y - \max_{j\ne y} f(x)_j`.
+
+    Positive for what is classified rightly. Its size means nothing by itself, as outputs may
+    be scaled at will: complexities divide by it.
+
+    Parameters
+    ----------
+    logits : array (n, classes)
+        Outputs, at least two classes.
+    labels : integer array (n,)
+        Of the right classes.
+
+    Returns
+    -------
+    array (n,)
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit, one class only, a label that is no class.
+
+    References
+    ----------
+    Bartlett, Foster & Telgarsky 2017; Sanyal, Torr & Dokania 2020, section 5.1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> margins(np.array([[3.0, 1.0, 0.0], [0.0, 2.0, 5.0]]), np.array([0, 1])).tolist()
+    [2.0, -3.0]
+    """
+    shape = tuple(labels.shape) if hasattr(labels, "shape") else (len(labels),)
+    if logits.ndim != 2 or logits.shape[1] < 2 or shape != (logits.shape[0],):
+        raise ValueError(
+            f"logits must be (n, classes) with two classes or more, and labels (n,): got "
+            f"{tuple(logits.shape)} and {shape}"
+        )
+    xp = backend.namespace(logits)
+    if not compat.is_array_api_obj(labels) or compat.array_namespace(labels) is not xp:
+        labels = backend.constant(np.asarray(labels), logits)
+    z = backend.to_compute(xp, logits)
+    classes = backend.constant(np.arange(z.shape[1]), z)
+    own = classes[None, :] == xp.astype(labels, classes.dtype)[:, None]
+    if backend.truth(xp.all(xp.any(own, axis=-1))) is False:
+        raise ValueError(f"labels must lie in 0 … {z.shape[1] - 1}, one for each class")
+    right = xp.sum(xp.where(own, z, xp.zeros_like(z)), axis=-1)
+    found = right - xp.max(xp.where(own, xp.full_like(z, -math.inf), z), axis=-1)
+    return nan_unless(xp.any(own, axis=-1), found)
+
+
+class MarginJacobians(NamedTuple):
+    """What `log_jac_norm` takes, as ``margin_jacobians`` of an adapter gives it.
+
+    Attributes
+    ----------
+    hidden_norms, jacobian_norms : array (layers, n)
+        Norms of hidden layers, and of the margin's gradients by them.
+    margins : array (n,)
+        Of the samples.
+    """
+
+    hidden_norms: Array
+    jacobian_norms: Array
+    margins: Array
+
+
+def over_margin(log: float, margin: Any, power: float) -> Any:
+    """log − power · log γ; inf where γ is not positive."""
+    if not compat.is_array_api_obj(margin):
+        if math.isnan(margin):
+            return math.nan
+        return log - power * math.log(margin) if margin > 0 else math.inf
+    margin = margin * 1.0
+    xp = backend.namespace(margin)
+    positive = ~(margin <= 0)  # NaN stays
+    logs = xp.log(xp.where(positive, margin, xp.ones_like(margin)))
+    return xp.where(positive, log - power * logs, xp.full_like(margin, math.inf))
