@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from specops.checkpoints.base import Checkpoint, Entry, explained, one_line, required
+from specops.checkpoints.branches import leaves, no_tensor
 from specops.checkpoints.dtypes import decode, is_numeric, itemsize, plain
+from specops.checkpoints.room import check_memory
 from specops.errors import CheckpointError
 
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3  # flax's extension types
@@ -35,12 +37,14 @@ class FlaxCheckpoint(Checkpoint):
             loaded = msgpack.unpackb(path.read_bytes(), ext_hook=_Stored, raw=False)
         self._arrays: dict[str, list[bytes]] = {}
         with explained(path):
-            entries = [self._entry(msgpack, name, leaf) for name, leaf in _leaves(loaded)]
+            entries = [
+                self._entry(msgpack, name, leaf) for name, leaf in leaves(loaded, _is_array, "/")
+            ]
         super().__init__(path, "flax msgpack", entries, layout="jax", streams=False)
 
     def _entry(self, msgpack: Any, name: str, leaf: Any) -> Entry:
         try:
-            if isinstance(leaf, dict):
+            if _is_chunked(leaf):
                 shape = tuple(leaf["shape"][str(i)] for i in range(len(leaf["shape"])))
                 chunks = [leaf["chunks"][str(i)] for i in range(len(leaf["chunks"]))]
                 stored = [chunk.unpacked(msgpack) for chunk in chunks]
@@ -49,24 +53,25 @@ class FlaxCheckpoint(Checkpoint):
                 stored = [leaf.unpacked(msgpack)]
                 shape, dtype = stored[0][0], stored[0][1]
             else:
-                return Entry(name, (), "", f"not a tensor but of type {type(leaf).__name__}")
+                return no_tensor(name, leaf)
         except Exception as error:
-            return Entry(name, (), "", f"damaged: {one_line(error)}")
+            return Entry(name, None, "", f"damaged: {one_line(error)}")
         width, held = itemsize(dtype), sum(len(data) for _, _, data in stored)
         problem = ""
         if width is None:
             problem = f"its type {dtype} is packed or unknown"
         elif not all(type(n) is int and n >= 0 for n in shape):
-            return Entry(name, (), dtype, f"it claims the shape {shape}")
+            return Entry(name, None, dtype, f"it claims the shape {shape}")
         elif math.prod(shape) * width != held:
             problem = f"it claims {math.prod(shape)} {dtype} and has {held} bytes"
+            return Entry(name, None, dtype, problem)
         self._arrays.setdefault(name, [data for _, _, data in stored])
         return Entry(name, shape, dtype, problem)
 
     def _read(self, entry: Entry) -> np.ndarray[Any, Any]:
         data = b"".join(self._arrays[entry.name])
         array = decode(np.frombuffer(data, dtype=np.uint8), entry.dtype)
-        return array.reshape(entry.shape)
+        return array.reshape(entry.shape or ())
 
     def close(self) -> None:
         """Let go of the tensors."""
@@ -84,15 +89,12 @@ class _Stored:
         return tuple(shape), dtype.decode(), data
 
 
-def _leaves(loaded: Any) -> Iterator[tuple[str, Any]]:
-    pending = [("", loaded)]
-    while pending:
-        name, thing = pending.pop()
-        if isinstance(thing, dict) and _CHUNKED not in thing:
-            prefix = f"{name}/" if name else ""
-            pending += [(f"{prefix}{key}", value) for key, value in reversed(thing.items())]
-        else:
-            yield name, thing
+def _is_chunked(thing: Any) -> bool:
+    return isinstance(thing, dict) and _CHUNKED in thing
+
+
+def _is_array(thing: Any) -> bool:
+    return isinstance(thing, _Stored) or _is_chunked(thing)
 
 
 class OrbaxCheckpoint(Checkpoint):
@@ -120,19 +122,22 @@ class OrbaxCheckpoint(Checkpoint):
         try:
             store = tensorstore.open(spec, open=True, read=True).result()
         except Exception as error:  # the others are as readable as before
-            return Entry(name, (), "", one_line(error))
+            return Entry(name, None, "", one_line(error))
+        shape: tuple[int, ...] | None
         shape, dtype = tuple(store.shape), store.dtype.numpy_dtype
-        wanted = math.prod(shape) * dtype.itemsize
+        wanted = math.prod(store.shape) * dtype.itemsize
         problem = ""
         if not is_numeric(dtype) and dtype.isbuiltin != 2:
             problem = f"not a tensor but of type {store.dtype.name}"
         elif wanted > max(_SMALL, _RATIO * held):
-            problem = f"{held} stored bytes cannot unpack to {wanted}"
+            problem, shape = f"{held} stored bytes cannot unpack to {wanted}", None
         self._stores.setdefault(name, store)
         return Entry(name, shape, dtype.name, problem)
 
     def _read(self, entry: Entry) -> np.ndarray[Any, Any]:
-        return plain(np.asarray(self._stores[entry.name].read().result()))
+        store = self._stores[entry.name]
+        check_memory(math.prod(store.shape) * store.dtype.numpy_dtype.itemsize)
+        return plain(np.asarray(store.read().result()))
 
     def close(self) -> None:
         """Close the arrays."""

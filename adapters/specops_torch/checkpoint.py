@@ -9,23 +9,30 @@ from __future__ import annotations
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from specops.checkpoints.base import Checkpoint, Entry, explained, one_line
+from specops.checkpoints.branches import no_tensor, unwrapped
 from specops.checkpoints.dtypes import decode, itemsize
+from specops.checkpoints.pickles import asked_for
 from specops.checkpoints.sniffing import fill, member_position
 from specops.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "params")
 _NO_NUMBERS = "saved without its numbers, from the meta device"
 _SMALL = 1 << 20
+
+
+class _Record(NamedTuple):
+    size: int
+    crc: int  # 0 if it was saved without
 
 
 def open_torch(path: Path, zipped: bool) -> Checkpoint:
@@ -57,14 +64,16 @@ def open_torch(path: Path, zipped: bool) -> Checkpoint:
 class _ZipCheckpoint(Checkpoint):
     """A reader that lists tensors without their numbers and finds those in the file itself."""
 
-    def __init__(self, path: Path, records: dict[int, int]) -> None:
+    def __init__(self, path: Path, records: dict[int, _Record]) -> None:
         self._records = records
         self._tensors: dict[str, torch.Tensor] = {}
         entries = []
         for name, leaf in _leaves(_load(path, "meta")):
             entry = _entry(name, leaf)
             if not entry.problem:
-                entry = Entry(name, entry.shape, entry.dtype, self._problem(leaf))
+                problem = self._problem(leaf)
+                known = problem in ("", _NO_NUMBERS)
+                entry = Entry(name, entry.shape if known else None, entry.dtype, problem)
                 self._tensors.setdefault(name, leaf)
             entries.append(entry)
         if self._tensors and not any(map(_position, self._tensors.values())):
@@ -76,9 +85,9 @@ class _ZipCheckpoint(Checkpoint):
         storage, position = tensor.untyped_storage(), _position(tensor)
         if position is None:
             return _NO_NUMBERS
-        held = self._records.get(position)
-        if held is None or held < storage.nbytes():
-            return f"its storage claims {storage.nbytes()} bytes and {held or 0} are there"
+        held = self._records.get(position, _Record(0, 0)).size
+        if held < storage.nbytes():
+            return f"its storage claims {storage.nbytes()} bytes and {held} are there"
         wanted = tensor.numel() * tensor.element_size()
         if wanted > max(_SMALL, storage.nbytes()):
             return f"{wanted} bytes, a view that repeats {storage.nbytes()}"
@@ -86,17 +95,21 @@ class _ZipCheckpoint(Checkpoint):
 
     def _read(self, entry: Entry) -> np.ndarray[Any, Any]:
         tensor = self._tensors[entry.name]
-        if 0 in entry.shape:
-            return decode(np.empty(0, np.uint8), entry.dtype).reshape(entry.shape)
-        strides = tensor.stride()
-        span = 1 + sum((n - 1) * s for n, s in zip(entry.shape, strides, strict=True))
+        shape, strides = tuple(tensor.shape), tensor.stride()
+        if 0 in shape:
+            return decode(np.empty(0, np.uint8), entry.dtype).reshape(shape)
+        span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
         width = tensor.element_size()
         begin = (_position(tensor) or 0) + tensor.storage_offset() * width
         with self.path.open("rb", buffering=0) as file:
             file.seek(begin)
-            flat = decode(fill(file, span * width), entry.dtype)
+            raw = fill(file, span * width)
+        record = self._records.get(begin)
+        if record and record.crc and record.size == raw.size and zlib.crc32(raw.data) != record.crc:
+            raise ValueError("damaged: its checksum does not match")
+        flat = decode(raw, entry.dtype)
         steps = [s * flat.itemsize for s in strides]
-        array = np.lib.stride_tricks.as_strided(flat, entry.shape, steps)
+        array = np.lib.stride_tricks.as_strided(flat, shape, steps)
         if tensor.is_conj():
             array = array.conj()
         if tensor.is_neg():
@@ -137,8 +150,8 @@ def _position(tensor: torch.Tensor) -> int | None:
     return getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
 
 
-def _records(path: Path) -> dict[int, int]:
-    """Where each record's bytes begin in the zip file, and how many they are."""
+def _records(path: Path) -> dict[int, _Record]:
+    """The records of the zip file, by where their bytes begin."""
     found = {}
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         if any(name.endswith("/constants.pkl") for name in archive.namelist()):
@@ -149,9 +162,11 @@ def _records(path: Path) -> dict[int, int]:
         for info in archive.infolist():
             if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
                 raise CheckpointError(f"{path}: compressed, which torch.save never does; refused")
-            if info.filename.endswith("/byteorder") and archive.read(info) == b"big":
+            position = member_position(file, info)
+            found[position] = _Record(info.file_size, info.CRC)
+            file.seek(position)
+            if info.filename.endswith("/byteorder") and file.read(3) == b"big":
                 raise CheckpointError(f"{path}: in big-endian order; save it again on this machine")
-            found[member_position(file, info)] = info.file_size
     return found
 
 
@@ -167,7 +182,7 @@ def _load(path: Path, device: str) -> Any:
         try:
             return torch.load(file, map_location=device, weights_only=True)
         except pickle.UnpicklingError as error:
-            raise CheckpointError(f"{path}: {_refusal(error)}") from None
+            raise CheckpointError(f"{path}: {_refusal(path, error)}") from None
         except (OSError, MemoryError, RecursionError, NotImplementedError):
             raise  # the last for quantised tensors, which the meta device lacks
         except Exception as error:
@@ -176,14 +191,24 @@ def _load(path: Path, device: str) -> Any:
             ) from error
 
 
-def _refusal(error: Exception) -> str:
+def _refusal(path: Path, error: Exception) -> str:
     """Why the pickle was refused, without torch's advice on how to run it all the same."""
+    from torch import _weights_only_unpickler
+
     text = str(error)
-    named = re.search(r"GLOBAL (\S+)", text)
-    if named:
+    told = re.search(r"GLOBAL (\S+)", text)
+    allowed: Any = getattr(_weights_only_unpickler, "_get_allowed_globals", dict)()
+    version, name = asked_for(path, allowed)
+    name = told[1] if told else name if allowed else ""
+    if name:
         return (
-            f"its pickle asks for {named[1]}, which loading could run as code; refused. "
+            f"its pickle asks for {name}, which loading could run as code; refused. "
             "Save only the tensors: torch.save(model.state_dict(), ...)"
+        )
+    if version > 3:
+        return (
+            f"a pickle of protocol {version}, which torch reads only in ways that could run code; "
+            "load it where it was written and save it again with torch.save"
         )
     reason = text.rpartition("WeightsUnpickler error: ")[2].partition("\n\nCheck the doc")[0]
     return f"a pickle that is damaged or holds more than tensors ({one_line(Exception(reason))})"
@@ -193,7 +218,7 @@ def _entry(name: str, leaf: Any) -> Entry:
     import torch
 
     if not isinstance(leaf, torch.Tensor):
-        return Entry(name, (), "", f"not a tensor but of type {type(leaf).__name__}")
+        return no_tensor(name, leaf, (torch.dtype, torch.device))
     dtype, shape, problem = str(leaf.dtype).removeprefix("torch."), tuple(leaf.shape), ""
     if leaf.is_quantized:
         problem = f"quantised ({dtype})"
@@ -207,40 +232,14 @@ def _entry(name: str, leaf: Any) -> Entry:
 
 
 def _leaves(loaded: Any) -> Iterator[tuple[str, Any]]:
-    """Names and leaves of what was loaded, below the wrapper that training scripts put around."""
     import torch
 
-    while isinstance(loaded, Mapping):
-        inner = next((k for k in _WRAPPERS if _holds_tensors(loaded.get(k), torch.Tensor)), None)
-        if inner is None:
-            break
-        loaded = loaded[inner]
-    if isinstance(loaded, torch.Tensor):
-        yield "tensor", loaded
-        return
-    # A pickle can hold one container many times, or in itself: each is entered once.
-    entered: set[int] = set()
-    pending: list[tuple[str, Any]] = [("", loaded)]
-    while pending:
-        name, thing = pending.pop()
-        if not _holds_tensors(thing, torch.Tensor) or isinstance(thing, torch.Tensor):
-            yield name or "file", thing
-        elif id(thing) not in entered:
-            entered.add(id(thing))
-            pairs = thing.items() if isinstance(thing, Mapping) else enumerate(thing)
-            prefix = f"{name}." if name else ""
-            pending += [(f"{prefix}{key}", value) for key, value in reversed(list(pairs))]
+    def is_tensor(thing: Any) -> bool:
+        return isinstance(thing, torch.Tensor)
 
+    def is_weight(thing: Any) -> bool:
+        if not is_tensor(thing) or not thing.dim():
+            return False
+        return bool(thing.is_floating_point() or thing.is_complex() or thing.is_quantized)
 
-def _holds_tensors(thing: Any, kind: type) -> bool:
-    """Whether it is a container, not a tensor, with a tensor anywhere in it."""
-    entered: set[int] = set()
-    pending = [thing] if isinstance(thing, Mapping | list | tuple) else []
-    while pending:
-        inner = pending.pop()
-        if isinstance(inner, kind):
-            return True
-        if isinstance(inner, Mapping | list | tuple) and id(inner) not in entered:
-            entered.add(id(inner))
-            pending += inner.values() if isinstance(inner, Mapping) else inner
-    return False
+    return unwrapped(loaded, is_tensor, is_weight)

@@ -14,6 +14,7 @@ import numpy as np
 
 from specops.errors import CheckpointError
 
+PLAIN_VALUE = "a plain value, no tensor"
 _LONGEST = 300  # characters of somebody else's error message
 
 
@@ -23,11 +24,14 @@ class Entry:
 
     name: str
     """As stored: "layer1.0.conv1.weight", "layers/dense/vars/0"."""
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
+    """None where it is unknown: of a lost file, of a false header, of what is no tensor."""
     dtype: str
     """The stored type: "float32", "bfloat16", "float8_e4m3fn", "int8"."""
     problem: str = ""
     """Why it cannot be read; empty if it can."""
+    harmless: bool = False
+    """Whether nothing is missing if it is not read: a plain value."""
 
 
 class Checkpoint(ABC):
@@ -42,7 +46,8 @@ class Checkpoint(ABC):
     format : str
         What it is, for people: "safetensors", "torch (legacy pickle)".
     entries : iterable of Entry
-        One for each tensor. Of two with one name the second is left out and reported.
+        One for each tensor. Of two with one name the second is left out and reported. Names
+        that no terminal or file could take are listed with escapes.
     layout : {"torch", "jax", "keras", ""}, optional
         The framework whose order of a kernel's axes to assume; empty if unknown.
     streams : bool, optional
@@ -69,14 +74,20 @@ class Checkpoint(ABC):
         problems: Iterable[str] = (),
     ) -> None:
         self.path, self.format, self.layout, self.streams = path, format, layout, streams
-        self._named: dict[str, Entry] = {}
-        found = list(problems)
+        self._stored: dict[str, Entry] = {}  # as the reader gave them, by the listed name
+        found, listed = list(problems), []
         for entry in entries:
-            if entry.name in self._named:
-                found.append(f"two tensors are called {entry.name!r}; the second is left out")
+            name = printable(entry.name)
+            if name in self._stored:
+                found.append(f"two tensors are called {name!r}; the second is left out")
             else:
-                self._named[entry.name] = entry
-        self.entries, self.problems = tuple(self._named.values()), tuple(found)
+                self._stored[name] = entry
+                texts = printable(entry.dtype), printable(entry.problem)
+                if (name, *texts) == (entry.name, entry.dtype, entry.problem):
+                    listed.append(entry)
+                else:
+                    listed.append(Entry(name, entry.shape, *texts, entry.harmless))
+        self.entries, self.problems = tuple(listed), tuple(map(printable, found))
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
         """The tensor of this name, in memory.
@@ -96,14 +107,16 @@ class Checkpoint(ABC):
         CheckpointError
             If there is no such tensor, or it cannot be read.
         """
-        entry = self._named.get(name)
+        entry = self._stored.get(name)
         if entry is None:
             raise CheckpointError(f"{self.path}: there is no tensor {name!r}")
         if entry.problem:
-            raise CheckpointError(f"{self.path}: {name!r} cannot be read: {entry.problem}")
+            raise CheckpointError(
+                f"{self.path}: {name!r} cannot be read: {printable(entry.problem)}"
+            )
         with explained(self.path, f"{name!r} cannot be read: "):
             array = self._read(entry)
-            if array.shape != entry.shape:
+            if entry.shape is not None and array.shape != entry.shape:
                 raise ValueError(f"its shape is {array.shape}, not {entry.shape} as listed")
         return array
 
@@ -150,8 +163,13 @@ def required(module: str, path: Path, install: str) -> Any:
 
 def one_line(error: BaseException) -> str:
     """An error's message without line breaks, cut short, or its type if it has none."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = printable(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what UTF-8 cannot encode: halves of surrogate pairs."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def layout_from(names: Iterable[str]) -> str:

@@ -12,14 +12,16 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from specops.checkpoints.base import Checkpoint, Entry, one_line, required
+from specops.checkpoints.base import PLAIN_VALUE, Checkpoint, Entry, one_line, required
 from specops.checkpoints.dtypes import decode, is_numeric, plain
+from specops.checkpoints.room import check_disk, check_memory
 from specops.checkpoints.sniffing import check_member, head, member_position
 from specops.errors import CheckpointError
 
 _INSIDE = "model.weights.h5"
 _SMALL = 1 << 26
 _RATIO = 2000  # more than HDF5's compression reaches
+_STRING, _GIVEN = 3, 2  # HDF5's numbers for a type and for a fill value that the writer chose
 
 
 class KerasCheckpoint(Checkpoint):
@@ -65,14 +67,17 @@ class KerasCheckpoint(Checkpoint):
                 if isinstance(found, h5py.Dataset):
                     entries.append(_entry(name, found))
             except Exception as error:  # the others are as readable as before
-                entries.append(Entry(name, (), "", one_line(error)))
+                entries.append(Entry(name, None, "", one_line(error)))
         return entries, problems
 
     def _read(self, entry: Entry) -> np.ndarray[Any, Any]:
-        stored = np.asarray(self._file[entry.name][()])
+        dataset = self._file[entry.name]
+        if dataset.chunks is not None:
+            check_memory(dataset.nbytes)
+        stored = np.asarray(dataset[()])
         if entry.dtype == "bfloat16":
             raw = np.frombuffer(stored.tobytes(), dtype=np.uint8)
-            return decode(raw, "bfloat16").reshape(entry.shape)
+            return decode(raw, "bfloat16").reshape(stored.shape)
         return plain(stored)
 
     def close(self) -> None:
@@ -84,19 +89,37 @@ class KerasCheckpoint(Checkpoint):
 
 def _entry(name: str, dataset: Any) -> Entry:
     shape, dtype = dataset.shape, dataset.dtype
-    if shape is None:
-        return Entry(name, (), "", "not a tensor: empty")
+    if shape is None or _is_text(dataset):
+        return Entry(name, None, "", PLAIN_VALUE, harmless=True)
     told = dataset.attrs.get("dtype") if dtype.kind == "V" else None
     bfloat16 = told == "bfloat16" and dtype.itemsize == 2
     wanted, stored = math.prod(shape) * dtype.itemsize, dataset.id.get_storage_size()
-    problem = ""
+    problem, known = "", True
     if not (is_numeric(dtype) or bfloat16):
-        problem = f"not a tensor but of type {dtype.str!r}"
+        problem, known = f"not a tensor but of type {dtype.str!r}", False
     elif dataset.external or dataset.is_virtual:
-        problem = "its numbers lie in another file, which is not opened"
+        problem, known = "its numbers lie in another file, which is not opened", False
     elif wanted > max(_SMALL, _RATIO * stored):
-        problem = f"{stored} stored bytes cannot unpack to {wanted}"
-    return Entry(name, tuple(shape), "bfloat16" if bfloat16 else dtype.name, problem)
+        problem, known = f"{stored} stored bytes cannot unpack to {wanted}", False
+    elif _unwritten(dataset, stored):
+        problem = "never written"
+    shape = tuple(shape) if known else None
+    return Entry(name, shape, "bfloat16" if bfloat16 else dtype.name, problem)
+
+
+def _is_text(dataset: Any) -> bool:
+    """Whether it holds strings, of a fixed length or of any."""
+    return dataset.dtype.kind in "SU" or dataset.id.get_type().get_class() == _STRING
+
+
+def _unwritten(dataset: Any, stored: int) -> bool:
+    """Whether some of its numbers would be the default of a library and not of the file."""
+    if not dataset.size or dataset.id.get_create_plist().fill_value_defined() == _GIVEN:
+        return False
+    if dataset.chunks is None:
+        return stored == 0
+    pairs = zip(dataset.shape, dataset.chunks, strict=True)
+    return bool(dataset.id.get_num_chunks() < math.prod(-(-n // chunk) for n, chunk in pairs))
 
 
 def _hdf5_file(path: Path) -> BinaryIO:
@@ -113,6 +136,7 @@ def _hdf5_file(path: Path) -> BinaryIO:
                     begin = member_position(file, info)
                 window = _Window(path, begin, info.file_size)
                 return cast(BinaryIO, io.BufferedReader(window))
+            check_disk(info.file_size)
             unpacked = tempfile.TemporaryFile()  # noqa: SIM115 (the reader closes it)
             try:
                 shutil.copyfileobj(member, unpacked)

@@ -11,6 +11,8 @@ import numpy as np
 
 from specops.checkpoints.base import Checkpoint, Entry, layout_from, one_line
 from specops.checkpoints.dtypes import is_numeric, plain
+from specops.checkpoints.room import check_memory
+from specops.checkpoints.salvage import leading_members, open_leading
 from specops.checkpoints.sniffing import check_member, fill
 
 _LARGEST = 2**63 - 1
@@ -25,6 +27,7 @@ class _Header(NamedTuple):
     def entry(self, name: str, size: int) -> Entry:
         """The entry of an array whose file or member has this many bytes."""
         problem, dtype = "", self.dtype.name
+        shape: tuple[int, ...] | None = self.shape
         wanted = math.prod(self.shape) * self.dtype.itemsize
         if self.dtype.hasobject:
             problem = "it holds Python objects, which are not unpickled"
@@ -35,7 +38,8 @@ class _Header(NamedTuple):
                 f"its header claims {wanted} bytes and {size - self.length} are there; "
                 "truncated or damaged"
             )
-        return Entry(name, self.shape, dtype, problem)
+            shape = None
+        return Entry(name, shape, dtype, problem)
 
     def read(self, file: BinaryIO) -> np.ndarray[Any, Any]:
         """The array whose header this is, from the file at its beginning."""
@@ -75,37 +79,57 @@ class NpzCheckpoint(Checkpoint):
     """
 
     def __init__(self, path: Path) -> None:
-        self._archive = zipfile.ZipFile(path)
+        self.path = path
+        self._archive: zipfile.ZipFile | None = None
         self._members: dict[str, tuple[zipfile.ZipInfo, _Header]] = {}
+        problems = []
+        try:
+            self._archive = zipfile.ZipFile(path)
+            members = self._archive.infolist()
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError):
+            members = leading_members(path)
+            if not members:
+                raise
+            count = f"{len(members)} array{'s' if len(members) != 1 else ''}"
+            problems.append(f"truncated or damaged: only the first {count} can be read")
         try:
             size = path.stat().st_size
-            entries = [self._entry(info, size) for info in self._archive.infolist()]
+            entries = [self._entry(info, size) for info in members]
         except BaseException:
-            self._archive.close()
+            self.close()
             raise
-        super().__init__(path, "npz", entries, layout=layout_from(entry.name for entry in entries))
+        layout = layout_from(entry.name for entry in entries)
+        super().__init__(path, "npz", entries, layout=layout, problems=problems)
+
+    def _open(self, info: zipfile.ZipInfo) -> BinaryIO:
+        if self._archive is None:
+            return cast(BinaryIO, open_leading(self.path, info))
+        return cast(BinaryIO, self._archive.open(info))
 
     def _entry(self, info: zipfile.ZipInfo, size: int) -> Entry:
         name = info.filename.removesuffix(".npy")
         if name == info.filename:
-            return Entry(name, (), "", "not a tensor: no .npy file")
+            return Entry(name, None, "", "not a tensor: no .npy file")
         try:
             check_member(info, size)
-            with self._archive.open(info) as member:
-                header = _header(cast(BinaryIO, member))
+            with self._open(info) as member:
+                header = _header(member)
         except Exception as error:  # the other members are as readable as before
-            return Entry(name, (), "", one_line(error))
+            return Entry(name, None, "", one_line(error))
         self._members.setdefault(name, (info, header))
         return header.entry(name, info.file_size)
 
     def _read(self, entry: Entry) -> np.ndarray[Any, Any]:
         info, header = self._members[entry.name]
-        with self._archive.open(info) as member:
-            return header.read(cast(BinaryIO, member))  # which compares the checksum at the end
+        if info.compress_type != zipfile.ZIP_STORED:
+            check_memory(info.file_size)
+        with self._open(info) as member:
+            return header.read(member)  # which compares the checksum at the end
 
     def close(self) -> None:
         """Close the zip file."""
-        self._archive.close()
+        if self._archive is not None:
+            self._archive.close()
 
 
 def _header(file: BinaryIO) -> _Header:

@@ -39,8 +39,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     from specops.plugins import find_checkpoint
 
-    path = Path(path).expanduser()
+    if not os.fspath(path):
+        raise CheckpointError("no path given")
+    path = Path(path)
     with explained(path):
+        path = path.expanduser()
         try:
             size = path.stat().st_size
         except (FileNotFoundError, NotADirectoryError):

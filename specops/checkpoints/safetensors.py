@@ -15,6 +15,8 @@ from specops.checkpoints.sniffing import fill
 
 _HEADER_LIMIT: Final = 100_000_000  # as in the safetensors library
 _LARGEST: Final = 2**63 - 1
+_AXES: Final = 64  # of NumPy
+_CREDIBLE: Final = 2**45  # bytes of one file; a header that claims more is false, not cut off
 _DTYPES: Final = {
     "BOOL": "bool",
     "BF16": "bfloat16",
@@ -62,10 +64,10 @@ class SafetensorsCheckpoint(Checkpoint):
             begin, end = about["data_offsets"]
             numbers = (*shape, begin, end)
         except (TypeError, KeyError, ValueError):
-            return Entry(name, (), "", "the header does not describe it")
+            return Entry(name, None, "", "the header does not describe it")
         dtype = _DTYPES.get(stored, str(stored)) if isinstance(stored, str) else ""
-        if not all(map(_is_size, numbers)):
-            return Entry(name, (), dtype, "the header gives it a negative or impossible size")
+        if not all(map(_is_size, numbers)) or not _fits_array(shape):
+            return Entry(name, None, dtype, "the header gives it a negative or impossible size")
         width = itemsize(dtype)
         problem, count = "", _count(shape)
         if width is None:
@@ -73,9 +75,10 @@ class SafetensorsCheckpoint(Checkpoint):
         elif end - begin != count * width:
             problem = f"the header gives {end - begin} bytes to {count} {dtype}"
         elif end > held:
-            problem = f"its bytes end {end - held} beyond the end of the file"
+            problem = "its bytes lie beyond the end of the file"
         self._offsets[name] = begin
-        return Entry(name, shape, dtype, problem)
+        false = width is not None and end - begin != count * width
+        return Entry(name, None if false or end > _CREDIBLE else shape, dtype, problem)
 
     def _disjoint(self, entries: list[Entry]) -> list[Entry]:
         """The entries, with a problem for each whose bytes another one has already."""
@@ -94,15 +97,20 @@ class SafetensorsCheckpoint(Checkpoint):
         with self.path.open("rb", buffering=0) as file:
             file.seek(self._start + self._offsets[entry.name])
             raw = fill(file, _bytes(entry))
-        return decode(raw, entry.dtype).reshape(entry.shape)
+        return decode(raw, entry.dtype).reshape(entry.shape or ())
 
 
 def _is_size(number: Any) -> bool:
     return type(number) is int and 0 <= number <= _LARGEST
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)
+def _fits_array(shape: tuple[int, ...]) -> bool:
+    """Whether NumPy could have such an array, which an extent of 0 does not make smaller."""
+    return len(shape) <= _AXES and math.prod(filter(None, shape)) <= _LARGEST // 16
+
+
+def _count(shape: tuple[int, ...] | None) -> int:
+    return 0 if shape is None else math.prod(shape)
 
 
 def _bytes(entry: Entry) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from specops.checkpoints.base import Checkpoint, Entry, layout_from
+from specops.checkpoints.base import Checkpoint, Entry, layout_from, one_line, printable
 from specops.checkpoints.opening import open_checkpoint
 from specops.errors import CheckpointError
 
@@ -71,11 +71,16 @@ class ShardedCheckpoint(Checkpoint):
         files = dict.fromkeys(self._shards.values())
         wrong: dict[str, str] = {}
         for file in files:
+            if not (self._folder / file).is_file():
+                wrong[file] = "its shard is missing"
+                problems.append(f"shard {file} is missing; download it into this folder")
+                continue
             try:
                 shard = self._shard(file)
             except CheckpointError as error:
-                wrong[file] = str(error).removeprefix(f"{self._folder}/")
-                problems.append(f"shard {wrong[file]}")
+                reason = one_line(error).removeprefix(f"{printable(str(self._folder / file))}: ")
+                wrong[file] = f"its shard was refused: {reason}"
+                problems.append(f"shard {file}: {reason}")
                 continue
             held |= {e.name: e for e in shard.entries if self._shards.get(e.name) == file}
             problems += [f"shard {file}: {problem}" for problem in shard.problems]
@@ -84,8 +89,7 @@ class ShardedCheckpoint(Checkpoint):
             streams &= shard.streams
         self.close()
         entries = [
-            held.get(name)
-            or Entry(name, (), "", wrong.get(file) or f"{file} does not hold it, though listed")
+            held.get(name) or Entry(name, None, "", wrong.get(file) or "its shard does not hold it")
             for name, file in self._shards.items()
         ]
         kind = " and ".join(sorted(kinds)) or "unreadable"
@@ -103,8 +107,6 @@ class ShardedCheckpoint(Checkpoint):
     def _shard(self, file: str) -> Checkpoint:
         if self._current is None or self._current[0] != file:
             self.close()
-            if not (self._folder / file).is_file():
-                raise CheckpointError(f"{file} is missing; download it into this folder")
             self._current = (file, self._open_shard(self._folder / file))
         return self._current[1]
 
@@ -136,4 +138,4 @@ def _weight_map(index: Path) -> dict[str, str]:
             raise CheckpointError(f"{index}: names {file!r}, outside its folder; refused")
         if parts.suffix not in _SUFFIXES:
             raise CheckpointError(f"{index}: names {file!r}, which is no file of weights")
-    return dict(shards)
+    return {printable(name): file for name, file in shards.items()}

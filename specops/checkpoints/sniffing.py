@@ -23,13 +23,21 @@ def head(path: Path, size: int = 16) -> bytes:
 
 
 def zip_names(path: Path) -> list[str]:
-    """The names in a zip file; none if the path is no zip file."""
+    """The names in a zip file; none if the path is no zip file.
+
+    Of one that was cut off those of the whole members, if they are arrays of NumPy.
+    """
     if not head(path).startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return []
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as error:
+        from specops.checkpoints.salvage import leading_members
+
+        names = [info.filename for info in leading_members(path)]
+        if names and all(name.endswith(".npy") for name in names):
+            return names
         raise CheckpointError(
             f"{path}: the zip file is truncated or damaged; copy or download it again"
         ) from error

@@ -26,6 +26,7 @@ def run(repeats: int, quick: bool) -> None:
     names = list(NETWORKS)[1:2] if quick else list(NETWORKS)
     rounds = 4 if quick else _ROUNDS * repeats
     _overheads(names, rounds)
+    _forwards(names, rounds)
     _clips(names, rounds)
     jax_step.run(repeats, quick)
 
@@ -70,6 +71,30 @@ def _overheads(names: list[str], rounds: int) -> None:
     means = [math.exp(statistics.fmean(map(math.log, s))) for s in shares]
     table.caption = f"geometric means {means[0]:.2f} and {means[1]:.2f}"
     table.caption_justify = "left"
+    Console(width=150).print(table)
+
+
+def _forwards(names: list[str], rounds: int) -> None:
+    """Forward passes alone, in training: torch advances its vectors there, we in the hook."""
+    from tests.benchmarks.networks import NETWORKS
+
+    table = _table(
+        "overhead of the forward pass alone, torch on the CPU, float32",
+        "plain forward",
+        "torch spectral_norm",
+        "SpectralNormalization",
+        "of torch's",
+    )
+    rule = specops.SpectralNormalization(norm="reshaped")
+    for name in names:
+        make = NETWORKS[name]
+        passes = [
+            _passing(make, None),
+            _passing(make, _parametrize),
+            _passing(make, lambda o, m: specops.attach(o, m, rule)),
+        ]
+        plain, theirs, ours = _medians(passes, rounds)
+        table.add_row(name, _ms(plain), _ms(theirs), _ms(ours), f"{ours / theirs:.2f}")
     Console(width=150).print(table)
 
 
@@ -148,6 +173,14 @@ def _training(make: Callable[[], Any], prepare: Any) -> Callable[[], None]:
     if prepare is not None:
         prepare(optimizer, model)
     return _stepper(model, x, optimizer)
+
+
+def _passing(make: Callable[[], Any], prepare: Any) -> Callable[[], None]:
+    model, x, optimizer = _model(make)
+    if prepare is not None:
+        prepare(optimizer, model)
+    _stepper(model, x, optimizer)()
+    return lambda: model(x)
 
 
 def _parametrize(optimizer: Any, model: Any) -> None:
