@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import array_api_compat as compat
-import numpy as np
-
 from specops import backend
 from specops.geometry import Conv
-from specops.geometry.arguments import nan_unless
+from specops.geometry.arguments import number_where
 from specops.projections.kernel_cone import taps_of
 from specops.tracking import State, Tracked, TrackedBlocks, TrackedOperator
 
@@ -129,11 +126,7 @@ def _nonzero(xp: Any, x: Array) -> Array:
 
 def check_ratio(ratio: Any) -> Any:
     """The ratio. Raise unless it is in (0, 1]; traced ones as `check_bound`."""
-    if isinstance(ratio, int | float | np.integer | np.floating) and not isinstance(ratio, bool):
-        if 0 < ratio <= 1:
-            return ratio
-    elif compat.is_array_api_obj(ratio) and ratio.ndim == 0:
-        fits = (ratio > 0) & (ratio <= 1)
-        if (known := backend.truth(fits)) is not False:
-            return ratio if known else nan_unless(fits, ratio)
-    raise ValueError(f"ratio must be in (0, 1], got {ratio!r}")
+    found = number_where(ratio, lambda x: (x > 0) & (x <= 1))
+    if found is None:
+        raise ValueError(f"ratio must be in (0, 1], got {ratio!r}")
+    return found

@@ -7,7 +7,7 @@ that compile times grow with the number of shapes, not of layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -116,9 +116,9 @@ def check_states(items: Sequence[Item], leaves: Sequence[Any], state: SpecopsSta
     """Raise if a state was made for other parameters, or another plan."""
     wrong = [
         item.name
-        for item in items
+        for item, w in ((item, leaves[item.index]) for item in items)
         if item.name not in state.rules
-        or not _holds(state.rules[item.name], _started(item, leaves[item.index]))
+        or not _holds(state.rules[item.name], _started(item.rule, item.geometry, w.shape, w.dtype))
     ]
     if wrong:
         raise StateError(
@@ -136,19 +136,12 @@ def _holds(found: dict[str, Any], started: dict[str, Any]) -> bool:
     )
 
 
-_STARTED: dict[Any, Any] = {}
-_MOST_STARTED = 4096
-
-
-def _started(item: Item, weight: Any) -> dict[str, Any]:
+@lru_cache(maxsize=4096)
+def _started(rule: Any, geometry: Any, shape: tuple[int, ...], dtype: Any) -> dict[str, Any]:
     """Shapes of the state that a rule starts with."""
-    key = (item.rule, item.geometry, weight.shape, weight.dtype)
-    if len(_STARTED) > _MOST_STARTED:
-        _STARTED.clear()
-    if key not in _STARTED:
-        shape = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
-        _STARTED[key] = jax.eval_shape(lambda w: _start(item, w), shape)
-    found: dict[str, Any] = _STARTED[key]
+    start = getattr(rule, "watch", rule.init)
+    weight = jax.ShapeDtypeStruct(shape, dtype)
+    found: dict[str, Any] = jax.eval_shape(lambda w: start(w, geometry, ""), weight)
     return found
 
 

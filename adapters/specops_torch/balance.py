@@ -9,6 +9,7 @@ from torch import nn
 
 from specops.balancing import balance_norms as balance
 from specops.errors import AdapterError
+from specops_torch.evaluation import evaluating
 from specops_torch.geometry import CONVOLUTIONS, geometry_of
 from specops_torch.normalized import is_normalized
 from specops_torch.sizes import SizeRecorder
@@ -79,12 +80,10 @@ def balance_norms(model: nn.Sequential, x: torch.Tensor) -> dict[str, float]:
             recorder = SizeRecorder(module.padding_mode == "circular")
             recorders[id(module)] = recorder
             handles.append(module.register_forward_hook(recorder, with_kwargs=True))
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()(x)
+        with evaluating(model):
+            model(x)
     finally:
-        for module, training in modes:
-            module.training = training
         for handle in handles:
             handle.remove()
     geometries = [

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from specops.errors import AdapterError
 from specops.geometry.arguments import check_bound, integer
+from specops_torch.evaluation import evaluating
 
 
 class InceptionScore(NamedTuple):
@@ -215,13 +216,8 @@ class _Features(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         (module,) = self._held
-        modes = [(m, m.training) for m in module.modules()]
-        try:
-            with torch.no_grad():
-                result: Tensor = module.eval()(x)
-        finally:
-            for m, training in modes:
-                m.training = training
+        with evaluating(module), torch.no_grad():
+            result: Tensor = module(x)
         if result.ndim != 2:
             raise AdapterError(
                 f"expected (n, features), got {tuple(result.shape)} from "

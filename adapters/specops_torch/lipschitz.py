@@ -12,6 +12,7 @@ from specops.errors import AdapterError
 from specops.measures import LipschitzBound
 from specops.measures import lipschitz_upper_bound as product
 from specops_torch.batch_norms import BATCH_NORMS, diagonal
+from specops_torch.evaluation import evaluating
 from specops_torch.geometry import CONVOLUTIONS, geometry_of
 from specops_torch.sizes import SizeRecorder
 
@@ -136,14 +137,12 @@ def _run(name: str, layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, An
 
     recorders = [h for h in layer._forward_hooks.values() if isinstance(h, SizeRecorder)]
     known = [dict(vars(recorder)) for recorder in recorders]
-    training = layer.training
     handle = layer.register_forward_pre_hook(look)
     try:
-        with torch.no_grad():
-            y = layer.eval()(x)
+        with evaluating(layer), torch.no_grad():
+            y = layer(x)
     finally:
         handle.remove()
-        layer.train(training)
         for recorder, state in zip(recorders, known, strict=True):
             vars(recorder).update(state)
     if not isinstance(y, torch.Tensor):

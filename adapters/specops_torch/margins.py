@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from specops.errors import AdapterError
 from specops.measures import MarginJacobians, margins
 from specops.measures.rows import row_norms
+from specops_torch.evaluation import evaluating
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -58,15 +59,12 @@ def margin_jacobians(
         return hook
 
     handles = [named[name].register_forward_hook(keep(name)) for name in layers]
-    modes = [(m, m.training) for m in model.modules()]
     try:
-        with torch.inference_mode(False), torch.enable_grad():
-            found = margins(model.eval()(x), labels)
+        with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+            found = margins(model(x), labels)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
     missing = [name for name in layers if name not in seen]
     if missing:
         raise AdapterError(f"{', '.join(missing)} did not run")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import array_api_compat as compat
@@ -65,18 +65,30 @@ def check_bound(value: Any, name: str) -> Any:
 
     While a compiler traces, values are not known: what turns out to be no bound becomes NaN.
     """
+    found = number_where(value, lambda x: (x > 0) & (x < math.inf))
+    if found is None:
+        raise ValueError(
+            f"{name} must be a positive finite number, got {value!r}: to switch a layer off, give "
+            f"it no rule"
+        )
+    return found
+
+
+def number_where(value: Any, fits: Callable[[Any], Any]) -> Any:
+    """A number as a float, or a 0-d array as it is, where `fits` says so; else None.
+
+    A traced array becomes NaN where it turns out not to fit.
+    """
     real = float | int | np.integer | np.floating
     if isinstance(value, real) and not isinstance(value, bool):
-        if 0 < value < math.inf:
-            return float(value)
-    elif compat.is_array_api_obj(value) and value.ndim == 0:
-        fits = (value > 0) & (value < math.inf)
-        if (known := backend.truth(fits)) is not False:
-            return value if known else nan_unless(fits, value)
-    raise ValueError(
-        f"{name} must be a positive finite number, got {value!r}: to switch a layer off, give "
-        f"it no rule"
-    )
+        return float(value) if fits(value) else None
+    if not compat.is_array_api_obj(value) or value.ndim != 0:
+        return None
+    flag = fits(value)
+    known = backend.truth(flag)
+    if known is None:
+        return nan_unless(flag, value)
+    return value if known else None
 
 
 def nan_unless(fits: Any, value: Any) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 from specops import backend
 from specops.errors import StateError, UnsupportedGeometryError
 from specops.geometry import Conv, Dense, Geometry
-from specops.geometry.arguments import integer, nan_unless, nan_without
+from specops.geometry.arguments import integer, nan_without, number_where
 from specops.projections.kernel_axis import leading_axis
 from specops.projections.kernel_cone import kernel_family
 from specops.projections.matrix_cone import leading_vectors, matrix_family
@@ -130,28 +130,21 @@ def check_stable_rank(ratio: Any, target: Any) -> tuple[Any, Any]:
         raise ValueError(
             f"give exactly one of ratio and target, got ratio={ratio!r} and target={target!r}"
         )
-    value, low, high = (target, 1.0, math.inf) if ratio is None else (ratio, 0.0, 1.0)
-    if isinstance(value, float | int | np.number) and not isinstance(value, bool):
-        fits: Any = bool((low <= value < high) if ratio is None else (low < value <= high))
-    elif compat.is_array_api_obj(value) and value.ndim == 0:
-        flag = (value >= low) & (value < high) if ratio is None else (value > low) & (value <= high)
-        fits = backend.truth(flag)
-        if fits is None:
-            value = nan_unless(flag, value)
-            return (None, value) if ratio is None else (value, None)
-    else:
-        fits = False
-    if not fits and ratio is None:
-        raise ValueError(
-            f"target must be a finite number of at least 1, got {target!r}: stable ranks lie in "
-            f"[1, min(rows, columns)] of the map"
-        )
-    if not fits:
+    if ratio is None:
+        found = number_where(target, lambda x: (x >= 1) & (x < math.inf))
+        if found is None:
+            raise ValueError(
+                f"target must be a finite number of at least 1, got {target!r}: stable ranks lie "
+                f"in [1, min(rows, columns)] of the map"
+            )
+        return None, found
+    found = number_where(ratio, lambda x: (x > 0) & (x <= 1))
+    if found is None:
         raise ValueError(
             f"ratio must be in (0, 1], got {ratio!r}: it is a share of min(rows, columns) of the "
             f"map, and stable ranks lie in [1, min(rows, columns)]"
         )
-    return ratio, target
+    return found, None
 
 
 def _limit(xp: Any, ratio: Any, target: Any, side: int, like: Array) -> Array:
