@@ -6,15 +6,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from specops import backend, host
+from specops import backend
 from specops.linalg.decompositions import eigh, svd
+from specops.linalg.gram import gram
 
 Array = Any
 GRAM_RANGE = 4.0
 """σ₁/limit up to which Gram matrices resolve the limit and differences do not cancel."""
 _DOUBLE_GRAM_RANGE = 1e3
-_HALVE_FROM = 512
-_STRIPS = 4
 _TINY = 1e-9
 """Limits whose squares, and those of what is near them, might underflow."""
 
@@ -131,22 +130,3 @@ def _by_gram(
     if tiny:
         result = result * xp.astype(limit, a.dtype)[..., None, None]
     return result, total, eigenvalues, v
-
-
-def gram(xp: Any, a: Array) -> Array:
-    """AAᴴ or AᴴA, whichever is smaller; of what is above the diagonal some may be zero.
-
-    Solvers and factorisations of Hermitian matrices read the lower triangle only.
-    """
-    if isinstance(a, np.ndarray):
-        return host.gram(a)
-    ah = backend.adjoint(xp, a)
-    rows, columns = (a, ah) if a.shape[-2] <= a.shape[-1] else (ah, a)
-    size = rows.shape[-2]
-    if size < _HALVE_FROM or not host.solves_alone(a) or host.as_host(a) is None:
-        return rows @ columns
-    out = backend.zeros((size, size), a)
-    step = -(-size // _STRIPS)
-    for j in range(0, size, step):
-        out[j:, j : j + step] = rows[j:, :] @ columns[:, j : j + step]
-    return out

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from specops import backend, host
-from specops.linalg.clip import gram
+from specops.linalg.cholesky import has_cholesky
 from specops.linalg.decompositions import svdvals
+from specops.linalg.gram import below
 from specops.linalg.lanczos import MatrixOperator
 
 Array = Any
@@ -61,17 +62,14 @@ def inside(xp: Any, a: Array, limit: Array, *, sharp: bool = False) -> Array:
     if not sharp and double != a.dtype:
         if a.ndim == 2 and _seen_outside(xp, a, limit):
             return clearly
-        clearly = _fits(xp, a, limit * (1.0 - _MARGIN))
+        clearly = _fits(xp, a, limit * (1.0 - _MARGIN), a.dtype)
         if backend.truth(xp.all(clearly)):
             return clearly & possible
-    real = backend.real_dtype(xp, double)
-    return (clearly | _fits(xp, xp.astype(a, double), xp.astype(limit, real))) & possible
+    return (clearly | _fits(xp, a, limit, double)) & possible
 
 
-def _fits(xp: Any, a: Array, limit: Array) -> Array:
-    g = gram(xp, a)
-    g *= -1.0
-    return backend.try_cholesky(xp, backend.add_diagonal(xp, g, limit**2))[1]
+def _fits(xp: Any, a: Array, limit: Array, dtype: Any) -> Array:
+    return has_cholesky(xp, below(xp, a, limit, dtype))
 
 
 def _host_inside(a: np.ndarray, limit: np.ndarray, sharp: bool) -> np.ndarray:

@@ -65,7 +65,7 @@ def project_block(
     # Scales are powers of two, so the bound is all that rounds: down.
     limit = _rounded_down(max_norm, a) / unit
     # A hair below the limit, so that the rounding of the solver stays inside as well.
-    hair = (2.0 + 0.25 * math.sqrt(min(a.shape[-2:]))) * backend.epsilon(a.dtype)
+    hair = (2.0 + math.sqrt(min(a.shape[-2:])) / 3.0) * backend.epsilon(a.dtype)
     target = limit * (1.0 - hair)
     if not (backend.is_concrete(a) and backend.is_concrete(limit)):
         return _traced(xp, block, limit, target, dtype)
