@@ -14,6 +14,8 @@ Array = Any
 GRAM_RANGE = 4.0
 """σ₁/limit up to which Gram matrices resolve the limit and differences do not cancel."""
 _DOUBLE_GRAM_RANGE = 1e3
+_ONE_BY_ONE_FROM = 128
+"""Side from which the matrices of a stack are worth their own number of vectors each."""
 _TINY = 1e-9
 """Limits whose squares, and those of what is near them, might underflow."""
 
@@ -113,20 +115,33 @@ def _by_gram(
     above = eigenvalues > 1.0
     sigma = xp.sqrt(xp.where(above, eigenvalues, xp.ones_like(eigenvalues)))
     total = xp.sum(sigma - 1.0, axis=-1) * limit
-    kept = v
     if a.ndim == 2:
-        first = int(xp.sum(xp.astype(~above, xp.int32), dtype=xp.int32))
-        sigma, kept = sigma[first:], v[:, first:]
         # One Newton step to orthonormal columns takes most of the solver's rounding away.
+        kept = v[:, _first(xp, above) :]
         kept = kept * 1.5 - kept @ (0.5 * (backend.adjoint(xp, kept) @ kept))
-    share = xp.astype(1.0 - 1.0 / sigma, v.dtype)[..., None, :]
-    kept_h = backend.adjoint(xp, kept)
-    wide = a.shape[-2] <= a.shape[-1]
-    if 2 * kept.shape[-1] < v.shape[-1]:
-        result = (kept * share) @ (kept_h @ a) if wide else (a @ (kept * share)) @ kept_h
+        result = _shrunk(xp, a, kept, sigma)
+    elif isinstance(a, np.ndarray) and v.shape[-1] >= _ONE_BY_ONE_FROM:
+        result = np.empty_like(a)
+        for at in np.ndindex(a.shape[:-2]):
+            result[at] = _shrunk(np, a[at], v[at][:, _first(np, above[at]) :], sigma[at])
     else:
-        filtered = (kept * share) @ kept_h
-        result = filtered @ a if wide else a @ filtered
+        result = _shrunk(xp, a, v, sigma)
     if tiny:
         result = result * xp.astype(limit, a.dtype)[..., None, None]
     return result, total, eigenvalues, v
+
+
+def _first(xp: Any, above: Array) -> int:
+    """Where an ascending row begins to be above."""
+    return int(xp.sum(xp.astype(~above, xp.int32), dtype=xp.int32))
+
+
+def _shrunk(xp: Any, a: Array, v: Array, sigma: Array) -> Array:
+    """A V diag(1 − 1/σ) Vᴴ, or with V on the left, for the last of all `sigma`."""
+    count = v.shape[-1]
+    sigma = sigma[..., sigma.shape[-1] - count :]
+    vh, wide = backend.adjoint(xp, v), a.shape[-2] <= a.shape[-1]
+    v = v * xp.astype(1.0 - 1.0 / sigma, v.dtype)[..., None, :]
+    if 2 * count < v.shape[-2]:
+        return v @ (vh @ a) if wide else (a @ v) @ vh
+    return (v @ vh) @ a if wide else a @ (v @ vh)

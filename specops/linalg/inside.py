@@ -60,7 +60,7 @@ def inside(xp: Any, a: Array, limit: Array, *, sharp: bool = False) -> Array:
         a = xp.where(possible[..., None, None], a, xp.zeros_like(a))
     clearly = xp.zeros_like(possible)
     if not sharp and double != a.dtype:
-        if a.ndim == 2 and _seen_outside(xp, a, limit):
+        if a.ndim == 2 and seen_outside(xp, a, limit):
             return clearly
         clearly = _fits(xp, a, limit * (1.0 - _MARGIN), a.dtype)
         if backend.truth(xp.all(clearly)):
@@ -80,7 +80,7 @@ def _host_inside(a: np.ndarray, limit: np.ndarray, sharp: bool) -> np.ndarray:
     # No norm is less than an entry, and squares of large ones would overflow.
     rest = np.flatnonzero(np.abs(scaled).max(axis=(-2, -1)) <= 2.0)
     if not sharp and a.real.dtype == np.float32:
-        if len(rest) == 1 and _seen_outside(np, scaled[rest[0]], 1.0):
+        if len(rest) == 1 and seen_outside(np, scaled[rest[0]], 1.0):
             return result
         uncertain = host.exceeds(host.gram(scaled[rest]), 1.0 - _MARGIN)
         result[rest] = ~uncertain
@@ -92,8 +92,11 @@ def _host_inside(a: np.ndarray, limit: np.ndarray, sharp: bool) -> np.ndarray:
     return result
 
 
-def _seen_outside(xp: Any, a: Array, limit: Any) -> bool:
-    """Whether a few power steps, far cheaper than a factorisation, exceed the limit already."""
+def seen_outside(xp: Any, a: Array, limit: Any) -> bool:
+    """Whether a few power steps, far cheaper than a factorisation, exceed the limit already.
+
+    Never for a small matrix (m, n), whose factorisation is cheap.
+    """
     if min(a.shape) < _POWER_FROM:
         return False
     start = backend.start_vector("inside", a.shape[0])

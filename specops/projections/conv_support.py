@@ -10,6 +10,7 @@ import numpy as np
 
 from specops import backend, host
 from specops.geometry import Conv
+from specops.linalg.inside import seen_outside
 from specops.projections.axes import Axes
 from specops.projections.cutting_planes import nearest_by_cutting_planes
 from specops.projections.feasible import ProjectionInfo, store_within
@@ -97,11 +98,14 @@ class KernelProblem:
     @host.one_blas_thread()
     def _surely_outside(self, x: np.ndarray, limit: float) -> bool:
         """Whether a few blocks, the one of frequency zero among them, exceed the limit."""
-        symbol = self.support.symbol
-        chosen = np.unique(np.linspace(0, len(symbol.frequencies) - 1, _SAMPLED).astype(int))
+        symbol, limit = self.support.symbol, limit * (1.0 + _CLEAR)
         # In double: the square of a tiny limit would underflow.
-        blocks = host_blocks(self.support.coefficients(np, _double(x)), symbol, chosen)
-        return bool(host.exceeds(host.gram(blocks), limit * (1.0 + _CLEAR)).any())
+        coefficients = self.support.coefficients(np, _double(x))
+        if seen_outside(np, host_blocks(coefficients, symbol, slice(1))[0, 0], limit):
+            return True
+        chosen = np.unique(np.linspace(0, len(symbol.frequencies) - 1, _SAMPLED).astype(int))
+        blocks = host_blocks(coefficients, symbol, chosen)
+        return bool(host.exceeds(host.gram(blocks), limit).any())
 
     def _solve(
         self,
