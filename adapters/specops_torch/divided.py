@@ -74,7 +74,7 @@ class _Fixed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Any:
         w, *vectors = ctx.saved_tensors
-        step = _twice if torch.is_grad_enabled() else _once
+        step = _twice if is_beyond_numbers(g) else _once
         if len(vectors) == 2 and not torch.is_autocast_enabled(w.device.type):
             return step(g, w, ctx.factors[0], *vectors), None, None, None
         rows = [len(u) for u in vectors[::2]]
@@ -91,6 +91,13 @@ class _Fixed(torch.autograd.Function):
             parts = [step(*block) for block in blocks]
             gradient = parts[0] if whole else torch.cat(parts)
         return gradient, None, *(None for _ in vectors)
+
+
+def is_beyond_numbers(g: torch.Tensor) -> bool:
+    """Whether a gradient is to be differentiated again, or is several at once."""
+    functorch = torch._C._functorch
+    batched = functorch.is_legacy_batchedtensor(g) or functorch.is_batchedtensor(g)
+    return bool(batched or torch.is_grad_enabled())
 
 
 def _once(
@@ -132,7 +139,7 @@ class _Divided(torch.autograd.Function):
         w, sigma, axis, v, *rest = ctx.saved_tensors
         scale = rest[0] if ctx.scaled else ctx.scale
         axis = axis if v is None else _dyad(axis, v, w)
-        if torch.is_grad_enabled():
+        if is_beyond_numbers(g):
             grad_w, grad_scale = _differentiable(g, w, axis, scale)
         else:
             safe = _safe(sigma)

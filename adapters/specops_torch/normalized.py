@@ -21,6 +21,7 @@ from specops.geometry import Dense, Geometry
 from specops.rules import SpectralNormalization, StableRankNormalization
 from specops.tracking import TrackedBlocks, track
 from specops_torch.divided import divide_blocks, divide_kernel, divide_matrix, norm_along
+from specops_torch.linear import DividedWeight, is_seen_by_linear_alone
 from specops_torch.sizes import SizeRecorder
 
 _SAME = 1e-3
@@ -78,14 +79,18 @@ class Normalizer:
         self.state, self.drifting = state, False
         self._version = _version(parameter)
 
-    def __call__(self, parameter: torch.Tensor) -> torch.Tensor:
-        """The weight that the layer uses."""
+    def __call__(
+        self, parameter: torch.Tensor, module: nn.Module | None = None
+    ) -> torch.Tensor | DividedWeight:
+        """The weight that the layer uses, or what stands for it in the forward of `module`."""
         if torch.is_autocast_enabled(parameter.device.type):
             with torch.autocast(parameter.device.type, enabled=False):
-                return self._used(parameter)
-        return self._used(parameter)
+                return self._used(parameter, None)
+        return self._used(parameter, module)
 
-    def _used(self, parameter: torch.Tensor) -> torch.Tensor:
+    def _used(
+        self, parameter: torch.Tensor, module: nn.Module | None
+    ) -> torch.Tensor | DividedWeight:
         if self.state is None:
             self._restart(parameter)
         if self.state is None:
@@ -93,7 +98,7 @@ class Normalizer:
         transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         kind = self._kind(parameter)
         if kind is _ONE_MATRIX and not transformed and not self.overrides and parameter.is_cpu:
-            used = self._quickly(parameter)
+            used = self._quickly(parameter, module)
             if used is not None:
                 return used
         if kind and not transformed:
@@ -145,7 +150,9 @@ class Normalizer:
             return []
         return [f"u{j}" for j in range(len(view.splits))] if view.splits else _ONE_MATRIX
 
-    def _quickly(self, parameter: torch.Tensor) -> torch.Tensor | None:
+    def _quickly(
+        self, parameter: torch.Tensor, module: nn.Module | None
+    ) -> torch.Tensor | DividedWeight | None:
         """One matrix on the CPU, in as few calls as small layers ask for; None: not so easily."""
         state, scale = self.state, self.rule.scale
         assert state is not None
@@ -156,6 +163,8 @@ class Normalizer:
         expected = state["sigma0"].item()
         if not sigma or (abs(sigma - expected) > _SAME * expected and not self.drifting):
             return None
+        if module is not None and is_seen_by_linear_alone(module):
+            return DividedWeight(parameter, sigma, scale, u, v)
         return divide_matrix(parameter, sigma, scale, u, v)
 
     def _vectors(self, parameter: torch.Tensor, kind: list[str]) -> list[Any]:
@@ -271,7 +280,7 @@ class Before:
         holder = getattr(module, self.owner) if self.owner else module
         parameter = holder._parameters[self.attribute]
         normalizer.ran = True
-        holder.__dict__[self.attribute] = normalizer(parameter)
+        holder.__dict__[self.attribute] = normalizer(parameter, None if self.owner else module)
 
 
 class After:
