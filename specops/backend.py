@@ -431,7 +431,7 @@ def _scans_slowly(x: Array) -> bool:
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(x, torch.Tensor) or x.device.type != "cpu":
         return False
-    return x.is_floating_point() and x.numel() > 0
+    return bool(x.is_floating_point()) and x.numel() > 0
 
 
 def check_finite(xp: Namespace, w: Array, what: str = "the weight") -> None:

@@ -81,7 +81,7 @@ def holds(x: Array) -> bool:
 def length(x: Array) -> float:
     """‖x‖ of what `holds` is true of: squares neither overflow nor vanish."""
     if isinstance(x, np.ndarray):
-        wide = x.astype(np.result_type(x, np.float64), copy=False)
+        wide = x.astype(np.complex128 if x.dtype.kind == "c" else np.float64, copy=False)
         norm = math.sqrt(np.vdot(wide, wide).real)
     else:
         torch = sys.modules["torch"]

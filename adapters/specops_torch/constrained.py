@@ -39,8 +39,10 @@ class Constrained(Assigned):
     _seen: tuple[Any, int] | None = None
     fitting: Geometry | None = None
     """The geometry that was last found to fit the weight."""
-    viewed: tuple[Geometry, Dense | None] | None = None
-    """The matrix, if it is one, that the rule follows under this geometry."""
+    followed: Any = field(default=None, repr=False)
+    """What `batches.followed` found last."""
+    on_host: Any = field(default=None, repr=False)
+    """The `HostMatrix` of a small weight on the CPU, once its vectors were advanced there."""
 
     @property
     def geometry(self) -> Geometry:

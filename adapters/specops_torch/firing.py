@@ -263,15 +263,20 @@ def _add(c: Constrained, term: torch.Tensor, state: Any, step: int, scale: Any) 
     if not in_place(c):
         gradient.add_(term if scale is None else term * scale.to(term.device))
         return
-    strength = at(c.rule.strength, step, c.name, c.geometry)
+    strength = c.rule.strength
+    if callable(strength):
+        strength = at(strength, step, c.name, c.geometry)
+    on_host = gradient.is_cpu and (scale is None or scale.is_cpu)
     pairs = dyads(c, state)
     parts = (gradient,) if len(pairs) == 1 else gradient.split([len(u) for u, _, _ in pairs])
     for part, (u, v, sigma) in zip(parts, pairs, strict=True):
-        factor = strength * sigma if scale is None else strength * sigma * scale.to(sigma.device)
-        if part.device.type == "cpu":
-            part.view(len(u), -1).addr_(u, v, alpha=float(factor))
+        rows = part.view(u.shape[0], -1)
+        if on_host:
+            factor = float(strength) * sigma.item() * (1.0 if scale is None else scale.item())
+            rows.addr_(u, v, alpha=factor)
         else:
-            part.view(len(u), -1).addr_(u * factor, v)
+            factor = strength * sigma
+            rows.addr_(u * (factor if scale is None else factor * scale.to(u.device)), v)
 
 
 def _state(c: Constrained) -> dict[str, torch.Tensor]:
@@ -291,7 +296,9 @@ def _finite(weight: torch.Tensor) -> bool:
 
 def _check_finite(figures: dict[str, Any]) -> None:
     norm = figures.get("norm")
-    if isinstance(norm, torch.Tensor):
-        finite = math.isfinite(norm) if norm.ndim == 0 else bool(torch.isfinite(norm).all())
-        if not finite:
-            raise NonFiniteError("its norm is not finite")
+    if isinstance(norm, torch.Tensor) and norm.ndim:
+        finite = bool(torch.isfinite(norm).all())
+    else:
+        finite = norm is None or math.isfinite(norm)
+    if not finite:
+        raise NonFiniteError("its norm is not finite")

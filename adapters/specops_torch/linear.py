@@ -121,7 +121,7 @@ def _gradients(ctx: Any, g: torch.Tensor) -> Any:
         for needed, (node, _) in zip(ctx.needs_input_grad[:3], ctx.next_functions[:3], strict=True)
     ]
     x, w, u, v = ctx.saved_tensors
-    step = _twice if is_beyond_numbers(g) else _once
+    step: Any = _twice if is_beyond_numbers(g) else _once
     of_x, of_w = step(g, x, w, *ctx.numbers, u, v, wanted)
     of_bias = g.reshape(-1, g.shape[-1]).sum(0) if wanted[2] else None
     return of_x, of_w, of_bias, None, None, None, None

@@ -27,6 +27,8 @@ from specops_torch.sizes import SizeRecorder
 _SAME = 1e-3
 """Relative change of a norm, seen along the same vectors, that no rounding explains."""
 _ONE_MATRIX = ["u0"]
+_SMALL = 2**16
+"""Entries of a weight up to which reading it costs less than calling operations."""
 _PLAIN_DTYPES = (torch.float32, torch.float64)
 
 
@@ -60,10 +62,12 @@ class Normalizer:
         """Whether steps have changed the weight since the state's norms were measured."""
         self._version: tuple[int, ...] = ()
         self._known: tuple[Any, ...] = ()
+        self._small: Any = None
+        """The parameter, where `quickly` may try."""
 
     def __getstate__(self) -> dict[str, Any]:
         # No step of the optimizer reaches a copy, so what changes its weight comes from outside.
-        return {**self.__dict__, "drifting": False, "_version": (), "_known": ()}
+        return {**self.__dict__, "drifting": False, "_version": (), "_known": (), "_small": None}
 
     @torch.compiler.disable
     def prepare(self, parameter: torch.Tensor) -> None:
@@ -95,10 +99,10 @@ class Normalizer:
             self._restart(parameter)
         if self.state is None:
             return parameter  # not finite: the next step says so, or goes on, as the user chose
-        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        transformed = _is_transformed()
         kind = self._kind(parameter)
         if kind is _ONE_MATRIX and not transformed and not self.overrides and parameter.is_cpu:
-            used = self._quickly(parameter, module)
+            used = self._one_matrix(parameter, module)
             if used is not None:
                 return used
         if kind and not transformed:
@@ -150,18 +154,43 @@ class Normalizer:
             return []
         return [f"u{j}" for j in range(len(view.splits))] if view.splits else _ONE_MATRIX
 
-    def _quickly(
+    def quickly(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        """A small matrix on the CPU like the one before; None: not so easily.
+
+        What a small layer costs is the number of calls, and torch's own operations cost least.
+        """
+        state = self.state
+        if self._small is not parameter or state is None or self.overrides:
+            return None
+        u, v, scale = state["u0"], state["v0"], self.rule.scale
+        if not (parameter.is_cpu and u.is_cpu and u.dtype == parameter.dtype):
+            return None
+        if not parameter.is_contiguous() or torch.is_autocast_enabled("cpu") or _is_transformed():
+            return None
+        norm = torch.dot(u, torch.mv(parameter.view(u.shape[0], -1), v))
+        if not self._is_as_measured(norm.item(), state["sigma0"].item()):
+            return None
+        return parameter * (norm.reciprocal() if scale == 1.0 else scale / norm)
+
+    def _is_as_measured(self, sigma: float, measured: float) -> bool:
+        return bool(sigma) and (abs(sigma - measured) <= _SAME * measured or self.drifting)
+
+    def _one_matrix(
         self, parameter: torch.Tensor, module: nn.Module | None
     ) -> torch.Tensor | DividedWeight | None:
-        """One matrix on the CPU, in as few calls as small layers ask for; None: not so easily."""
+        """One matrix on the CPU, in few calls; None: not so easily."""
         state, scale = self.state, self.rule.scale
         assert state is not None
         u, v = state["u0"], state["v0"]
         if u.dtype != parameter.dtype or not u.is_cpu or type(scale) is not float:
             return None
+        # The backward pass of what is found under autocast may run under it as well.
+        plain = module is not None and type(parameter) is nn.Parameter
+        if plain and parameter.numel() <= _SMALL and parameter is not self._small:
+            self._small = parameter
+            return self.quickly(parameter)
         sigma = norm_along(parameter.detach(), u, v).item()
-        expected = state["sigma0"].item()
-        if not sigma or (abs(sigma - expected) > _SAME * expected and not self.drifting):
+        if not self._is_as_measured(sigma, state["sigma0"].item()):
             return None
         if module is not None and is_seen_by_linear_alone(module):
             return DividedWeight(parameter, sigma, scale, u, v)
@@ -265,6 +294,11 @@ def _safe(sigma: torch.Tensor) -> torch.Tensor:
     return torch.where(sigma != 0, sigma, torch.ones_like(sigma))
 
 
+def _is_transformed() -> bool:
+    """Whether a compiler or a function transform is at work."""
+    return torch.compiler.is_compiling() or bool(torch._C._are_functorch_transforms_active())
+
+
 class Before:
     """The pre-hook: shadow the parameter."""
 
@@ -280,7 +314,10 @@ class Before:
         holder = getattr(module, self.owner) if self.owner else module
         parameter = holder._parameters[self.attribute]
         normalizer.ran = True
-        holder.__dict__[self.attribute] = normalizer(parameter, None if self.owner else module)
+        used = normalizer.quickly(parameter)
+        if used is None:
+            used = normalizer(parameter, None if self.owner else module)
+        holder.__dict__[self.attribute] = used
 
 
 class After:

@@ -29,7 +29,10 @@ class SizeRecorder:
         """The hook itself."""
         given = args[0] if args else kwargs["input"]
         ndim = len(module.kernel_size)
-        seen = tuple(int(n) for n in given.shape[-ndim:])
+        seen = given.shape[-ndim:]
+        if seen == self.input_shape and not module.transposed:
+            return
+        seen = tuple(int(n) for n in seen)
         if module.transposed:
             self._record_output_padding(module, seen, tuple(output.shape[-ndim:]))
         if self.input_shape is not None and seen != self.input_shape:

@@ -105,14 +105,21 @@ def advanced(xp: Any, a: Array, u: Array, v: Array, rounds: int) -> tuple[Array,
 def power_steps(
     given: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, int]],
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(u, v, σ) of each small matrix on the host from its (A, u, v, rounds)."""
+    """(u, v, σ) of each small real matrix on the host from its (A, u, v, rounds)."""
     result = []
     with host.one_blas_thread():
         for a, u, v, rounds in given:
             for _ in range(rounds):
-                u, v, sigma = power_step(np, a, u, v)
-            result.append((u, v, sigma))
+                u, _ = _divided(a.dot(v), u)
+                v, sigma = _divided(u.dot(a), v)
+            result.append((u, v, np.asarray(sigma, a.dtype)))
     return result
+
+
+def _divided(x: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, float]:
+    """(x/‖x‖, ‖x‖), `kept` where that is no direction."""
+    norm = host.length(x)
+    return (x / norm if 0 < norm < math.inf else kept), norm
 
 
 def along(xp: Any, a: Array, u: Array, v: Array) -> Array:
