@@ -11,7 +11,7 @@ from specops.balancing import balance_norms as balance
 from specops.errors import AdapterError
 from specops_torch.evaluation import evaluating
 from specops_torch.geometry import CONVOLUTIONS, geometry_of
-from specops_torch.normalized import is_normalized
+from specops_torch.hooks import is_normalized
 from specops_torch.sizes import SizeRecorder
 
 _HOMOGENEOUS = (

@@ -16,9 +16,8 @@ import torch
 from specops.geometry import Dense, Geometry
 from specops.tracking import TrackedBlocks, power_steps, track
 from specops_torch.constrained import Constrained
+from specops_torch.normalized import SMALL
 
-_SMALL = 2**16
-"""Entries of a weight on the CPU up to which one thread is enough for a product with it."""
 _PLAIN = (torch.float32, torch.float64)
 _KEYS = {"u0", "v0", "sigma0"}
 
@@ -172,7 +171,7 @@ def _key(c: Constrained) -> Any:
     if parameter.device.type != "cpu":
         return id(rule), id(view), parameter.shape, parameter.dtype, parameter.device
     u, v = state["u0"], state["v0"]
-    fits = len(u) == parameter.shape[0] and len(u) * len(v) == parameter.numel() <= _SMALL
+    fits = len(u) == parameter.shape[0] and len(u) * len(v) == parameter.numel() <= SMALL
     usable = fits and parameter.is_contiguous() and rows and u.is_cpu and v.is_cpu
     if not usable or not u.dtype == v.dtype == parameter.dtype:
         return alone

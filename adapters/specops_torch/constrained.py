@@ -20,7 +20,8 @@ from specops.plan import Assignment
 from specops.report import measured_norm
 from specops.rules.base import at
 from specops_torch.batch_norms import norm_with
-from specops_torch.normalized import Normalizer, install, let_go
+from specops_torch.hooks import install, let_go
+from specops_torch.normalized import Normalizer
 from specops_torch.parameters import Location
 
 

@@ -1,8 +1,6 @@
-"""Forward rules in torch: a layer sees its normalised weight while its forward runs.
+"""The normalised weight that a layer uses under a forward rule, by the cheapest way to it.
 
-The raw parameter stays where it was, under its own name. A pre-hook puts the normalised tensor
-into the module's ``__dict__``, where attribute lookup finds it before the parameter, and a hook
-that always runs takes it out again. Forward passes do not advance vectors: optimizer steps do.
+Forward passes do not advance vectors: optimizer steps do.
 """
 
 from __future__ import annotations
@@ -11,12 +9,11 @@ import contextlib
 import math
 from dataclasses import replace
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import nn
 
-from specops.errors import AdapterError, GeometryError, NonFiniteError
+from specops.errors import GeometryError, NonFiniteError
 from specops.geometry import Dense, Geometry
 from specops.rules import SpectralNormalization, StableRankNormalization
 from specops.tracking import TrackedBlocks, track
@@ -27,7 +24,7 @@ from specops_torch.sizes import SizeRecorder
 _SAME = 1e-3
 """Relative change of a norm, seen along the same vectors, that no rounding explains."""
 _ONE_MATRIX = ["u0"]
-_SMALL = 2**16
+SMALL = 2**16
 """Entries of a weight up to which reading it costs less than calling operations."""
 _PLAIN_DTYPES = (torch.float32, torch.float64)
 
@@ -186,7 +183,7 @@ class Normalizer:
             return None
         # The backward pass of what is found under autocast may run under it as well.
         plain = module is not None and type(parameter) is nn.Parameter
-        if plain and parameter.numel() <= _SMALL and parameter is not self._small:
+        if plain and parameter.numel() <= SMALL and parameter is not self._small:
             self._small = parameter
             return self.quickly(parameter)
         sigma = norm_along(parameter.detach(), u, v).item()
@@ -297,80 +294,3 @@ def _safe(sigma: torch.Tensor) -> torch.Tensor:
 def _is_transformed() -> bool:
     """Whether a compiler or a function transform is at work."""
     return torch.compiler.is_compiling() or bool(torch._C._are_functorch_transforms_active())
-
-
-class Before:
-    """The pre-hook: shadow the parameter."""
-
-    def __init__(self, normalizer: Normalizer, attribute: str, owner: str) -> None:
-        self.normalizer, self.attribute, self.owner = normalizer, attribute, owner
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
-        """Record the input's size where the norm needs it, then put the tensor in place."""
-        normalizer = self.normalizer
-        if normalizer.state is None and normalizer.recorder is not None and not self.owner:
-            normalizer.recorder.before(module, args, kwargs or {})
-            normalizer.geometry = normalizer.recorder.geometry(module)
-        holder = getattr(module, self.owner) if self.owner else module
-        parameter = holder._parameters[self.attribute]
-        normalizer.ran = True
-        used = normalizer.quickly(parameter)
-        if used is None:
-            used = normalizer(parameter, None if self.owner else module)
-        holder.__dict__[self.attribute] = used
-
-
-class After:
-    """The hook that always runs: the parameter is back."""
-
-    def __init__(self, normalizer: Normalizer, attribute: str, owner: str) -> None:
-        self.normalizer, self.attribute, self.owner = normalizer, attribute, owner
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Take the tensor away; recurrent layers also keep a list of their weights."""
-        holder = getattr(module, self.owner) if self.owner else module
-        holder.__dict__.pop(self.attribute, None)
-        if isinstance(holder, nn.RNNBase):
-            holder._update_flat_weights()
-
-
-_LIVE: WeakSet[Normalizer] = WeakSet()
-
-
-def claim(module: nn.Module, attribute: str, owner: str, name: str) -> None:
-    """Remove what copying a model left on the copy; refuse a weight that is spoken for."""
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key, hook in list(hooks.items()):
-            if not isinstance(hook, Before | After):
-                continue
-            if (hook.attribute, hook.owner) != (attribute, owner):
-                continue
-            if hook.normalizer in _LIVE:
-                raise AdapterError(
-                    f"{name} is under a forward rule already, {hook.normalizer.rule!r}: detach "
-                    f"that attachment first"
-                )
-            del hooks[key]
-
-
-def is_normalized(module: nn.Module) -> bool:
-    """Whether a forward rule acts on a weight of this module."""
-    return any(isinstance(hook, Before) for hook in module._forward_pre_hooks.values())
-
-
-def let_go(normalizer: Normalizer) -> None:
-    """Its weight may be claimed by others."""
-    _LIVE.discard(normalizer)
-
-
-def install(
-    module: nn.Module, normalizer: Normalizer, attribute: str, owner: str = ""
-) -> list[Any]:
-    """Hook a module whose forward uses the weight, its own or that of its child `owner`."""
-    claim(module, attribute, owner, normalizer.name)
-    _LIVE.add(normalizer)
-    before, after = Before(normalizer, attribute, owner), After(normalizer, attribute, owner)
-    return [
-        module.register_forward_pre_hook(before, with_kwargs=True),
-        module.register_forward_hook(after, always_call=True),
-    ]
