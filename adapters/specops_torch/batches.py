@@ -89,7 +89,7 @@ def update_together(
     for c, weight, state, norm in zip(group, weights, advanced, norms, strict=True):
         figures = {"norm": norm}
         if c.stage == "gradients":
-            figures["penalty"] = 0.5 * c.rule.strength * norm**2
+            figures["penalty"] = 0.5 * c.rule.strength * norm * norm
         result.append((weight, state, figures))
     return result
 
@@ -136,13 +136,15 @@ class HostMatrix:
     def __init__(self, c: Constrained, u: torch.Tensor, v: torch.Tensor) -> None:
         parameter = c.location.parameter
         self._parameter, self._geometry, self._vectors = parameter, c.geometry, (u.shape, v.shape)
-        self._address = parameter.data_ptr()
+        self._address, self._shape = parameter.data_ptr(), parameter.shape
         self.matrix = parameter.detach().numpy().reshape(u.shape[0], -1)
 
     def fits(self, c: Constrained, state: dict[str, torch.Tensor] | None) -> bool:
         """Whether this is the weight as it is, and vectors of its size and precision."""
         parameter = c.location.parameter
         if parameter is not self._parameter or parameter.data_ptr() != self._address:
+            return False
+        if parameter.shape != self._shape or not parameter.is_contiguous():
             return False
         if c.geometry is not self._geometry or state is None or state.keys() != _KEYS:
             return False

@@ -11,15 +11,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
 from specops.linalg.products import matvec
 
 
-def norm_along(w: torch.Tensor, axis: torch.Tensor, v: torch.Tensor | None) -> torch.Tensor:
-    """⟨axis, W⟩ for an axis like the kernel, or ⟨u, Wv⟩ for a matrix of the axis's rows."""
+def norm_along(
+    w: torch.Tensor, axis: torch.Tensor, v: torch.Tensor | None, *, split: bool = True
+) -> torch.Tensor:
+    """⟨axis, W⟩ for an axis like the kernel, or ⟨u, Wv⟩ for a matrix of the axis's rows.
+
+    A large matrix is read by several threads if it may be `split`.
+    """
     if v is None:
         return (w * axis).sum()
-    return torch.dot(axis, matvec(w if w.ndim == 2 else w.reshape(axis.shape[0], -1), v))
+    matrix = w if w.ndim == 2 else w.reshape(axis.shape[0], -1)
+    return torch.dot(axis, matvec(matrix, v) if split else torch.mv(matrix, v))
 
 
 def divide_matrix(
@@ -97,7 +104,7 @@ def is_beyond_numbers(g: torch.Tensor) -> bool:
     """Whether a gradient is to be differentiated again, or is several at once."""
     functorch = torch._C._functorch
     batched = functorch.is_legacy_batchedtensor(g) or functorch.is_batchedtensor(g)
-    return bool(batched or torch.is_grad_enabled())
+    return bool(batched or torch.is_grad_enabled()) or unpack_dual(g).tangent is not None
 
 
 def _once(

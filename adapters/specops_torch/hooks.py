@@ -32,8 +32,11 @@ class Before:
         parameter = holder._parameters[self.attribute]
         normalizer.ran = True
         used = normalizer.quickly(parameter)
-        if used is None:
-            used = normalizer(parameter, None if self.owner else module)
+        if used is None and self.owner:
+            used = normalizer(parameter)
+        elif used is None:
+            x = args[0] if args else (kwargs or {}).get("input")
+            used = normalizer(parameter, module, x)
         holder.__dict__[self.attribute] = used
 
 

@@ -13,23 +13,24 @@ that the layer takes anyway is one update in place.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn.modules import module as modules
 
 from specops_torch.divided import divide_matrix, is_beyond_numbers
 
-_linear = nn.functional.linear
+_linear, _forward = nn.functional.linear, nn.Linear.forward
 _will_run = getattr(torch._C, "_will_engine_execute_node", None)
 
 
 class DividedWeight:
-    """Stands for s·W/σ while the forward of one `torch.nn.Linear` runs.
+    """Stands for s·W/σ in the forward of one `torch.nn.Linear` that `is_one_product`.
 
-    ``torch.nn.functional.linear`` computes with W and the factor; whatever else comes across it
-    gets the tensor.
+    ``torch.nn.functional.linear`` computes with W and the factor; any other function would get
+    the tensor.
     """
 
     def __init__(
@@ -42,45 +43,43 @@ class DividedWeight:
     ) -> None:
         self._parts = parameter, sigma, scale, u, v
 
-    def tensor(self) -> torch.Tensor:
-        """S·W/σ."""
-        parameter = self._parts[0]
-        with torch.autocast(parameter.device.type, enabled=False):
-            return divide_matrix(*self._parts)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.tensor(), name)
-
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
-        if func is _linear and not kwargs:
+        if func is _linear and len(args) == 3 and isinstance(args[1], cls):
             x, weight, bias = args
-            if isinstance(weight, cls) and _is_plain(x, weight._parts[0]):
-                parameter, sigma, scale, u, v = weight._parts
-                return _Linear.apply(x, parameter, bias, scale / sigma, sigma, u, v)
-        args = [a.tensor() if isinstance(a, cls) else a for a in args]
-        named = {k: a.tensor() if isinstance(a, cls) else a for k, a in (kwargs or {}).items()}
-        return func(*args, **named)
+            parameter, sigma, scale, u, v = weight._parts
+            return _Linear.apply(x, parameter, bias, scale / sigma, sigma, u, v)
+        args = [divide_matrix(*a._parts) if isinstance(a, cls) else a for a in args]
+        return func(*args, **(kwargs or {}))
 
 
 def is_seen_by_linear_alone(module: nn.Module) -> bool:
     """Whether nothing but ``torch.nn.functional.linear`` can come across the weight.
 
-    Not so where others have hooks on the layer, beside the two of the forward rule.
+    Not so in forwards of other layers, and where others have hooks on the layer, beside the two
+    of the forward rule, or on every call of a function.
     """
-    hooks = len(module._forward_pre_hooks) + len(module._forward_hooks)
-    others = modules._global_forward_hooks or modules._global_forward_pre_hooks
-    return type(module) is nn.Linear and hooks == 2 and not others
+    if type(module) is not nn.Linear or "forward" in module.__dict__:
+        return False
+    if nn.Linear.forward is not _forward or nn.functional.linear is not _linear:
+        return False
+    if modules._global_forward_hooks or modules._global_forward_pre_hooks:
+        return False
+    if len(module._forward_pre_hooks) + len(module._forward_hooks) != 2:
+        return False
+    return torch._C._is_torch_function_enabled() and not torch._C._len_torch_function_stack()
 
 
-def _is_plain(x: Any, parameter: torch.Tensor) -> bool:
-    """Whether one product does it: rows of the weight's dtype, without a forward derivative."""
-    if type(x) not in (torch.Tensor, nn.Parameter) or x.ndim < 2 or x.dtype != parameter.dtype:
+def is_one_product(module: nn.Module, x: Any, parameter: torch.Tensor) -> bool:
+    """Whether the layer is one product: plain rows, none with a forward derivative."""
+    bias: Any = module.bias
+    if type(x) not in (torch.Tensor, nn.Parameter) or x.layout != torch.strided or x.is_nested:
         return False
-    if torch.is_autocast_enabled(x.device.type) or x.device != parameter.device:
+    if x.ndim < 2 or x.dtype != parameter.dtype or x.device != parameter.device:
         return False
-    return torch.autograd.forward_ad.unpack_dual(x).tangent is None
+    given = (x, parameter) if bias is None else (x, parameter, bias)
+    return all(unpack_dual(tensor).tangent is None for tensor in given)
 
 
 class _Linear(torch.autograd.Function):
@@ -97,8 +96,11 @@ class _Linear(torch.autograd.Function):
         u: torch.Tensor,
         v: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, w, u, v)
-        ctx.numbers = factor, sigma
+        of_x, of_w = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(
+            x if of_w else None, w if of_x or of_w else None, *((u, v) if of_w else (None, None))
+        )
+        ctx.numbers, ctx.shape = (factor, sigma), x.shape
         rows = x.reshape(-1, x.shape[-1])
         if bias is None:
             y = _product(rows, w.mT, factor)
@@ -120,11 +122,12 @@ def _gradients(ctx: Any, g: torch.Tensor) -> Any:
         needed and _is_asked_for(node)
         for needed, (node, _) in zip(ctx.needs_input_grad[:3], ctx.next_functions[:3], strict=True)
     ]
-    x, w, u, v = ctx.saved_tensors
-    step: Any = _twice if is_beyond_numbers(g) else _once
-    of_x, of_w = step(g, x, w, *ctx.numbers, u, v, wanted)
-    of_bias = g.reshape(-1, g.shape[-1]).sum(0) if wanted[2] else None
-    return of_x, of_w, of_bias, None, None, None, None
+    saved = _Saved(*ctx.saved_tensors, *ctx.numbers)
+    rows = g.reshape(-1, g.shape[-1])
+    of_x, of_w = (_twice if is_beyond_numbers(g) else _once)(rows, saved, wanted)
+    if of_x is not None:
+        of_x = of_x.reshape(ctx.shape)
+    return of_x, of_w, rows.sum(0) if wanted[2] else None, None, None, None, None
 
 
 def _is_asked_for(node: Any) -> bool:
@@ -137,49 +140,49 @@ def _is_asked_for(node: Any) -> bool:
         return True  # a leaf whose gradient is what `torch.autograd.grad` returns
 
 
-def _once(
-    g: torch.Tensor,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    factor: float,
-    sigma: float,
-    u: torch.Tensor,
-    v: torch.Tensor,
-    wanted: list[bool],
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    rows, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    of_x = _product(g, w, factor) if wanted[0] else None
-    of_w = None
-    if wanted[1]:
-        of_w = _product(g.mT, rows, factor)
-        # factor·⟨G, W⟩, by whichever is smaller.
-        small = of_x is not None and len(rows) < len(w)
-        pair = (of_x, rows) if small else (of_w, w)
-        taken = torch.dot(*(p.reshape(-1) for p in pair if p is not None)).item()
-        of_w.addr_(u, v, alpha=-taken / sigma)
-    return None if of_x is None else of_x.view(x.shape), of_w
+class _Saved(NamedTuple):
+    x: torch.Tensor
+    """With `u` and `v` None where the weight is frozen."""
+    w: torch.Tensor
+    u: torch.Tensor
+    v: torch.Tensor
+    factor: float
+    sigma: float
+
+    @property
+    def rows(self) -> torch.Tensor:
+        return self.x.reshape(-1, self.x.shape[-1])
 
 
-def _twice(
-    g: torch.Tensor,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    factor: float,
-    sigma: float,
-    u: torch.Tensor,
-    v: torch.Tensor,
-    wanted: list[bool],
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+_Pair = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
+def _once(g: torch.Tensor, saved: _Saved, wanted: list[bool]) -> _Pair:
+    of_x = _product(g, saved.w, saved.factor) if wanted[0] else None
+    if not wanted[1]:
+        return of_x, None
+    rows = saved.rows
+    of_w = _product(g.mT, rows, saved.factor)
+    # factor·⟨G, W⟩, by whichever is smaller.
+    if of_x is not None and len(rows) < len(saved.w):
+        taken = torch.dot(of_x.reshape(-1), rows.reshape(-1)).item()
+    else:
+        taken = torch.dot(of_w.reshape(-1), saved.w.reshape(-1)).item()
+    return of_x, of_w.addr_(saved.u, saved.v, alpha=-taken / saved.sigma)
+
+
+def _twice(g: torch.Tensor, saved: _Saved, wanted: list[bool]) -> _Pair:
     """By operations that can be differentiated again."""
+    w, u, v = saved.w, saved.u, saved.v
+    if u is None:
+        return (g @ w * saved.factor if wanted[0] else None), None
     norm = torch.dot(u, w @ v)
-    share = factor * sigma / norm
+    share = saved.factor * saved.sigma / norm
     of_x = g @ w * share if wanted[0] else None
-    of_w = None
-    if wanted[1]:
-        rows, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-        whole = g.mT @ rows
-        of_w = share * (whole - u[:, None] * v * ((whole * w).sum() / norm))
-    return of_x, of_w
+    if not wanted[1]:
+        return of_x, None
+    whole = g.mT @ saved.rows
+    return of_x, share * (whole - u[:, None] * v * ((whole * w).sum() / norm))
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, factor: float) -> torch.Tensor:

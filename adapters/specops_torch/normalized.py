@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,14 +19,17 @@ from specops.geometry import Dense, Geometry
 from specops.rules import SpectralNormalization, StableRankNormalization
 from specops.tracking import TrackedBlocks, track
 from specops_torch.divided import divide_blocks, divide_kernel, divide_matrix, norm_along
-from specops_torch.linear import DividedWeight, is_seen_by_linear_alone
+from specops_torch.linear import DividedWeight, is_one_product, is_seen_by_linear_alone
 from specops_torch.sizes import SizeRecorder
 
 _SAME = 1e-3
 """Relative change of a norm, seen along the same vectors, that no rounding explains."""
 _ONE_MATRIX = ["u0"]
+_LEAST, _GREATEST = 1e-12, 1e12
+"""Norms whose squares single precision holds, which derivatives of a quotient need."""
 SMALL = 2**16
 """Entries of a weight up to which reading it costs less than calling operations."""
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _PLAIN_DTYPES = (torch.float32, torch.float64)
 
 
@@ -55,6 +59,8 @@ class Normalizer:
         self.lenient = lenient
         """Whether a geometry that does not fit is a reason to leave the weight alone."""
         self.ran = False
+        self.shown = False
+        """Whether others have seen the divided weight since the latest step."""
         self.drifting = False
         """Whether steps have changed the weight since the state's norms were measured."""
         self._version: tuple[int, ...] = ()
@@ -81,16 +87,17 @@ class Normalizer:
         self._version = _version(parameter)
 
     def __call__(
-        self, parameter: torch.Tensor, module: nn.Module | None = None
+        self, parameter: torch.Tensor, module: nn.Module | None = None, x: Any = None
     ) -> torch.Tensor | DividedWeight:
-        """The weight that the layer uses, or what stands for it in the forward of `module`."""
+        """The weight that the layer uses, or what stands for it where `module` is given `x`."""
         if torch.is_autocast_enabled(parameter.device.type):
+            # What the backward pass does may run under autocast as well.
             with torch.autocast(parameter.device.type, enabled=False):
-                return self._used(parameter, None)
-        return self._used(parameter, module)
+                return self._used(parameter, None, None)
+        return self._used(parameter, module, x)
 
     def _used(
-        self, parameter: torch.Tensor, module: nn.Module | None
+        self, parameter: torch.Tensor, module: nn.Module | None, x: Any
     ) -> torch.Tensor | DividedWeight:
         if self.state is None:
             self._restart(parameter)
@@ -98,12 +105,8 @@ class Normalizer:
             return parameter  # not finite: the next step says so, or goes on, as the user chose
         transformed = _is_transformed()
         kind = self._kind(parameter)
-        if kind is _ONE_MATRIX and not transformed and not self.overrides and parameter.is_cpu:
-            used = self._one_matrix(parameter, module)
-            if used is not None:
-                return used
         if kind and not transformed:
-            return self._divided(parameter, kind)
+            return self._divided(parameter, kind, module, x)
         if not kind and not transformed and self._version != _version(parameter):
             self._check(parameter)
         if kind == ["axis"] or kind == ["u0"]:
@@ -152,46 +155,47 @@ class Normalizer:
         return [f"u{j}" for j in range(len(view.splits))] if view.splits else _ONE_MATRIX
 
     def quickly(self, parameter: torch.Tensor) -> torch.Tensor | None:
-        """A small matrix on the CPU like the one before; None: not so easily.
+        """What the call gives for a small matrix that it met before; None: not so easily.
 
-        What a small layer costs is the number of calls, and torch's own operations cost least.
+        What a small layer costs is the number of calls.
         """
-        state = self.state
-        if self._small is not parameter or state is None or self.overrides:
+        if _is_transformed() or self._small is not parameter or self.overrides:
             return None
-        u, v, scale = state["u0"], state["v0"], self.rule.scale
+        state = self.state
+        if state is None or torch.is_autocast_enabled("cpu") or _is_recorded():
+            return None
+        u, v = state["u0"], state["v0"]
         if not (parameter.is_cpu and u.is_cpu and u.dtype == parameter.dtype):
             return None
-        if not parameter.is_contiguous() or torch.is_autocast_enabled("cpu") or _is_transformed():
+        norm = norm_along(parameter, u, v, split=False)
+        sigma, measured = norm.item(), state["sigma0"].item()
+        usual = _LEAST < sigma < _GREATEST
+        if not usual or not (abs(sigma - measured) <= _SAME * measured or self.drifting):
             return None
-        norm = torch.dot(u, torch.mv(parameter.view(u.shape[0], -1), v))
-        if not self._is_as_measured(norm.item(), state["sigma0"].item()):
-            return None
-        return parameter * (norm.reciprocal() if scale == 1.0 else scale / norm)
-
-    def _is_as_measured(self, sigma: float, measured: float) -> bool:
-        return bool(sigma) and (abs(sigma - measured) <= _SAME * measured or self.drifting)
+        return _quotient(parameter, norm, self.rule.scale)
 
     def _one_matrix(
-        self, parameter: torch.Tensor, module: nn.Module | None
-    ) -> torch.Tensor | DividedWeight | None:
-        """One matrix on the CPU, in few calls; None: not so easily."""
-        state, scale = self.state, self.rule.scale
-        assert state is not None
-        u, v = state["u0"], state["v0"]
-        if u.dtype != parameter.dtype or not u.is_cpu or type(scale) is not float:
-            return None
-        # The backward pass of what is found under autocast may run under it as well.
-        plain = module is not None and type(parameter) is nn.Parameter
-        if plain and parameter.numel() <= SMALL and parameter is not self._small:
-            self._small = parameter
-            return self.quickly(parameter)
-        sigma = norm_along(parameter.detach(), u, v).item()
-        if not self._is_as_measured(sigma, state["sigma0"].item()):
-            return None
-        if module is not None and is_seen_by_linear_alone(module):
-            return DividedWeight(parameter, sigma, scale, u, v)
-        return divide_matrix(parameter, sigma, scale, u, v)
+        self,
+        parameter: torch.Tensor,
+        sigma: float,
+        vectors: Sequence[torch.Tensor],
+        module: nn.Module | None,
+        x: Any,
+    ) -> torch.Tensor | DividedWeight:
+        """One matrix on the CPU divided by its norm, where its layer is known in its cheapest form.
+
+        The form depends on nothing that may differ when a forward pass is computed again.
+        """
+        u, v = vectors
+        if module is not None:
+            if parameter.numel() <= SMALL and _LEAST < sigma < _GREATEST:
+                self._small = parameter if type(parameter) is nn.Parameter else None
+                norm = norm_along(parameter, u, v, split=False)
+                return _quotient(parameter, norm, self.rule.scale)
+            self.shown = self.shown or not is_seen_by_linear_alone(module)
+            if not self.shown and is_one_product(module, x, parameter):
+                return DividedWeight(parameter, sigma, self.rule.scale, u, v)
+        return divide_matrix(parameter, sigma, self.rule.scale, u, v)
 
     def _vectors(self, parameter: torch.Tensor, kind: list[str]) -> list[Any]:
         self._follow_dtype(parameter)
@@ -203,7 +207,9 @@ class Normalizer:
             return [state["u0"], state["v0"]]
         return [state[f"{key}{j}"] for j in range(len(kind)) for key in "uv"]
 
-    def _divided(self, parameter: torch.Tensor, kind: list[str]) -> torch.Tensor:
+    def _divided(
+        self, parameter: torch.Tensor, kind: list[str], module: nn.Module | None, x: Any
+    ) -> torch.Tensor | DividedWeight:
         for _ in range(2):
             vectors = self._vectors(parameter, kind)
             weight = parameter.detach()
@@ -218,6 +224,8 @@ class Normalizer:
             # Written to from outside: a checkpoint, an average, a copy that went its own way.
             self._restart(parameter)
         scale = self._scale()
+        if kind is _ONE_MATRIX and parameter.is_cpu and type(scale) is float:
+            return self._one_matrix(parameter, norms[0].item() or 1.0, vectors, module, x)
         if vectors[1] is None:
             return divide_kernel(parameter, norms[0], scale, vectors[0])
         return divide_blocks(parameter, norms, scale, vectors)
@@ -289,6 +297,16 @@ def _version(parameter: torch.Tensor) -> tuple[int, ...]:
 
 def _safe(sigma: torch.Tensor) -> torch.Tensor:
     return torch.where(sigma != 0, sigma, torch.ones_like(sigma))
+
+
+def _quotient(w: torch.Tensor, norm: torch.Tensor, scale: float) -> torch.Tensor:
+    """By torch's own operations, which cost a small weight least, forward and backward."""
+    return w * (norm.reciprocal() if scale == 1.0 else scale / norm)
+
+
+def _is_recorded() -> bool:
+    """Whether others keep count of tensors saved for backward, as checkpoints do."""
+    return _top_hooks is None or _top_hooks(True) is not None
 
 
 def _is_transformed() -> bool:

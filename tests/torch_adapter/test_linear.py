@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from specops import SpectralNormalization
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 from torch.autograd import forward_ad  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from specops_torch import linear  # noqa: E402
 
@@ -170,11 +173,158 @@ def test_autocast_and_inputs_of_other_dtypes() -> None:
     torch.testing.assert_close(module(x[0]), plain[0])
 
 
-def test_whatever_else_comes_across_the_weight_gets_the_tensor() -> None:
+def test_any_other_function_gets_the_tensor() -> None:
     w = torch.eye(3, dtype=torch.float64)
-    u, v = w[0].clone(), w[0].clone()
-    stand_in = linear.DividedWeight(2.0 * w, 2.0, 0.5, u, v)
+    stand_in = linear.DividedWeight(2.0 * w, 2.0, 0.5, w[0].clone(), w[0].clone())
     torch.testing.assert_close(torch.matmul(stand_in, w), 0.5 * w)
-    torch.testing.assert_close(nn.functional.linear(w, weight=stand_in), 0.5 * w)
-    assert stand_in.shape == (3, 3)
-    assert stand_in.norm().item() == pytest.approx(0.5 * 3**0.5)
+
+
+class Recipe(torch.Tensor):
+    """A subclass as torch's documentation makes them."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def test_inputs_of_every_kind() -> None:
+    module, _ = attached()
+    module.float()
+    x = torch.randn(4, WIDE[1]).relu()
+    expected = module(x)
+    torch.testing.assert_close(module(x.to_sparse()), expected)
+    torch.testing.assert_close(torch.Tensor(module(x.as_subclass(Recipe))), expected)
+    for layout in (torch.strided, torch.jagged):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nested tensors are a prototype
+            nested = torch.nested.nested_tensor([x[:1], x[1:]], layout=layout)
+        torch.testing.assert_close(torch.cat(module(nested).unbind()), expected)
+    with torch._C.DisableTorchFunctionSubclass():
+        torch.testing.assert_close(module(x), expected)
+    with torch.device("cpu"):
+        torch.testing.assert_close(module(x), expected)
+    torch.testing.assert_close(module(input=x), expected)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_encoders_in_evaluation_with_a_mask() -> None:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, batch_first=True), 2)
+    specops.attach(None, encoder, SpectralNormalization(norm="reshaped"))
+    encoder.eval()
+    mask = torch.tensor([[False, False, True], [False, False, False]])
+    x = torch.randn(2, 3, 64)
+    with torch.no_grad():
+        y = encoder(x, src_key_padding_mask=mask)
+        torch.testing.assert_close(y[1], encoder(x[1:])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_forwards_of_instances_may_do_anything_with_the_weight(monkeypatch: Any) -> None:
+    module, expected = attached()
+    x = inputs(4, WIDE[1])
+    y = expected(x)
+    module.forward = lambda x: nn.functional.linear(x, module.weight * 2.0) + module.bias
+    torch.testing.assert_close(module(x), 2.0 * y - module.bias)
+    module.forward = lambda x: nn.functional.linear(x, module.weight[:3])
+    torch.testing.assert_close(module(x), (y - module.bias)[:, :3])
+    del module.forward
+    plain = nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda x, w, b: plain(x, w + 0.0, b))
+    torch.testing.assert_close(module(x), y)
+
+
+@pytest.mark.parametrize("size", [300, 9], ids=["large", "small"])
+@pytest.mark.parametrize("change", ["load", "double", "copy", "transpose"])
+def test_checkpoints_recompute_in_the_same_form(size: int, change: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(size, size)
+    specops.attach(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, SpectralNormalization(norm="reshaped")
+    )
+    x = torch.randn(4, size, requires_grad=True)
+    model(x)
+    if change == "load":
+        model.load_state_dict(nn.Linear(size, size).state_dict())
+    elif change == "double":
+        model, x = model.double(), x.detach().double().requires_grad_()
+    elif change == "copy":
+        model = copy.deepcopy(model)
+        model.weight.data.mul_(3.0)
+    else:
+        model.weight.data = model.weight.data.t()
+    checkpoint(model, x, use_reentrant=False).square().sum().backward()
+    found = x.grad.clone(), model.weight.grad.clone()
+    x.grad = model.weight.grad = None
+    model(x).square().sum().backward()
+    torch.testing.assert_close(found, (x.grad, model.weight.grad))
+
+
+def test_hooks_that_were_there_in_the_forward_do_not_disturb_its_recomputation() -> None:
+    module, _ = attached()
+    x = inputs(4, WIDE[1])
+    handle = module.register_forward_hook(lambda m, a, y: None)
+    y = checkpoint(module, x, use_reentrant=False)
+    handle.remove()
+    y.sum().backward()
+
+
+def test_frozen_weights_keep_no_inputs() -> None:
+    module, expected = attached()
+    module.weight.requires_grad_(False)
+    x = inputs(4, WIDE[1])
+    before = x * 1.0
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape), lambda t: t):
+        kept: list[Any] = []
+        y = module(x * 1.0)
+    assert (4, WIDE[1]) not in kept
+    y = module(before)
+    before.add_(1.0)
+    of = [x, module.bias]
+    for ours, theirs in zip(gradients(y, of), gradients(expected(x), of), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    twice = [
+        torch.autograd.grad(gradients(f(x).sin(), [x], create_graph=True)[0].sum(), x)[0]
+        for f in (module, expected)
+    ]
+    torch.testing.assert_close(*twice)
+    with torch.inference_mode():
+        x = torch.randn(4, WIDE[1], dtype=torch.float64)
+    module(x).sum().backward()
+
+
+@pytest.mark.parametrize("shape", [WIDE, (5, 7)], ids=["large", "small"])
+@pytest.mark.parametrize("size", [1e-30, 1e-17, 1e17, 1e30])
+def test_tiny_and_huge_weights_have_gradients(shape: tuple[int, int], size: float) -> None:
+    module, _ = attached(shape)
+    module.float()
+    x = torch.randn(3, shape[1])
+    module(x).square().sum().backward()
+    expected = module.weight.grad
+    with torch.no_grad():
+        module.weight.mul_(size)
+    module.weight.grad = None
+    module(x).square().sum().backward()
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(
+        module.weight.grad.double() * size, expected.double(), rtol=1e-3, atol=1e-3 * scale
+    )
+
+
+def test_derivatives_along_the_bias_and_of_gradients() -> None:
+    for shape in (WIDE, (5, 7)):
+        module, expected = attached(shape)
+        x = inputs(2, shape[1])
+        with forward_ad.dual_level():
+            bias = forward_ad.make_dual(module.bias.detach(), module.bias.detach().cos())
+            y = torch.func.functional_call(module, {"bias": bias}, (x,))
+            tangent = forward_ad.unpack_dual(y).tangent
+        torch.testing.assert_close(tangent, module.bias.detach().cos().expand(2, -1))
+        several = []
+        for function in (module, expected):
+            y = function(x)
+            with forward_ad.dual_level():
+                g = forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y).cumsum(1).sin())
+                found = torch.autograd.grad(y, module.weight, g)[0]
+                several.append(forward_ad.unpack_dual(found).tangent)
+        torch.testing.assert_close(*several)
