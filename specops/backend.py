@@ -6,13 +6,14 @@ What the standard lacks (half precision, solvers that fail, tracing) is settled 
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import array_api_compat as compat
 import numpy as np
@@ -21,6 +22,8 @@ from specops.errors import NonFiniteError, UnsupportedArrayError
 
 Array = Any
 Namespace = Any
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _COMPUTE = {
     "float16": "float32",
@@ -318,6 +321,21 @@ def compiled(function: Any, static: tuple[Any, ...], *arrays: Array) -> Any:
     if compat.is_jax_array(arrays[0]):
         return _jax_jit(function, len(static))(*static, *arrays)
     return function(*static, *arrays)
+
+
+def in_full_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """Run without torch's autocast, which takes products in half precision."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        torch: Any = sys.modules.get("torch")
+        for device in ("cpu", "cuda", "xpu") if torch is not None else ():
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return wrapped(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return wrapped
 
 
 @contextmanager

@@ -30,6 +30,7 @@ class Balanced(NamedTuple):
     factors: list[float]
 
 
+@backend.in_full_precision
 def balance_norms(
     weights: Sequence[Array],
     geometries: Sequence[Geometry | None] | None = None,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -12,6 +10,7 @@ import torch
 from torch import nn
 
 from specops.assigned import check_saved, check_stage
+from specops.backend import in_full_precision
 from specops.errors import AdapterError, GeometryError, SpecopsError
 from specops.geometry import Geometry
 from specops.history import History
@@ -26,20 +25,6 @@ from specops_torch.penalised import with_penalty
 from specops_torch.scales import Scales
 
 NonFinitePolicy = Literal["raise", "skip", "warn"]
-
-
-def _in_full_precision(function: Any) -> Any:
-    """Steps may be taken inside autocast: measuring in half precision would be of no use."""
-
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with contextlib.ExitStack() as stack:
-            for device in ("cpu", "cuda", "xpu"):
-                if torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, enabled=False))
-            return function(*args, **kwargs)
-
-    return wrapped
 
 
 class Attachment:
@@ -334,7 +319,7 @@ class Attachment:
             return (step - self.plan.start) % c.assignment.every == 0
         return self.plan.fires(step, c.assignment.every)
 
-    @_in_full_precision
+    @in_full_precision
     def _act(self, due: list[Constrained], step: int, stepped: list[Constrained]) -> None:
         """After a step: weights first, then the vectors of what forward passes will use."""
         for c in stepped:
@@ -353,7 +338,7 @@ class Attachment:
             self._scales.forget_gradients()
         self._record([*records, *more])
 
-    @_in_full_precision
+    @in_full_precision
     def _add_gradients(
         self, step: int, due: list[Constrained], scale: torch.Tensor | None = None
     ) -> None:

@@ -19,7 +19,7 @@ def has_cholesky(xp: Any, a: Array) -> Array:
     takes as long as the factorisation; by blocks, in place, a large matrix takes half the time.
     """
     if a.ndim == 2 and a.shape[0] >= _BLOCKS_FROM and host.solves_alone(a) and host.holds(a):
-        return xp.asarray(_factors_in_place(a))
+        return xp.asarray(_factors_in_place(a), device=a.device)
     return backend.try_cholesky(xp, a)[1]
 
 

@@ -11,6 +11,8 @@ from specops import backend, host
 Array = Any
 _HALVE_FROM = 512
 _STRIPS = 8
+_LONG = 4096
+"""Length up to which sums in single precision, in whatever order, drift by less than 1e-4."""
 _CAST = 512
 """Length of the pieces cast to double precision: small enough to stay in the cache."""
 
@@ -20,6 +22,12 @@ def gram(xp: Any, a: Array) -> Array:
 
     Solvers and factorisations of Hermitian matrices read the lower triangle only.
     """
+    double = None if max(a.shape[-2:]) <= _LONG else backend.double_dtype(xp, a)
+    if double is not None and double != a.dtype:
+        rows = _rows(xp, a)
+        starts = range(0, rows.shape[-1], _LONG)
+        parts = (gram(xp, rows[..., start : start + _LONG]) for start in starts)
+        return xp.astype(sum(xp.astype(part, double) for part in parts), a.dtype)
     if isinstance(a, np.ndarray):
         return host.gram(a)
     if _by_strips(a):

@@ -9,13 +9,13 @@ import numpy as np
 from specops import backend, host
 from specops.linalg.cholesky import has_cholesky
 from specops.linalg.decompositions import svdvals
-from specops.linalg.gram import below
+from specops.linalg.gram import below, gram
 from specops.linalg.lanczos import MatrixOperator
 
 Array = Any
 _MARGIN = 1e-4
 """Relative margin above the rounding of single precision."""
-_BEYOND = 1e9
+BEYOND = 1e9
 """Limit, for entries near 1, that no matrix reaches."""
 _POWER_STEPS = 6
 _POWER_FROM = 256
@@ -52,7 +52,7 @@ def inside(xp: Any, a: Array, limit: Array, *, sharp: bool = False) -> Array:
     double = backend.double_dtype(xp, a)
     # No norm is less than an entry; larger ones, and limits out of sight, would overflow.
     possible = backend.largest_entry(xp, a, (-2, -1)) <= 2.0 * limit
-    beyond = xp.full_like(limit, _BEYOND)
+    beyond = xp.full_like(limit, BEYOND)
     limit = xp.where(limit < beyond, limit, beyond)
     if double is None:
         return possible & (svdvals(xp, a)[..., 0] <= limit)
@@ -82,7 +82,7 @@ def _host_inside(a: np.ndarray, limit: np.ndarray, sharp: bool) -> np.ndarray:
     if not sharp and a.real.dtype == np.float32:
         if len(rest) == 1 and seen_outside(np, scaled[rest[0]], 1.0):
             return result
-        uncertain = host.exceeds(host.gram(scaled[rest]), 1.0 - _MARGIN)
+        uncertain = host.exceeds(gram(np, scaled[rest]), 1.0 - _MARGIN)
         result[rest] = ~uncertain
         rest = rest[uncertain]
     if len(rest):
@@ -109,4 +109,6 @@ def seen_outside(xp: Any, a: Array, limit: Any) -> bool:
         # From unit vectors, ‖AAᴴv‖ never exceeds ‖A‖².
         if backend.truth(norm > limit**2 * (1.0 + _MARGIN)):
             return True
+        if not backend.truth(norm > 0):
+            break
     return False

@@ -21,6 +21,7 @@ from specops.symbol import symbol_of
 Array = Any
 
 
+@backend.in_full_precision
 def clip_singular_values(
     w: Array,
     lower: float,

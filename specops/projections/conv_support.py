@@ -83,7 +83,7 @@ class KernelProblem:
             before = self._norm_if(measure, x0)
             clear = 0.0 < before <= limit * (1.0 - _CLEAR)
             unclear = before <= limit * (1.0 + _CLEAR) and not self._surely_outside(x0, limit)
-            if clear or (unclear and self._fits(x0, limit)):
+            if clear or (unclear and self._fits(self._exact(kernel), limit)):
                 return self.w, self._info(before, before, 0.0, 0, axes)
         found = self._solve(method, x0, limit * self.hair, axes, iterations, tolerance)
         result, stored = self._store(found, kernel, x0, limit)
@@ -209,11 +209,20 @@ class KernelProblem:
         def fits(array: Array) -> Array:
             nonlocal stored
             values = backend.to_numpy(array / self.given.scale)
-            stored = self.support.coordinates(np, self.geometry.kernel(values))
-            return backend.constant(np.asarray(self._fits(stored, limit, suspects)), like)
+            kernel = self.geometry.kernel(values)
+            stored = self.support.coordinates(np, kernel)
+            return backend.constant(
+                np.asarray(self._fits(self._exact(kernel), limit, suspects)), like
+            )
 
         scaled = weight * self.given.scale
         return store_within(self.given.xp, scaled, self.w.dtype, fits, offset=unseen), stored
+
+    def _exact(self, kernel: np.ndarray) -> np.ndarray:
+        """Its coordinates: where taps wrap onto each other their sums must not be rounded."""
+        kernel = _double(kernel) if self.support.symbol.folds else kernel
+        coordinates: np.ndarray = self.support.coordinates(np, kernel)
+        return coordinates
 
     def _fits(self, x: np.ndarray, limit: float, suspects: np.ndarray | None = None) -> bool:
         if suspects is None:

@@ -14,7 +14,7 @@ from specops.errors import StateError
 from specops.linalg.bounds import gram_iteration
 from specops.linalg.clip import Clipped, clip
 from specops.linalg.decompositions import svdvals
-from specops.linalg.inside import inside
+from specops.linalg.inside import BEYOND, inside
 from specops.linalg.leading_clip import clip_leading, leading_norm, warm_start
 from specops.linalg.matmul_clip import clip_by_products
 from specops.projections.feasible import store_within
@@ -67,6 +67,8 @@ def project_block(
     # A hair below the limit, so that the rounding of the solver stays inside as well.
     hair = (2.0 + math.sqrt(min(a.shape[-2:])) / 3.0) * backend.epsilon(a.dtype)
     target = limit * (1.0 - hair)
+    # No matrix of the scale reaches it, and its square is an ordinary number.
+    target = xp.where(target < BEYOND, target, xp.full_like(target, BEYOND))
     if not (backend.is_concrete(a) and backend.is_concrete(limit)):
         return _traced(xp, block, limit, target, dtype)
     if start is not None:

@@ -20,6 +20,7 @@ _ACCEPTED = {"float32": 1e-5, "float64": 1e-13}
 """Distance from orthonormality, per √n, below which the product method stands."""
 
 
+@backend.in_full_precision
 def polar_factor(w: Array, geometry: Geometry | None = None, *, method: str = "auto") -> Array:
     r"""The factor :math:`UV^H` of :math:`W = U\Sigma V^H`: all singular values made 1.
 

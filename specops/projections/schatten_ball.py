@@ -20,6 +20,7 @@ from specops.spectra.prepare import MatrixBlock, prepare
 Array = Any
 
 
+@backend.in_full_precision
 def project_schatten_ball(
     w: Array, radius: float, geometry: Geometry | None = None, *, p: float
 ) -> Array:

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from specops import backend
 from specops.errors import StateError
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import check_bound, integer, nan_without, non_negative
@@ -21,6 +22,7 @@ Array = Any
 _METHODS = {Dense: matrix_ball.METHODS, Conv: conv_support.METHODS}
 
 
+@backend.in_full_precision
 def project_spectral_ball(
     w: Array,
     max_norm: float,

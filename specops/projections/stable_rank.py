@@ -24,6 +24,7 @@ _SLACK = 1e-3
 """Relative room below r at which a kernel is not moved along its new direction any more."""
 
 
+@backend.in_full_precision
 def project_stable_rank(
     w: Array,
     geometry: Geometry | None = None,

@@ -37,6 +37,7 @@ class NormBounds:
     upper: Array
 
 
+@backend.in_full_precision
 def spectral_norm_bounds(
     w: Array,
     geometry: Geometry | None = None,

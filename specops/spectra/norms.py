@@ -22,6 +22,7 @@ SMALL_OPERATOR = 2**16
 """Entries up to which a zero-padded operator is decomposed as a matrix."""
 
 
+@backend.in_full_precision
 def spectral_norm(w: Array, geometry: Geometry | None = None) -> Array | tuple[Array, ...]:
     r"""The operator norm :math:`\|A\|_2 = \sigma_1(A)` of the map that `w` stands for.
 

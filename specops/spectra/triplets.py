@@ -95,6 +95,7 @@ def linear_operator(w: Array, geometry: Geometry | None = None) -> Any:
     )
 
 
+@backend.in_full_precision
 def top_singular_triplets(
     w: Array, k: int, geometry: Geometry | None = None, *, start: Array | None = None
 ) -> tuple[Array, Array, Array]:

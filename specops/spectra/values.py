@@ -17,6 +17,7 @@ Array = Any
 _LARGEST_EXPLICIT = 2**24
 
 
+@backend.in_full_precision
 def singular_values(w: Array, geometry: Geometry | None = None) -> Array | tuple[Array, ...]:
     r"""All singular values of the linear map that `w` stands for, in descending order.
 

@@ -9,7 +9,8 @@ import array_api_compat as compat
 import numpy as np
 import pytest
 
-from specops import backend
+import specops
+from specops import Conv, Dense, backend, project_spectral_ball
 from specops.linalg.cholesky import has_cholesky
 from specops.linalg.gram import below, gram
 from specops.linalg.inside import inside
@@ -98,3 +99,83 @@ def test_scans_of_torch_tensors_are_those_of_numpy(bad: float | None, axis: Any)
     assert bool(backend.all_finite(xp, tensor[:0]))
     half = tensor.to(torch.bfloat16)
     assert bool(backend.all_finite(xp, half)) is (bad is None)
+
+
+@pytest.mark.parametrize("library", [np, torch], ids=["numpy", "torch"])
+@pytest.mark.parametrize("shape", [(1, 4_000_000), (2_000_000, 3), (30_000, 3)], ids=str)
+def test_long_rows_are_summed_without_drift(library: Any, shape: tuple[int, int]) -> None:
+    for entry in (1.1, 1.45, 1.9):
+        w = library.full(shape, entry, dtype=library.float32)
+        norm = float(np.float32(entry)) * math.prod(shape) ** 0.5
+        projected = project_spectral_ball(w, norm * (1 - 1e-6))
+        assert projected is not w
+        stored = np.asarray(projected, np.float64)
+        assert 1 - 5e-5 < np.linalg.norm(stored) / norm < 1 - 1e-6
+
+
+def test_limits_out_of_sight_raise_no_warning() -> None:
+    stack = np.zeros((2, 150, 150), np.float32)
+    stack[0] = 1e19 * np.eye(150, dtype=np.float32)
+    stack[0, 0, 0] = 3e20
+    projected = project_spectral_ball(stack, 1e20, Dense(out_axes=(1,), batch_axes=(0,)))
+    assert np.array_equal(projected[1], stack[1])
+    np.testing.assert_allclose(np.diag(projected[0]), [1e20] + [1e19] * 149, rtol=1e-5)
+
+
+def test_the_default_device_does_not_matter() -> None:
+    w = torch.asarray(np.random.default_rng(0).standard_normal((300, 300)))
+    expected = project_spectral_ball(w, 9.0)
+    with torch.device("meta"):
+        torch.testing.assert_close(project_spectral_ball(w, 9.0), expected)
+
+
+def test_autocast_changes_no_number() -> None:
+    rng = np.random.default_rng(0)
+    w = torch.asarray(rng.standard_normal((64, 70)).astype(np.float32))
+    kernel = torch.asarray(rng.standard_normal((5, 4, 3, 3)).astype(np.float32))
+    conv = Conv((6, 6), boundary="circular")
+    calls = [
+        lambda: project_spectral_ball(w, 9.0),
+        lambda: project_spectral_ball(kernel, 4.0, conv),
+        lambda: specops.clip_singular_values(w, 1.0, 9.0),
+        lambda: specops.project_stable_rank(w, ratio=0.5),
+        lambda: specops.project_schatten_ball(w, 50.0, p=1),
+        lambda: specops.polar_factor(w),
+        lambda: specops.singular_values(w),
+        lambda: specops.spectral_norm(kernel, conv),
+        lambda: specops.spectral_norm_bounds(kernel, Conv((6, 6))).upper,
+        lambda: specops.stable_rank(w),
+        lambda: specops.effective_rank(w),
+        lambda: specops.condition_number(w),
+        lambda: specops.top_singular_triplets(w, 2)[1],
+    ]
+    for call in calls:
+        expected = call()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(call(), expected)
+
+
+def test_taps_that_wrap_onto_each_other_are_summed_exactly() -> None:
+    conv = Conv((3, 3), boundary="circular")
+    for seed in range(6):
+        kernel = np.random.default_rng(seed).standard_normal((5, 5, 5, 5)).astype(np.float32)
+        norm = float(specops.spectral_norm(kernel.astype(np.float64), conv))
+        for limit in (norm * (1 - 1e-8), norm * 0.8):
+            projected = project_spectral_ball(kernel, limit, conv)
+            assert projected is not kernel
+            found = float(specops.spectral_norm(projected.astype(np.float64), conv))
+            assert found <= limit * (1 + 1e-12)
+        assert project_spectral_ball(kernel, norm * (1 + 1e-8), conv) is kernel
+
+
+def test_kernels_whose_taps_cancel_raise_no_warning() -> None:
+    g = np.random.default_rng(0).standard_normal((256, 256)).astype(np.float32) / 32
+    kernel = np.zeros((256, 256, 2, 2), np.float32)
+    conv = Conv((4, 4), boundary="circular")
+    assert project_spectral_ball(kernel, 1.0, conv) is kernel
+    kernel[:, :, 0, 0], kernel[:, :, 0, 1] = g, -g
+    norm = 2.0 * float(np.linalg.norm(g.astype(np.float64), 2))
+    assert project_spectral_ball(kernel, 1.001 * norm, conv) is kernel
+    assert project_spectral_ball(kernel, 0.999 * norm, conv) is not kernel
+    zeros = np.zeros((256, 256), np.float32)
+    assert project_spectral_ball(zeros, 1.0) is zeros
