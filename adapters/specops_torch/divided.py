@@ -75,29 +75,33 @@ class _Fixed(torch.autograd.Function):
         ctx.factors = factors
         if len(factors) == 1:
             return w * factors[0][0]
-        parts = zip(w.split([len(u) for u in vectors[::2]]), factors, strict=True)
-        return torch.cat([part * f for part, (f, _) in parts])
+        rows, used = [len(u) for u in vectors[::2]], torch.empty_like(w)
+        for part, (f, _), out in zip(w.split(rows), factors, used.split(rows), strict=True):
+            torch.mul(part, f, out=out)
+        return used
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Any:
         w, *vectors = ctx.saved_tensors
-        step = _twice if is_beyond_numbers(g) else _once
-        if len(vectors) == 2 and not torch.is_autocast_enabled(w.device.type):
-            return step(g, w, ctx.factors[0], *vectors), None, None, None
-        rows = [len(u) for u in vectors[::2]]
-        whole = len(rows) == 1
-        blocks = zip(
-            (g,) if whole else g.split(rows),
-            (w,) if whole else w.split(rows),
-            ctx.factors,
-            vectors[::2],
-            vectors[1::2],
-            strict=True,
-        )
-        with torch.autocast(w.device.type, enabled=False):
-            parts = [step(*block) for block in blocks]
-            gradient = parts[0] if whole else torch.cat(parts)
+        if torch.is_autocast_enabled(g.device.type):
+            with torch.autocast(g.device.type, enabled=False):
+                gradient = _by_blocks(g, w, ctx.factors, vectors)
+        else:
+            gradient = _by_blocks(g, w, ctx.factors, vectors)
         return gradient, None, *(None for _ in vectors)
+
+
+def _by_blocks(
+    g: torch.Tensor, w: torch.Tensor, factors: Any, vectors: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    rows = [len(u) for u in vectors[::2]]
+    blocks = zip(g.split(rows), w.split(rows), factors, vectors[::2], vectors[1::2], strict=True)
+    if is_beyond_numbers(g):
+        return torch.cat([_twice(*block) for block in blocks])
+    gradient = w.new_empty(w.shape)
+    for block, out in zip(blocks, gradient.split(rows), strict=True):
+        _once(*block, out)
+    return gradient
 
 
 def is_beyond_numbers(g: torch.Tensor) -> bool:
@@ -108,14 +112,19 @@ def is_beyond_numbers(g: torch.Tensor) -> bool:
 
 
 def _once(
-    g: torch.Tensor, w: torch.Tensor, factors: Any, u: torch.Tensor, v: torch.Tensor
-) -> torch.Tensor:
-    """∂(f W) = f(∂W − W⟨uvᵀ, ∂W⟩/σ), transposed: f(G − uvᵀ⟨G, W⟩/σ)."""
+    g: torch.Tensor,
+    w: torch.Tensor,
+    factors: Any,
+    u: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """∂(f W) = f(∂W − W⟨uvᵀ, ∂W⟩/σ), transposed: out ← f(G − uvᵀ⟨G, W⟩/σ)."""
     factor, sigma = factors
     flat = g.reshape(-1)
     taken = torch.dot(flat, w.reshape(-1)).item() * factor / sigma
-    gradient = torch.addr(flat.view(u.shape[0], -1), u, v, beta=factor, alpha=-taken)
-    return gradient.view(w.shape)
+    matrix = flat.view(u.shape[0], -1)
+    torch.addr(matrix, u, v, beta=factor, alpha=-taken, out=out.view(matrix.shape))
 
 
 def _twice(

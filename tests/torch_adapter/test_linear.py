@@ -18,6 +18,9 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from specops_torch import linear  # noqa: E402
 
+# torch imports decompositions for forward derivatives, which it scripts.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+
 WIDE = (300, 260)
 """More entries than a small layer has."""
 
@@ -99,8 +102,6 @@ def test_a_gradient_of_inputs_takes_no_product_for_weights(monkeypatch: Any) -> 
     assert len(products) == 5
 
 
-# torch imports decompositions for forward derivatives, which it scripts.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_several_gradients_at_once_and_forward_derivatives() -> None:
     for shape in (WIDE, (5, 7)):
         module, expected = attached(shape)
