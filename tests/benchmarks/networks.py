@@ -39,6 +39,11 @@ def resnet20() -> tuple[nn.Module, Any]:
     return nn.Sequential(*stem, *blocks, *head), torch.randn(64, 3, 32, 32)
 
 
+def short_resnet20() -> tuple[nn.Module, Any]:
+    """ResNet-20 on two images of 8×8: so short a step that differences repeat."""
+    return resnet20()[0], torch.randn(2, 3, 8, 8)
+
+
 def mlp() -> tuple[nn.Module, Any]:
     """Six layers, 1024 wide, batch 64."""
     layers: list[nn.Module] = []
@@ -54,6 +59,8 @@ def transformer() -> tuple[nn.Module, Any]:
     return encoder, torch.randn(8, 64, 512)
 
 
+SHORT = {"ResNet-20, 2 images of 8×8": short_resnet20}
+"""For what a rule adds, not for its share of a step."""
 NETWORKS = {
     "ResNet-20, batch 64": resnet20,
     "MLP 6×1024, batch 64": mlp,

@@ -6,7 +6,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -15,26 +15,26 @@ from rich.table import Table
 import specops
 from tests.benchmarks import jax_step
 
+Networks = Mapping[str, Callable[[], Any]]
 _ROUNDS = 12
 _EVERY = 10
 
 
 def run(repeats: int, quick: bool) -> None:
     """Print the tables."""
-    from tests.benchmarks.networks import NETWORKS
+    from tests.benchmarks.networks import NETWORKS, SHORT
 
-    names = list(NETWORKS)[1:2] if quick else list(NETWORKS)
+    networks = dict(list(NETWORKS.items())[1:2]) if quick else NETWORKS
     rounds = 4 if quick else _ROUNDS * repeats
-    _overheads(names, rounds)
-    _forwards(names, rounds)
-    _clips(names, rounds)
+    compared = networks if quick else {**networks, **SHORT}
+    _overheads(compared, rounds)
+    _forwards(compared, rounds)
+    _clips(networks, rounds)
     jax_step.run(repeats, quick)
 
 
-def _overheads(names: list[str], rounds: int) -> None:
+def _overheads(networks: Networks, rounds: int) -> None:
     """Plain step, torch's spectral_norm, our forward rule and our penalty in turn."""
-    from tests.benchmarks.networks import NETWORKS
-
     table = _table(
         "overhead of a training step, torch on the CPU, float32",
         "plain step",
@@ -47,8 +47,7 @@ def _overheads(names: list[str], rounds: int) -> None:
     normalization = specops.SpectralNormalization(norm="reshaped")
     penalty = specops.SpectralNormPenalty(0.01, norm="reshaped")
     shares: list[list[float]] = [[], []]
-    for name in names:
-        make = NETWORKS[name]
+    for name, make in networks.items():
         steps = [
             _training(make, None),
             _training(make, _parametrize),
@@ -74,10 +73,8 @@ def _overheads(names: list[str], rounds: int) -> None:
     Console(width=150).print(table)
 
 
-def _forwards(names: list[str], rounds: int) -> None:
+def _forwards(networks: Networks, rounds: int) -> None:
     """Forward passes alone, in training: torch advances its vectors there, we in the hook."""
-    from tests.benchmarks.networks import NETWORKS
-
     table = _table(
         "overhead of the forward pass alone, torch on the CPU, float32",
         "plain forward",
@@ -86,8 +83,7 @@ def _forwards(names: list[str], rounds: int) -> None:
         "of torch's",
     )
     rule = specops.SpectralNormalization(norm="reshaped")
-    for name in names:
-        make = NETWORKS[name]
+    for name, make in networks.items():
         passes = [
             _passing(make, None),
             _passing(make, _parametrize),
@@ -98,11 +94,9 @@ def _forwards(names: list[str], rounds: int) -> None:
     Console(width=150).print(table)
 
 
-def _clips(names: list[str], rounds: int) -> None:
+def _clips(networks: Networks, rounds: int) -> None:
     """The clip's own time in its hook, screened and certified, over that of ten steps."""
     import torch
-
-    from tests.benchmarks.networks import NETWORKS
 
     table = _table(
         f"ClipSpectralNorm(every={_EVERY}) inside the ball, torch on the CPU, float32",
@@ -113,8 +107,8 @@ def _clips(names: list[str], rounds: int) -> None:
         "certified firing",
         "per step, one in a hundred",
     )
-    for name in names:
-        model, x, optimizer = _model(NETWORKS[name])
+    for name, make in networks.items():
+        model, x, optimizer = _model(make)
         step = _stepper(model, x, optimizer)
         step()
         step()
