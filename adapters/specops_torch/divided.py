@@ -77,7 +77,7 @@ class _Fixed(torch.autograd.Function):
             return w * factors[0][0]
         rows, used = [len(u) for u in vectors[::2]], torch.empty_like(w)
         for part, (f, _), out in zip(w.split(rows), factors, used.split(rows), strict=True):
-            torch.mul(part, f, out=out)
+            torch.mul(part.detach(), f, out=out)
         return used
 
     @staticmethod

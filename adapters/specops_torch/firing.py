@@ -225,7 +225,7 @@ def stepped(constrained: Sequence[Constrained]) -> None:
         if c.normalizer is not None:
             gradient = c.location.parameter.grad
             c.see(gradient)
-            c.normalizer.ran = c.normalizer.shown = False
+            c.normalizer.ran = False
 
 
 def _alone(step: int) -> Update:

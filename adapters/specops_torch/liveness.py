@@ -39,4 +39,9 @@ class Liveness:
 
 def _versions(constrained: Iterable[Constrained]) -> dict[int, int]:
     held = (c.location.module._parameters.get(c.location.attribute) for c in constrained)
-    return {id(p): p._version for p in held if p is not None and p.requires_grad}
+    return {id(p): p._version for p in held if _counts(p)}
+
+
+def _counts(p: Any) -> bool:
+    """Whether a parameter is trained and counts what is written to it."""
+    return p is not None and p.requires_grad and not p.is_inference()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.forward_ad import unpack_dual
 
 from specops.errors import GeometryError, NonFiniteError
 from specops.geometry import Dense, Geometry
@@ -59,8 +60,6 @@ class Normalizer:
         self.lenient = lenient
         """Whether a geometry that does not fit is a reason to leave the weight alone."""
         self.ran = False
-        self.shown = False
-        """Whether others have seen the divided weight since the latest step."""
         self.drifting = False
         """Whether steps have changed the weight since the state's norms were measured."""
         self._version: tuple[int, ...] = ()
@@ -90,9 +89,10 @@ class Normalizer:
         self, parameter: torch.Tensor, module: nn.Module | None = None, x: Any = None
     ) -> torch.Tensor | DividedWeight:
         """The weight that the layer uses, or what stands for it where `module` is given `x`."""
-        if torch.is_autocast_enabled(parameter.device.type):
+        device = parameter.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
             # What the backward pass does may run under autocast as well.
-            with torch.autocast(parameter.device.type, enabled=False):
+            with torch.autocast(device, enabled=False):
                 return self._used(parameter, None, None)
         return self._used(parameter, module, x)
 
@@ -103,7 +103,7 @@ class Normalizer:
             self._restart(parameter)
         if self.state is None:
             return parameter  # not finite: the next step says so, or goes on, as the user chose
-        transformed = _is_transformed()
+        transformed = _is_transformed() or unpack_dual(parameter).tangent is not None
         kind = self._kind(parameter)
         if kind and not transformed:
             return self._divided(parameter, kind, module, x)
@@ -184,7 +184,8 @@ class Normalizer:
     ) -> torch.Tensor | DividedWeight:
         """One matrix on the CPU divided by its norm, where its layer is known in its cheapest form.
 
-        The form depends on nothing that may differ when a forward pass is computed again.
+        Where forward passes are computed again, as by checkpoints, the form depends on nothing
+        that may differ then.
         """
         u, v = vectors
         if module is not None:
@@ -192,8 +193,8 @@ class Normalizer:
                 self._small = parameter if type(parameter) is nn.Parameter else None
                 norm = norm_along(parameter, u, v, split=False)
                 return _quotient(parameter, norm, self.rule.scale)
-            self.shown = self.shown or not is_seen_by_linear_alone(module)
-            if not self.shown and is_one_product(module, x, parameter):
+            alone = is_seen_by_linear_alone(module) and not _is_recorded()
+            if alone and is_one_product(module, x, parameter):
                 return DividedWeight(parameter, sigma, self.rule.scale, u, v)
         return divide_matrix(parameter, sigma, self.rule.scale, u, v)
 
@@ -292,7 +293,8 @@ def _version(parameter: torch.Tensor) -> tuple[int, ...]:
     """What changes when a parameter is written to."""
     if type(parameter) is not nn.Parameter:
         return ()
-    return id(parameter), parameter._version, parameter.data_ptr()
+    version = 0 if parameter.is_inference() else parameter._version
+    return id(parameter), version, parameter.data_ptr()
 
 
 def _safe(sigma: torch.Tensor) -> torch.Tensor:
@@ -310,5 +312,7 @@ def _is_recorded() -> bool:
 
 
 def _is_transformed() -> bool:
-    """Whether a compiler or a function transform is at work."""
-    return torch.compiler.is_compiling() or bool(torch._C._are_functorch_transforms_active())
+    """Whether a compiler, a tracer or a function transform is at work."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    return bool(torch._C._are_functorch_transforms_active())

@@ -17,7 +17,7 @@ _MARGIN = 1e-4
 """Relative margin above the rounding of single precision."""
 BEYOND = 1e9
 """Limit, for entries near 1, that no matrix reaches."""
-_POWER_STEPS = 6
+_POWER_STEPS = 3
 _POWER_FROM = 256
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 from typing import Any
 
@@ -15,6 +16,7 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 from torch.autograd import forward_ad  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from specops_torch import linear  # noqa: E402
 
@@ -261,13 +263,56 @@ def test_checkpoints_recompute_in_the_same_form(size: int, change: str) -> None:
     torch.testing.assert_close(found, (x.grad, model.weight.grad))
 
 
-def test_hooks_that_were_there_in_the_forward_do_not_disturb_its_recomputation() -> None:
+def test_hooks_that_come_and_go_do_not_disturb_recomputation() -> None:
     module, _ = attached()
     x = inputs(4, WIDE[1])
     handle = module.register_forward_hook(lambda m, a, y: None)
     y = checkpoint(module, x, use_reentrant=False)
     handle.remove()
     y.sum().backward()
+    y = checkpoint(module, x, use_reentrant=False)
+    with FlopCounterMode(display=False):
+        y.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace`", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    ("module", "inputs"),
+    [
+        (nn.Linear(*WIDE), 1),
+        (nn.Linear(16, 5), 1),
+        (nn.MultiheadAttention(16, 4), 3),
+    ],
+    ids=["large", "small", "attention"],
+)
+def test_traced_layers_run_where_gradients_are_recorded(module: Any, inputs: int) -> None:
+    specops.attach(None, module, SpectralNormalization(norm="reshaped"))
+    width = 16 if inputs == 3 else module.in_features
+    x = [torch.randn(2, 3, width)] * inputs
+    traced = torch.jit.trace(module, tuple(x), check_trace=False)
+    torch.testing.assert_close(traced(*x), module(*x))
+    torch.jit.save(traced, io.BytesIO())
+
+
+def test_weights_of_other_kinds() -> None:
+    module, expected = attached()
+    x, tangent = inputs(2, WIDE[1]).detach(), module.weight.detach().sin()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(module.weight.detach(), tangent)
+        y = torch.func.functional_call(module, {"weight": dual}, (x,))
+        found = forward_ad.unpack_dual(y).tangent
+    step = 1e-6
+    with torch.no_grad():
+        module.weight.add_(step * tangent)
+        above = expected(x)
+        module.weight.sub_(2 * step * tangent)
+        difference = (above - expected(x)) / (2 * step)
+    torch.testing.assert_close(found, difference, rtol=1e-5, atol=1e-6)
+    with torch.inference_mode():
+        made = nn.Linear(9, 9)
+    specops.attach(None, made, SpectralNormalization(norm="reshaped"))
+    assert float(torch.linalg.matrix_norm(made(torch.eye(9)) - made.bias, 2)) < 1.01
+    assert module.to("meta")(x.to("meta")).shape == (2, WIDE[0])
 
 
 def test_frozen_weights_keep_no_inputs() -> None:
