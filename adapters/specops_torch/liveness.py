@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 from specops.errors import HookLostWarning
 from specops_torch.constrained import Constrained

@@ -275,7 +275,7 @@ def test_hooks_that_come_and_go_do_not_disturb_recomputation() -> None:
         y.sum().backward()
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace`", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(
     ("module", "inputs"),
     [
@@ -311,7 +311,8 @@ def test_weights_of_other_kinds() -> None:
     with torch.inference_mode():
         made = nn.Linear(9, 9)
     specops.attach(None, made, SpectralNormalization(norm="reshaped"))
-    assert float(torch.linalg.matrix_norm(made(torch.eye(9)) - made.bias, 2)) < 1.01
+    with torch.no_grad():
+        assert float(torch.linalg.matrix_norm(made(torch.eye(9)) - made.bias, 2)) < 1.01
     assert module.to("meta")(x.to("meta")).shape == (2, WIDE[0])
 
 
