@@ -377,12 +377,26 @@ def _jax_jit(function: Any, static: int) -> Any:
     return sys.modules["jax"].jit(function, static_argnums=tuple(range(static)))
 
 
+def matmul(a: Array, b: Array) -> Array:
+    """The product a b, silent where NumPy's would warn of an invalid value.
+
+    OpenBLAS times a single-precision matrix of five columns by a vector with lanes it never
+    filled. What they hold does not reach the product, but a signalling NaN among it raises the
+    processor's flag, and NumPy reports that as an error of finite matrices.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(a, torch.Tensor):
+        return a @ b
+    with np.errstate(invalid="ignore"):
+        return a @ b
+
+
 def along_axis(xp: Namespace, x: Array, table: np.ndarray, axis: int) -> Array:
     """Apply a host matrix (from, to) along one axis."""
     order = list(range(x.ndim))
     order[axis], order[-1] = order[-1], order[axis]
     matrix = constant(table, x, complex=is_complex(x))
-    return xp.permute_dims(xp.permute_dims(x, tuple(order)) @ matrix, tuple(order))
+    return xp.permute_dims(matmul(xp.permute_dims(x, tuple(order)), matrix), tuple(order))
 
 
 def truth(flag: Array) -> bool | None:

@@ -169,8 +169,8 @@ class Symbol:
             stacked = backend.constant(np.exp(1j * angles), coefficients, complex=True)
             out = stacked @ coefficients
         else:
-            real = backend.constant(np.cos(angles), coefficients) @ coefficients
-            imag = backend.constant(np.sin(angles), coefficients) @ coefficients
+            real = backend.matmul(backend.constant(np.cos(angles), coefficients), coefficients)
+            imag = backend.matmul(backend.constant(np.sin(angles), coefficients), coefficients)
             out = backend.complex_of(xp, real, imag)
         return xp.reshape(out, (angles.shape[0], self.sizes.groups, *self.block_shape))
 
@@ -184,9 +184,9 @@ class Symbol:
         weights = self.counts[chosen][:, None] / math.prod(self.coarse)
         flat = xp.reshape(blocks, (angles.shape[0], -1))
         if self.conjugate_pairs:
-            real = backend.constant((weights * np.cos(angles)).T, flat) @ xp.real(flat)
-            imag = backend.constant((weights * np.sin(angles)).T, flat) @ xp.imag(flat)
-            return real + imag
+            cosines = backend.constant((weights * np.cos(angles)).T, flat)
+            sines = backend.constant((weights * np.sin(angles)).T, flat)
+            return backend.matmul(cosines, xp.real(flat)) + backend.matmul(sines, xp.imag(flat))
         return backend.constant((weights * np.exp(-1j * angles)).T, flat, complex=True) @ flat
 
     @cached_property

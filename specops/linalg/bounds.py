@@ -62,7 +62,7 @@ def enclosure(xp: Any, a: Array, v: Array, *, gram_steps: int = 6) -> tuple[Arra
     """
     # The certificate needs orthonormal columns, whatever the caller's rounding.
     v = xp.linalg.qr(xp.linalg.qr(v)[0])[0]
-    u, s, qh = svd(xp, a @ v)
+    u, s, qh = svd(xp, backend.matmul(a, v))
     v = v @ backend.adjoint(xp, qh)
     remainder = a - (u * xp.astype(s, u.dtype)[None, :]) @ backend.adjoint(xp, v)
     coupling = backend.adjoint(xp, u) @ remainder

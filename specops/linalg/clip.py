@@ -143,5 +143,7 @@ def _shrunk(xp: Any, a: Array, v: Array, sigma: Array) -> Array:
     vh, wide = backend.adjoint(xp, v), a.shape[-2] <= a.shape[-1]
     v = v * xp.astype(1.0 - 1.0 / sigma, v.dtype)[..., None, :]
     if 2 * count < v.shape[-2]:
-        return v @ (vh @ a) if wide else (a @ v) @ vh
+        if wide:
+            return backend.matmul(v, vh @ a)
+        return backend.matmul(a, v) @ vh
     return (v @ vh) @ a if wide else a @ (v @ vh)

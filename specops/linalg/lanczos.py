@@ -43,13 +43,13 @@ class MatrixOperator:
 
     def matvec(self, x: Array) -> Array:
         """A x, as a row times the transpose: several times faster than a column."""
-        return x @ self.xp.matrix_transpose(self.data)
+        return backend.matmul(x, self.xp.matrix_transpose(self.data))
 
     def rmatvec(self, y: Array) -> Array:
         """Aᴴ y, as a row times A: no transposed copy."""
         if backend.is_complex(self.data):
             return self.xp.conj(self.xp.conj(y) @ self.data)
-        return y @ self.data
+        return backend.matmul(y, self.data)
 
 
 def largest_singular_triplet(
@@ -190,7 +190,7 @@ def _orthogonalise(xp: Any, x: Array, basis: Array) -> Array:
     complex_ = backend.is_complex(basis)
     for _ in range(2):
         # conj(basis @ conj(x)) needs no conjugated copy of the basis
-        components = basis @ (xp.conj(x) if complex_ else x)[:, :, None]
+        components = backend.matmul(basis, (xp.conj(x) if complex_ else x)[:, :, None])
         components = xp.matrix_transpose(xp.conj(components) if complex_ else components)
         x = x - (components @ basis)[:, 0, :]
     return x

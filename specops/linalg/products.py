@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from specops import host
+from specops import backend, host
 
 Array = Any
 _SPLIT_FROM = 2**16
@@ -20,7 +20,7 @@ def matvec(a: Array, x: Array) -> Array:
     """Ax."""
     blocks = _blocks(a)
     if blocks is None:
-        return a @ x
+        return backend.matmul(a, x)
     count, rows, columns = blocks.shape
     return (x.expand(count, 1, columns) @ blocks.mT).reshape(count * rows)
 
@@ -29,7 +29,7 @@ def vecmat(x: Array, a: Array) -> Array:
     """xA, without conjugation."""
     blocks = _blocks(a)
     if blocks is None:
-        return x @ a
+        return backend.matmul(x, a)
     count, rows, _ = blocks.shape
     return (x.reshape(count, 1, rows) @ blocks).sum(0).reshape(-1)
 

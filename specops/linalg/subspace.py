@@ -68,7 +68,7 @@ def leading_triplets(
         u, s, qh = svd(xp, image)
         q = backend.adjoint(xp, qh)[:, : min(width, qh.shape[0])]
         u, s = u[:, : q.shape[1]], s[: q.shape[1]]
-        v = basis @ q
+        v = backend.matmul(basis, q)
         residual = _apply(operator.rmatvec, u) - v * xp.astype(s, v.dtype)[None, :]
         iterations -= 1
         errors = xp.linalg.vector_norm(residual[:, :k], axis=0)
@@ -78,7 +78,7 @@ def leading_triplets(
         if iterations <= 0 or backend.truth(error <= tolerance * s[0]):
             break
         if basis.shape[1] > width:
-            directions = v - basis[:, :width] @ (backend.adjoint(xp, basis[:, :width]) @ v)
+            directions = _without(xp, v, basis[:, :width])
         room = v.shape[0] - v.shape[1]
         if room == 0:
             break
@@ -103,7 +103,7 @@ def _orthonormal(xp: Any, x: Array, against: Array | None = None) -> Array:
     scale = xp.max(xp.linalg.vector_norm(x, axis=0))
     for _ in range(2):
         if against is not None:
-            x = x - against @ (backend.adjoint(xp, against) @ x)
+            x = _without(xp, x, against)
         x, r = xp.linalg.qr(x)
         lost = xp.abs(xp.linalg.diagonal(r)) <= _DEPENDENT * scale
         scale = xp.ones_like(scale)
@@ -112,6 +112,11 @@ def _orthonormal(xp: Any, x: Array, against: Array | None = None) -> Array:
             noise = xp.astype(backend.constant(noise, x), x.dtype)
             x = xp.where(lost[None, :], noise, x)
             if against is not None:
-                x = x - against @ (backend.adjoint(xp, against) @ x)
+                x = _without(xp, x, against)
             x = xp.linalg.qr(x)[0]
     return x
+
+
+def _without(xp: Any, x: Array, basis: Array) -> Array:
+    """Columns less their parts along orthonormal ones."""
+    return x - backend.matmul(basis, backend.matmul(backend.adjoint(xp, basis), x))

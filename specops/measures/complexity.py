@@ -156,13 +156,20 @@ def log_jac_norm(hidden_norms: Array, jacobian_norms: Array, margin: Array) -> A
         )
     xp = backend.namespace(hidden_norms)
     # Factor by factor in logarithms, and their sum from the largest.
-    terms = xp.log(hidden_norms) + xp.log(jacobian_norms)
+    terms = _log(xp, hidden_norms) + _log(xp, jacobian_norms)
     top = xp.max(terms, axis=0)
     safe = xp.where(xp.isfinite(top), top, xp.zeros_like(top))
-    total = safe + xp.log(xp.sum(xp.exp(terms - safe[None, :]), axis=0))
+    total = safe + _log(xp, xp.sum(xp.exp(terms - safe[None, :]), axis=0))
     positive = ~(margin <= 0)  # NaN stays
     logs = xp.log(xp.where(positive, margin, xp.ones_like(margin)))
     return xp.where(positive, total - logs, xp.full_like(total, math.inf))
+
+
+def _log(xp: Any, x: Array) -> Array:
+    """Logarithms, -inf for zero, of which NumPy would warn."""
+    zero = x == 0
+    logs = xp.log(xp.where(zero, xp.ones_like(x), x))
+    return xp.where(zero, xp.full_like(x, -math.inf), logs)
 
 
 def _paired(

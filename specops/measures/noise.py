@@ -71,15 +71,16 @@ def noise_sensitivity(
     sizes, lengths = row_norms(clean), row_norms(x)
     lengths = lengths[(..., *([None] * (x.ndim - 1)))]
     rng = np.random.Generator(np.random.Philox(key=[seed, math.prod(x.shape)]))
-    total = None
+    moves = sizes > 0
+    divisors = xp.where(moves, sizes, xp.ones_like(sizes))
+    total = xp.zeros_like(sizes)
     for _ in range(samples):
         noise = backend.constant(rng.standard_normal(tuple(x.shape)), lengths)
         moved = _rows(function(x + xp.astype(noise * lengths, x.dtype)))
         # Divided before squaring: squares alone may leave the range of single precision.
-        energy = (row_norms(moved - clean) / sizes) ** 2
-        total = energy if total is None else total + energy
-    assert total is not None
-    return total / samples
+        total = total + (row_norms(moved - clean) / divisors) ** 2
+    never = xp.where(total > 0, xp.full_like(total, math.inf), xp.full_like(total, math.nan))
+    return xp.where(moves, total / samples, never)
 
 
 def _rows(x: Array) -> Array:

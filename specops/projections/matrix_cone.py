@@ -33,7 +33,7 @@ def matrix_family(
     # A hair below the limit, so that the rounding of the products stays inside as well.
     eps = backend.epsilon(a.dtype)
     reduced = limit * (1.0 - 4.0 * eps)
-    images = a @ v
+    images = backend.matmul(a, v)
     squares = xp.sum(xp.abs(images) ** 2, axis=-2)
     first = squares[..., 0]
     fits = xp.cumulative_sum(squares, axis=-1) <= (limit * first)[..., None] * (1.0 + 4.0 * eps)
@@ -119,5 +119,5 @@ def _iterate(xp: Any, a: Array, k: int, width: int, start: Array | None) -> Arra
 
 def _rank_along(xp: Any, a: Array, v: Array) -> Array:
     """‖A‖_F²/‖A v‖², an upper bound of the stable rank; 0 for the zero matrix."""
-    norm = energy(xp, a @ v)
+    norm = energy(xp, backend.matmul(a, v))
     return xp.where(norm > 0, energy(xp, a) / nonzero(xp, norm), xp.zeros_like(norm))

@@ -83,7 +83,7 @@ def matrix_norms(xp: Any, matrices: Array) -> Array:
     def along_leading_pair(a: Array) -> Array:
         u, _, vh = svd(xp, backend.stop_gradient(a))
         v = backend.adjoint(xp, vh[..., :1, :])
-        product = xp.sum(backend.conjugate(xp, u[..., :1]) * (a @ v), axis=(-2, -1))
+        product = xp.sum(backend.conjugate(xp, u[..., :1]) * backend.matmul(a, v), axis=(-2, -1))
         return _real(xp, product)
 
     return backend.with_derivative(lambda a: svdvals(xp, a)[..., 0], along_leading_pair, matrices)

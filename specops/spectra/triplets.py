@@ -198,8 +198,8 @@ def _check_count(k: int, shape: Any) -> None:
 def _of_matrix(xp: Any, matrix: Array) -> LinearOperator:
     def times(a: Array, x: Array) -> Array:
         if matrix.ndim == 2:
-            return x @ xp.matrix_transpose(a)
-        return (a @ x[..., None])[..., 0]
+            return backend.matmul(x, xp.matrix_transpose(a))
+        return backend.matmul(a, x[..., None])[..., 0]
 
     rows, columns = (int(n) for n in matrix.shape[-2:])
     return LinearOperator(

@@ -86,9 +86,13 @@ def half_step(xp: Any, a: Array, u: Array, v: Array, *, to_left: bool) -> tuple[
         real = xp.real(x).dtype if complex_ else x.dtype
         return (x / norm if 0 < norm < math.inf else kept), xp.asarray(norm, dtype=real)
     if to_left:
-        return unit(xp, (a @ v[..., None])[..., 0] if a.ndim > 2 else a @ v, u)
+        return unit(xp, _image(a, v), u)
     image = backend.conjugate(xp, u)
-    image = (image[..., None, :] @ a)[..., 0, :] if a.ndim > 2 else image @ a
+    image = (
+        backend.matmul(image[..., None, :], a)[..., 0, :]
+        if a.ndim > 2
+        else backend.matmul(image, a)
+    )
     return unit(xp, backend.conjugate(xp, image), v)
 
 
@@ -124,10 +128,12 @@ def _divided(x: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, float]:
 
 def along(xp: Any, a: Array, u: Array, v: Array) -> Array:
     """Re⟨u, Av⟩."""
-    product = xp.sum(
-        backend.conjugate(xp, u) * ((a @ v[..., None])[..., 0] if a.ndim > 2 else a @ v), axis=-1
-    )
+    product = xp.sum(backend.conjugate(xp, u) * _image(a, v), axis=-1)
     return xp.real(product) if backend.is_complex(product) else product
+
+
+def _image(a: Array, v: Array) -> Array:
+    return backend.matmul(a, v[..., None])[..., 0] if a.ndim > 2 else backend.matmul(a, v)
 
 
 def unit(xp: Any, x: Array, fallback: Array | None) -> tuple[Array, Array]:

@@ -110,8 +110,8 @@ def test_layouts_of_safetensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_npz(tmp_path: Path, save: Any) -> None:
-    more = {"big": np.arange(3, dtype=">f4"), "fortran": np.asfortranarray(RNG.random((3, 4)))}
+def test_npz(tmp_path: Path, save: Any, rng: np.random.Generator) -> None:
+    more = {"big": np.arange(3, dtype=">f4"), "fortran": np.asfortranarray(rng.random((3, 4)))}
     save(tmp_path / "a.bin", **(ARRAYS | more))
     (tmp_path / "a.bin.npz").rename(tmp_path / "a.bin")
     with open_checkpoint(tmp_path / "a.bin") as checkpoint:
