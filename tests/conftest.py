@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 import tempfile
 
@@ -23,6 +24,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 from tests.backends import BACKENDS, MISSING, Backend
 
+if "torch" in sys.modules:
+    # What it says once in a process would fail whichever test comes first.
+    sys.modules["torch"].set_warn_always(True)
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: threads of each that wait for the other's cost minutes.
     _ONE_THREAD = threadpoolctl.threadpool_limits(1, user_api="blas")
@@ -64,6 +68,14 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 def eager(request: pytest.FixtureRequest) -> Backend:
     """Every array library in turn, compilers left out."""
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """The weights a framework draws are the same in every test, whatever ran before it."""
+    random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture

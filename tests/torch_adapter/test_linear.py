@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import warnings
 from typing import Any
 
 import pytest
@@ -191,6 +190,7 @@ class Recipe(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_inputs_of_every_kind() -> None:
     module, _ = attached()
     module.float()
@@ -199,9 +199,7 @@ def test_inputs_of_every_kind() -> None:
     torch.testing.assert_close(module(x.to_sparse()), expected)
     torch.testing.assert_close(torch.Tensor(module(x.as_subclass(Recipe))), expected)
     for layout in (torch.strided, torch.jagged):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # nested tensors are a prototype
-            nested = torch.nested.nested_tensor([x[:1], x[1:]], layout=layout)
+        nested = torch.nested.nested_tensor([x[:1], x[1:]], layout=layout)
         torch.testing.assert_close(torch.cat(module(nested).unbind()), expected)
     with torch._C.DisableTorchFunctionSubclass():
         torch.testing.assert_close(module(x), expected)
