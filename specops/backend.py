@@ -378,11 +378,12 @@ def _jax_jit(function: Any, static: int) -> Any:
 
 
 def matmul(a: Array, b: Array) -> Array:
-    """The product a b, silent where NumPy's would warn of an invalid value.
+    """The product a b, without NumPy's warnings of invalid values.
 
-    OpenBLAS times a single-precision matrix of five columns by a vector with lanes it never
-    filled. What they hold does not reach the product, but a signalling NaN among it raises the
-    processor's flag, and NumPy reports that as an error of finite matrices.
+    Where a factor may be a single row or column, NumPy calls BLAS's product with a vector, and
+    OpenBLAS's in single precision computes with lanes it never filled if the matrix has five
+    columns. They do not reach the result, but a signalling NaN in them raises the processor's
+    flag, of which NumPy then warns for finite matrices. torch and JAX do not look at it.
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(a, torch.Tensor):

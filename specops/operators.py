@@ -55,7 +55,7 @@ class ConvOperator:
                 x[(..., *self._window(tap))],
                 (*lead, sizes.groups, sizes.columns, math.prod(self._coarse)),
             )
-            part = self._matrix(tap) @ seen
+            part = backend.matmul(self._matrix(tap), seen)
             total = part if total is None else total + part
         return xp.reshape(total, (*lead, self.shape[0]))
 
@@ -68,7 +68,7 @@ class ConvOperator:
             (*lead, sizes.groups, sizes.columns, *self._padded), like=self.kernel
         )
         for tap in self._taps:
-            part = backend.adjoint(xp, self._matrix(tap)) @ y
+            part = backend.matmul(backend.adjoint(xp, self._matrix(tap)), y)
             part = xp.reshape(part, (*lead, sizes.groups, sizes.columns, *self._coarse))
             padded = backend.add_at(padded, (..., *self._window(tap)), part)
         return xp.reshape(self._unpad(padded), (*lead, self.shape[1]))
@@ -81,7 +81,7 @@ class ConvOperator:
         per_tap = []
         for tap in self._taps:
             seen = xp.reshape(v[(..., *self._window(tap))], (sizes.groups, sizes.columns, -1))
-            per_tap.append(u @ backend.adjoint(xp, seen))
+            per_tap.append(backend.matmul(u, backend.adjoint(xp, seen)))
         return xp.reshape(xp.stack(per_tap, axis=-1), self.kernel.shape)
 
     def to_matrix(self) -> Array:

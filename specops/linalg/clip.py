@@ -144,6 +144,6 @@ def _shrunk(xp: Any, a: Array, v: Array, sigma: Array) -> Array:
     v = v * xp.astype(1.0 - 1.0 / sigma, v.dtype)[..., None, :]
     if 2 * count < v.shape[-2]:
         if wide:
-            return backend.matmul(v, vh @ a)
-        return backend.matmul(a, v) @ vh
+            return backend.matmul(v, backend.matmul(vh, a))
+        return backend.matmul(backend.matmul(a, v), vh)
     return (v @ vh) @ a if wide else a @ (v @ vh)

@@ -71,16 +71,17 @@ def noise_sensitivity(
     sizes, lengths = row_norms(clean), row_norms(x)
     lengths = lengths[(..., *([None] * (x.ndim - 1)))]
     rng = np.random.Generator(np.random.Philox(key=[seed, math.prod(x.shape)]))
-    moves = sizes > 0
-    divisors = xp.where(moves, sizes, xp.ones_like(sizes))
+    dead = sizes == 0
+    divisors = xp.where(dead, xp.ones_like(sizes), sizes)
     total = xp.zeros_like(sizes)
     for _ in range(samples):
         noise = backend.constant(rng.standard_normal(tuple(x.shape)), lengths)
         moved = _rows(function(x + xp.astype(noise * lengths, x.dtype)))
+        distances = row_norms(moved - clean)
         # Divided before squaring: squares alone may leave the range of single precision.
-        total = total + (row_norms(moved - clean) / divisors) ** 2
-    never = xp.where(total > 0, xp.full_like(total, math.inf), xp.full_like(total, math.nan))
-    return xp.where(moves, total / samples, never)
+        total = total + (xp.where(dead, xp.sign(distances), distances) / divisors) ** 2
+    of_dead = xp.where(total > 0, xp.full_like(total, math.inf), xp.full_like(total, math.nan))
+    return xp.where(dead, of_dead, total / samples)
 
 
 def _rows(x: Array) -> Array:

@@ -42,7 +42,8 @@ class Taps:
         groups, rows, columns = kernel.shape[:3]
         z = xp.reshape(kernel, (groups * rows, columns, self.fold.shape[0]))
         if self.folds:
-            z = z @ backend.constant(self.fold, z, complex=backend.is_complex(z))
+            fold = backend.constant(self.fold, z, complex=backend.is_complex(z))
+            z = backend.matmul(z, fold)
         # Contiguous taps, or single precision sums over the channels lose digits.
         return xp.reshape(xp.permute_dims(z, (2, 0, 1)), (self.fold.shape[1], *z.shape[:2]))
 
@@ -50,7 +51,8 @@ class Taps:
         """The kernel of these coordinates that has nothing that cancels in folding."""
         z = xp.permute_dims(z, (1, 2, 0))
         if self.folds:
-            z = z @ backend.constant(self.fold.T, z, complex=backend.is_complex(z))
+            unfold = backend.constant(self.fold.T, z, complex=backend.is_complex(z))
+            z = backend.matmul(z, unfold)
         return xp.reshape(z, like.shape)
 
 

@@ -133,6 +133,7 @@ def along(xp: Any, a: Array, u: Array, v: Array) -> Array:
 
 
 def _image(a: Array, v: Array) -> Array:
+    """Av of stacked matrices and vectors."""
     return backend.matmul(a, v[..., None])[..., 0] if a.ndim > 2 else backend.matmul(a, v)
 
 

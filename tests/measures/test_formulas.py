@@ -361,12 +361,13 @@ def test_noise_sensitivity_by_its_definition_on_a_relu_network(rng: np.random.Ge
         measures.noise_sensitivity(lambda x: x[:1], x)
 
 
-def test_noise_sensitivity_of_samples_without_an_output(backend: Backend) -> None:
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_noise_sensitivity_of_samples_without_an_output(backend: Backend, scale: float) -> None:
     """One that some draws move and others leave, one that none can move, and a live one."""
     if backend.traced:
         pytest.skip("as eager")
     x = backend.array([[-1.0], [0.0], [1.0]], "float32")
-    got = backend.numpy(measures.noise_sensitivity(lambda z: z + abs(z), x, samples=64))
+    got = backend.numpy(measures.noise_sensitivity(lambda z: scale * (z + abs(z)), x, samples=64))
     assert got[0] == math.inf
     assert np.isnan(got[1])
     assert 0 < got[2] < math.inf

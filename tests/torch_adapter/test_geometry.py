@@ -44,10 +44,10 @@ LAYERS: list[tuple[Any, int, tuple[int, ...]]] = [
     (nn.ConvTranspose2d(4, 6, (3, 2), stride=(1, 3), dilation=(2, 1), groups=2), 4, (3, 2)),
     (nn.ConvTranspose3d(2, 2, 2, stride=2), 2, (2, 2, 2)),
 ]
-_COPIES = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+_PADS_BY_A_COPY = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
 
-@_COPIES
+@_PADS_BY_A_COPY
 @pytest.mark.parametrize(("layer", "channels", "size"), LAYERS, ids=lambda v: str(v)[:60])
 def test_layers_are_what_their_geometry_says(
     layer: nn.Module, channels: int, size: tuple[int, ...]
@@ -67,7 +67,7 @@ def test_layers_are_what_their_geometry_says(
     assert float(specops.spectral_norm(w, geometry)) == pytest.approx(sigma[0], rel=1e-12)
 
 
-@_COPIES
+@_PADS_BY_A_COPY
 @pytest.mark.parametrize(("layer", "channels", "size"), LAYERS, ids=lambda v: str(v)[:60])
 def test_recorder_learns_the_size(layer: Any, channels: int, size: tuple[int, ...]) -> None:
     layer = layer.double()
