@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -51,6 +52,13 @@ def test_settings_are_restored_after_an_error() -> None:
         assert blas_threads() == before
 
 
+@lru_cache(maxsize=1)
+def of_kernel(shape: tuple[int, ...], geometry: Conv) -> tuple[np.ndarray, np.ndarray]:
+    """A kernel and the singular values of its explicit matrix, which take seconds."""
+    w = np.random.default_rng(0).standard_normal(shape)
+    return w, oracle.spectrum(w, geometry)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(
@@ -65,9 +73,8 @@ def test_settings_are_restored_after_an_error() -> None:
 def test_values_do_not_depend_on_threads(
     threads: int, dtype: str, shape: tuple[int, ...], options: dict[str, int]
 ) -> None:
-    w = np.random.default_rng(0).standard_normal(shape)
     geometry = Conv((4, 6), boundary="circular", **options)
-    sigma = oracle.spectrum(w, geometry)
+    w, sigma = of_kernel(shape, geometry)
     tolerance = (1e-6 if dtype == "float32" else 1e-12) * sigma[0]
     with threadpoolctl.threadpool_limits(threads, user_api="blas"):
         values = specops.singular_values(w.astype(dtype), geometry)
