@@ -12,6 +12,9 @@ from specops.linalg.decompositions import svd
 Array = Any
 _FIRST_STEPS = 8
 _STEPS_WHEN_TRACED = 32
+INDEPENDENT = 0.5
+"""Least norm of a unit vector without its part in the basis: as in the test "twice is enough" of
+Kahan, what is left then is orthogonal to a few units of rounding."""
 
 
 class Operator(Protocol):
@@ -62,11 +65,13 @@ def largest_singular_triplet(
     tolerance: float | None = None,
     max_steps: int = 512,
 ) -> tuple[Array, Array, Array]:
-    """(u, σ, v) with σ = ‖A v‖ the largest Ritz value of Krylov spaces from `start`.
+    """(u, σ, v) with σ = ‖A v‖ of the leading Ritz vector v of Krylov spaces from `start`.
 
     One space per diagonal block, all advanced together, so that a block whose norm is close to
-    the largest is not missed because the start hardly sees it. Full reorthogonalisation,
-    twice. σ is a lower bound of ‖A‖ up to rounding. A block has converged when the residual
+    the largest is not missed because the start hardly sees it. Full reorthogonalisation, before
+    and after each vector is normalised. σ is computed from the unit vector v, so that whatever
+    happens on the way to it, it is a lower bound of ‖A‖ up to the rounding of one product. A
+    block has converged when the residual
     ‖Aᴴu − σv‖ is below tolerance·σ, or below max(16·tolerance, 1e-10)·σ once doubling its space
     moved σ by less than tolerance·σ; values closer together than that are not told apart.
     While a compiler traces, 32 steps run instead of that test.
@@ -132,9 +137,12 @@ def largest_singular_triplet(
     one_hot = xp.take(backend.constant(np.eye(blocks), right), best, axis=0)[0, :]
     one_hot = xp.astype(one_hot, start.dtype)[:, None]
     # The band is real even for a complex operator; some libraries do not mix the two.
-    u = (xp.astype(p[:, None, :, 0], start.dtype) @ left)[:, 0, :] * one_hot
     v = (xp.astype(qh[:, None, 0, :], start.dtype) @ right[:, :done, :])[:, 0, :] * one_hot
-    return xp.reshape(u, (-1,)), xp.max(s[:, 0]), xp.reshape(v, (-1,))
+    v = xp.reshape(v, (-1,))
+    v = _safe_divide(xp, v, xp.linalg.vector_norm(v))
+    u = operator.matvec(v)
+    sigma = xp.linalg.vector_norm(u)
+    return _safe_divide(xp, u, sigma), sigma, v
 
 
 def _extend(
@@ -155,17 +163,10 @@ def _extend(
     def step(j: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         right, left, band = carry
         u = xp.reshape(operator.matvec(xp.reshape(right[:, j, :], (-1,))), (operator.blocks, -1))
-        u = _orthogonalise(xp, u, left)
-        alpha = xp.linalg.vector_norm(u, axis=-1)
-        u = _safe_divide(xp, u, alpha[:, None])
+        u, alpha = _next_vector(xp, u, left, 0.0)
         v = xp.reshape(operator.rmatvec(xp.reshape(u, (-1,))), (operator.blocks, -1))
-        v = _orthogonalise(xp, v, right)
-        beta = xp.linalg.vector_norm(v, axis=-1)
         # Below rounding the Krylov space is exhausted: its next vector would be noise.
-        exhausted = beta <= eps * (xp.max(xp.abs(band), axis=(1, 2)) + alpha)
-        v = _safe_divide(xp, v, beta[:, None])
-        v = xp.where(exhausted[:, None], xp.zeros_like(v), v)
-        beta = xp.where(exhausted, xp.zeros_like(beta), beta)
+        v, beta = _next_vector(xp, v, right, eps * (xp.max(xp.abs(band), axis=(1, 2)) + alpha))
         every = slice(None)
         left = backend.add_at(left, (every, j, every), u)
         right = backend.add_at(right, (every, j + 1, every), v)
@@ -185,15 +186,28 @@ def _grow(xp: Any, x: Array, rows: int, columns: int) -> Array:
     return xp.concat([x, beside], axis=2)
 
 
-def _orthogonalise(xp: Any, x: Array, basis: Array) -> Array:
-    """Remove the components of (blocks, n) along the rows of (blocks, k, n), twice."""
+def _next_vector(xp: Any, x: Array, basis: Array, least: Any) -> tuple[Array, Array]:
+    """(x less its part in the basis, normalised; its norm): zeros where nothing is left.
+
+    Where little is left, what is left is mostly rounding, some of it along the basis: its size
+    shows, and can be removed, only once the vector is normalised.
+    """
+    x = _without(xp, x, basis)
+    norm = xp.linalg.vector_norm(x, axis=-1)
+    x = _without(xp, _safe_divide(xp, x, norm[:, None]), basis)
+    left = xp.linalg.vector_norm(x, axis=-1)
+    fine = (norm > least) & (left > INDEPENDENT)
+    x = _safe_divide(xp, x, left[:, None])
+    return xp.where(fine[:, None], x, xp.zeros_like(x)), xp.where(fine, norm, xp.zeros_like(norm))
+
+
+def _without(xp: Any, x: Array, basis: Array) -> Array:
+    """Remove the components of (blocks, n) along the rows of (blocks, k, n)."""
     complex_ = backend.is_complex(basis)
-    for _ in range(2):
-        # conj(basis @ conj(x)) needs no conjugated copy of the basis
-        components = backend.matmul(basis, (xp.conj(x) if complex_ else x)[:, :, None])
-        components = xp.matrix_transpose(xp.conj(components) if complex_ else components)
-        x = x - (components @ basis)[:, 0, :]
-    return x
+    # conj(basis @ conj(x)) needs no conjugated copy of the basis
+    components = backend.matmul(basis, (xp.conj(x) if complex_ else x)[:, :, None])
+    components = xp.matrix_transpose(xp.conj(components) if complex_ else components)
+    return x - (components @ basis)[:, 0, :]
 
 
 def _safe_divide(xp: Any, x: Array, norm: Array) -> Array:

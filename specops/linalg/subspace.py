@@ -10,6 +10,8 @@ from specops.linalg.lanczos import Operator
 
 Array = Any
 _DEPENDENT = 1e-6
+_DRIFTS = 8
+"""Rounds from which the rounding that images of V gather is taken out at the end."""
 
 
 def leading_triplets(
@@ -60,7 +62,7 @@ def leading_triplets(
     """
     eps = backend.epsilon(start.dtype)
     tolerance = 0.1 * eps**0.5 if tolerance is None else tolerance
-    width = start.shape[1]
+    width, rounds = start.shape[1], 0
     basis = _orthonormal(xp, start)
     directions = basis[:, :0]
     image = _apply(operator.matvec, basis)
@@ -70,12 +72,12 @@ def leading_triplets(
         u, s = u[:, : q.shape[1]], s[: q.shape[1]]
         v = backend.matmul(basis, q)
         residual = _apply(operator.rmatvec, u) - v * xp.astype(s, v.dtype)[None, :]
-        iterations -= 1
+        rounds += 1
         errors = xp.linalg.vector_norm(residual[:, :k], axis=0)
         if floor is not None:
             errors = xp.where(s[:k] > floor, errors, xp.zeros_like(errors))
         error = xp.max(errors)
-        if iterations <= 0 or backend.truth(error <= tolerance * s[0]):
+        if rounds >= iterations or backend.truth(error <= tolerance * s[0]):
             break
         if basis.shape[1] > width:
             directions = _without(xp, v, basis[:, :width])
@@ -89,6 +91,10 @@ def leading_triplets(
         image = xp.concat(
             [u * xp.astype(s, u.dtype)[None, :], _apply(operator.matvec, fresh)], axis=1
         )
+    if rounds > _DRIFTS:
+        v = xp.linalg.qr(v)[0]
+        u, s, qh = svd(xp, _apply(operator.matvec, v))
+        v = backend.matmul(v, backend.adjoint(xp, qh))
     return u[:, :k], s[:k], v[:, :k], v
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from specops import backend
 from specops.errors import NonFiniteError
+from specops.linalg.lanczos import INDEPENDENT
 
 Array = Any
 
@@ -81,10 +82,7 @@ def lanczos(
     for index in range(min(steps, size)):
         x = xp.astype(product(basis[-1]), start.dtype)
         along = float(xp.sum(basis[-1] * x))
-        # Twice: once leaves components that grow into copies of values already found.
-        for _ in range(2):
-            for q in basis:
-                x = x - xp.sum(q * x) * q
+        x = _without(xp, x, basis)
         rest = float(safe_norm(x))
         if not np.isfinite(along) or not np.isfinite(rest):
             raise NonFiniteError(
@@ -95,12 +93,26 @@ def lanczos(
         beside.append(rest)
         found = _ritz(diagonal, beside, eps)
         # Below rounding the space is exhausted: what is left is noise.
-        if rest <= 8 * eps * np.abs(found.values).max() or len(diagonal) == size:
+        exhausted = rest <= 8 * eps * np.abs(found.values).max() or len(diagonal) == size
+        if not exhausted:
+            # Again, since once leaves components that grow into copies of values already found,
+            # and of a normalised vector: where little was left, most of it may be rounding.
+            x = _without(xp, x / rest, basis)
+            left = float(safe_norm(x))
+            exhausted = left < INDEPENDENT
+        if exhausted:
             return _ritz(diagonal, [*beside[:-1], 0.0], eps)
         if settled is not None and settled(found):
             return found
-        basis.append(x / rest)
+        basis.append(x / left)
     return found
+
+
+def _without(xp: Any, x: Array, basis: list[Array]) -> Array:
+    """`x` less its components along orthonormal vectors."""
+    for q in basis:
+        x = x - xp.sum(q * x) * q
+    return x
 
 
 def _ritz(diagonal: list[float], beside: list[float], eps: float) -> Ritz:
