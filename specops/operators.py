@@ -93,28 +93,16 @@ class ConvOperator:
 
     def squared_frobenius(self) -> Array:
         """‖A‖_F² = Σ_a ‖K_a‖² · (outputs whose tap a reads inside the grid)."""
-        xp, sizes = self.xp, self.sizes
-        if sizes.circular and any(
-            k * d > n for k, d, n in zip(sizes.kernel, sizes.dilation, self._fine, strict=True)
-        ):
-            from specops.symbol import symbol_of
-
-            folded = symbol_of(sizes, self._fine).coefficients(xp, self.kernel)
-            return math.prod(self._coarse) * xp.sum(xp.abs(folded) ** 2)
+        xp, sizes, kernel = self.xp, self.sizes, self.kernel
         counts = np.ones(())
-        for n, m, s, d, k, lower in zip(
-            self._fine,
-            self._coarse,
-            sizes.stride,
-            sizes.dilation,
-            sizes.kernel,
-            self._lower,
-            strict=True,
-        ):
-            reads = s * np.arange(m)[:, None] + d * np.arange(k)[None, :] - lower
-            inside = np.ones_like(reads) if sizes.circular else (reads >= 0) & (reads < n)
-            counts = np.multiply.outer(counts, inside.sum(axis=0).astype(float))
-        return xp.sum(xp.abs(self.kernel) ** 2 * backend.constant(counts, self.kernel))
+        for t, (n, d, uses) in enumerate(zip(self._fine, sizes.dilation, sizes.uses, strict=True)):
+            landings, landing = np.unique(d * np.arange(len(uses)) % n, return_inverse=True)
+            if sizes.circular and len(landings) < len(uses):
+                # Taps that wrap onto each other add up, at every output, before they are squared.
+                kernel = backend.along_axis(xp, kernel, np.eye(len(landings))[landing], 3 + t)
+                uses = uses[: len(landings)]
+            counts = np.multiply.outer(counts, np.array(uses, float))
+        return xp.sum(xp.abs(kernel) ** 2 * backend.constant(counts, kernel))
 
     def _matrix(self, tap: tuple[int, ...]) -> Array:
         return self.kernel[(..., *tap)]

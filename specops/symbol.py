@@ -38,7 +38,10 @@ class _Axis:
     period: int
     multiplicity: int
     scatter: np.ndarray
-    """(taps, phases·shifts), 1 where a tap lands; taps that wrap onto each other share one."""
+    """(taps, phases·shifts), 1 where a tap lands; taps that wrap onto each other share one.
+
+    Taps that are never read land nowhere.
+    """
 
     @property
     def is_identity(self) -> bool:
@@ -46,9 +49,10 @@ class _Axis:
         return rows == columns and bool((self.scatter == np.eye(rows)).all())
 
 
-def _axis(taps: int, stride: int, dilation: int, fine: int) -> _Axis:
+def _axis(taps: int, read: tuple[int, ...], stride: int, dilation: int, fine: int) -> _Axis:
     coarse = fine // stride
-    offsets = dilation * np.arange(taps)
+    # An axis without any is one whose only coefficient is zero.
+    offsets = dilation * np.array(read or (0,))
     phase, shift = offsets % stride, offsets // stride % coarse
     for p in np.unique(phase):
         at = phase == p
@@ -58,7 +62,8 @@ def _axis(taps: int, stride: int, dilation: int, fine: int) -> _Axis:
     phases, phase_index = np.unique(phase, return_inverse=True)
     shifts, shift_index = np.unique(shift, return_inverse=True)
     scatter = np.zeros((taps, len(phases) * len(shifts)))
-    scatter[np.arange(taps), phase_index * len(shifts) + shift_index] = 1.0
+    if read:
+        scatter[np.array(read), phase_index * len(shifts) + shift_index] = 1.0
     return _Axis(
         len(phases),
         tuple(int(b) for b in shifts),
@@ -92,8 +97,10 @@ class Symbol:
         self.sizes = sizes
         self.conjugate_pairs = conjugate_pairs
         self.axes = tuple(
-            _axis(k, s, d, n)
-            for k, s, d, n in zip(sizes.kernel, sizes.stride, sizes.dilation, torus, strict=True)
+            _axis(k, read, s, d, n)
+            for k, read, s, d, n in zip(
+                sizes.kernel, sizes.read, sizes.stride, sizes.dilation, torus, strict=True
+            )
         )
         self.coarse = tuple(n // s for n, s in zip(torus, sizes.stride, strict=True))
         self.fine = torus
@@ -207,11 +214,11 @@ def certified_symbol(sizes: ConvSizes, conjugate_pairs: bool) -> tuple[Symbol, f
     The factor is 1 on the torus that contains a layer of known size. For every size at once it
     is the cosine certificate ∏ cos(π(k' − 1)/(2N)) on a coarse grid of N points per axis, where
     k' = ⌈k·gcd(s, d)/s⌉ taps share a phase. A circular stride that does not divide its grid,
-    which "every size" includes, is bounded by the same convolution at stride 1, of which it is
-    a choice of rows; the polyphase symbol does not bound it.
+    which "every size" includes, is bounded by the same convolution at stride 1 along that axis,
+    of which it is a choice of rows; the polyphase symbol does not bound it.
     """
     if sizes.circular and (sizes.fine is None or not sizes.stride_divides):
-        sizes = replace(sizes, stride=(1,) * len(sizes.stride), coarse=sizes.fine)
+        sizes = sizes.with_dividing_strides()
     if sizes.fine is not None:
         return symbol_of(sizes, sizes.enclosing_torus(), conjugate_pairs), 1.0
     factor, torus, strides = 1.0, [], []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,58 @@ class ConvSizes:
         return tuple(d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True))
 
     @property
+    def uses(self) -> tuple[tuple[int, ...], ...]:
+        """How many outputs read each tap inside the grid, along each axis."""
+        assert self.fine is not None
+        assert self.coarse is not None
+        assert self.lower is not None
+        if self.circular:
+            return tuple((m,) * k for m, k in zip(self.coarse, self.kernel, strict=True))
+        uses = []
+        for n, m, lower, k, s, d in zip(
+            self.fine, self.coarse, self.lower, self.kernel, self.stride, self.dilation, strict=True
+        ):
+            # Output p reads entry s·p + d·a − lower.
+            first = (max(0, -((d * a - lower) // s)) for a in range(k))
+            last = (min(m - 1, (n - 1 + lower - d * a) // s) for a in range(k))
+            uses.append(tuple(max(0, b - a + 1) for a, b in zip(first, last, strict=True)))
+        return tuple(uses)
+
+    @property
+    def read(self) -> tuple[tuple[int, ...], ...]:
+        """The taps along each axis that some output reads inside the grid."""
+        if self.fine is None or self.circular:
+            return tuple(tuple(range(k)) for k in self.kernel)
+        return tuple(tuple(a for a, n in enumerate(axis) if n) for axis in self.uses)
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether every tap acts on some input."""
+        return tuple(map(len, self.read)) == self.kernel
+
+    @property
     def stride_divides(self) -> bool:
         """Whether the stride divides the fine grid."""
         assert self.fine is not None
         return not any(n % s for n, s in zip(self.fine, self.stride, strict=True))
 
+    def with_dividing_strides(self) -> ConvSizes:
+        """The circular convolution of which this circular one is a choice of rows.
+
+        Strides that do not divide the grid, which "every size" includes, become 1.
+        """
+        if self.fine is None:
+            return replace(self, stride=(1,) * len(self.stride))
+        stride = tuple(1 if n % s else s for n, s in zip(self.fine, self.stride, strict=True))
+        coarse = tuple(n // s for n, s in zip(self.fine, stride, strict=True))
+        return replace(self, stride=stride, coarse=coarse)
+
     def enclosing_torus(self) -> tuple[int, ...]:
         """The grid of a circular convolution that contains this one as a submatrix.
 
         It is the grid itself for a circular boundary. For a zero boundary the wrapped reads
-        must fall on padding: N ≥ n + lower, N ≥ one past the last index read, N/s ≥ outputs.
+        must fall on padding: N ≥ n less the first index read, N ≥ one past the last, N/s ≥
+        outputs. Taps that are never read do not count.
         """
         assert self.fine is not None
         assert self.coarse is not None
@@ -48,10 +90,12 @@ class ConvSizes:
         if self.circular:
             return self.fine
         torus = []
-        for n, m, lower, s, span in zip(
-            self.fine, self.coarse, self.lower, self.stride, self.spans, strict=True
+        for n, m, lower, s, d, taps in zip(
+            self.fine, self.coarse, self.lower, self.stride, self.dilation, self.read, strict=True
         ):
-            least = max(n + lower, (m - 1) * s + span - lower, m * s)
+            least = max(n, m * s)
+            if taps:
+                least = max(least, n + lower - d * taps[0], (m - 1) * s + d * taps[-1] - lower + 1)
             torus.append(-(-least // s) * s)
         return tuple(torus)
 

@@ -22,14 +22,17 @@ class ProjectionInfo:
     norm_before, norm_after : array
         The constrained norm of the weight given and of the weight returned, the latter as
         stored. Shape (\\*batch,), one more axis for ``Dense(splits=...)``; NaN for matrices
-        that are not finite. For a zero-padded Conv these are norms on the torus that contains
-        the layer. Measured from below, to about 1e-4, where a single matrix has more than 2^16
-        entries, and `norm_before` also from the directions of a warm start: what is certified
-        is that the weight returned is inside.
+        that are not finite. For a zero-padded Conv, and a circular one whose stride does not
+        divide its grid, these are norms on the torus that contains the layer. Measured from
+        below, to about 1e-4, where a single matrix has more than 2^16 entries, and
+        `norm_before` also from the directions of a warm start: what is certified is that the
+        weight returned is inside.
     gap : array
-        Certified: ``‖returned − nearest‖² ≤ gap·‖given‖²``. It is twice the difference of the
-        primal and the dual objective over ‖given‖², up to rounding; 0 where nothing changed.
-        Shape as the norms.
+        Certified: ``‖returned − nearest‖² ≤ gap·‖given‖²`` for the nearest weight in the ball
+        of the constrained norm. Where that is the norm on a torus that contains the layer, the
+        layer's own ball is larger, and nothing is certified of the nearest weight in that. It
+        is twice the difference of the primal and the dual objective over ‖given‖², up to
+        rounding; 0 where nothing changed. Shape as the norms.
     iterations : int
         Rounds that an iterative method took; 0 if the weight was inside, 1 for a direct one.
     state : dict of str to array

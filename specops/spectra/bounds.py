@@ -49,10 +49,11 @@ def spectral_norm_bounds(
     r"""Enclose the operator norm :math:`\sigma_1` of the map that `w` stands for.
 
     Dense and circular Conv: the computed norm, widened by the rounding of its solver. Zero
-    boundary: from below Lanczos on the operator, from above the norm on a torus that contains
-    it. ``Conv(None)``: the supremum over every size, between the largest value on a grid of
-    frequencies and that value divided by the grid's cosine certificate
-    :math:`\prod_t\cos\frac{\pi(k_t-1)}{2N_t}`, or by branch and bound.
+    boundary, or a circular stride that does not divide the grid: from below Lanczos on the
+    operator, from above the norm on a torus that contains it. ``Conv(None)``: the supremum
+    over every size, between the largest value on a grid of frequencies and that value divided
+    by the grid's cosine certificate :math:`\prod_t\cos\frac{\pi(k_t-1)}{2N_t}`, or by branch and
+    bound.
 
     Parameters
     ----------

@@ -149,7 +149,7 @@ def lanczos_norm(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
 
 
 def plane_wave(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
-    """An output near the leading left singular vector of a zero-padded convolution.
+    """An output near the leading left singular vector of a convolution.
 
     The leading left singular vector of the maximising block, as a plane wave under a sine
     window, plus as much of every direction in every group, so that no symmetry can hide the
@@ -159,7 +159,9 @@ def plane_wave(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
     symbol, _ = certified_symbol(sizes, not backend.is_complex(kernel))
     leading = leading_block(xp, kernel, symbol)
     channels = leading_vectors(xp, kernel, symbol, leading)[0]
-    turns = backend.constant(symbol.frequencies / np.array(symbol.coarse), kernel)
+    # Outputs of a stride that the symbol replaces by 1 are that far apart on its grid.
+    apart = np.array(sizes.stride) / np.array(symbol.sizes.stride)
+    turns = backend.constant(symbol.frequencies * apart / np.array(symbol.coarse), kernel)
     turn = xp.take(turns, leading.frequency, axis=0)[0, :]
     grid = np.indices(sizes.coarse).reshape(len(sizes.coarse), -1)
     angle = 2.0 * math.pi * (turn @ backend.constant(grid.astype(float), kernel))
