@@ -90,6 +90,29 @@ def conv_matrix(w: np.ndarray, conv: Conv) -> np.ndarray:
     return matrix.reshape(outputs * int(np.prod(grid_out)), -1)
 
 
+def read_taps(conv: Conv, kernel: tuple[int, ...]) -> np.ndarray:
+    """Booleans of the kernel's shape: which taps some output reads inside the grid."""
+    grid_in, grid_out = grids(conv, kernel)
+    coarse, fine = (grid_in, grid_out) if conv.transposed else (grid_out, grid_in)
+    read = np.zeros(kernel, dtype=bool)
+    for tap in itertools.product(*map(range, kernel)):
+        for position in itertools.product(*map(range, coarse)):
+            at = [
+                conv.stride[t] * position[t] + conv.dilation[t] * tap[t] - low
+                for t, (low, _) in enumerate(pads(conv, kernel))
+            ]
+            inside = all(0 <= a < n for a, n in zip(at, fine, strict=True))
+            read[tap] = read[tap] or inside or conv.boundary == "circular"
+    return read
+
+
+def only_read(w: np.ndarray, conv: Conv) -> np.ndarray:
+    """The weight with zeros at the taps that are never read."""
+    first = conv.layout[0] != "*"
+    read = read_taps(conv, w.shape[2:] if first else w.shape[:-2])
+    return np.where(read if first else read[..., None, None], w, 0.0)
+
+
 def spectrum(w: np.ndarray, geometry: Dense | Conv) -> np.ndarray:
     """Singular values of the explicit matrix."""
     build = dense_matrix if isinstance(geometry, Dense) else conv_matrix

@@ -133,6 +133,11 @@ class Conv:
         full, part = (0, 1) if spatial_last else (-1, -2)
         return (full, part) if full_is_out else (part, full)
 
+    @property
+    def spatial_last(self) -> bool:
+        """Whether the kernel's axes come after those of the channels."""
+        return _LAYOUTS[self.layout][1]
+
     def sizes(self, shape: tuple[int, ...]) -> ConvSizes:
         """The sizes with a kernel of this shape; `GeometryError` if the two do not fit."""
         ndim = len(shape) - 2

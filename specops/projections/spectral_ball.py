@@ -10,6 +10,7 @@ from specops import backend
 from specops.errors import StateError
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import check_bound, integer, nan_without, non_negative
+from specops.geometry.unread import with_unread
 from specops.projections import conv_support, matrix_ball
 from specops.projections.conv_support import KernelProblem
 from specops.projections.feasible import ProjectionInfo
@@ -88,10 +89,11 @@ def project_spectral_ball(
     -------
     array, or (array, ProjectionInfo)
         Of the shape, dtype, namespace and device of `w`: `w` itself if it is certified to be
-        inside. A zero-padded Conv is constrained on the torus that contains it, which implies
-        the bound; with ``input_shape=None`` on a grid whose cosine certificate covers every
-        size. In a stack (``batch_axes``) a matrix that holds NaN or infinity is left as it
-        was, with a warning.
+        inside. A zero-padded Conv, and a circular one whose stride does not divide its grid, is
+        constrained on the torus that contains it, which implies the bound; with
+        ``input_shape=None`` on a grid whose cosine certificate covers every size. Taps that no
+        output reads inside the grid stay as they are. In a stack (``batch_axes``) a matrix that
+        holds NaN or infinity is left as it was, with a warning.
 
     Raises
     ------
@@ -110,8 +112,9 @@ def project_spectral_ball(
     double precision, and while a compiler traces, singular values in single precision decide.
 
     Not guaranteed: that the gap reaches its tolerance within the iterations, which
-    ``info.gap`` tells; nearness to the zero-padded ball, which is larger than the ball on the
-    torus. While a compiler traces, matrices are decomposed by SVD and kernels get 20
+    ``info.gap`` tells; nearness to the ball of a Conv that is constrained on a torus containing
+    it, which is larger than the ball on that torus: there the gap is to the nearest weight of
+    the latter. While a compiler traces, matrices are decomposed by SVD and kernels get 20
     accelerated rounds, without state, and so it is with torch tensors that require gradients in
     grad mode: project parameters under ``torch.no_grad()``. The derivative is that of the SVD,
     which does not exist where singular values above the bound are equal.
@@ -153,6 +156,7 @@ def project_spectral_ball(
         result, info = problem.project(
             method, iterations, Tolerance(gap_tolerance, distance_tolerance), state, measure
         )
+        result = with_unread(result, w, problem.geometry)
     result = nan_without(max_norm, result)
     return (result, info) if return_info else result
 

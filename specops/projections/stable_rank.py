@@ -12,6 +12,7 @@ from specops import backend
 from specops.errors import StateError, UnsupportedGeometryError
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import integer, nan_without, number_where
+from specops.geometry.unread import with_unread
 from specops.projections.kernel_axis import leading_axis
 from specops.projections.kernel_cone import kernel_family
 from specops.projections.matrix_cone import leading_vectors, matrix_family
@@ -271,7 +272,7 @@ def _project_conv(
     change = backend.to_compute(xp, stored) / given.scale - given.w
     distance = xp.sqrt(energy(xp, xp.reshape(change, (change.shape[0], -1)))) * given.scale
     info.distance = xp.where(above, distance, xp.zeros_like(distance))
-    return xp.where(above, stored, w), info
+    return with_unread(xp.where(above, stored, w), w, geometry), info
 
 
 def _state(v: Array | None) -> dict[str, Array]:

@@ -119,7 +119,7 @@ class Support:
             taps = np.einsum("ps,qt->pqst", taps, own).reshape(-1, taps.shape[1] * own.shape[1])
         self.taps = taps.T
         """(shifts, phases): how many taps act in each slot."""
-        self.most = float(taps.max())
+        self.most = max(1.0, float(taps.max()))
         """‖A‖² of the map A to the blocks, in the inner product of `gather`."""
         self.plain = bool((taps == 1).all())
 

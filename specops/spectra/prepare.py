@@ -13,13 +13,17 @@ import numpy as np
 from specops import backend
 from specops.errors import NonFiniteError, NonFiniteWarning
 from specops.geometry import Conv, Dense, Geometry, resolve_geometry
+from specops.geometry.unread import without_unread
 
 Array = Any
 
 
 @dataclass
 class Prepared:
-    """A checked weight. ``given weight = scale · w`` (for Conv; Dense scales each matrix)."""
+    """A checked weight. ``given weight = scale · w`` (for Conv; Dense scales each matrix).
+
+    Of a kernel the taps that are never read are zero.
+    """
 
     xp: Any
     w: Array
@@ -49,9 +53,12 @@ def prepare(w: Array, geometry: Geometry | None, *, scaled: bool = True) -> Prep
     else:
         geometry.check(tuple(w.shape))
     w = backend.to_compute(xp, w)
+    if scaled and isinstance(geometry, Conv):
+        backend.check_finite(xp, w, "the kernel")
+    if isinstance(geometry, Conv):
+        w = without_unread(w, geometry)
     if isinstance(geometry, Dense) or not scaled:
         return Prepared(xp, w, geometry, None)
-    backend.check_finite(xp, w, "the kernel")
     scale = backend.magnitude(xp, w)
     return Prepared(xp, w / scale, geometry, xp.reshape(scale, ()))
 

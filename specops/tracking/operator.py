@@ -11,6 +11,7 @@ import numpy as np
 from specops import backend
 from specops.errors import GeometryError
 from specops.geometry import Conv, ConvSizes
+from specops.geometry.unread import without_unread
 from specops.linalg.lanczos import largest_singular_triplet
 from specops.operators import ConvOperator
 from specops.spectra.norms import plane_wave
@@ -70,7 +71,8 @@ class TrackedOperator(AlongAxis):
         return v, xp.max(sigmas), xp.astype(leads, v.dtype)[:, None], operator, image
 
     def _kernel(self, xp: Any, w: Array) -> tuple[Array, ConvSizes]:
-        kernel = self.geometry.kernel(backend.stop_gradient(backend.to_compute(xp, w)))
+        w = without_unread(backend.stop_gradient(backend.to_compute(xp, w)), self.geometry)
+        kernel = self.geometry.kernel(w)
         sizes = self.geometry.sizes(tuple(w.shape))
         if sizes.fine is None:
             raise GeometryError(

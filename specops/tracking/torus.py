@@ -10,6 +10,7 @@ import numpy as np
 from specops import backend
 from specops.errors import StateError
 from specops.geometry import Conv
+from specops.geometry.unread import without_unread
 from specops.spectra.torus import ranked_blocks
 from specops.symbol import Symbol, certified_symbol
 from specops.tracking.power import Array, State, checked, power_step
@@ -74,6 +75,7 @@ class TrackedTorus:
         return backend.to_numpy(state["frequency"])
 
     def _symbol(self, xp: Any, w: Array) -> tuple[Array, Symbol, float]:
-        kernel = self.geometry.kernel(backend.stop_gradient(backend.to_compute(xp, w)))
+        w = without_unread(backend.stop_gradient(backend.to_compute(xp, w)), self.geometry)
+        kernel = self.geometry.kernel(w)
         sizes = self.geometry.sizes(tuple(w.shape))
         return kernel, *certified_symbol(sizes, not backend.is_complex(kernel))

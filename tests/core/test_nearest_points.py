@@ -57,8 +57,7 @@ def torus(geometry: Conv, shape: tuple[int, ...]) -> Conv:
         fine = (ANY_SIZE_POINTS,) * len(stride)
     else:
         fine = sizes.enclosing_torus()
-        if any(n % s for n, s in zip(fine, stride, strict=True)):
-            stride = (1,) * len(fine)
+        stride = tuple(1 if n % s else s for n, s in zip(fine, stride, strict=True))
     coarse = tuple(n // s for n, s in zip(fine, stride, strict=True))
     return Conv(
         coarse if geometry.transposed else fine,
@@ -82,10 +81,15 @@ def certificate(geometry: Conv, shape: tuple[int, ...]) -> float:
 def matrices(w: np.ndarray, geometry: Geometry) -> list[np.ndarray]:
     """Every matrix, or stack of matrices, whose norm is constrained."""
     if isinstance(geometry, Conv):
-        return [oracle.conv_matrix(w, torus(geometry, w.shape))]
+        return [oracle.conv_matrix(seen(w, geometry), torus(geometry, w.shape))]
     whole = oracle.dense_matrix(w, geometry)
     ends = np.cumsum(geometry.splits or ())[:-1]
     return np.split(whole, ends, axis=-2)
+
+
+def seen(w: np.ndarray, geometry: Conv) -> np.ndarray:
+    """The weight without what only reads padding, which on the torus would read inputs."""
+    return w if geometry.grid is None else oracle.only_read(w, geometry)
 
 
 def norm(w: np.ndarray, geometry: Geometry) -> float:
@@ -140,7 +144,7 @@ def slowly(
     conv = torus(geometry, w.shape)
     limit = bound * certificate(geometry, w.shape)
     units = np.eye(w.size).reshape(-1, *w.shape)
-    maps = np.stack([oracle.conv_matrix(unit, conv) for unit in units])
+    maps = np.stack([oracle.conv_matrix(seen(unit, geometry), conv) for unit in units])
     a, shape = maps.reshape(w.size, -1).T, maps.shape[1:]
     gram, best, error = a.T @ a, w, np.inf
     for stiffness in (1.0, 10.0, 0.1):
