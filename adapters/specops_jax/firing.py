@@ -7,7 +7,7 @@ that compile times grow with the number of shapes, not of layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from specops import backend
-from specops.errors import NonFiniteError, SpecopsError, StateError
+from specops.errors import NonFiniteError, SpecopsError
 from specops_jax.program import Item, Program
-from specops_jax.state import Arrays, SpecopsState
+from specops_jax.state import Arrays, SpecopsState, check_states
 
 Results = dict[str, tuple[Any, dict[str, Any], dict[str, Any], Any]]
 """(array, state, figures, whether the weight was finite) by name."""
@@ -112,39 +112,6 @@ def enforced(item: Item, weight: Any) -> Any:
     return weight if new is held else jax.device_put(new, weight.sharding)
 
 
-def check_states(items: Sequence[Item], leaves: Sequence[Any], state: SpecopsState) -> None:
-    """Raise if a state was made for other parameters, or another plan."""
-    wrong = [
-        item.name
-        for item, w in ((item, leaves[item.index]) for item in items)
-        if item.name not in state.rules
-        or not _holds(state.rules[item.name], _started(item.rule, item.geometry, w.shape, w.dtype))
-    ]
-    if wrong:
-        raise StateError(
-            f"the state is not what the plan keeps of {', '.join(wrong)}: it was made by another "
-            f"plan, or for other parameters. Make a new one with specops_jax.init"
-        )
-
-
-def _holds(found: dict[str, Any], started: dict[str, Any]) -> bool:
-    """Whether a state has what its rule starts with; firings may add to that."""
-    # Stacked, where a whole step is mapped and the state is not.
-    return all(
-        key in found and found[key].shape[found[key].ndim - x.ndim :] == x.shape
-        for key, x in started.items()
-    )
-
-
-@lru_cache(maxsize=4096)
-def _started(rule: Any, geometry: Any, shape: tuple[int, ...], dtype: Any) -> dict[str, Any]:
-    """Shapes of the state that a rule starts with."""
-    start = getattr(rule, "watch", rule.init)
-    weight = jax.ShapeDtypeStruct(shape, dtype)
-    found: dict[str, Any] = jax.eval_shape(lambda w: start(w, geometry, ""), weight)
-    return found
-
-
 def _fire(items: Sequence[Item], weights: Any, states: Arrays, step: Any) -> Results:
     layouts, weights = {}, dict(weights)
     for item in items:
@@ -189,7 +156,8 @@ def _key(item: Item, weight: Any) -> Any:
     """What equal bodies share; schedules may depend on the name."""
     if any(map(callable, vars(item.rule).values())):
         return item.name
-    return item.rule, item.geometry, weight.shape, weight.dtype
+    rule = item.rule if item.is_key else id(item.rule)
+    return rule, item.geometry, weight.shape, weight.dtype
 
 
 def _checked(item: Item, weight: Any, state: Any, step: Any) -> Any:

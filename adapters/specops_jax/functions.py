@@ -13,9 +13,9 @@ from specops.errors import AdapterError, NonFiniteError
 from specops.geometry import Geometry
 from specops.report import Report, measured_norm, plan_rows
 from specops.rules import TrainableScale
-from specops_jax.firing import advance, begin, check_states, enforced
+from specops_jax.firing import advance, begin, enforced
 from specops_jax.program import Item, Program, program
-from specops_jax.state import SpecopsState
+from specops_jax.state import SpecopsState, check_states
 
 Params = Any
 Geometries = Mapping[str, Geometry]

@@ -30,6 +30,15 @@ class Item(Assigned):
     """Of its leaf."""
     assignment: Assignment
 
+    @property
+    def is_key(self) -> bool:
+        """Whether the rule can be one: not where it holds arrays, traced or not."""
+        try:
+            hash(self.rule)
+        except TypeError:
+            return False
+        return True
+
 
 @dataclass(frozen=True)
 class Program:

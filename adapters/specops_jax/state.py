@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
 
+from specops.errors import StateError
 from specops.history import plain
+from specops_jax.program import Item
 
 Arrays = dict[str, dict[str, jax.Array]]
 
@@ -78,3 +82,41 @@ def find_state(state: Any, index: int | None = None) -> SpecopsState:
         raise ValueError(
             f"expected a specops_jax state in the optimizer's state, found {len(found)}"
         ) from None
+
+
+def check_states(items: Sequence[Item], leaves: Sequence[Any], state: SpecopsState) -> None:
+    """Raise if a state was made for other parameters, or another plan."""
+    wrong = [
+        item.name
+        for item, w in ((item, leaves[item.index]) for item in items)
+        if item.name not in state.rules or not _holds(state.rules[item.name], _started(item, w))
+    ]
+    if wrong:
+        raise StateError(
+            f"the state is not what the plan keeps of {', '.join(wrong)}: it was made by another "
+            f"plan, or for other parameters. Make a new one with specops_jax.init"
+        )
+
+
+def _holds(found: dict[str, Any], started: dict[str, Any]) -> bool:
+    """Whether a state has what its rule starts with; firings may add to that."""
+    # Stacked, where a whole step is mapped and the state is not.
+    return all(
+        key in found and found[key].shape[found[key].ndim - x.ndim :] == x.shape
+        for key, x in started.items()
+    )
+
+
+def _started(item: Item, weight: Any) -> dict[str, Any]:
+    """Shapes of the state that a rule starts with."""
+    shapes = _shapes if item.is_key else _shapes.__wrapped__
+    found: dict[str, Any] = shapes(item.rule, item.geometry, weight.shape, weight.dtype)
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _shapes(rule: Any, geometry: Any, shape: tuple[int, ...], dtype: Any) -> dict[str, Any]:
+    start = getattr(rule, "watch", rule.init)
+    weight = jax.ShapeDtypeStruct(shape, dtype)
+    found: dict[str, Any] = jax.eval_shape(lambda w: start(w, geometry, ""), weight)
+    return found

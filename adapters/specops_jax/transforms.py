@@ -13,6 +13,7 @@ from specops.errors import PlanError
 from specops.geometry import Geometry
 from specops.plan import Plan
 from specops_jax.firing import advance, begin
+from specops_jax.placeholders import is_placeholder, no_params
 from specops_jax.program import Program, program
 from specops_jax.state import SpecopsState
 
@@ -56,6 +57,12 @@ def constrain(
     Arrays that an earlier link freezes (``optax.set_to_zero``) are projected all the same:
     leave them out of the plan, or put ``constrain`` into the branch of
     ``optax.multi_transform`` that trains the others.
+    ``optax.tree.map_params`` leaves this state as it is: its vectors have no parameter's shape.
+    ``transform_non_params`` is called on each of its fields, which are dicts of arrays but for
+    ``step``: map over them, ``lambda x: jax.tree.map(f, x)``.
+    Bounds, strengths and ratios may be hyperparameters of ``optax.inject_hyperparams``, which
+    rounds them to half precision where all parameters are (``hyperparam_dtype=jnp.float32``
+    does not); ``every`` and other integers belong among its ``static_args``.
     In half precision ``w + (P(w + u) − w)`` rounds again and may end above the bound by a few
     units of the last place of w: use `project_params` after ``optax.apply_updates`` where the
     bound must hold as stored.
@@ -128,6 +135,8 @@ def _starting(
     name: str,
 ) -> Any:
     def init(params: Any) -> SpecopsState:
+        if is_placeholder(params):
+            return no_params()
         own, leaves = _program(params, params, plan, geometries, every)
         if not own.of(*stages):
             other = {"constrain": "add_penalty", "add_penalty": "constrain"}[name]

@@ -1,0 +1,29 @@
+"""What optax gives to `init` in place of parameters, to see where a state holds copies of them."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import optax
+
+from specops_jax.state import SpecopsState
+
+
+def is_placeholder(params: Any) -> bool:
+    """Whether `optax.tree.map_params` asks, which knows no parameters."""
+    return isinstance(params, _placeholder())
+
+
+def no_params() -> SpecopsState:
+    """A state in which nothing corresponds to a parameter, leaf by leaf or branch by branch."""
+    anything: list[Any] = [0] * len(SpecopsState._fields)
+    return SpecopsState(*anything)
+
+
+@cache
+def _placeholder() -> type:
+    # optax exports no name for it, and hands one to whoever asks.
+    met: list[type] = []
+    optax.tree_utils.tree_map_params(lambda params: met.append(type(params)), lambda x: x, None)
+    return met[0]
