@@ -17,7 +17,7 @@ from jax import lax
 from specops import backend
 from specops.errors import NonFiniteError, SpecopsError
 from specops_jax.program import Item, Program
-from specops_jax.state import Arrays, SpecopsState, check_states
+from specops_jax.state import Arrays, SpecopsState, check_states, of_arrays
 
 Results = dict[str, tuple[Any, dict[str, Any], dict[str, Any], Any]]
 """(array, state, figures, whether the weight was finite) by name."""
@@ -68,6 +68,7 @@ def advance(
 
     Where a rule does not fire, weights are themselves and terms of gradients are zero.
     """
+    state = of_arrays(state)
     check_states(program.of(*stages), leaves, state)
     step = state.step + 1
     arrays: dict[str, Any] = {}

@@ -15,7 +15,7 @@ from specops.report import Report, measured_norm, plan_rows
 from specops.rules import TrainableScale
 from specops_jax.firing import advance, begin, enforced
 from specops_jax.program import Item, Program, program
-from specops_jax.state import SpecopsState, check_states
+from specops_jax.state import SpecopsState, check_states, of_arrays
 
 Params = Any
 Geometries = Mapping[str, Geometry]
@@ -141,8 +141,11 @@ def normalize_params(
     Notes
     -----
     Under jit a schedule that gives no scale or ratio makes the weight NaN, which the loss shows.
+    A module that is given whole (nnx, equinox) comes back as a copy, and what calling it writes
+    (statistics, counts) stays there: ``nnx.update(model, nnx.state(used, nnx.Not(nnx.Param)))``.
     """
     own, leaves, structure = program(params, plan, geometries)
+    state = of_arrays(state)
     check_states(own.of("forward"), leaves, state)
     step = state.step + 1
     for item in own.of("forward"):
@@ -214,6 +217,7 @@ def check(state: SpecopsState) -> None:
     NonFiniteError
         Naming the arrays, which those steps left alone.
     """
+    state = of_arrays(state)
     if isinstance(state.step, jax.core.Tracer):
         raise AdapterError("check reads the state's values: call it outside jit")
     counts = {name: int(jnp.max(n)) for name, n in state.nonfinite.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -45,6 +45,7 @@ def records(state: SpecopsState) -> list[dict[str, Any]]:
 
     Call it outside jit; it waits for the step.
     """
+    state = of_arrays(state)
     step = int(state.step)
     return [
         plain({"step": step, "name": name, **state.figures[name]})
@@ -59,7 +60,8 @@ def find_state(state: Any, index: int | None = None) -> SpecopsState:
     Parameters
     ----------
     state : pytree
-        Of an optimizer.
+        Of an optimizer, as it is or as nested dicts: ``nnx.Optimizer``, its ``opt_state``, its
+        ``nnx.state``, or what a checkpoint gives back without knowing the types.
     index : int, optional
         Which one, in the order of the chain, where there are several (`add_penalty` and
         `constrain` in one chain).
@@ -69,19 +71,45 @@ def find_state(state: Any, index: int | None = None) -> SpecopsState:
     ValueError
         There is none, or more than one and no `index`.
     """
-    leaves = jax.tree_util.tree_leaves(state, is_leaf=lambda x: isinstance(x, SpecopsState))
-    found = [x for x in leaves if isinstance(x, SpecopsState)]
+    found = [x for x in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(x)]
     if index is None and len(found) > 1:
         raise ValueError(
             f"the optimizer's state holds {len(found)} specops_jax states: say which, "
             f"find_state(state, index), with 0 the first of the chain"
         )
     try:
-        return found[index or 0]
+        return of_arrays(found[index or 0])
     except IndexError:
         raise ValueError(
             f"expected a specops_jax state in the optimizer's state, found {len(found)}"
         ) from None
+
+
+def of_arrays(state: Any) -> SpecopsState:
+    """A state of bare arrays from one whose fields are keys, or whose arrays are wrapped (nnx)."""
+    given = state._asdict() if isinstance(state, SpecopsState) else state
+    fields = {name: _bare(given.get(name, {})) for name in SpecopsState._fields}
+    names = fields["fired"]
+    if isinstance(names, dict):
+        for key in ("rules", "figures"):
+            # Nested dicts lose their empty branches on the way.
+            fields[key] = {name: fields[key].get(name, {}) for name in names}
+    return SpecopsState(**fields)
+
+
+def _is_state(thing: Any) -> bool:
+    if isinstance(thing, SpecopsState):
+        return True
+    return isinstance(thing, Mapping) and {"step", "fired", "nonfinite"} <= set(thing) <= set(
+        SpecopsState._fields
+    )
+
+
+def _bare(thing: Any) -> Any:
+    if isinstance(thing, Mapping):
+        return {key: _bare(x) for key, x in thing.items()}
+    inside = jax.tree.leaves(thing)
+    return inside[0] if len(inside) == 1 else thing
 
 
 def check_states(items: Sequence[Item], leaves: Sequence[Any], state: SpecopsState) -> None:
