@@ -78,6 +78,11 @@ def holds(x: Array) -> bool:
     )
 
 
+def seen(x: Array) -> np.ndarray:
+    """A NumPy view of what `holds` is true of."""
+    return x if isinstance(x, np.ndarray) else x.detach().numpy()
+
+
 def length(x: Array) -> float:
     """‖x‖ of what `holds` is true of: squares neither overflow nor vanish."""
     if isinstance(x, np.ndarray):

@@ -32,7 +32,7 @@ def normalize(w: Array, follow: Tracked, state: State, scale: Any = 1.0) -> Arra
         s, which may carry a derivative.
     """
     xp = backend.namespace(w)
-    a = backend.to_compute(xp, w)
+    a = _near_one(xp, w)
     factors = tuple(scale / _nonzero(xp, n) for n in follow.norms(a, state))
     return xp.astype(follow.scaled(a, factors), w.dtype)
 
@@ -45,7 +45,9 @@ def limit_stable_rank(w: Array, follow: Tracked, state: State, ratio: Any) -> Ar
     .. math:: uv^H + R\,\min\bigl(1, \sqrt{r - 1}/\|R\|_F\bigr).
 
     For a convolution's operator it is the same in the space of kernels, along the gradient of
-    the norm and in the Frobenius norm of the operator.
+    the norm and in the Frobenius norm of the operator. A matrix with one row or column has no
+    rest: it is W/σ. Where r = 1 the rest is gone, and with it the derivative: a layer that uses
+    the dyad alone does not learn.
 
     Parameters
     ----------
@@ -59,22 +61,33 @@ def limit_stable_rank(w: Array, follow: Tracked, state: State, ratio: Any) -> Ar
     Sanyal, Torr & Dokania 2020, Algorithm 2.
     """
     xp = backend.namespace(w)
-    a = backend.to_compute(xp, w)
+    a = _near_one(xp, w)
     norms = follow.norms(a, state)
     unit = follow.scaled(a, tuple(1.0 / _nonzero(xp, n) for n in norms))
     there = tuple(xp.astype(n != 0, n.dtype) for n in norms)
     if isinstance(follow, TrackedOperator):
+        if min(follow.geometry.sizes(tuple(w.shape)).matrix_shape()) == 1:
+            return xp.astype(unit, w.dtype)
         result = _limited_operator(xp, unit, follow.geometry, state["axis"], ratio, there[0])
     else:
         assert isinstance(follow, TrackedBlocks)
         blocks = []
         for j, b in enumerate(follow.geometry.blocks(unit)):
+            if min(b.shape[-2:]) == 1:
+                blocks.append(b)
+                continue
             vh = backend.conjugate(xp, state[f"v{j}"])
             lead = state[f"u{j}"][..., :, None] * vh[..., None, :]
             lead = xp.astype(there[j], lead.dtype)[..., None, None] * lead
             blocks.append(_limited(xp, b, lead, ratio * min(b.shape[-2:])))
         result = follow.geometry.assemble(tuple(blocks), w.shape)
     return xp.astype(result, w.dtype)
+
+
+def _near_one(xp: Any, w: Array) -> Array:
+    """The weight over a power of two: a quotient is the same at any scale, its squares are not."""
+    a = backend.to_compute(xp, w)
+    return a / backend.magnitude(xp, backend.stop_gradient(a))
 
 
 def _limited(xp: Any, a: Array, lead: Array, rank: Any) -> Array:

@@ -21,7 +21,7 @@ from specops_torch.constrained import Constrained
 from specops_torch.firing import Firing, Record, check_ran, stepped
 from specops_torch.liveness import Liveness
 from specops_torch.parameters import locate
-from specops_torch.penalised import with_penalty
+from specops_torch.penalised import searching, with_penalty
 from specops_torch.scales import Scales
 
 NonFinitePolicy = Literal["raise", "skip", "warn"]
@@ -117,7 +117,7 @@ class Attachment:
             self._constrained.append(constrained)
             if constrained.stage == "forward":
                 try:
-                    constrained.hook_forward()
+                    constrained.read_forward()
                 except SpecopsError as error:
                     raise type(error)(f"{weight.name}: {error}") from error
                 constrained.schedule(self.steps + 1)
@@ -217,6 +217,30 @@ class Attachment:
         self._record(records)
         self._liveness.seen(self._constrained)
 
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The constrained weights as their layers use them, by name.
+
+        Of rules of stage "forward" what they give, differentiable by the raw parameters; of
+        others the parameters themselves.
+        """
+        return {c.name: c.weight() for c in self._constrained}
+
+    def geometries(self) -> dict[str, Geometry]:
+        """The map that each of `weights` is, at the sizes that convolutions have seen."""
+        return {c.name: c.geometry for c in self._constrained}
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Measure the weights of forward rules anew.
+
+        For writes that torch does not count, through ``parameter.data`` or an array that shares
+        its memory, and for any write before compiled code runs again: `torch.compile` does not
+        look whether a weight was written to. Everything else is noticed at the next use.
+        """
+        for c in self._constrained:
+            if c.in_use is not None:
+                c.in_use.measure(c.location.parameter)
+
     def report(self, *, measure: bool = True) -> Report:
         """Every parameter of the model: constrained by what, or left alone and why.
 
@@ -283,10 +307,10 @@ class Attachment:
         """
         used = []
         for c in self._constrained if fold else []:
-            if c.normalizer is None or not c.handles:
+            if not c.answering:
                 continue
             try:
-                used.append((c.location.parameter, c.normalizer(c.location.parameter.detach())))
+                used.append((c.location.parameter, c.weight().detach()))
             except SpecopsError as error:
                 raise type(error)(f"{c.name}, which nothing was folded for: {error}") from error
         for parameter, weight in used:
@@ -323,8 +347,8 @@ class Attachment:
     def _act(self, due: list[Constrained], step: int, stepped: list[Constrained]) -> None:
         """After a step: weights first, then the vectors of what forward passes will use."""
         for c in stepped:
-            if c.normalizer is not None:
-                c.normalizer.drifting = True
+            if c.in_use is not None:
+                c.in_use.stepped(c.location.parameter)
         try:
             weights = [c for c in due if c.stage == "weights"]
             records, write = self._firing.weights(weights, step, certain=False)
@@ -356,20 +380,24 @@ class Attachment:
             self._held = held
             self._assign()
         check_ran(self._constrained)
+        for c in self._constrained:
+            # What is written from now to the end of the step is the step.
+            if c.in_use is not None and not c.in_use.is_fresh(c.location.parameter):
+                c.in_use.forget()
         due = self._of("gradients", self.steps + 1)
-        if not due:
-            return None
         # The first argument is the optimizer.
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is not None:
-            # It will erase what is added now.
-            records, ready = self._firing.vectors(due, self.steps + 1)
-            self._record(records)
-            wrapped = with_penalty(closure, ready, self.steps + 1)
+            wrapped = searching(closure, self._constrained)
+            if due:
+                # The closure will erase what is added now.
+                records, ready = self._firing.vectors(due, self.steps + 1)
+                self._record(records)
+                wrapped = with_penalty(wrapped, ready, self.steps + 1)
             if "closure" in kwargs:
                 return args, {**kwargs, "closure": wrapped}
             return (args[0], wrapped, *args[2:]), kwargs
-        if not _overflowed(optimizer):
+        if due and not _overflowed(optimizer):
             # A fused optimizer under GradScaler divides by this in its step.
             scale = getattr(optimizer, "grad_scale", None)
             self._add_gradients(self.steps + 1, due, scale)

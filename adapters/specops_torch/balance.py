@@ -11,7 +11,7 @@ from specops.balancing import balance_norms as balance
 from specops.errors import AdapterError
 from specops_torch.evaluation import evaluating
 from specops_torch.geometry import CONVOLUTIONS, geometry_of
-from specops_torch.hooks import is_normalized
+from specops_torch.reading import is_read_through
 from specops_torch.sizes import SizeRecorder
 
 _HOMOGENEOUS = (
@@ -108,7 +108,7 @@ def _chain(model: nn.Module, prefix: str) -> list[tuple[str, Any]]:
         if isinstance(module, nn.Sequential):
             layers += _chain(module, f"{path}.")
         elif isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
-            if "weight" not in module._parameters or is_normalized(module):
+            if "weight" not in module._parameters or is_read_through(module):
                 raise AdapterError(
                     f"{path} computes its weight (a parametrization or a forward rule), so "
                     f"rescaling its parameters would change the function: fold or remove that first"

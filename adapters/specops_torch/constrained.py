@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from specops.assigned import Assigned
-from specops.errors import AdapterError, NonFiniteError
+from specops.errors import AdapterError
 from specops.geometry import Dense, Geometry
 from specops.geometry.arguments import check_bound
 from specops.normalizations import check_ratio
@@ -20,9 +19,9 @@ from specops.plan import Assignment
 from specops.report import measured_norm
 from specops.rules.base import at
 from specops_torch.batch_norms import norm_with
-from specops_torch.hooks import install, let_go
-from specops_torch.normalized import Normalizer
+from specops_torch.in_use import InUse
 from specops_torch.parameters import Location
+from specops_torch.reading import answer_plainly, read_through
 
 
 @dataclass
@@ -32,7 +31,7 @@ class Constrained(Assigned):
     location: Location
     assignment: Assignment
     state: dict[str, torch.Tensor] | None = None
-    normalizer: Normalizer | None = None
+    in_use: InUse | None = None
     """Of a forward rule, which then holds the state."""
     steps: int = 0
     """Of this parameter alone, where its optimizer steps in backward."""
@@ -40,10 +39,8 @@ class Constrained(Assigned):
     _seen: tuple[Any, int] | None = None
     fitting: Geometry | None = None
     """The geometry that was last found to fit the weight."""
-    followed: Any = field(default=None, repr=False)
-    """What `batches.followed` found last."""
-    on_host: Any = field(default=None, repr=False)
-    """The `HostMatrix` of a small weight on the CPU, once its vectors were advanced there."""
+    answering: list[tuple[nn.Module, str]] = field(default_factory=list, repr=False)
+    """Modules that answer with the weight in use, and their names for it."""
 
     @property
     def geometry(self) -> Geometry:
@@ -52,10 +49,10 @@ class Constrained(Assigned):
         assert geometry is not None
         return geometry  # type: ignore[no-any-return]
 
-    def hook_forward(self) -> None:
-        """Let every layer that holds the weight use the normalised one."""
+    def read_forward(self) -> None:
+        """Let every layer that holds the weight use the one that the rule gives."""
         location = self.location
-        self.normalizer = Normalizer(
+        self.in_use = InUse(
             self.rule,
             self.name,
             self.geometry,
@@ -64,15 +61,29 @@ class Constrained(Assigned):
         )
         # The norm of a convolution's operator waits for the size of its first input.
         geometry = self.geometry
-        sized = isinstance(geometry, Dense) or geometry.grid is not None
-        if sized or getattr(self.rule, "norm", "") != "operator":
+        if isinstance(geometry, Dense) or geometry.grid is not None or self._norm != "operator":
             # A weight that is not finite is met at its first step, by the user's policy.
-            with contextlib.suppress(NonFiniteError):
-                self.normalizer.prepare(location.parameter)
-        for module, owner in location.parents:
-            self.handles += install(module, self.normalizer, location.attribute, owner)
+            self.in_use.measure(location.parameter)
         for holder, attribute in self._holders():
-            self.handles += install(holder, self.normalizer, attribute)
+            read_through(holder, attribute, self.in_use)
+            self.answering.append((holder, attribute))
+            if location.recorder is not None and self._norm == "operator":
+                self.handles.append(
+                    holder.register_forward_pre_hook(FirstSize(self.in_use), with_kwargs=True)
+                )
+
+    @property
+    def _norm(self) -> str:
+        return getattr(self.rule, "norm", "")
+
+    def weight(self) -> torch.Tensor:
+        """The weight as its layers use it."""
+        raw = self.location.parameter
+        if self.in_use is None or not self.answering:
+            return raw
+        used = self.in_use(raw)
+        # What is written to a plain tensor is lost, as everywhere in torch.
+        return used if used is raw else used.as_subclass(torch.Tensor)
 
     def _holders(self) -> list[tuple[nn.Module, str]]:
         parameter = self.location.parameter
@@ -98,9 +109,9 @@ class Constrained(Assigned):
 
     def schedule(self, step: int) -> None:
         """Bring schedules to the step that comes next, as tensors: no recompilation."""
-        if self.normalizer is None:
+        if self.in_use is None:
             return
-        self.normalizer.step = step
+        self.in_use.step = step
         for key in ("scale", "ratio"):
             schedule = getattr(self.rule, key, None)
             if not callable(schedule):
@@ -112,7 +123,7 @@ class Constrained(Assigned):
                 check_bound(value, key)
             parameter = self.location.parameter
             dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-            self.normalizer.overrides[key] = torch.tensor(
+            self.in_use.overrides[key] = torch.tensor(
                 float(value), dtype=dtype, device=parameter.device
             )
 
@@ -121,10 +132,8 @@ class Constrained(Assigned):
 
         And that with the batch normalisation which follows, if there is one.
         """
-        w, geometry = self.location.parameter.detach(), self.geometry
-        if self.normalizer is not None and self.handles:
-            with torch.no_grad():
-                w = self.normalizer(w)
+        with torch.no_grad():
+            w, geometry = self.weight().detach(), self.geometry
         found = measured_norm(w, geometry)
         if following and found["norm_is"] != "not finite":
             found["normalized"] = norm_with(self.location.module, w, geometry, following)
@@ -133,12 +142,12 @@ class Constrained(Assigned):
     def state_dict(self) -> dict[str, Any]:
         """The rule's state and the sizes seen."""
         recorder = self.location.recorder
-        state = self.state if self.normalizer is None else self.normalizer.state
+        state = self.state if self.in_use is None else self.in_use.state
         return {
             "state": None if state is None else _copy(state),
             "sizes": None if recorder is None else recorder.state(),
             "steps": self.steps,
-            "drifting": self.normalizer is not None and self.normalizer.drifting,
+            "drifting": self.in_use is not None and self.in_use.drifting,
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -148,20 +157,21 @@ class Constrained(Assigned):
         self.steps = int(saved.get("steps", 0))
         if self.location.recorder is not None and saved["sizes"] is not None:
             self.location.recorder.load(saved["sizes"])
-        if self.normalizer is None:
+        if self.in_use is None:
             self.state = state
         else:
-            self.normalizer.geometry = self.geometry
-            self.normalizer.state = state
-            self.normalizer.drifting = bool(saved.get("drifting", False))
+            self.in_use.geometry = self.geometry
+            self.in_use.load(state, parameter, drifting=bool(saved.get("drifting", False)))
 
     def release(self) -> None:
         """Remove every hook."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        if self.normalizer is not None:
-            let_go(self.normalizer)
+        for module, attribute in self.answering:
+            assert self.in_use is not None
+            answer_plainly(module, attribute, self.in_use)
+        self.answering.clear()
         self.location.unwatch()
 
     def check_state(self, saved: Mapping[str, Any]) -> None:
@@ -170,16 +180,30 @@ class Constrained(Assigned):
             state, _ = saved["state"], saved["sizes"]
         except (KeyError, TypeError):
             raise AdapterError(f"{self.name}: the state has no entries state and sizes") from None
-        own = self.state if self.normalizer is None else self.normalizer.state
-        if self.normalizer is None or not own or not state:
+        own = None if self.in_use is None else self.in_use.state
+        if not own or not state:
             return
         shapes = {key: tuple(x.shape) for key, x in state.items()}
         expected = {key: tuple(x.shape) for key, x in own.items()}
-        sized = {"v"}  # vectors of a convolution's operator, of the input's size
+        sized = {"v", "q"}  # vectors of a convolution's operator, of the input's size
         if set(shapes) != set(expected) or any(
             shapes[key] != expected[key] for key in shapes if key not in sized
         ):
             raise AdapterError(f"{self.name}: the state has {shapes}, expected {expected}")
+
+
+class FirstSize:
+    """A forward pre-hook: the size of a convolution's first input, before its weight is read."""
+
+    def __init__(self, in_use: InUse) -> None:
+        self.in_use = in_use
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """The hook itself."""
+        in_use = self.in_use
+        if in_use.state is None and in_use.recorder is not None:
+            in_use.recorder.before(module, args, kwargs)
+            in_use.geometry = in_use.recorder.geometry(module)
 
 
 def _copy(

@@ -19,9 +19,10 @@ from specops.errors import (
 from specops.geometry import Conv, Dense, Geometry
 from specops.rules import ClipSpectralNorm
 from specops.rules.base import at
-from specops_torch.batches import dyads, grouped, in_place, update_together
+from specops_torch.fused import row_blocks
 from specops_torch.constrained import Constrained
 
+_PLAIN = (torch.float32, torch.float64)
 Record = dict[str, Any]
 Commit = Callable[[], None]
 Update = Callable[[Constrained], Any]
@@ -86,7 +87,7 @@ class Firing:
                 raise AdapterError(f"{c.name} has a sparse gradient, which a penalty would fill")
             able.append(c)
         ready = []
-        for c, term, state, record in self._grouped(able, step):
+        for c, term, state, record in self._acted(able, step):
             if term is not None:
                 ready.append((c, term, state))
             records.append(record)
@@ -98,7 +99,7 @@ class Firing:
     def vectors(self, due: Sequence[Constrained], step: int) -> tuple[list[Record], list[Any]]:
         """Rules of stage "gradients" before a closure: (records, weights that are ready)."""
         records, ready = [], []
-        for c, term, state, record in self._grouped(due, step, in_stacks=False):
+        for c, term, state, record in self._acted(due, step):
             if term is not None:
                 ready.append((c, state))
             records.append(record)
@@ -109,33 +110,24 @@ class Firing:
     def forward(self, due: Iterable[Constrained], step: int) -> tuple[list[Record], Commit]:
         """Rules of stage "forward": (records, what lets the vectors advance)."""
         records, ready = [], []
-        for c, term, state, record in self._grouped(list(due), step):
+        for c, term, state, record in self._acted(list(due), step):
             if term is not None:
                 ready.append((c, state))
             records.append(record)
 
         def commit() -> None:
             for c, state in ready:
-                if c.normalizer is not None:
-                    c.normalizer.geometry = _sized(c)
-                    c.normalizer.take(state, c.location.parameter)
+                if c.in_use is not None:
+                    c.in_use.geometry = _sized(c)
+                    c.in_use.take(state, c.location.parameter)
 
         return records, commit
 
-    def _grouped(
-        self, due: Sequence[Constrained], step: int, *, in_stacks: bool = True
+    def _acted(
+        self, due: Sequence[Constrained], step: int
     ) -> Iterator[tuple[Constrained, torch.Tensor | None, Any, Record]]:
-        """(weight, its term or None if skipped, new state, record), equal shapes in one call."""
-        together: dict[int, Any] = {}
-        for group in grouped(due) if in_stacks else []:
-            if len(group) > 1:
-                found = update_together(group, [_state(c) for c in group])
-                together.update(zip(map(id, group), found, strict=True))
-        alone = _alone(step)
-
-        def act(c: Constrained) -> Any:
-            return together[id(c)] if id(c) in together else alone(c)
-
+        """(weight, its term or None if skipped, new state, record)."""
+        act = _update(step)
         for c in due:
             weight = c.location.parameter.detach()
             term, state, record = self._one(c, weight, step, act)
@@ -205,8 +197,7 @@ class Firing:
 def check_ran(constrained: Sequence[Constrained]) -> None:
     """Raise if a weight is trained although its forward rule never saw a forward pass."""
     for c in constrained:
-        normalizer = c.normalizer
-        if normalizer is None or normalizer.ran:
+        if c.in_use is None or c.in_use.ran:
             continue
         gradient = c.location.parameter.grad
         if gradient is None or c.has_seen(gradient):
@@ -222,18 +213,17 @@ def check_ran(constrained: Sequence[Constrained]) -> None:
 def stepped(constrained: Sequence[Constrained]) -> None:
     """Remember the gradients that have been used, and wait for the next forward passes."""
     for c in constrained:
-        if c.normalizer is not None:
-            gradient = c.location.parameter.grad
-            c.see(gradient)
-            c.normalizer.ran = False
+        if c.in_use is not None:
+            c.see(c.location.parameter.grad)
+            c.in_use.ran = False
 
 
-def _alone(step: int) -> Update:
+def _update(step: int) -> Update:
     def update(c: Constrained) -> Any:
         weight, state, geometry = c.location.parameter.detach(), _state(c), _sized(c)
         if not state:
             state = c.rule.init(weight, geometry, c.name)
-        if c.stage == "gradients" and in_place(c):
+        if c.stage == "gradients" and _in_place(c):
             state, figures = c.rule.advance(weight, geometry, state, step=step, name=c.name)
             return weight, state, figures
         return c.rule.update(weight, geometry, state, step=step, name=c.name)
@@ -244,9 +234,9 @@ def _alone(step: int) -> Update:
 def _sized(c: Constrained) -> Geometry:
     """The geometry now, or the latest that had a size: circular layers may see several."""
     geometry = c.geometry
-    if _has_size(geometry) or c.normalizer is None:
+    if _has_size(geometry) or c.in_use is None:
         return geometry
-    return c.normalizer.geometry
+    return c.in_use.geometry
 
 
 def _has_size(geometry: Geometry) -> bool:
@@ -260,14 +250,16 @@ def _needs_size(c: Constrained) -> bool:
 def _add(c: Constrained, term: torch.Tensor, state: Any, step: int, scale: Any) -> None:
     gradient = c.location.parameter.grad
     assert gradient is not None
-    if not in_place(c):
+    if not _in_place(c):
         gradient.add_(term if scale is None else term * scale.to(term.device))
         return
     strength = c.rule.strength
     if callable(strength):
         strength = at(strength, step, c.name, c.geometry)
     on_host = gradient.is_cpu and (scale is None or scale.is_cpu)
-    pairs = dyads(c, state)
+    # A dyad for each block of rows, which the gradient takes in place.
+    blocks = range(row_blocks(c.geometry, c.rule.norm))
+    pairs = [(state[f"u{j}"], state[f"v{j}"], state[f"sigma{j}"]) for j in blocks]
     parts = (gradient,) if len(pairs) == 1 else gradient.split([len(u) for u, _, _ in pairs])
     for part, (u, v, sigma) in zip(parts, pairs, strict=True):
         rows = part.view(u.shape[0], -1)
@@ -279,8 +271,18 @@ def _add(c: Constrained, term: torch.Tensor, state: Any, step: int, scale: Any) 
             rows.addr_(u * (factor if scale is None else factor * scale.to(u.device)), v)
 
 
+def _in_place(c: Constrained) -> bool:
+    """Whether the term of a penalty need not be made: its rule gives vectors, and they fit."""
+    gradient = c.location.parameter.grad
+    if gradient is None or gradient.dtype not in _PLAIN or not gradient.is_contiguous():
+        return False
+    return hasattr(c.rule, "advance") and row_blocks(c.geometry, c.rule.norm) > 0
+
+
 def _state(c: Constrained) -> dict[str, torch.Tensor]:
-    return (c.state if c.normalizer is None else c.normalizer.state) or {}
+    if c.in_use is not None and c.in_use.forgotten:
+        return {}
+    return (c.state if c.in_use is None else c.in_use.state) or {}
 
 
 def _refuses_nan(c: Constrained) -> bool:

@@ -36,8 +36,6 @@ class Location:
     aliases: list[str] = field(default_factory=list, repr=False)
     """Their names for it."""
     handles: list[Any] = field(default_factory=list, repr=False)
-    parents: list[tuple[nn.Module, str]] = field(default_factory=list, repr=False)
-    """Modules whose forward uses the weight instead of this one's, with their name for it."""
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -85,7 +83,7 @@ def locate(model: nn.Module, trained: Iterable[nn.Parameter] | None) -> list[Loc
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = _plain_name(f"{path}.{attribute}" if path else attribute, wrappers)
             weight = _describe(name, module, attribute, parameter, held)
-            location = Location(weight, module, attribute, parents=_users(model, path))
+            location = Location(weight, module, attribute)
             earlier = first.get(id(parameter))
             if earlier is None:
                 first[id(parameter)] = location
@@ -93,15 +91,6 @@ def locate(model: nn.Module, trained: Iterable[nn.Parameter] | None) -> list[Loc
                 first[id(parameter)] = _tie(earlier, location)
             result.append(location)
     return result
-
-
-def _users(model: nn.Module, path: str) -> list[tuple[nn.Module, str]]:
-    """Fused attention reads its output projection's weight without calling it."""
-    above, _, child = path.rpartition(".")
-    if child != "out_proj":
-        return []
-    parent = model.get_submodule(above)
-    return [(parent, child)] if isinstance(parent, nn.MultiheadAttention) else []
 
 
 def _wrapped_paths(model: nn.Module) -> set[str]:
@@ -193,7 +182,6 @@ def _tie(earlier: Location, location: Location) -> Location:
         )
     other.weight = replace(other.weight, geometry=None, skipped=f"tied to {preferred.weight.name}")
     preferred.others += [other.module, *other.others]
-    preferred.parents += other.parents
     preferred.aliases += [other.weight.name, *other.aliases]
     return preferred
 

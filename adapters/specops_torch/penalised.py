@@ -11,6 +11,25 @@ from specops.errors import SpecopsError
 from specops_torch.constrained import Constrained
 
 
+def searching(closure: Callable[[], Any], constrained: Sequence[Constrained]) -> Callable[[], Any]:
+    """The closure, in which changed weights are the optimizer's steps and nobody else's doing.
+
+    A line search compares values of one function, so its vectors stay what they are.
+    """
+    uses = [c.in_use for c in constrained if c.in_use is not None]
+
+    def wrapped() -> Any:
+        for in_use in uses:
+            in_use.searching = True
+        try:
+            return closure()
+        finally:
+            for in_use in uses:
+                in_use.searching = False
+
+    return wrapped if uses else closure
+
+
 def with_penalty(
     closure: Callable[[], Any], due: Sequence[Constrained], step: int
 ) -> Callable[[], Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,11 +24,12 @@ class Scales:
         self._rules: list[Any] = []
 
     def give(self, constrained: Sequence[Constrained], optimizer: Any) -> None:
-        """Make what is missing, hand it to the normalizers and to the optimizer."""
-        new = []
+        """Make what is missing, hand it to the layers and to the optimizer."""
+        new: list[nn.Parameter] = []
+        users: dict[str, list[Any]] = {}
         for c in constrained:
             scale = getattr(c.rule, "scale", None)
-            if not isinstance(scale, TrainableScale) or c.normalizer is None:
+            if not isinstance(scale, TrainableScale) or c.in_use is None:
                 continue
             key = self._shared(c.rule) if scale.shared else c.name
             if key not in self.parameters:
@@ -36,7 +38,11 @@ class Scales:
                 value = torch.full((), scale.initial, dtype=dtype, device=weight.device)
                 self.parameters[key] = nn.Parameter(value)
                 new.append(self.parameters[key])
-            c.normalizer.overrides["scale"] = self.parameters[key]
+            c.in_use.overrides["scale"] = self.parameters[key]
+            users.setdefault(key, []).append(c)
+        for sharing in users.values():
+            for c in sharing:
+                c.in_use.sharing = [weakref.ref(o.location.parameter) for o in sharing]
         if new and isinstance(optimizer, torch.optim.LBFGS):
             raise AdapterError(
                 "LBFGS has one parameter group and takes no trainable scales: give them to "

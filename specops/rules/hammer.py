@@ -10,10 +10,8 @@ from specops.rules.base import Array, Figures, State
 from specops.rules.caps import Cap, figure
 from specops.tracking import TrackedBlocks, track
 
-_POWER_STEPS = 4
-_STIR = 0.1
-_CLEARLY = 1.01
-"""By how much another pair must lead: nearly equal ones would be chosen among by rounding."""
+_STEPS = 4
+"""Of the iteration at a firing: after a strike another pair leads, which it must find."""
 
 
 class SpectralHammer(Cap):
@@ -32,10 +30,9 @@ class SpectralHammer(Cap):
     Notes
     -----
     Singular values after the first may exceed the bound and lead from then on: only a firing
-    at every step, with steps that move few of them, keeps the norm near the bound. The pair is
-    followed by power steps from one firing to the next, and so is one mixed with a little of
-    every other direction: where that leads by 1 % it takes over, so that what leads after a
-    strike is found.
+    at every step, with steps that move few of them, keeps the norm near the bound. What leads
+    is followed from one firing to the next, with a second pair that is on the look-out for what
+    leads after a strike.
 
     References
     ----------
@@ -63,10 +60,7 @@ class SpectralHammer(Cap):
         bound = self._bound(step, name, geometry)
         follow = track(geometry, self.norm)
         try:
-            state = _longer(
-                follow.advance(weight, state, _POWER_STEPS),
-                follow.advance(weight, _stirred(state, name), _POWER_STEPS),
-            )
+            state = follow.advance(weight, state, _STEPS)
         except StateError:
             # The input size has changed since.
             state = follow.start(weight, name)
@@ -94,24 +88,3 @@ class SpectralHammer(Cap):
             new = w - xp.astype(share, w.dtype) * axis
         return nan_without(bound, xp.astype(new, weight.dtype)), state, figures
 
-
-def _stirred(state: State, name: str) -> State:
-    """The pairs with noise: power steps never leave a singular pair, struck or not."""
-    result = dict(state)
-    for key, v in state.items():
-        if key.startswith("v"):
-            noise = backend.start_vector(f"{name}.{key} stirred", v.shape[-1])
-            result[key] = v + _STIR * backend.constant(noise, v, complex=backend.is_complex(v))
-    return result
-
-
-def _longer(one: State, other: State) -> State:
-    """Of each pair the other one, where its value is clearly larger."""
-    result = {}
-    for key, value in one.items():
-        index = "".join(c for c in key if c.isdigit())
-        xp = backend.namespace(value)
-        less = _CLEARLY * one[f"sigma{index}"] < other[f"sigma{index}"]
-        less = less[(..., *([None] * (value.ndim - less.ndim)))]
-        result[key] = xp.where(less, other[key], value)
-    return result

@@ -1,9 +1,10 @@
-"""Norms of a weight followed from step to step by power iteration on its leading pairs.
+"""Norms of a weight followed from step to step by block iteration on its leading pairs.
 
-A tracked norm keeps unit vectors u, v of each matrix that it measures. `advance` takes one or
-more steps u ← Av/‖Av‖, v ← Aᴴu/‖Aᴴu‖; in between, σ = ⟨u, Av⟩ is linear in the weight with
-the gradient uvᴴ, and a lower bound of the norm. Vectors live in a flat dict of arrays, which
-is the state of the rules that use them. Nothing here changes what it is given.
+A tracked norm keeps unit vectors u, v of each matrix that it measures, and a second pair that
+looks for what grows elsewhere. `advance` takes one or more steps u ← Av/‖Av‖, v ← Aᴴu/‖Aᴴu‖;
+in between, σ = ⟨u, Av⟩ is linear in the weight with the gradient uvᴴ, and a lower bound of the
+norm. Vectors live in a flat dict of arrays, which is the state of the rules that use them.
+Nothing here changes what it is given.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import Any, Literal, get_args
 from specops.geometry import Dense, Geometry
 from specops.tracking.matrices import TrackedBlocks, TrackedKernel
 from specops.tracking.operator import TrackedOperator
-from specops.tracking.power import State, power_steps
+from specops.tracking.power import Pairs, State, stepped_on_host
 from specops.tracking.torus import TrackedTorus
 
 __all__ = [
     "Norm",
+    "Pairs",
     "State",
     "Tracked",
     "TrackedBlocks",
@@ -26,7 +28,7 @@ __all__ = [
     "TrackedOperator",
     "TrackedTorus",
     "check_norm",
-    "power_steps",
+    "stepped_on_host",
     "track",
 ]
 

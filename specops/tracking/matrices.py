@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +11,16 @@ from specops.geometry import Conv, Dense
 from specops.tracking.power import (
     Array,
     State,
+    Pairs,
     advanced,
     along,
     checked,
     half_step,
     inner,
-    leading_pair,
+    leading_pairs,
 )
+
+Step = Callable[[Any, Array, Pairs], tuple[Pairs, Array]]
 
 
 @dataclass(frozen=True)
@@ -30,33 +34,31 @@ class TrackedBlocks:
         xp, w = backend.namespace(w), backend.stop_gradient(w)
         state: State = {}
         for j, a in enumerate(self.geometry.blocks(backend.to_compute(xp, w))):
-            state |= _numbered(j, leading_pair(xp, a, f"{name}.{j}"))
+            state |= _numbered(j, *leading_pairs(xp, a, f"{name}.{j}"))
         return state
 
     def advance(self, w: Array, state: State, rounds: int = 1) -> State:
-        """The state after `rounds` power steps."""
-        xp, w = backend.namespace(w), backend.stop_gradient(w)
-        result: State = {}
-        for j, a in enumerate(self.geometry.blocks(backend.to_compute(xp, w))):
-            u, v = _pair(state, j, a)
-            result |= _numbered(j, advanced(xp, a, u, v, rounds))
-        return result
+        """The state after `rounds` steps to the left and back."""
+        return self._stepped(w, state, lambda xp, a, pairs: advanced(xp, a, pairs, rounds))
 
     def half_advance(self, w: Array, state: State, *, to_left: bool) -> State:
-        """The state after half a power step, to u or to v: for half its time."""
+        """The state after half a step, to u or to v: for half its time."""
+        return self._stepped(
+            w, state, lambda xp, a, pairs: half_step(xp, a, pairs, to_left=to_left)
+        )
+
+    def _stepped(self, w: Array, state: State, step: Step) -> State:
         xp, w = backend.namespace(w), backend.stop_gradient(w)
         result: State = {}
         for j, a in enumerate(self.geometry.blocks(backend.to_compute(xp, w))):
-            u, v = _pair(state, j, a)
-            new, sigma = half_step(xp, a, u, v, to_left=to_left)
-            result |= _numbered(j, (new, v, sigma) if to_left else (u, new, sigma))
+            result |= _numbered(j, *step(xp, a, _pairs(state, j, a)))
         return result
 
     def norms(self, w: Array, state: State) -> tuple[Array, ...]:
         """⟨u, Wv⟩ for each block, shape (*batch,), differentiable; `w` in compute precision."""
         xp = backend.namespace(w)
         blocks = self.geometry.blocks(w)
-        return tuple(along(xp, a, *_pair(state, j, a)) for j, a in enumerate(blocks))
+        return tuple(along(xp, a, *_leading(state, j, a)) for j, a in enumerate(blocks))
 
     def measured(self, state: State) -> tuple[Array, ...]:
         """What `norms` gave for the weight of the latest `start` or `advance`."""
@@ -100,18 +102,17 @@ class TrackedKernel(AlongAxis):
         w = backend.stop_gradient(backend.to_compute(xp, w))
         state: State = {}
         for i, view in enumerate(self.views):
-            state |= _numbered(i, leading_pair(xp, view.blocks(w)[0], f"{name}.{i}"))
+            state |= _numbered(i, *leading_pairs(xp, view.blocks(w)[0], f"{name}.{i}"))
         return self._finished(xp, w, state)
 
     def advance(self, w: Array, state: State, rounds: int = 1) -> State:
-        """The state after `rounds` power steps."""
+        """The state after `rounds` steps to the left and back."""
         xp = backend.namespace(w)
         w = backend.stop_gradient(backend.to_compute(xp, w))
         result: State = {}
         for i, view in enumerate(self.views):
             a = view.blocks(w)[0]
-            u, v = _pair(state, i, a)
-            result |= _numbered(i, advanced(xp, a, u, v, rounds))
+            result |= _numbered(i, *advanced(xp, a, _pairs(state, i, a), rounds))
         return self._finished(xp, w, result)
 
     def _finished(self, xp: Any, w: Array, state: State) -> State:
@@ -127,15 +128,24 @@ class TrackedKernel(AlongAxis):
         return state
 
 
-def _numbered(index: int, pair: tuple[Array, Array, Array]) -> State:
-    return {f"{key}{index}": x for key, x in zip(("u", "v", "sigma"), pair, strict=True)}
+def _numbered(index: int, pairs: Pairs, sigma: Array) -> State:
+    return {f"{key}{index}": x for key, x in pairs._asdict().items()} | {f"sigma{index}": sigma}
 
 
-def _pair(state: State, index: int, a: Array) -> tuple[Array, Array]:
+def _leading(state: State, index: int, a: Array) -> tuple[Array, Array]:
     *batch, m, n = a.shape
     return (
         checked(state, f"u{index}", (*batch, m), a),
         checked(state, f"v{index}", (*batch, n), a),
+    )
+
+
+def _pairs(state: State, index: int, a: Array) -> Pairs:
+    *batch, m, n = a.shape
+    return Pairs(
+        *_leading(state, index, a),
+        checked(state, f"p{index}", (*batch, m), a),
+        checked(state, f"q{index}", (*batch, n), a),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,18 @@ from specops.linalg.lanczos import largest_singular_triplet
 from specops.operators import ConvOperator
 from specops.spectra.norms import plane_wave
 from specops.tracking.matrices import AlongAxis
-from specops.tracking.power import START_TOLERANCE, Array, State, checked, filled, unit
+from specops.tracking.power import (
+    START_TOLERANCE,
+    Array,
+    Pairs,
+    State,
+    beside,
+    checked,
+    filled,
+    to_left_side,
+    to_right_side,
+    unit,
+)
 
 
 @dataclass(frozen=True)
@@ -38,37 +50,44 @@ class TrackedOperator(AlongAxis):
         )
         # Groups that do not lead now may lead later: their vectors start from the name's.
         v = xp.reshape(v, (sizes.groups, -1))
-        noise = backend.start_vector(name, math.prod(v.shape)).reshape(v.shape)
-        v = unit(xp, v, unit(xp, filled(noise, kernel), None)[0])[0]
-        return self.advance(w, {"v": v})
+        noise = backend.start_vector(name, 2 * math.prod(v.shape)).reshape(2, *v.shape)
+        first, second = filled(noise[0], kernel), filled(noise[1], kernel)
+        v = unit(xp, v, unit(xp, first, None)[0])[0]
+        return self.advance(w, {"v": v, "q": beside(xp, second, v)})
 
     def advance(self, w: Array, state: State, rounds: int = 1) -> State:
-        """The state after `rounds` power steps, with the norm and its gradient."""
+        """The state after `rounds` steps, with the norm and its gradient."""
         xp = backend.namespace(w)
-        v, sigma, leads, operator, image = self._steps(xp, w, state, rounds)
-        masked = xp.reshape(image * leads, (-1,))
-        # The pair's gradient: σ is linear along it, whatever the other groups do.
-        axis = operator.gradient(masked, xp.reshape(v, (-1,)))
-        return {"v": v, "axis": self.geometry.weight(axis), "sigma": sigma}
-
-    def _steps(
-        self, xp: Any, w: Array, state: State, rounds: int
-    ) -> tuple[Array, Array, Array, ConvOperator, Array]:
         kernel, sizes = self._kernel(xp, w)
-        operator = ConvOperator(kernel, sizes)
-        expected = (sizes.groups, operator.shape[1] // sizes.groups)
-        v = checked(state, "v", expected, kernel)
+        scale = backend.magnitude(xp, kernel)
+        operator = ConvOperator(kernel / scale, sizes)
+        shape = (sizes.groups, operator.shape[1] // sizes.groups)
+        v, q = (checked(state, key, shape, kernel) for key in "vq")
 
-        def step(v: Array) -> tuple[Array, Array, Array]:
-            image, _ = unit(xp, _rows(xp, operator.matvec, v), None)
-            return image, *unit(xp, _rows(xp, operator.rmatvec, image), v)
+        def step(v: Array, q: Array) -> tuple[Pairs, Array]:
+            image = partial(_rows, xp, operator.matvec)
+            pairs, _ = to_left_side(xp, image, Pairs(None, v, None, q))
+            return to_right_side(xp, partial(_rows, xp, operator.rmatvec), pairs)
 
         if rounds > 1:
-            v = backend.fori(xp, 0, rounds - 1, lambda _, v: step(v)[1], v)
-        image, v, sigmas = step(v)
+
+            def right(_: Any, pair: tuple[Array, Array]) -> tuple[Array, Array]:
+                pairs, _ = step(*pair)
+                return pairs.v, pairs.q
+
+            v, q = backend.fori(xp, 0, rounds - 1, right, (v, q))
+        pairs, sigmas = step(v, q)
         index = backend.argmax(xp, sigmas)
         leads = xp.take(backend.constant(np.eye(sizes.groups), sigmas), index, axis=0)[0, :]
-        return v, xp.max(sigmas), xp.astype(leads, v.dtype)[:, None], operator, image
+        masked = pairs.u * xp.astype(leads, pairs.u.dtype)[:, None]
+        # The pair's gradient: σ is linear along it, whatever the other groups do.
+        axis = operator.gradient(xp.reshape(masked, (-1,)), xp.reshape(pairs.v, (-1,)))
+        return {
+            "v": pairs.v,
+            "q": pairs.q,
+            "axis": self.geometry.weight(axis),
+            "sigma": xp.max(sigmas) * xp.reshape(scale, ()),
+        }
 
     def _kernel(self, xp: Any, w: Array) -> tuple[Array, ConvSizes]:
         w = without_unread(backend.stop_gradient(backend.to_compute(xp, w)), self.geometry)
@@ -82,6 +101,8 @@ class TrackedOperator(AlongAxis):
         return kernel, sizes
 
 
-def _rows(xp: Any, product: Any, x: Array) -> Array:
-    """A product of the operator with (groups, n) vectors, again by groups."""
-    return xp.reshape(product(xp.reshape(x, (-1,))), (x.shape[0], -1))
+def _rows(xp: Any, product: Any, x: Array, y: Array) -> tuple[Array, Array]:
+    """Products of the operator with two sets of (groups, n) vectors, again by groups."""
+    both = product(xp.reshape(xp.stack([x, y]), (2, -1)))
+    both = xp.reshape(both, (2, x.shape[0], -1))
+    return both[0, ...], both[1, ...]

@@ -1,0 +1,216 @@
+r"""The weight in use on the CPU as one operation, forward and backward.
+
+With :math:`\sigma = \langle u, Wv\rangle` and :math:`F = \|W\|_F^2` both normalisations are
+:math:`aW + b\,uv^T` with numbers a and b that depend on σ and F alone: s/σ and 0, or, where the
+stable rank is limited to r by :math:`t = \sqrt{(r - 1)/(F/\sigma^2 - 1)} < 1`, t/σ and 1 − t.
+Their derivative is :math:`aG + \alpha\,uv^T + \beta W` for a gradient G: one update instead of
+five passes over the matrix. ``ENABLED = False`` computes everything by the rule's `apply`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.forward_ad import unpack_dual
+
+from specops.geometry import Dense, Geometry
+from specops.linalg.products import matvec
+from specops.rules import SpectralNormalization, StableRankNormalization, TrainableScale
+from specops.tracking import TrackedBlocks, track
+
+ENABLED = True
+_LEAST, _GREATEST = 1e-12, 1e12
+"""Norms whose squares single precision holds."""
+_transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
+class Kind(NamedTuple):
+    """How a rule sees a weight: as blocks of rows, or along an array like itself."""
+
+    blocks: int
+    """0: along the state's axis."""
+    limits: bool
+    """Whether the stable rank is limited."""
+
+
+def kind_of(rule: Any, geometry: Geometry) -> Kind | None:
+    """The kind; None for what is computed by the rule's `apply` alone."""
+    if type(rule) not in (SpectralNormalization, StableRankNormalization):
+        return None
+    limits, blocks = type(rule) is StableRankNormalization, row_blocks(geometry, rule.norm)
+    if blocks:
+        return Kind(blocks, limits)
+    along_axis = not isinstance(track(geometry, rule.norm), TrackedBlocks)
+    return Kind(0, False) if along_axis and not limits else None
+
+
+@lru_cache(maxsize=1024)
+def row_blocks(geometry: Geometry, norm: Any) -> int:
+    """How many blocks of the rows of the weight, flattened, are followed; 0 if something else."""
+    follow = track(geometry, norm)
+    if not isinstance(follow, TrackedBlocks):
+        return 0
+    view = follow.geometry
+    if view.batch_axes or replace(view, splits=None) != Dense():
+        return 0
+    return len(view.splits or (0,))
+
+
+def used(
+    raw: torch.Tensor, kind: Kind, in_use: Any, state: dict[str, torch.Tensor]
+) -> torch.Tensor | None:
+    """The weight in use of a layer's own parameter; None where the rule's `apply` must do it."""
+    if not ENABLED or not raw.is_cpu or raw.dtype not in (torch.float32, torch.float64):
+        return None
+    if _transformed() or unpack_dual(raw).tangent is not None:
+        return None
+    rule, overrides = in_use.rule, in_use.overrides
+    trained, number = None, overrides.get("ratio" if kind.limits else "scale")
+    if number is None:
+        number = rule.ratio if kind.limits else rule.scale
+    elif isinstance(number, torch.nn.Parameter):
+        trained, number = number if raw.requires_grad else number.detach(), 1.0
+    else:
+        number = number.item()
+    if isinstance(number, TrainableScale):
+        number = number.initial
+    if callable(number) or not math.isfinite(number):
+        return None
+    keys = [f"{key}{j}" for j in range(kind.blocks) for key in "uv"] or ["axis"]
+    vectors = [state[key] for key in keys]
+    if any(x.dtype != raw.dtype or not x.is_cpu for x in vectors):
+        return None
+    weight = raw.detach()
+    blocks = weight.split([len(u) for u in vectors[::2]]) if kind.blocks > 1 else (weight,)
+    coefficients = []
+    for j, block in enumerate(blocks):
+        found = _coefficients(block, vectors[2 * j : 2 * j + 2], kind.limits, number)
+        if found is None:
+            return None
+        coefficients.append(found)
+    name, geometry = in_use.name, in_use.geometry
+    option = {"ratio" if kind.limits else "scale": number}
+
+    def plain(w: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = rule.apply(w, geometry, state, name=name, **option)
+        return result
+
+    result: torch.Tensor = _Used.apply(raw, plain, coefficients, *vectors)
+    return result if trained is None else result * trained.to(result.dtype)
+
+
+class _Coefficients(NamedTuple):
+    a: float
+    b: float
+    sigma: float
+    squared: float
+    """F; 0 where no stable rank is limited."""
+    rest: float
+    """F/σ² − 1."""
+
+
+def _coefficients(
+    w: torch.Tensor, vectors: list[torch.Tensor], limits: bool, number: float
+) -> _Coefficients | None:
+    if len(vectors) == 1:
+        sigma = (w * vectors[0]).sum().item()
+    else:
+        u, v = vectors
+        sigma = torch.dot(u, matvec(w.reshape(len(u), -1), v)).item()
+    if not _LEAST < sigma < _GREATEST:
+        return None
+    if not limits:
+        return _Coefficients(number / sigma, 0.0, sigma, 0.0, 0.0)
+    plain = _Coefficients(1.0 / sigma, 0.0, sigma, 0.0, 0.0)
+    u, v = vectors
+    side = min(len(u), len(v))
+    if side == 1:
+        return plain
+    flat = w.reshape(-1)
+    squared = torch.dot(flat, flat).item()
+    rest, room = squared / sigma**2 - 1.0, max(number * side, 1.0) - 1.0
+    if rest <= room:
+        return plain
+    if not math.isfinite(rest) or rest < 1e-6:
+        return None
+    t = math.sqrt(room / rest)
+    return _Coefficients(t / sigma, 1.0 - t, sigma, squared, rest)
+
+
+class _Used(torch.autograd.Function):
+    """a·W + b·uvᵀ, block by block."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        w: torch.Tensor,
+        plain: Any,
+        coefficients: list[_Coefficients],
+        *vectors: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(w, *vectors)
+        ctx.plain, ctx.coefficients = plain, coefficients
+        if len(coefficients) == 1 and coefficients[0].b == 0.0:
+            return w * coefficients[0].a
+        used = torch.empty_like(w, memory_format=torch.contiguous_format)
+        for block, out, c, pair in _blocks(coefficients, vectors, w, used):
+            if c.b == 0.0:
+                torch.mul(block, c.a, out=out)
+            else:
+                _updated(block, c.a, pair[0] * c.b, pair, out)
+        return used
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        w, *vectors = ctx.saved_tensors
+        if torch.is_autocast_enabled(g.device.type):
+            with torch.autocast(g.device.type, enabled=False):
+                gradient = _gradient(ctx, g, w, vectors)
+        else:
+            gradient = _gradient(ctx, g, w, vectors)
+        return gradient, None, None, *(None for _ in vectors)
+
+
+def _gradient(ctx: Any, g: torch.Tensor, w: torch.Tensor, vectors: Any) -> torch.Tensor:
+    if torch.is_grad_enabled():
+        # It is to be differentiated again.
+        (twice,) = torch.autograd.grad(ctx.plain(w), w, g, create_graph=True)
+        return twice
+    gradient = torch.empty_like(w, memory_format=torch.contiguous_format)
+    for block, given, out, c, pair in _blocks(ctx.coefficients, vectors, w, g, gradient):
+        flat = block.reshape(-1), given.reshape(-1)
+        product = torch.dot(*flat)
+        if c.b == 0.0:
+            _updated(given, c.a, pair[0] * (product * (-c.a / c.sigma)), pair, out)
+            continue
+        u, v = pair
+        along = torch.dot(u, torch.mv(given.reshape(len(u), -1), v))
+        t = 1.0 - c.b
+        turned = (product / c.sigma - along) * (-t / c.rest)
+        share = turned * (-c.squared / c.sigma**3) - product * (t / c.sigma**2)
+        _updated(given, c.a, u * share, pair, out)
+        out.add_(block * (turned / c.sigma**2))
+    return gradient
+
+
+def _updated(x: torch.Tensor, factor: float, left: torch.Tensor, pair: Any, out: Any) -> None:
+    """out ← factor·x + left vᵀ, or factor·x + left for an axis like the weight."""
+    if len(pair) == 1:
+        torch.add(left, x, alpha=factor, out=out)
+        return
+    rows = x.reshape(len(left), -1)
+    torch.addr(rows, left, pair[1], beta=factor, out=out.view(rows.shape))
+
+
+def _blocks(coefficients: Any, vectors: Any, *tensors: torch.Tensor) -> Any:
+    """(parts of the tensors, coefficients, vectors) of each block of rows."""
+    if len(coefficients) == 1:
+        return [(*(x.detach() for x in tensors), coefficients[0], tuple(vectors))]
+    rows = [len(u) for u in vectors[::2]]
+    parts = zip(*(x.detach().split(rows) for x in tensors), strict=True)
+    pairs = zip(vectors[::2], vectors[1::2], strict=True)
+    return [(*p, c, v) for p, c, v in zip(parts, coefficients, pairs, strict=True)]

@@ -1,0 +1,260 @@
+"""The weight that a layer uses under a forward rule, computed from the raw parameter.
+
+Forward passes change nothing: optimizer steps advance the singular vectors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from specops.errors import GeometryError, NonFiniteError
+from specops.geometry import Dense, Geometry
+from specops.rules import SpectralNormalization, StableRankNormalization
+from specops.tracking import track
+from specops_torch import fused
+from specops_torch.sizes import SizeRecorder
+from specops_torch.weight_in_use import WeightInUse
+
+State = dict[str, torch.Tensor]
+_FORGOTTEN = (-1, -1)
+_SAME = 1e-3
+"""Relative change of a norm along the same vectors that no rounding explains."""
+
+
+class InUse:
+    """One weight's rule, vectors and scale, as the layers that hold it need them.
+
+    The vectors are those of one tensor as it was written last: the layer's own parameter. Where
+    that has been written to since, by anybody but the optimizer's step, they are measured anew;
+    any other tensor in its place (of a functional call, a replica, a mapped stack) is measured
+    for itself. It refers to no module and no optimizer, so that a model that carries it can be
+    copied and pickled.
+
+    Parameters
+    ----------
+    rule : rule of stage "forward"
+    name : str
+        The parameter's path.
+    geometry : Dense or Conv
+    recorder : SizeRecorder or None
+        Of a convolution.
+    lenient : bool
+        Whether a geometry that does not fit is a reason to leave the weight alone.
+    """
+
+    def __init__(
+        self,
+        rule: Any,
+        name: str,
+        geometry: Geometry,
+        recorder: SizeRecorder | None,
+        *,
+        lenient: bool = False,
+    ) -> None:
+        self.rule, self.name, self.geometry, self.recorder = rule, name, geometry, recorder
+        self.lenient = lenient
+        self.state: State | None = None
+        self.overrides: dict[str, torch.Tensor] = {}
+        """Values of schedules and trained scales, by the rule's argument."""
+        self.sharing: list[weakref.ref[torch.Tensor]] | None = None
+        """The weights of all layers whose trained scale is this one's."""
+        self.step = 1
+        """The one that comes next, for rules of others."""
+        self.ran = False
+        self.drifting = False
+        """Whether steps have changed the weight since its vectors were advanced."""
+        self.searching = False
+        """Whether an optimizer evaluates a closure: what it writes in between are its steps."""
+        self._own: weakref.ref[torch.Tensor] | None = None
+        self._written: tuple[int, int] | None = None
+        self._copied: tuple[float, ...] | None = None
+        """Of a copy: what its vectors were of."""
+        self._kind: tuple[Any, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = None if self._own is None else self._own()
+        fresh = own is not None and self._written == _written(own)
+        copied = _fingerprint(own) if own is not None and fresh else self._copied
+        return {
+            **self.__dict__,
+            "searching": False,
+            "sharing": None,
+            "_own": None,
+            "_written": None,
+            "_kind": (),
+            "_copied": copied,
+        }
+
+    # Reading
+
+    def __call__(self, raw: torch.Tensor) -> torch.Tensor:
+        """The weight in use."""
+        self.ran = True
+        self._clear_scale(raw)
+        device = raw.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            # What the backward pass does may run under autocast as well.
+            with torch.autocast(device, enabled=False):
+                return self._used(raw)
+        return self._used(raw)
+
+    def _clear_scale(self, raw: torch.Tensor) -> None:
+        """``model.zero_grad()`` does not know trained scales: they follow their weight."""
+        scale = self.overrides.get("scale")
+        if scale is None or not scale.is_leaf or scale.grad is None or not self._is_own(raw):
+            return
+        owners = [raw] if self.sharing is None else [p for ref in self.sharing if (p := ref())]
+        if all(p.grad is None or not p.grad.any() for p in owners):
+            scale.grad = None
+
+    def _used(self, raw: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            if self.state is None:
+                self.measure(raw)
+            return raw if self.state is None else self._applied(raw, self.state)
+        if not self._is_own(raw):
+            state = self._measured(raw)
+            return raw if state is None else self._applied(raw, state)
+        if self._written != _written(raw):
+            self._look(raw)
+        state = self.state
+        if state is None:
+            return raw  # not finite: the next step says so, or goes on, as the user chose
+        kind = self._fused()
+        used = None if kind is None else fused.used(raw, kind, self, state)
+        assert isinstance(raw, nn.Parameter)
+        return WeightInUse.of(self._applied(raw, state) if used is None else used, raw)
+
+    def _plain(self, raw: torch.Tensor, state: State) -> torch.Tensor:
+        """What the rule gives."""
+        options: dict[str, Any] = dict(self.overrides)
+        if "scale" in options and not raw.requires_grad:
+            # A frozen layer trains no scale.
+            options["scale"] = options["scale"].detach()
+        if not isinstance(self.rule, SpectralNormalization | StableRankNormalization):
+            options["step"] = self.step
+        used: torch.Tensor = self.rule.apply(raw, self.geometry, state, name=self.name, **options)
+        return used
+
+    def _applied(self, raw: torch.Tensor, state: State) -> torch.Tensor:
+        limited = isinstance(self.rule, StableRankNormalization)
+        if limited and self.rule.norm == "operator" and not isinstance(self.geometry, Dense):
+            return self._interpreted(raw, state)
+        return self._plain(raw, state)
+
+    @torch.compiler.disable
+    def _interpreted(self, raw: torch.Tensor, state: State) -> torch.Tensor:
+        """What needs tables that a compiler does not trace."""
+        return self._plain(raw, state)
+
+    def _fused(self) -> Any:
+        if not self._kind or self._kind[0] is not self.geometry:
+            self._kind = (self.geometry, fused.kind_of(self.rule, self.geometry))
+        return self._kind[1]
+
+    # Freshness
+
+    def _is_own(self, raw: torch.Tensor) -> bool:
+        own = None if self._own is None else self._own()
+        if own is raw:
+            return True
+        if own is not None or not isinstance(raw, nn.Parameter):
+            return False
+        # Of a copied model, or in place of a parameter that is no more.
+        self._own = weakref.ref(raw)
+        return True
+
+    def _look(self, raw: torch.Tensor) -> None:
+        """The parameter is not as it was when the vectors were found or advanced."""
+        stepping = self.searching and self.state is not None and not self.forgotten
+        if stepping or self.state is not None and not hasattr(self.rule, "norm"):
+            self._written = _written(raw)
+        elif self._written is None and self._copied and self._copied == _fingerprint(raw):
+            # It was copied together with the vectors, and not written to since.
+            self._written = _written(raw)
+        else:
+            self.measure(raw)
+
+    @torch.compiler.disable
+    def measure(self, raw: torch.Tensor) -> None:
+        """Find the leading pairs of the parameter as it is."""
+        state = self._measured(raw)
+        if state is not None:
+            self._own, self.state, self.drifting = weakref.ref(raw), state, False
+            self._written = _written(raw)
+
+    def take(self, state: State | None, raw: torch.Tensor) -> None:
+        """Use vectors that were advanced on the parameter as it is."""
+        self._own, self.state, self.drifting = weakref.ref(raw), state, False
+        self._written = _written(raw)
+
+    def is_fresh(self, raw: torch.Tensor) -> bool:
+        """Whether the vectors are of the parameter as it is, steps in between included."""
+        known = self.state is not None and self._own is not None and self._own() is raw
+        return known and self._written == _written(raw)
+
+    def stepped(self, raw: torch.Tensor) -> None:
+        """An optimizer's step may have changed the parameter."""
+        if not self.forgotten and self._written != _written(raw):
+            self.drifting, self._written = True, _written(raw)
+
+    def forget(self) -> None:
+        """Measure at the next use, whatever was known."""
+        self._written = _FORGOTTEN
+
+    @property
+    def forgotten(self) -> bool:
+        """Whether the vectors are known to be of another weight."""
+        return self._written == _FORGOTTEN
+
+    def load(self, state: State | None, raw: torch.Tensor, *, drifting: bool) -> None:
+        """Use vectors of a checkpoint, if they are of the parameter as it is."""
+        self.take(state, raw)
+        self.drifting = drifting
+        if state is not None and not drifting and not self._fits(raw, state):
+            self.forget()
+
+    def _fits(self, raw: torch.Tensor, state: State | None) -> bool:
+        """Whether norms along the vectors are those that were measured."""
+        if self.drifting or state is None or not hasattr(self.rule, "norm"):
+            return state is not None
+        follow = track(self.geometry, self.rule.norm)
+        with torch.no_grad():
+            weight = raw.detach()
+            half = weight.dtype in (torch.float16, torch.bfloat16)
+            norms = follow.norms(weight.float() if half else weight, state)
+            pairs = zip(norms, follow.measured(state), strict=True)
+            return all(
+                torch.allclose(a, b.to(a), rtol=_SAME, atol=0.0, equal_nan=True) for a, b in pairs
+            )
+
+    def _measured(self, raw: torch.Tensor) -> State | None:
+        if self.state is not None and not hasattr(self.rule, "norm"):
+            return self.state  # of a rule of others, which need not be about the weight
+        forgiven = (NonFiniteError, GeometryError) if self.lenient else (NonFiniteError,)
+        with contextlib.suppress(*forgiven), torch.inference_mode(False), torch.no_grad():
+            weight = raw.detach()
+            if weight.is_inference():
+                weight = weight.clone()
+            state: State = self.rule.init(weight, self.geometry, self.name)
+            return state
+        return None
+
+
+def _written(raw: torch.Tensor) -> tuple[int, int]:
+    """What changes when a parameter is written to, cast or moved."""
+    return 0 if raw.is_inference() else raw._version, raw.data_ptr()
+
+
+def _fingerprint(raw: torch.Tensor) -> tuple[float, ...]:
+    """Numbers that change with any entry, the same for a copy."""
+    with torch.no_grad():
+        x = raw.detach()
+        x = (torch.view_as_real(x) if x.is_complex() else x).double().reshape(-1)
+        ramp = torch.arange(1, len(x) + 1, dtype=x.dtype, device=x.device)
+        return tuple(torch.stack([x.sum(), x.dot(x), x.dot(ramp)]).tolist())

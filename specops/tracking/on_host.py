@@ -1,0 +1,70 @@
+"""The steps of `specops.tracking.power` for one real matrix on the host, in few calls.
+
+A step on a small layer costs what its calls do: in the general form some four hundred
+microseconds, here about forty. Vectors are kept in double precision within a step.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+
+from specops import backend
+
+_SPLIT_FROM = 2**18
+"""Entries of a matrix from which two products with a vector beat one with two: it then stays in
+the cache of no processor (two columns of 1024 × 512 take 94 µs, one 15 µs)."""
+_ORDINARY = {4: (1e-60, 1e60), 8: (1e-280, 1e280)}
+"""Squares of lengths between which products in single, and in double, precision are ordinary."""
+
+
+class Unusual(Exception):
+    """Numbers that only the general form is right for."""
+
+
+def step(
+    a: np.ndarray, near: np.ndarray, *, to_left: bool, stir: float, independent: float
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """(the two vectors of one side turned, those of the other side, the length of the first's).
+
+    `near` holds the leading vector and the second one as rows, in double precision.
+    """
+    narrow = near.astype(a.dtype)
+    if a.size >= _SPLIT_FROM:
+        far = np.stack([a.dot(x) if to_left else x.dot(a) for x in narrow])
+    else:
+        far = narrow.dot(a.T if to_left else a)
+    far = far.astype(np.float64)
+    (aa, ab), (_, bb) = far.dot(far.T).tolist()
+    least, greatest = _ORDINARY[a.dtype.itemsize]
+    if not least < aa + bb < greatest:
+        raise Unusual
+    angle = 0.5 * math.atan2(2.0 * abs(ab), aa - bb)
+    cos, sin = math.cos(angle), math.sin(angle)
+    # The second vector takes the sign with which its image goes along with the first's.
+    sign = math.copysign(1.0, ab)
+    turn = np.array([[cos, sin * sign], [-sin, cos * sign]])
+    near, far = turn.dot(near), turn.dot(far)
+    first, second = far
+    length = math.sqrt(first.dot(first))
+    first /= length
+    size = math.sqrt(second.dot(second))
+    if size > 0:
+        second /= size
+    if stir:
+        second += _noise(len(second)) * stir
+    for _ in range(2):
+        second -= first * first.dot(second)
+        size = math.sqrt(second.dot(second))
+        if size <= independent:
+            second[:] = 0.0
+            break
+        second /= size
+    return near, far, length
+
+
+@lru_cache(maxsize=256)
+def _noise(size: int) -> np.ndarray:
+    return backend.start_vector("look-out", size)
