@@ -108,7 +108,7 @@ class InUse:
         scale = self.overrides.get("scale")
         if scale is None or not scale.is_leaf or scale.grad is None or not self._is_own(raw):
             return
-        owners = [raw] if self.sharing is None else [p for ref in self.sharing if (p := ref())]
+        owners = [raw] if self.sharing is None else [p for ref in self.sharing if (p := ref()) is not None]
         if all(p.grad is None or not p.grad.any() for p in owners):
             scale.grad = None
 

@@ -68,8 +68,8 @@ def _start(xp: Any, operator: ConvOperator, v: Array | None) -> Array:
 
 def _torus_axis(xp: Any, kernel: Array, symbol: Symbol) -> Array:
     leading = leading_block(xp, kernel, symbol)
-    u, v, cos, sin = leading_vectors(xp, kernel, symbol, leading)
-    outer = u[:, None] * xp.conj(v)[None, :]
+    u, vh, cos, sin = leading_vectors(xp, kernel, symbol, leading)
+    outer = u[:, None] * vh[None, :]
     group = xp.take(backend.constant(np.eye(symbol.sizes.groups), kernel), leading.group, axis=0)
     phases = backend.complex_of(xp, cos, -sin)[:, None] * group
     e = phases[:, :, None, None] * outer

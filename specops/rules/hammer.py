@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from specops import backend
 from specops.errors import StateError
 from specops.geometry import Geometry
@@ -14,6 +16,7 @@ _STEPS = 4
 """Of the iteration at a firing: after a strike another pair leads, which it must find."""
 
 
+@dataclass(frozen=True)
 class SpectralHammer(Cap):
     r"""Set the largest singular value to `max_norm` where it is above; touch no other.
 

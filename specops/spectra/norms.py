@@ -109,13 +109,13 @@ def torus_norm(xp: Any, kernel: Array, symbol: Symbol) -> Array:
     def along_leading_pair(kernel: Array) -> Array:
         fixed = backend.stop_gradient(kernel)
         leading = leading_block(xp, fixed, symbol)
-        u, v, cos, sin = leading_vectors(xp, fixed, symbol, leading)
+        u, vh, cos, sin = leading_vectors(xp, fixed, symbol, leading)
         own = xp.reshape(
             symbol.coefficients(xp, kernel),
             (cos.shape[0], symbol.sizes.groups, *symbol.block_shape),
         )
         own = xp.take(own, leading.group, axis=1)[:, 0, ...]
-        outer = backend.conjugate(xp, u)[:, None] * v[None, :]
+        outer = backend.conjugate(xp, u[:, None] * vh[None, :])
         phases = backend.complex_of(xp, cos, sin)[:, None, None]
         if backend.is_complex(own):
             return _real(xp, xp.sum(own * (outer * phases)))

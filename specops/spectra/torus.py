@@ -81,7 +81,7 @@ def ranked_blocks(coefficients: np.ndarray, symbol: Symbol) -> np.ndarray:
 def leading_vectors(
     xp: Any, kernel: Array, symbol: Symbol, leading: Leading
 ) -> tuple[Array, Array, Array, Array]:
-    """(u, v, cos, sin) of the leading block: singular vectors, and cos θ·b and sin θ·b."""
+    """(u, vᴴ, cos, sin) of the leading block: singular vectors, and cos θ·b and sin θ·b."""
     angles = xp.take(backend.constant(symbol.angles, kernel), leading.frequency, axis=0)[0, :]
     cos, sin = xp.cos(angles), xp.sin(angles)
     coefficients = xp.reshape(
@@ -93,7 +93,7 @@ def leading_vectors(
     else:
         block = backend.complex_of(xp, cos @ own, sin @ own)
     u, _, vh = svd(xp, xp.reshape(block, symbol.block_shape))
-    return u[:, 0], xp.conj(vh[0, :]), cos, sin
+    return u[:, 0], vh[0, :], cos, sin
 
 
 def host_blocks(coefficients: np.ndarray, symbol: Symbol, chunk: slice | np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ class TrackedBlocks:
     geometry: Dense
 
     def start(self, w: Array, name: str = "") -> State:
-        """The leading pairs, to about 1e-4."""
+        """The leading pairs, to about 1e-6."""
         xp, w = backend.namespace(w), backend.stop_gradient(w)
         state: State = {}
         for j, a in enumerate(self.geometry.blocks(backend.to_compute(xp, w))):
@@ -97,7 +97,7 @@ class TrackedKernel(AlongAxis):
     views: tuple[Dense, ...]
 
     def start(self, w: Array, name: str = "") -> State:
-        """The leading pairs, to about 1e-4."""
+        """The leading pairs, to about 1e-6."""
         xp = backend.namespace(w)
         w = backend.stop_gradient(backend.to_compute(xp, w))
         state: State = {}

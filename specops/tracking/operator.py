@@ -38,7 +38,7 @@ class TrackedOperator(AlongAxis):
     geometry: Conv
 
     def start(self, w: Array, name: str = "") -> State:
-        """The leading pair, to about 1e-4."""
+        """The leading pair, to about 1e-6."""
         xp = backend.namespace(w)
         kernel, sizes = self._kernel(xp, w)
         backend.check_finite(xp, kernel)

@@ -16,7 +16,7 @@ from specops.tracking import on_host
 
 Array = Any
 State = dict[str, Array]
-START_TOLERANCE = 1e-4
+START_TOLERANCE = 1e-6
 _UNROLLED = 4
 """Steps up to which a compiler is given each of them."""
 STIR = 0.3
@@ -77,7 +77,7 @@ Product = Callable[[Array, Array], tuple[Array, Array]]
 
 
 def leading_pairs(xp: Any, a: Array, name: str) -> tuple[Pairs, Array]:
-    """(pairs, σ) to start from; the first pair is known to about 1e-4."""
+    """(pairs, σ) to start from; the first pair is known to about 1e-6."""
     backend.check_finite(xp, a)
     *batch, m, n = a.shape
 

@@ -75,6 +75,11 @@ def state_of(attachment: Any, name: str) -> dict[str, Any]:
     return dict(attachment.state_dict()["weights"][name]["state"])
 
 
+def raw(model: nn.Module, name: str = "weight") -> Any:
+    """The parameter itself, where a layer answers with the weight in use."""
+    return dict(model.named_parameters(remove_duplicate=False))[name]
+
+
 def in_use(model: nn.Module, name: str, *inputs: Any) -> Any:
     """The weight that a layer of the model uses in a forward pass."""
     path, _, attribute = name.rpartition(".")

@@ -60,7 +60,7 @@ class TorchTraining:
 
     def set_weight(self, name: str, values: np.ndarray) -> None:
         with torch.no_grad():
-            self.model.get_parameter(name).copy_(torch.from_numpy(values))
+            dict(self.model.named_parameters())[name].copy_(torch.from_numpy(values))
 
     def detach(self) -> None:
         self.attachment.detach()
