@@ -127,14 +127,15 @@ def test_every_number_is_that_of_the_explicit_matrix(case: Case, kind: str) -> N
 def test_what_is_never_read_has_no_effect(case: Case) -> None:
     with_unread_taps(case)
     geometry = case.geometry
-    quiet, loud = pair(case.weight(), geometry, 1e6)
-    torus = TrackedTorus(geometry)
+    quiet, loud = pair(case.weight(), geometry, 1e200)
+    torus, operator = TrackedTorus(geometry), TrackedOperator(geometry)
     for measure in (
         specops.spectral_norm,
         specops.stable_rank,
         lambda w, g: specops.spectral_norm_bounds(w, g).lower,
         lambda w, g: specops.spectral_norm_bounds(w, g).upper,
         lambda w, g: torus.estimate(w, torus.start(w, "w"))[0],
+        lambda w, g: operator.start(w, "w")["sigma"],
     ):
         assert float(measure(loud, geometry)) == float(measure(quiet, geometry))
     top = float(specops.spectral_norm_bounds(quiet, geometry).upper)
@@ -150,6 +151,23 @@ def test_what_is_never_read_has_no_effect(case: Case) -> None:
         assert float(told[1].norm_after) == float(kept[1].norm_after) <= share * top
         assert np.linalg.norm(oracle.conv_matrix(told[0], geometry), 2) <= share * top
     assert specops.project_spectral_ball(loud, top * (1 + 1e-9), geometry) is loud
+
+
+@given(kernels_beyond_their_grids())
+@settings(max_examples=200)
+def test_the_torus_contains_the_layer(case: Case) -> None:
+    """What is read outside the grid falls outside it on the torus as well."""
+    sizes = case.geometry.sizes(case.shape)
+    torus = sizes.enclosing_torus()
+    axes = zip(
+        sizes.fine, sizes.coarse, sizes.lower, sizes.stride, sizes.dilation, sizes.read, torus,
+        strict=True,
+    )  # fmt: skip
+    for n, m, lower, s, d, read, points in axes:
+        assert points % s == 0
+        assert points // s >= m
+        for at in (s * p + d * a - lower for p in range(m) for a in read):
+            assert at % points == at if 0 <= at < n else at % points >= n
 
 
 @given(kernels_beyond_their_grids())
