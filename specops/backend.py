@@ -18,6 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 import array_api_compat as compat
 import numpy as np
 
+from specops import kinds
 from specops.errors import NonFiniteError, UnsupportedArrayError
 
 Array = Any
@@ -56,24 +57,28 @@ def namespace(w: Array) -> Namespace:
     problem = None if traced else _unmeasurable(w)
     if problem:
         raise UnsupportedArrayError(problem)
-    return compat.array_namespace(w)
+    xp = compat.array_namespace(w)
+    problem = None if traced else kinds.problem_of_namespace(xp)
+    if problem:
+        raise UnsupportedArrayError(problem)
+    return xp
 
 
 def _unmeasurable(w: Array) -> str | None:
-    kind = type(w).__name__
-    if kind.startswith("Uninitialized"):
-        return f"the weight is a lazy {kind} without a shape yet: run one forward pass first"
-    if not compat.is_array_api_obj(w):
-        return (
-            f"expected an array of NumPy, CuPy, torch, JAX or another Array API library, "
-            f"got {kind}: convert it first, for example with numpy.asarray"
-        )
+    problem = kinds.problem(w)
+    if problem is not None:
+        return problem
     if getattr(w, "is_meta", False):
         return "the weight is on the meta device and holds no values: materialise it first"
     if getattr(w, "is_quantized", False):
         return "the weight is stored quantised: dequantise it first"
-    if "sparse" in str(getattr(w, "layout", "")):
+    layout = str(getattr(w, "layout", ""))
+    if "sparse" in layout:
         return "the weight is sparse: convert it to a dense array first"
+    if "mkldnn" in layout:
+        return "the weight is in the layout of MKL-DNN: convert it with w.to_dense() first"
+    if getattr(w, "is_nested", False):
+        return "the weight is a nested tensor: convert each of its tensors, w.unbind(), instead"
     name = dtype_name(w.dtype)
     if name not in _COMPUTE:
         return (
@@ -260,8 +265,10 @@ def torch_to_numpy(x: Array) -> np.ndarray | None:
 def stop_gradient(x: Array) -> Array:
     """`x` as a constant for differentiation."""
     if compat.is_torch_array(x):
-        functorch = sys.modules["torch"]._C._functorch
         x = x.detach()
+        if sys.modules["torch"].compiler.is_compiling():
+            return x
+        functorch = sys.modules["torch"]._C._functorch
         # torch.func.grad wraps tensors whose values are known.
         while functorch.is_gradtrackingtensor(x):
             x = functorch.get_unwrapped(x)

@@ -93,7 +93,8 @@ def number_where(value: Any, fits: Callable[[Any], Any]) -> Any:
 
 def nan_unless(fits: Any, value: Any) -> Any:
     """`value`, or NaN where a traced condition turns out not to hold."""
-    return compat.array_namespace(value).where(fits, value * 1.0, math.nan)
+    xp, value = compat.array_namespace(value), value * 1.0
+    return xp.where(fits, value, xp.full_like(value, math.nan))
 
 
 def nan_without(bound: Any, result: Any) -> Any:

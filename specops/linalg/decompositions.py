@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,15 @@ def _svd_by_gram(xp: Namespace, a: Array) -> tuple[Array, Array, Array]:
     order = xp.argsort(-s, axis=-1)
     safe = xp.where(s > 0, diagonal / xp.where(s > 0, s, xp.ones_like(s)), xp.ones_like(diagonal))
     u = q * safe[..., None, :]
-    s = xp.take_along_axis(s, order, axis=-1)
-    u = xp.take_along_axis(u, order[..., None, :] + xp.zeros(u.shape, dtype=order.dtype), axis=-1)
-    v = xp.take_along_axis(v, order[..., None, :] + xp.zeros(v.shape, dtype=order.dtype), axis=-1)
+    s = _reordered(xp, s[..., None, :], order)[..., 0, :]
+    u, v = _reordered(xp, u, order), _reordered(xp, v, order)
     return (v, s, backend.adjoint(xp, u)) if wide else (u, s, backend.adjoint(xp, v))
+
+
+def _reordered(xp: Namespace, a: Array, order: Array) -> Array:
+    """The columns of stacked matrices in the order of each; ``take_along_axis`` came in 2024.12."""
+    n = a.shape[-1]
+    starts = np.arange(math.prod(a.shape[:-1])).reshape((*a.shape[:-1], 1)) * n
+    index = backend.constant(starts, a) + xp.astype(order, xp.int32)[..., None, :]
+    found = xp.take(xp.reshape(a, (-1,)), xp.reshape(index, (-1,)), axis=0)
+    return xp.reshape(found, a.shape)

@@ -46,13 +46,13 @@ def margins(logits: Array, labels: Array) -> Array:
     >>> margins(np.array([[3.0, 1.0, 0.0], [0.0, 2.0, 5.0]]), np.array([0, 1])).tolist()
     [2.0, -3.0]
     """
+    xp = backend.namespace(logits)
     shape = tuple(labels.shape) if hasattr(labels, "shape") else (len(labels),)
     if logits.ndim != 2 or logits.shape[1] < 2 or shape != (logits.shape[0],):
         raise ValueError(
             f"logits must be (n, classes) with two classes or more, and labels (n,): got "
             f"{tuple(logits.shape)} and {shape}"
         )
-    xp = backend.namespace(logits)
     if not compat.is_array_api_obj(labels) or compat.array_namespace(labels) is not xp:
         labels = backend.constant(np.asarray(labels), logits)
     z = backend.to_compute(xp, logits)

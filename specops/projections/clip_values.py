@@ -91,9 +91,9 @@ def clip_singular_values(
         u, s, vh = svd(xp, block.matrices)
         # In units of the weight: bounds over its scale might overflow.
         s = s * block.scale[..., 0]
-        s = xp.where(s < lower, lower, s)
+        s = xp.where(s < lower, xp.full_like(s, lower), s)
         if math.isfinite(upper):
-            s = xp.where(s > upper, upper, s)
+            s = xp.where(s > upper, xp.full_like(s, upper), s)
         return xp.astype((u * xp.astype(s, u.dtype)[..., None, :]) @ vh, w.dtype)
 
     return changed_blocks(given, w, change)

@@ -272,7 +272,8 @@ class KernelProblem:
             products = xp.abs(change) ** 2 * 0.5 + xp.real(xp.conj(x) * change)
             dual = xp.sum(products) - target * now.nuclear
         top = largest(xp, support, x)
-        x = x * xp.where(top > target, target / xp.where(top > 0, top, xp.ones_like(top)), 1.0)
+        one = xp.ones_like(top)
+        x = x * xp.where(top > target, target / xp.where(top > 0, top, one), one)
         result = support.kernel(xp, x)
         if support.symbol.folds:
             result = result + kernel - support.kernel(xp, x0)

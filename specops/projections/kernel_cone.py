@@ -108,7 +108,8 @@ def kernel_family(
     def rank(x: Array) -> Array:
         along = xp.sum(inner(x, e))
         ratio = xp.sum(weights * inner(x, x)) / nonzero(xp, along) ** 2
-        return xp.where(along > 0, ratio, xp.where(along < 0, math.inf, 0.0 * ratio))
+        worst = xp.full_like(ratio, math.inf)
+        return xp.where(along > 0, ratio, xp.where(along < 0, worst, 0.0 * ratio))
 
     e_squares = inner(e, e)
     dual = nonzero(xp, xp.sum(e_squares / weights))

@@ -85,9 +85,10 @@ def store_below(
         finished = backend.truth(xp.all(done))
         if finished or (finished is None and round_ == _ROUNDS_WHEN_TRACED[rounds]):
             break
-        excess = (rank - limit) / xp.where(family.slope > 0, family.slope, 1.0)
+        slope = family.slope
+        excess = (rank - limit) / xp.where(slope > 0, slope, xp.ones_like(slope))
         squared = share**2 - 1.5 * excess
-        less = xp.sqrt(xp.where(squared > 0, squared, 0.0))
+        less = xp.sqrt(xp.where(squared > 0, squared, xp.zeros_like(squared)))
         least_change = share * (1.0 - min(0.5, eps * 2.0 ** (round_ - 5)))
         share = xp.where(done, share, xp.where(less < least_change, less, least_change))
     return stored, rank, round_
@@ -98,7 +99,8 @@ def _in_range(xp: Any, x: Array, dtype: Any, batch: int) -> Array:
     if backend.dtype_name(dtype) != "float16":
         return x
     largest = xp.max(xp.abs(x), axis=tuple(range(batch, x.ndim)), keepdims=True)
-    return x * xp.where(largest > _LARGEST_HALF, _LARGEST_HALF / nonzero(xp, largest), 1.0)
+    factor = _LARGEST_HALF / nonzero(xp, largest)
+    return x * xp.where(largest > _LARGEST_HALF, factor, xp.ones_like(factor))
 
 
 def energy(xp: Any, a: Array) -> Array:
