@@ -25,7 +25,7 @@ _FAR = 64.0
 
 @dataclass(frozen=True)
 class Cap:
-    """What the caps have in common."""
+    """What the caps have in common. Each is a dataclass too, so that errors name it."""
 
     max_norm: float | Schedule
     _: KW_ONLY
@@ -44,6 +44,7 @@ class Cap:
         return check_bound(at(self.max_norm, step, name, geometry), "max_norm")
 
 
+@dataclass(frozen=True)
 class NormalizeIfAbove(Cap):
     r"""Scale a weight down where its norm exceeds `max_norm`: :math:`W\min(1, c/\|W\|_2)`.
 
@@ -102,6 +103,7 @@ class NormalizeIfAbove(Cap):
         return result, state, figures
 
 
+@dataclass(frozen=True)
 class SpectralSoftCap(Cap):
     r"""Press all singular values below `max_norm` by odd polynomials of the matrix.
 
