@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from specops import backend
 from specops.linalg.decompositions import svd
-from specops.linalg.lanczos import Operator
 
 Array = Any
 _DEPENDENT = 1e-6
@@ -14,9 +13,19 @@ _DRIFTS = 8
 """Rounds from which the rounding that images of V gather is taken out at the end."""
 
 
+class Map(Protocol):
+    """Products with a matrix; vectors are rows."""
+
+    def matvec(self, x: Array) -> Array:
+        """A x."""
+
+    def rmatvec(self, y: Array) -> Array:
+        """Aᴴ y."""
+
+
 def leading_triplets(
     xp: Any,
-    operator: Operator,
+    operator: Map,
     start: Array,
     k: int,
     *,
@@ -35,7 +44,7 @@ def leading_triplets(
     ----------
     xp : namespace
         Of the arrays.
-    operator : Operator
+    operator : Map
         A.
     start : array, shape (columns, p)
         p ≥ k vectors; some more than k help where values are close.

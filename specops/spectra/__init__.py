@@ -1,9 +1,10 @@
 """Singular values of the linear maps that weights stand for."""
 
 from specops.spectra.bounds import NormBounds, spectral_norm_bounds
+from specops.spectra.maps import LinearOperator, linear_operator
 from specops.spectra.norms import spectral_norm
 from specops.spectra.ranks import condition_number, effective_rank, stable_rank
-from specops.spectra.triplets import LinearOperator, linear_operator, top_singular_triplets
+from specops.spectra.triplets import top_singular_triplets
 from specops.spectra.values import singular_values
 
 __all__ = [

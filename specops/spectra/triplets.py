@@ -1,4 +1,4 @@
-"""`top_singular_triplets` and `linear_operator`: directions, and the map itself."""
+"""`top_singular_triplets`: directions with their values."""
 
 from __future__ import annotations
 
@@ -10,89 +10,11 @@ from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import integer
 from specops.linalg.decompositions import svd
 from specops.linalg.subspace import leading_triplets
-from specops.operators import ConvOperator
+from specops.spectra.maps import LinearOperator, linear_operator
 from specops.spectra.prepare import matrix_blocks, prepare
 
 Array = Any
 _EXPLICIT = 2**20
-
-
-class LinearOperator:
-    """The linear map that a weight and a geometry stand for.
-
-    Attributes
-    ----------
-    shape : tuple of int
-        (outputs, inputs): for a Conv (channels · grid) flattened, channels first; for a stack
-        of matrices the shape of each.
-    """
-
-    def __init__(self, shape: tuple[int, int], matvec: Any, rmatvec: Any, matrix: Any) -> None:
-        self.shape = shape
-        self._matvec, self._rmatvec, self._matrix = matvec, rmatvec, matrix
-
-    def __repr__(self) -> str:
-        return f"<LinearOperator {self.shape[0]}×{self.shape[1]}>"
-
-    def matvec(self, x: Array) -> Array:
-        """A x for x of shape (..., inputs)."""
-        return self._matvec(backend.to_compute(backend.namespace(x), x))
-
-    def rmatvec(self, y: Array) -> Array:
-        """Aᴴ y for y of shape (..., outputs)."""
-        return self._rmatvec(backend.to_compute(backend.namespace(y), y))
-
-    def to_matrix(self) -> Array:
-        """The explicit matrix, (outputs, inputs): memory is the product of the two."""
-        return self._matrix()
-
-
-def linear_operator(w: Array, geometry: Geometry | None = None) -> Any:
-    """The linear map that `w` stands for, as products with vectors.
-
-    Parameters
-    ----------
-    w : array
-        Real or complex; half precision computes in float32.
-    geometry : Dense or Conv, optional
-        The map; None is ``Dense()`` for a two-dimensional array.
-
-    Returns
-    -------
-    LinearOperator, or a tuple of them with ``Dense(splits=...)``
-        With ``matvec``, ``rmatvec`` (the adjoint), ``shape`` and ``to_matrix``. For
-        ``batch_axes`` the leading axes of a vector are those of the batch.
-
-    Raises
-    ------
-    GeometryError, UnsupportedArrayError
-        As `singular_values`.
-    UnsupportedGeometryError
-        A Conv without input size.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> blur = linear_operator(np.ones((1, 1, 3)), Conv((4,)))
-    >>> blur.matvec(np.array([1.0, 0.0, 0.0, 1.0]))
-    array([1., 1., 1., 1.])
-    """
-    xp = backend.namespace(w)
-    given = prepare(w, geometry, scaled=False)
-    if isinstance(given.geometry, Dense):
-        operators = tuple(_of_matrix(xp, m) for m in given.geometry.blocks(given.w))
-        return operators if given.geometry.splits is not None else operators[0]
-    operator = _conv_operator(given.w, given.geometry)
-    if not given.geometry.transposed:
-        return LinearOperator(operator.shape, operator.matvec, operator.rmatvec, operator.to_matrix)
-    # The weight of a transposed convolution acts by its transpose, not its adjoint.
-    plain = _conv_operator(backend.conjugate(xp, given.w), given.geometry)
-    return LinearOperator(
-        operator.shape[::-1],
-        plain.rmatvec,
-        plain.matvec,
-        lambda: xp.matrix_transpose(operator.to_matrix()),
-    )
 
 
 @backend.in_full_precision
@@ -178,6 +100,7 @@ def _widened(xp: Any, start: Array, k: int, operator: LinearOperator, dtype: Any
     An exact singular vector that is not leading would otherwise be taken for the answer.
     """
     columns = operator.shape[1]
+    backend.namespace(start)
     if start.ndim != 2 or start.shape[0] != columns or start.shape[1] < k:
         raise ValueError(
             f"start must have shape ({columns}, p) with p of at least k={k}, got {start.shape}"
@@ -193,27 +116,3 @@ def _widened(xp: Any, start: Array, k: int, operator: LinearOperator, dtype: Any
 def _check_count(k: int, shape: Any) -> None:
     if k > min(shape):
         raise ValueError(f"k={k} of a map that has {min(shape)} singular values")
-
-
-def _of_matrix(xp: Any, matrix: Array) -> LinearOperator:
-    def times(a: Array, x: Array) -> Array:
-        if matrix.ndim == 2:
-            return backend.matmul(x, xp.matrix_transpose(a))
-        return backend.matmul(a, x[..., None])[..., 0]
-
-    rows, columns = (int(n) for n in matrix.shape[-2:])
-    return LinearOperator(
-        (rows, columns),
-        lambda x: times(matrix, x),
-        lambda y: times(backend.adjoint(xp, matrix), y),
-        lambda: matrix,
-    )
-
-
-def _conv_operator(w: Array, geometry: Conv) -> ConvOperator:
-    sizes = geometry.sizes(tuple(w.shape))
-    if sizes.fine is None:
-        raise UnsupportedGeometryError(
-            "Conv(input_shape=None) stands for every size at once: name the input_shape"
-        )
-    return ConvOperator(geometry.kernel(w), sizes)

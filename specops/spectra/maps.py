@@ -1,0 +1,217 @@
+"""`linear_operator`: the map that a weight stands for, as products with vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, overload
+
+from specops import backend
+from specops.errors import UnsupportedGeometryError
+from specops.geometry import Conv, Dense, Geometry
+from specops.operators import ConvOperator
+from specops.spectra.prepare import prepare
+
+Array = Any
+
+
+class Products(NamedTuple):
+    """A map on rows (..., n) of vectors, and on columns (..., n, k)."""
+
+    rows: Callable[[Array], Array]
+    columns: Callable[[Array], Array]
+
+
+class LinearOperator:
+    """The linear map A that a weight and a geometry stand for.
+
+    ``scipy.sparse.linalg.aslinearoperator`` takes it as it is, where the weight is NumPy's.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        (outputs, inputs): for a Conv (channels · grid) flattened, channels first; for a stack
+        of matrices the shape of each.
+    dtype : dtype
+        Of the weight's library: that in which products are computed.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        dtype: Any,
+        forward: Products,
+        backward: Products,
+        matrix: Callable[[], Array],
+    ) -> None:
+        self.shape, self.dtype = shape, dtype
+        self._forward, self._backward, self._matrix = forward, backward, matrix
+
+    def __repr__(self) -> str:
+        return f"<LinearOperator {self.shape[0]}×{self.shape[1]}>"
+
+    def matvec(self, x: Array) -> Array:
+        """A x for x of shape (..., inputs), or for columns (..., inputs, 1).
+
+        Columns give columns (..., outputs, 1). Where there is a single input, the last axis is
+        that of the inputs.
+        """
+        return self._vectors(self._forward, x, self.shape[1])
+
+    def rmatvec(self, y: Array) -> Array:
+        """Aᴴ y for y of shape (..., outputs), or for columns (..., outputs, 1), as `matvec`."""
+        return self._vectors(self._backward, y, self.shape[0])
+
+    def matmat(self, x: Array) -> Array:
+        """A X for X of shape (..., inputs, k): (..., outputs, k)."""
+        return self._matrices(self._forward, x, self.shape[1])
+
+    def rmatmat(self, y: Array) -> Array:
+        """Aᴴ Y for Y of shape (..., outputs, k): (..., inputs, k)."""
+        return self._matrices(self._backward, y, self.shape[0])
+
+    def __matmul__(self, x: Array) -> Array:
+        """``A @ x`` as for the explicit matrix: a vector (inputs,), or X of `matmat`."""
+        if not hasattr(x, "ndim"):
+            return NotImplemented
+        return self.matvec(x) if x.ndim == 1 else self.matmat(x)
+
+    @property
+    def H(self) -> LinearOperator:
+        """The adjoint Aᴴ as an operator."""
+
+        def matrix() -> Array:
+            a = self.to_matrix()
+            return backend.adjoint(backend.namespace(a), a)
+
+        return LinearOperator(self.shape[::-1], self.dtype, self._backward, self._forward, matrix)
+
+    def to_matrix(self) -> Array:
+        """The explicit matrix, (outputs, inputs): memory is the product of the two."""
+        return self._matrix()
+
+    def _vectors(self, products: Products, x: Array, length: int) -> Array:
+        backend.namespace(x)
+        shape = tuple(x.shape)
+        if length != 1 and shape[-2:] == (length, 1):
+            return self._applied(products.rows, x[..., 0])[..., None]
+        if shape[-1:] != (length,):
+            raise ValueError(
+                f"expected vectors of shape (..., {length}) or columns (..., {length}, 1) for "
+                f"{self!r}, got {shape}"
+            )
+        return self._applied(products.rows, x)
+
+    def _matrices(self, products: Products, x: Array, length: int) -> Array:
+        backend.namespace(x)
+        shape = tuple(x.shape)
+        if shape[-2:-1] != (length,):
+            raise ValueError(
+                f"expected a matrix of shape (..., {length}, k) for {self!r}, got {shape}"
+            )
+        return self._applied(products.columns, x)
+
+    def _applied(self, product: Callable[[Array], Array], x: Array) -> Array:
+        xp = backend.namespace(x)
+        x = backend.to_compute(xp, x)
+        is_complex = backend.dtype_name(self.dtype).startswith("complex")
+        if is_complex and not backend.is_complex(x):
+            x = xp.astype(x, backend.complex_dtype(xp, x.dtype))
+        elif backend.is_complex(x) and not is_complex:
+            # Not every library multiplies real by complex arrays.
+            return backend.complex_of(xp, product(xp.real(x)), product(xp.imag(x)))
+        return product(x)
+
+
+@overload
+def linear_operator(w: Array, geometry: Conv | None = None) -> LinearOperator: ...
+
+
+@overload
+def linear_operator(
+    w: Array, geometry: Geometry | None
+) -> LinearOperator | tuple[LinearOperator, ...]: ...
+
+
+def linear_operator(
+    w: Array, geometry: Geometry | None = None
+) -> LinearOperator | tuple[LinearOperator, ...]:
+    """The linear map that `w` stands for, as products with vectors.
+
+    Parameters
+    ----------
+    w : array
+        Real or complex; half precision computes in float32.
+    geometry : Dense or Conv, optional
+        The map; None is ``Dense()`` for a two-dimensional array.
+
+    Returns
+    -------
+    LinearOperator, or a tuple of them with ``Dense(splits=...)``
+        With ``matvec``, ``rmatvec`` (the adjoint), ``matmat``, ``rmatmat``, ``@``, ``H``,
+        ``shape``, ``dtype`` and ``to_matrix``. For ``batch_axes`` the leading axes of a vector
+        are those of the batch.
+
+    Raises
+    ------
+    GeometryError, UnsupportedArrayError
+        As `singular_values`.
+    UnsupportedGeometryError
+        A Conv without input size.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> blur = linear_operator(np.ones((1, 1, 3)), Conv((4,)))
+    >>> blur @ np.array([1.0, 0.0, 0.0, 1.0])
+    array([1., 1., 1., 1.])
+    >>> blur.H.shape
+    (4, 4)
+    """
+    given = prepare(w, geometry, scaled=False)
+    xp = given.xp
+    if isinstance(given.geometry, Dense):
+        operators = tuple(_of_matrix(xp, m) for m in given.geometry.blocks(given.w))
+        return operators if given.geometry.splits is not None else operators[0]
+    operator = _conv_operator(given.w, given.geometry)
+    forward, backward = (_by_rows(xp, f) for f in (operator.matvec, operator.rmatvec))
+    if not given.geometry.transposed:
+        return LinearOperator(operator.shape, given.w.dtype, forward, backward, operator.to_matrix)
+    # The weight of a transposed convolution acts by its transpose, not its adjoint.
+    plain = _conv_operator(backend.conjugate(xp, given.w), given.geometry)
+    return LinearOperator(
+        operator.shape[::-1],
+        given.w.dtype,
+        _by_rows(xp, plain.rmatvec),
+        _by_rows(xp, plain.matvec),
+        lambda: xp.matrix_transpose(operator.to_matrix()),
+    )
+
+
+def _by_rows(xp: Any, product: Callable[[Array], Array]) -> Products:
+    """Products of a map that takes vectors as rows."""
+    return Products(product, lambda x: xp.matrix_transpose(product(xp.matrix_transpose(x))))
+
+
+def _of_matrix(xp: Any, matrix: Array) -> LinearOperator:
+    def products(a: Array) -> Products:
+        def rows(x: Array) -> Array:
+            if matrix.ndim == 2:
+                return backend.matmul(x, xp.matrix_transpose(a))
+            return backend.matmul(a, x[..., None])[..., 0]
+
+        return Products(rows, lambda x: backend.matmul(a, x))
+
+    outputs, inputs = (int(n) for n in matrix.shape[-2:])
+    backward = products(backend.adjoint(xp, matrix))
+    return LinearOperator(
+        (outputs, inputs), matrix.dtype, products(matrix), backward, lambda: matrix
+    )
+
+
+def _conv_operator(w: Array, geometry: Conv) -> ConvOperator:
+    sizes = geometry.sizes(tuple(w.shape))
+    if sizes.fine is None:
+        raise UnsupportedGeometryError(
+            "Conv(input_shape=None) stands for every size at once: name the input_shape"
+        )
+    return ConvOperator(geometry.kernel(w), sizes)
