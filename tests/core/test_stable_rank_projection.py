@@ -12,6 +12,7 @@ from hypothesis import assume, given
 import specops
 from specops import Conv, Dense, errors
 from specops.geometry import Geometry
+from specops.geometry.unread import with_unread
 from specops.projections import kernel_axis, kernel_cone, matrix_cone
 from specops.projections.kernel_axis import leading_axis
 from specops.projections.stable_rank import project_stable_rank
@@ -268,7 +269,8 @@ def nearest_along(
     given = prepare(w, geometry)
     axis, _ = leading_axis(np, geometry.kernel(given.w), geometry.sizes(w.shape))
     family, _, least = kernel_cone.kernel_family(given, geometry, axis, np.asarray(target))
-    return family.place(family.share), geometry.weight(axis), float(least)
+    placed = with_unread(family.place(family.share), w, geometry)
+    return placed, geometry.weight(axis), float(least)
 
 
 def least_along(w: np.ndarray, geometry: Conv) -> float:
