@@ -80,7 +80,10 @@ def holds(x: Array) -> bool:
 
 def seen(x: Array) -> np.ndarray:
     """A NumPy view of what `holds` is true of."""
-    return x if isinstance(x, np.ndarray) else x.detach().numpy()
+    if isinstance(x, np.ndarray):
+        return x
+    array: np.ndarray = (x.detach() if x.requires_grad else x).numpy()
+    return array
 
 
 def length(x: Array) -> float:
@@ -103,6 +106,9 @@ def from_host(values: np.ndarray, like: Array) -> Array:
     """A NumPy result in the library of `like`."""
     if isinstance(like, np.ndarray):
         return values
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(like, torch.Tensor) and values.flags.writeable:
+        return torch.from_numpy(values)
     return compat.array_namespace(like).asarray(values.copy())
 
 

@@ -19,6 +19,7 @@ from specops.errors import (
 from specops.geometry import Conv, Dense, Geometry
 from specops.rules import ClipSpectralNorm
 from specops.rules.base import at
+from specops_torch.fast_paths import advanced
 from specops_torch.fused import row_blocks
 from specops_torch.constrained import Constrained
 
@@ -223,6 +224,14 @@ def _update(step: int) -> Update:
         weight, state, geometry = c.location.parameter.detach(), _state(c), _sized(c)
         if not state:
             state = c.rule.init(weight, geometry, c.name)
+        fast = advanced(c, state) if c.stage != "gradients" or _in_place(c) else None
+        if fast is not None:
+            state, norm = fast
+            figures = {"norm": norm}
+            if c.stage == "gradients":
+                strength = c.rule.strength_at(step, c.name, geometry)
+                figures["penalty"] = 0.5 * strength * norm * norm
+            return weight, state, figures
         if c.stage == "gradients" and _in_place(c):
             state, figures = c.rule.advance(weight, geometry, state, step=step, name=c.name)
             return weight, state, figures

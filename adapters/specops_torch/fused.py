@@ -10,6 +10,7 @@ five passes over the matrix. ``ENABLED = False`` computes everything by the rule
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -25,14 +26,16 @@ from specops.tracking import TrackedBlocks, track
 ENABLED = True
 _LEAST, _GREATEST = 1e-12, 1e12
 """Norms whose squares single precision holds."""
+_APART = 1e-3
+"""F/σ² − 1 from which single precision has digits left after the difference."""
 _transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 class Kind(NamedTuple):
     """How a rule sees a weight: as blocks of rows, or along an array like itself."""
 
-    blocks: int
-    """0: along the state's axis."""
+    keys: tuple[str, ...]
+    """Of the vectors in the state, u and v of each block in turn, or its axis."""
     limits: bool
     """Whether the stable rank is limited."""
 
@@ -43,9 +46,9 @@ def kind_of(rule: Any, geometry: Geometry) -> Kind | None:
         return None
     limits, blocks = type(rule) is StableRankNormalization, row_blocks(geometry, rule.norm)
     if blocks:
-        return Kind(blocks, limits)
+        return Kind(tuple(f"{key}{j}" for j in range(blocks) for key in "uv"), limits)
     along_axis = not isinstance(track(geometry, rule.norm), TrackedBlocks)
-    return Kind(0, False) if along_axis and not limits else None
+    return Kind(("axis",), False) if along_axis and not limits else None
 
 
 @lru_cache(maxsize=1024)
@@ -80,15 +83,12 @@ def used(
         number = number.initial
     if callable(number) or not math.isfinite(number):
         return None
-    keys = [f"{key}{j}" for j in range(kind.blocks) for key in "uv"] or ["axis"]
-    vectors = [state[key] for key in keys]
+    vectors = [state[key] for key in kind.keys]
     if any(x.dtype != raw.dtype or not x.is_cpu for x in vectors):
         return None
-    weight = raw.detach()
-    blocks = weight.split([len(u) for u in vectors[::2]]) if kind.blocks > 1 else (weight,)
     coefficients = []
-    for j, block in enumerate(blocks):
-        found = _coefficients(block, vectors[2 * j : 2 * j + 2], kind.limits, number)
+    for block, pair in _blocks(vectors, raw.detach()):
+        found = _coefficients(block, pair, kind.limits, number)
         if found is None:
             return None
         coefficients.append(found)
@@ -114,7 +114,7 @@ class _Coefficients(NamedTuple):
 
 
 def _coefficients(
-    w: torch.Tensor, vectors: list[torch.Tensor], limits: bool, number: float
+    w: torch.Tensor, vectors: Sequence[torch.Tensor], limits: bool, number: float
 ) -> _Coefficients | None:
     if len(vectors) == 1:
         sigma = (w * vectors[0]).sum().item()
@@ -135,7 +135,7 @@ def _coefficients(
     rest, room = squared / sigma**2 - 1.0, max(number * side, 1.0) - 1.0
     if rest <= room:
         return plain
-    if not math.isfinite(rest) or rest < 1e-6:
+    if not _APART < rest < math.inf:
         return None
     t = math.sqrt(room / rest)
     return _Coefficients(t / sigma, 1.0 - t, sigma, squared, rest)
@@ -157,7 +157,7 @@ class _Used(torch.autograd.Function):
         if len(coefficients) == 1 and coefficients[0].b == 0.0:
             return w * coefficients[0].a
         used = torch.empty_like(w, memory_format=torch.contiguous_format)
-        for block, out, c, pair in _blocks(coefficients, vectors, w, used):
+        for c, (block, out, pair) in zip(coefficients, _blocks(vectors, w, used), strict=True):
             if c.b == 0.0:
                 torch.mul(block, c.a, out=out)
             else:
@@ -181,9 +181,9 @@ def _gradient(ctx: Any, g: torch.Tensor, w: torch.Tensor, vectors: Any) -> torch
         (twice,) = torch.autograd.grad(ctx.plain(w), w, g, create_graph=True)
         return twice
     gradient = torch.empty_like(w, memory_format=torch.contiguous_format)
-    for block, given, out, c, pair in _blocks(ctx.coefficients, vectors, w, g, gradient):
-        flat = block.reshape(-1), given.reshape(-1)
-        product = torch.dot(*flat)
+    parts = _blocks(vectors, w, g, gradient)
+    for c, (block, given, out, pair) in zip(ctx.coefficients, parts, strict=True):
+        product = torch.dot(block.reshape(-1), given.reshape(-1))
         if c.b == 0.0:
             _updated(given, c.a, pair[0] * (product * (-c.a / c.sigma)), pair, out)
             continue
@@ -206,11 +206,10 @@ def _updated(x: torch.Tensor, factor: float, left: torch.Tensor, pair: Any, out:
     torch.addr(rows, left, pair[1], beta=factor, out=out.view(rows.shape))
 
 
-def _blocks(coefficients: Any, vectors: Any, *tensors: torch.Tensor) -> Any:
-    """(parts of the tensors, coefficients, vectors) of each block of rows."""
-    if len(coefficients) == 1:
-        return [(*(x.detach() for x in tensors), coefficients[0], tuple(vectors))]
+def _blocks(vectors: Sequence[torch.Tensor], *tensors: torch.Tensor) -> Any:
+    """(parts of the tensors, vectors) of each block of rows."""
+    if len(vectors) <= 2:
+        return [(*tensors, vectors)]
     rows = [len(u) for u in vectors[::2]]
-    parts = zip(*(x.detach().split(rows) for x in tensors), strict=True)
     pairs = zip(vectors[::2], vectors[1::2], strict=True)
-    return [(*p, c, v) for p, c, v in zip(parts, coefficients, pairs, strict=True)]
+    return zip(*(x.detach().split(rows) for x in tensors), pairs, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -32,16 +33,38 @@ class Residual(nn.Module):
 
 def resnet20() -> tuple[nn.Module, Any]:
     """ResNet-20 at 32×32, batch 64."""
-    widths = [16] * 4 + [32] * 3 + [64] * 3
+    return _resnet(3), torch.randn(64, 3, 32, 32)
+
+
+def _resnet(blocks_a_stage: int) -> nn.Module:
+    n = blocks_a_stage
+    widths = [16] * (n + 1) + [32] * n + [64] * n
     blocks = [Residual(a, b) for a, b in pairwise(widths)]
     stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
-    return nn.Sequential(*stem, *blocks, *head), torch.randn(64, 3, 32, 32)
+    return nn.Sequential(*stem, *blocks, *head)
 
 
 def short_resnet20() -> tuple[nn.Module, Any]:
     """ResNet-20 on two images of 8×8: so short a step that differences repeat."""
-    return resnet20()[0], torch.randn(2, 3, 8, 8)
+    return _resnet(3), torch.randn(2, 3, 8, 8)
+
+
+def short_resnet110() -> tuple[nn.Module, Any]:
+    """ResNet-110 on two images of 8×8."""
+    return _resnet(18), torch.randn(2, 3, 8, 8)
+
+
+def convolutions(channels: int) -> Callable[[], tuple[nn.Module, Any]]:
+    """Eight 3×3 convolutions of equal channels on two images of 8×8."""
+
+    def make() -> tuple[nn.Module, Any]:
+        layers: list[nn.Module] = []
+        for _ in range(8):
+            layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU()]
+        return nn.Sequential(*layers), torch.randn(2, channels, 8, 8)
+
+    return make
 
 
 def mlp() -> tuple[nn.Module, Any]:
@@ -61,6 +84,8 @@ def transformer() -> tuple[nn.Module, Any]:
 
 SHORT = {"ResNet-20, 2 images of 8×8": short_resnet20}
 """For what a rule adds, not for its share of a step."""
+LIMITED = SHORT | {"ResNet-110, 2 images of 8×8": short_resnet110}
+PENALISED = {f"8 convolutions of {n} channels": convolutions(n) for n in (16, 64)}
 NETWORKS = {
     "ResNet-20, batch 64": resnet20,
     "MLP 6×1024, batch 64": mlp,

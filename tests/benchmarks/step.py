@@ -29,6 +29,7 @@ def run(repeats: int, quick: bool) -> None:
     compared = networks if quick else {**networks, **SHORT}
     _overheads(compared, rounds)
     _forwards(compared, rounds)
+    _algorithms(rounds)
     _clips(networks, rounds)
     jax_step.run(repeats, quick)
 
@@ -91,6 +92,42 @@ def _forwards(networks: Networks, rounds: int) -> None:
         ]
         plain, theirs, ours = _medians(passes, rounds)
         table.add_row(name, _ms(plain), _ms(theirs), _ms(ours), f"{ours / theirs:.2f}")
+    Console(width=150).print(table)
+
+
+def _algorithms(rounds: int) -> None:
+    """Rules of the papers beside their algorithms, each written in ten lines of torch."""
+    from tests.benchmarks.algorithms import limited, penalised
+    from tests.benchmarks.networks import LIMITED, PENALISED
+
+    table = _table(
+        "overhead of a training step, torch on the CPU, float32",
+        "plain step",
+        "the algorithm",
+        "rule",
+        "of the algorithm's",
+    )
+    limit = specops.StableRankNormalization(0.5, norm="reshaped")
+    penalty = specops.SpectralNormPenalty(0.01, norm="reshaped")
+    for name, make in LIMITED.items():
+        steps = [
+            _training(make, None),
+            _training(make, limited(0.5)),
+            _training(make, lambda o, m: specops.attach(o, m, limit)),
+        ]
+        plain, theirs, ours = _medians(steps, rounds)
+        row = f"StableRankNormalization, {name}"
+        table.add_row(row, _ms(plain), _ms(theirs), _ms(ours), f"{ours / theirs:.2f}")
+    for name, make in PENALISED.items():
+        model, x, optimizer = _model(make)
+        steps = [
+            _training(make, None),
+            penalised(model, x, optimizer, 0.01),
+            _training(make, lambda o, m: specops.attach(o, m, penalty)),
+        ]
+        plain, theirs, ours = _medians(steps, rounds)
+        row = f"SpectralNormPenalty, {name}"
+        table.add_row(row, _ms(plain), _ms(theirs), _ms(ours), f"{ours / theirs:.2f}")
     Console(width=150).print(table)
 
 

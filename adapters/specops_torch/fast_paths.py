@@ -1,0 +1,46 @@
+"""Vectors of one matrix on the CPU, advanced without a look at what else a weight could be.
+
+`specops.tracking` asks at every step of which library, device, geometry and precision a weight
+is, which takes longer than the step itself for a small layer. ``ENABLED = False`` advances
+everything by the rules.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from specops.rules import SpectralNormalization, SpectralNormPenalty, StableRankNormalization
+from specops.tracking import Pairs, stepped_on_host
+from specops_torch.constrained import Constrained
+from specops_torch.fused import row_blocks
+
+ENABLED = True
+_RULES = (SpectralNormalization, StableRankNormalization, SpectralNormPenalty)
+_DTYPES = (torch.float32, torch.float64)
+_KEYS = ("u0", "v0", "p0", "q0")
+
+
+def advanced(
+    c: Constrained, state: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], float] | None:
+    """(the state after the rule's steps, σ); None where the rule must do it."""
+    raw = c.location.parameter
+    if not ENABLED or type(c.rule) not in _RULES or not raw.is_cpu or raw.dtype not in _DTYPES:
+        return None
+    if row_blocks(c.geometry, c.rule.norm) != 1 or not raw.is_contiguous():
+        return None
+    vectors = [state.get(key) for key in _KEYS]
+    if any(x is None or x.dtype != raw.dtype or not x.is_cpu for x in vectors):
+        return None
+    arrays: list[Any] = [x.numpy() for x in vectors]  # type: ignore[union-attr]
+    if len(arrays[0]) * len(arrays[1]) != raw.numel():
+        return None
+    matrix = raw.detach().numpy().reshape(len(arrays[0]), -1)
+    found = stepped_on_host(matrix, Pairs(*arrays), (True, False) * c.rule.iterations)
+    if found is None:
+        return None
+    pairs, sigma = found
+    new = {key: torch.from_numpy(x) for key, x in zip(_KEYS, pairs, strict=True)}
+    return new | {"sigma0": torch.from_numpy(sigma)}, float(sigma)
