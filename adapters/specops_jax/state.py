@@ -94,7 +94,8 @@ def of_arrays(state: Any) -> SpecopsState:
         for key in ("rules", "figures"):
             # Nested dicts lose their empty branches on the way.
             fields[key] = {name: fields[key].get(name, {}) for name in names}
-    return SpecopsState(**fields)
+    bare = SpecopsState(**fields)
+    return state if jax.tree.structure(bare) == jax.tree.structure(state) else bare
 
 
 def _is_state(thing: Any) -> bool:
