@@ -98,7 +98,8 @@ class TrackedTorus:
         return backend.to_numpy(state["block"]), int(backend.to_numpy(state["next"]))
 
     def _symbol(self, xp: Any, w: Array) -> tuple[Array, Symbol, float]:
-        kernel = self.geometry.kernel(backend.stop_gradient(backend.to_compute(xp, w)))
+        w = without_unread(backend.stop_gradient(backend.to_compute(xp, w)), self.geometry)
+        kernel = self.geometry.kernel(w)
         sizes = self.geometry.sizes(tuple(w.shape))
         return kernel, *certified_symbol(sizes, not backend.is_complex(kernel))
 
