@@ -10,6 +10,8 @@ from typing import Any
 import array_api_compat as compat
 import numpy as np
 
+from specops.kinds import OLDEST
+
 REQUIRED = ("numpy", "array_api_strict", "torch", "jax")
 
 
@@ -81,6 +83,8 @@ def available() -> tuple[list[Backend], dict[str, str]]:
     except ImportError as error:
         missing["array_api_strict"] = str(error)
     else:
+        # What the oldest version has, later ones have too.
+        strict.set_array_api_strict_flags(api_version=OLDEST)
         for device, doubles in (("CPU_DEVICE", True), ("device1", True), ("no_x64", False)):
             on = strict.Device(device)
             found.append(

@@ -82,7 +82,9 @@ def number_where(value: Any, fits: Callable[[Any], Any]) -> Any:
     real = float | int | np.integer | np.floating
     if isinstance(value, real) and not isinstance(value, bool):
         return float(value) if fits(value) else None
-    if not compat.is_array_api_obj(value) or value.ndim != 0:
+    if not compat.is_array_api_obj(value) or isinstance(value, np.ma.MaskedArray):
+        return None
+    if value.ndim != 0:
         return None
     flag = fits(value)
     known = backend.truth(flag)
