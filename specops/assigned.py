@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from specops.errors import AdapterError
+from specops.errors import AdapterError, CautionWarning
 from specops.geometry import Geometry
 from specops.plan import Assignment
 
@@ -37,6 +38,16 @@ class Assigned:
         geometry = self.assignment.weight.geometry
         assert geometry is not None
         return geometry
+
+
+def warn_of(assignment: Assignment, stacklevel: int = 4) -> None:
+    """Say what a rule has to say of a weight that it comes to act on."""
+    caution, weight = getattr(assignment.rule, "caution", None), assignment.weight
+    if caution is None or weight.geometry is None:
+        return
+    message = caution(weight.geometry, tuple(weight.shape))
+    if message:
+        warnings.warn(f"{weight.name}: {message}", CautionWarning, stacklevel=stacklevel)
 
 
 def check_saved(state: Mapping[str, Any], names: Iterable[str]) -> None:

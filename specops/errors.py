@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "AdapterError",
+    "CautionWarning",
     "CheckpointError",
     "GeometryError",
     "HookLostWarning",
@@ -56,6 +57,10 @@ class CheckpointError(SpecopsError, ValueError):
 
 class NonFiniteWarning(RuntimeWarning):
     """Some weights held NaN or infinity; they were left as they were."""
+
+
+class CautionWarning(UserWarning):
+    """A rule acts on a weight as asked, with a consequence that is hardly meant."""
 
 
 class HookLostWarning(RuntimeWarning):

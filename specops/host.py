@@ -108,6 +108,8 @@ def from_host(values: np.ndarray, like: Array) -> Array:
         return values
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(like, torch.Tensor) and values.flags.writeable:
+        if min(values.strides, default=0) < 0:
+            values = values.copy()
         return torch.from_numpy(values)
     return compat.array_namespace(like).asarray(values.copy())
 

@@ -11,6 +11,7 @@ from typing import Any
 from specops import backend
 from specops.geometry import Conv
 from specops.geometry.arguments import number_where
+from specops.operators import ConvOperator
 from specops.projections.kernel_cone import taps_of
 from specops.tracking import State, Tracked, TrackedBlocks, TrackedOperator
 
@@ -82,6 +83,35 @@ def limit_stable_rank(w: Array, follow: Tracked, state: State, ratio: Any) -> Ar
             blocks.append(_limited(xp, b, lead, ratio * min(b.shape[-2:])))
         result = follow.geometry.assemble(tuple(blocks), w.shape)
     return xp.astype(result, w.dtype)
+
+
+def stable_ranks(w: Array, follow: Tracked, state: State, ratio: Any) -> tuple[Array, Array]:
+    """The largest stable rank of the followed matrices, and what `limit_stable_rank` makes of it.
+
+    With the norms along the vectors; 0 for zeros.
+    """
+    xp = backend.namespace(w)
+    a = backend.stop_gradient(_near_one(xp, w))
+    norms = follow.norms(a, state)
+    before: list[Array] = []
+    after: list[Array] = []
+    if isinstance(follow, TrackedOperator):
+        used = limit_stable_rank(a, follow, state, ratio)
+        (along,) = follow.norms(used, state)
+        sizes = follow.geometry.sizes(tuple(w.shape))
+        for x, norm, ranks in ((a, norms[0], before), (used, along, after)):
+            squared = ConvOperator(follow.geometry.kernel(x), sizes).squared_frobenius()
+            ranks.append(squared / _nonzero(xp, norm) ** 2)
+    else:
+        assert isinstance(follow, TrackedBlocks)
+        for block, norm in zip(follow.geometry.blocks(a), norms, strict=True):
+            squared = xp.sum(xp.abs(block) ** 2, axis=(-2, -1))
+            rank = squared / _nonzero(xp, norm) ** 2
+            most = ratio * min(block.shape[-2:]) + xp.zeros_like(rank)
+            most = xp.where(most > 1.0, most, xp.ones_like(most))
+            before.append(xp.max(rank))
+            after.append(xp.max(xp.where(rank > most, most, rank)))
+    return xp.max(xp.stack(before)), xp.max(xp.stack(after))
 
 
 def _near_one(xp: Any, w: Array) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.util import find_spec
@@ -12,12 +12,14 @@ from typing import Any
 from specops import backend
 from specops.geometry import Dense, Geometry
 from specops.plan import Assignment
-from specops.spectra import spectral_norm, spectral_norm_bounds
+from specops.rules.base import measured_as
+from specops.spectra import spectral_norm, spectral_norm_bounds, stable_rank
 from specops.tables import aligned, rich_table
 
 _WIDEST = 60
 _HEADERS = ("parameter", "shape", "geometry", "rule", "norm")
 _NORMALIZED = "with batch norm"
+_RANK = "stable rank"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ class ReportRow:
         The norm of the layer together with the batch normalisation registered right behind it,
         as in evaluation, exact or a bound as `norm` is: what a cap on the weight alone does not
         bound. None where there is none.
+    stable_rank : float or None
+        Where the rule is about it: of the map that the rule means, the largest of several; of
+        forward rules of the weight in use.
     """
 
     name: str
@@ -54,6 +59,7 @@ class ReportRow:
     norm: float | None = None
     norm_is: str = ""
     normalized: float | None = None
+    stable_rank: float | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ class Report:
             self._headers(),
             [self._cells(row) for row in self.rows],
             dim=[not row.rule for row in self.rows],
-            right=(_HEADERS[-1], _NORMALIZED),
+            right=(_HEADERS[-1], _NORMALIZED, _RANK),
             caption=self._summary(),
         )
 
@@ -116,16 +122,19 @@ class Report:
         return f"<table><caption>{caption}</caption><tr>{head}</tr>{body}</table>"
 
     def _headers(self) -> tuple[str, ...]:
-        return (*_HEADERS, _NORMALIZED) if self._normalizes() else _HEADERS
+        return _HEADERS + tuple(header for header, _ in self._further())
 
     def _cells(self, row: ReportRow) -> tuple[str, ...]:
-        cells = _cells(row)
-        if not self._normalizes():
-            return cells
-        return (*cells, _norm_text(row.normalized, row.norm_is))
+        return _cells(row) + tuple(text(row) for _, text in self._further())
 
-    def _normalizes(self) -> bool:
-        return any(row.normalized is not None for row in self.rows)
+    def _further(self) -> list[tuple[str, Callable[[ReportRow], str]]]:
+        """Columns of what some rows have."""
+        columns: list[tuple[str, Callable[[ReportRow], str]]] = []
+        if any(row.normalized is not None for row in self.rows):
+            columns.append((_NORMALIZED, lambda row: _norm_text(row.normalized, row.norm_is)))
+        if any(row.stable_rank is not None for row in self.rows):
+            columns.append((_RANK, lambda row: _norm_text(row.stable_rank, "")))
+        return columns
 
     def _summary(self) -> str:
         return f"{len(self.constrained)} of {len(self.rows)} parameters under a rule"
@@ -163,6 +172,19 @@ def _cells(row: ReportRow) -> tuple[str, ...]:
 def _norm_text(norm: float | None, norm_is: str) -> str:
     text = "" if norm is None else f"{norm:.4g}"
     return f"≤ {text}" if text and norm_is == "upper bound" else text
+
+
+def measured(w: Any, geometry: Geometry, rule: Any) -> dict[str, Any]:
+    """What a row says of a weight: `measured_norm`, and `stable_rank` if the rule limits it."""
+    found = measured_norm(w, geometry)
+    if getattr(rule, "limits_stable_rank", False) and found["norm_is"] != "not finite":
+        view = measured_as(geometry, rule.norm)
+        if isinstance(view, Dense) or view.grid is not None:
+            ranks = stable_rank(w, view)
+            xp = backend.namespace(w)
+            blocks = ranks if isinstance(ranks, tuple) else (ranks,)
+            found["stable_rank"] = max(float(xp.max(r)) for r in blocks)
+    return found
 
 
 def measured_norm(w: Any, geometry: Geometry) -> dict[str, Any]:

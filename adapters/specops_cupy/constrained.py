@@ -12,7 +12,7 @@ from specops import backend
 from specops.assigned import Assigned
 from specops.errors import AdapterError, NonFiniteError
 from specops.plan import Assignment
-from specops.report import measured_norm
+from specops.report import measured
 from specops.rules import State
 from specops.tracking import track
 from specops_cupy.device import on_device_of
@@ -72,7 +72,7 @@ class Constrained(Assigned):
         """The norm now, for a report: exact where it can be, else a certified upper bound."""
         w = self.used(step) if self.stage == "forward" else self.array
         with on_device_of(w):
-            return measured_norm(w, self.geometry)
+            return measured(w, self.geometry, self.rule)
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the rule's state, on the array's device."""

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from specops.assigned import warn_of
 from specops.errors import AdapterError, NonFiniteError
 from specops.geometry import Geometry
-from specops.report import Report, measured_norm, plan_rows
+from specops.report import Report, measured, plan_rows
 from specops.rules import TrainableScale
 from specops_jax.firing import advance, begin, enforced
 from specops_jax.program import Item, Program, program
@@ -46,6 +47,8 @@ def init(params: Params, plan: Any, geometries: Geometries | None = None) -> Spe
         A constrained array holds NaN or infinity.
     """
     own, leaves, _ = program(params, plan, geometries)
+    for item in own.items:
+        warn_of(item.assignment, stacklevel=3)
     return begin(own, leaves)
 
 
@@ -204,7 +207,7 @@ def report(
             # On the host, where nothing has to be compiled for one look.
             w = jax.device_get(leaves[item.index])
             w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
-            row = replace(row, **measured_norm(w, item.geometry))
+            row = replace(row, **measured(w, item.geometry, item.rule))
         rows.append(row)
     return Report(tuple(rows))
 

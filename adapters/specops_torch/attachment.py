@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from specops.assigned import check_saved, check_stage
+from specops.assigned import check_saved, check_stage, warn_of
 from specops.backend import in_full_precision
 from specops.errors import AdapterError, GeometryError, SpecopsError
 from specops.geometry import Geometry
@@ -20,7 +20,7 @@ from specops_torch.batch_norms import behind
 from specops_torch.constrained import Constrained
 from specops_torch.firing import Firing, Record, check_ran, stepped
 from specops_torch.liveness import Liveness
-from specops_torch.parameters import locate
+from specops_torch.parameters import locate, refuse_sharded, refuse_sharded_model
 from specops_torch.penalised import searching, with_penalty
 from specops_torch.scales import Scales
 
@@ -113,6 +113,7 @@ class Attachment:
             if weight is location.weight:
                 location.watch()
             location.weight = weight
+            warn_of(assignment, stacklevel=6)
             constrained = Constrained(location, assignment)
             self._constrained.append(constrained)
             if constrained.stage == "forward":
@@ -346,6 +347,7 @@ class Attachment:
     @in_full_precision
     def _act(self, due: list[Constrained], step: int, stepped: list[Constrained]) -> None:
         """After a step: weights first, then the vectors of what forward passes will use."""
+        self._refuse_sharded(stepped)
         for c in stepped:
             if c.in_use is not None:
                 c.in_use.stepped(c.location.parameter)
@@ -368,6 +370,12 @@ class Attachment:
     ) -> None:
         self._record(self._firing.gradients(due, step, scale))
 
+    def _refuse_sharded(self, constrained: list[Constrained]) -> None:
+        for c in constrained:
+            refuse_sharded(c.name, c.location.parameter)
+            if c.in_use is not None and c.in_use.is_replaced(c.location.parameter):
+                refuse_sharded_model(self._model)
+
     def _record(self, records: list[Record]) -> None:
         for record in records:
             self._history.add(record)
@@ -380,6 +388,7 @@ class Attachment:
             self._held = held
             self._assign()
         check_ran(self._constrained)
+        self._refuse_sharded(self._constrained)
         for c in self._constrained:
             # What is written from now to the end of the step is the step.
             if c.in_use is not None and not c.in_use.is_fresh(c.location.parameter):

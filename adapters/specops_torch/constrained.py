@@ -16,7 +16,7 @@ from specops.geometry import Dense, Geometry
 from specops.geometry.arguments import check_bound
 from specops.normalizations import check_ratio
 from specops.plan import Assignment
-from specops.report import measured_norm
+from specops.report import measured
 from specops.rules.base import at
 from specops_torch.batch_norms import norm_with
 from specops_torch.in_use import InUse
@@ -134,7 +134,7 @@ class Constrained(Assigned):
         """
         with torch.no_grad():
             w, geometry = self.weight().detach(), self.geometry
-        found = measured_norm(w, geometry)
+        found = measured(w, geometry, self.rule)
         if following and found["norm_is"] != "not finite":
             found["normalized"] = norm_with(self.location.module, w, geometry, following)
         return found

@@ -7,11 +7,14 @@ everything by the rules.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
+from specops.normalizations import check_ratio
 from specops.rules import SpectralNormalization, SpectralNormPenalty, StableRankNormalization
+from specops.rules.base import at
 from specops.tracking import Pairs, stepped_on_host
 from specops_torch.constrained import Constrained
 from specops_torch.fused import row_blocks
@@ -23,9 +26,9 @@ _KEYS = ("u0", "v0", "p0", "q0")
 
 
 def advanced(
-    c: Constrained, state: dict[str, torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], float] | None:
-    """(the state after the rule's steps, σ); None where the rule must do it."""
+    c: Constrained, state: dict[str, torch.Tensor], step: int
+) -> tuple[dict[str, torch.Tensor], dict[str, float]] | None:
+    """(the state after the rule's steps, its figures); None where the rule must do it."""
     raw = c.location.parameter
     if not ENABLED or type(c.rule) not in _RULES or not raw.is_cpu or raw.dtype not in _DTYPES:
         return None
@@ -42,5 +45,16 @@ def advanced(
     if found is None:
         return None
     pairs, sigma = found
+    norm = float(sigma)
+    figures = {"norm": norm}
+    if isinstance(c.rule, SpectralNormPenalty):
+        figures["penalty"] = 0.5 * c.rule.strength_at(step, c.name, c.geometry) * norm * norm
+    elif isinstance(c.rule, StableRankNormalization):
+        ratio, flat = at(c.rule.ratio, step, c.name, c.geometry), matrix.reshape(-1)
+        rank = float(flat.dot(flat)) / norm**2
+        if not math.isfinite(rank):
+            return None
+        limit = max(1.0, float(check_ratio(ratio)) * min(matrix.shape))
+        figures |= {"rank_before": rank, "rank_after": min(rank, limit)}
     new = {key: torch.from_numpy(x) for key, x in zip(_KEYS, pairs, strict=True)}
-    return new | {"sigma0": torch.from_numpy(sigma)}, float(sigma)
+    return new | {"sigma0": torch.from_numpy(sigma)}, figures

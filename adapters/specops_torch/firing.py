@@ -19,9 +19,9 @@ from specops.errors import (
 from specops.geometry import Conv, Dense, Geometry
 from specops.rules import ClipSpectralNorm
 from specops.rules.base import at
+from specops_torch.constrained import Constrained
 from specops_torch.fast_paths import advanced
 from specops_torch.fused import row_blocks
-from specops_torch.constrained import Constrained
 
 _PLAIN = (torch.float32, torch.float64)
 Record = dict[str, Any]
@@ -187,8 +187,8 @@ class Firing:
         )
         if self.on_nonfinite == "raise":
             raise NonFiniteError(
-                f'{message}. No weight was changed; attach(..., on_nonfinite="warn") goes on '
-                f"without this weight"
+                f"{message}. The rules wrote to no weight at this step; "
+                f'attach(..., on_nonfinite="warn") goes on without this one'
             )
         if self.on_nonfinite == "warn":
             warnings.warn(f"{message}; it was left as it is", NonFiniteWarning, stacklevel=2)
@@ -224,14 +224,9 @@ def _update(step: int) -> Update:
         weight, state, geometry = c.location.parameter.detach(), _state(c), _sized(c)
         if not state:
             state = c.rule.init(weight, geometry, c.name)
-        fast = advanced(c, state) if c.stage != "gradients" or _in_place(c) else None
+        fast = advanced(c, state, step) if c.stage != "gradients" or _in_place(c) else None
         if fast is not None:
-            state, norm = fast
-            figures = {"norm": norm}
-            if c.stage == "gradients":
-                strength = c.rule.strength_at(step, c.name, geometry)
-                figures["penalty"] = 0.5 * strength * norm * norm
-            return weight, state, figures
+            return weight, *fast
         if c.stage == "gradients" and _in_place(c):
             state, figures = c.rule.advance(weight, geometry, state, step=step, name=c.name)
             return weight, state, figures

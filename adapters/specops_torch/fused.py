@@ -156,13 +156,11 @@ class _Used(torch.autograd.Function):
         ctx.plain, ctx.coefficients = plain, coefficients
         if len(coefficients) == 1 and coefficients[0].b == 0.0:
             return w * coefficients[0].a
-        used = torch.empty_like(w, memory_format=torch.contiguous_format)
-        for c, (block, out, pair) in zip(coefficients, _blocks(vectors, w, used), strict=True):
-            if c.b == 0.0:
-                torch.mul(block, c.a, out=out)
-            else:
-                _updated(block, c.a, pair[0] * c.b, pair, out)
-        return used
+        parts = [
+            block * c.a if c.b == 0.0 else _updated(block, c.a, pair[0] * c.b, pair)
+            for c, (block, pair) in zip(coefficients, _blocks(vectors, w), strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Any:
@@ -180,30 +178,28 @@ def _gradient(ctx: Any, g: torch.Tensor, w: torch.Tensor, vectors: Any) -> torch
         # It is to be differentiated again.
         (twice,) = torch.autograd.grad(ctx.plain(w), w, g, create_graph=True)
         return twice
-    gradient = torch.empty_like(w, memory_format=torch.contiguous_format)
-    parts = _blocks(vectors, w, g, gradient)
-    for c, (block, given, out, pair) in zip(ctx.coefficients, parts, strict=True):
+    parts = []
+    for c, (block, given, pair) in zip(ctx.coefficients, _blocks(vectors, w, g), strict=True):
         product = torch.dot(block.reshape(-1), given.reshape(-1))
         if c.b == 0.0:
-            _updated(given, c.a, pair[0] * (product * (-c.a / c.sigma)), pair, out)
+            parts.append(_updated(given, c.a, pair[0] * (product * (-c.a / c.sigma)), pair))
             continue
         u, v = pair
         along = torch.dot(u, torch.mv(given.reshape(len(u), -1), v))
         t = 1.0 - c.b
         turned = (product / c.sigma - along) * (-t / c.rest)
         share = turned * (-c.squared / c.sigma**3) - product * (t / c.sigma**2)
-        _updated(given, c.a, u * share, pair, out)
-        out.add_(block * (turned / c.sigma**2))
-    return gradient
+        part = _updated(given, c.a, u * share, pair)
+        parts.append(part + block * (turned / c.sigma**2))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _updated(x: torch.Tensor, factor: float, left: torch.Tensor, pair: Any, out: Any) -> None:
-    """out ← factor·x + left vᵀ, or factor·x + left for an axis like the weight."""
+def _updated(x: torch.Tensor, factor: float, left: torch.Tensor, pair: Any) -> torch.Tensor:
+    """factor·x + left vᵀ, or factor·x + left for an axis like the weight."""
     if len(pair) == 1:
-        torch.add(left, x, alpha=factor, out=out)
-        return
+        return torch.add(left, x, alpha=factor)
     rows = x.reshape(len(left), -1)
-    torch.addr(rows, left, pair[1], beta=factor, out=out.view(rows.shape))
+    return torch.addr(rows, left, pair[1], beta=factor).view(x.shape)
 
 
 def _blocks(vectors: Sequence[torch.Tensor], *tensors: torch.Tensor) -> Any:
@@ -212,4 +208,4 @@ def _blocks(vectors: Sequence[torch.Tensor], *tensors: torch.Tensor) -> Any:
         return [(*tensors, vectors)]
     rows = [len(u) for u in vectors[::2]]
     pairs = zip(vectors[::2], vectors[1::2], strict=True)
-    return zip(*(x.detach().split(rows) for x in tensors), pairs, strict=True)
+    return zip(*(x.split(rows) for x in tensors), pairs, strict=True)

@@ -95,9 +95,13 @@ class InUse:
     def __call__(self, raw: torch.Tensor) -> torch.Tensor:
         """The weight in use."""
         self.ran = True
+        if raw.is_meta or hasattr(raw, "device_mesh"):
+            # Of one nothing but the shape is known; the other is a part of the weight, which
+            # engines look at between forward passes, and which a step refuses by name.
+            return raw
         self._clear_scale(raw)
         device = raw.device.type
-        if device != "meta" and torch.is_autocast_enabled(device):
+        if torch.is_autocast_enabled(device):
             # What the backward pass does may run under autocast as well.
             with torch.autocast(device, enabled=False):
                 return self._used(raw)
@@ -108,7 +112,11 @@ class InUse:
         scale = self.overrides.get("scale")
         if scale is None or not scale.is_leaf or scale.grad is None or not self._is_own(raw):
             return
-        owners = [raw] if self.sharing is None else [p for ref in self.sharing if (p := ref()) is not None]
+        owners = (
+            [raw]
+            if self.sharing is None
+            else [p for ref in self.sharing if (p := ref()) is not None]
+        )
         if all(p.grad is None or not p.grad.any() for p in owners):
             scale.grad = None
 
@@ -160,19 +168,19 @@ class InUse:
     # Freshness
 
     def _is_own(self, raw: torch.Tensor) -> bool:
-        own = None if self._own is None else self._own()
-        if own is raw:
-            return True
-        if own is not None or not isinstance(raw, nn.Parameter):
-            return False
-        # Of a copied model, or in place of a parameter that is no more.
-        self._own = weakref.ref(raw)
-        return True
+        if self._own is None:
+            # A model that was copied: its layer's parameter is the first that is met.
+            if not isinstance(raw, nn.Parameter):
+                return False
+            self._own = weakref.ref(raw)
+        # One in the place of another is measured at each use, until a step finds it there: what
+        # an engine puts there for a forward pass may change without being written to.
+        return self._own() is raw
 
     def _look(self, raw: torch.Tensor) -> None:
         """The parameter is not as it was when the vectors were found or advanced."""
         stepping = self.searching and self.state is not None and not self.forgotten
-        if stepping or self.state is not None and not hasattr(self.rule, "norm"):
+        if stepping or (self.state is not None and not hasattr(self.rule, "norm")):
             self._written = _written(raw)
         elif self._written is None and self._copied and self._copied == _fingerprint(raw):
             # It was copied together with the vectors, and not written to since.
@@ -197,6 +205,10 @@ class InUse:
         """Whether the vectors are of the parameter as it is, steps in between included."""
         known = self.state is not None and self._own is not None and self._own() is raw
         return known and self._written == _written(raw)
+
+    def is_replaced(self, raw: torch.Tensor) -> bool:
+        """Whether this is another tensor than the one whose vectors are known."""
+        return self._own is not None and self._own() is not raw
 
     def stepped(self, raw: torch.Tensor) -> None:
         """An optimizer's step may have changed the parameter."""
@@ -239,7 +251,8 @@ class InUse:
         forgiven = (NonFiniteError, GeometryError) if self.lenient else (NonFiniteError,)
         with contextlib.suppress(*forgiven), torch.inference_mode(False), torch.no_grad():
             weight = raw.detach()
-            if weight.is_inference():
+            if weight.is_inference() or not self._is_own(raw):
+                # A view for NumPy would pin memory that is somebody else's.
                 weight = weight.clone()
             state: State = self.rule.init(weight, self.geometry, self.name)
             return state

@@ -74,7 +74,7 @@ def locate(model: nn.Module, trained: Iterable[nn.Parameter] | None) -> list[Loc
 
     `trained` are the optimizer's parameters; None stands for all.
     """
-    _refuse_sharded(model)
+    refuse_sharded_model(model)
     held = None if trained is None else {id(p) for p in trained}
     wrappers = _wrapped_paths(model)
     first: dict[int, Location] = {}
@@ -190,16 +190,28 @@ def _is_plain_map(weight: Weight) -> bool:
     return weight.geometry is not None and not weight.opt_in
 
 
-def _refuse_sharded(model: nn.Module) -> None:
+def refuse_sharded_model(model: nn.Module) -> None:
+    """Raise if parameters are, or between forward passes will be, parts of matrices only."""
     for path, module in model.named_modules():
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            name = next((n for n, _ in module.named_parameters(prefix=path)), path)
+            raise AdapterError(
+                f"{name} is sharded (fully_shard). Sharded parameters are not supported yet; "
+                f"detach before fully_shard"
+            )
         if type(module).__name__ == "FullyShardedDataParallel":
             raise AdapterError(
                 f"{path or 'the model'} is wrapped in FSDP1, which hides the shapes of its "
                 f"parameters: attach before wrapping is no help, use fully_shard or DDP"
             )
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "device_mesh"):
-            raise AdapterError(
-                f"{name} is sharded (DTensor): its local part is not the matrix. Sharded "
-                f"parameters are not supported yet"
-            )
+        refuse_sharded(name, parameter)
+
+
+def refuse_sharded(name: str, parameter: nn.Parameter) -> None:
+    """Raise if a parameter is a part of a matrix only."""
+    if hasattr(parameter, "device_mesh"):
+        raise AdapterError(
+            f"{name} is sharded (DTensor): its local part is not the matrix. Sharded parameters "
+            f"are not supported yet; detach before fully_shard"
+        )

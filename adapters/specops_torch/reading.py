@@ -9,7 +9,7 @@ weight, when, or in which thread.
 from __future__ import annotations
 
 import copyreg
-from functools import lru_cache
+from functools import cache
 from typing import Any
 from weakref import WeakSet
 
@@ -33,7 +33,7 @@ def read_through(module: nn.Module, attribute: str, in_use: InUse) -> None:
     """
     held: dict[str, InUse] = module.__dict__.setdefault(_HELD, {})
     other = held.get(attribute)
-    if other in _live:
+    if other is not None and other in _live:
         raise AdapterError(
             f"{in_use.name} is under a forward rule already, {other.rule!r}: detach that "
             f"attachment first"
@@ -58,7 +58,7 @@ def answer_plainly(module: nn.Module, attribute: str, in_use: InUse) -> None:
         del module.__dict__[_HELD]
         # Others may have made a subclass of ours since; then the properties give the parameter.
         if "plain" in vars(type(module)):
-            module.__class__ = type(module).plain  # type: ignore[assignment]
+            module.__class__ = type(module).plain
 
 
 def is_read_through(module: nn.Module) -> bool:
@@ -75,7 +75,8 @@ class _Reading:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As the layer's own class is copied and pickled, which others can import."""
-        make, arguments, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, arguments, *rest = reduced
         if make is copyreg.__newobj__ and arguments[0] is type(self):  # type: ignore[attr-defined]
             make, arguments = _make, (self.plain, self.attributes, *arguments[1:])
         return (make, arguments, *rest)
@@ -129,8 +130,8 @@ def _property(attribute: str) -> property:
     return property(read, write, delete)
 
 
-@lru_cache(maxsize=None)
-def _reading(plain: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
+@cache
+def _reading(plain: Any, attributes: tuple[str, ...]) -> type[nn.Module]:
     common = _Recurrent if issubclass(plain, nn.RNNBase) else _Reading
     names = ("__module__", "__qualname__", "__doc__")
     entries: dict[str, Any] = {name: getattr(plain, name) for name in names}
@@ -139,6 +140,6 @@ def _reading(plain: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Mod
     return type(plain.__name__, (common, plain), entries)
 
 
-def _make(plain: type[nn.Module], attributes: tuple[str, ...], *arguments: Any) -> Any:
+def _make(plain: Any, attributes: tuple[str, ...], *arguments: Any) -> Any:
     kind = _reading(plain, attributes)
     return kind.__new__(kind, *arguments)

@@ -24,7 +24,7 @@ class WeightInUse(torch.Tensor):
     @staticmethod
     def of(used: torch.Tensor, raw: nn.Parameter) -> WeightInUse:
         """The weight in use, computed from `raw`."""
-        tensor = used.as_subclass(WeightInUse)
+        tensor: WeightInUse = used.as_subclass(WeightInUse)
         tensor.raw = raw
         return tensor
 
@@ -58,12 +58,15 @@ def _in_place(name: str) -> Any:
 
 for _name in ("data", "grad"):
     setattr(WeightInUse, _name, _of_the_parameter(_name))
-_own = torch.Tensor.requires_grad
-setattr(
-    WeightInUse,
-    "requires_grad",
-    property(_own.__get__, lambda self, value: setattr(self.raw, "requires_grad", value)),
-)
+
+
+def _requires_grad(self: WeightInUse, value: bool) -> None:
+    self.raw.requires_grad = value
+
+
+_own: Any = torch.Tensor.requires_grad
+_whether: Any = property(_own.__get__, _requires_grad)
+WeightInUse.requires_grad = _whether
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
 for _name in (
     "__setitem__",

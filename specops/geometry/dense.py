@@ -109,6 +109,12 @@ class Dense:
             matrix[..., end - size : end, :] for end, size in zip(ends, self.splits, strict=True)
         )
 
+    def matrix_shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of each block of an array of this shape."""
+        _, out, inn = _axes(self, tuple(shape))
+        rows, columns = (math.prod([shape[a] for a in axes]) for axes in (out, inn))
+        return tuple((size, columns) for size in self.splits or (rows,))
+
     def assemble(self, blocks: tuple[Array, ...], shape: tuple[int, ...]) -> Array:
         """The array of this shape whose `blocks` these are: the inverse of `blocks`."""
         xp = compat.array_namespace(blocks[0])

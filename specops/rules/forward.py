@@ -11,11 +11,14 @@ from typing import Any, ClassVar, Literal
 
 from specops import backend
 from specops.errors import StateError
-from specops.geometry import Geometry
+from specops.geometry import Dense, Geometry
 from specops.geometry.arguments import check_bound, integer, nan_without
-from specops.normalizations import check_ratio, limit_stable_rank, normalize
-from specops.rules.base import Array, Figures, Schedule, State, at, check_scheduled
+from specops.normalizations import check_ratio, limit_stable_rank, normalize, stable_ranks
+from specops.rules.base import Array, Figures, Schedule, State, at, check_scheduled, measured_as
 from specops.tracking import Norm, check_norm, track
+
+RANKS = ("rank_before", "rank_after")
+"""The figures of rules about the stable rank."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,7 @@ class StableRankNormalization(_Forward):
     _: KW_ONLY
     norm: Literal["reshaped", "operator"]
     iterations: int = 1
+    limits_stable_rank: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not callable(self.ratio):
@@ -210,3 +214,30 @@ class StableRankNormalization(_Forward):
             ratio = check_ratio(at(self.ratio, step, name, geometry))
         limited = limit_stable_rank(weight, self._follow(geometry), state, ratio)
         return nan_without(ratio, limited)
+
+    def caution(self, geometry: Geometry, shape: tuple[int, ...]) -> str:
+        """Why a layer of this shape will not learn under the rule; "" if it will."""
+        view = measured_as(geometry, self.norm)
+        if callable(self.ratio) or not isinstance(view, Dense):
+            return ""
+        sides = [min(s) for s in view.matrix_shapes(shape)]
+        if any(1 < side <= 1.0 / self.ratio for side in sides):
+            return (
+                f"ratio={self.ratio} of {min(s for s in sides if s > 1)} singular values asks for "
+                f"stable rank 1: the layer uses uvᵀ alone, which has no derivative by its weight, "
+                f"so that it does not learn. Take a ratio above {1 / max(sides):.3g}, or exclude it"
+            )
+        return ""
+
+    def update(
+        self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
+    ) -> tuple[Array, State, Figures]:
+        """Advance the vectors; the figures are ``norm``, from below, and the stable ranks.
+
+        ``rank_before`` is that of the weight, ``rank_after`` that of the one in use, both with
+        the norm along the vectors; of several matrices the largest.
+        """
+        weight, state, figures = super().update(weight, geometry, state, step=step, name=name)
+        ratio = check_ratio(at(self.ratio, step, name, geometry))
+        ranks = stable_ranks(weight, self._follow(geometry), state, ratio)
+        return weight, state, figures | dict(zip(RANKS, ranks, strict=True))

@@ -90,4 +90,3 @@ class SpectralHammer(Cap):
             share = excesses[0] / xp.where(squared > 0, squared, xp.ones_like(squared))
             new = w - xp.astype(share, w.dtype) * axis
         return nan_without(bound, xp.astype(new, weight.dtype)), state, figures
-

@@ -53,6 +53,7 @@ class ProjectStableRank:
     preserve: int = 0
     norm: Literal["operator", "reshaped"]
     stage: ClassVar[Literal["weights"]] = "weights"
+    limits_stable_rank: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_norm(self.norm, ("operator", "reshaped"))

@@ -10,8 +10,8 @@ from specops import backend
 from specops.geometry import Conv, Dense
 from specops.tracking.power import (
     Array,
-    State,
     Pairs,
+    State,
     advanced,
     along,
     checked,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,13 +27,21 @@ class Unusual(Exception):
     """Numbers that only the general form is right for."""
 
 
-def step(
-    a: np.ndarray, near: np.ndarray, *, to_left: bool, stir: float, independent: float
-) -> tuple[np.ndarray, np.ndarray, float]:
+class Side(NamedTuple):
+    """To which side a step goes, and the constants of `specops.tracking.power`."""
+
+    to_left: bool
+    stir: float
+    reluctance: float
+    independent: float
+
+
+def step(a: np.ndarray, near: np.ndarray, side: Side) -> tuple[np.ndarray, np.ndarray, float]:
     """(the two vectors of one side turned, those of the other side, the length of the first's).
 
     `near` holds the leading vector and the second one as rows, in double precision.
     """
+    to_left, stir, reluctance, independent = side
     narrow = near.astype(a.dtype)
     if a.size >= _SPLIT_FROM:
         far = np.stack([a.dot(x) if to_left else x.dot(a) for x in narrow])
@@ -43,7 +52,7 @@ def step(
     least, greatest = _ORDINARY[a.dtype.itemsize]
     if not least < aa + bb < greatest:
         raise Unusual
-    angle = 0.5 * math.atan2(2.0 * abs(ab), aa - bb)
+    angle = 0.5 * math.atan2(2.0 * abs(ab), aa - bb + reluctance * (aa + bb))
     cos, sin = math.cos(angle), math.sin(angle)
     # The second vector takes the sign with which its image goes along with the first's.
     sign = math.copysign(1.0, ab)
@@ -56,7 +65,9 @@ def step(
     if size > 0:
         second /= size
     if stir:
-        second += _noise(len(second)) * stir
+        noise = _noise(len(second))
+        # Signs are arbitrary; what is mixed must not depend on them.
+        second += noise * math.copysign(stir, second.dot(noise))
     left = 0.0
     while left < _TWICE_IS_ENOUGH:
         second -= first * first.dot(second)

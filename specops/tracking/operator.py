@@ -18,7 +18,6 @@ from specops.operators import ConvOperator
 from specops.spectra.norms import plane_wave
 from specops.tracking.matrices import AlongAxis
 from specops.tracking.power import (
-    START_TOLERANCE,
     Array,
     Pairs,
     State,
@@ -30,6 +29,10 @@ from specops.tracking.power import (
     unit,
 )
 
+_START_TOLERANCE = 1e-4
+"""Of residuals; norms are then known to its square. Values come in pairs here, and what is
+iterated further turns within their plane by rounding."""
+
 
 @dataclass(frozen=True)
 class TrackedOperator(AlongAxis):
@@ -38,7 +41,7 @@ class TrackedOperator(AlongAxis):
     geometry: Conv
 
     def start(self, w: Array, name: str = "") -> State:
-        """The leading pair, to about 1e-6."""
+        """The leading pair, to about 1e-4."""
         xp = backend.namespace(w)
         kernel, sizes = self._kernel(xp, w)
         backend.check_finite(xp, kernel)
@@ -46,7 +49,7 @@ class TrackedOperator(AlongAxis):
         near_one = kernel / scale
         start = ConvOperator(near_one, sizes).rmatvec(plane_wave(xp, near_one, sizes))
         _, _, v = largest_singular_triplet(
-            xp, ConvOperator, near_one, sizes, start, tolerance=START_TOLERANCE
+            xp, ConvOperator, near_one, sizes, start, tolerance=_START_TOLERANCE
         )
         # Groups that do not lead now may lead later: their vectors start from the name's.
         v = xp.reshape(v, (sizes.groups, -1))

@@ -23,8 +23,14 @@ STIR = 0.3
 """How much of a fixed direction is mixed into the second pair, which biases nothing but how fast
 it sees. Of 0.03 to 3, a third lags little (at most a quarter of the norm, seven steps above 2 %)
 behind leaders that grow by a tenth of the norm a step, and least behind slower ones."""
+RELUCTANCE = 0.01
+"""By how much the second of two squared lengths must exceed the first's to take its place, half
+as much as lengths. Of equal values, every second one on a torus, either is right, and turning
+by what rounding says of them would follow no direction for long."""
 _INDEPENDENT = 1e-3
 """Length of a unit vector's part beside another below which it is mostly rounding."""
+_LEFT = on_host.Side(True, 0.0, RELUCTANCE, _INDEPENDENT)
+_RIGHT = on_host.Side(False, STIR, RELUCTANCE, _INDEPENDENT)
 _SVD_BELOW = 2**13
 """Entries of a matrix up to which its decomposition costs less than the steps of Lanczos."""
 
@@ -132,18 +138,14 @@ def half_step(xp: Any, a: Array, pairs: Pairs, *, to_left: bool) -> tuple[Pairs,
 def stepped_on_host(
     a: np.ndarray, pairs: Pairs, steps: Sequence[bool]
 ) -> tuple[Pairs, np.ndarray] | None:
-    """(pairs, σ) of a real matrix after steps to the left (True) or right; None: unusual numbers."""
+    """(pairs, σ) of a real matrix after steps to the left (True) or right; None if not so."""
     left, right = (np.array(rows, np.float64) for rows in (pairs[0::2], pairs[1::2]))
     try:
         for to_left in steps:
             if to_left:
-                right, left, sigma = on_host.step(
-                    a, right, to_left=True, stir=0.0, independent=_INDEPENDENT
-                )
+                right, left, sigma = on_host.step(a, right, _LEFT)
             else:
-                left, right, sigma = on_host.step(
-                    a, left, to_left=False, stir=STIR, independent=_INDEPENDENT
-                )
+                left, right, sigma = on_host.step(a, left, _RIGHT)
     except on_host.Unusual:
         return None
     (u, p), (v, q) = left.astype(a.dtype), right.astype(a.dtype)
@@ -208,13 +210,15 @@ def _turned(
 ) -> tuple[Array, Array, Array, Array]:
     """Two orthonormal vectors turned within their plane until the first's image is longest.
 
-    The images are then orthogonal: Rayleigh–Ritz, in closed form.
+    That is Rayleigh–Ritz, in closed form, and a little reluctant: where both images are about
+    equally long, rounding would decide.
     """
     largest = xp.maximum(xp.max(xp.abs(image), axis=-1), xp.max(xp.abs(other), axis=-1))
     scale = xp.astype(1.0 / backend.power_below(xp, largest), image.dtype)[..., None]
     near, far = image * scale, other * scale
     mixed = xp.sum(backend.conjugate(xp, near) * far, axis=-1)
-    apart = xp.sum(xp.abs(near) ** 2, axis=-1) - xp.sum(xp.abs(far) ** 2, axis=-1)
+    longer, shorter = (xp.sum(xp.abs(x) ** 2, axis=-1) for x in (near, far))
+    apart = longer - shorter + RELUCTANCE * (longer + shorter)
     size = xp.abs(mixed)
     angle = 0.5 * xp.atan2(2.0 * size, apart)
     fine = xp.isfinite(angle)
@@ -240,8 +244,13 @@ def beside(xp: Any, x: Array, leading: Array, stir: float = 0.0) -> Array:
     """A unit vector of x's part orthogonal to a unit vector, stirred; zeros where none is."""
     x, _ = unit(xp, x, xp.zeros_like(x))
     if stir:
-        noise = backend.start_vector("look-out", x.shape[-1])
-        x = x + stir * filled(noise, x)
+        noise = filled(backend.start_vector("look-out", x.shape[-1]), x)
+        # Signs are arbitrary; what is mixed must not depend on them.
+        overlap = xp.sum(backend.conjugate(xp, x) * noise, axis=-1)
+        size = xp.abs(overlap)
+        usable = size > 0
+        phase = overlap / xp.astype(xp.where(usable, size, xp.ones_like(size)), overlap.dtype)
+        x = x * xp.where(usable, phase, xp.ones_like(phase))[..., None] + stir * noise
     for _ in range(2):
         along = xp.sum(backend.conjugate(xp, leading) * x, axis=-1)
         x, left = unit(xp, x - leading * along[..., None], xp.zeros_like(x))

@@ -14,7 +14,7 @@ from specops.assigned import check_saved
 from specops.errors import AdapterError, HookLostWarning
 from specops.history import History, Record
 from specops.plan import Assignment, override_geometries
-from specops.report import Report, measured_norm, plan_rows
+from specops.report import Report, measured, plan_rows
 from specops_keras.firing import Constrained, fire
 from specops_keras.variables import Variable, locate, override
 
@@ -217,7 +217,9 @@ class Spectral(keras.callbacks.Callback):
             if row.name in current:
                 at = current[row.name].at
                 row = replace(row, geometry=at.geometry().describe())
-                row = replace(row, **measured_norm(at.read(), at.geometry())) if measure else row
+                if measure:
+                    rule = current[row.name].rule
+                    row = replace(row, **measured(at.read(), at.geometry(), rule))
             rows.append(row)
         return Report(tuple(rows))
 

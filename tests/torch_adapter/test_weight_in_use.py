@@ -1,4 +1,4 @@
-"""Linear layers under a spectral normalisation: products take the factor, nobody notices."""
+"""The weight in use: its values, its derivatives of every kind, and what may be done with it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 import specops
-from specops import SpectralNormalization
+from specops import SpectralNormalization, StableRankNormalization, TrainableScale
+from tests.torch_adapter.models import raw
 
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
@@ -17,7 +18,7 @@ from torch.autograd import forward_ad  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from specops_torch import linear  # noqa: E402
+from specops_torch import fused  # noqa: E402
 
 # torch imports decompositions for forward derivatives, which it scripts.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -39,7 +40,7 @@ def attached(
     u, v = state["u0"], state["v0"]
 
     def expected(x: Any) -> Any:
-        w = module.weight
+        w = raw(module)
         return nn.functional.linear(x, w * (scale / torch.dot(u, w @ v)), module.bias)
 
     return module, expected
@@ -76,38 +77,11 @@ def test_values_and_both_derivatives(
         torch.testing.assert_close(ours, theirs)
 
 
-def test_large_layers_never_make_the_divided_weight(monkeypatch: Any) -> None:
-    module, _ = attached()
-
-    def refuse(*parts: Any) -> Any:
-        raise AssertionError("the divided weight was made")
-
-    monkeypatch.setattr(linear, "divide_matrix", refuse)
-    module(inputs(4, WIDE[1])).sum().backward()
-
-
-def test_a_gradient_of_inputs_takes_no_product_for_weights(monkeypatch: Any) -> None:
-    module, expected = attached()
-    x, products = inputs(4, WIDE[1]), []
-    product = linear._product
-    monkeypatch.setattr(linear, "_product", lambda *a: products.append(a) or product(*a))
-    y = module(x)
-    torch.testing.assert_close(gradients(y, [x])[0], gradients(expected(x), [x])[0])
-    assert len(products) == 1
-    y = module(x)
-    gradients(y, [module.weight])
-    assert len(products) == 2
-    module(x.detach()).sum().backward()
-    assert len(products) == 3
-    module(x).sum().backward()
-    assert len(products) == 5
-
-
 def test_several_gradients_at_once_and_forward_derivatives() -> None:
     for shape in (WIDE, (5, 7)):
         module, expected = attached(shape)
         x = inputs(2, shape[1])
-        for of in (x, module.weight):
+        for of in (x, raw(module)):
             several = torch.randn(3, 2, shape[0], dtype=torch.float64)
             ours, theirs = (
                 torch.autograd.grad(f(x), of, several, is_grads_batched=True)[0]
@@ -169,16 +143,10 @@ def test_autocast_and_inputs_of_other_dtypes() -> None:
         assert y.dtype == torch.bfloat16
         y.float().square().sum().backward()
     torch.testing.assert_close(y.float(), plain, rtol=0.05, atol=0.05)
-    assert module.weight.grad.dtype == torch.float32
+    assert raw(module).grad.dtype == torch.float32
     with pytest.raises(RuntimeError, match="dtype"):
         module(x.double())
     torch.testing.assert_close(module(x[0]), plain[0])
-
-
-def test_any_other_function_gets_the_tensor() -> None:
-    w = torch.eye(3, dtype=torch.float64)
-    stand_in = linear.DividedWeight(2.0 * w, 2.0, 0.5, w[0].clone(), w[0].clone())
-    torch.testing.assert_close(torch.matmul(stand_in, w), 0.5 * w)
 
 
 class Recipe(torch.Tensor):
@@ -294,9 +262,9 @@ def test_traced_layers_run_where_gradients_are_recorded(module: Any, inputs: int
 
 def test_weights_of_other_kinds() -> None:
     module, expected = attached()
-    x, tangent = inputs(2, WIDE[1]).detach(), module.weight.detach().sin()
+    x, tangent = inputs(2, WIDE[1]).detach(), raw(module).detach().sin()
     with forward_ad.dual_level():
-        dual = forward_ad.make_dual(module.weight.detach(), tangent)
+        dual = forward_ad.make_dual(raw(module).detach(), tangent)
         y = torch.func.functional_call(module, {"weight": dual}, (x,))
         found = forward_ad.unpack_dual(y).tangent
     step = 1e-6
@@ -370,6 +338,52 @@ def test_derivatives_along_the_bias_and_of_gradients() -> None:
             y = function(x)
             with forward_ad.dual_level():
                 g = forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y).cumsum(1).sin())
-                found = torch.autograd.grad(y, module.weight, g)[0]
+                found = torch.autograd.grad(y, raw(module), g)[0]
                 several.append(forward_ad.unpack_dual(found).tangent)
         torch.testing.assert_close(*several)
+
+
+RULES = {
+    "normalised": SpectralNormalization(norm="reshaped", scale=1.3),
+    "limited": StableRankNormalization(0.3, norm="reshaped"),
+    "limited to the dyad": StableRankNormalization(0.01, norm="reshaped"),
+    "hardly limited": StableRankNormalization(1.0, norm="reshaped"),
+    "bidirectional": SpectralNormalization(norm="bidirectional"),
+    "trained": SpectralNormalization(norm="reshaped", scale=TrainableScale(0.7)),
+    "scheduled": SpectralNormalization(norm="reshaped", scale=lambda step, *_: 1.0 + step),
+}
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv", "gates", "row", "transposed"])
+@pytest.mark.parametrize("name", list(RULES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_one_operation_is_the_rule(monkeypatch: Any, name: str, layer: str, dtype: Any) -> None:
+    """The fused operation against the rule's `apply`: values, gradients, gradients of those."""
+    makers: dict[str, Any] = {
+        "linear": lambda: nn.Linear(9, 6),
+        "conv": lambda: nn.Conv2d(3, 4, 3),
+        "gates": lambda: nn.LSTMCell(5, 4),
+        "row": lambda: nn.Linear(7, 1),
+        "transposed": lambda: nn.ConvTranspose1d(3, 4, 2),
+    }
+    attribute = "weight_ih" if layer == "gates" else "weight"
+    found, counted = [], []
+    apply = fused._Used.apply
+    monkeypatch.setattr(fused._Used, "apply", lambda *a: counted.append(1) or apply(*a))
+    for enabled in (True, False):
+        monkeypatch.setattr(fused, "ENABLED", enabled)
+        torch.manual_seed(2)
+        module = makers[layer]().to(dtype)
+        attachment = specops.attach(None, module, specops.Plan([(attribute, RULES[name])]))
+        of = [raw(module, attribute), *attachment.scales.values()]
+        used = getattr(module, attribute)
+        pattern = torch.arange(used.numel(), dtype=dtype).view(used.shape).sin()
+        first = torch.autograd.grad((used * pattern).sum(), of)
+        used = getattr(module, attribute)
+        again = torch.autograd.grad((used.sin() * pattern).sum(), of, create_graph=True)
+        twice = torch.autograd.grad(sum(g.square().sum() for g in again), of)
+        found.append([used.detach(), *first, *twice])
+    assert bool(counted) == (layer != "transposed" or name == "bidirectional")
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-9
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
