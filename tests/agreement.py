@@ -125,6 +125,11 @@ def waves(shape: tuple[int, ...]) -> np.ndarray:
     return np.cos(1.0 + np.arange(math.prod(shape))).reshape(shape)
 
 
+def _largest(x: Any) -> Any:
+    xp = backend.namespace(x)
+    return xp.max(xp.abs(x))
+
+
 def _length(w: Any) -> Any:
     return backend.namespace(w).sum(w * w) ** 0.5
 
@@ -257,6 +262,12 @@ def fired(make: Callable[[Any], Any]) -> Operation:
         if hasattr(rule, "penalty"):
             value, gradient = rule.penalty(w, g, state, step=1, name="layer")
             found |= {f"{name}.penalty/value": value, f"{name}.penalty/~gradient": gradient}
+        if getattr(rule, "norm", "") == "operator" and isinstance(g, Conv):
+            # The plane of a pair of equal values is followed from where rounding started in it.
+            for key in [k for k in found if "init/" not in k and "distance" not in k]:
+                x = found[key]
+                if not isinstance(x, tuple) and "state:" not in key.replace("state:axis", ""):
+                    found[f"{key.replace('state:axis', '~axis')} within"] = _BELOW * _largest(x)
         if hasattr(rule, "enforce"):
             new, _, figures = rule.enforce(given.later, g, state, step=1, name="layer")
             found |= _results(rule, "enforce", "", given.later, new, g, figures)

@@ -95,7 +95,8 @@ class InUse:
     def __call__(self, raw: torch.Tensor) -> torch.Tensor:
         """The weight in use."""
         self.ran = True
-        if raw.is_meta or hasattr(raw, "device_mesh"):
+        compiling = torch.compiler.is_compiling()
+        if not compiling and (raw.is_meta or hasattr(raw, "device_mesh")):
             # Of one nothing but the shape is known; the other is a part of the weight, which
             # engines look at between forward passes, and which a step refuses by name.
             return raw
@@ -144,7 +145,7 @@ class InUse:
         if "scale" in options and not raw.requires_grad:
             # A frozen layer trains no scale.
             options["scale"] = options["scale"].detach()
-        if not isinstance(self.rule, SpectralNormalization | StableRankNormalization):
+        if type(self.rule) not in (SpectralNormalization, StableRankNormalization):
             options["step"] = self.step
         used: torch.Tensor = self.rule.apply(raw, self.geometry, state, name=self.name, **options)
         return used

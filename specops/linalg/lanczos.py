@@ -12,6 +12,9 @@ from specops.linalg.decompositions import svd
 Array = Any
 _FIRST_STEPS = 8
 _STEPS_WHEN_TRACED = 32
+_ROUNDING = 16.0
+"""Units of the last place, of the largest entry of the band, below which what a product leaves is
+taken for nothing: values lose no more by it."""
 INDEPENDENT = 0.5
 """Least norm of a unit vector without its part in the basis: as in the test "twice is enough" of
 Kahan, what is left then is orthogonal to a few units of rounding."""
@@ -163,10 +166,11 @@ def _extend(
     def step(j: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         right, left, band = carry
         u = xp.reshape(operator.matvec(xp.reshape(right[:, j, :], (-1,))), (operator.blocks, -1))
-        u, alpha = _next_vector(xp, u, left, 0.0)
-        v = xp.reshape(operator.rmatvec(xp.reshape(u, (-1,))), (operator.blocks, -1))
         # Below rounding the Krylov space is exhausted: its next vector would be noise.
-        v, beta = _next_vector(xp, v, right, eps * (xp.max(xp.abs(band), axis=(1, 2)) + alpha))
+        longest = xp.max(xp.abs(band), axis=(1, 2))
+        u, alpha = _next_vector(xp, u, left, _ROUNDING * eps * longest)
+        v = xp.reshape(operator.rmatvec(xp.reshape(u, (-1,))), (operator.blocks, -1))
+        v, beta = _next_vector(xp, v, right, _ROUNDING * eps * (longest + alpha))
         every = slice(None)
         left = backend.add_at(left, (every, j, every), u)
         right = backend.add_at(right, (every, j + 1, every), v)
