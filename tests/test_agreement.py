@@ -167,7 +167,7 @@ def measured(backend: Backend, name: str, full: bool = False) -> list[Entry]:
 
 
 def _is_given_states(backend: Backend) -> bool:
-    """Vectors of equal values start as rounding has it; and JAX compiles their start for seconds."""
+    """Vectors of equal values start as rounding has it, and JAX compiles their start."""
     return backend is not NUMPY
 
 

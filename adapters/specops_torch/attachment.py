@@ -125,10 +125,22 @@ class Attachment:
                 # Gradients that are there already were not made under the rule.
                 stepped([constrained])
         for dropped in before.values():
-            dropped.release()
+            if dropped.in_use is not None and self._still_there(dropped):
+                # Frozen, or taken out of the optimizer: its layer goes on as it was.
+                self._constrained.append(dropped)
+            else:
+                dropped.release()
         self._scales.give(self._constrained, self._optimizer)
         self._held = _held(self._optimizer)
         self._trained = {key for key, p in (self._held or {}).items() if p.requires_grad}
+
+    def _still_there(self, c: Constrained) -> bool:
+        """Whether the model still holds a weight that the plan would have under its rule."""
+        held = any(m is c.location.module for m in self._model.modules())
+        if not held or c.location.module._parameters.get(c.location.attribute) is None:
+            return False
+        rows = [a for a in self._assignments if a.weight.name == c.name]
+        return bool(rows) and rows[0].reason.startswith(("frozen", "not in this optimizer"))
 
     def __repr__(self) -> str:
         status = "attached" if self.is_attached else "detached"
@@ -361,7 +373,8 @@ class Attachment:
         finally:
             for c in stepped:
                 c.schedule(step + 1)
-            self._scales.forget_gradients()
+            if self._optimizer is not None:
+                self._scales.forget_gradients()
         self._record([*records, *more])
 
     @in_full_precision

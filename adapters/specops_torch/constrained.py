@@ -19,6 +19,7 @@ from specops.plan import Assignment
 from specops.report import measured
 from specops.rules.base import at
 from specops_torch.batch_norms import norm_with
+from specops_torch.fused import row_blocks
 from specops_torch.in_use import InUse
 from specops_torch.parameters import Location
 from specops_torch.reading import answer_plainly, read_through
@@ -39,6 +40,7 @@ class Constrained(Assigned):
     _seen: tuple[Any, int] | None = None
     fitting: Geometry | None = None
     """The geometry that was last found to fit the weight."""
+    _blocks: tuple[Geometry, int] | None = field(default=None, repr=False)
     answering: list[tuple[nn.Module, str]] = field(default_factory=list, repr=False)
     """Modules that answer with the weight in use, and their names for it."""
 
@@ -71,6 +73,12 @@ class Constrained(Assigned):
                 self.handles.append(
                     holder.register_forward_pre_hook(FirstSize(self.in_use), with_kwargs=True)
                 )
+
+    def blocks(self, geometry: Geometry) -> int:
+        """`row_blocks` of the norm that is followed."""
+        if self._blocks is None or self._blocks[0] is not geometry:
+            self._blocks = geometry, row_blocks(geometry, self._norm) if self._norm else 0
+        return self._blocks[1]
 
     @property
     def _norm(self) -> str:

@@ -8,16 +8,17 @@ everything by the rules.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from specops.geometry import Geometry
 from specops.normalizations import check_ratio
 from specops.rules import SpectralNormalization, SpectralNormPenalty, StableRankNormalization
 from specops.rules.base import at
 from specops.tracking import Pairs, stepped_on_host
 from specops_torch.constrained import Constrained
-from specops_torch.fused import row_blocks
 
 ENABLED = True
 _RULES = (SpectralNormalization, StableRankNormalization, SpectralNormPenalty)
@@ -26,32 +27,38 @@ _KEYS = ("u0", "v0", "p0", "q0")
 
 
 def advanced(
-    c: Constrained, state: dict[str, torch.Tensor], step: int
+    c: Constrained,
+    raw: torch.Tensor,
+    geometry: Geometry,
+    state: Mapping[str, torch.Tensor],
+    step: int,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]] | None:
     """(the state after the rule's steps, its figures); None where the rule must do it."""
-    raw = c.location.parameter
-    if not ENABLED or type(c.rule) not in _RULES or not raw.is_cpu or raw.dtype not in _DTYPES:
+    rule = c.rule
+    if not ENABLED or type(rule) not in _RULES or not raw.is_cpu or raw.dtype not in _DTYPES:
         return None
-    if row_blocks(c.geometry, c.rule.norm) != 1 or not raw.is_contiguous():
+    if c.blocks(geometry) != 1 or not raw.is_contiguous() or not state:
         return None
-    vectors = [state.get(key) for key in _KEYS]
-    if any(x is None or x.dtype != raw.dtype or not x.is_cpu for x in vectors):
+    vectors = [state[key] for key in _KEYS]
+    if any(x.dtype != raw.dtype or not x.is_cpu for x in vectors):
         return None
-    arrays: list[Any] = [x.numpy() for x in vectors]  # type: ignore[union-attr]
+    arrays: list[Any] = [x.numpy() for x in vectors]
     if len(arrays[0]) * len(arrays[1]) != raw.numel():
         return None
-    matrix = raw.detach().numpy().reshape(len(arrays[0]), -1)
-    found = stepped_on_host(matrix, Pairs(*arrays), (True, False) * c.rule.iterations)
+    matrix = raw.detach().reshape(len(arrays[0]), -1)
+    found = stepped_on_host(matrix, Pairs(*arrays), (True, False) * rule.iterations)
     if found is None:
         return None
     pairs, sigma = found
     norm = float(sigma)
+    if not math.isfinite(norm):
+        return None
     figures = {"norm": norm}
-    if isinstance(c.rule, SpectralNormPenalty):
-        figures["penalty"] = 0.5 * c.rule.strength_at(step, c.name, c.geometry) * norm * norm
-    elif isinstance(c.rule, StableRankNormalization):
-        ratio, flat = at(c.rule.ratio, step, c.name, c.geometry), matrix.reshape(-1)
-        rank = float(flat.dot(flat)) / norm**2
+    if isinstance(rule, SpectralNormPenalty):
+        figures["penalty"] = 0.5 * rule.strength_at(step, c.name, geometry) * norm * norm
+    elif isinstance(rule, StableRankNormalization):
+        ratio, flat = at(rule.ratio, step, c.name, geometry), matrix.reshape(-1)
+        rank = torch.dot(flat, flat).item() / norm**2
         if not math.isfinite(rank):
             return None
         limit = max(1.0, float(check_ratio(ratio)) * min(matrix.shape))

@@ -21,7 +21,6 @@ from specops.rules import ClipSpectralNorm
 from specops.rules.base import at
 from specops_torch.constrained import Constrained
 from specops_torch.fast_paths import advanced
-from specops_torch.fused import row_blocks
 
 _PLAIN = (torch.float32, torch.float64)
 Record = dict[str, Any]
@@ -130,7 +129,15 @@ class Firing:
         """(weight, its term or None if skipped, new state, record)."""
         act = _update(step)
         for c in due:
-            weight = c.location.parameter.detach()
+            parameter, geometry = c.location.parameter, c.geometry
+            if parameter.requires_grad and geometry is c.fitting:
+                plain = c.stage != "gradients" or _in_place(c, geometry)
+                fast = advanced(c, parameter, geometry, _state(c), step) if plain else None
+                if fast is not None:
+                    state, figures = fast
+                    yield c, parameter, state, {"step": step, "name": c.name, **figures}
+                    continue
+            weight = parameter.detach()
             term, state, record = self._one(c, weight, step, act)
             yield c, None if "skipped" in record else term, state, record
 
@@ -224,10 +231,7 @@ def _update(step: int) -> Update:
         weight, state, geometry = c.location.parameter.detach(), _state(c), _sized(c)
         if not state:
             state = c.rule.init(weight, geometry, c.name)
-        fast = advanced(c, state, step) if c.stage != "gradients" or _in_place(c) else None
-        if fast is not None:
-            return weight, *fast
-        if c.stage == "gradients" and _in_place(c):
+        if c.stage == "gradients" and _in_place(c, c.geometry):
             state, figures = c.rule.advance(weight, geometry, state, step=step, name=c.name)
             return weight, state, figures
         return c.rule.update(weight, geometry, state, step=step, name=c.name)
@@ -254,15 +258,16 @@ def _needs_size(c: Constrained) -> bool:
 def _add(c: Constrained, term: torch.Tensor, state: Any, step: int, scale: Any) -> None:
     gradient = c.location.parameter.grad
     assert gradient is not None
-    if not _in_place(c):
+    geometry = c.geometry
+    if not _in_place(c, geometry):
         gradient.add_(term if scale is None else term * scale.to(term.device))
         return
     strength = c.rule.strength
     if callable(strength):
-        strength = at(strength, step, c.name, c.geometry)
+        strength = at(strength, step, c.name, geometry)
     on_host = gradient.is_cpu and (scale is None or scale.is_cpu)
     # A dyad for each block of rows, which the gradient takes in place.
-    blocks = range(row_blocks(c.geometry, c.rule.norm))
+    blocks = range(c.blocks(geometry))
     pairs = [(state[f"u{j}"], state[f"v{j}"], state[f"sigma{j}"]) for j in blocks]
     parts = (gradient,) if len(pairs) == 1 else gradient.split([len(u) for u, _, _ in pairs])
     for part, (u, v, sigma) in zip(parts, pairs, strict=True):
@@ -275,12 +280,12 @@ def _add(c: Constrained, term: torch.Tensor, state: Any, step: int, scale: Any) 
             rows.addr_(u * (factor if scale is None else factor * scale.to(u.device)), v)
 
 
-def _in_place(c: Constrained) -> bool:
+def _in_place(c: Constrained, geometry: Geometry) -> bool:
     """Whether the term of a penalty need not be made: its rule gives vectors, and they fit."""
     gradient = c.location.parameter.grad
     if gradient is None or gradient.dtype not in _PLAIN or not gradient.is_contiguous():
         return False
-    return hasattr(c.rule, "advance") and row_blocks(c.geometry, c.rule.norm) > 0
+    return hasattr(c.rule, "advance") and c.blocks(geometry) > 0
 
 
 def _state(c: Constrained) -> dict[str, torch.Tensor]:

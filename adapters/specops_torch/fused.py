@@ -26,6 +26,8 @@ from specops.tracking import TrackedBlocks, track
 ENABLED = True
 _LEAST, _GREATEST = 1e-12, 1e12
 """Norms whose squares single precision holds."""
+_SMALL = 2**16
+"""Entries up to which a derivative of our own costs more in calls than it saves in passes."""
 _APART = 1e-3
 """F/σ² − 1 from which single precision has digits left after the difference."""
 _transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
@@ -36,6 +38,8 @@ class Kind(NamedTuple):
 
     keys: tuple[str, ...]
     """Of the vectors in the state, u and v of each block in turn, or its axis."""
+    norms: tuple[str, ...]
+    """Of what was measured along them."""
     limits: bool
     """Whether the stable rank is limited."""
 
@@ -46,9 +50,11 @@ def kind_of(rule: Any, geometry: Geometry) -> Kind | None:
         return None
     limits, blocks = type(rule) is StableRankNormalization, row_blocks(geometry, rule.norm)
     if blocks:
-        return Kind(tuple(f"{key}{j}" for j in range(blocks) for key in "uv"), limits)
+        numbers = range(blocks)
+        keys = tuple(f"{key}{j}" for j in numbers for key in "uv")
+        return Kind(keys, tuple(f"sigma{j}" for j in numbers), limits)
     along_axis = not isinstance(track(geometry, rule.norm), TrackedBlocks)
-    return Kind(("axis",), False) if along_axis and not limits else None
+    return Kind(("axis",), ("sigma",), False) if along_axis and not limits else None
 
 
 @lru_cache(maxsize=1024)
@@ -86,9 +92,14 @@ def used(
     vectors = [state[key] for key in kind.keys]
     if any(x.dtype != raw.dtype or not x.is_cpu for x in vectors):
         return None
+    if len(vectors) == 2 and raw.numel() <= _SMALL:
+        small = _formula(raw, vectors[0], vectors[1], kind.limits, number)
+        return small if small is None or trained is None else small * trained.to(small.dtype)
     coefficients = []
-    for block, pair in _blocks(vectors, raw.detach()):
-        found = _coefficients(block, pair, kind.limits, number)
+    for key, (block, pair) in zip(kind.norms, _blocks(vectors, raw.detach()), strict=True):
+        # As the vectors were advanced on this very weight, or along them as it is now.
+        sigma = _along(block, pair) if in_use.drifting else state[key].item()
+        found = _coefficients(block, pair, kind.limits, number, sigma)
         if found is None:
             return None
         coefficients.append(found)
@@ -103,6 +114,36 @@ def used(
     return result if trained is None else result * trained.to(result.dtype)
 
 
+def _formula(
+    raw: torch.Tensor, u: torch.Tensor, v: torch.Tensor, limits: bool, number: float
+) -> torch.Tensor | None:
+    """The formula in torch's own operations, which cost a small matrix least."""
+    rows = raw.reshape(len(u), -1)
+    sigma = torch.dot(u, torch.mv(rows, v))
+    if not _LEAST < sigma.item() < _GREATEST:
+        return None
+    side = min(rows.shape)
+    if not limits or side == 1:
+        return raw * ((1.0 if limits else number) / sigma)
+    flat = rows.reshape(-1)
+    rest = torch.dot(flat, flat) / (sigma * sigma) - 1.0
+    beside, room = rest.item(), max(number * side, 1.0) - 1.0
+    if beside <= room:
+        return raw / sigma
+    if not _APART < beside < math.inf:
+        return None
+    t = math.sqrt(room) * rest.rsqrt()
+    return torch.addr(rows * (t / sigma), (1.0 - t) * u, v).view(raw.shape)
+
+
+def _along(w: torch.Tensor, vectors: Sequence[torch.Tensor]) -> float:
+    """⟨u, Wv⟩, or ⟨W, axis⟩."""
+    if len(vectors) == 1:
+        return float((w * vectors[0]).sum())
+    u, v = vectors
+    return float(torch.dot(u, matvec(w.reshape(len(u), -1), v)))
+
+
 class _Coefficients(NamedTuple):
     a: float
     b: float
@@ -114,13 +155,8 @@ class _Coefficients(NamedTuple):
 
 
 def _coefficients(
-    w: torch.Tensor, vectors: Sequence[torch.Tensor], limits: bool, number: float
+    w: torch.Tensor, vectors: Sequence[torch.Tensor], limits: bool, number: float, sigma: float
 ) -> _Coefficients | None:
-    if len(vectors) == 1:
-        sigma = (w * vectors[0]).sum().item()
-    else:
-        u, v = vectors
-        sigma = torch.dot(u, matvec(w.reshape(len(u), -1), v)).item()
     if not _LEAST < sigma < _GREATEST:
         return None
     if not limits:
@@ -156,11 +192,16 @@ class _Used(torch.autograd.Function):
         ctx.plain, ctx.coefficients = plain, coefficients
         if len(coefficients) == 1 and coefficients[0].b == 0.0:
             return w * coefficients[0].a
-        parts = [
-            block * c.a if c.b == 0.0 else _updated(block, c.a, pair[0] * c.b, pair)
-            for c, (block, pair) in zip(coefficients, _blocks(vectors, w), strict=True)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(coefficients) == 1 and coefficients[0].b == 0.0:
+            return w * coefficients[0].a
+        used = torch.empty_like(w, memory_format=torch.contiguous_format)
+        blocks = _blocks(vectors, w.detach(), used)
+        for c, (block, out, pair) in zip(coefficients, blocks, strict=True):
+            if c.b == 0.0:
+                torch.mul(block, c.a, out=out)
+            else:
+                out.copy_(_updated(block, c.a, pair[0] * c.b, pair))
+        return used
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Any:

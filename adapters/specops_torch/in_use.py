@@ -6,7 +6,6 @@ Forward passes change nothing: optimizer steps advance the singular vectors.
 from __future__ import annotations
 
 import contextlib
-import weakref
 from typing import Any
 
 import torch
@@ -61,7 +60,7 @@ class InUse:
         self.state: State | None = None
         self.overrides: dict[str, torch.Tensor] = {}
         """Values of schedules and trained scales, by the rule's argument."""
-        self.sharing: list[weakref.ref[torch.Tensor]] | None = None
+        self.sharing: list[torch.Tensor] | None = None
         """The weights of all layers whose trained scale is this one's."""
         self.step = 1
         """The one that comes next, for rules of others."""
@@ -70,14 +69,14 @@ class InUse:
         """Whether steps have changed the weight since its vectors were advanced."""
         self.searching = False
         """Whether an optimizer evaluates a closure: what it writes in between are its steps."""
-        self._own: weakref.ref[torch.Tensor] | None = None
+        self._own: torch.Tensor | None = None
         self._written: tuple[int, int] | None = None
         self._copied: tuple[float, ...] | None = None
         """Of a copy: what its vectors were of."""
         self._kind: tuple[Any, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = None if self._own is None else self._own()
+        own = self._own
         fresh = own is not None and self._written == _written(own)
         copied = _fingerprint(own) if own is not None and fresh else self._copied
         return {
@@ -100,7 +99,8 @@ class InUse:
             # Of one nothing but the shape is known; the other is a part of the weight, which
             # engines look at between forward passes, and which a step refuses by name.
             return raw
-        self._clear_scale(raw)
+        if not compiling:
+            self._clear_scale(raw)
         device = raw.device.type
         if torch.is_autocast_enabled(device):
             # What the backward pass does may run under autocast as well.
@@ -113,12 +113,7 @@ class InUse:
         scale = self.overrides.get("scale")
         if scale is None or not scale.is_leaf or scale.grad is None or not self._is_own(raw):
             return
-        owners = (
-            [raw]
-            if self.sharing is None
-            else [p for ref in self.sharing if (p := ref()) is not None]
-        )
-        if all(p.grad is None or not p.grad.any() for p in owners):
+        if all(p.grad is None for p in self.sharing or [raw]):
             scale.grad = None
 
     def _used(self, raw: torch.Tensor) -> torch.Tensor:
@@ -173,19 +168,19 @@ class InUse:
             # A model that was copied: its layer's parameter is the first that is met.
             if not isinstance(raw, nn.Parameter):
                 return False
-            self._own = weakref.ref(raw)
+            self._own = raw
         # One in the place of another is measured at each use, until a step finds it there: what
         # an engine puts there for a forward pass may change without being written to.
-        return self._own() is raw
+        return self._own is raw
 
     def _look(self, raw: torch.Tensor) -> None:
         """The parameter is not as it was when the vectors were found or advanced."""
         stepping = self.searching and self.state is not None and not self.forgotten
         if stepping or (self.state is not None and not hasattr(self.rule, "norm")):
-            self._written = _written(raw)
+            self.drifting, self._written = True, _written(raw)
         elif self._written is None and self._copied and self._copied == _fingerprint(raw):
             # It was copied together with the vectors, and not written to since.
-            self._written = _written(raw)
+            self._written, self._copied = _written(raw), None
         else:
             self.measure(raw)
 
@@ -194,22 +189,21 @@ class InUse:
         """Find the leading pairs of the parameter as it is."""
         state = self._measured(raw)
         if state is not None:
-            self._own, self.state, self.drifting = weakref.ref(raw), state, False
-            self._written = _written(raw)
+            self.take(state, raw)
 
     def take(self, state: State | None, raw: torch.Tensor) -> None:
         """Use vectors that were advanced on the parameter as it is."""
-        self._own, self.state, self.drifting = weakref.ref(raw), state, False
-        self._written = _written(raw)
+        self._own, self.state, self.drifting = raw, state, False
+        self._written, self._copied = _written(raw), None
 
     def is_fresh(self, raw: torch.Tensor) -> bool:
         """Whether the vectors are of the parameter as it is, steps in between included."""
-        known = self.state is not None and self._own is not None and self._own() is raw
+        known = self.state is not None and self._own is raw
         return known and self._written == _written(raw)
 
     def is_replaced(self, raw: torch.Tensor) -> bool:
         """Whether this is another tensor than the one whose vectors are known."""
-        return self._own is not None and self._own() is not raw
+        return self._own is not None and self._own is not raw
 
     def stepped(self, raw: torch.Tensor) -> None:
         """An optimizer's step may have changed the parameter."""

@@ -118,7 +118,13 @@ def _property(attribute: str) -> property:
         in_use = self.__dict__.get(_HELD, {}).get(attribute)
         if raw is None and attribute not in self._parameters and attribute not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {attribute!r}")
-        return raw if in_use is None or raw is None else in_use(raw)
+        if in_use is None or raw is None:
+            return raw
+        try:
+            return in_use(raw)
+        except AttributeError as error:
+            # Python would take it for a missing property, and give the raw parameter instead.
+            raise AdapterError(f"{in_use.name}: {in_use.rule!r} failed: {error}") from error
 
     def write(self: Any, value: Any) -> None:
         # Parameters are set by torch.nn.Module before it comes to this.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,7 +41,7 @@ class Scales:
             users.setdefault(key, []).append(c)
         for sharing in users.values():
             for c in sharing:
-                c.in_use.sharing = [weakref.ref(o.location.parameter) for o in sharing]
+                c.in_use.sharing = [o.location.parameter for o in sharing]
         if new and isinstance(optimizer, torch.optim.LBFGS):
             raise AdapterError(
                 "LBFGS has one parameter group and takes no trainable scales: give them to "

@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
+from specops.errors import CautionWarning
+
 
 class WeightInUse(torch.Tensor):
     """Read, it is the weight in use; what is written to it reaches the raw parameter.
 
-    Initialisers, ``layer.weight.copy_(...)``, ``layer.weight[3:] = ...``, ``.data``, ``.grad``
-    and ``.requires_grad`` so mean what they mean on the plain layer. Results of operations are
-    plain tensors. A view of it, and ``out=`` of an operation, are of these numbers and not of
-    the parameter.
+    Initialisers, ``layer.weight.copy_(...)``, ``layer.weight[3:] = ...``, ``.data``, ``.grad``,
+    ``.requires_grad`` and hooks on gradients so mean what they mean on the plain layer. Results
+    of operations are plain tensors. A view of it, and ``out=`` of an operation, are of these
+    numbers and not of the parameter: what is written there is lost, with a warning if the tensor
+    itself was still held then (as by an initialiser), without one for ``layer.weight[0].fill_``.
     """
 
     # As torch.nn.Parameter: operations see a plain tensor, at no cost.
     __torch_function__ = nn.Parameter.__torch_function__
     raw: nn.Parameter
+    made: int
 
     @staticmethod
     def of(used: torch.Tensor, raw: nn.Parameter) -> WeightInUse:
         """The weight in use, computed from `raw`."""
         tensor: WeightInUse = used.as_subclass(WeightInUse)
-        tensor.raw = raw
+        tensor.raw, tensor.made = raw, -1 if used.is_inference() else used._version
         return tensor
+
+    def __del__(self) -> None:
+        if self.made >= 0 and self.grad_fn is None and self._version > self.made:
+            warnings.warn(
+                f"numbers written into a view of a weight in use (shape {tuple(self.shape)}), or "
+                f"by out=, are lost: write to the parameter, of model.named_parameters(), or "
+                f"before attaching",
+                CautionWarning,
+                stacklevel=2,
+            )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.detach().__reduce_ex__(protocol)
@@ -48,7 +63,7 @@ def _of_the_parameter(name: str) -> property:
     return property(read, write, delete)
 
 
-def _in_place(name: str) -> Any:
+def _method(name: str) -> Any:
     def method(self: WeightInUse, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.raw, name)(*args, **kwargs)
 
@@ -56,22 +71,17 @@ def _in_place(name: str) -> Any:
     return method
 
 
-for _name in ("data", "grad"):
+for _name in ("data", "grad", "requires_grad"):
     setattr(WeightInUse, _name, _of_the_parameter(_name))
 
 
-def _requires_grad(self: WeightInUse, value: bool) -> None:
-    self.raw.requires_grad = value
-
-
-_own: Any = torch.Tensor.requires_grad
-_whether: Any = property(_own.__get__, _requires_grad)
-WeightInUse.requires_grad = _whether
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
 for _name in (
     "__setitem__",
+    "register_hook",
+    "register_post_accumulate_grad_hook",
     *(f"__i{name}__" for name in _OPERATORS),
     *(name for name in dir(torch.Tensor) if name.endswith("_") and not name.startswith("_")),
 ):
     if hasattr(torch.Tensor, _name):
-        setattr(WeightInUse, _name, _in_place(_name))
+        setattr(WeightInUse, _name, _method(_name))

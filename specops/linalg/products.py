@@ -1,4 +1,4 @@
-"""A matrix times a vector, from either side.
+"""A matrix times a few vectors, from either side.
 
 torch computes these products with one thread on the CPU, at a third of the speed of memory. As
 a stack of products with blocks of rows they use all threads.
@@ -12,26 +12,32 @@ from typing import Any
 from specops import backend, host
 
 Array = Any
-_SPLIT_FROM = 2**16
+SPLIT_FROM = 2**16
 """Entries of a matrix from which threads pay."""
 
 
 def matvec(a: Array, x: Array) -> Array:
     """Ax."""
+    return images(a, x[None, :])[0, :] if _blocks(a) is not None else backend.matmul(a, x)
+
+
+def images(a: Array, x: Array) -> Array:
+    """The rows of x as Ax, again as rows."""
     blocks = _blocks(a)
     if blocks is None:
-        return backend.matmul(a, x)
+        return backend.matmul(x, a.T)
     count, rows, columns = blocks.shape
-    return (x.expand(count, 1, columns) @ blocks.mT).reshape(count * rows)
+    found = x.expand(count, len(x), columns) @ blocks.mT
+    return found.transpose(0, 1).reshape(len(x), count * rows)
 
 
-def vecmat(x: Array, a: Array) -> Array:
-    """xA, without conjugation."""
+def coimages(a: Array, x: Array) -> Array:
+    """The rows of x as Aᵀx, again as rows, without conjugation."""
     blocks = _blocks(a)
     if blocks is None:
         return backend.matmul(x, a)
     count, rows, _ = blocks.shape
-    return (x.reshape(count, 1, rows) @ blocks).sum(0).reshape(-1)
+    return (x.reshape(len(x), count, rows).transpose(0, 1) @ blocks).sum(0)
 
 
 def _blocks(a: Array) -> Array | None:
@@ -39,7 +45,7 @@ def _blocks(a: Array) -> Array | None:
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(a, torch.Tensor) or not host.holds(a):
         return None
-    if a.numel() < _SPLIT_FROM or not a.is_contiguous():
+    if a.numel() < SPLIT_FROM or not a.is_contiguous():
         return None
     threads = torch.get_num_threads()
     count = next((c for c in (2 * threads, threads) if threads > 1 and len(a) % c == 0), 0)

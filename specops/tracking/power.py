@@ -12,6 +12,7 @@ from specops import backend, host
 from specops.errors import StateError
 from specops.linalg.decompositions import svd
 from specops.linalg.lanczos import MatrixOperator, largest_singular_triplet
+from specops.linalg.products import SPLIT_FROM, coimages, images
 from specops.tracking import on_host
 
 Array = Any
@@ -92,7 +93,9 @@ def leading_pairs(xp: Any, a: Array, name: str) -> tuple[Pairs, Array]:
         return filled(np.broadcast_to(vector, (*batch, size)).copy(), a)
 
     scaled, second = a / backend.magnitude(xp, a, axis=(-2, -1)), generic("q", n)
-    if not batch and m * n > _SVD_BELOW:
+    # torch.func.vmap maps decompositions, but not what is written to in place.
+    mapped = backend.is_traced(a) and not backend.is_jax_traced(a)
+    if not batch and m * n > _SVD_BELOW and not mapped:
         v = largest_singular_triplet(
             xp, MatrixOperator, scaled, None, generic("", n), tolerance=START_TOLERANCE
         )[2]
@@ -136,29 +139,44 @@ def half_step(xp: Any, a: Array, pairs: Pairs, *, to_left: bool) -> tuple[Pairs,
 
 
 def stepped_on_host(
-    a: np.ndarray, pairs: Pairs, steps: Sequence[bool]
+    a: Array, pairs: Pairs, steps: Sequence[bool]
 ) -> tuple[Pairs, np.ndarray] | None:
-    """(pairs, σ) of a real matrix after steps to the left (True) or right; None if not so."""
+    """(pairs, σ) of a real matrix on the CPU after steps to the left (True) or right.
+
+    Vectors are NumPy's, whose calls cost a fraction; products of a large matrix are its own
+    library's, whose threads and NumPy's slow each other down. None where numbers are so large or
+    small that only the general form is right.
+    """
+    products, dtype = _products(a), pairs.u.dtype
     left, right = (np.array(rows, np.float64) for rows in (pairs[0::2], pairs[1::2]))
     try:
         for to_left in steps:
             if to_left:
-                right, left, sigma = on_host.step(a, right, _LEFT)
+                right, left, sigma = on_host.step(products, dtype, right, _LEFT)
             else:
-                left, right, sigma = on_host.step(a, left, _RIGHT)
+                left, right, sigma = on_host.step(products, dtype, left, _RIGHT)
     except on_host.Unusual:
         return None
-    (u, p), (v, q) = left.astype(a.dtype), right.astype(a.dtype)
-    return Pairs(u, v, p, q), np.asarray(sigma, a.dtype)
+    (u, p), (v, q) = left.astype(dtype), right.astype(dtype)
+    return Pairs(u, v, p, q), np.asarray(sigma, dtype)
 
 
-def _on_host(a: Array, pairs: Pairs) -> tuple[np.ndarray, Pairs] | None:
-    """A single real matrix and its pairs as NumPy sees them; None for others."""
-    if a.ndim != 2 or not host.holds(a):
+def _products(a: Array) -> on_host.Products:
+    if isinstance(a, np.ndarray) or a.shape[0] * a.shape[1] < SPLIT_FROM:
+        seen = host.seen(a)
+        return (lambda x: x.dot(seen.T)), (lambda x: x.dot(seen))
+    xp = backend.namespace(a)
+    return (
+        lambda x: host.seen(images(a, xp.asarray(x))),
+        lambda x: host.seen(coimages(a, xp.asarray(x))),
+    )
+
+
+def _on_host(a: Array, pairs: Pairs) -> tuple[Array, Pairs] | None:
+    """A single real matrix on the CPU, and its pairs as NumPy sees them; None for others."""
+    if a.ndim != 2 or not host.holds(a) or backend.is_complex(a):
         return None
-    if backend.is_complex(a):
-        return None
-    return host.seen(a), Pairs(*map(host.seen, pairs))
+    return a, Pairs(*map(host.seen, pairs))
 
 
 def _back(pairs: Pairs, sigma: Any, like: Array) -> tuple[Pairs, Array]:

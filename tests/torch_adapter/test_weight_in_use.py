@@ -18,7 +18,7 @@ from torch.autograd import forward_ad  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from specops_torch import fused  # noqa: E402
+from specops_torch import fast_paths, fused  # noqa: E402
 
 # torch imports decompositions for forward derivatives, which it scripts.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -370,8 +370,9 @@ def test_one_operation_is_the_rule(monkeypatch: Any, name: str, layer: str, dtyp
     found, counted = [], []
     apply = fused._Used.apply
     monkeypatch.setattr(fused._Used, "apply", lambda *a: counted.append(1) or apply(*a))
-    for enabled in (True, False):
+    for enabled, small in ((True, 0), (True, fused._SMALL), (False, 0)):
         monkeypatch.setattr(fused, "ENABLED", enabled)
+        monkeypatch.setattr(fused, "_SMALL", small)
         torch.manual_seed(2)
         module = makers[layer]().to(dtype)
         attachment = specops.attach(None, module, specops.Plan([(attribute, RULES[name])]))
@@ -385,5 +386,39 @@ def test_one_operation_is_the_rule(monkeypatch: Any, name: str, layer: str, dtyp
         found.append([used.detach(), *first, *twice])
     assert bool(counted) == (layer != "transposed" or name == "bidirectional")
     tolerance = 1e-4 if dtype == torch.float32 else 1e-9
-    for ours, plain in zip(*found, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
+    *ways, by_rule = found
+    for way in ways:
+        for ours, plain in zip(way, by_rule, strict=True):
+            torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
+
+
+def test_steps_in_few_calls_are_the_rules(monkeypatch: Any) -> None:
+    """`fast_paths` against `rule.update`: vectors and figures, small and large, both dtypes."""
+    rules = [
+        SpectralNormalization(norm="reshaped", iterations=2),
+        StableRankNormalization(0.3, norm="reshaped"),
+        specops.SpectralNormPenalty(0.1, norm="reshaped"),
+    ]
+    for rule in rules:
+        for shape, dtype in (((6, 9), torch.float32), (WIDE, torch.float64)):
+            states, histories = [], []
+            for enabled in (True, False):
+                monkeypatch.setattr(fast_paths, "ENABLED", enabled)
+                torch.manual_seed(4)
+                layer = nn.Linear(shape[1], shape[0], bias=False).to(dtype)
+                optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+                attachment = specops.attach(optimizer, layer, rule)
+                for _ in range(3):
+                    optimizer.zero_grad()
+                    layer(torch.ones(2, shape[1], dtype=dtype)).square().mean().backward()
+                    optimizer.step()
+                states.append(attachment.state_dict()["weights"]["weight"]["state"])
+                histories.append(attachment.history)
+            tolerance = 1e-4 if dtype == torch.float32 else 1e-9
+            for key, x in states[1].items():
+                torch.testing.assert_close(states[0][key], x, rtol=tolerance, atol=tolerance)
+            for ours, plain in zip(*histories, strict=True):
+                assert ours == {
+                    k: v if isinstance(v, str) else pytest.approx(v, rel=tolerance)
+                    for k, v in plain.items()
+                }
