@@ -454,9 +454,9 @@ def attach(
 ) -> Attachment:
     """Make a rule, or a plan, act on a torch model around the optimizer's steps.
 
-    Rules of stage "weights" act after a step, those of stage "gradients" before it, and those
-    of stage "forward" in every forward pass, where the layers see the weight they give while
-    parameters and state_dict stay the plain model's.
+    Rules of stage "weights" act after a step, those of stage "gradients" before it. Under rules of
+    stage "forward" layers answer their attribute with the weight in use, computed whenever it is
+    read, while parameters and state_dict stay the plain model's.
 
     Parameters
     ----------
@@ -493,6 +493,13 @@ def attach(
     Parameters without gradients, of other optimizers, with fewer than two axes or tied to an
     earlier one are left alone and listed in the report; freezing a layer or adding a parameter
     group later is noticed at the next step. Project before averaging (EMA).
+
+    Under a forward rule the layer's class becomes a subclass of itself in which the attribute is a
+    property; what is written to the attribute reaches the parameter. Writes to a parameter are
+    noticed by the version that torch counts: those through ``parameter.data`` or a NumPy view, and
+    any before compiled code runs again, need `Attachment.refresh`. A write from outside in every
+    step costs a decomposition of the weight each time. ``model.get_parameter(name)`` refuses what
+    is no parameter: take it from ``named_parameters()``.
     """
     return Attachment(
         optimizer,

@@ -95,7 +95,8 @@ class InUse:
         """The weight in use."""
         self.ran = True
         compiling = torch.compiler.is_compiling()
-        if not compiling and (raw.is_meta or hasattr(raw, "device_mesh")):
+        plain = compiling or (type(raw) is nn.Parameter and not raw.is_meta)
+        if not plain and (raw.is_meta or hasattr(raw, "device_mesh")):
             # Of one nothing but the shape is known; the other is a part of the weight, which
             # engines look at between forward passes, and which a step refuses by name.
             return raw

@@ -210,7 +210,7 @@ def refuse_sharded_model(model: nn.Module) -> None:
 
 def refuse_sharded(name: str, parameter: nn.Parameter) -> None:
     """Raise if a parameter is a part of a matrix only."""
-    if hasattr(parameter, "device_mesh"):
+    if type(parameter) is not nn.Parameter and hasattr(parameter, "device_mesh"):
         raise AdapterError(
             f"{name} is sharded (DTensor): its local part is not the matrix. Sharded parameters "
             f"are not supported yet; detach before fully_shard"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from specops.errors import AdapterError
+from specops.errors import AdapterError, CautionWarning
 from specops.rules import TrainableScale
 from specops_torch.constrained import Constrained
 
@@ -42,6 +43,14 @@ class Scales:
         for sharing in users.values():
             for c in sharing:
                 c.in_use.sharing = [o.location.parameter for o in sharing]
+        if new and _is_distributed():
+            warnings.warn(
+                f"{len(new)} trainable scales are no parameters of the model, so that DDP does not "
+                f"average their gradients: all-reduce those of attachment.scales before each step, "
+                f"or ranks train different functions; or use a fixed scale",
+                CautionWarning,
+                stacklevel=6,
+            )
         if new and isinstance(optimizer, torch.optim.LBFGS):
             raise AdapterError(
                 "LBFGS has one parameter group and takes no trainable scales: give them to "
@@ -96,3 +105,10 @@ class Scales:
         """After a step: ``model.zero_grad()`` does not know these parameters."""
         for p in self.parameters.values():
             p.grad = None
+
+
+def _is_distributed() -> bool:
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return False
+    return bool(distributed.get_world_size() > 1)

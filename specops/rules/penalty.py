@@ -18,7 +18,7 @@ class SpectralNormPenalty:
     r"""Add :math:`\tfrac\lambda2\sigma(W)^2` to the loss, by its gradient.
 
     The gradient :math:`\lambda\sigma\,uv^H` goes to the weight's own before the optimizer's
-    step; the vectors u, v take power steps first and count as constants.
+    step; the vectors u, v advance first and count as constants.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ class SpectralNormPenalty:
         Which σ of a convolution: of the kernel reshaped to (out, in·k) (the paper), of the
         layer, or the mean of those of (out, in·k) and (in, out·k).
     iterations : int
-        Power steps at each firing.
+        Steps of the iteration that follows u and v at each firing.
 
     Raises
     ------
