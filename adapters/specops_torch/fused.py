@@ -26,8 +26,6 @@ from specops.tracking import TrackedBlocks, track
 ENABLED = True
 _LEAST, _GREATEST = 1e-12, 1e12
 """Norms whose squares single precision holds."""
-_SMALL = 2**16
-"""Entries up to which a derivative of our own costs more in calls than it saves in passes."""
 _APART = 1e-3
 """F/σ² − 1 from which single precision has digits left after the difference."""
 _transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
@@ -92,9 +90,6 @@ def used(
     vectors = [state[key] for key in kind.keys]
     if any(x.dtype != raw.dtype or not x.is_cpu for x in vectors):
         return None
-    if len(vectors) == 2 and raw.numel() <= _SMALL:
-        small = _formula(raw, vectors[0], vectors[1], kind.limits, number)
-        return small if small is None or trained is None else small * trained.to(small.dtype)
     coefficients = []
     for key, (block, pair) in zip(kind.norms, _blocks(vectors, raw.detach()), strict=True):
         # As the vectors were advanced on this very weight, or along them as it is now.
@@ -112,28 +107,6 @@ def used(
 
     result: torch.Tensor = _Used.apply(raw, plain, coefficients, *vectors)
     return result if trained is None else result * trained.to(result.dtype)
-
-
-def _formula(
-    raw: torch.Tensor, u: torch.Tensor, v: torch.Tensor, limits: bool, number: float
-) -> torch.Tensor | None:
-    """The formula in torch's own operations, which cost a small matrix least."""
-    rows = raw.reshape(len(u), -1)
-    sigma = torch.dot(u, torch.mv(rows, v))
-    if not _LEAST < sigma.item() < _GREATEST:
-        return None
-    side = min(rows.shape)
-    if not limits or side == 1:
-        return raw * ((1.0 if limits else number) / sigma)
-    flat = rows.reshape(-1)
-    rest = torch.dot(flat, flat) / (sigma * sigma) - 1.0
-    beside, room = rest.item(), max(number * side, 1.0) - 1.0
-    if beside <= room:
-        return raw / sigma
-    if not _APART < beside < math.inf:
-        return None
-    t = math.sqrt(room) * rest.rsqrt()
-    return torch.addr(rows * (t / sigma), (1.0 - t) * u, v).view(raw.shape)
 
 
 def _along(w: torch.Tensor, vectors: Sequence[torch.Tensor]) -> float:

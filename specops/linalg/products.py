@@ -25,7 +25,7 @@ def images(a: Array, x: Array) -> Array:
     """The rows of x as Ax, again as rows."""
     blocks = _blocks(a)
     if blocks is None:
-        return backend.matmul(x, a.T)
+        return backend.matmul(x, backend.namespace(a).matrix_transpose(a))
     count, rows, columns = blocks.shape
     found = x.expand(count, len(x), columns) @ blocks.mT
     return found.transpose(0, 1).reshape(len(x), count * rows)

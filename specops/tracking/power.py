@@ -150,11 +150,13 @@ def stepped_on_host(
     products, dtype = _products(a), pairs.u.dtype
     left, right = (np.array(rows, np.float64) for rows in (pairs[0::2], pairs[1::2]))
     try:
-        for to_left in steps:
-            if to_left:
-                right, left, sigma = on_host.step(products, dtype, right, _LEFT)
-            else:
-                left, right, sigma = on_host.step(products, dtype, left, _RIGHT)
+        # As `backend.matmul`: of lanes that BLAS does not use, and what is unusual is looked at.
+        with np.errstate(invalid="ignore", over="ignore"):
+            for to_left in steps:
+                if to_left:
+                    right, left, sigma = on_host.step(products, dtype, right, _LEFT)
+                else:
+                    left, right, sigma = on_host.step(products, dtype, left, _RIGHT)
     except on_host.Unusual:
         return None
     (u, p), (v, q) = left.astype(dtype), right.astype(dtype)

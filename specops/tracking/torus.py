@@ -13,9 +13,11 @@ from specops.geometry import Conv
 from specops.geometry.unread import without_unread
 from specops.spectra.torus import ranked_blocks
 from specops.symbol import Symbol, certified_symbol
-from specops.tracking.power import Array, Pairs, State, advanced, checked
+from specops.tracking.power import Array, State, checked
 
 _FOLLOWED = 16
+_STIR = 0.05
+"""Its bias, the square of what two steps leave of it, is far below what screens leave as room."""
 _LOOKED_AT = 8
 """Other blocks at each estimate: half of those followed, so at half their cost."""
 _START_STEPS = 8
@@ -25,7 +27,7 @@ _START_STEPS = 8
 class TrackedTorus:
     """‖A‖₂ on the torus that contains a convolution, or for every size, from below.
 
-    The blocks of the symbol that lead when it starts are followed, each by a pair of vectors:
+    The blocks of the symbol that lead when it starts are followed, each by a vector:
     far cheaper than vectors of the size of the grid. The other blocks are looked at in turn, a
     few at each estimate, and take the place of those that they exceed.
     """
@@ -40,13 +42,12 @@ class TrackedTorus:
             np, backend.to_numpy(kernel / backend.magnitude(xp, kernel))
         )
         chosen = ranked_blocks(coefficients, symbol)[:_FOLLOWED]
-        v, q = _generic(symbol.block_shape[1])
+        v = _generic(symbol.block_shape[1])
         state = {
             "block": backend.constant(chosen, kernel),
             "next": backend.constant(np.asarray(0), kernel),
             "grid": backend.constant(np.array(symbol.fine), kernel),
             "v": backend.constant(np.tile(v, (len(chosen), 1)), kernel, complex=True),
-            "q": backend.constant(np.tile(q, (len(chosen), 1)), kernel, complex=True),
         }
         return self.estimate(w, state, _START_STEPS)[1]
 
@@ -56,15 +57,14 @@ class TrackedTorus:
         kernel, symbol, factor = self._symbol(xp, w)
         chosen, position = self._checked(symbol, state)
         groups, columns = symbol.sizes.groups, symbol.block_shape[1]
-        v, q = (checked(state, key, (len(chosen), columns), kernel) for key in "vq")
+        v = checked(state, "v", (len(chosen), columns), kernel)
         total = groups * len(symbol.frequencies)
         others = (position + np.arange(min(_LOOKED_AT, total))) % total
         others = others[~np.isin(others, chosen)]
         every = np.concatenate([chosen, others])
-        fresh = [
-            backend.constant(np.tile(x, (len(others), 1)), kernel, complex=True)
-            for x in _generic(columns)
-        ]
+        generic = backend.constant(_generic(columns)[None, :], kernel, complex=True)
+        # Stirred: power steps alone never leave an invariant subspace.
+        v = xp.concat([v + _STIR * generic, xp.tile(generic, (len(others), 1))], axis=0)
         frequency, group = np.divmod(every, groups)
         blocks = symbol.blocks(xp, symbol.coefficients(xp, kernel), frequency)
         if groups > 1:
@@ -72,26 +72,24 @@ class TrackedTorus:
             blocks = xp.sum(blocks * xp.astype(mask, blocks.dtype), axis=1)
         else:
             blocks = blocks[:, 0, ...]
-        pairs = Pairs(
-            blocks[..., 0],
-            xp.concat([v, fresh[0]], axis=0),
-            xp.zeros_like(blocks[..., 0]),
-            xp.concat([q, fresh[1]], axis=0),
-        )
-        pairs, sigma = advanced(xp, blocks, pairs, rounds)
+        scale = backend.magnitude(xp, kernel)
+        blocks, v = blocks / xp.astype(xp.reshape(scale, (1, 1, 1)), blocks.dtype), v[..., None]
+        for _ in range(rounds):
+            u, _ = _unit(xp, backend.matmul(blocks, v))
+            v, sigma = _unit(xp, backend.matmul(backend.adjoint(xp, blocks), u))
+        v, sigma = v[..., 0], sigma * xp.reshape(scale, ())
         kept = np.argsort(-backend.to_numpy(sigma), kind="stable")[: len(chosen)]
         index = backend.constant(kept, kernel)
         state = {
             "block": backend.constant(every[kept], kernel),
             "next": backend.constant(np.asarray((position + _LOOKED_AT) % total), kernel),
             "grid": state["grid"],
-            "v": xp.take(pairs.v, index, axis=0),
-            "q": xp.take(pairs.q, index, axis=0),
+            "v": xp.take(v, index, axis=0),
         }
         return xp.max(sigma) / factor, state
 
     def _checked(self, symbol: Symbol, state: State) -> tuple[np.ndarray, int]:
-        if not {"block", "next", "grid", "v", "q"} <= set(state):
+        if not {"block", "next", "grid", "v"} <= set(state):
             raise StateError(f"the state belongs to another geometry: it holds {sorted(state)}")
         if tuple(backend.to_numpy(state["grid"]).reshape(-1)) != symbol.fine:
             raise StateError(f"the state belongs to another grid than {symbol.fine}")
@@ -104,9 +102,14 @@ class TrackedTorus:
         return kernel, *certified_symbol(sizes, not backend.is_complex(kernel))
 
 
-def _generic(columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two orthonormal complex vectors in no particular direction; the second zero if alone."""
-    raw = backend.start_vector("torus", 4 * columns).view(np.complex128).reshape(2, columns)
-    v = raw[0] / np.linalg.norm(raw[0])
-    q = raw[1] - v * np.vdot(v, raw[1])
-    return v, q / np.linalg.norm(q) if columns > 1 else 0.0 * q
+def _generic(columns: int) -> np.ndarray:
+    """A unit vector in no particular direction."""
+    raw = backend.start_vector("torus", 2 * columns).view(np.complex128)
+    return np.asarray(raw / np.linalg.norm(raw))
+
+
+def _unit(xp: Any, x: Array) -> tuple[Array, Array]:
+    """(columns over their lengths, the lengths) of vectors near 1 or 0."""
+    norm = xp.linalg.vector_norm(x, axis=(-2, -1), keepdims=True)
+    safe = xp.where(norm > 0, norm, xp.ones_like(norm))
+    return x / xp.astype(safe, x.dtype), norm[..., 0, 0]

