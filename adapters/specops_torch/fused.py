@@ -36,8 +36,6 @@ class Kind(NamedTuple):
 
     keys: tuple[str, ...]
     """Of the vectors in the state, u and v of each block in turn, or its axis."""
-    norms: tuple[str, ...]
-    """Of what was measured along them."""
     limits: bool
     """Whether the stable rank is limited."""
 
@@ -48,11 +46,9 @@ def kind_of(rule: Any, geometry: Geometry) -> Kind | None:
         return None
     limits, blocks = type(rule) is StableRankNormalization, row_blocks(geometry, rule.norm)
     if blocks:
-        numbers = range(blocks)
-        keys = tuple(f"{key}{j}" for j in numbers for key in "uv")
-        return Kind(keys, tuple(f"sigma{j}" for j in numbers), limits)
+        return Kind(tuple(f"{key}{j}" for j in range(blocks) for key in "uv"), limits)
     along_axis = not isinstance(track(geometry, rule.norm), TrackedBlocks)
-    return Kind(("axis",), ("sigma",), False) if along_axis and not limits else None
+    return Kind(("axis",), False) if along_axis and not limits else None
 
 
 @lru_cache(maxsize=1024)
@@ -91,10 +87,8 @@ def used(
     if any(x.dtype != raw.dtype or not x.is_cpu for x in vectors):
         return None
     coefficients = []
-    for key, (block, pair) in zip(kind.norms, _blocks(vectors, raw.detach()), strict=True):
-        # As the vectors were advanced on this very weight, or along them as it is now.
-        sigma = _along(block, pair) if in_use.drifting else state[key].item()
-        found = _coefficients(block, pair, kind.limits, number, sigma)
+    for block, pair in _blocks(vectors, raw.detach()):
+        found = _coefficients(block, pair, kind.limits, number)
         if found is None:
             return None
         coefficients.append(found)
@@ -128,8 +122,9 @@ class _Coefficients(NamedTuple):
 
 
 def _coefficients(
-    w: torch.Tensor, vectors: Sequence[torch.Tensor], limits: bool, number: float, sigma: float
+    w: torch.Tensor, vectors: Sequence[torch.Tensor], limits: bool, number: float
 ) -> _Coefficients | None:
+    sigma = _along(w, vectors)
     if not _LEAST < sigma < _GREATEST:
         return None
     if not limits:

@@ -54,7 +54,7 @@ def every_axis(value: Any, ndim: int, name: str, *, least: int = 0) -> tuple[int
 
 def non_negative(value: Any, name: str) -> float:
     """A finite float, zero or more."""
-    real = float | int | np.integer | np.floating
+    real = (float, int, np.integer, np.floating)
     if isinstance(value, real) and not isinstance(value, bool) and 0 <= value < math.inf:
         return float(value)
     raise ValueError(f"{name} must be a finite number, zero or more, got {value!r}")
@@ -79,7 +79,7 @@ def number_where(value: Any, fits: Callable[[Any], Any]) -> Any:
 
     A traced array becomes NaN where it turns out not to fit.
     """
-    real = float | int | np.integer | np.floating
+    real = (float, int, np.integer, np.floating)
     if isinstance(value, real) and not isinstance(value, bool):
         return float(value) if fits(value) else None
     if not compat.is_array_api_obj(value) or isinstance(value, np.ma.MaskedArray):

@@ -75,6 +75,12 @@ def state_of(attachment: Any, name: str) -> dict[str, Any]:
     return dict(attachment.state_dict()["weights"][name]["state"])
 
 
+new_compilers = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
+    reason="older compilers refuse to trace array_api_compat",
+)
+
+
 def raw(model: nn.Module, name: str = "weight") -> Any:
     """The parameter itself, where a layer answers with the weight in use."""
     return dict(model.named_parameters(remove_duplicate=False))[name]

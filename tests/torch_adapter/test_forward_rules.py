@@ -27,6 +27,7 @@ from tests.torch_adapter.models import (
     gradients,
     in_use,
     network,
+    new_compilers,
     operator,
     parts,
     raw,
@@ -518,6 +519,7 @@ quietly = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::Deprecation
 
 @quietly
 @pytest.mark.parametrize("rule", COMPILED.values(), ids=COMPILED)
+@new_compilers
 def test_compiled_models_give_the_same_numbers_without_recompiling(rule: Any) -> None:
     losses, graphs = [], []
     # Its tables stay with the interpreter.
@@ -543,6 +545,7 @@ def test_compiled_models_give_the_same_numbers_without_recompiling(rule: Any) ->
 
 
 @quietly
+@new_compilers
 def test_compiled_attention() -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -554,6 +557,7 @@ def test_compiled_attention() -> None:
 
 
 @quietly
+@new_compilers
 def test_compiled_steps() -> None:
     torch._dynamo.reset()
     models = [network(), network()]

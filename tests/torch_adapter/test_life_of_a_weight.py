@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import specops
 from specops import Plan, SpectralNormalization, StableRankNormalization, TrainableScale, errors
-from tests.torch_adapter.models import Halved, raw, sgd, top
+from tests.torch_adapter.models import Halved, new_compilers, raw, sgd, top
 
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
@@ -420,6 +420,7 @@ def test_script_says_what_to_do() -> None:
     torch.jit.script(model)(torch.ones(1, 3))
 
 
+@new_compilers
 def test_export_and_forward_mode() -> None:
     model, x = (
         nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(27, 2)),
@@ -435,6 +436,7 @@ def test_export_and_forward_mode() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@new_compilers
 def test_compiled_code_sees_weights_that_were_refreshed() -> None:
     layer, attachment = linear(6, 8)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)

@@ -434,7 +434,7 @@ def test_optimizers_that_step_in_backward_give_the_same_weights(plan: Any) -> No
 @pytest.mark.parametrize("named", [False, True], ids=["", "named"])
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW], ids=["SGD", "AdamW"])
 def test_trainable_scales_are_in_a_group_of_their_own(kind: Any, named: bool, shared: bool) -> None:
-    if named and torch.__version__ < "2.6":
+    if named and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
         pytest.skip("optimizers take no named parameters yet")
     model, x = network(), batch()
     given = list(model.named_parameters() if named else model.parameters())

@@ -10,7 +10,7 @@ import pytest
 
 import specops
 from specops import SpectralNormalization, StableRankNormalization, TrainableScale
-from tests.torch_adapter.models import raw
+from tests.torch_adapter.models import new_compilers, raw
 
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
@@ -229,6 +229,7 @@ def test_checkpoints_recompute_in_the_same_form(size: int, change: str) -> None:
     torch.testing.assert_close(found, (x.grad, model.weight.grad))
 
 
+@new_compilers
 def test_hooks_that_come_and_go_do_not_disturb_recomputation() -> None:
     module, _ = attached()
     x = inputs(4, WIDE[1])
