@@ -164,7 +164,7 @@ def stepped_on_host(
 
 
 def _products(a: Array) -> on_host.Products:
-    if isinstance(a, np.ndarray) or a.shape[0] * a.shape[1] < SPLIT_FROM:
+    if a.shape[0] * a.shape[1] < SPLIT_FROM:
         seen = host.seen(a)
         return (lambda x: x.dot(seen.T)), (lambda x: x.dot(seen))
     xp = backend.namespace(a)
