@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from specops import errors
-    from specops.balancing import balance_norms
     from specops.geometry import Conv, Dense
     from specops.models import attach, project
-    from specops.plan import Plan
     from specops.projections import (
+        balance_norms,
         clip_singular_values,
         polar_factor,
         project_schatten_ball,
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
         stable_rank,
         top_singular_triplets,
     )
+    from specops.training import Plan
 
 __version__ = "0.1.0"
 
@@ -81,11 +81,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "balancing": ("balance_norms",),
     "geometry": ("Conv", "Dense"),
     "models": ("attach", "project"),
-    "plan": ("Plan",),
     "projections": (
+        "balance_norms",
         "clip_singular_values",
         "polar_factor",
         "project_schatten_ball",
@@ -114,6 +113,7 @@ _HOMES = {
         "stable_rank",
         "top_singular_triplets",
     ),
+    "training": ("Plan",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import pluggy
 
 from specops.geometry import Geometry
-from specops.plan import Plan
+from specops.training.plan import Plan
 
 if TYPE_CHECKING:
     from specops.checkpoints.base import Checkpoint

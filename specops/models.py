@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from specops.geometry import Geometry
-from specops.plan import Plan
 from specops.plugins import find_adapter
+from specops.training.plan import Plan
 
 
 def attach(

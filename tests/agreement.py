@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import specops
-from specops import Conv, Dense, TrainableScale, backend
+from specops import Conv, Dense, TrainableScale, arrays
 from specops.geometry import Geometry
 from tests import oracle
 
@@ -126,12 +126,12 @@ def waves(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _largest(x: Any) -> Any:
-    xp = backend.namespace(x)
+    xp = arrays.namespace(x)
     return xp.max(xp.abs(x))
 
 
 def _length(w: Any) -> Any:
-    return backend.namespace(w).sum(w * w) ** 0.5
+    return arrays.namespace(w).sum(w * w) ** 0.5
 
 
 def _values(given: Given, case: Case) -> Found:
@@ -153,7 +153,7 @@ def _operator(given: Given, case: Case) -> Found:
     found = found if isinstance(found, tuple) else (found,)
 
     def wave(length: int) -> Any:
-        return backend.constant(waves((length,)), given.w)
+        return arrays.constant(waves((length,)), given.w)
 
     return {
         "linear_operator/matvec": tuple(a.matvec(wave(a.shape[1])) for a in found),
@@ -228,7 +228,7 @@ def _schatten(given: Given, case: Case) -> Found:
 
 
 def _balance(given: Given, case: Case) -> Found:
-    other = backend.constant(waves((3, 4)), given.w)
+    other = arrays.constant(waves((3, 4)), given.w)
     done = specops.balance_norms([given.w, other], [case.geometry, None], [other, None])
     return {"balance_norms/": (*done.weights, done.biases[0])}
 

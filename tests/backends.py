@@ -10,7 +10,7 @@ from typing import Any
 import array_api_compat as compat
 import numpy as np
 
-from specops.kinds import OLDEST
+from specops.arrays.kinds import OLDEST
 
 REQUIRED = ("numpy", "array_api_strict", "torch", "jax")
 

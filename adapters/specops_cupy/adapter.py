@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from specops.geometry import Geometry
-from specops.plan import Plan
-from specops.report import Report
+from specops.training.plan import Plan
+from specops.training.report import Report
 from specops_cupy.attachment import Attachment
 
 

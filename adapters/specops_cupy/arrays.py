@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from specops import backend
+from specops import arrays
 from specops.errors import AdapterError
-from specops.plan import Weight
+from specops.training.plan import Weight
+from specops.typing import Array
 
-Array = Any
 _FLOATS = ("float16", "float32", "float64", "complex64", "complex128")
 _UNKNOWN_MAP = (
     "a bare array does not say which linear map it is: pass geometries={{{name!r}: ...}}, "
@@ -123,7 +123,7 @@ def _weight(name: str, leaf: Any) -> Weight:
     if not is_array(leaf):
         kind = type(leaf).__name__
         return Weight(name, (), kind, skipped=f"no array but {kind}")
-    shape, dtype = tuple(leaf.shape), backend.dtype_name(leaf.dtype)
+    shape, dtype = tuple(leaf.shape), arrays.dtype_name(leaf.dtype)
     if leaf.ndim < 2:
         return Weight(name, shape, dtype, skipped=f"{leaf.ndim}-d: a bias or scale, no matrix")
     if 0 in shape:

@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from specops.assigned import check_stage
 from specops.errors import AdapterError, PlanError
 from specops.geometry import Dense, Geometry
-from specops.plan import Assignment, Plan, Weight
 from specops.rules import TrainableScale
+from specops.training.assigned import check_stage
+from specops.training.plan import Assignment, Plan, Weight
+from specops.typing import Array
 from specops_cupy.arrays import flatten, is_array, library, measurable
 from specops_cupy.constrained import Constrained
 from specops_cupy.firing import check_writeable
 
-Array = Any
 _NEEDS = {"weights": "update", "gradients": "update", "forward": "apply"}
 
 

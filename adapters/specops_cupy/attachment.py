@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from specops.assigned import check_saved
 from specops.errors import AdapterError, GeometryError
 from specops.geometry import Geometry
-from specops.history import History
-from specops.plan import Assignment, Plan, Weight, override_geometries
-from specops.report import Report, plan_rows
+from specops.training.assigned import check_saved
+from specops.training.history import History
+from specops.training.plan import Assignment, Plan, Weight, override_geometries
+from specops.training.report import Report, plan_rows
+from specops.typing import Array
 from specops_cupy.arrays import check_library, describe, flatten, rebuild
 from specops_cupy.assigning import assign, matched
 from specops_cupy.constrained import Constrained
@@ -24,7 +25,6 @@ from specops_cupy.firing import (
     write_weights,
 )
 
-Array = Any
 NonFinitePolicy = Literal["raise", "skip", "warn"]
 
 

@@ -8,16 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from specops import backend
-from specops.assigned import Assigned
+from specops import arrays
 from specops.errors import AdapterError, NonFiniteError
-from specops.plan import Assignment
-from specops.report import measured
-from specops.rules import State
 from specops.tracking import track
+from specops.training.assigned import Assigned
+from specops.training.plan import Assignment
+from specops.training.report import measured
+from specops.typing import Array, State
 from specops_cupy.device import on_device_of
 
-Array = Any
 _SAME = 1e-3
 """Relative change of a norm, seen along the same vectors, that no rounding explains."""
 
@@ -59,8 +58,8 @@ class Constrained(Assigned):
             return False
         assert self.state is not None
         follow = track(self.geometry, self.rule.norm)
-        xp = backend.namespace(self.array)
-        norms = follow.norms(backend.to_compute(xp, self.array), self.state)
+        xp = arrays.namespace(self.array)
+        norms = follow.norms(arrays.to_compute(xp, self.array), self.state)
         # A norm that is not finite is for the next step to report.
         changed = [
             xp.any(xp.abs(now - then) > _SAME * xp.abs(then))
@@ -104,7 +103,7 @@ class Constrained(Assigned):
 
     def _onto(self, value: Array) -> Array:
         same = type(value) is type(self.array)
-        if same and backend.device_of(value) == backend.device_of(self.array):
+        if same and arrays.device_of(value) == arrays.device_of(self.array):
             return copy.deepcopy(value)
-        complex_ = backend.is_complex(value)
-        return backend.constant(backend.to_numpy(value), self.array, complex=complex_)
+        complex_ = arrays.is_complex(value)
+        return arrays.constant(arrays.to_numpy(value), self.array, complex=complex_)

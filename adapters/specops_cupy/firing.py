@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from specops import backend
+from specops import arrays
 from specops.errors import (
     AdapterError,
     GeometryError,
@@ -15,12 +15,11 @@ from specops.errors import (
     NonFiniteWarning,
     SpecopsError,
 )
-from specops.rules import State
+from specops.typing import Array, State
 from specops_cupy.arrays import is_writeable
 from specops_cupy.constrained import Constrained
 from specops_cupy.device import on_device_of
 
-Array = Any
 Record = dict[str, Any]
 
 
@@ -61,7 +60,7 @@ class Firing:
         record: Record = {"step": step, "name": c.name}
         try:
             with on_device_of(c.array):
-                if not bool(backend.all_finite(backend.namespace(c.array), c.array)):
+                if not bool(arrays.all_finite(arrays.namespace(c.array), c.array)):
                     raise NonFiniteError
                 state = c.start() if c.state is None else c.state
                 act = getattr(c.rule, "enforce", c.rule.update) if certain else c.rule.update
@@ -117,7 +116,7 @@ def add_terms(outcomes: Sequence[Outcome], gradients: dict[str, Array]) -> None:
             continue
         gradient = gradients[o.constrained.name]
         with on_device_of(gradient):
-            xp = backend.namespace(gradient)
+            xp = arrays.namespace(gradient)
             gradient[...] = gradient + xp.astype(o.array, gradient.dtype)
     keep_states(outcomes)
 

@@ -7,9 +7,9 @@ from importlib import import_module, util
 from typing import Any
 
 from specops.errors import AdapterError, UnsupportedArrayError
+from specops.typing import Array
 from specops_cupy.device import on_device_of, require
 
-Array = Any
 Tensor = Any
 
 

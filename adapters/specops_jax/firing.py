@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from specops import backend
+from specops.arrays import cond, truth
 from specops.errors import NonFiniteError, SpecopsError
 from specops_jax.program import Item, Program
 from specops_jax.state import Arrays, SpecopsState, check_states, of_arrays
@@ -96,7 +96,7 @@ def advance(
         if not always:
             due = due & (step > plan.start)
             due = due if plan.stop is None else due & (step < plan.stop)
-        for name, (array, new, seen, fine) in backend.cond(due, fire, rest).items():
+        for name, (array, new, seen, fine) in cond(due, fire, rest).items():
             arrays[name], rules[name], figures[name] = array, new, seen
             fired[name] = jnp.where(due, step, fired[name])
             nonfinite[name] = nonfinite[name] + jnp.where(fine, 0, 1).astype(jnp.int32)
@@ -195,7 +195,7 @@ def _unchanged(item: Item, weight: Any) -> Any:
 
 def _refuse_nonfinite(item: Item, weight: Any) -> None:
     """Raise where the values are known."""
-    if backend.truth(jnp.all(jnp.isfinite(weight))) is False:
+    if truth(jnp.all(jnp.isfinite(weight))) is False:
         raise NonFiniteError(
             f"{item.name} holds NaN or infinity (shape {tuple(weight.shape)}): look for a diverged "
             f"step or an overflow in half precision. No weight was changed"

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from specops.assigned import warn_of
 from specops.errors import AdapterError, NonFiniteError
 from specops.geometry import Geometry
-from specops.report import Report, measured, plan_rows
 from specops.rules import TrainableScale
+from specops.training.assigned import warn_of
+from specops.training.report import Report, measured, plan_rows
 from specops_jax.firing import advance, begin, enforced
 from specops_jax.program import Item, Program, program
 from specops_jax.state import SpecopsState, check_states, of_arrays

@@ -9,10 +9,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from specops.assigned import Assigned
 from specops.errors import AdapterError, PlanError
 from specops.geometry import Geometry
-from specops.plan import Assignment, Plan, Weight, override_geometries
+from specops.training.assigned import Assigned
+from specops.training.plan import Assignment, Plan, Weight, override_geometries
 from specops_jax.modules import Geometries, inspect_leaves
 from specops_jax.paths import masked_names, named_leaves
 

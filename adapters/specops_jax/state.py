@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from specops.errors import StateError
-from specops.history import plain
+from specops.training.history import plain
 from specops_jax.program import Item
 
 Arrays = dict[str, dict[str, jax.Array]]

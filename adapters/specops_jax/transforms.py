@@ -11,7 +11,7 @@ import optax
 
 from specops.errors import PlanError
 from specops.geometry import Geometry
-from specops.plan import Plan
+from specops.training.plan import Plan
 from specops_jax.firing import advance, begin
 from specops_jax.placeholders import is_placeholder, no_params
 from specops_jax.program import Program, program

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from specops.assigned import check_saved, check_stage, warn_of
-from specops.backend import in_full_precision
+from specops.arrays import in_full_precision
 from specops.errors import AdapterError, GeometryError, SpecopsError
 from specops.geometry import Geometry
-from specops.history import History
-from specops.plan import Assignment, Plan, override_geometries
-from specops.report import Report, plan_rows
+from specops.training.assigned import check_saved, check_stage, warn_of
+from specops.training.history import History
+from specops.training.plan import Assignment, Plan, override_geometries
+from specops.training.report import Report, plan_rows
 from specops_torch.batch_norms import behind
 from specops_torch.constrained import Constrained
 from specops_torch.firing import Firing, Record, check_ran, stepped

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from specops.balancing import balance_norms as balance
 from specops.errors import AdapterError
+from specops.projections.balancing import balance_norms as balance
 from specops_torch.evaluation import evaluating
 from specops_torch.geometry import CONVOLUTIONS, geometry_of
 from specops_torch.reading import is_read_through

@@ -11,7 +11,7 @@ from torch import nn
 
 from specops.errors import AdapterError
 from specops.geometry import Conv, Geometry
-from specops.report import measured_norm
+from specops.training.report import measured_norm
 from specops_torch.geometry import CONVOLUTIONS
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from specops.assigned import Assigned
 from specops.errors import AdapterError
 from specops.geometry import Dense, Geometry
 from specops.geometry.arguments import check_bound
-from specops.normalizations import check_ratio
-from specops.plan import Assignment
-from specops.report import measured
 from specops.rules.base import at
+from specops.rules.normalizations import check_ratio
+from specops.training.assigned import Assigned
+from specops.training.plan import Assignment
+from specops.training.report import measured
 from specops_torch.batch_norms import norm_with
 from specops_torch.fused import row_blocks
 from specops_torch.in_use import InUse

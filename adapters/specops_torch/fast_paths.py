@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from specops.geometry import Geometry
-from specops.normalizations import check_ratio
 from specops.rules import SpectralNormalization, SpectralNormPenalty, StableRankNormalization
 from specops.rules.base import at
+from specops.rules.normalizations import check_ratio
 from specops.tracking import Pairs, stepped_on_host
 from specops_torch.constrained import Constrained
 

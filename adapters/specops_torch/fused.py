@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.forward_ad import unpack_dual
 
+from specops.arrays.products import matvec
 from specops.geometry import Dense, Geometry
-from specops.linalg.products import matvec
 from specops.rules import SpectralNormalization, StableRankNormalization, TrainableScale
 from specops.tracking import TrackedBlocks, track
 

@@ -10,7 +10,7 @@ from typing import Any
 import array_api_compat as compat
 import numpy as np
 
-from specops import backend
+from specops import arrays
 from specops.errors import GeometryError
 
 
@@ -82,12 +82,12 @@ def number_where(value: Any, fits: Callable[[Any], Any]) -> Any:
     real = (float, int, np.integer, np.floating)
     if isinstance(value, real) and not isinstance(value, bool):
         return float(value) if fits(value) else None
-    if not compat.is_array_api_obj(value) or isinstance(value, np.ma.MaskedArray):
+    if not arrays.is_array(value):
         return None
     if value.ndim != 0:
         return None
     flag = fits(value)
-    known = backend.truth(flag)
+    known = arrays.truth(flag)
     if known is None:
         return nan_unless(flag, value)
     return value if known else None
@@ -104,7 +104,7 @@ def nan_without(bound: Any, result: Any) -> Any:
 
     Comparisons with such a bound would otherwise pass for a weight that is inside.
     """
-    if not (compat.is_array_api_obj(bound) and backend.is_traced(bound)):
+    if not (arrays.is_array(bound) and arrays.is_traced(bound)):
         return result
-    xp = backend.namespace(result)
+    xp = arrays.namespace(result)
     return xp.where(xp.isnan(bound), xp.full_like(result, math.nan), result)

@@ -10,8 +10,8 @@ import array_api_compat as compat
 from specops.errors import GeometryError
 from specops.geometry.arguments import every_axis, integer, integers, per_axis
 from specops.geometry.sizes import ConvSizes
+from specops.typing import Array
 
-Array = Any
 Padding = Literal["same", "valid"] | int | tuple[int, ...] | tuple[tuple[int, int], ...]
 
 # Where the kernel's axes stand: is the grouped ("full") channel axis the output, and do the

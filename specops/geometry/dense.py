@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import array_api_compat as compat
 
 from specops.errors import GeometryError
 from specops.geometry.arguments import integers
-
-Array = Any
+from specops.typing import Array
 
 
 @dataclass(frozen=True)

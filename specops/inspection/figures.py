@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 
 from specops.geometry import Conv, Dense, Geometry
-from specops.linalg.lanczos import MatrixOperator, largest_singular_triplet
-from specops.operators import ConvOperator
+from specops.linalg.golub_kahan import MatrixOperator, largest_singular_triplet
+from specops.maps.convolution import ConvOperator
 from specops.spectra import singular_values, spectral_norm, spectral_norm_bounds
 
 Method = Literal["auto", "exact", "bounds"]

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from specops import backend
-from specops.linalg.decompositions import eigh, svd
-from specops.linalg.gram import gram
+from specops import arrays
+from specops.arrays.gram import gram
+from specops.arrays.solvers import eigh, svd
+from specops.typing import Array
 
-Array = Any
 GRAM_RANGE = 4.0
 """σ₁/limit up to which Gram matrices resolve the limit and differences do not cancel."""
 _DOUBLE_GRAM_RANGE = 1e3
@@ -81,7 +81,7 @@ def excess(xp: Any, a: Array, limit: Array, grams: Array | None = None) -> tuple
         What `gram` gives for `a`, if it is at hand.
     """
     found = _by_gram(xp, a, limit, GRAM_RANGE, grams)
-    if found is None and isinstance(a, np.ndarray):
+    if found is None and arrays.by_workers(a):
         double = a.astype(np.result_type(a, np.float64))
         found = _by_gram(xp, double, limit.astype(float), _DOUBLE_GRAM_RANGE)
         if found is not None:
@@ -103,14 +103,14 @@ def _by_gram(
     σ₁ > reach·limit, or unknown because traced.
     """
     # σ₁ is at least the largest entry; checked before anything is squared.
-    if not backend.truth(xp.all(backend.largest_entry(xp, a, (-2, -1)) <= reach * limit)):
+    if not arrays.truth(xp.all(arrays.largest_entry(xp, a, (-2, -1)) <= reach * limit)):
         return None
     unit = xp.astype(limit, a.dtype)[..., None, None]
-    tiny = not backend.truth(xp.all(limit >= _TINY))
+    tiny = not arrays.truth(xp.all(limit >= _TINY))
     if tiny:
         a, unit, grams = a / unit, xp.ones_like(unit), None
     eigenvalues, v = eigh(xp, (gram(xp, a) if grams is None else grams) / unit**2)
-    if not backend.truth(xp.all(eigenvalues <= reach**2)):
+    if not arrays.truth(xp.all(eigenvalues <= reach**2)):
         return None
     above = eigenvalues > 1.0
     sigma = xp.sqrt(xp.where(above, eigenvalues, xp.ones_like(eigenvalues)))
@@ -118,9 +118,9 @@ def _by_gram(
     if a.ndim == 2:
         # One Newton step to orthonormal columns takes most of the solver's rounding away.
         kept = v[:, _first(xp, above) :]
-        kept = kept * 1.5 - kept @ (0.5 * (backend.adjoint(xp, kept) @ kept))
+        kept = kept * 1.5 - kept @ (0.5 * (arrays.adjoint(xp, kept) @ kept))
         result = _shrunk(xp, a, kept, sigma)
-    elif isinstance(a, np.ndarray) and v.shape[-1] >= _ONE_BY_ONE_FROM:
+    elif arrays.by_workers(a) and v.shape[-1] >= _ONE_BY_ONE_FROM:
         result = np.empty_like(a)
         for at in np.ndindex(a.shape[:-2]):
             result[at] = _shrunk(np, a[at], v[at][:, _first(np, above[at]) :], sigma[at])
@@ -140,10 +140,10 @@ def _shrunk(xp: Any, a: Array, v: Array, sigma: Array) -> Array:
     """A V diag(1 − 1/σ) Vᴴ, or with V on the left, for the last of all `sigma`."""
     count = v.shape[-1]
     sigma = sigma[..., sigma.shape[-1] - count :]
-    vh, wide = backend.adjoint(xp, v), a.shape[-2] <= a.shape[-1]
+    vh, wide = arrays.adjoint(xp, v), a.shape[-2] <= a.shape[-1]
     v = v * xp.astype(1.0 - 1.0 / sigma, v.dtype)[..., None, :]
     if 2 * count < v.shape[-2]:
         if wide:
-            return backend.matmul(v, backend.matmul(vh, a))
-        return backend.matmul(backend.matmul(a, v), vh)
+            return arrays.matmul(v, arrays.matmul(vh, a))
+        return arrays.matmul(arrays.matmul(a, v), vh)
     return (v @ vh) @ a if wide else a @ (v @ vh)

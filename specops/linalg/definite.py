@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from specops import backend
+from specops import arrays
 from specops.linalg.matrix_sign import identity_like
 from specops.linalg.rounding import frobenius, product_rounding
-
-Array = Any
+from specops.typing import Array
 
 
 def negative_part(xp: Any, a: Array, shift: Array) -> Array:
@@ -34,9 +33,9 @@ def negative_part(xp: Any, a: Array, shift: Array) -> Array:
     """
     size = a.shape[-1]
     shifted = a + xp.astype(shift, a.dtype)[..., None, None] * identity_like(xp, a)
-    factor = xp.tril(backend.try_cholesky(xp, shifted)[0])
-    square = factor @ backend.adjoint(xp, factor)
+    factor = xp.tril(arrays.try_cholesky(xp, shifted)[0])
+    square = factor @ arrays.adjoint(xp, factor)
     residual = frobenius(xp, shifted - square) + product_rounding(
-        xp, factor, backend.adjoint(xp, factor), square
+        xp, factor, arrays.adjoint(xp, factor), square
     )
     return residual + math.sqrt(size) * shift

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from specops import backend, host
-from specops.linalg.cholesky import has_cholesky
-from specops.linalg.decompositions import svdvals
-from specops.linalg.gram import below, gram
-from specops.linalg.lanczos import MatrixOperator
+from specops import arrays
+from specops.arrays import host, workers
+from specops.arrays.gram import below, gram
+from specops.arrays.solvers import has_cholesky, svdvals
+from specops.linalg.golub_kahan import MatrixOperator
+from specops.typing import Array
 
-Array = Any
 _MARGIN = 1e-4
 """Relative margin above the rounding of single precision."""
 BEYOND = 1e9
@@ -39,31 +39,31 @@ def inside(xp: Any, a: Array, limit: Array, *, sharp: bool = False) -> Array:
     sharp : bool
         Skip single precision: for matrices that are known to be close to the limit.
     """
-    on_host = None if host.solves_alone(a) else host.as_host(a)
+    on_host = None if arrays.solves_alone(a) else arrays.on_host(a)
     if on_host is not None:
         flat = on_host.reshape(-1, *on_host.shape[-2:])
-        bounds = np.broadcast_to(backend.to_numpy(limit), a.shape[:-2]).reshape(-1)
+        bounds = np.broadcast_to(arrays.to_numpy(limit), a.shape[:-2]).reshape(-1)
 
         def work(chunk: slice) -> np.ndarray:
             return _host_inside(flat[chunk], bounds[chunk], sharp)
 
-        found = np.concatenate(host.map_chunks(work, len(flat), flat[0].nbytes))
-        return backend.constant(found.reshape(a.shape[:-2]), a)
-    double = backend.double_dtype(xp, a)
+        found = np.concatenate(workers.map_chunks(work, len(flat), flat[0].nbytes))
+        return arrays.constant(found.reshape(a.shape[:-2]), a)
+    double = arrays.double_dtype(xp, a)
     # No norm is less than an entry; larger ones, and limits out of sight, would overflow.
-    possible = backend.largest_entry(xp, a, (-2, -1)) <= 2.0 * limit
+    possible = arrays.largest_entry(xp, a, (-2, -1)) <= 2.0 * limit
     beyond = xp.full_like(limit, BEYOND)
     limit = xp.where(limit < beyond, limit, beyond)
     if double is None:
         return possible & (svdvals(xp, a)[..., 0] <= limit)
-    if not backend.truth(xp.all(possible)):
+    if not arrays.truth(xp.all(possible)):
         a = xp.where(possible[..., None, None], a, xp.zeros_like(a))
     clearly = xp.zeros_like(possible)
     if not sharp and double != a.dtype:
         if a.ndim == 2 and seen_outside(xp, a, limit):
             return clearly
         clearly = _fits(xp, a, limit * (1.0 - _MARGIN), a.dtype)
-        if backend.truth(xp.all(clearly)):
+        if arrays.truth(xp.all(clearly)):
             return clearly & possible
     return (clearly | _fits(xp, a, limit, double)) & possible
 
@@ -99,16 +99,16 @@ def seen_outside(xp: Any, a: Array, limit: Any) -> bool:
     """
     if min(a.shape) < _POWER_FROM:
         return False
-    start = backend.start_vector("inside", a.shape[0])
-    v = xp.astype(backend.constant(start, a), a.dtype)
+    start = arrays.start_vector("inside", a.shape[0])
+    v = xp.astype(arrays.constant(start, a), a.dtype)
     operator = MatrixOperator(a)
     norm = xp.linalg.vector_norm(v)
     for _ in range(_POWER_STEPS):
         v = operator.matvec(operator.rmatvec(v / xp.astype(norm, v.dtype)))
         norm = xp.linalg.vector_norm(v)
         # From unit vectors, ‖AAᴴv‖ never exceeds ‖A‖².
-        if backend.truth(norm > limit**2 * (1.0 + _MARGIN)):
+        if arrays.truth(norm > limit**2 * (1.0 + _MARGIN)):
             return True
-        if not backend.truth(norm > 0):
+        if not arrays.truth(norm > 0):
             break
     return False

@@ -1,218 +1,122 @@
-"""Golub–Kahan–Lanczos bidiagonalisation: the largest singular value of an operator."""
+"""Lanczos tridiagonalisation of a symmetric operator whose products only are known."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from specops import backend
-from specops.linalg.decompositions import svd
-
-Array = Any
-_FIRST_STEPS = 8
-_STEPS_WHEN_TRACED = 32
-_ROUNDING = 16.0
-"""Units of the last place, of the largest entry of the band, below which what a product leaves is
-taken for nothing: values lose no more by it."""
-INDEPENDENT = 0.5
-"""Least norm of a unit vector without its part in the basis: as in the test "twice is enough" of
-Kahan, what is left then is orthogonal to a few units of rounding."""
+from specops import arrays
+from specops.errors import NonFiniteError
+from specops.linalg.golub_kahan import INDEPENDENT
+from specops.typing import Array
 
 
-class Operator(Protocol):
-    """Products with a block-diagonal matrix that is not formed."""
+@dataclass(frozen=True)
+class Ritz:
+    """Ritz values of a Krylov space.
 
-    shape: tuple[int, int]
-    blocks: int
-    """Equal diagonal blocks it is known to consist of; vectors list them one after another."""
+    Attributes
+    ----------
+    values : ndarray (steps,)
+        Ascending.
+    residuals : ndarray (steps,)
+        ‖A q − θ q‖ of each Ritz pair, and an allowance for rounding: A has an eigenvalue at
+        most that far from θ.
+    weights : ndarray (steps,)
+        Squared first components of the Ritz vectors: the quadrature of Gauss for the start.
+    """
 
-    def __init__(self, data: Array, sizes: Any) -> None: ...
-
-    def matvec(self, x: Array) -> Array:
-        """A x."""
-
-    def rmatvec(self, y: Array) -> Array:
-        """Aᴴ y."""
-
-
-class MatrixOperator:
-    """A matrix as an operator; it needs no sizes. Leading axes are independent vectors."""
-
-    blocks = 1
-
-    def __init__(self, data: Array, sizes: Any = None) -> None:
-        del sizes
-        self.xp = backend.namespace(data)
-        self.data = data
-        self.shape = (int(data.shape[0]), int(data.shape[1]))
-
-    def matvec(self, x: Array) -> Array:
-        """A x, as a row times the transpose: several times faster than a column."""
-        return backend.matmul(x, self.xp.matrix_transpose(self.data))
-
-    def rmatvec(self, y: Array) -> Array:
-        """Aᴴ y, as a row times A: no transposed copy."""
-        if backend.is_complex(self.data):
-            return self.xp.conj(self.xp.conj(y) @ self.data)
-        return backend.matmul(y, self.data)
+    values: np.ndarray
+    residuals: np.ndarray
+    weights: np.ndarray
 
 
-def largest_singular_triplet(
-    xp: Any,
-    kind: type[Operator],
-    data: Array,
-    sizes: Any,
+def random_start(size: int, like: Array, seed: int, probe: int = 0) -> Array:
+    """A normal vector, the same on every backend; starts of other probes are independent."""
+    rng = np.random.Generator(np.random.Philox(key=[seed, probe]))
+    return arrays.constant(rng.standard_normal(size), like)
+
+
+def safe_norm(x: Array) -> Array:
+    """‖x‖ of a vector whose squares may leave the range of its dtype."""
+    xp = arrays.namespace(x)
+    scale = arrays.magnitude(xp, x)
+    return xp.linalg.vector_norm(x / scale) * xp.max(scale)
+
+
+def lanczos(
+    product: Callable[[Array], Array],
     start: Array,
     *,
-    tolerance: float | None = None,
-    max_steps: int = 512,
-) -> tuple[Array, Array, Array]:
-    """(u, σ, v) with σ = ‖A v‖ of the leading Ritz vector v of Krylov spaces from `start`.
-
-    One space per diagonal block, all advanced together, so that a block whose norm is close to
-    the largest is not missed because the start hardly sees it. Full reorthogonalisation, before
-    and after each vector is normalised. σ is computed from the unit vector v, so that whatever
-    happens on the way to it, it is a lower bound of ‖A‖ up to the rounding of one product. A
-    block has converged when the residual
-    ‖Aᴴu − σv‖ is below tolerance·σ, or below max(16·tolerance, 1e-10)·σ once doubling its space
-    moved σ by less than tolerance·σ; values closer together than that are not told apart.
-    While a compiler traces, 32 steps run instead of that test.
+    steps: int,
+    settled: Callable[[Ritz], bool] | None = None,
+) -> Ritz:
+    """Ritz values of A in the Krylov space of `start`, fully reorthogonalised.
 
     Parameters
     ----------
-    xp : namespace
-        Of the arrays.
-    kind : type
-        Of the operator: A is ``kind(data, sizes)``.
-    data : array
-        What A is made of.
-    sizes : hashable
-        The rest of what A is made of.
-    start : array, shape (columns,)
-        Any vector with a component along the leading right singular vector of each block.
-    tolerance : float, optional
-        Relative; default 4 units in the last place of `start`'s dtype.
-    max_steps : int
-        Limit on the dimension of each space; where it is reached, σ is still a lower bound.
+    product : callable
+        x ↦ A x for a symmetric A.
+    start : array (n,)
+        Not zero.
+    steps : int
+        Products at the most; n are enough.
+    settled : callable, optional
+        Ends the process early.
 
-    References
-    ----------
-    Golub & Kahan 1965; Baglama & Reichel 2005.
+    Raises
+    ------
+    NonFiniteError
+        A product holds NaN or infinity.
     """
-    tolerance = 4 * backend.epsilon(start.dtype) if tolerance is None else tolerance
-    operator = kind(data, sizes)
-    blocks = operator.blocks
-    rows, columns = (n // blocks for n in operator.shape)
-    limit = min(rows, columns, max_steps)
-    traced = backend.is_traced(start)
-    steps = min(limit, _STEPS_WHEN_TRACED if traced else _FIRST_STEPS)
-    start = xp.reshape(start, (blocks, 1, columns))
-    start = start / backend.magnitude(xp, start, axis=(1, 2))
-    right = _safe_divide(xp, start, xp.linalg.vector_norm(start, axis=(1, 2), keepdims=True))
-    left = backend.zeros((blocks, 0, rows), like=start)
-    band = backend.zeros(
-        (blocks, 0, 1), like=xp.real(start) if backend.is_complex(start) else start
+    xp = arrays.namespace(start)
+    size = int(start.shape[0])
+    eps = arrays.epsilon(start.dtype)
+    basis = [start / safe_norm(start)]
+    diagonal: list[float] = []
+    beside: list[float] = []
+    for index in range(min(steps, size)):
+        x = xp.astype(product(basis[-1]), start.dtype)
+        along = float(xp.sum(basis[-1] * x))
+        x = _without(xp, x, basis)
+        rest = float(safe_norm(x))
+        if not np.isfinite(along) or not np.isfinite(rest):
+            raise NonFiniteError(
+                f"product {index + 1} with the operator holds NaN or infinity: look for an "
+                f"overflow, or a function without derivatives where it is differentiated"
+            )
+        diagonal.append(along)
+        beside.append(rest)
+        found = _ritz(diagonal, beside, eps)
+        # Below rounding the space is exhausted: what is left is noise.
+        exhausted = rest <= 8 * eps * np.abs(found.values).max() or len(diagonal) == size
+        if not exhausted:
+            # Again, since once leaves components that grow into copies of values already found,
+            # and of a normalised vector: where little was left, most of it may be rounding.
+            x = _without(xp, x / rest, basis)
+            left = float(safe_norm(x))
+            exhausted = left < INDEPENDENT
+        if exhausted:
+            return _ritz(diagonal, [*beside[:-1], 0.0], eps)
+        if settled is not None and settled(found):
+            return found
+        basis.append(x / left)
+    return found
+
+
+def _without(xp: Any, x: Array, basis: list[Array]) -> Array:
+    """`x` less its components along orthonormal vectors."""
+    for q in basis:
+        x = x - xp.sum(q * x) * q
+    return x
+
+
+def _ritz(diagonal: list[float], beside: list[float], eps: float) -> Ritz:
+    values, vectors = np.linalg.eigh(
+        np.diag(diagonal) + np.diag(beside[:-1], 1) + np.diag(beside[:-1], -1)
     )
-
-    nearly = max(16.0 * tolerance, 1e-10)
-    done = 0
-    previous = np.full(blocks, -1.0)
-    while True:
-        right = _grow(xp, right, steps + 1, columns)
-        left = _grow(xp, left, steps, rows)
-        band = _grow(xp, band, steps, steps + 1)
-        right, left, band = backend.compiled(
-            _extend, (kind, sizes, done, steps), data, right, left, band
-        )
-        p, s, qh = svd(xp, band[:, :, :steps])
-        done = steps
-        if traced or done == limit:
-            break
-        sigma = backend.to_numpy(s[:, 0]).astype(float)
-        last = backend.to_numpy(band[:, steps - 1, steps]).astype(float)
-        residual = last * np.abs(backend.to_numpy(p[:, steps - 1, 0]))
-        settled = np.abs(sigma - previous) <= tolerance * sigma
-        if (residual <= np.where(settled, nearly, tolerance) * sigma).all():
-            break
-        previous, steps = sigma, min(2 * steps, limit)
-    best = backend.argmax(xp, s[:, 0])
-    one_hot = xp.take(backend.constant(np.eye(blocks), right), best, axis=0)[0, :]
-    one_hot = xp.astype(one_hot, start.dtype)[:, None]
-    # The band is real even for a complex operator; some libraries do not mix the two.
-    v = (xp.astype(qh[:, None, 0, :], start.dtype) @ right[:, :done, :])[:, 0, :] * one_hot
-    v = xp.reshape(v, (-1,))
-    v = _safe_divide(xp, v, xp.linalg.vector_norm(v))
-    u = operator.matvec(v)
-    sigma = xp.linalg.vector_norm(u)
-    return _safe_divide(xp, u, sigma), sigma, v
-
-
-def _extend(
-    kind: type[Operator],
-    sizes: Any,
-    first: int,
-    last: int,
-    data: Array,
-    right: Array,
-    left: Array,
-    band: Array,
-) -> tuple[Array, Array, Array]:
-    """Steps `first` to `last`; (blocks, step, :) of `right` and `left` are Lanczos vectors."""
-    xp = backend.namespace(data)
-    operator = kind(data, sizes)
-    eps = backend.epsilon(data.dtype)
-
-    def step(j: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        right, left, band = carry
-        u = xp.reshape(operator.matvec(xp.reshape(right[:, j, :], (-1,))), (operator.blocks, -1))
-        # Below rounding the Krylov space is exhausted: its next vector would be noise.
-        longest = xp.max(xp.abs(band), axis=(1, 2))
-        u, alpha = _next_vector(xp, u, left, _ROUNDING * eps * longest)
-        v = xp.reshape(operator.rmatvec(xp.reshape(u, (-1,))), (operator.blocks, -1))
-        v, beta = _next_vector(xp, v, right, _ROUNDING * eps * (longest + alpha))
-        every = slice(None)
-        left = backend.add_at(left, (every, j, every), u)
-        right = backend.add_at(right, (every, j + 1, every), v)
-        band = backend.add_at(band, (every, j, j), alpha)
-        band = backend.add_at(band, (every, j, j + 1), beta)
-        return right, left, band
-
-    result: tuple[Array, Array, Array] = backend.fori(xp, first, last, step, (right, left, band))
-    return result
-
-
-def _grow(xp: Any, x: Array, rows: int, columns: int) -> Array:
-    """`x` in the corner of a zero array."""
-    below = backend.zeros((x.shape[0], rows - x.shape[1], x.shape[2]), like=x)
-    x = xp.concat([x, below], axis=1)
-    beside = backend.zeros((x.shape[0], rows, columns - x.shape[2]), like=x)
-    return xp.concat([x, beside], axis=2)
-
-
-def _next_vector(xp: Any, x: Array, basis: Array, least: Any) -> tuple[Array, Array]:
-    """(x less its part in the basis, normalised; its norm): zeros where nothing is left.
-
-    Where little is left, what is left is mostly rounding, some of it along the basis: its size
-    shows, and can be removed, only once the vector is normalised.
-    """
-    x = _without(xp, x, basis)
-    norm = xp.linalg.vector_norm(x, axis=-1)
-    x = _without(xp, _safe_divide(xp, x, norm[:, None]), basis)
-    left = xp.linalg.vector_norm(x, axis=-1)
-    fine = (norm > least) & (left > INDEPENDENT)
-    x = _safe_divide(xp, x, left[:, None])
-    return xp.where(fine[:, None], x, xp.zeros_like(x)), xp.where(fine, norm, xp.zeros_like(norm))
-
-
-def _without(xp: Any, x: Array, basis: Array) -> Array:
-    """Remove the components of (blocks, n) along the rows of (blocks, k, n)."""
-    complex_ = backend.is_complex(basis)
-    # conj(basis @ conj(x)) needs no conjugated copy of the basis
-    components = backend.matmul(basis, (xp.conj(x) if complex_ else x)[:, :, None])
-    components = xp.matrix_transpose(xp.conj(components) if complex_ else components)
-    return x - (components @ basis)[:, 0, :]
-
-
-def _safe_divide(xp: Any, x: Array, norm: Array) -> Array:
-    return x / xp.where(norm > 0, norm, xp.ones_like(norm))
+    rounding = 8 * eps * np.abs(values).max()
+    return Ritz(values, beside[-1] * np.abs(vectors[-1]) + rounding, vectors[0] ** 2)

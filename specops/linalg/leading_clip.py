@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from specops import backend
+from specops import arrays
 from specops.linalg.clip import Clipped
-from specops.linalg.lanczos import MatrixOperator
-from specops.linalg.subspace import leading_triplets
+from specops.linalg.golub_kahan import MatrixOperator
+from specops.linalg.lobpcg import leading_triplets
+from specops.typing import Array
 
-Array = Any
 _ITERATIONS = 12
 _RESIDUAL = {"float32": 3e-6, "float64": 1e-9}
 _HAIR = {"float32": 4e-6, "float64": 1e-11}
@@ -26,11 +26,11 @@ _NORM_RESIDUAL = 1e-2
 def warm_start(values: Array, vectors: Array) -> Array | None:
     """The eigenvectors to start from next time: those above 1 and as many again, if few."""
     side = vectors.shape[-1]
-    width = 2 * int(np.sum(backend.to_numpy(values) > 1.0)) + 8
+    width = 2 * int(np.sum(arrays.to_numpy(values) > 1.0)) + 8
     if width > side // _SHARE:
         return None
     # A copy: a view would keep all vectors alive.
-    xp = backend.namespace(vectors)
+    xp = arrays.namespace(vectors)
     return xp.asarray(vectors[:, side - width :], copy=True)
 
 
@@ -38,8 +38,8 @@ def leading_norm(xp: Any, a: Array, start: Array | None) -> tuple[Array, Array]:
     """(σ₁ from below to about 1e-4, the basis to start from next time) of one large matrix."""
     tall = _tall(xp, a)
     if start is None:
-        start = backend.start_vector("leading", _NARROW * tall.shape[1])
-        start = xp.astype(backend.constant(start.reshape(-1, _NARROW), a), a.dtype)
+        start = arrays.start_vector("leading", _NARROW * tall.shape[1])
+        start = xp.astype(arrays.constant(start.reshape(-1, _NARROW), a), a.dtype)
     _, s, _, basis = leading_triplets(
         xp, MatrixOperator(tall), start, 1, iterations=_NORM_ITERATIONS, tolerance=_NORM_RESIDUAL
     )
@@ -47,7 +47,7 @@ def leading_norm(xp: Any, a: Array, start: Array | None) -> tuple[Array, Array]:
 
 
 def _tall(xp: Any, a: Array) -> Array:
-    return backend.adjoint(xp, a) if a.shape[0] <= a.shape[1] else a
+    return arrays.adjoint(xp, a) if a.shape[0] <= a.shape[1] else a
 
 
 def clip_leading(
@@ -73,7 +73,7 @@ def clip_leading(
     wide = a.shape[0] <= a.shape[1]
     operator = MatrixOperator(_tall(xp, a))
     width = start.shape[1]
-    precision = backend.dtype_name(limit.dtype)
+    precision = arrays.dtype_name(limit.dtype)
     tolerance = residual = _RESIDUAL[precision]
     for iterations in (1, _ITERATIONS):
         u, s, v, start = leading_triplets(
@@ -81,13 +81,13 @@ def clip_leading(
         )
         tolerance = residual * min(1.0, float(limit) / max(float(s[0]), 1e-30))
         # Values from below: if all are above, there are more.
-        if backend.truth(s[width - 1] >= limit):
+        if arrays.truth(s[width - 1] >= limit):
             return None
-    if backend.truth(s[0] <= limit):
+    if arrays.truth(s[0] <= limit):
         return None
     # Vectors that have not converged need a hair.
     limit = limit * (1.0 - _HAIR[precision])
     share = xp.where(s > limit, s - limit, xp.zeros_like(s))
-    removed = (u * xp.astype(share, u.dtype)[None, :]) @ backend.adjoint(xp, v)
-    clipped = a - (backend.adjoint(xp, removed) if wide else removed)
+    removed = (u * xp.astype(share, u.dtype)[None, :]) @ arrays.adjoint(xp, v)
+    clipped = a - (arrays.adjoint(xp, removed) if wide else removed)
     return Clipped(clipped, xp.sum(share)), s[0], start

@@ -58,7 +58,7 @@ from typing import Any
 
 import numpy as np
 
-from specops import backend
+from specops import arrays
 from specops.linalg.definite import negative_part
 from specops.linalg.matrix_sign import (
     hermitian_part,
@@ -66,10 +66,10 @@ from specops.linalg.matrix_sign import (
     inverse_root,
     polar_iteration,
 )
-from specops.linalg.minimax import EPSILONS, sign_quintics
+from specops.linalg.polar_express import EPSILONS, sign_quintics
 from specops.linalg.rounding import frobenius, product_rounding
+from specops.typing import Array
 
-Array = Any
 NEAR, FAR = 2.0, 5.0
 """Ratios σ₁/limit that the quintics are fitted to; beyond, the clip is done in stages."""
 MOST_STAGES = 8
@@ -118,20 +118,20 @@ def clip_by_products(xp: Any, a: Array, limit: Array, norms: Array) -> tuple[Arr
     error : array, shape (...)
         At least ‖clipped − P(a)‖_F; infinite where nothing could be proven.
     """
-    finite = backend.all_finite(xp, a, axis=(-2, -1)) & xp.isfinite(norms)
+    finite = arrays.all_finite(xp, a, axis=(-2, -1)) & xp.isfinite(norms)
     outside = finite & (norms > limit)
     given = a
     a = xp.where(outside[..., None, None], a, xp.zeros_like(a))
     ratio = xp.where(outside, norms / limit, xp.ones_like(norms))
-    largest = FAR if backend.is_traced(ratio) else float(np.max(backend.to_numpy(ratio)))
+    largest = FAR if arrays.is_traced(ratio) else float(np.max(arrays.to_numpy(ratio)))
     stages = min(max(math.ceil(math.log(largest, FAR) - 1e-9), 1), MOST_STAGES)
     share = ratio ** (1.0 / stages)
     reach = NEAR if largest ** (1.0 / stages) <= NEAR else FAR
     error = xp.zeros_like(norms)
-    with backend.ieee_products(xp):
+    with arrays.ieee_products(xp):
         for left in reversed(range(stages)):
             within = limit * share ** float(left)
-            a, more = backend.compiled(_clip_once, (xp, reach), a, within, share)
+            a, more = arrays.compiled(_clip_once, (xp, reach), a, within, share)
             error = error + more
     unproven = xp.full_like(error, math.inf)
     error = xp.where(outside & ~xp.isnan(error), error, unproven)
@@ -143,10 +143,10 @@ def _clip_once(xp: Any, reach: float, w: Array, limit: Array, ratio: Array) -> t
     """(X, error) for stacked matrices of norm at most limit·ratio, ratio ≤ reach."""
     wide = w.shape[-2] < w.shape[-1]
     if wide:
-        w = backend.adjoint(xp, w)
-    eps = backend.epsilon(w.dtype)
+        w = arrays.adjoint(xp, w)
+    eps = arrays.epsilon(w.dtype)
     scaled = w / xp.astype(limit, w.dtype)[..., None, None]
-    scaled_h = backend.adjoint(xp, scaled)
+    scaled_h = arrays.adjoint(xp, scaled)
     gram = scaled_h @ scaled
     identity = identity_like(xp, gram)
     t = hermitian_part(xp, gram) - identity
@@ -165,7 +165,7 @@ def _clip_once(xp: Any, reach: float, w: Array, limit: Array, ratio: Array) -> t
         + eps * frobenius(xp, b)
     )
     error = limit * _root_error(xp, b, g, beta) + product_rounding(xp, w, g, x)
-    return (backend.adjoint(xp, x) if wide else x), error
+    return (arrays.adjoint(xp, x) if wide else x), error
 
 
 def _sign_error(xp: Any, t: Array, s: Array, ts: Array, h: Array, nu: Array) -> Array:
@@ -179,7 +179,7 @@ def _sign_error(xp: Any, t: Array, s: Array, ts: Array, h: Array, nu: Array) -> 
         + product_rounding(xp, ts, s, tss)
     )
     # What rounding may have taken off the eigenvalues of H that are zero.
-    shift = rounding / math.sqrt(t.shape[-1]) + 3.0 * backend.epsilon(t.dtype) * nu
+    shift = rounding / math.sqrt(t.shape[-1]) + 3.0 * arrays.epsilon(t.dtype) * nu
     return math.sqrt(0.5) * residual + negative_part(xp, h, shift)
 
 

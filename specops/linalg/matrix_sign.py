@@ -7,10 +7,9 @@ from typing import Any
 import array_api_compat as compat
 import numpy as np
 
-from specops import backend
-from specops.linalg.minimax import Quintic
-
-Array = Any
+from specops import arrays
+from specops.linalg.polar_express import Quintic
+from specops.typing import Array
 
 
 def polar_iteration(xp: Any, x: Array, quintics: tuple[Quintic, ...]) -> Array:
@@ -27,16 +26,16 @@ def polar_iteration(xp: Any, x: Array, quintics: tuple[Quintic, ...]) -> Array:
     """
     wide = x.shape[-2] < x.shape[-1]
     if wide:
-        x = backend.adjoint(xp, x)
+        x = arrays.adjoint(xp, x)
     identity = identity_like(xp, x)
 
     def step(j: Any, x: Array) -> Array:
         a, b, c = _coefficients(quintics, j, x)
-        y = backend.adjoint(xp, x) @ x
+        y = arrays.adjoint(xp, x) @ x
         return x @ (a * identity + b * y + c * (y @ y))
 
-    x = backend.fori(xp, 0, len(quintics), step, x)
-    return backend.adjoint(xp, x) if wide else x
+    x = arrays.fori(xp, 0, len(quintics), step, x)
+    return arrays.adjoint(xp, x) if wide else x
 
 
 def inverse_root(xp: Any, b: Array, largest: Array, quintics: tuple[Quintic, ...]) -> Array:
@@ -68,13 +67,13 @@ def inverse_root(xp: Any, b: Array, largest: Array, quintics: tuple[Quintic, ...
 
 def hermitian_part(xp: Any, a: Array) -> Array:
     """(A + Aᴴ)/2, Hermitian to the last bit."""
-    return 0.5 * (a + backend.adjoint(xp, a))
+    return 0.5 * (a + arrays.adjoint(xp, a))
 
 
 def _coefficients(quintics: tuple[Quintic, ...], j: Any, like: Array) -> Any:
     if isinstance(j, int):
         return quintics[j]
-    row = backend.constant(np.asarray(quintics), like)[j]  # a compiler's loop
+    row = arrays.constant(np.asarray(quintics), like)[j]  # a compiler's loop
     return row[0], row[1], row[2]
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from specops import backend
-from specops.linalg.bounds import gram_iteration
+from specops import arrays
+from specops.linalg.gram_iteration import gram_iteration
 from specops.linalg.matrix_sign import identity_like, polar_iteration
-from specops.linalg.minimax import EPSILONS, sign_quintics
+from specops.linalg.polar_express import EPSILONS, sign_quintics
 from specops.linalg.rounding import frobenius, product_rounding
+from specops.typing import Array
 
-Array = Any
 RESOLUTION = 100.0
 """Least singular value that becomes 1, in units of ε·σ₁."""
 _POLAR = {eps: sign_quintics(RESOLUTION * eps, 8.0 * eps) for eps in EPSILONS}
@@ -45,9 +45,9 @@ def polar_by_products(xp: Any, a: Array) -> tuple[Array, Array]:
     """
     largest = gram_iteration(xp, a)
     safe = xp.astype(xp.where(largest > 0, largest, xp.ones_like(largest)), a.dtype)
-    eps = backend.epsilon(a.dtype)
+    eps = arrays.epsilon(a.dtype)
     x = polar_iteration(xp, a / safe[..., None, None], _POLAR[eps])
-    xh = backend.adjoint(xp, x)
+    xh = arrays.adjoint(xp, x)
     left, right = (x, xh) if a.shape[-2] < a.shape[-1] else (xh, x)
     gram = left @ right
     residual = frobenius(xp, identity_like(xp, gram) - gram)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from specops import backend
-
-Array = Any
+from specops import arrays
+from specops.typing import Array
 
 
 def product_rounding(xp: Any, a: Array, b: Array, product: Array) -> Array:
@@ -30,7 +29,7 @@ def product_rounding(xp: Any, a: Array, b: Array, product: Array) -> Array:
     length = a.shape[-1]
     left, right = xp.abs(a) ** 2, xp.abs(b) ** 2
     spread = xp.sum(xp.sum(left, axis=-2) * xp.sum(right, axis=-1), axis=-1)
-    unit = backend.epsilon(product.dtype) * (math.sqrt(2.0) if backend.is_complex(product) else 1.0)
+    unit = arrays.epsilon(product.dtype) * (math.sqrt(2.0) if arrays.is_complex(product) else 1.0)
     random = (1.0 + 0.25 * math.sqrt(length)) * xp.sqrt(spread + frobenius(xp, product) ** 2)
     even = _even(xp, left, -1)[..., :, None] & _even(xp, right, -2)[..., None, :]
     drift = frobenius(xp, xp.where(even, product, xp.zeros_like(product)))

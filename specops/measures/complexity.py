@@ -11,15 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from specops import backend
+from specops import arrays
 from specops.errors import GeometryError
 from specops.geometry import Conv, Dense, Geometry
+from specops.maps.convolution import ConvOperator
+from specops.maps.prepare import prepare
 from specops.measures.margins import over_margin
-from specops.operators import ConvOperator
 from specops.spectra import spectral_norm, stable_rank
-from specops.spectra.prepare import prepare
-
-Array = Any
+from specops.typing import Array
 
 
 def log_spec_fro(
@@ -156,7 +155,7 @@ def log_jac_norm(hidden_norms: Array, jacobian_norms: Array, margin: Array) -> A
             f"expected norms (layers, n) and margins (n,), got {shape}, "
             f"{tuple(jacobian_norms.shape)} and {tuple(margin.shape)}"
         )
-    xp = backend.namespace(hidden_norms)
+    xp = arrays.namespace(hidden_norms)
     # Factor by factor in logarithms, and their sum from the largest.
     terms = _log(xp, hidden_norms) + _log(xp, jacobian_norms)
     top = xp.max(terms, axis=0)
@@ -195,9 +194,9 @@ def _one(value: Any, index: int) -> float:
 
 def _sum_of_row_norms(w: Array, geometry: Geometry | None, index: int) -> float:
     """Scaled first: squares of small and large entries leave the range of single precision."""
-    xp = backend.namespace(w)
-    a = backend.to_compute(xp, w)
-    scale = backend.magnitude(xp, a)
+    xp = arrays.namespace(w)
+    a = arrays.to_compute(xp, w)
+    scale = arrays.magnitude(xp, a)
     return _one(_row_norms(a / scale, geometry), index) * float(xp.max(scale))
 
 
@@ -216,7 +215,7 @@ def _row_norms(w: Array, geometry: Geometry | None) -> Array:
 def _conv_row_norms(w: Array, geometry: Conv) -> Array:
     sizes = geometry.sizes(tuple(w.shape))
     assert sizes.fine is not None  # `spectral_norm` has refused it
-    xp, kernel = backend.namespace(w), geometry.kernel(w)
+    xp, kernel = arrays.namespace(w), geometry.kernel(w)
     reach = zip(sizes.spans, sizes.fine, strict=True)
     if sizes.circular and any(span > n for span, n in reach):
         # Taps wrap onto each other: their values add before they are squared.
@@ -225,7 +224,7 @@ def _conv_row_norms(w: Array, geometry: Conv) -> Array:
     squares = ConvOperator(xp.abs(kernel) ** 2, sizes)
     rows, columns = squares.shape
     if geometry.transposed:
-        sums = squares.rmatvec(xp.ones_like(backend.zeros((rows,), squares.kernel)))
+        sums = squares.rmatvec(xp.ones_like(arrays.zeros((rows,), squares.kernel)))
     else:
-        sums = squares.matvec(xp.ones_like(backend.zeros((columns,), squares.kernel)))
+        sums = squares.matvec(xp.ones_like(arrays.zeros((columns,), squares.kernel)))
     return xp.sum(xp.sqrt(sums))

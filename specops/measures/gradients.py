@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from specops import backend
+from specops import arrays
 
 
 def gradient_norms(gradients: Mapping[str, Any]) -> dict[str, float]:
@@ -41,12 +41,12 @@ def gradient_norms(gradients: Mapping[str, Any]) -> dict[str, float]:
     for name, gradient in gradients.items():
         if gradient is None:
             continue
-        xp = backend.namespace(gradient)
-        g = xp.reshape(backend.to_compute(xp, gradient), (-1,))
+        xp = arrays.namespace(gradient)
+        g = xp.reshape(arrays.to_compute(xp, gradient), (-1,))
         if not g.shape[0]:
             found[name] = 0.0
             continue
         # Scaled first: squares of small gradients underflow.
-        scale = backend.magnitude(xp, g)
+        scale = arrays.magnitude(xp, g)
         found[name] = float(xp.linalg.vector_norm(g / scale)) * float(xp.max(scale))
     return found

@@ -8,15 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from specops import backend
+from specops import arrays
 from specops.errors import GeometryError
 from specops.geometry.arguments import check_bound, integer, non_negative
-from specops.linalg.symmetric_lanczos import Ritz, lanczos, random_start, safe_norm
+from specops.linalg.lanczos import Ritz, lanczos, random_start, safe_norm
 from specops.measures.operators import JacobianOperator
 from specops.measures.rows import row_norms
 from specops.spectra import spectral_norm_bounds
-
-Array = Any
+from specops.typing import Array
 
 
 class LipschitzBound(NamedTuple):
@@ -166,20 +165,20 @@ def lipschitz_ratios(x: Array, y: Array, *, pairs: int = 2000, seed: int = 0) ->
         )
     pairs = integer(pairs, "pairs", least=1)
     first, second = _pairs(count, pairs, seed)
-    xp = backend.namespace(x)
+    xp = arrays.namespace(x)
     apart = []
     for values in (x, y):
-        flat = backend.to_compute(xp, xp.reshape(values, (count, -1)))
+        flat = arrays.to_compute(xp, xp.reshape(values, (count, -1)))
         parts = []
         # In slices, so that differences of many large samples need not fit at once.
         for at in range(0, len(first), _SLICE):
-            i = backend.constant(first[at : at + _SLICE], flat)
-            j = backend.constant(second[at : at + _SLICE], flat)
+            i = arrays.constant(first[at : at + _SLICE], flat)
+            j = arrays.constant(second[at : at + _SLICE], flat)
             parts.append(row_norms(xp.take(flat, i, axis=0) - xp.take(flat, j, axis=0)))
         apart.append(xp.concat(parts))
     near, far = apart
-    kept = np.flatnonzero(backend.to_numpy(near) != 0)  # NaN stays to be seen
-    chosen = backend.constant(kept, near)
+    kept = np.flatnonzero(arrays.to_numpy(near) != 0)  # NaN stays to be seen
+    chosen = arrays.constant(kept, near)
     return xp.take(far, chosen) / xp.take(near, chosen)
 
 

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import array_api_compat as compat
 import numpy as np
 
-from specops import backend
+from specops import arrays
 from specops.geometry.arguments import nan_unless
-
-Array = Any
+from specops.typing import Array
 
 
 def margins(logits: Array, labels: Array) -> Array:
@@ -46,19 +45,19 @@ def margins(logits: Array, labels: Array) -> Array:
     >>> margins(np.array([[3.0, 1.0, 0.0], [0.0, 2.0, 5.0]]), np.array([0, 1])).tolist()
     [2.0, -3.0]
     """
-    xp = backend.namespace(logits)
+    xp = arrays.namespace(logits)
     shape = tuple(labels.shape) if hasattr(labels, "shape") else (len(labels),)
     if logits.ndim != 2 or logits.shape[1] < 2 or shape != (logits.shape[0],):
         raise ValueError(
             f"logits must be (n, classes) with two classes or more, and labels (n,): got "
             f"{tuple(logits.shape)} and {shape}"
         )
-    if not compat.is_array_api_obj(labels) or compat.array_namespace(labels) is not xp:
-        labels = backend.constant(np.asarray(labels), logits)
-    z = backend.to_compute(xp, logits)
-    classes = backend.constant(np.arange(z.shape[1]), z)
+    if not arrays.is_array(labels) or compat.array_namespace(labels) is not xp:
+        labels = arrays.constant(np.asarray(labels), logits)
+    z = arrays.to_compute(xp, logits)
+    classes = arrays.constant(np.arange(z.shape[1]), z)
     own = classes[None, :] == xp.astype(labels, classes.dtype)[:, None]
-    if backend.truth(xp.all(xp.any(own, axis=-1))) is False:
+    if arrays.truth(xp.all(xp.any(own, axis=-1))) is False:
         raise ValueError(f"labels must lie in 0 … {z.shape[1] - 1}, one for each class")
     right = xp.sum(xp.where(own, z, xp.zeros_like(z)), axis=-1)
     found = right - xp.max(xp.where(own, xp.full_like(z, -math.inf), z), axis=-1)
@@ -83,12 +82,12 @@ class MarginJacobians(NamedTuple):
 
 def over_margin(log: float, margin: Any, power: float) -> Any:
     """log − power · log γ; inf where γ is not positive."""
-    if not compat.is_array_api_obj(margin):
+    if not arrays.is_array(margin):
         if math.isnan(margin):
             return math.nan
         return log - power * math.log(margin) if margin > 0 else math.inf
     margin = margin * 1.0
-    xp = backend.namespace(margin)
+    xp = arrays.namespace(margin)
     positive = ~(margin <= 0)  # NaN stays
     logs = xp.log(xp.where(positive, margin, xp.ones_like(margin)))
     return xp.where(positive, log - power * logs, xp.full_like(margin, math.inf))

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
-from specops import backend
+from specops import arrays
 from specops.geometry.arguments import integer
 from specops.measures.rows import row_norms
-
-Array = Any
+from specops.typing import Array
 
 
 def noise_sensitivity(
@@ -62,7 +60,7 @@ def noise_sensitivity(
     True
     """
     samples = integer(samples, "samples", least=1)
-    xp = backend.namespace(x)
+    xp = arrays.namespace(x)
     clean = _rows(function(x))
     if clean.shape[0] != x.shape[0]:
         raise ValueError(
@@ -75,7 +73,7 @@ def noise_sensitivity(
     divisors = xp.where(dead, xp.ones_like(sizes), sizes)
     total = xp.zeros_like(sizes)
     for _ in range(samples):
-        noise = backend.constant(rng.standard_normal(tuple(x.shape)), lengths)
+        noise = arrays.constant(rng.standard_normal(tuple(x.shape)), lengths)
         moved = _rows(function(x + xp.astype(noise * lengths, x.dtype)))
         distances = row_norms(moved - clean)
         # Divided before squaring: squares alone may leave the range of single precision.
@@ -85,5 +83,5 @@ def noise_sensitivity(
 
 
 def _rows(x: Array) -> Array:
-    xp = backend.namespace(x)
-    return xp.reshape(backend.to_compute(xp, x), (x.shape[0], -1))
+    xp = arrays.namespace(x)
+    return xp.reshape(arrays.to_compute(xp, x), (x.shape[0], -1))

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from specops import backend
-
-Array = Any
+from specops import arrays
+from specops.typing import Array
 
 
 def row_norms(x: Array) -> Array:
     """ℓ₂ norms (n,) of the samples of an array (n, ...), in compute precision, at any scale."""
-    xp = backend.namespace(x)
-    flat = backend.to_compute(xp, xp.reshape(x, (x.shape[0], -1)))
+    xp = arrays.namespace(x)
+    flat = arrays.to_compute(xp, xp.reshape(x, (x.shape[0], -1)))
     if not flat.shape[1]:
         return xp.sum(flat, axis=-1)
     # Squares of small and of large entries leave the range of single precision.
-    scale = backend.magnitude(xp, flat, axis=-1)
+    scale = arrays.magnitude(xp, flat, axis=-1)
     return xp.linalg.vector_norm(flat / scale, axis=-1) * scale[:, 0]

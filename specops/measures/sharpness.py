@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from specops.geometry.arguments import check_bound, integer
-from specops.linalg.symmetric_lanczos import Ritz, lanczos, random_start
+from specops.linalg.lanczos import Ritz, lanczos, random_start
 from specops.measures.operators import SymmetricOperator
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, NamedTuple
 
-from specops import backend
+from specops import arrays
 from specops.errors import GeometryError
 from specops.geometry import Conv, Dense, Geometry
 from specops.rules.base import measured_as
 from specops.spectra import spectral_norm
 from specops.tracking import check_norm
-
-Array = Any
+from specops.typing import Array
 
 
 class ParameterVariance(NamedTuple):
@@ -94,8 +93,8 @@ def parameter_variance(
         bound = 4.0 / (taps * (math.sqrt(inputs) + math.sqrt(rows)) ** 2)
     if sigma == 0.0:
         raise ValueError("the weight is zero: divided by its norm it is not defined")
-    xp = backend.namespace(w)
-    scaled = backend.to_compute(xp, w) / sigma
+    xp = arrays.namespace(w)
+    scaled = arrays.to_compute(xp, w) / sigma
     centred = xp.abs(scaled - xp.mean(scaled)) ** 2
     return ParameterVariance(float(xp.mean(centred)), bound)
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from specops.history import History, plain
 from specops.plots.arguments import check_choice, check_mapping, spectrum
 from specops.plots.spectra import Scale, check_not_zero, draw_spectrum, finish
 from specops.plots.style import (
@@ -27,6 +26,7 @@ from specops.plots.style import (
     scale_values,
     whole_ticks,
 )
+from specops.training.history import History, plain
 
 _WORDS = {
     "norm": "norm as the rule measures it",

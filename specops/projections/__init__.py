@@ -1,5 +1,6 @@
 """Nearest points: the weight of the same shape that satisfies a spectral constraint."""
 
+from specops.projections.balancing import balance_norms
 from specops.projections.clip_values import clip_singular_values
 from specops.projections.feasible import ProjectionInfo
 from specops.projections.polar import polar_factor
@@ -11,6 +12,7 @@ from specops.projections.stable_rank import project_stable_rank
 __all__ = [
     "ProjectionInfo",
     "StableRankInfo",
+    "balance_norms",
     "clip_singular_values",
     "polar_factor",
     "project_schatten_ball",

@@ -10,15 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import array_api_compat as compat
 import numpy as np
 
-from specops import backend
+from specops import arrays
 from specops.errors import StateError
 from specops.projections.support import Support
 from specops.spectra.torus import host_blocks
+from specops.typing import Array
 
-Array = Any
 _KEYS = ("frequency", "group", "left", "right", "weight")
 
 
@@ -127,7 +126,7 @@ class Axes:
         values = {key: getattr(self, key) for key in _KEYS}
         values["grid"] = np.array(support.symbol.fine)
         return {
-            key: backend.constant(value, like, complex=value.dtype.kind == "c")
+            key: arrays.constant(value, like, complex=value.dtype.kind == "c")
             for key, value in values.items()
         }
 
@@ -135,9 +134,9 @@ class Axes:
     def from_state(cls, state: dict[str, Array], support: Support) -> Axes:
         """Read back what `state` made; StateError where it belongs to another geometry."""
         keys = (*_KEYS, "grid")
-        if set(state) != set(keys) or not all(compat.is_array_api_obj(state[k]) for k in keys):
+        if set(state) != set(keys) or not all(arrays.is_array(state[k]) for k in keys):
             raise StateError(f"the state must hold arrays {', '.join(keys)}, got {sorted(state)}")
-        *values, grid = (backend.to_numpy(state[key]) for key in keys)
+        *values, grid = (arrays.to_numpy(state[key]) for key in keys)
         rows, columns = support.symbol.block_shape
         count = values[-1].shape
         shapes = (count, count, (*count, rows), (*count, columns), count)

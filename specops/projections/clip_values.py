@@ -7,21 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from specops import backend, host
+from specops import arrays
+from specops.arrays.solvers import svd
 from specops.errors import UnsupportedGeometryError
 from specops.geometry import Conv, Geometry
 from specops.geometry.arguments import integer
-from specops.linalg.decompositions import svd
+from specops.maps.prepare import MatrixBlock, Prepared, prepare
+from specops.maps.symbol import symbol_of
 from specops.projections.of_values import changed_blocks
 from specops.projections.support import Support
-from specops.spectra.prepare import MatrixBlock, Prepared, prepare
 from specops.spectra.torus import map_blocks
-from specops.symbol import symbol_of
-
-Array = Any
+from specops.typing import Array
 
 
-@backend.in_full_precision
+@arrays.in_full_precision
 def clip_singular_values(
     w: Array,
     lower: float,
@@ -119,20 +118,20 @@ def _clip_kernel(
         )
     sizes = geometry.sizes(tuple(w.shape))
     assert sizes.fine is not None
-    on_host = host.as_host(given.w)
+    on_host = arrays.on_host(given.w)
     if on_host is not None:
         xp = np
     kernel = geometry.kernel(given.w if on_host is None else on_host)
-    support = Support(symbol_of(sizes, sizes.fine, not backend.is_complex(kernel)))
+    support = Support(symbol_of(sizes, sizes.fine, not arrays.is_complex(kernel)))
     x0 = x = support.coordinates(xp, kernel)
     low, high = (bound / given.scale for bound in (lower, upper))
     if on_host is not None:
-        low, high = (float(backend.to_numpy(bound)) for bound in (low, high))
+        low, high = (float(arrays.to_numpy(bound)) for bound in (low, high))
     for _ in range(iterations):
         x = _round(xp, support, x, low, high)
     result = geometry.weight(kernel + support.kernel(xp, x - x0))
     if on_host is not None:
-        result = host.from_host(np.ascontiguousarray(result), given.w)
+        result = arrays.from_host(np.ascontiguousarray(result), given.w)
     return given.xp.astype(result * given.scale, w.dtype)
 
 

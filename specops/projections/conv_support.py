@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
-from specops import backend, host
+from specops import arrays
+from specops.arrays import host, workers
 from specops.geometry import Conv
 from specops.linalg.inside import seen_outside
+from specops.maps.prepare import Prepared
+from specops.maps.symbol import certified_symbol
 from specops.projections.axes import Axes
 from specops.projections.cutting_planes import nearest_by_cutting_planes
 from specops.projections.feasible import ProjectionInfo, store_within
 from specops.projections.first_order import Dual, alternate, dual_gradient, largest
 from specops.projections.scan import largest_and_near, near, within
 from specops.projections.support import Solution, Support, Tolerance
-from specops.spectra.prepare import Prepared
 from specops.spectra.torus import host_blocks
-from specops.symbol import certified_symbol
+from specops.typing import Array
 
-Array = Any
 METHODS = ("auto", "cutting-planes", "accelerated", "dykstra", "alternating")
 _ROUNDS = {"cutting-planes": 100, "accelerated": 40, "dykstra": 200, "alternating": 30}
 _ROUNDS_WHEN_TRACED = {"accelerated": 20, "dykstra": 40, "alternating": 5}
@@ -52,11 +52,11 @@ class KernelProblem:
         geometry = given.geometry
         assert isinstance(geometry, Conv)
         sizes = geometry.sizes(tuple(w.shape))
-        symbol, self.certificate = certified_symbol(sizes, not backend.is_complex(given.w))
+        symbol, self.certificate = certified_symbol(sizes, not arrays.is_complex(given.w))
         self.support = Support(symbol)
         self.geometry, self.given, self.w, self.max_norm = geometry, given, w, max_norm
         # Rounding must not decide which side of the limit the result lands on.
-        self.hair = 1.0 - 4.0 * backend.epsilon(given.w.dtype)
+        self.hair = 1.0 - 4.0 * arrays.epsilon(given.w.dtype)
 
     def project(
         self,
@@ -68,14 +68,14 @@ class KernelProblem:
     ) -> tuple[Array, ProjectionInfo]:
         """(the weight inside the ball, what happened)."""
         bound = self.max_norm
-        known = isinstance(bound, float) or backend.is_concrete(bound)
-        if not (known and backend.is_concrete(self.given.w)):
+        known = isinstance(bound, float) or arrays.is_concrete(bound)
+        if not (known and arrays.is_concrete(self.given.w)):
             return self._traced("accelerated" if method == "auto" else method, iterations)
         # Wherever the kernel lives: its blocks are small matrices, many of them.
-        scale = float(backend.to_numpy(self.given.scale))
-        kernel = self.geometry.kernel(backend.to_numpy(self.given.w))
+        scale = float(arrays.to_numpy(self.given.scale))
+        kernel = self.geometry.kernel(arrays.to_numpy(self.given.w))
         x0 = self.support.coordinates(np, kernel)
-        bound = bound if isinstance(bound, float) else float(backend.to_numpy(bound))
+        bound = bound if isinstance(bound, float) else float(arrays.to_numpy(bound))
         limit = bound * self.certificate / scale
         axes = Axes.from_state(state, self.support) if state else Axes.none(self.support)
         before = float(axes.inner(self.support, x0).max(initial=0.0))
@@ -95,7 +95,7 @@ class KernelProblem:
     def _norm_if(self, measure: bool, x: np.ndarray) -> float:
         return float(largest(np, self.support, x)) if measure else 0.0
 
-    @host.one_blas_thread()
+    @workers.one_blas_thread()
     def _surely_outside(self, x: np.ndarray, limit: float) -> bool:
         """Whether a few blocks, the one of frequency zero among them, exceed the limit."""
         symbol, limit = self.support.symbol, limit * (1.0 + _CLEAR)
@@ -196,22 +196,22 @@ class KernelProblem:
     ) -> tuple[Array, np.ndarray]:
         """(the weight in its own dtype, its coordinates), inside as stored."""
         like = self.given.w
-        weight = backend.like(self.geometry.weight(self.support.kernel(np, found.x)), like)
+        weight = arrays.like(self.geometry.weight(self.support.kernel(np, found.x)), like)
         unseen = None
         if self.support.symbol.folds:
             # What wraps to nothing is not seen by the operator, and stays.
             rest = self.geometry.weight(kernel - self.support.kernel(np, x0))
-            unseen = backend.like(rest, like) * self.given.scale
+            unseen = arrays.like(rest, like) * self.given.scale
         stored = x0
         # Blocks far from the limit stay so, unless rounding is as coarse as half precision's.
         suspects = found.suspects if self.w.dtype == like.dtype else None
 
         def fits(array: Array) -> Array:
             nonlocal stored
-            values = backend.to_numpy(array / self.given.scale)
+            values = arrays.to_numpy(array / self.given.scale)
             kernel = self.geometry.kernel(values)
             stored = self.support.coordinates(np, kernel)
-            return backend.constant(
+            return arrays.constant(
                 np.asarray(self._fits(self._exact(kernel), limit, suspects)), like
             )
 
@@ -232,10 +232,10 @@ class KernelProblem:
     def _info(
         self, before: float, after: float, gap: float, rounds: int, axes: Axes
     ) -> ProjectionInfo:
-        unit = float(backend.to_numpy(self.given.scale)) / self.certificate
+        unit = float(arrays.to_numpy(self.given.scale)) / self.certificate
         like = self.given.w
         norm_before, norm_after, relative = (
-            backend.constant(np.asarray(v), like) for v in (before * unit, after * unit, gap)
+            arrays.constant(np.asarray(v), like) for v in (before * unit, after * unit, gap)
         )
         state = axes.state(self.support, like) if len(axes) else {}
         return ProjectionInfo(norm_before, norm_after, relative, rounds, state)
@@ -250,8 +250,8 @@ class KernelProblem:
         limit = self.max_norm * self.certificate / given.scale
         target = limit * self.hair
         rounds = iterations or _ROUNDS_WHEN_TRACED[method]
-        before = largest(xp, support, backend.stop_gradient(x0))
-        if backend.truth(before <= limit):
+        before = largest(xp, support, arrays.stop_gradient(x0))
+        if arrays.truth(before <= limit):
             size = before * given.scale / self.certificate
             return self.w, ProjectionInfo(size, size, xp.zeros_like(size), 0)
         x, dual = x0, xp.zeros_like(limit)
@@ -278,7 +278,7 @@ class KernelProblem:
         if support.symbol.folds:
             result = result + kernel - support.kernel(xp, x0)
         inside = before <= limit
-        untouched = inside | ~backend.all_finite(xp, given.w)
+        untouched = inside | ~arrays.all_finite(xp, given.w)
         result = xp.where(untouched, kernel, result) * given.scale
 
         def norm(array: Array) -> Array:
@@ -291,8 +291,8 @@ class KernelProblem:
             lambda array: untouched | (norm(array) <= limit),
         )
         # An infinite scale would not leave the other entries what they were.
-        stored = xp.where(backend.all_finite(xp, self.w), stored, self.w)
-        after = self._coordinates(backend.to_compute(xp, stored))
+        stored = xp.where(arrays.all_finite(xp, self.w), stored, self.w)
+        after = self._coordinates(arrays.to_compute(xp, stored))
         primal = 0.5 * xp.sum(xp.abs(x0 - after) ** 2)
         squared = xp.sum(xp.abs(x0) ** 2)
         gap = 2.0 * (primal - dual) / xp.where(squared > 0, squared, xp.ones_like(squared))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from specops.host import one_blas_thread
+from specops.arrays.workers import one_blas_thread
 from specops.linalg.nonnegative_qp import nonnegative_qp
 from specops.projections.axes import Axes
 from specops.projections.scan import above

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from specops import backend
+from specops import arrays
+from specops.typing import Array
 
-Array = Any
 _ROUNDS = 40
 _LATE = 20
 
@@ -61,10 +61,10 @@ def store_within(
     helps. While torch compiles, three rounds run and the result may exceed its limit by the
     rounding of `dtype`.
     """
-    eps = backend.epsilon(dtype)
+    eps = arrays.epsilon(dtype)
     # Half precision is too coarse to give away a unit at the first attempt.
     first = -6 if eps > 1e-4 else 1
-    shrink = xp.ones_like(xp.real(x) if backend.is_complex(x) else x)
+    shrink = xp.ones_like(xp.real(x) if arrays.is_complex(x) else x)
     shrink = shrink[(..., *([0] * (x.ndim - batch)))]
 
     def stored(x: Array, offset: Array | None, shrink: Array, late: Any) -> Array:
@@ -72,17 +72,17 @@ def store_within(
         if offset is not None:
             # Its own rounding may be what does not fit.
             plain = xp.ones_like(shrink)
-            factor = xp.where(late, shrink, plain) if backend.is_traced(late) else plain
+            factor = xp.where(late, shrink, plain) if arrays.is_traced(late) else plain
             scaled = scaled + offset * _expand(shrink if late is True else factor, x)
-        return backend.rounded(xp, scaled, dtype)
+        return arrays.rounded(xp, scaled, dtype)
 
     def fit(x: Array, offset: Array | None, shrink: Array, late: Any) -> Array:
-        return fits(backend.to_compute(xp, stored(x, offset, shrink, late)))
+        return fits(arrays.to_compute(xp, stored(x, offset, shrink, late)))
 
-    if backend.is_jax_traced(x):
+    if arrays.is_staged(x):
         # What is found is a constant of the result, so that it can still be differentiated.
-        fixed = backend.stop_gradient(x)
-        shift = None if offset is None else backend.stop_gradient(offset)
+        fixed = arrays.stop_gradient(x)
+        shift = None if offset is None else arrays.stop_gradient(offset)
 
         def shrunk(carry: Any) -> Any:
             index, shrink, inside = carry
@@ -92,14 +92,14 @@ def store_within(
             return index + 1, shrink, fit(fixed, shift, shrink, index + 1 >= _LATE)
 
         start = xp.asarray(0), shrink, fit(fixed, shift, shrink, False)
-        index, shrink, _ = backend.while_loop(
-            lambda carry: (carry[0] < _ROUNDS - 1) & ~xp.all(carry[2]), shrunk, start
+        index, shrink, _ = arrays.while_loop(
+            xp, lambda carry: (carry[0] < _ROUNDS - 1) & ~xp.all(carry[2]), shrunk, start
         )
         return stored(x, offset, shrink, index >= _LATE)
     for round_ in range(_ROUNDS):
         result = stored(x, offset, shrink, round_ >= _LATE)
-        inside = fits(backend.to_compute(xp, result))
-        done = backend.truth(xp.all(inside))
+        inside = fits(arrays.to_compute(xp, result))
+        done = arrays.truth(xp.all(inside))
         if done or (done is None and round_ == 2):
             break
         step = max(0.5, 1.0 - eps * 2.0 ** (round_ + first))

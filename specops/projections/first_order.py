@@ -21,13 +21,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from specops import backend, host
+from specops import arrays
+from specops.arrays import host
+from specops.arrays.solvers import svdvals
 from specops.linalg.clip import clip, excess
-from specops.linalg.decompositions import svdvals
 from specops.projections.support import Support
 from specops.spectra.torus import leading_norm, map_blocks
+from specops.typing import Array
 
-Array = Any
 _CHECK_EVERY = 10
 _FAR = 16.0
 """Root mean square of the singular values, over c, from which differences lose digits."""
@@ -36,7 +37,7 @@ _FAR = 16.0
 def largest(xp: Any, support: Support, x: Array) -> Array:
     """‖A x‖: the largest singular value of all blocks."""
     coefficients = support.coefficients(xp, x)
-    if isinstance(x, np.ndarray):
+    if arrays.by_workers(x):
         return np.asarray(leading_norm(coefficients, support.symbol)[0], x.real.dtype)
     return xp.max(svdvals(xp, support.symbol.blocks(xp, coefficients))[..., 0])
 
@@ -46,7 +47,7 @@ def alternate(xp: Any, support: Support, x: Array, limit: Array) -> Array:
     symbol, coefficients = support.symbol, support.coefficients(xp, x)
     # The root mean square of all singular values is at most the largest.
     squares = xp.sum(xp.abs(coefficients) ** 2) / (symbol.values_per_block * symbol.sizes.groups)
-    near = backend.truth(squares <= (_FAR * limit) ** 2)
+    near = arrays.truth(squares <= (_FAR * limit) ** 2)
 
     def taken(blocks: Array, chunk: slice) -> Array:
         if near:
@@ -93,8 +94,8 @@ def dual_gradient(
     """
     symbol = support.symbol
     shape = (len(symbol.frequencies), symbol.sizes.groups, *symbol.block_shape)
-    zero = backend.zeros(shape, like=kernel)
-    zero = xp.astype(zero, backend.complex_dtype(xp, kernel.dtype))
+    zero = arrays.zeros(shape, like=kernel)
+    zero = xp.astype(zero, arrays.complex_dtype(xp, kernel.dtype))
     one = xp.ones_like(limit)
     carry = _Carry(Dual(zero, 0.0 * one, kernel), zero, kernel, one)
 
@@ -112,8 +113,8 @@ def dual_gradient(
         x_ahead = new.x + xp.astype(speed, new.x.dtype) * (new.x - now.x)
         return _Carry(new, z_ahead, x_ahead, following)
 
-    if backend.is_traced(kernel):
-        carry = backend.fori(xp, 0, max_rounds, step, carry)
+    if arrays.is_traced(kernel):
+        carry = arrays.fori(xp, 0, max_rounds, step, carry)
         return carry.now, max_rounds
     rounds = 0
     while rounds < max_rounds:
@@ -137,13 +138,13 @@ def _threshold(
 
     parts = map_blocks(xp, symbol, coefficients, work)
     z, nuclear = (xp.concat(p, axis=0) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
-    weights = backend.constant(counts, nuclear)
+    weights = arrays.constant(counts, nuclear)
     return z, xp.sum(weights[:, None] * nuclear)
 
 
 def _excess_of(xp: Any, blocks: Array, limit: Array) -> tuple[Array, Array]:
     """`excess` for (frequencies, groups, ...) blocks; on the host only of those above."""
-    if not isinstance(blocks, np.ndarray):
+    if not arrays.by_workers(blocks):
         return excess(xp, blocks, _everywhere(xp, limit, blocks))
     grams = host.gram(blocks)
     # No eigenvalue is below a diagonal entry: where most blocks are outside that says so.

@@ -7,18 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from specops import backend
+from specops import arrays
+from specops.arrays.solvers import svd
 from specops.errors import StateError
 from specops.geometry import ConvSizes
-from specops.linalg.decompositions import svd
-from specops.linalg.lanczos import largest_singular_triplet
-from specops.operators import ConvOperator
+from specops.linalg.golub_kahan import largest_singular_triplet
+from specops.maps.convolution import ConvOperator
+from specops.maps.symbol import Symbol, symbol_of
 from specops.projections.shrink import nonzero, shape_of
 from specops.spectra.norms import SMALL_OPERATOR, plane_wave
 from specops.spectra.torus import leading_block, leading_vectors
-from specops.symbol import Symbol, symbol_of
+from specops.typing import Array
 
-Array = Any
 _NOISE = 0.05
 
 
@@ -31,14 +31,14 @@ def leading_axis(
     """
     assert sizes.fine is not None
     if sizes.circular and sizes.stride_divides:
-        symbol = symbol_of(sizes, sizes.fine, not backend.is_complex(kernel))
+        symbol = symbol_of(sizes, sizes.fine, not arrays.is_complex(kernel))
         _check_start(start, None)
         return _torus_axis(xp, kernel, symbol), None
     operator = ConvOperator(kernel, sizes)
     iterated = math.prod(operator.shape) > SMALL_OPERATOR
     _check_start(start, operator.shape[1] if iterated else None)
     if not iterated:
-        v = backend.conjugate(xp, svd(xp, operator.to_matrix())[2][0, :])
+        v = arrays.conjugate(xp, svd(xp, operator.to_matrix())[2][0, :])
     else:
         start = _start(xp, operator, start)
         _, _, v = largest_singular_triplet(xp, ConvOperator, kernel, sizes, start)
@@ -62,7 +62,7 @@ def _start(xp: Any, operator: ConvOperator, v: Array | None) -> Array:
     v = xp.astype(v, operator.kernel.dtype)
     v = xp.where(xp.isfinite(v), v, xp.zeros_like(v))
     # Another direction or group may lead by now.
-    noise = backend.constant(backend.start_vector("stable rank", v.shape[0]), v)
+    noise = arrays.constant(arrays.start_vector("stable rank", v.shape[0]), v)
     return v + xp.astype(_NOISE * noise, v.dtype)
 
 
@@ -70,13 +70,13 @@ def _torus_axis(xp: Any, kernel: Array, symbol: Symbol) -> Array:
     leading = leading_block(xp, kernel, symbol)
     u, vh, cos, sin = leading_vectors(xp, kernel, symbol, leading)
     outer = u[:, None] * vh[None, :]
-    group = xp.take(backend.constant(np.eye(symbol.sizes.groups), kernel), leading.group, axis=0)
-    phases = backend.complex_of(xp, cos, -sin)[:, None] * group
+    group = xp.take(arrays.constant(np.eye(symbol.sizes.groups), kernel), leading.group, axis=0)
+    phases = arrays.complex_of(xp, cos, -sin)[:, None] * group
     e = phases[:, :, None, None] * outer
-    e = e if backend.is_complex(kernel) else xp.real(e)
+    e = e if arrays.is_complex(kernel) else xp.real(e)
     e = symbol.kernel(xp, xp.reshape(e, (e.shape[0], -1)))
     # `Symbol.kernel` spreads a coefficient over the taps that share it; each has all of it.
     for t, axis in enumerate(symbol.axes):
         sharing = axis.scatter @ axis.scatter.sum(axis=0)
-        e = e * backend.constant(sharing.reshape(-1, *[1] * (len(symbol.axes) - t - 1)), kernel)
+        e = e * arrays.constant(sharing.reshape(-1, *[1] * (len(symbol.axes) - t - 1)), kernel)
     return e

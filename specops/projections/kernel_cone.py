@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from specops import backend
+from specops import arrays
 from specops.geometry import Conv, ConvSizes
+from specops.maps.prepare import Prepared
 from specops.projections.shrink import Family, nonzero
-from specops.spectra.prepare import Prepared
+from specops.typing import Array
 
-Array = Any
 _BISECTIONS = 60
 
 
@@ -42,8 +42,8 @@ class Taps:
         groups, rows, columns = kernel.shape[:3]
         z = xp.reshape(kernel, (groups * rows, columns, self.fold.shape[0]))
         if self.folds:
-            fold = backend.constant(self.fold, z, complex=backend.is_complex(z))
-            z = backend.matmul(z, fold)
+            fold = arrays.constant(self.fold, z, complex=arrays.is_complex(z))
+            z = arrays.matmul(z, fold)
         # Contiguous taps, or single precision sums over the channels lose digits.
         return xp.reshape(xp.permute_dims(z, (2, 0, 1)), (self.fold.shape[1], *z.shape[:2]))
 
@@ -51,8 +51,8 @@ class Taps:
         """The kernel of these coordinates that has nothing that cancels in folding."""
         z = xp.permute_dims(z, (1, 2, 0))
         if self.folds:
-            unfold = backend.constant(self.fold.T, z, complex=backend.is_complex(z))
-            z = backend.matmul(z, unfold)
+            unfold = arrays.constant(self.fold.T, z, complex=arrays.is_complex(z))
+            z = arrays.matmul(z, unfold)
         return xp.reshape(z, like.shape)
 
 
@@ -94,14 +94,14 @@ def kernel_family(
     xp, kernel = given.xp, geometry.kernel(given.w)
     taps = taps_of(geometry.sizes(tuple(given.w.shape)))
     z, e = taps.coordinates(xp, kernel), taps.coordinates(xp, axis)
-    seen = backend.constant(taps.weights, z)
+    seen = arrays.constant(taps.weights, z)
     used = seen > 0
     weights = xp.where(used, seen, xp.ones_like(seen))
 
     def inner(x: Array, y: Array) -> Array:
         """Re⟨x, y⟩ tap by tap, over the taps that reach the grid."""
-        product = x * backend.conjugate(xp, y)
-        product = xp.real(product) if backend.is_complex(product) else product
+        product = x * arrays.conjugate(xp, y)
+        product = xp.real(product) if arrays.is_complex(product) else product
         per_tap = xp.sum(xp.sum(product, axis=-1), axis=-1)
         return xp.where(used, per_tap, xp.zeros_like(per_tap))
 
@@ -141,7 +141,7 @@ def kernel_family(
     def measure(stored: Array) -> Array:
         return rank(taps.coordinates(xp, geometry.kernel(stored / given.scale)))
 
-    reduced = limit * (1.0 - 4.0 * backend.epsilon(z.dtype))
+    reduced = limit * (1.0 - 4.0 * arrays.epsilon(z.dtype))
     least = 1.0 / dual
     room = xp.where(reduced > least, reduced - least, xp.zeros_like(least))
     share = xp.sqrt(room / energy) * along
@@ -159,9 +159,9 @@ def _combination(
     poles: below the pole of ⟨x, e⟩ if ⟨x, e⟩ > 0 there, else above.
     """
     like = zz
-    if not backend.is_traced(zz):
+    if not arrays.is_traced(zz):
         weights, zz, ze, ee, limit = (
-            backend.to_numpy(x).astype(np.float64) for x in (weights, zz, ze, ee, limit)
+            arrays.to_numpy(x).astype(np.float64) for x in (weights, zz, ze, ee, limit)
         )
         xp = np
     largest = xp.max(weights)
@@ -181,7 +181,7 @@ def _combination(
             good = belongs(middle)
             return xp.where(good, middle, ends[0]), xp.where(good, ends[1], middle)
 
-        result: Array = backend.fori(xp, 0, _BISECTIONS, step, (first, second))[0]
+        result: Array = arrays.fori(xp, 0, _BISECTIONS, step, (first, second))[0]
         return result
 
     zero, one = xp.zeros_like(largest), xp.ones_like(largest)
@@ -197,7 +197,7 @@ def _combination(
     pole, _, of_z, of_e = at(tau)
     factors = sign * of_z / pole, sign * of_e / pole
     if xp is np:
-        return backend.constant(factors[0], like), backend.constant(factors[1], like)
+        return arrays.constant(factors[0], like), arrays.constant(factors[1], like)
     return factors
 
 

@@ -6,21 +6,21 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import array_api_compat as compat
 import numpy as np
 
-from specops import backend, host
+from specops import arrays
+from specops.arrays import workers
+from specops.arrays.solvers import svdvals
 from specops.errors import StateError
-from specops.linalg.bounds import gram_iteration
 from specops.linalg.clip import Clipped, clip
-from specops.linalg.decompositions import svdvals
+from specops.linalg.gram_iteration import gram_iteration
 from specops.linalg.inside import BEYOND, inside
 from specops.linalg.leading_clip import clip_leading, leading_norm, warm_start
 from specops.linalg.matmul_clip import clip_by_products
+from specops.maps.prepare import MatrixBlock
 from specops.projections.feasible import store_within
-from specops.spectra.prepare import MatrixBlock
+from specops.typing import Array
 
-Array = Any
 METHODS = ("auto", "eigh", "svd", "products")
 _PRODUCTS_FROM = 128
 """Smaller side from which an accelerator is faster at products than at eigenvalues."""
@@ -65,11 +65,11 @@ def project_block(
     # Scales are powers of two, so the bound is all that rounds: down.
     limit = _rounded_down(max_norm, a) / unit
     # A hair below the limit, so that the rounding of the solver stays inside as well.
-    hair = (2.0 + math.sqrt(min(a.shape[-2:])) / 3.0) * backend.epsilon(a.dtype)
+    hair = (2.0 + math.sqrt(min(a.shape[-2:])) / 3.0) * arrays.epsilon(a.dtype)
     target = limit * (1.0 - hair)
     # No matrix of the scale reaches it, and its square is an ordinary number.
     target = xp.where(target < BEYOND, target, xp.full_like(target, BEYOND))
-    if not (backend.is_concrete(a) and backend.is_concrete(limit)):
+    if not (arrays.is_concrete(a) and arrays.is_concrete(limit)):
         return _traced(xp, block, limit, target, dtype)
     if start is not None:
         start = _checked(a, start)
@@ -79,18 +79,18 @@ def project_block(
     if found is not None:
         # All or nothing: what a warm start missed is not worth shrinking for.
         stored = xp.astype(found.matrices * block.scale, dtype)
-        final = backend.to_compute(xp, stored) / block.scale
-        if not backend.truth(inside(xp, final, limit, sharp=True)):
+        final = arrays.to_compute(xp, stored) / block.scale
+        if not arrays.truth(inside(xp, final, limit, sharp=True)):
             found = None
     unknown = xp.full_like(limit, math.nan)
     if found is None:
         within = inside(xp, a, limit)
-        if backend.truth(xp.all(within)):
+        if arrays.truth(xp.all(within)):
             norm, basis = _norm(xp, a, start) if measure else (unknown, start)
             return BlockResult(None, norm * unit, norm * unit, xp.zeros_like(limit), basis)
         found = _clipped(xp, a, target, method)
         kept = found.matrices
-        if backend.truth(xp.any(within)):
+        if arrays.truth(xp.any(within)):
             kept = xp.where(within[..., None, None], a, kept)
         stored = store_within(
             xp,
@@ -101,7 +101,7 @@ def project_block(
         )
     if not measure:
         return BlockResult(stored, unknown, unknown, unknown, found.basis)
-    final = backend.to_compute(xp, stored) / block.scale
+    final = arrays.to_compute(xp, stored) / block.scale
     gap = _gap(xp, a, found, final, target)
     gap = xp.where(within, xp.zeros_like(gap), gap)
     before = found.norm if found.norm is not None else _norm(xp, a, start)[0]
@@ -125,7 +125,7 @@ def _rounded_down(bound: Any, a: Array) -> Any:
     """A number that the precision of `a` holds, at most the bound; arrays as they are."""
     if not isinstance(bound, float):
         return bound
-    kind = np.dtype(backend.dtype_name(backend.real_dtype(backend.namespace(a), a.dtype))).type
+    kind = np.dtype(arrays.dtype_name(arrays.real_dtype(arrays.namespace(a), a.dtype))).type
     low = kind(bound)
     return float(np.nextafter(low, kind(0)) if float(low) > bound else low)
 
@@ -133,16 +133,16 @@ def _rounded_down(bound: Any, a: Array) -> Any:
 def _checked(a: Array, start: Array) -> Array:
     """The state's vectors on the library, device and precision of `a`."""
     side = min(a.shape[-2:])
-    shape = tuple(start.shape) if compat.is_array_api_obj(start) else None
+    shape = tuple(start.shape) if arrays.is_array(start) else None
     if a.ndim != 2 or shape is None or len(shape) != 2 or shape[0] != side:
         raise StateError(
             f"the state does not fit matrices of shape {tuple(a.shape)}: its vectors have shape "
             f"{shape}. Pass state=None to start afresh"
         )
-    damaged = backend.is_complex(start) and not backend.is_complex(a)
-    if damaged or not 0 < shape[1] <= side or not np.isfinite(backend.to_numpy(start)).all():
+    damaged = arrays.is_complex(start) and not arrays.is_complex(a)
+    if damaged or not 0 < shape[1] <= side or not np.isfinite(arrays.to_numpy(start)).all():
         raise StateError("the state is damaged: pass state=None to start afresh")
-    return backend.like(start, a)
+    return arrays.like(start, a)
 
 
 def _from_start(xp: Any, a: Array, limit: Array, start: Array) -> _Found | None:
@@ -151,18 +151,18 @@ def _from_start(xp: Any, a: Array, limit: Array, start: Array) -> _Found | None:
 
 
 def _clipped(xp: Any, a: Array, limit: Array, method: str) -> _Found:
-    on_host = None if host.solves_alone(a) else host.as_host(a)
+    on_host = None if arrays.solves_alone(a) else arrays.on_host(a)
     large = min(a.shape[-2:]) >= _PRODUCTS_FROM
-    if method == "products" or (method == "auto" and large and host.as_host(a) is None):
+    if method == "products" or (method == "auto" and large and arrays.on_host(a) is None):
         norms = gram_iteration(xp, a)
         clipped, error = clip_by_products(xp, a, limit, norms)
-        accepted = _ACCEPTED[backend.dtype_name(backend.real_dtype(xp, a.dtype))]
+        accepted = _ACCEPTED[arrays.dtype_name(arrays.real_dtype(xp, a.dtype))]
         good = error <= accepted * norms * math.sqrt(min(a.shape[-2:]))
-        if backend.truth(xp.all(good)):
+        if arrays.truth(xp.all(good)):
             return _Found(clipped, None, error)
     if on_host is None:
         return _single(clip(xp, a, limit, force_svd=method == "svd"), limit)
-    return _on_host(a, on_host, np.asarray(backend.to_numpy(limit)), method == "svd")
+    return _on_host(a, on_host, np.asarray(arrays.to_numpy(limit)), method == "svd")
 
 
 def _single(done: Clipped, limit: Array) -> _Found:
@@ -176,9 +176,9 @@ def _on_host(a: Array, values: np.ndarray, limit: np.ndarray, force_svd: bool) -
     """CPU arrays of any library; the matrices of a stack by several workers."""
     if values.ndim == 2:
         found = _single(clip(np, values, limit, force_svd=force_svd), limit)
-        arrays = (found.matrices, found.taken, found.basis, found.norm)
+        parts = (found.matrices, found.taken, found.basis, found.norm)
         matrices, taken, basis, norm = (
-            None if x is None else host.from_host(np.asarray(x, x.dtype), a) for x in arrays
+            None if x is None else arrays.from_host(np.asarray(x, x.dtype), a) for x in parts
         )
         return _Found(matrices, taken, None, basis, norm)
     flat = values.reshape(-1, *values.shape[-2:])
@@ -187,11 +187,11 @@ def _on_host(a: Array, values: np.ndarray, limit: np.ndarray, force_svd: bool) -
     def work(chunk: slice) -> tuple[np.ndarray, ...]:
         return clip(np, flat[chunk], limits[chunk], force_svd=force_svd)[:2]
 
-    parts = host.map_chunks(work, len(flat), flat[0].nbytes)
-    matrices, taken = (np.concatenate(p) for p in zip(*parts, strict=True))
+    chunks = workers.map_chunks(work, len(flat), flat[0].nbytes)
+    matrices, taken = (np.concatenate(p) for p in zip(*chunks, strict=True))
     return _Found(
-        host.from_host(matrices.reshape(values.shape), a),
-        backend.constant(taken.reshape(limit.shape), a),
+        arrays.from_host(matrices.reshape(values.shape), a),
+        arrays.constant(taken.reshape(limit.shape), a),
     )
 
 
@@ -206,8 +206,8 @@ def _gap(xp: Any, a: Array, found: _Found, final: Array, limit: Array) -> Array:
     if found.error is not None:
         return (found.error + xp.sqrt(squared(final - found.matrices))) ** 2 / whole
     removed = a - found.matrices
-    product = xp.sum(backend.conjugate(xp, removed) * found.matrices, axis=(-2, -1))
-    product = xp.real(product) if backend.is_complex(a) else product
+    product = xp.sum(arrays.conjugate(xp, removed) * found.matrices, axis=(-2, -1))
+    product = xp.real(product) if arrays.is_complex(a) else product
     dual = 0.5 * squared(removed) + product - limit * found.taken
     gap = 2.0 * (0.5 * squared(a - final) - dual) / whole
     return xp.where(gap > 0, gap, xp.zeros_like(gap))
@@ -226,24 +226,24 @@ def _norm(xp: Any, a: Array, start: Array | None) -> tuple[Array, Array | None]:
 def _traced(xp: Any, block: MatrixBlock, limit: Array, target: Array, dtype: Any) -> BlockResult:
     """By SVD, every decision left to the compiler, or differentiated through the vectors."""
     a, unit = block.matrices, block.scale[..., 0, 0]
-    fixed = backend.stop_gradient(a)
+    fixed = arrays.stop_gradient(a)
     before = svdvals(xp, fixed)[..., 0]
     within = before <= limit
-    if backend.truth(xp.all(within)):
+    if arrays.truth(xp.all(within)):
         return BlockResult(None, before * unit, before * unit, xp.zeros_like(limit), None)
     # Equal singular values, such as a matrix inside may have, must not leak their derivative.
-    plain = xp.eye(a.shape[-2], a.shape[-1], dtype=a.dtype, device=backend.device_of(fixed))
-    plain = plain * backend.constant(np.arange(1.0, a.shape[-1] + 1.0), fixed)
+    plain = xp.eye(a.shape[-2], a.shape[-1], dtype=a.dtype, device=arrays.device_of(fixed))
+    plain = plain * arrays.constant(np.arange(1.0, a.shape[-1] + 1.0), fixed)
     done = clip(xp, xp.where(within[..., None, None], plain, a), target)
     clipped = xp.where(within[..., None, None], a, done.matrices)
 
     def norm(x: Array) -> Array:
-        return svdvals(xp, backend.stop_gradient(x / block.scale))[..., 0]
+        return svdvals(xp, arrays.stop_gradient(x / block.scale))[..., 0]
 
     stored = store_within(
         xp, clipped * block.scale, dtype, lambda x: within | (norm(x) <= limit), limit.ndim
     )
-    final = backend.to_compute(xp, stored)
+    final = arrays.to_compute(xp, stored)
     gap = _gap(xp, a, _Found(done.matrices, done.taken), final / block.scale, target)
     gap = xp.where(within, xp.zeros_like(gap), gap)
     return BlockResult(stored, before * unit, norm(final) * unit, gap, None)

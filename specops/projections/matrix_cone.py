@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import array_api_compat as compat
-
-from specops import backend
+from specops import arrays
+from specops.arrays.solvers import svd
 from specops.errors import StateError
-from specops.linalg.decompositions import svd
-from specops.linalg.lanczos import MatrixOperator, largest_singular_triplet
-from specops.linalg.subspace import leading_triplets
+from specops.linalg.golub_kahan import MatrixOperator, largest_singular_triplet
+from specops.linalg.lobpcg import leading_triplets
+from specops.maps.prepare import MatrixBlock
 from specops.projections.shrink import Family, energy, nonzero, shape_of
-from specops.spectra.prepare import MatrixBlock
+from specops.typing import Array
 
-Array = Any
 _ITERATE_ABOVE = 2**25
 """rows · columns · min(rows, columns) from which a few products cost less than an SVD."""
 _FEW = 16
@@ -31,15 +29,15 @@ def matrix_family(
     """
     a = block.matrices
     # A hair below the limit, so that the rounding of the products stays inside as well.
-    eps = backend.epsilon(a.dtype)
+    eps = arrays.epsilon(a.dtype)
     reduced = limit * (1.0 - 4.0 * eps)
-    images = backend.matmul(a, v)
+    images = arrays.matmul(a, v)
     squares = xp.sum(xp.abs(images) ** 2, axis=-2)
     first = squares[..., 0]
     fits = xp.cumulative_sum(squares, axis=-1) <= (limit * first)[..., None] * (1.0 + 4.0 * eps)
     stays = xp.sum(xp.where(fits, squares, xp.zeros_like(squares)), axis=-1)
     count = xp.sum(xp.astype(fits, xp.int32), axis=-1, dtype=xp.int32)
-    fixed = xp.where(fits[..., None, :], images, xp.zeros_like(images)) @ backend.adjoint(xp, v)
+    fixed = xp.where(fits[..., None, :], images, xp.zeros_like(images)) @ arrays.adjoint(xp, v)
     rest = a - fixed
     room = xp.where(reduced * first > stays, reduced * first - stays, xp.zeros_like(first))
     squared_rest = energy(xp, rest)
@@ -70,7 +68,7 @@ def leading_vectors(xp: Any, a: Array, k: int, start: Array | None) -> tuple[Arr
     iterated = rows * columns * side > _ITERATE_ABOVE and k <= _FEW
     if start is not None:
         shape = (*a.shape[:-2], columns, width)
-        if not iterated or not compat.is_array_api_obj(start) or tuple(start.shape) != shape:
+        if not iterated or not arrays.is_array(start) or tuple(start.shape) != shape:
             expected = f"v of shape {shape}" if iterated else "none"
             raise StateError(
                 f"state does not fit matrices of shape {tuple(a.shape)} with these options, which "
@@ -78,8 +76,8 @@ def leading_vectors(xp: Any, a: Array, k: int, start: Array | None) -> tuple[Arr
             )
         start = xp.astype(start, a.dtype)
         start = xp.where(xp.isfinite(start), start, xp.zeros_like(start))
-    if not iterated or (start is None and backend.is_traced(a)):
-        v = backend.adjoint(xp, svd(xp, a)[2])
+    if not iterated or (start is None and arrays.is_traced(a)):
+        v = arrays.adjoint(xp, svd(xp, a)[2])
         return v[..., :k], v[..., :width] if iterated else None
     if a.ndim == 2:
         basis = _iterate(xp, a, k, width, start)
@@ -97,8 +95,8 @@ def leading_vectors(xp: Any, a: Array, k: int, start: Array | None) -> tuple[Arr
 def _iterate(xp: Any, a: Array, k: int, width: int, start: Array | None) -> Array:
     """An orthonormal basis (columns, width) whose first `k` are leading right vectors."""
     columns = a.shape[1]
-    noise = backend.start_vector("stable rank", columns * width).reshape(columns, width)
-    noise = xp.astype(backend.constant(noise, a), a.dtype)
+    noise = arrays.start_vector("stable rank", columns * width).reshape(columns, width)
+    noise = xp.astype(arrays.constant(noise, a), a.dtype)
     if k == 1:
         # Old vectors alone may be singular vectors that no longer lead.
         first = noise if start is None else start + 0.01 * noise
@@ -111,13 +109,13 @@ def _iterate(xp: Any, a: Array, k: int, width: int, start: Array | None) -> Arra
         MatrixOperator(a),
         noise,
         k,
-        iterations=_ROUNDS_WHEN_TRACED if backend.is_traced(a) else 500,
-        tolerance=backend.epsilon(a.dtype) ** 0.75,
+        iterations=_ROUNDS_WHEN_TRACED if arrays.is_traced(a) else 500,
+        tolerance=arrays.epsilon(a.dtype) ** 0.75,
     )
     return xp.linalg.qr(basis)[0][:, :width]
 
 
 def _rank_along(xp: Any, a: Array, v: Array) -> Array:
     """‖A‖_F²/‖A v‖², an upper bound of the stable rank; 0 for the zero matrix."""
-    norm = energy(xp, backend.matmul(a, v))
+    norm = energy(xp, arrays.matmul(a, v))
     return xp.where(norm > 0, energy(xp, a) / nonzero(xp, norm), xp.zeros_like(norm))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from specops.geometry import Dense
-from specops.spectra.prepare import MatrixBlock, Prepared, matrix_blocks
+from specops.maps.prepare import MatrixBlock, Prepared, matrix_blocks
+from specops.typing import Array
 
-Array = Any
 Change = Callable[[MatrixBlock], Array | None]
 
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from specops import backend, host
+from specops import arrays
+from specops.arrays.solvers import svd
 from specops.errors import UnsupportedGeometryError
 from specops.geometry import Conv, Geometry
-from specops.linalg.decompositions import svd
 from specops.linalg.polar import polar_by_products
+from specops.maps.prepare import MatrixBlock, prepare
 from specops.projections.of_values import changed_blocks
-from specops.spectra.prepare import MatrixBlock, prepare
+from specops.typing import Array
 
-Array = Any
 _METHODS = ("auto", "svd", "products")
 _PRODUCTS_FROM = 128
 _ACCEPTED = {"float32": 1e-5, "float64": 1e-13}
 """Distance from orthonormality, per √n, below which the product method stands."""
 
 
-@backend.in_full_precision
+@arrays.in_full_precision
 def polar_factor(w: Array, geometry: Geometry | None = None, *, method: str = "auto") -> Array:
     r"""The factor :math:`UV^H` of :math:`W = U\Sigma V^H`: all singular values made 1.
 
@@ -91,15 +91,15 @@ def polar_factor(w: Array, geometry: Geometry | None = None, *, method: str = "a
 def _by_products(xp: Any, a: Array, method: str) -> Array | None:
     """The factor, or None where another method is due."""
     smaller = min(a.shape[-2:])
-    on_device = host.as_host(a) is None and not backend.is_traced(a)
+    on_device = arrays.on_host(a) is None and not arrays.is_traced(a)
     if method == "svd" or (method == "auto" and not (on_device and smaller >= _PRODUCTS_FROM)):
         return None
     factor, error = polar_by_products(xp, a)
-    accepted = _ACCEPTED[backend.dtype_name(backend.real_dtype(xp, a.dtype))]
+    accepted = _ACCEPTED[arrays.dtype_name(arrays.real_dtype(xp, a.dtype))]
     good = xp.all(error <= accepted * math.sqrt(smaller))
-    if backend.is_jax_traced(good):
-        return backend.cond(good, lambda: factor, lambda: _by_svd(xp, a))
-    return None if backend.truth(good) is False else factor
+    if arrays.is_staged(good):
+        return arrays.cond(good, lambda: factor, lambda: _by_svd(xp, a))
+    return None if arrays.truth(good) is False else factor
 
 
 def _by_svd(xp: Any, a: Array) -> Array:

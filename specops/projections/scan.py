@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from specops import backend, host
-from specops.linalg.decompositions import eigh
+from specops import arrays
+from specops.arrays import host, workers
+from specops.arrays.solvers import eigh
 from specops.projections.axes import Axes
 from specops.projections.support import Support
 from specops.spectra.torus import block_bytes, host_blocks, leading_norm
 
-Array = Any
 _MARGIN = {"float32": 1e-4, "float64": 1e-10}
 """Relative margin below the limit from which a block is looked at closely: above rounding."""
 
@@ -22,7 +20,7 @@ def near(support: Support, x: np.ndarray, limit: float, margin: float | None = N
 
     All others have a norm below ``limit·(1 − margin)``, by a Cholesky factor.
     """
-    margin = _MARGIN[backend.dtype_name(x.real.dtype)] if margin is None else margin
+    margin = _MARGIN[arrays.dtype_name(x.real.dtype)] if margin is None else margin
     coefficients = support.coefficients(np, x)
 
     def work(chunk: slice) -> np.ndarray:
@@ -30,13 +28,13 @@ def near(support: Support, x: np.ndarray, limit: float, margin: float | None = N
         return host.exceeds(grams, limit * (1.0 - margin)).reshape(grams.shape[:2])
 
     frequencies = len(support.symbol.frequencies)
-    parts = host.map_chunks(work, frequencies, block_bytes(coefficients))
+    parts = workers.map_chunks(work, frequencies, block_bytes(coefficients))
     return np.argwhere(np.concatenate(parts))
 
 
 def largest_and_near(support: Support, x: np.ndarray) -> tuple[float, np.ndarray]:
     """(the largest singular value c, what `near` gives for c), in one pass."""
-    margin = _MARGIN[backend.dtype_name(x.real.dtype)]
+    margin = _MARGIN[arrays.dtype_name(x.real.dtype)]
     return leading_norm(support.coefficients(np, x), support.symbol, margin)
 
 
@@ -69,7 +67,7 @@ def above(support: Support, x: np.ndarray, limit: float) -> tuple[float, Axes, n
         blocks = host_blocks(coefficients, support.symbol, frequencies)
         return _triplets(blocks[where, suspects[chunk, 1]], limit, chunk.start)
 
-    parts = host.map_chunks(work, len(suspects), block_bytes(coefficients))
+    parts = workers.map_chunks(work, len(suspects), block_bytes(coefficients))
     index, left, right, values = (np.concatenate(p) for p in zip(*parts, strict=True))
     axes = Axes(suspects[index, 0], suspects[index, 1], left, right, values)
     return max(limit, float(values.max(initial=0.0))), axes, suspects

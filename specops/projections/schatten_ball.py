@@ -7,20 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from specops import backend
+from specops import arrays
+from specops.arrays.solvers import svd, svdvals
 from specops.errors import UnsupportedGeometryError
 from specops.geometry import Conv, Geometry
 from specops.geometry.arguments import check_bound
-from specops.linalg.decompositions import svd, svdvals
+from specops.maps.prepare import MatrixBlock, prepare
 from specops.projections.feasible import store_within
 from specops.projections.of_values import changed_blocks
 from specops.projections.spectral_ball import project_spectral_ball
-from specops.spectra.prepare import MatrixBlock, prepare
-
-Array = Any
+from specops.typing import Array
 
 
-@backend.in_full_precision
+@arrays.in_full_precision
 def project_schatten_ball(
     w: Array, radius: float, geometry: Geometry | None = None, *, p: float
 ) -> Array:
@@ -88,9 +87,9 @@ def project_schatten_ball(
         a, limit = block.matrices, radius / block.scale[..., 0, 0]
         size = norm(a)
         within = size <= limit
-        if backend.truth(xp.all(within)):
+        if arrays.truth(xp.all(within)):
             return None
-        target = limit * (1.0 - 4.0 * backend.epsilon(a.dtype))
+        target = limit * (1.0 - 4.0 * arrays.epsilon(a.dtype))
         if p == 2:
             shrink = target / xp.where(within, xp.ones_like(size), size)
             nearest = a * xp.astype(shrink, a.dtype)[..., None, None]
@@ -113,7 +112,7 @@ def project_schatten_ball(
 
 def _threshold(xp: Any, s: Array, radius: Array) -> Array:
     """θ with Σ max(s − θ, 0) = radius, for descending s whose sum is larger."""
-    count = backend.constant(np.arange(1.0, s.shape[-1] + 1.0), s)
+    count = arrays.constant(np.arange(1.0, s.shape[-1] + 1.0), s)
     kept = s * count - xp.cumulative_sum(s, axis=-1) > -radius[..., None]
     ones = xp.where(kept, xp.ones_like(s), xp.zeros_like(s))
     return (xp.sum(s * ones, axis=-1) - radius) / xp.sum(ones, axis=-1)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from specops import backend
+from specops import arrays
+from specops.typing import Array
 
-Array = Any
 _ROUNDS = 24
 _ROUNDS_WHEN_TRACED = {True: 3, False: 1}
 """By whether storing rounds."""
@@ -61,7 +61,7 @@ class Family:
 
 def rank_tolerance(dtype: Any, compute_dtype: Any) -> float:
     """Relative excess that is put down to rounding: entries stored in `dtype` add its square."""
-    return 8.0 * backend.epsilon(compute_dtype) + backend.epsilon(dtype) ** 2
+    return 8.0 * arrays.epsilon(compute_dtype) + arrays.epsilon(dtype) ** 2
 
 
 def store_below(
@@ -74,15 +74,15 @@ def store_below(
     traces, a half precision dtype gets three rounds.
     """
     share = family.share
-    eps = backend.epsilon(dtype)
+    eps = arrays.epsilon(dtype)
     for round_ in range(1, _ROUNDS + 1):
         stored = xp.astype(_in_range(xp, family.place(share), dtype, share.ndim), dtype)
-        wide = backend.to_compute(xp, stored)
+        wide = arrays.to_compute(xp, stored)
         rank = family.measure(wide)
         rounds = wide.dtype != stored.dtype
-        holds = rank <= limit * (1.0 + 4.0 * backend.epsilon(wide.dtype))
+        holds = rank <= limit * (1.0 + 4.0 * arrays.epsilon(wide.dtype))
         done = holds | (share <= 0) | ~above
-        finished = backend.truth(xp.all(done))
+        finished = arrays.truth(xp.all(done))
         if finished or (finished is None and round_ == _ROUNDS_WHEN_TRACED[rounds]):
             break
         slope = family.slope
@@ -96,7 +96,7 @@ def store_below(
 
 def _in_range(xp: Any, x: Array, dtype: Any, batch: int) -> Array:
     """`x` scaled down, which leaves its stable rank alone, where float16 would overflow."""
-    if backend.dtype_name(dtype) != "float16":
+    if arrays.dtype_name(dtype) != "float16":
         return x
     largest = xp.max(xp.abs(x), axis=tuple(range(batch, x.ndim)), keepdims=True)
     factor = _LARGEST_HALF / nonzero(xp, largest)

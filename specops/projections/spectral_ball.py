@@ -6,24 +6,24 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from specops import backend
+from specops import arrays
 from specops.errors import StateError
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import check_bound, integer, nan_without, non_negative
-from specops.geometry.unread import with_unread
+from specops.maps.prepare import MatrixBlock, Prepared, prepare
+from specops.maps.unread import with_unread
 from specops.projections import conv_support, matrix_ball
 from specops.projections.conv_support import KernelProblem
 from specops.projections.feasible import ProjectionInfo
 from specops.projections.matrix_ball import BlockResult, project_block
 from specops.projections.of_values import changed_blocks
 from specops.projections.support import Tolerance
-from specops.spectra.prepare import MatrixBlock, Prepared, prepare
+from specops.typing import Array
 
-Array = Any
 _METHODS = {Dense: matrix_ball.METHODS, Conv: conv_support.METHODS}
 
 
-@backend.in_full_precision
+@arrays.in_full_precision
 def project_spectral_ball(
     w: Array,
     max_norm: float,

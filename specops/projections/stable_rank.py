@@ -5,27 +5,26 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import array_api_compat as compat
 import numpy as np
 
-from specops import backend
+from specops import arrays
 from specops.errors import StateError, UnsupportedGeometryError
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import integer, nan_without, number_where
-from specops.geometry.unread import with_unread
+from specops.maps.prepare import Prepared, matrix_blocks, prepare
+from specops.maps.unread import with_unread
 from specops.projections.kernel_axis import leading_axis
 from specops.projections.kernel_cone import kernel_family
 from specops.projections.matrix_cone import leading_vectors, matrix_family
 from specops.projections.shrink import StableRankInfo, energy, rank_tolerance, shape_of, store_below
-from specops.spectra.prepare import Prepared, matrix_blocks, prepare
+from specops.typing import Array
 
-Array = Any
 _AXES = 10
 _SLACK = 1e-3
 """Relative room below r at which a kernel is not moved along its new direction any more."""
 
 
-@backend.in_full_precision
+@arrays.in_full_precision
 def project_stable_rank(
     w: Array,
     geometry: Geometry | None = None,
@@ -152,10 +151,10 @@ def check_stable_rank(ratio: Any, target: Any) -> tuple[Any, Any]:
 def _limit(xp: Any, ratio: Any, target: Any, side: int, like: Array) -> Array:
     """r as a 0-d array."""
     value = target if ratio is None else ratio
-    if compat.is_array_api_obj(value):
-        value = xp.astype(value, backend.real_dtype(xp, like.dtype))
+    if arrays.is_array(value):
+        value = xp.astype(value, arrays.real_dtype(xp, like.dtype))
     else:
-        value = backend.constant(np.asarray(float(value)), like)
+        value = arrays.constant(np.asarray(float(value)), like)
     if ratio is not None:
         value = value * side
     return xp.where(value < 1.0, xp.ones_like(value), value)
@@ -186,12 +185,12 @@ def _project_dense(
         tolerance = rank_tolerance(w.dtype, a.dtype)
         above = rank > limit * (1.0 + tolerance)
         after, distance, new = rank, xp.zeros_like(rank), old
-        if backend.truth(xp.any(above)) is not False:
+        if arrays.truth(xp.any(above)) is not False:
             stored, stored_rank, taken = store_below(xp, family, w.dtype, limit, above)
             rounds = max(rounds, taken)
             new = xp.where(above[..., None, None], stored, old)
             after = xp.where(above, stored_rank, rank)
-            change = backend.to_compute(xp, stored) / block.scale - a
+            change = arrays.to_compute(xp, stored) / block.scale - a
             distance = xp.sqrt(energy(xp, change)) * block.scale[..., 0, 0]
             distance = xp.where(above, distance, xp.zeros_like(distance))
         matrices.append(new)
@@ -245,9 +244,9 @@ def _project_conv(
     family, rank, least = kernel_family(given, geometry, axis, limit)
     above = rank > limit * (1.0 + tolerance)
     info = StableRankInfo(rank, rank, xp.zeros_like(rank), 0, 0, _state(v))
-    if backend.truth(above) is False:
+    if arrays.truth(above) is False:
         return w, info
-    if backend.truth(limit < least * (1.0 - tolerance)):
+    if arrays.truth(limit < least * (1.0 - tolerance)):
         asked = f"target={target}" if ratio is None else f"ratio={ratio}, stable rank {limit:.6g},"
         taps = "×".join(map(str, sizes.kernel))
         raise ValueError(
@@ -256,20 +255,20 @@ def _project_conv(
             f"{min(sizes.matrix_shape())}"
         )
     info.iterations = 1
-    while info.iterations < _AXES and not backend.is_traced(given.w):
+    while info.iterations < _AXES and not arrays.is_traced(given.w):
         # The result lies in the cone of its own axis too, whose nearest point is nearer yet.
         placed = family.place(family.share)
         axis, v = leading_axis(xp, geometry.kernel(placed / given.scale), sizes, v)
         following, _, _ = kernel_family(given, geometry, axis, limit)
         reached = following.measure(placed)
-        if not backend.truth((reached > 0) & (reached < limit * (1.0 - _SLACK))):
+        if not arrays.truth((reached > 0) & (reached < limit * (1.0 - _SLACK))):
             break
         family = following
         info.iterations += 1
     info.state = _state(v)
     stored, after, _ = store_below(xp, family, w.dtype, limit, above)
     info.rank_after = xp.where(above, after, rank)
-    change = backend.to_compute(xp, stored) / given.scale - given.w
+    change = arrays.to_compute(xp, stored) / given.scale - given.w
     distance = xp.sqrt(energy(xp, xp.reshape(change, (change.shape[0], -1)))) * given.scale
     info.distance = xp.where(above, distance, xp.zeros_like(distance))
     return with_unread(xp.where(above, stored, w), w, geometry), info

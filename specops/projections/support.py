@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from specops import backend
-from specops.symbol import Symbol
+from specops import arrays
+from specops.maps.symbol import Symbol
+from specops.typing import Array
 
 if TYPE_CHECKING:
     from specops.projections.axes import Axes
-
-Array = Any
 
 
 @dataclass(frozen=True)
@@ -160,5 +159,5 @@ class Support:
         shifts, phases = self.taps.shape
         columns = self.symbol.sizes.columns
         split = xp.reshape(x, (shifts, -1, phases, columns))
-        factor = backend.constant(factor, split)[:, None, :, None]
+        factor = arrays.constant(factor, split)[:, None, :, None]
         return xp.reshape(split * xp.astype(factor, split.dtype), x.shape)

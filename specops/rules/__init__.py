@@ -1,6 +1,6 @@
 """Rules: what is done to one weight, and when in a training step; one rule per file."""
 
-from specops.rules.base import Rule, Schedule, State
+from specops.rules.base import Rule, Schedule
 from specops.rules.caps import NormalizeIfAbove, SpectralSoftCap
 from specops.rules.clip import ClipSpectralNorm
 from specops.rules.forward import SpectralNormalization, StableRankNormalization, TrainableScale
@@ -8,6 +8,7 @@ from specops.rules.hammer import SpectralHammer
 from specops.rules.monitor import Monitor
 from specops.rules.penalty import SpectralNormPenalty
 from specops.rules.stable_rank import ProjectStableRank
+from specops.typing import State
 
 __all__ = [
     "ClipSpectralNorm",

@@ -7,9 +7,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import check_bound
+from specops.typing import Array, State
 
-Array = Any
-State = dict[str, Array]
 Figures = dict[str, Array]
 Schedule = Callable[[int, str, Geometry], float]
 Stage = Literal["weights", "gradients", "forward"]

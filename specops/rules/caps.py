@@ -6,14 +6,15 @@ import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal
 
-from specops import backend
+from specops import arrays
 from specops.errors import UnsupportedGeometryError
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import check_bound, nan_without
-from specops.rules.base import Array, Figures, Schedule, State, at, check_scheduled, measured_as
+from specops.maps.prepare import prepare
+from specops.rules.base import Figures, Schedule, at, check_scheduled, measured_as
 from specops.spectra import spectral_norm, spectral_norm_bounds
-from specops.spectra.prepare import prepare
 from specops.tracking import TrackedBlocks, check_norm
+from specops.typing import Array, State
 
 _NORMS = ("operator", "reshaped")
 _REACH = 1.3
@@ -89,12 +90,12 @@ class NormalizeIfAbove(Cap):
         xp = given.xp
         before = _norms(given.w, view)
         # A hair below, so that rounding stays inside.
-        target = bound * (1.0 - 4.0 * backend.epsilon(weight.dtype))
+        target = bound * (1.0 - 4.0 * arrays.epsilon(weight.dtype))
         factors = tuple(
             xp.where(n > bound, target / xp.where(n > 0, n, xp.ones_like(n)), xp.ones_like(n))
             for n in before
         )
-        if backend.truth(xp.all(xp.stack([xp.all(f == 1.0) for f in factors]))):
+        if arrays.truth(xp.all(xp.stack([xp.all(f == 1.0) for f in factors]))):
             result = weight
         else:
             result = nan_without(bound, xp.astype(_scaled(given.w, view, factors), weight.dtype))
@@ -155,7 +156,7 @@ class SpectralSoftCap(Cap):
         given = prepare(weight, view, scaled=False)
         xp = given.xp
         before = _norms(given.w, view)
-        target = bound * (1.0 - 4.0 * backend.epsilon(weight.dtype))
+        target = bound * (1.0 - 4.0 * arrays.epsilon(weight.dtype))
         blocks, after = [], []
         for a, n in zip(view.blocks(given.w), before, strict=True):
             done, top = _soft_cap(xp, a / target, n / target)
@@ -163,7 +164,7 @@ class SpectralSoftCap(Cap):
             blocks.append(xp.where(above[..., None, None], done * target, a))
             after.append(xp.where(above, top * target, n))
         result = weight
-        if backend.truth(xp.all(xp.stack([xp.all(n <= bound) for n in before]))) is not True:
+        if arrays.truth(xp.all(xp.stack([xp.all(n <= bound) for n in before]))) is not True:
             new = view.assemble(tuple(blocks), weight.shape)
             result = nan_without(bound, xp.astype(new, weight.dtype))
         figures = {"norm_before": figure(xp, before), "norm_after": figure(xp, tuple(after))}
@@ -197,7 +198,7 @@ def _soft_cap(xp: Any, a: Array, top: Array) -> tuple[Array, Array]:
     down = xp.where(top > _FAR, _FAR / xp.where(top > 0, top, xp.ones_like(top)), xp.ones_like(top))
     a, top = a * down[..., None, None], top * down
     rounds = _ROUNDS_WHEN_TRACED
-    if backend.is_concrete(top):
+    if arrays.is_concrete(top):
         highest = float(xp.max(top))
         # Each round at the end of its reach multiplies the norm by 62/81.
         deep = math.ceil(math.log(max(highest, 1.0) / _REACH) / math.log(81.0 / 62.0))
@@ -222,11 +223,11 @@ def _least_alpha(xp: Any, top: Array) -> Array:
         enough = y + middle * y**3 <= 1.0
         return xp.where(enough, ends[0], middle), xp.where(enough, middle, ends[1])
 
-    _, high = backend.fori(xp, 0, 50, halve, (xp.zeros_like(top), most))
+    _, high = arrays.fori(xp, 0, 50, halve, (xp.zeros_like(top), most))
     return xp.where(top > 1.0, high, xp.zeros_like(top))
 
 
 def _cubed(xp: Any, a: Array) -> Array:
     """A AᴴA by the smaller Gram matrix."""
-    ah = backend.adjoint(xp, a)
+    ah = arrays.adjoint(xp, a)
     return (a @ ah) @ a if a.shape[-2] <= a.shape[-1] else a @ (ah @ a)

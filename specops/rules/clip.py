@@ -8,13 +8,14 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from specops import backend
+from specops import arrays
 from specops.errors import StateError
 from specops.geometry import Dense, Geometry
 from specops.geometry.arguments import check_bound, non_negative
 from specops.projections import project_spectral_ball
-from specops.rules.base import Array, Figures, Schedule, State, at, check_scheduled
+from specops.rules.base import Figures, Schedule, at, check_scheduled
 from specops.tracking import TrackedBlocks, TrackedOperator, TrackedTorus
+from specops.typing import Array, State
 
 _CLEARLY = 0.9
 """Share of the bound below which an estimate, which is a lower bound, is trusted."""
@@ -72,7 +73,7 @@ class ClipSpectralNorm:
         if follow is None or not self.screen:
             return {}
         vectors = _vectors(follow.start(weight, name), _WATCHED)
-        return vectors | {_FIRINGS: backend.constant(np.asarray(0.0), weight)}
+        return vectors | {_FIRINGS: arrays.constant(np.asarray(0.0), weight)}
 
     def update(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
@@ -83,8 +84,8 @@ class ClipSpectralNorm:
             return self._watched(weight, geometry, state, bound)
         own, tracked = _parted(state)
         seen, firings = None, 0
-        if tracked and backend.is_concrete(weight):
-            firings = int(backend.to_numpy(state[_FIRINGS]))
+        if tracked and arrays.is_concrete(weight):
+            firings = int(arrays.to_numpy(state[_FIRINGS]))
             seen = _estimate(weight, geometry, tracked, to_left=firings % 2 == 0)
         if seen is not None and _below(seen[0], _CLEARLY * bound):
             norm, tracked = seen
@@ -105,7 +106,7 @@ class ClipSpectralNorm:
     def _watched(
         self, weight: Array, geometry: Geometry, state: State, bound: Any
     ) -> tuple[Array, State, Figures]:
-        xp, follow = backend.namespace(weight), _own_norm(geometry)
+        xp, follow = arrays.namespace(weight), _own_norm(geometry)
         assert follow is not None
         own = {k.removeprefix(_WATCHED): v for k, v in state.items() if k.startswith(_WATCHED)}
         moved = follow.advance(weight, own)
@@ -125,7 +126,7 @@ class ClipSpectralNorm:
             )
             return new, *(xp.astype(x, seen.dtype) for x in (info.norm_before, info.norm_after))
 
-        new, before, after = backend.cond(trusted, lambda: (weight, seen, seen), certify)
+        new, before, after = arrays.cond(trusted, lambda: (weight, seen, seen), certify)
         inside = xp.astype(xp.all(before <= bound), firings.dtype)
         firings = xp.where(trusted, firings + 1.0, inside)
         figures = {"norm_before": before, "norm_after": after}
@@ -159,7 +160,7 @@ class ClipSpectralNorm:
             new, info = project()
         figures = {"norm_before": info.norm_before, "norm_after": info.norm_after}
         state = dict(info.state)
-        if self.screen and new is weight and backend.is_concrete(weight):
+        if self.screen and new is weight and arrays.is_concrete(weight):
             # Inside: from here on an estimate will do for a while.
             state |= _screening(tracked or _follow(geometry).start(weight, name), 1, weight)
         return new, state, figures
@@ -201,17 +202,17 @@ def _estimate(
         return None
     norms = follow.measured(state)
     split = isinstance(geometry, Dense) and geometry.splits is not None
-    return (backend.namespace(weight).stack(norms, axis=-1) if split else norms[0]), state
+    return (arrays.namespace(weight).stack(norms, axis=-1) if split else norms[0]), state
 
 
 def _below(norms: Array, bound: Any) -> bool:
     """Whether all are; a norm that is not finite is not."""
-    return bool(backend.truth(backend.namespace(norms).all(norms < bound)))
+    return bool(arrays.truth(arrays.namespace(norms).all(norms < bound)))
 
 
 def _screening(tracked: State, firings: int, like: Array) -> State:
     """The vectors alone, and how often they were trusted."""
-    return _vectors(tracked, _TRACKED) | {_FIRINGS: backend.constant(np.asarray(firings), like)}
+    return _vectors(tracked, _TRACKED) | {_FIRINGS: arrays.constant(np.asarray(firings), like)}
 
 
 def _vectors(tracked: State, prefix: str) -> State:

@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal
 
-from specops import backend
+from specops import arrays
 from specops.errors import StateError
 from specops.geometry import Dense, Geometry
 from specops.geometry.arguments import check_bound, integer, nan_without
-from specops.normalizations import check_ratio, limit_stable_rank, normalize, stable_ranks
-from specops.rules.base import Array, Figures, Schedule, State, at, check_scheduled, measured_as
+from specops.rules.base import Figures, Schedule, at, check_scheduled, measured_as
+from specops.rules.normalizations import check_ratio, limit_stable_rank, normalize, stable_ranks
 from specops.tracking import Norm, check_norm, track
+from specops.typing import Array, State
 
 RANKS = ("rank_before", "rank_after")
 """The figures of rules about the stable rank."""
@@ -67,7 +68,7 @@ class _Forward:
         except StateError:
             state = follow.start(weight, name)
         norms = follow.measured(state)
-        xp = backend.namespace(weight)
+        xp = arrays.namespace(weight)
         return weight, state, {"norm": xp.stack(norms, axis=-1) if len(norms) > 1 else norms[0]}
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specops import backend
+from specops import arrays
 from specops.errors import StateError
 from specops.geometry import Geometry
 from specops.geometry.arguments import nan_without
-from specops.rules.base import Array, Figures, State
+from specops.rules.base import Figures
 from specops.rules.caps import Cap, figure
 from specops.tracking import TrackedBlocks, track
+from specops.typing import Array, State
 
 _STEPS = 4
 """Of the iteration at a firing: after a strike another pair leads, which it must find."""
@@ -67,19 +68,19 @@ class SpectralHammer(Cap):
         except StateError:
             # The input size has changed since.
             state = follow.start(weight, name)
-        xp = backend.namespace(weight)
+        xp = arrays.namespace(weight)
         before = follow.measured(state)
         excesses = tuple(xp.where(n > bound, n - bound, xp.zeros_like(n)) for n in before)
         after = tuple(n - e for n, e in zip(before, excesses, strict=True))
         figures = {"norm_before": figure(xp, before), "norm_after": figure(xp, after)}
-        if backend.truth(xp.all(xp.stack([xp.all(e == 0) for e in excesses]))):
+        if arrays.truth(xp.all(xp.stack([xp.all(e == 0) for e in excesses]))):
             return weight, state, figures
-        w = backend.to_compute(xp, weight)
+        w = arrays.to_compute(xp, weight)
         if isinstance(follow, TrackedBlocks):
             struck = []
             for j, (a, e) in enumerate(zip(follow.geometry.blocks(w), excesses, strict=True)):
                 u, v = state[f"u{j}"], state[f"v{j}"]
-                vh = backend.conjugate(xp, v)
+                vh = arrays.conjugate(xp, v)
                 struck.append(
                     a - (xp.astype(e, a.dtype)[..., None] * u)[..., None] * vh[..., None, :]
                 )

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from specops.geometry import Conv, Geometry
-from specops.rules.base import Array, Figures, State
+from specops.rules.base import Figures
 from specops.spectra import spectral_norm, spectral_norm_bounds, stable_rank
+from specops.typing import Array, State
 
 
 @dataclass(frozen=True)

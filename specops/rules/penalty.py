@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal
 
-from specops import backend
+from specops import arrays
 from specops.errors import StateError
 from specops.geometry import Geometry
 from specops.geometry.arguments import check_bound, integer
-from specops.rules.base import Array, Figures, Schedule, State, at, check_scheduled
+from specops.rules.base import Figures, Schedule, at, check_scheduled
 from specops.tracking import Norm, TrackedBlocks, check_norm, track
+from specops.typing import Array, State
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class SpectralNormPenalty:
         state, figures = self.advance(weight, geometry, state, step=step, name=name)
         follow = track(geometry, self.norm)
         strength = self.strength_at(step, name, geometry)
-        xp, norms = backend.namespace(weight), follow.measured(state)
+        xp, norms = arrays.namespace(weight), follow.measured(state)
         return self._gradient(xp, weight, follow, state, norms, strength), state, figures
 
     def advance(
@@ -91,7 +92,7 @@ class SpectralNormPenalty:
         except StateError:
             state = follow.start(weight, name)
         norms = follow.measured(state)
-        xp = backend.namespace(weight)
+        xp = arrays.namespace(weight)
         strength = self.strength_at(step, name, geometry)
         norm = xp.stack(norms, axis=-1) if len(norms) > 1 else norms[0]
         value = 0.5 * strength * sum(xp.sum(n * n) for n in norms)
@@ -106,9 +107,9 @@ class SpectralNormPenalty:
     ) -> tuple[Array, Array]:
         """(value, gradient) with the vectors of `state`, which stays as it is."""
         follow = track(geometry, self.norm)
-        xp = backend.namespace(weight)
+        xp = arrays.namespace(weight)
         strength = self.strength_at(step, name, geometry)
-        norms = follow.norms(backend.to_compute(xp, weight), state)
+        norms = follow.norms(arrays.to_compute(xp, weight), state)
         value = 0.5 * strength * sum(xp.sum(n * n) for n in norms)
         return value, self._gradient(xp, weight, follow, state, norms, strength)
 
@@ -122,5 +123,5 @@ class SpectralNormPenalty:
         for j, norm in enumerate(norms):
             u, v = state[f"u{j}"], state[f"v{j}"]
             left = u * xp.astype(strength * norm, u.dtype)[..., None]
-            blocks.append(left[..., :, None] * backend.conjugate(xp, v)[..., None, :])
+            blocks.append(left[..., :, None] * arrays.conjugate(xp, v)[..., None, :])
         return xp.astype(follow.geometry.assemble(tuple(blocks), w.shape), w.dtype)

@@ -11,8 +11,9 @@ from specops.geometry import Geometry
 from specops.geometry.arguments import integer
 from specops.projections import project_stable_rank
 from specops.projections.stable_rank import check_stable_rank
-from specops.rules.base import Array, Figures, Schedule, State, at, measured_as
+from specops.rules.base import Figures, Schedule, at, measured_as
 from specops.tracking import check_norm
+from specops.typing import Array, State
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Singular values of the linear maps that weights stand for."""
 
+from specops.maps.operator import LinearOperator, linear_operator
 from specops.spectra.bounds import NormBounds, spectral_norm_bounds
-from specops.spectra.maps import LinearOperator, linear_operator
 from specops.spectra.norms import spectral_norm
 from specops.spectra.ranks import condition_number, effective_rank, stable_rank
 from specops.spectra.triplets import top_singular_triplets

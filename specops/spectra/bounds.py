@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from specops import backend
+from specops import arrays
 from specops.geometry import Conv, ConvSizes, Dense, Geometry
 from specops.geometry.arguments import check_bound
-from specops.linalg.bounds import enclosure
-from specops.linalg.lanczos import MatrixOperator
-from specops.linalg.subspace import leading_triplets
+from specops.linalg.golub_kahan import MatrixOperator
+from specops.linalg.gram_iteration import enclosure
+from specops.linalg.lobpcg import leading_triplets
+from specops.maps.prepare import Prepared, matrix_blocks, prepare
+from specops.maps.symbol import certified_symbol, symbol_of
 from specops.spectra.norms import lanczos_norm, matrix_norms, torus_norm
-from specops.spectra.prepare import Prepared, matrix_blocks, prepare
 from specops.spectra.supremum import supremum
-from specops.symbol import certified_symbol, symbol_of
+from specops.typing import Array
 
 _LARGER_TORI = 8
-Array = Any
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class NormBounds:
     upper: Array
 
 
-@backend.in_full_precision
+@arrays.in_full_precision
 def spectral_norm_bounds(
     w: Array,
     geometry: Geometry | None = None,
@@ -134,11 +134,11 @@ def _conv_bounds(
     xp = given.xp
     kernel = geometry.kernel(given.w)
     sizes = geometry.sizes(tuple(given.w.shape))
-    symbol, certificate = certified_symbol(sizes, not backend.is_complex(kernel))
+    symbol, certificate = certified_symbol(sizes, not arrays.is_complex(kernel))
     slack = _slack(kernel.dtype, sum(symbol.block_shape) + 4 * math.prod(sizes.kernel) + 16)
     if sizes.fine is None and rtol is not None:
-        ends = supremum(backend.to_numpy(kernel), symbol, rtol, max_evaluations)
-        lower, upper = (backend.constant(np.asarray(end), kernel) for end in ends)
+        ends = supremum(arrays.to_numpy(kernel), symbol, rtol, max_evaluations)
+        lower, upper = (arrays.constant(np.asarray(end), kernel) for end in ends)
         return NormBounds(given.scale * lower * (1.0 - slack), given.scale * upper * (1.0 + slack))
     on_grid = torus_norm(xp, kernel, symbol)
     lower, upper = on_grid, on_grid / certificate
@@ -156,13 +156,13 @@ def _least_torus(
     """The least norm among tori that contain the operator, until it is close enough."""
     torus = sizes.enclosing_torus()
     for _ in range(_LARGER_TORI):
-        if backend.truth(upper <= (1.0 + rtol) * lower):
+        if arrays.truth(upper <= (1.0 + rtol) * lower):
             break
         torus = tuple(n + s for n, s in zip(torus, sizes.stride, strict=True))
-        norm = torus_norm(xp, kernel, symbol_of(sizes, torus, not backend.is_complex(kernel)))
+        norm = torus_norm(xp, kernel, symbol_of(sizes, torus, not arrays.is_complex(kernel)))
         upper = xp.where(norm < upper, norm, upper)
     return upper
 
 
 def _slack(dtype: Any, dimension: int) -> float:
-    return float(backend.epsilon(dtype)) * dimension
+    return float(arrays.epsilon(dtype)) * dimension

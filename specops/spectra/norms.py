@@ -7,22 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from specops import backend
+from specops import arrays
+from specops.arrays.solvers import svd, svdvals
 from specops.errors import UnsupportedGeometryError
 from specops.geometry import Conv, ConvSizes, Dense, Geometry
-from specops.linalg.decompositions import svd, svdvals
-from specops.linalg.lanczos import largest_singular_triplet
-from specops.operators import ConvOperator
-from specops.spectra.prepare import Prepared, matrix_blocks, prepare
+from specops.linalg.golub_kahan import largest_singular_triplet
+from specops.maps.convolution import ConvOperator
+from specops.maps.prepare import Prepared, matrix_blocks, prepare
+from specops.maps.symbol import Symbol, certified_symbol, symbol_of
 from specops.spectra.torus import leading_block, leading_vectors
-from specops.symbol import Symbol, certified_symbol, symbol_of
+from specops.typing import Array
 
-Array = Any
 SMALL_OPERATOR = 2**16
 """Entries up to which a zero-padded operator is decomposed as a matrix."""
 
 
-@backend.in_full_precision
+@arrays.in_full_precision
 def spectral_norm(w: Array, geometry: Geometry | None = None) -> Array | tuple[Array, ...]:
     r"""The operator norm :math:`\|A\|_2 = \sigma_1(A)` of the map that `w` stands for.
 
@@ -81,12 +81,12 @@ def matrix_norms(xp: Any, matrices: Array) -> Array:
     """σ₁ of stacked matrices, with the derivative u₁v₁ᴴ."""
 
     def along_leading_pair(a: Array) -> Array:
-        u, _, vh = svd(xp, backend.stop_gradient(a))
-        v = backend.adjoint(xp, vh[..., :1, :])
-        product = xp.sum(backend.conjugate(xp, u[..., :1]) * backend.matmul(a, v), axis=(-2, -1))
+        u, _, vh = svd(xp, arrays.stop_gradient(a))
+        v = arrays.adjoint(xp, vh[..., :1, :])
+        product = xp.sum(arrays.conjugate(xp, u[..., :1]) * arrays.matmul(a, v), axis=(-2, -1))
         return _real(xp, product)
 
-    return backend.with_derivative(lambda a: svdvals(xp, a)[..., 0], along_leading_pair, matrices)
+    return arrays.with_derivative(lambda a: svdvals(xp, a)[..., 0], along_leading_pair, matrices)
 
 
 def conv_norm(given: Prepared, geometry: Conv) -> Array:
@@ -99,7 +99,7 @@ def conv_norm(given: Prepared, geometry: Conv) -> Array:
         )
     kernel = geometry.kernel(given.w)
     if sizes.circular and sizes.stride_divides:
-        return torus_norm(xp, kernel, symbol_of(sizes, sizes.fine, not backend.is_complex(kernel)))
+        return torus_norm(xp, kernel, symbol_of(sizes, sizes.fine, not arrays.is_complex(kernel)))
     return lanczos_norm(xp, kernel, sizes)
 
 
@@ -107,7 +107,7 @@ def torus_norm(xp: Any, kernel: Array, symbol: Symbol) -> Array:
     """σ₁ on the symbol's torus; ∂σ₁/∂K[o, i, a] = Re(conj(u_o)·v_i·exp(iθ·b(a)))."""
 
     def along_leading_pair(kernel: Array) -> Array:
-        fixed = backend.stop_gradient(kernel)
+        fixed = arrays.stop_gradient(kernel)
         leading = leading_block(xp, fixed, symbol)
         u, vh, cos, sin = leading_vectors(xp, fixed, symbol, leading)
         own = xp.reshape(
@@ -115,13 +115,13 @@ def torus_norm(xp: Any, kernel: Array, symbol: Symbol) -> Array:
             (cos.shape[0], symbol.sizes.groups, *symbol.block_shape),
         )
         own = xp.take(own, leading.group, axis=1)[:, 0, ...]
-        outer = backend.conjugate(xp, u[:, None] * vh[None, :])
-        phases = backend.complex_of(xp, cos, sin)[:, None, None]
-        if backend.is_complex(own):
+        outer = arrays.conjugate(xp, u[:, None] * vh[None, :])
+        phases = arrays.complex_of(xp, cos, sin)[:, None, None]
+        if arrays.is_complex(own):
             return _real(xp, xp.sum(own * (outer * phases)))
         return xp.sum(own * _real(xp, outer * phases))
 
-    return backend.with_derivative(
+    return arrays.with_derivative(
         lambda k: leading_block(xp, k, symbol).norm, along_leading_pair, kernel
     )
 
@@ -136,16 +136,16 @@ def lanczos_norm(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
         operator = ConvOperator(kernel, sizes)
         if math.prod(operator.shape) <= SMALL_OPERATOR:
             u, s, vh = svd(xp, operator.to_matrix())
-            return u[:, 0], s[0], backend.conjugate(xp, vh[0, :])
+            return u[:, 0], s[0], arrays.conjugate(xp, vh[0, :])
         start = operator.rmatvec(plane_wave(xp, kernel, sizes))
         return largest_singular_triplet(xp, ConvOperator, kernel, sizes, start)
 
     def along_leading_pair(kernel: Array) -> Array:
-        u, _, v = triplet(backend.stop_gradient(kernel))
+        u, _, v = triplet(arrays.stop_gradient(kernel))
         image = ConvOperator(kernel, sizes).matvec(v)
-        return _real(xp, xp.sum(backend.conjugate(xp, u) * image))
+        return _real(xp, xp.sum(arrays.conjugate(xp, u) * image))
 
-    return backend.with_derivative(lambda k: triplet(k)[1], along_leading_pair, kernel)
+    return arrays.with_derivative(lambda k: triplet(k)[1], along_leading_pair, kernel)
 
 
 def plane_wave(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
@@ -156,27 +156,27 @@ def plane_wave(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
     maximum.
     """
     assert sizes.coarse is not None
-    symbol, _ = certified_symbol(sizes, not backend.is_complex(kernel))
+    symbol, _ = certified_symbol(sizes, not arrays.is_complex(kernel))
     leading = leading_block(xp, kernel, symbol)
     channels = leading_vectors(xp, kernel, symbol, leading)[0]
     # Outputs of a stride that the symbol replaces by 1 are that far apart on its grid.
     apart = np.array(sizes.stride) / np.array(symbol.sizes.stride)
-    turns = backend.constant(symbol.frequencies * apart / np.array(symbol.coarse), kernel)
+    turns = arrays.constant(symbol.frequencies * apart / np.array(symbol.coarse), kernel)
     turn = xp.take(turns, leading.frequency, axis=0)[0, :]
     grid = np.indices(sizes.coarse).reshape(len(sizes.coarse), -1)
-    angle = 2.0 * math.pi * (turn @ backend.constant(grid.astype(float), kernel))
+    angle = 2.0 * math.pi * (turn @ arrays.constant(grid.astype(float), kernel))
     ends = np.array(sizes.coarse)[:, None] + 1
-    window = backend.constant(np.prod(np.sin(np.pi * (grid + 1) / ends), axis=0), kernel)
+    window = arrays.constant(np.prod(np.sin(np.pi * (grid + 1) / ends), axis=0), kernel)
     wave = xp.real(channels)[:, None] * (xp.cos(angle) * window)
     wave = wave - xp.imag(channels)[:, None] * (xp.sin(angle) * window)
-    one_hot = backend.constant(np.eye(sizes.groups), kernel)
+    one_hot = arrays.constant(np.eye(sizes.groups), kernel)
     chosen = xp.take(one_hot, leading.group, axis=0)[0, :]
     wave = xp.reshape(chosen[:, None, None] * wave, (sizes.groups, -1))
-    noise = backend.start_vector("lanczos", math.prod(wave.shape)).reshape(wave.shape)
-    noise = backend.constant(noise / np.linalg.norm(noise, axis=1, keepdims=True), kernel)
+    noise = arrays.start_vector("lanczos", math.prod(wave.shape)).reshape(wave.shape)
+    noise = arrays.constant(noise / np.linalg.norm(noise, axis=1, keepdims=True), kernel)
     wave = xp.reshape(wave + xp.linalg.vector_norm(wave) * noise, (-1,))
-    return xp.astype(wave, kernel.dtype) if backend.is_complex(kernel) else wave
+    return xp.astype(wave, kernel.dtype) if arrays.is_complex(kernel) else wave
 
 
 def _real(xp: Any, x: Array) -> Array:
-    return xp.real(x) if backend.is_complex(x) else x
+    return xp.real(x) if arrays.is_complex(x) else x

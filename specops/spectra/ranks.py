@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from specops import backend
+from specops import arrays
 from specops.geometry import Dense, Geometry
-from specops.operators import ConvOperator
+from specops.maps.convolution import ConvOperator
+from specops.maps.prepare import matrix_blocks, prepare
 from specops.spectra.norms import conv_norm, matrix_norms
-from specops.spectra.prepare import matrix_blocks, prepare
 from specops.spectra.values import singular_values
+from specops.typing import Array
 
-Array = Any
 
-
-@backend.in_full_precision
+@arrays.in_full_precision
 def stable_rank(w: Array, geometry: Geometry | None = None) -> Array | tuple[Array, ...]:
     r"""The stable rank :math:`\|A\|_F^2/\|A\|_2^2 = \sum_i\sigma_i^2/\sigma_1^2`.
 
@@ -69,7 +68,7 @@ def _ratio(xp: Any, squared_frobenius: Array, norm: Array) -> Array:
     return xp.where(positive, squared_frobenius / safe**2, xp.zeros_like(norm))
 
 
-@backend.in_full_precision
+@arrays.in_full_precision
 def effective_rank(w: Array, geometry: Geometry | None = None) -> Array | tuple[Array, ...]:
     r"""The exponential of the entropy of the normalised singular values.
 
@@ -106,7 +105,7 @@ def effective_rank(w: Array, geometry: Geometry | None = None) -> Array | tuple[
     return _of_values(w, geometry, _entropy_rank)
 
 
-@backend.in_full_precision
+@arrays.in_full_precision
 def condition_number(w: Array, geometry: Geometry | None = None) -> Array | tuple[Array, ...]:
     r"""The ratio :math:`\sigma_1/\sigma_{\min}` of the largest to the smallest singular value.
 
@@ -140,7 +139,7 @@ def condition_number(w: Array, geometry: Geometry | None = None) -> Array | tupl
 
 
 def _of_values(w: Array, geometry: Geometry | None, function: Any) -> Any:
-    xp = backend.namespace(w)
+    xp = arrays.namespace(w)
     values = singular_values(w, geometry)
     if isinstance(values, tuple):
         return tuple(function(xp, v) for v in values)

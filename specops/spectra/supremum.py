@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from specops.host import gram
-from specops.symbol import Symbol
+from specops.arrays.host import gram
+from specops.maps.symbol import Symbol
 
 _LARGEST_TURN = 0.49 * np.pi
 

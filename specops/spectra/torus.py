@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from specops import backend, host
-from specops.linalg.decompositions import svd, svdvals
-from specops.linalg.lanczos import MatrixOperator, largest_singular_triplet
-from specops.symbol import Symbol
+from specops import arrays
+from specops.arrays import host, workers
+from specops.arrays.solvers import svd, svdvals
+from specops.linalg.golub_kahan import MatrixOperator, largest_singular_triplet
+from specops.maps.symbol import Symbol
+from specops.typing import Array
 
-Array = Any
 _POWER_STEPS = {True: 8, False: 24}
 """By whether a block is cheap to solve: the others are worth a better ranking."""
 _FEW_SHIFTS = 32
@@ -23,14 +24,14 @@ _DIRECT_BELOW = 160
 
 def torus_values(xp: Any, kernel: Array, symbol: Symbol) -> Array:
     """All singular values on the symbol's torus, descending."""
-    on_host = host.as_host(kernel)
+    on_host = arrays.on_host(kernel)
     if on_host is not None:
-        return host.from_host(_host_values(on_host, symbol), kernel)
+        return arrays.from_host(_host_values(on_host, symbol), kernel)
     per_block = svdvals(xp, symbol.blocks(xp, symbol.coefficients(xp, kernel)))
-    repeated = xp.take(per_block, backend.constant(symbol.multiplicities, per_block), axis=0)
+    repeated = xp.take(per_block, arrays.constant(symbol.multiplicities, per_block), axis=0)
     values = xp.reshape(repeated, (-1,))
     if symbol.zero_values:
-        values = xp.concat([values, backend.zeros((symbol.zero_values,), like=values)])
+        values = xp.concat([values, arrays.zeros((symbol.zero_values,), like=values)])
     return xp.sort(values, descending=True)
 
 
@@ -48,14 +49,14 @@ class Leading:
 def leading_block(xp: Any, kernel: Array, symbol: Symbol) -> Leading:
     """Find the largest singular value on the symbol's torus."""
     groups = symbol.sizes.groups
-    on_host = host.as_host(kernel)
+    on_host = arrays.on_host(kernel)
     if on_host is not None:
         norm, index = _HostSearch(symbol.coefficients(np, on_host), symbol).run()
         where = np.array([index // groups]), np.array([index % groups])
-        value = host.from_host(np.asarray(norm, dtype=on_host.real.dtype), kernel)
-        return Leading(value, *(backend.constant(i, kernel) for i in where))
+        value = arrays.from_host(np.asarray(norm, dtype=on_host.real.dtype), kernel)
+        return Leading(value, *(arrays.constant(i, kernel) for i in where))
     norms = svdvals(xp, symbol.blocks(xp, symbol.coefficients(xp, kernel)))[..., 0]
-    flat = backend.argmax(xp, norms)
+    flat = arrays.argmax(xp, norms)
     return Leading(xp.max(norms), flat // groups, flat % groups)
 
 
@@ -73,7 +74,7 @@ def leading_norm(
 
 def ranked_blocks(coefficients: np.ndarray, symbol: Symbol) -> np.ndarray:
     """Indices over frequencies and groups, by falling estimates of their norms."""
-    with host.one_blas_thread():
+    with workers.one_blas_thread():
         search = _HostSearch(coefficients, symbol)
         return np.argsort(-search.estimates(), kind="stable")
 
@@ -82,16 +83,16 @@ def leading_vectors(
     xp: Any, kernel: Array, symbol: Symbol, leading: Leading
 ) -> tuple[Array, Array, Array, Array]:
     """(u, vᴴ, cos, sin) of the leading block: singular vectors, and cos θ·b and sin θ·b."""
-    angles = xp.take(backend.constant(symbol.angles, kernel), leading.frequency, axis=0)[0, :]
+    angles = xp.take(arrays.constant(symbol.angles, kernel), leading.frequency, axis=0)[0, :]
     cos, sin = xp.cos(angles), xp.sin(angles)
     coefficients = xp.reshape(
         symbol.coefficients(xp, kernel), (len(symbol.angles[0]), symbol.sizes.groups, -1)
     )
     own = xp.take(coefficients, leading.group, axis=1)[:, 0, :]
-    if backend.is_complex(own):
-        block = backend.complex_of(xp, cos, sin) @ own
+    if arrays.is_complex(own):
+        block = arrays.complex_of(xp, cos, sin) @ own
     else:
-        block = backend.complex_of(xp, cos @ own, sin @ own)
+        block = arrays.complex_of(xp, cos @ own, sin @ own)
     u, _, vh = svd(xp, xp.reshape(block, symbol.block_shape))
     return u[:, 0], vh[0, :], cos, sin
 
@@ -116,12 +117,12 @@ def map_blocks(
 ) -> list[Any]:
     """``work(blocks, chunk)`` over all frequencies: by chunks on the host, else at once."""
     count = len(symbol.frequencies)
-    if isinstance(coefficients, np.ndarray):
+    if arrays.by_workers(coefficients):
 
         def on_host(chunk: slice) -> Any:
             return work(host_blocks(coefficients, symbol, chunk), chunk)
 
-        return host.map_chunks(on_host, count, block_bytes(coefficients))
+        return workers.map_chunks(on_host, count, block_bytes(coefficients))
     whole = slice(0, count)
     return [work(symbol.blocks(xp, coefficients, whole), whole)]
 
@@ -133,7 +134,7 @@ def _host_values(kernel: np.ndarray, symbol: Symbol) -> np.ndarray:
     def work(chunk: slice) -> np.ndarray:
         return host.stack_svdvals(host_blocks(coefficients, symbol, chunk))
 
-    parts = host.map_chunks(work, count, block_bytes(coefficients))
+    parts = workers.map_chunks(work, count, block_bytes(coefficients))
     values = np.repeat(np.concatenate(parts), symbol.counts, axis=0).ravel()
     values.sort()
     values = values[::-1].astype(kernel.real.dtype, copy=False)
@@ -164,7 +165,7 @@ class _HostSearch:
 
     def run(self) -> tuple[float, int]:
         """(σ₁, index of its block over frequencies and groups)."""
-        with host.one_blas_thread():
+        with workers.one_blas_thread():
             return self._search()
 
     def estimates(self) -> np.ndarray:
@@ -187,7 +188,7 @@ class _HostSearch:
         return sigma, best
 
     def _chunks(self, work: Callable[[slice], np.ndarray]) -> list[np.ndarray]:
-        return host.map_chunks(work, len(self.symbol.angles), self.block_bytes)
+        return workers.map_chunks(work, len(self.symbol.angles), self.block_bytes)
 
     def _grams(self, chunk: slice) -> np.ndarray:
         if self.kept is not None and chunk.start in self.kept:
@@ -200,7 +201,7 @@ class _HostSearch:
 
     def _estimate(self, chunk: slice) -> np.ndarray:
         grams = self._grams(chunk)
-        start = backend.start_vector("torus", 2 * self.small).astype(grams.real.dtype)
+        start = arrays.start_vector("torus", 2 * self.small).astype(grams.real.dtype)
         v = np.broadcast_to(start.view(grams.dtype)[:, None], (len(grams), self.small, 1))
         norm = np.ones((len(grams), 1, 1), grams.real.dtype)
         for _ in range(_POWER_STEPS[self.small < _DIRECT_BELOW]):
@@ -224,6 +225,6 @@ class _HostSearch:
         block = self._block(index).astype(np.complex128)
         if self.small < _DIRECT_BELOW:
             return float(np.sqrt(max(np.linalg.eigvalsh(host.gram(block))[-1], 0.0)))
-        start = backend.start_vector("block", 2 * block.shape[1]).view(np.complex128)
+        start = arrays.start_vector("block", 2 * block.shape[1]).view(np.complex128)
         _, sigma, _ = largest_singular_triplet(np, MatrixOperator, block, None, start)
         return float(sigma)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from specops import backend
+from specops import arrays
+from specops.arrays.solvers import svd
 from specops.errors import UnsupportedGeometryError
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import integer
-from specops.linalg.decompositions import svd
-from specops.linalg.subspace import leading_triplets
-from specops.spectra.maps import LinearOperator, linear_operator
-from specops.spectra.prepare import matrix_blocks, prepare
+from specops.linalg.lobpcg import leading_triplets
+from specops.maps.operator import LinearOperator, linear_operator
+from specops.maps.prepare import matrix_blocks, prepare
+from specops.typing import Array
 
-Array = Any
 _EXPLICIT = 2**20
 
 
-@backend.in_full_precision
+@arrays.in_full_precision
 def top_singular_triplets(
     w: Array, k: int, geometry: Geometry | None = None, *, start: Array | None = None
 ) -> tuple[Array, Array, Array]:
@@ -73,7 +73,7 @@ def top_singular_triplets(
             raise ValueError("start needs a single matrix, not a stack")
         if start is None:
             u, s, vh = svd(xp, block.matrices)
-            v = backend.adjoint(xp, vh)
+            v = arrays.adjoint(xp, vh)
             return u[..., :k], block.restore(s[..., :k]), v[..., :k]
         operator = linear_operator(block.matrices)
         start = _widened(xp, start, k, operator, block.matrices.dtype)
@@ -84,11 +84,11 @@ def top_singular_triplets(
     _check_count(k, operator.shape)
     if start is None and operator.shape[0] * operator.shape[1] <= _EXPLICIT:
         u, s, vh = svd(xp, operator.to_matrix())
-        return u[:, :k], given.scale * s[:k], backend.adjoint(xp, vh)[:, :k]
+        return u[:, :k], given.scale * s[:k], arrays.adjoint(xp, vh)[:, :k]
     if start is None:
         width = min(k + 4, *operator.shape)
-        noise = backend.start_vector("triplets", operator.shape[1] * width)
-        start = backend.constant(noise.reshape(-1, width), given.w)
+        noise = arrays.start_vector("triplets", operator.shape[1] * width)
+        start = arrays.constant(noise.reshape(-1, width), given.w)
     start = _widened(xp, start, k, operator, given.w.dtype)
     u, s, v, _ = leading_triplets(xp, operator, start, k, iterations=1000)
     return u, given.scale * s, v
@@ -100,7 +100,7 @@ def _widened(xp: Any, start: Array, k: int, operator: LinearOperator, dtype: Any
     An exact singular vector that is not leading would otherwise be taken for the answer.
     """
     columns = operator.shape[1]
-    backend.namespace(start)
+    arrays.namespace(start)
     if start.ndim != 2 or start.shape[0] != columns or start.shape[1] < k:
         raise ValueError(
             f"start must have shape ({columns}, p) with p of at least k={k}, got {start.shape}"
@@ -109,8 +109,8 @@ def _widened(xp: Any, start: Array, k: int, operator: LinearOperator, dtype: Any
     start = xp.astype(start, dtype)
     if extra < 1:
         return start[:, : min(start.shape[1], *operator.shape)]
-    noise = backend.start_vector("widened", columns * extra).reshape(columns, extra)
-    return xp.concat([start, xp.astype(backend.constant(noise, start), dtype)], axis=1)
+    noise = arrays.start_vector("widened", columns * extra).reshape(columns, extra)
+    return xp.concat([start, xp.astype(arrays.constant(noise, start), dtype)], axis=1)
 
 
 def _check_count(k: int, shape: Any) -> None:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from specops import backend
+from specops import arrays
+from specops.arrays.solvers import svdvals
 from specops.errors import UnsupportedGeometryError
 from specops.geometry import Conv, Dense, Geometry
-from specops.linalg.decompositions import svdvals
-from specops.operators import ConvOperator
-from specops.spectra.prepare import Prepared, matrix_blocks, prepare
+from specops.maps.convolution import ConvOperator
+from specops.maps.prepare import Prepared, matrix_blocks, prepare
+from specops.maps.symbol import symbol_of
 from specops.spectra.torus import torus_values
-from specops.symbol import symbol_of
+from specops.typing import Array
 
-Array = Any
 _LARGEST_EXPLICIT = 2**24
 
 
-@backend.in_full_precision
+@arrays.in_full_precision
 def singular_values(w: Array, geometry: Geometry | None = None) -> Array | tuple[Array, ...]:
     r"""All singular values of the linear map that `w` stands for, in descending order.
 
@@ -54,7 +52,7 @@ def singular_values(w: Array, geometry: Geometry | None = None) -> Array | tuple
     References
     ----------
     Sedghi, Gupta & Long, "The Singular Values of Convolutional Layers", ICLR 2019, Theorem 6;
-    strides and dilations by the polyphase symbol (see `specops.symbol`).
+    strides and dilations by the polyphase symbol (see `specops.maps.symbol`).
 
     Examples
     --------
@@ -79,7 +77,7 @@ def _conv_values(given: Prepared, geometry: Conv) -> Array:
         )
     kernel = geometry.kernel(given.w)
     if sizes.circular:
-        symbol = symbol_of(sizes, sizes.fine, not backend.is_complex(kernel))
+        symbol = symbol_of(sizes, sizes.fine, not arrays.is_complex(kernel))
         values = torus_values(xp, kernel, symbol)
     else:
         rows, columns = sizes.matrix_shape()

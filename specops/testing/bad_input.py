@@ -13,7 +13,6 @@ import pytest
 
 from specops.errors import NonFiniteError, PlanError, SpecopsError
 from specops.geometry import Dense
-from specops.plan import Plan
 from specops.rules import (
     ClipSpectralNorm,
     Monitor,
@@ -21,6 +20,7 @@ from specops.rules import (
     SpectralNormPenalty,
 )
 from specops.testing.base import BOUND, SuiteBase, advanced, changed, listed
+from specops.training.plan import Plan
 
 _CLIP = ClipSpectralNorm(BOUND)
 _OF_STAGE = {

@@ -11,12 +11,12 @@ import pytest
 
 import specops
 from specops.geometry import Conv, Geometry
-from specops.plan import Plan
 from specops.rules import Monitor
 from specops.rules.base import Stage
 from specops.spectra import spectral_norm, spectral_norm_bounds
 from specops.testing.cases import Capabilities, LayerCase, Training
 from specops.testing.recording import Recorder, with_grid
+from specops.training.plan import Plan
 
 Weights = Mapping[str, np.ndarray]
 

@@ -9,8 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from specops.geometry import Geometry
-from specops.report import Report
 from specops.rules.base import Stage
+from specops.training.report import Report
 
 
 @dataclass(frozen=True)

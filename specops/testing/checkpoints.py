@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from specops.plan import Plan
 from specops.rules import ClipSpectralNorm, SpectralNormalization, SpectralNormPenalty
 from specops.testing.base import BOUND, SuiteBase, advanced, changed, listed, relative
 from specops.testing.cases import Training
+from specops.training.plan import Plan
 
 # Three steps are no multiple of the intervals: a counter that is lost shows. Vectors of forward
 # rules are three steps behind by then, and those of a new start are not.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from specops.geometry import Dense
-from specops.plan import Plan
 from specops.rules import Monitor, SpectralNormPenalty
 from specops.rules.base import measured_as
 from specops.testing.base import SuiteBase, advanced, changed, listed
+from specops.training.plan import Plan
 
 _RULE = SpectralNormPenalty(10.0, norm="reshaped", iterations=50)
 

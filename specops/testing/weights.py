@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from specops.plan import Plan
 from specops.rules import ClipSpectralNorm, Monitor
 from specops.testing.base import (
     BOUND,
@@ -16,6 +15,7 @@ from specops.testing.base import (
     norm_of,
     norms_of,
 )
+from specops.training.plan import Plan
 
 _CLIP = ClipSpectralNorm(BOUND)
 

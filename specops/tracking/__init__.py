@@ -15,8 +15,9 @@ from typing import Any, Literal, get_args
 from specops.geometry import Dense, Geometry
 from specops.tracking.matrices import TrackedBlocks, TrackedKernel
 from specops.tracking.operator import TrackedOperator
-from specops.tracking.power import Pairs, State, stepped_on_host
+from specops.tracking.power import Pairs, stepped_on_host
 from specops.tracking.torus import TrackedTorus
+from specops.typing import State
 
 __all__ = [
     "Norm",

@@ -6,19 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from specops import backend
+from specops import arrays
 from specops.geometry import Conv, Dense
-from specops.tracking.power import (
-    Array,
-    Pairs,
-    State,
-    advanced,
-    along,
-    checked,
-    half_step,
-    inner,
-    leading_pairs,
-)
+from specops.tracking.power import Pairs, advanced, along, checked, half_step, inner, leading_pairs
+from specops.typing import Array, State
 
 Step = Callable[[Any, Array, Pairs], tuple[Pairs, Array]]
 
@@ -31,9 +22,9 @@ class TrackedBlocks:
 
     def start(self, w: Array, name: str = "") -> State:
         """The leading pairs, to about 1e-6."""
-        xp, w = backend.namespace(w), backend.stop_gradient(w)
+        xp, w = arrays.namespace(w), arrays.stop_gradient(w)
         state: State = {}
-        for j, a in enumerate(self.geometry.blocks(backend.to_compute(xp, w))):
+        for j, a in enumerate(self.geometry.blocks(arrays.to_compute(xp, w))):
             state |= _numbered(j, *leading_pairs(xp, a, f"{name}.{j}"))
         return state
 
@@ -48,15 +39,15 @@ class TrackedBlocks:
         )
 
     def _stepped(self, w: Array, state: State, step: Step) -> State:
-        xp, w = backend.namespace(w), backend.stop_gradient(w)
+        xp, w = arrays.namespace(w), arrays.stop_gradient(w)
         result: State = {}
-        for j, a in enumerate(self.geometry.blocks(backend.to_compute(xp, w))):
+        for j, a in enumerate(self.geometry.blocks(arrays.to_compute(xp, w))):
             result |= _numbered(j, *step(xp, a, _pairs(state, j, a)))
         return result
 
     def norms(self, w: Array, state: State) -> tuple[Array, ...]:
         """⟨u, Wv⟩ for each block, shape (*batch,), differentiable; `w` in compute precision."""
-        xp = backend.namespace(w)
+        xp = arrays.namespace(w)
         blocks = self.geometry.blocks(w)
         return tuple(along(xp, a, *_leading(state, j, a)) for j, a in enumerate(blocks))
 
@@ -78,7 +69,7 @@ class AlongAxis:
 
     def norms(self, w: Array, state: State) -> tuple[Array]:
         """⟨W, axis⟩, differentiable; `w` in compute precision."""
-        return (inner(backend.namespace(w), w, axis_of(state, w)),)
+        return (inner(arrays.namespace(w), w, axis_of(state, w)),)
 
     def measured(self, state: State) -> tuple[Array]:
         """What `norms` gave for the weight of the latest `start` or `advance`."""
@@ -98,8 +89,8 @@ class TrackedKernel(AlongAxis):
 
     def start(self, w: Array, name: str = "") -> State:
         """The leading pairs, to about 1e-6."""
-        xp = backend.namespace(w)
-        w = backend.stop_gradient(backend.to_compute(xp, w))
+        xp = arrays.namespace(w)
+        w = arrays.stop_gradient(arrays.to_compute(xp, w))
         state: State = {}
         for i, view in enumerate(self.views):
             state |= _numbered(i, *leading_pairs(xp, view.blocks(w)[0], f"{name}.{i}"))
@@ -107,8 +98,8 @@ class TrackedKernel(AlongAxis):
 
     def advance(self, w: Array, state: State, rounds: int = 1) -> State:
         """The state after `rounds` steps to the left and back."""
-        xp = backend.namespace(w)
-        w = backend.stop_gradient(backend.to_compute(xp, w))
+        xp = arrays.namespace(w)
+        w = arrays.stop_gradient(arrays.to_compute(xp, w))
         result: State = {}
         for i, view in enumerate(self.views):
             a = view.blocks(w)[0]
@@ -154,4 +145,4 @@ def axis_of(state: State, w: Array) -> Array:
 
 
 def _outer(xp: Any, u: Array, v: Array) -> Array:
-    return u[..., :, None] * backend.conjugate(xp, v)[..., None, :]
+    return u[..., :, None] * arrays.conjugate(xp, v)[..., None, :]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from specops import backend
+from specops import arrays
 
 _ORDINARY = {4: (1e-60, 1e60), 8: (1e-280, 1e280)}
 """Squares of lengths between which products in single, and in double, precision are ordinary."""
@@ -81,4 +81,4 @@ def step(
 
 @lru_cache(maxsize=256)
 def _noise(size: int) -> np.ndarray:
-    return backend.start_vector("look-out", size)
+    return arrays.start_vector("look-out", size)

@@ -9,25 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from specops import backend
+from specops import arrays
 from specops.errors import GeometryError
 from specops.geometry import Conv, ConvSizes
-from specops.geometry.unread import without_unread
-from specops.linalg.lanczos import largest_singular_triplet
-from specops.operators import ConvOperator
+from specops.linalg.golub_kahan import largest_singular_triplet
+from specops.maps.convolution import ConvOperator
+from specops.maps.unread import without_unread
 from specops.spectra.norms import plane_wave
 from specops.tracking.matrices import AlongAxis
-from specops.tracking.power import (
-    Array,
-    Pairs,
-    State,
-    beside,
-    checked,
-    filled,
-    to_left_side,
-    to_right_side,
-    unit,
-)
+from specops.tracking.power import Pairs, beside, checked, filled, to_left_side, to_right_side, unit
+from specops.typing import Array, State
 
 _START_TOLERANCE = 1e-4
 """Of residuals; norms are then known to its square. Values come in pairs here, and what is
@@ -42,10 +33,10 @@ class TrackedOperator(AlongAxis):
 
     def start(self, w: Array, name: str = "") -> State:
         """The leading pair, to about 1e-4."""
-        xp = backend.namespace(w)
+        xp = arrays.namespace(w)
         kernel, sizes = self._kernel(xp, w)
-        backend.check_finite(xp, kernel)
-        scale = backend.magnitude(xp, kernel)
+        arrays.check_finite(xp, kernel)
+        scale = arrays.magnitude(xp, kernel)
         near_one = kernel / scale
         start = ConvOperator(near_one, sizes).rmatvec(plane_wave(xp, near_one, sizes))
         _, _, v = largest_singular_triplet(
@@ -53,16 +44,16 @@ class TrackedOperator(AlongAxis):
         )
         # Groups that do not lead now may lead later: their vectors start from the name's.
         v = xp.reshape(v, (sizes.groups, -1))
-        noise = backend.start_vector(name, 2 * math.prod(v.shape)).reshape(2, *v.shape)
+        noise = arrays.start_vector(name, 2 * math.prod(v.shape)).reshape(2, *v.shape)
         first, second = filled(noise[0], kernel), filled(noise[1], kernel)
         v = unit(xp, v, unit(xp, first, None)[0])[0]
         return self.advance(w, {"v": v, "q": beside(xp, second, v)})
 
     def advance(self, w: Array, state: State, rounds: int = 1) -> State:
         """The state after `rounds` steps, with the norm and its gradient."""
-        xp = backend.namespace(w)
+        xp = arrays.namespace(w)
         kernel, sizes = self._kernel(xp, w)
-        scale = backend.magnitude(xp, kernel)
+        scale = arrays.magnitude(xp, kernel)
         operator = ConvOperator(kernel / scale, sizes)
         shape = (sizes.groups, operator.shape[1] // sizes.groups)
         v, q = (checked(state, key, shape, kernel) for key in "vq")
@@ -78,10 +69,10 @@ class TrackedOperator(AlongAxis):
                 pairs, _ = step(*pair)
                 return pairs.v, pairs.q
 
-            v, q = backend.fori(xp, 0, rounds - 1, right, (v, q))
+            v, q = arrays.fori(xp, 0, rounds - 1, right, (v, q))
         pairs, sigmas = step(v, q)
-        index = backend.argmax(xp, sigmas)
-        leads = xp.take(backend.constant(np.eye(sizes.groups), sigmas), index, axis=0)[0, :]
+        index = arrays.argmax(xp, sigmas)
+        leads = xp.take(arrays.constant(np.eye(sizes.groups), sigmas), index, axis=0)[0, :]
         masked = pairs.u * xp.astype(leads, pairs.u.dtype)[:, None]
         # The pair's gradient: σ is linear along it, whatever the other groups do.
         axis = operator.gradient(xp.reshape(masked, (-1,)), xp.reshape(pairs.v, (-1,)))
@@ -93,7 +84,7 @@ class TrackedOperator(AlongAxis):
         }
 
     def _kernel(self, xp: Any, w: Array) -> tuple[Array, ConvSizes]:
-        w = without_unread(backend.stop_gradient(backend.to_compute(xp, w)), self.geometry)
+        w = without_unread(arrays.stop_gradient(arrays.to_compute(xp, w)), self.geometry)
         kernel = self.geometry.kernel(w)
         sizes = self.geometry.sizes(tuple(w.shape))
         if sizes.fine is None:

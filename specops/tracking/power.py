@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from specops import backend, host
+from specops import arrays
+from specops.arrays.products import coimages, images
+from specops.arrays.solvers import svd
+from specops.arrays.standard import SPLIT_FROM
 from specops.errors import StateError
-from specops.linalg.decompositions import svd
-from specops.linalg.lanczos import MatrixOperator, largest_singular_triplet
-from specops.linalg.products import SPLIT_FROM, coimages, images
+from specops.linalg.golub_kahan import MatrixOperator, largest_singular_triplet
 from specops.tracking import on_host
+from specops.typing import Array, State
 
-Array = Any
-State = dict[str, Array]
 START_TOLERANCE = 1e-6
 _UNROLLED = 4
 """Steps up to which a compiler is given each of them."""
@@ -45,19 +45,19 @@ def checked(state: State, key: str, shape: tuple[int, ...], like: Array) -> Arra
             f"the state must hold {key} of shape {shape}, got {got}: it belongs to another "
             f"weight or input size"
         )
-    if found.dtype == like.dtype and backend.device_of(found) == backend.device_of(like):
+    if found.dtype == like.dtype and arrays.device_of(found) == arrays.device_of(like):
         return found
-    if backend.dtype_name(found.dtype) in ("float16", "bfloat16"):
-        found = backend.to_compute(backend.namespace(found), found)
-    wanted = backend.real_dtype(backend.namespace(like), like.dtype)
-    real = backend.real_dtype(backend.namespace(found), found.dtype)
+    if arrays.dtype_name(found.dtype) in ("float16", "bfloat16"):
+        found = arrays.to_compute(arrays.namespace(found), found)
+    wanted = arrays.real_dtype(arrays.namespace(like), like.dtype)
+    real = arrays.real_dtype(arrays.namespace(found), found.dtype)
     # Models are cast and moved after a state was made.
-    if backend.device_of(found) != backend.device_of(like):
-        return backend.constant(backend.to_numpy(found), like, complex=backend.is_complex(found))
-    if backend.dtype_name(real) != backend.dtype_name(wanted):
-        xp = backend.namespace(like)
-        complex_ = backend.is_complex(found)
-        return xp.astype(found, backend.complex_dtype(xp, wanted) if complex_ else wanted)
+    if arrays.device_of(found) != arrays.device_of(like):
+        return arrays.constant(arrays.to_numpy(found), like, complex=arrays.is_complex(found))
+    if arrays.dtype_name(real) != arrays.dtype_name(wanted):
+        xp = arrays.namespace(like)
+        complex_ = arrays.is_complex(found)
+        return xp.astype(found, arrays.complex_dtype(xp, wanted) if complex_ else wanted)
     return found
 
 
@@ -85,22 +85,22 @@ Product = Callable[[Array, Array], tuple[Array, Array]]
 
 def leading_pairs(xp: Any, a: Array, name: str) -> tuple[Pairs, Array]:
     """(pairs, σ) to start from; the first pair is known to about 1e-6."""
-    backend.check_finite(xp, a)
+    arrays.check_finite(xp, a)
     *batch, m, n = a.shape
 
     def generic(key: str, size: int) -> Array:
-        vector = backend.start_vector(name + key, size)
+        vector = arrays.start_vector(name + key, size)
         return filled(np.broadcast_to(vector, (*batch, size)).copy(), a)
 
-    scaled, second = a / backend.magnitude(xp, a, axis=(-2, -1)), generic("q", n)
+    scaled, second = a / arrays.magnitude(xp, a, axis=(-2, -1)), generic("q", n)
     # torch.func.vmap maps decompositions, but not what is written to in place.
-    mapped = backend.is_traced(a) and not backend.is_jax_traced(a)
+    mapped = arrays.is_traced(a) and not arrays.is_staged(a)
     if not batch and m * n > _SVD_BELOW and not mapped:
         v = largest_singular_triplet(
             xp, MatrixOperator, scaled, None, generic("", n), tolerance=START_TOLERANCE
         )[2]
     else:
-        vh = backend.conjugate(xp, svd(xp, scaled)[2])
+        vh = arrays.conjugate(xp, svd(xp, scaled)[2])
         v = vh[..., 0, :]
         second = vh[..., 1, :] if min(m, n) > 1 else second
     v, _ = unit(xp, v, generic("", n))
@@ -118,7 +118,7 @@ def advanced(xp: Any, a: Array, pairs: Pairs, rounds: int) -> tuple[Pairs, Array
     scale = _scale(xp, a)
     if rounds > _UNROLLED:
         both = lambda _, p: _both(xp, a, scale, Pairs(*p))[0]  # noqa: E731
-        pairs = backend.fori(xp, 0, rounds - 1, both, pairs)
+        pairs = arrays.fori(xp, 0, rounds - 1, both, pairs)
         rounds = 1
     for _ in range(rounds):
         pairs, sigma = _both(xp, a, scale, Pairs(*pairs))
@@ -150,7 +150,7 @@ def stepped_on_host(
     products, dtype = _products(a), pairs.u.dtype
     left, right = (np.array(rows, np.float64) for rows in (pairs[0::2], pairs[1::2]))
     try:
-        # As `backend.matmul`: of lanes that BLAS does not use, and what is unusual is looked at.
+        # As `arrays.matmul`: of lanes that BLAS does not use, and what is unusual is looked at.
         with np.errstate(invalid="ignore", over="ignore"):
             for to_left in steps:
                 if to_left:
@@ -165,24 +165,24 @@ def stepped_on_host(
 
 def _products(a: Array) -> on_host.Products:
     if a.shape[0] * a.shape[1] < SPLIT_FROM:
-        seen = host.seen(a)
+        seen = arrays.seen(a)
         return (lambda x: x.dot(seen.T)), (lambda x: x.dot(seen))
-    xp = backend.namespace(a)
+    xp = arrays.namespace(a)
     return (
-        lambda x: host.seen(images(a, xp.asarray(x))),
-        lambda x: host.seen(coimages(a, xp.asarray(x))),
+        lambda x: arrays.seen(images(a, xp.asarray(x))),
+        lambda x: arrays.seen(coimages(a, xp.asarray(x))),
     )
 
 
 def _on_host(a: Array, pairs: Pairs) -> tuple[Array, Pairs] | None:
     """A single real matrix on the CPU, and its pairs as NumPy sees them; None for others."""
-    if a.ndim != 2 or not host.holds(a) or backend.is_complex(a):
+    if a.ndim != 2 or not arrays.is_constant_on_host(a) or arrays.is_complex(a):
         return None
-    return a, Pairs(*map(host.seen, pairs))
+    return a, Pairs(*map(arrays.seen, pairs))
 
 
 def _back(pairs: Pairs, sigma: Any, like: Array) -> tuple[Pairs, Array]:
-    return Pairs(*(host.from_host(x, like) for x in pairs)), host.from_host(sigma, like)
+    return Pairs(*(arrays.from_host(x, like) for x in pairs)), arrays.from_host(sigma, like)
 
 
 def to_left_side(xp: Any, product: Product, pairs: Pairs) -> tuple[Pairs, Array]:
@@ -203,7 +203,7 @@ def to_right_side(xp: Any, product: Product, pairs: Pairs) -> tuple[Pairs, Array
 
 def _scale(xp: Any, a: Array) -> Array:
     """Powers of two near the entries, (*batch,): products over them keep to the dtype's range."""
-    return backend.magnitude(xp, a, axis=(-2, -1))[..., 0, 0]
+    return arrays.magnitude(xp, a, axis=(-2, -1))[..., 0, 0]
 
 
 def _both(xp: Any, a: Array, scale: Array, pairs: Pairs) -> tuple[Pairs, Array]:
@@ -217,9 +217,9 @@ def _product(xp: Any, a: Array, scale: Array, to_left: bool) -> Product:
     def product(x: Array, y: Array) -> tuple[Array, Array]:
         rows = xp.stack([x, y], axis=-2) / xp.astype(scale, a.dtype)[..., None, None]
         if to_left:
-            rows = backend.matmul(rows, xp.matrix_transpose(a))
+            rows = arrays.matmul(rows, xp.matrix_transpose(a))
         else:
-            rows = backend.conjugate(xp, backend.matmul(backend.conjugate(xp, rows), a))
+            rows = arrays.conjugate(xp, arrays.matmul(arrays.conjugate(xp, rows), a))
         return rows[..., 0, :], rows[..., 1, :]
 
     return product
@@ -234,9 +234,9 @@ def _turned(
     equally long, rounding would decide.
     """
     largest = xp.maximum(xp.max(xp.abs(image), axis=-1), xp.max(xp.abs(other), axis=-1))
-    scale = xp.astype(1.0 / backend.power_below(xp, largest), image.dtype)[..., None]
+    scale = xp.astype(1.0 / arrays.power_below(xp, largest), image.dtype)[..., None]
     near, far = image * scale, other * scale
-    mixed = xp.sum(backend.conjugate(xp, near) * far, axis=-1)
+    mixed = xp.sum(arrays.conjugate(xp, near) * far, axis=-1)
     longer, shorter = (xp.sum(xp.abs(x) ** 2, axis=-1) for x in (near, far))
     apart = longer - shorter + RELUCTANCE * (longer + shorter)
     size = xp.abs(mixed)
@@ -247,7 +247,7 @@ def _turned(
     sin = xp.astype(xp.sin(angle), image.dtype)[..., None]
     # What turns the second image into the phase (sign) of the first.
     usable = fine & (size > 0)
-    phase = backend.conjugate(xp, mixed) / xp.astype(
+    phase = arrays.conjugate(xp, mixed) / xp.astype(
         xp.where(usable, size, xp.ones_like(size)), mixed.dtype
     )
     phase = xp.where(usable, phase, xp.ones_like(phase))[..., None]
@@ -264,15 +264,15 @@ def beside(xp: Any, x: Array, leading: Array, stir: float = 0.0) -> Array:
     """A unit vector of x's part orthogonal to a unit vector, stirred; zeros where none is."""
     x, _ = unit(xp, x, xp.zeros_like(x))
     if stir:
-        noise = filled(backend.start_vector("look-out", x.shape[-1]), x)
+        noise = filled(arrays.start_vector("look-out", x.shape[-1]), x)
         # Signs are arbitrary; what is mixed must not depend on them.
-        overlap = xp.sum(backend.conjugate(xp, x) * noise, axis=-1)
+        overlap = xp.sum(arrays.conjugate(xp, x) * noise, axis=-1)
         size = xp.abs(overlap)
         usable = size > 0
         phase = overlap / xp.astype(xp.where(usable, size, xp.ones_like(size)), overlap.dtype)
         x = x * xp.where(usable, phase, xp.ones_like(phase))[..., None] + stir * noise
     for _ in range(2):
-        along = xp.sum(backend.conjugate(xp, leading) * x, axis=-1)
+        along = xp.sum(arrays.conjugate(xp, leading) * x, axis=-1)
         x, left = unit(xp, x - leading * along[..., None], xp.zeros_like(x))
         x = xp.where((left > _INDEPENDENT)[..., None], x, xp.zeros_like(x))
     return x
@@ -280,19 +280,19 @@ def beside(xp: Any, x: Array, leading: Array, stir: float = 0.0) -> Array:
 
 def along(xp: Any, a: Array, u: Array, v: Array) -> Array:
     """Re⟨u, Av⟩."""
-    product = xp.sum(backend.conjugate(xp, u) * _image(a, v), axis=-1)
-    return xp.real(product) if backend.is_complex(product) else product
+    product = xp.sum(arrays.conjugate(xp, u) * _image(a, v), axis=-1)
+    return xp.real(product) if arrays.is_complex(product) else product
 
 
 def _image(a: Array, v: Array) -> Array:
     """Av of stacked matrices and vectors."""
-    return backend.matmul(a, v[..., None])[..., 0] if a.ndim > 2 else backend.matmul(a, v)
+    return arrays.matmul(a, v[..., None])[..., 0] if a.ndim > 2 else arrays.matmul(a, v)
 
 
 def unit(xp: Any, x: Array, fallback: Array | None) -> tuple[Array, Array]:
     """(x/‖x‖ along the last axis, ‖x‖): `fallback`, or x, where x is zero or not finite."""
-    real = backend.real_dtype(xp, x.dtype)
-    double = backend.double_dtype(xp, x)
+    real = arrays.real_dtype(xp, x.dtype)
+    double = arrays.double_dtype(xp, x)
     if double is None or double == x.dtype:
         # Squares of what is scaled to 1 neither overflow nor vanish.
         scale = xp.max(xp.abs(x), axis=-1, keepdims=True)
@@ -309,9 +309,9 @@ def unit(xp: Any, x: Array, fallback: Array | None) -> tuple[Array, Array]:
 
 
 def inner(xp: Any, w: Array, axis: Array) -> Array:
-    product = xp.sum(w * backend.conjugate(xp, axis))
-    return xp.real(product) if backend.is_complex(product) else product
+    product = xp.sum(w * arrays.conjugate(xp, axis))
+    return xp.real(product) if arrays.is_complex(product) else product
 
 
 def filled(values: np.ndarray, like: Array) -> Array:
-    return backend.constant(values, like, complex=backend.is_complex(like))
+    return arrays.constant(values, like, complex=arrays.is_complex(like))

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from specops import backend
+from specops import arrays
 from specops.errors import StateError
 from specops.geometry import Conv
-from specops.geometry.unread import without_unread
+from specops.maps.symbol import Symbol, certified_symbol
+from specops.maps.unread import without_unread
 from specops.spectra.torus import ranked_blocks
-from specops.symbol import Symbol, certified_symbol
-from specops.tracking.power import Array, State, checked
+from specops.tracking.power import checked
+from specops.typing import Array, State
 
 _FOLLOWED = 16
 _STIR = 0.05
@@ -36,24 +37,24 @@ class TrackedTorus:
 
     def start(self, w: Array, name: str = "") -> State:
         """The frequencies and groups of the leading blocks, and vectors close to theirs."""
-        xp = backend.namespace(w)
+        xp = arrays.namespace(w)
         kernel, symbol, _ = self._symbol(xp, w)
         coefficients = symbol.coefficients(
-            np, backend.to_numpy(kernel / backend.magnitude(xp, kernel))
+            np, arrays.to_numpy(kernel / arrays.magnitude(xp, kernel))
         )
         chosen = ranked_blocks(coefficients, symbol)[:_FOLLOWED]
         v = _generic(symbol.block_shape[1])
         state = {
-            "block": backend.constant(chosen, kernel),
-            "next": backend.constant(np.asarray(0), kernel),
-            "grid": backend.constant(np.array(symbol.fine), kernel),
-            "v": backend.constant(np.tile(v, (len(chosen), 1)), kernel, complex=True),
+            "block": arrays.constant(chosen, kernel),
+            "next": arrays.constant(np.asarray(0), kernel),
+            "grid": arrays.constant(np.array(symbol.fine), kernel),
+            "v": arrays.constant(np.tile(v, (len(chosen), 1)), kernel, complex=True),
         }
         return self.estimate(w, state, _START_STEPS)[1]
 
     def estimate(self, w: Array, state: State, rounds: int = 2) -> tuple[Array, State]:
         """(a lower bound of the norm, the state after `rounds` steps)."""
-        xp = backend.namespace(w)
+        xp = arrays.namespace(w)
         kernel, symbol, factor = self._symbol(xp, w)
         chosen, position = self._checked(symbol, state)
         groups, columns = symbol.sizes.groups, symbol.block_shape[1]
@@ -62,27 +63,27 @@ class TrackedTorus:
         others = (position + np.arange(min(_LOOKED_AT, total))) % total
         others = others[~np.isin(others, chosen)]
         every = np.concatenate([chosen, others])
-        generic = backend.constant(_generic(columns)[None, :], kernel, complex=True)
+        generic = arrays.constant(_generic(columns)[None, :], kernel, complex=True)
         # Stirred: power steps alone never leave an invariant subspace.
         v = xp.concat([v + _STIR * generic, xp.tile(generic, (len(others), 1))], axis=0)
         frequency, group = np.divmod(every, groups)
         blocks = symbol.blocks(xp, symbol.coefficients(xp, kernel), frequency)
         if groups > 1:
-            mask = backend.constant(np.eye(groups)[group], kernel)[:, :, None, None]
+            mask = arrays.constant(np.eye(groups)[group], kernel)[:, :, None, None]
             blocks = xp.sum(blocks * xp.astype(mask, blocks.dtype), axis=1)
         else:
             blocks = blocks[:, 0, ...]
-        scale = backend.magnitude(xp, kernel)
+        scale = arrays.magnitude(xp, kernel)
         blocks, v = blocks / xp.astype(xp.reshape(scale, (1, 1, 1)), blocks.dtype), v[..., None]
         for _ in range(rounds):
-            u, _ = _unit(xp, backend.matmul(blocks, v))
-            v, sigma = _unit(xp, backend.matmul(backend.adjoint(xp, blocks), u))
+            u, _ = _unit(xp, arrays.matmul(blocks, v))
+            v, sigma = _unit(xp, arrays.matmul(arrays.adjoint(xp, blocks), u))
         v, sigma = v[..., 0], sigma * xp.reshape(scale, ())
-        kept = np.argsort(-backend.to_numpy(sigma), kind="stable")[: len(chosen)]
-        index = backend.constant(kept, kernel)
+        kept = np.argsort(-arrays.to_numpy(sigma), kind="stable")[: len(chosen)]
+        index = arrays.constant(kept, kernel)
         state = {
-            "block": backend.constant(every[kept], kernel),
-            "next": backend.constant(np.asarray((position + _LOOKED_AT) % total), kernel),
+            "block": arrays.constant(every[kept], kernel),
+            "next": arrays.constant(np.asarray((position + _LOOKED_AT) % total), kernel),
             "grid": state["grid"],
             "v": xp.take(v, index, axis=0),
         }
@@ -91,20 +92,20 @@ class TrackedTorus:
     def _checked(self, symbol: Symbol, state: State) -> tuple[np.ndarray, int]:
         if not {"block", "next", "grid", "v"} <= set(state):
             raise StateError(f"the state belongs to another geometry: it holds {sorted(state)}")
-        if tuple(backend.to_numpy(state["grid"]).reshape(-1)) != symbol.fine:
+        if tuple(arrays.to_numpy(state["grid"]).reshape(-1)) != symbol.fine:
             raise StateError(f"the state belongs to another grid than {symbol.fine}")
-        return backend.to_numpy(state["block"]), int(backend.to_numpy(state["next"]))
+        return arrays.to_numpy(state["block"]), int(arrays.to_numpy(state["next"]))
 
     def _symbol(self, xp: Any, w: Array) -> tuple[Array, Symbol, float]:
-        w = without_unread(backend.stop_gradient(backend.to_compute(xp, w)), self.geometry)
+        w = without_unread(arrays.stop_gradient(arrays.to_compute(xp, w)), self.geometry)
         kernel = self.geometry.kernel(w)
         sizes = self.geometry.sizes(tuple(w.shape))
-        return kernel, *certified_symbol(sizes, not backend.is_complex(kernel))
+        return kernel, *certified_symbol(sizes, not arrays.is_complex(kernel))
 
 
 def _generic(columns: int) -> np.ndarray:
     """A unit vector in no particular direction."""
-    raw = backend.start_vector("torus", 2 * columns).view(np.complex128)
+    raw = arrays.start_vector("torus", 2 * columns).view(np.complex128)
     return np.asarray(raw / np.linalg.norm(raw))
 
 

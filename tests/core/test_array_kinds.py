@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import specops
-from specops import Dense, backend, errors, kinds, measures
-from specops.linalg import decompositions
+from specops import Dense, arrays, errors, measures
+from specops.arrays import kinds, solvers
 from tests.agreement import OPERATIONS, RULES
 from tests.backends import Backend
 from tests.test_agreement import compute
@@ -262,7 +262,7 @@ def test_a_solver_that_gives_up(device: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(strict.linalg, "svd", fail)
     values = np.stack([VALUES, VALUES[::-1] * [1.0, 4.0]])
     a = strict.asarray(values, device=strict.Device(device))
-    u, s, vh = decompositions.svd(strict, a)
+    u, s, vh = solvers.svd(strict, a)
     np.testing.assert_allclose(STRICT.numpy(s), np.linalg.svd(values)[1], rtol=1e-12)
     np.testing.assert_allclose(STRICT.numpy((u * s[:, None, :]) @ vh), values, rtol=1e-12)
 
@@ -301,10 +301,10 @@ def _library(**attributes: Any) -> Any:
 
 def test_a_library_without_linear_algebra_or_of_no_version() -> None:
     plain = _library()
-    assert backend.namespace(plain).__name__ == "somelibrary"
+    assert arrays.namespace(plain).__name__ == "somelibrary"
     silent = _library()
     del silent.__array_namespace__().__array_api_version__
-    assert backend.namespace(silent).__name__ == "somelibrary"
+    assert arrays.namespace(silent).__name__ == "somelibrary"
     bare = _library()
     del bare.__array_namespace__().linalg
     with pytest.raises(errors.UnsupportedArrayError, match=r"somelibrary has no linear algebra"):

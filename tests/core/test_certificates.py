@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import specops
-from specops import Conv, Dense, backend, project_spectral_ball
-from specops.linalg.cholesky import has_cholesky
-from specops.linalg.gram import below, gram
+from specops import Conv, Dense, arrays, project_spectral_ball
+from specops.arrays.gram import below, gram
+from specops.arrays.solvers import has_cholesky
 from specops.linalg.inside import inside
 
 torch = pytest.importorskip("torch")
@@ -38,8 +38,8 @@ def test_lower_triangles_are_those_of_the_gram_matrix(shape: tuple[int, int], dt
     exact = values @ adjoint if shape[0] <= shape[1] else adjoint @ values
     tolerance = 20 * np.finfo(dtype).eps * shape[0] * shape[1] ** 0.5
     assert np.abs(np.tril(gram(xp, a).numpy() - exact)).max() < tolerance
-    limit = torch.asarray(3.0, dtype=backend.real_dtype(xp, a.dtype))
-    for double in {a.dtype, backend.double_dtype(xp, a)}:
+    limit = torch.asarray(3.0, dtype=arrays.real_dtype(xp, a.dtype))
+    for double in {a.dtype, arrays.double_dtype(xp, a)}:
         shifted = below(xp, a, limit, double)
         assert shifted.dtype == double
         expected = 9.0 * np.eye(len(exact)) - exact
@@ -53,14 +53,14 @@ def test_lower_triangles_are_those_of_the_gram_matrix(shape: tuple[int, int], dt
 def test_only_positive_definite_matrices_have_a_factor(dtype: str, size: int, at: float) -> None:
     a = matrix((size, size), dtype)
     xp = compat.array_namespace(a)
-    positive = a @ backend.adjoint(xp, a) / size + torch.eye(size, dtype=a.dtype)
+    positive = a @ arrays.adjoint(xp, a) / size + torch.eye(size, dtype=a.dtype)
     factor = torch.linalg.cholesky(positive)
     row = round(at * (size - 1))
     # Up to its row the matrix is L D Lᴴ with ones but for one number in D.
     for number, expected in ((1e-3, True), (-1e-3, False)):
         d = torch.ones(size, dtype=a.dtype)
         d[row] = number
-        middle = (factor * d) @ backend.adjoint(xp, factor)
+        middle = (factor * d) @ arrays.adjoint(xp, factor)
         above = torch.full_like(middle, math.nan).triu(1)
         poisoned = torch.where(torch.isnan(above.real), above, middle)
         assert bool(has_cholesky(xp, poisoned)) is expected
@@ -71,7 +71,7 @@ def test_only_positive_definite_matrices_have_a_factor(dtype: str, size: int, at
 def test_inside_is_sharp_to_double_precision(shape: tuple[int, int], dtype: str) -> None:
     a = matrix(shape, dtype)
     xp = compat.array_namespace(a)
-    largest = float(torch.linalg.matrix_norm(a.to(backend.double_dtype(xp, a)), 2))
+    largest = float(torch.linalg.matrix_norm(a.to(arrays.double_dtype(xp, a)), 2))
     for factor, expected in ((1 + 1e-10, True), (1 - 1e-10, False)):
         limit = torch.asarray(largest * factor, dtype=torch.float64)
         for sharp in (True, False):
@@ -91,14 +91,14 @@ def test_scans_of_torch_tensors_are_those_of_numpy(bad: float | None, axis: Any)
     xp = compat.array_namespace(tensor)
     host = compat.array_namespace(values)
     for keepdims in (False, True):
-        ours = backend.largest_entry(xp, tensor, axis, keepdims=keepdims).numpy()
+        ours = arrays.largest_entry(xp, tensor, axis, keepdims=keepdims).numpy()
         theirs = np.max(np.abs(values), axis=axis, keepdims=keepdims)
         np.testing.assert_array_equal(ours, theirs)
-    ours = backend.all_finite(xp, tensor, axis).numpy()
-    np.testing.assert_array_equal(ours, backend.all_finite(host, values, axis))
-    assert bool(backend.all_finite(xp, tensor[:0]))
+    ours = arrays.all_finite(xp, tensor, axis).numpy()
+    np.testing.assert_array_equal(ours, arrays.all_finite(host, values, axis))
+    assert bool(arrays.all_finite(xp, tensor[:0]))
     half = tensor.to(torch.bfloat16)
-    assert bool(backend.all_finite(xp, half)) is (bad is None)
+    assert bool(arrays.all_finite(xp, half)) is (bad is None)
 
 
 @pytest.mark.parametrize("library", [np, torch], ids=["numpy", "torch"])

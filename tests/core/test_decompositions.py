@@ -9,7 +9,7 @@ import array_api_compat.numpy as xp
 import numpy as np
 import pytest
 
-from specops.linalg.decompositions import svd, svdvals
+from specops.arrays.solvers import svd, svdvals
 
 
 class Failing:

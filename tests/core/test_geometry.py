@@ -12,7 +12,7 @@ from hypothesis import given
 
 import specops
 from specops import Conv, Dense, errors
-from specops.operators import ConvOperator
+from specops.maps.convolution import ConvOperator
 from tests import oracle
 from tests.backends import Backend
 from tests.strategies import Case, convolutions

@@ -11,7 +11,8 @@ import pytest
 import threadpoolctl
 
 import specops
-from specops import Conv, host
+from specops import Conv
+from specops.arrays import host, workers
 from specops.spectra import torus
 from tests import oracle
 
@@ -32,7 +33,7 @@ def test_chunks_run_in_order_with_one_blas_thread_each(threads: int) -> None:
 
     with threadpoolctl.threadpool_limits(threads, user_api="blas"):
         before = blas_threads()
-        parts = host.map_chunks(work, 100, 2**20)
+        parts = workers.map_chunks(work, 100, 2**20)
         assert blas_threads() == before
     assert parts[0][0] == 0
     assert parts[-1][1] == 100
@@ -48,7 +49,7 @@ def test_settings_are_restored_after_an_error() -> None:
     with threadpoolctl.threadpool_limits(2, user_api="blas"):
         before = blas_threads()
         with pytest.raises(ZeroDivisionError):
-            host.map_chunks(fail, 100, 2**20)
+            workers.map_chunks(fail, 100, 2**20)
         assert blas_threads() == before
 
 

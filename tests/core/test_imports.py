@@ -83,6 +83,8 @@ def test_import_loads_nothing_but_its_dependencies() -> None:
 
 def test_the_core_names_no_framework() -> None:
     for path in (ROOT / "specops").rglob("*.py"):
+        if path.parent.name == "arrays" and path.stem in FRAMEWORKS:
+            continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = []
             if isinstance(node, ast.Import):
@@ -93,6 +95,57 @@ def test_the_core_names_no_framework() -> None:
                 top = name.partition(".")[0]
                 assert top not in FRAMEWORKS, f"{path} imports {name}"
                 assert not top.startswith("specops_"), f"{path} imports {name}"
+
+
+OUTSIDE = ("arrays", "checkpoints", "plots", "testing", "inspection")
+"""Packages that may tell libraries apart: the floor for it, readers of files, plots, the kit."""
+OF_ONE_LIBRARY = {
+    *("detach", "cpu", "to", "mH", "expand", "contiguous", "is_contiguous", "numel", "item"),
+    *("clone", "copy_", "add_", "mul_", "addmm_", "requires_grad", "new_zeros", "new_empty"),
+    *("unbind", "dim", "numpy", "at", "block_until_ready", "is_cuda", "lax", "functorch"),
+}
+
+
+def told_apart(source: str) -> list[str]:
+    """What tells array libraries apart in a file."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        text = ast.unparse(node)
+        if isinstance(node, ast.Attribute) and (
+            text == "sys.modules"
+            or text.startswith(("compat.is_", "array_api_compat.is_"))
+            or node.attr in OF_ONE_LIBRARY
+        ):
+            found.append(text)
+        if isinstance(node, ast.Call) and text.startswith("isinstance(") and "ndarray" in text:
+            found.append(text)
+    return found
+
+
+def test_libraries_are_told_apart_on_one_floor() -> None:
+    for text in ("x.detach()", "isinstance(x, np.ndarray)", "sys.modules['torch']"):
+        assert told_apart(text)
+    for path in (ROOT / "specops").rglob("*.py"):
+        if path.relative_to(ROOT).parts[1] not in OUTSIDE:
+            assert not told_apart(path.read_text(encoding="utf-8")), path
+
+
+FLOORS = ["arrays", "geometry", "maps", "linalg", "spectra", "projections", "tracking", "rules"]
+FLOORS += ["training"]
+
+
+def test_imports_run_downwards() -> None:
+    for floor, name in enumerate(FLOORS):
+        above = {f"specops.{other}" for other in FLOORS[floor + 1 :]}
+        for path in (ROOT / "specops" / name).rglob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            imports = re.findall(r"^\s*(?:from|import) (specops\.\w+)", text, re.M)
+            imports += [
+                f"specops.{module}"
+                for names in re.findall(r"^\s*from specops import (.+)$", text, re.M)
+                for module in re.findall(r"\w+", names)
+            ]
+            assert not above & set(imports), f"{path} imports {above & set(imports)}"
 
 
 def test_adapters_import_only_the_core_and_their_own_framework() -> None:

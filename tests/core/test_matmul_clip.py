@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specops.linalg import definite, matmul_clip, matrix_sign, minimax
+from specops.linalg import definite, matmul_clip, matrix_sign, polar_express
 from specops.linalg.matmul_clip import clip_by_products
 from specops.linalg.polar import polar_by_products
 from specops.linalg.rounding import product_rounding
@@ -305,8 +305,8 @@ def test_number_of_products(dtype: str, ratio: float, expected: int) -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.05, 1.0), (0.3, 1.7), (0.9, 1.1)])
-def test_the_quintic_is_minimax(low: float, high: float) -> None:
-    a, b, c = minimax.best_quintic(low, high)
+def test_the_quintic_is_polar_express(low: float, high: float) -> None:
+    a, b, c = polar_express.best_quintic(low, high)
     x = np.linspace(low, high, 200_001)
     error = 1.0 - x * (a + x**2 * (b + x**2 * c))
     largest = np.abs(error).max()
@@ -322,7 +322,7 @@ def test_the_quintic_is_minimax(low: float, high: float) -> None:
 def test_the_composition_is_a_sign_and_takes_rounding(
     lower: float, accuracy: float, most: int
 ) -> None:
-    quintics = minimax.sign_quintics(lower, accuracy)
+    quintics = polar_express.sign_quintics(lower, accuracy)
     assert len(quintics) <= most
     exact = noisy = np.geomspace(lower, 1.0, 100_001)
     rng = np.random.default_rng(0)
@@ -337,15 +337,15 @@ def test_the_composition_is_a_sign_and_takes_rounding(
 
 def test_the_published_coefficients(monkeypatch: pytest.MonkeyPatch) -> None:
     # The first of the authors' list, for l = 1e-3 and their cushion.
-    monkeypatch.setattr(minimax, "CUSHION", 0.02407327424182761)
-    first = minimax.sign_quintics(1e-3, 1e-3)[0]
+    monkeypatch.setattr(polar_express, "CUSHION", 0.02407327424182761)
+    first = polar_express.sign_quintics(1e-3, 1e-3)[0]
     published = (8.28721201814563, -23.595886519098837, 17.300387312530933)
     np.testing.assert_allclose(first, published, rtol=1e-12)
 
 
 def test_sign_quintics_refuses_an_empty_interval() -> None:
     with pytest.raises(ValueError, match="lower must be in"):
-        minimax.sign_quintics(1.0, 1e-3)
+        polar_express.sign_quintics(1.0, 1e-3)
 
 
 def test_negative_part(backend: Backend) -> None:
@@ -377,7 +377,7 @@ def test_inverse_root() -> None:
     q = np.linalg.qr(matrices(np.ones(7), 7, 7, complex=True))[0]
     b = (q * np.geomspace(1.0, 4.0, 7)) @ q.conj().T
     g = matrix_sign.inverse_root(
-        xp, 0.5 * (b + b.conj().T), np.asarray(4.0), minimax.sign_quintics(0.499, 1e-15)
+        xp, 0.5 * (b + b.conj().T), np.asarray(4.0), polar_express.sign_quintics(0.499, 1e-15)
     )
     np.testing.assert_array_equal(g, g.conj().T)
     np.testing.assert_allclose(g, (q / np.sqrt(np.geomspace(1.0, 4.0, 7))) @ q.conj().T, atol=1e-14)

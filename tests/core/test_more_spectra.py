@@ -8,7 +8,7 @@ from hypothesis import assume, given
 
 import specops
 from specops import Conv, Dense, errors
-from specops.linalg.bounds import enclosure, gram_iteration
+from specops.linalg.gram_iteration import enclosure, gram_iteration
 from tests import oracle
 from tests.backends import Backend
 from tests.strategies import Case, convolutions, denses

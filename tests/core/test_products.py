@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import specops
-from specops.linalg.lanczos import MatrixOperator
-from specops.linalg.products import coimages, images, matvec
+from specops.arrays.products import coimages, images, matvec
+from specops.linalg.golub_kahan import MatrixOperator
 from tests.backends import Backend
 
 # One column of zeros: an infinite entry against it is an invalid operation.

@@ -12,9 +12,9 @@ import pytest
 
 import specops
 from specops import ClipSpectralNorm, Conv, Dense, Monitor, Plan, errors
-from specops.plan import Weight, override_geometries
-from specops.report import Report, plan_rows
 from specops.rules import Rule
+from specops.training.plan import Weight, override_geometries
+from specops.training.report import Report, plan_rows
 from tests.backends import Backend
 
 CLIP = ClipSpectralNorm(1.0)

@@ -12,11 +12,11 @@ from hypothesis import assume, given
 import specops
 from specops import Conv, Dense, errors
 from specops.geometry import Geometry
-from specops.geometry.unread import with_unread
+from specops.maps.prepare import prepare
+from specops.maps.unread import with_unread
 from specops.projections import kernel_axis, kernel_cone, matrix_cone
 from specops.projections.kernel_axis import leading_axis
 from specops.projections.stable_rank import project_stable_rank
-from specops.spectra.prepare import prepare
 from tests import oracle
 from tests.backends import Backend
 from tests.strategies import Case, convolutions, denses

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 import specops
 from specops import Conv, Dense
-from specops.linalg.lanczos import MatrixOperator, largest_singular_triplet
-from specops.linalg.symmetric_lanczos import lanczos
-from specops.operators import ConvOperator
+from specops.linalg.golub_kahan import MatrixOperator, largest_singular_triplet
+from specops.linalg.lanczos import lanczos
+from specops.maps.convolution import ConvOperator
 from tests import oracle, structured
 from tests.backends import BACKENDS, Backend
 from tests.strategies import Case, convolutions
@@ -125,7 +125,7 @@ def test_golub_kahan_where_values_are_equal(eager: Backend, name: str, dtype: st
     true, eps = np.linalg.norm(a, 2), float(np.finfo(dtype).eps)
     for seed in range(3):
         start = eager.array(np.random.default_rng(seed).standard_normal(a.shape[1]), dtype)
-        xp = specops.backend.namespace(given_)
+        xp = specops.arrays.namespace(given_)
         u, s, v = largest_singular_triplet(xp, MatrixOperator, given_, None, start)
         u, s, v = eager.numpy(u).astype(float), float(s), eager.numpy(v).astype(float)
         assert true * (1 - max(1e3 * eps, 1e-9)) <= s <= true * (1 + 16 * eps)
@@ -188,7 +188,7 @@ def test_groups_of_equal_values(eager: Backend, complex_: bool) -> None:
     given_ = eager.array(w, "complex64" if complex_ else "float32")
     kernel, sizes = geometry.kernel(given_), geometry.sizes(tuple(given_.shape))
     start = eager.array(rng.standard_normal(sizes.matrix_shape()[1]), "float32")
-    xp = specops.backend.namespace(given_)
+    xp = specops.arrays.namespace(given_)
     if complex_:
         start = xp.astype(start, given_.dtype)
     _, s, _ = largest_singular_triplet(xp, ConvOperator, kernel, sizes, start)

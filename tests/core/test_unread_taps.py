@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import specops
 from specops import Conv, errors
-from specops.normalizations import limit_stable_rank
+from specops.rules.normalizations import limit_stable_rank
 from specops.tracking import TrackedOperator, TrackedTorus
 from tests import oracle, structured
 from tests.backends import BACKENDS, Backend

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import specops
-from specops import backend
+from specops import arrays
 from specops.errors import (
     AdapterError,
     GeometryError,
@@ -47,7 +47,7 @@ def model(xp: Any) -> dict[str, Any]:
 
 
 def host(x: Any) -> np.ndarray:
-    return np.array(backend.to_numpy(x))
+    return np.array(arrays.to_numpy(x))
 
 
 def norm(x: Any, geometry: Any) -> float:

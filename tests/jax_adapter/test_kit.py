@@ -10,9 +10,9 @@ import pytest
 
 import specops_jax
 from specops.geometry import Geometry
-from specops.plan import Plan
-from specops.report import Report
 from specops.testing import AdapterSuite, Capabilities, LayerCase
+from specops.training.plan import Plan
+from specops.training.report import Report
 
 jax = pytest.importorskip("jax")
 optax = pytest.importorskip("optax")

@@ -12,11 +12,11 @@ import numpy as np
 from specops import Conv, Dense
 from specops.errors import NonFiniteError
 from specops.geometry import Geometry
-from specops.history import History
 from specops.hookspecs import AdapterStatus, hookimpl
-from specops.plan import Assignment, Plan, Weight, override_geometries
-from specops.report import Report, plan_rows
 from specops.spectra import spectral_norm, spectral_norm_bounds
+from specops.training.history import History
+from specops.training.plan import Assignment, Plan, Weight, override_geometries
+from specops.training.report import Report, plan_rows
 from tests.kit import framework
 
 

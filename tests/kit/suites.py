@@ -13,9 +13,9 @@ import numpy as np
 
 from specops import Conv, Dense, Monitor
 from specops.geometry import Geometry
-from specops.plan import Assignment, Plan
-from specops.report import Report
 from specops.testing import AdapterSuite, Capabilities, LayerCase
+from specops.training.plan import Assignment, Plan
+from specops.training.report import Report
 from tests.kit import framework
 from tests.kit.adapter import Attachment, TinyAdapter
 from tests.kit.tiny import Tiny, TinyTraining

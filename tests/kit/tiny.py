@@ -12,8 +12,8 @@ import pytest
 import specops
 from specops.geometry import Geometry
 from specops.plugins import manager
-from specops.report import Report
 from specops.testing import Capabilities, LayerCase
+from specops.training.report import Report
 from tests.kit import framework
 from tests.kit.adapter import Plugin, TinyAdapter
 

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 
 from specops import plots
 from specops.errors import NonFiniteError
-from specops.history import History
 from specops.spectra import NormBounds
+from specops.training.history import History
 
 
 def spectra(count: int, length: int = 5) -> dict[str, np.ndarray]:

@@ -11,10 +11,10 @@ import pytest
 
 import specops
 from specops.geometry import Dense, Geometry
-from specops.report import Report
 from specops.testing import AdapterSuite, Capabilities, LayerCase
 from specops.testing.geometry import GeometryChecks
 from specops.testing.recording import Recorder
+from specops.training.report import Report
 
 torch = pytest.importorskip("torch")
 nn = torch.nn

@@ -9,7 +9,7 @@ import keras
 
 from specops import Plan
 from specops.errors import AdapterError
-from specops.report import Report
+from specops.training.report import Report
 from specops_keras.callback import Spectral
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import keras
 
 from specops import Plan
-from specops.assigned import check_saved
 from specops.errors import AdapterError, HookLostWarning
-from specops.history import History, Record
-from specops.plan import Assignment, override_geometries
-from specops.report import Report, measured, plan_rows
+from specops.training.assigned import check_saved
+from specops.training.history import History, Record
+from specops.training.plan import Assignment, override_geometries
+from specops.training.report import Report, measured, plan_rows
 from specops_keras.firing import Constrained, fire
 from specops_keras.variables import Variable, locate, override
 

@@ -10,8 +10,8 @@ from typing import Any
 import keras
 
 from specops.errors import NonFiniteError, NonFiniteWarning, SpecopsError
-from specops.history import Record
-from specops.plan import Assignment
+from specops.training.history import Record
+from specops.training.plan import Assignment
 from specops_keras.variables import Variable
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from specops.plan import Weight
+from specops.training.plan import Weight
 from specops_keras.geometry import SIZED, Role, grid_of, roles
 
 _UNKNOWN = "no geometry is known for it: pass it in geometries="

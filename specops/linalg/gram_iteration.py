@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from specops import backend
-from specops.linalg.decompositions import svd
-
-Array = Any
+from specops import arrays
+from specops.arrays.solvers import svd
+from specops.typing import Array
 
 
 def gram_iteration(xp: Any, a: Array, steps: int = 6) -> Array:
@@ -21,7 +20,7 @@ def gram_iteration(xp: Any, a: Array, steps: int = 6) -> Array:
     ----------
     Delattre, Barthélemy, Araujo & Allauzen 2023.
     """
-    ah = backend.adjoint(xp, a)
+    ah = arrays.adjoint(xp, a)
     gram = a @ ah if a.shape[-2] <= a.shape[-1] else ah @ a
     logarithm = xp.zeros_like(_frobenius(xp, gram))
     for step in range(steps):
@@ -33,7 +32,7 @@ def gram_iteration(xp: Any, a: Array, steps: int = 6) -> Array:
             gram = gram @ gram
     largest = xp.exp(logarithm / 2.0**steps)
     # Each product loses at most n units in the last place, which the roots divide again.
-    slack = 1.0 + 2.0 * gram.shape[-1] * backend.epsilon(a.dtype)
+    slack = 1.0 + 2.0 * gram.shape[-1] * arrays.epsilon(a.dtype)
     return xp.where(xp.max(xp.abs(a), axis=(-2, -1)) > 0, largest * slack, xp.zeros_like(largest))
 
 
@@ -62,10 +61,10 @@ def enclosure(xp: Any, a: Array, v: Array, *, gram_steps: int = 6) -> tuple[Arra
     """
     # The certificate needs orthonormal columns, whatever the caller's rounding.
     v = xp.linalg.qr(xp.linalg.qr(v)[0])[0]
-    u, s, qh = svd(xp, backend.matmul(a, v))
-    v = v @ backend.adjoint(xp, qh)
-    remainder = a - (u * xp.astype(s, u.dtype)[None, :]) @ backend.adjoint(xp, v)
-    coupling = backend.adjoint(xp, u) @ remainder
+    u, s, qh = svd(xp, arrays.matmul(a, v))
+    v = v @ arrays.adjoint(xp, qh)
+    remainder = a - (u * xp.astype(s, u.dtype)[None, :]) @ arrays.adjoint(xp, v)
+    coupling = arrays.adjoint(xp, u) @ remainder
     rho = _frobenius(xp, coupling)
     remainder = remainder - u @ coupling
     zeta = gram_iteration(xp, remainder, gram_steps)
@@ -73,7 +72,7 @@ def enclosure(xp: Any, a: Array, v: Array, *, gram_steps: int = 6) -> tuple[Arra
     total = first**2 + rho**2 + zeta**2
     inside = total**2 - 4.0 * first**2 * zeta**2
     root = xp.sqrt(xp.where(inside > 0, inside, xp.zeros_like(inside)))
-    slack = (a.shape[0] + a.shape[1]) * backend.epsilon(a.dtype)
+    slack = (a.shape[0] + a.shape[1]) * arrays.epsilon(a.dtype)
     upper = xp.sqrt(0.5 * (total + root)) * (1.0 + slack) + slack * _frobenius(xp, a) * 0.01
     return first * (1.0 - slack), upper
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from specops import backend
+from specops import arrays
 from specops.geometry import Conv
 from specops.geometry.arguments import number_where
-from specops.operators import ConvOperator
+from specops.maps.convolution import ConvOperator
 from specops.projections.kernel_cone import taps_of
-from specops.tracking import State, Tracked, TrackedBlocks, TrackedOperator
-
-Array = Any
+from specops.tracking import Tracked, TrackedBlocks, TrackedOperator
+from specops.typing import Array, State
 
 
 def normalize(w: Array, follow: Tracked, state: State, scale: Any = 1.0) -> Array:
@@ -32,7 +31,7 @@ def normalize(w: Array, follow: Tracked, state: State, scale: Any = 1.0) -> Arra
     scale : float or 0-d array
         s, which may carry a derivative.
     """
-    xp = backend.namespace(w)
+    xp = arrays.namespace(w)
     a = _near_one(xp, w)
     factors = tuple(scale / _nonzero(xp, n) for n in follow.norms(a, state))
     return xp.astype(follow.scaled(a, factors), w.dtype)
@@ -61,7 +60,7 @@ def limit_stable_rank(w: Array, follow: Tracked, state: State, ratio: Any) -> Ar
     ----------
     Sanyal, Torr & Dokania 2020, Algorithm 2.
     """
-    xp = backend.namespace(w)
+    xp = arrays.namespace(w)
     a = _near_one(xp, w)
     norms = follow.norms(a, state)
     unit = follow.scaled(a, tuple(1.0 / _nonzero(xp, n) for n in norms))
@@ -77,7 +76,7 @@ def limit_stable_rank(w: Array, follow: Tracked, state: State, ratio: Any) -> Ar
             if min(b.shape[-2:]) == 1:
                 blocks.append(b)
                 continue
-            vh = backend.conjugate(xp, state[f"v{j}"])
+            vh = arrays.conjugate(xp, state[f"v{j}"])
             lead = state[f"u{j}"][..., :, None] * vh[..., None, :]
             lead = xp.astype(there[j], lead.dtype)[..., None, None] * lead
             blocks.append(_limited(xp, b, lead, ratio * min(b.shape[-2:])))
@@ -90,8 +89,8 @@ def stable_ranks(w: Array, follow: Tracked, state: State, ratio: Any) -> tuple[A
 
     With the norms along the vectors; 0 for zeros.
     """
-    xp = backend.namespace(w)
-    a = backend.stop_gradient(_near_one(xp, w))
+    xp = arrays.namespace(w)
+    a = arrays.stop_gradient(_near_one(xp, w))
     norms = follow.norms(a, state)
     before: list[Array] = []
     after: list[Array] = []
@@ -116,8 +115,8 @@ def stable_ranks(w: Array, follow: Tracked, state: State, ratio: Any) -> tuple[A
 
 def _near_one(xp: Any, w: Array) -> Array:
     """The weight over a power of two: a quotient is the same at any scale, its squares are not."""
-    a = backend.to_compute(xp, w)
-    return a / backend.magnitude(xp, backend.stop_gradient(a))
+    a = arrays.to_compute(xp, w)
+    return a / arrays.magnitude(xp, arrays.stop_gradient(a))
 
 
 def _limited(xp: Any, a: Array, lead: Array, rank: Any) -> Array:
@@ -135,7 +134,7 @@ def _limited_operator(
     sizes = geometry.sizes(tuple(w.shape))
     taps = taps_of(sizes)
     z, e = taps.coordinates(xp, kernel), taps.coordinates(xp, geometry.kernel(axis))
-    weights = backend.constant(taps.weights, z)[:, None, None]
+    weights = arrays.constant(taps.weights, z)[:, None, None]
     used = weights > 0
     safe = xp.where(used, weights, xp.ones_like(weights))
     dual = xp.where(used, e / safe, xp.zeros_like(e))

@@ -12,10 +12,9 @@ from typing import Any
 import array_api_compat as compat
 import numpy as np
 
-from specops import backend
+from specops import arrays
 from specops.geometry import ConvSizes
-
-Array = Any
+from specops.typing import Array
 
 
 class ConvOperator:
@@ -55,7 +54,7 @@ class ConvOperator:
                 x[(..., *self._window(tap))],
                 (*lead, sizes.groups, sizes.columns, math.prod(self._coarse)),
             )
-            part = backend.matmul(self._matrix(tap), seen)
+            part = arrays.matmul(self._matrix(tap), seen)
             total = part if total is None else total + part
         return xp.reshape(total, (*lead, self.shape[0]))
 
@@ -64,13 +63,11 @@ class ConvOperator:
         xp, sizes = self.xp, self.sizes
         lead = y.shape[:-1]
         y = xp.reshape(y, (*lead, sizes.groups, sizes.rows, math.prod(self._coarse)))
-        padded = backend.zeros(
-            (*lead, sizes.groups, sizes.columns, *self._padded), like=self.kernel
-        )
+        padded = arrays.zeros((*lead, sizes.groups, sizes.columns, *self._padded), like=self.kernel)
         for tap in self._taps:
-            part = backend.matmul(backend.adjoint(xp, self._matrix(tap)), y)
+            part = arrays.matmul(arrays.adjoint(xp, self._matrix(tap)), y)
             part = xp.reshape(part, (*lead, sizes.groups, sizes.columns, *self._coarse))
-            padded = backend.add_at(padded, (..., *self._window(tap)), part)
+            padded = arrays.add_at(padded, (..., *self._window(tap)), part)
         return xp.reshape(self._unpad(padded), (*lead, self.shape[1]))
 
     def gradient(self, u: Array, v: Array) -> Array:
@@ -81,13 +78,13 @@ class ConvOperator:
         per_tap = []
         for tap in self._taps:
             seen = xp.reshape(v[(..., *self._window(tap))], (sizes.groups, sizes.columns, -1))
-            per_tap.append(backend.matmul(u, backend.adjoint(xp, seen)))
+            per_tap.append(arrays.matmul(u, arrays.adjoint(xp, seen)))
         return xp.reshape(xp.stack(per_tap, axis=-1), self.kernel.shape)
 
     def to_matrix(self) -> Array:
         """The explicit matrix; memory grows with its `shape`."""
-        eye = backend.constant(np.eye(self.shape[1]), self.kernel)
-        if backend.is_complex(self.kernel):
+        eye = arrays.constant(np.eye(self.shape[1]), self.kernel)
+        if arrays.is_complex(self.kernel):
             eye = self.xp.astype(eye, self.kernel.dtype)
         return self.xp.matrix_transpose(self.matvec(eye))
 
@@ -99,10 +96,10 @@ class ConvOperator:
             landings, landing = np.unique(d * np.arange(len(uses)) % n, return_inverse=True)
             if sizes.circular and len(landings) < len(uses):
                 # Taps that wrap onto each other add up, at every output, before they are squared.
-                kernel = backend.along_axis(xp, kernel, np.eye(len(landings))[landing], 3 + t)
+                kernel = arrays.along_axis(xp, kernel, np.eye(len(landings))[landing], 3 + t)
                 uses = uses[: len(landings)]
             counts = np.multiply.outer(counts, np.array(uses, float))
-        return xp.sum(xp.abs(kernel) ** 2 * backend.constant(counts, kernel))
+        return xp.sum(xp.abs(kernel) ** 2 * arrays.constant(counts, kernel))
 
     def _matrix(self, tap: tuple[int, ...]) -> Array:
         return self.kernel[(..., *tap)]
@@ -123,13 +120,13 @@ class ConvOperator:
             axis = first + t
             if self.sizes.circular:
                 index = (np.arange(size) - lower) % n
-                x = self.xp.take(x, backend.constant(index, x), axis=axis)
+                x = self.xp.take(x, arrays.constant(index, x), axis=axis)
                 continue
             shape = list(x.shape)
             pieces = []
             for extra in (lower, size - lower - n):
                 shape[axis] = extra
-                pieces.append(backend.zeros(tuple(shape), like=x))
+                pieces.append(arrays.zeros(tuple(shape), like=x))
             x = self.xp.concat([pieces[0], x, pieces[1]], axis=axis)
         return x
 
@@ -150,4 +147,4 @@ class ConvOperator:
         """Add the entries outside the grid onto those that they wrap to."""
         landing = np.zeros((size, n))
         landing[np.arange(size), (np.arange(size) - lower) % n] = 1.0
-        return backend.along_axis(self.xp, x, landing, axis)
+        return arrays.along_axis(self.xp, x, landing, axis)

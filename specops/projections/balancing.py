@@ -6,12 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from specops import backend
+from specops import arrays
 from specops.errors import GeometryError, NonFiniteError
 from specops.geometry import Dense, Geometry
 from specops.spectra import spectral_norm
-
-Array = Any
+from specops.typing import Array
 
 
 class Balanced(NamedTuple):
@@ -30,7 +29,7 @@ class Balanced(NamedTuple):
     factors: list[float]
 
 
-@backend.in_full_precision
+@arrays.in_full_precision
 def balance_norms(
     weights: Sequence[Array],
     geometries: Sequence[Geometry | None] | None = None,
@@ -118,5 +117,5 @@ def _norm(index: int, w: Array, geometry: Geometry | None) -> float:
 
 
 def _times(x: Array, factor: float) -> Array:
-    xp = backend.namespace(x)
-    return xp.astype(backend.to_compute(xp, x) * factor, x.dtype)
+    xp = arrays.namespace(x)
+    return xp.astype(arrays.to_compute(xp, x) * factor, x.dtype)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, overload
 
-from specops import backend
+from specops import arrays
 from specops.errors import UnsupportedGeometryError
 from specops.geometry import Conv, Dense, Geometry
-from specops.operators import ConvOperator
-from specops.spectra.prepare import prepare
-
-Array = Any
+from specops.maps.convolution import ConvOperator
+from specops.maps.prepare import prepare
+from specops.typing import Array
 
 
 class Products(NamedTuple):
@@ -81,7 +80,7 @@ class LinearOperator:
 
         def matrix() -> Array:
             a = self.to_matrix()
-            return backend.adjoint(backend.namespace(a), a)
+            return arrays.adjoint(arrays.namespace(a), a)
 
         return LinearOperator(self.shape[::-1], self.dtype, self._backward, self._forward, matrix)
 
@@ -90,7 +89,7 @@ class LinearOperator:
         return self._matrix()
 
     def _vectors(self, products: Products, x: Array, length: int) -> Array:
-        backend.namespace(x)
+        arrays.namespace(x)
         shape = tuple(x.shape)
         if length != 1 and shape[-2:] == (length, 1):
             return self._applied(products.rows, x[..., 0])[..., None]
@@ -102,7 +101,7 @@ class LinearOperator:
         return self._applied(products.rows, x)
 
     def _matrices(self, products: Products, x: Array, length: int) -> Array:
-        backend.namespace(x)
+        arrays.namespace(x)
         shape = tuple(x.shape)
         if shape[-2:-1] != (length,):
             raise ValueError(
@@ -111,14 +110,14 @@ class LinearOperator:
         return self._applied(products.columns, x)
 
     def _applied(self, product: Callable[[Array], Array], x: Array) -> Array:
-        xp = backend.namespace(x)
-        x = backend.to_compute(xp, x)
-        is_complex = backend.dtype_name(self.dtype).startswith("complex")
-        if is_complex and not backend.is_complex(x):
-            x = xp.astype(x, backend.complex_dtype(xp, x.dtype))
-        elif backend.is_complex(x) and not is_complex:
+        xp = arrays.namespace(x)
+        x = arrays.to_compute(xp, x)
+        is_complex = arrays.dtype_name(self.dtype).startswith("complex")
+        if is_complex and not arrays.is_complex(x):
+            x = xp.astype(x, arrays.complex_dtype(xp, x.dtype))
+        elif arrays.is_complex(x) and not is_complex:
             # Not every library multiplies real by complex arrays.
-            return backend.complex_of(xp, product(xp.real(x)), product(xp.imag(x)))
+            return arrays.complex_of(xp, product(xp.real(x)), product(xp.imag(x)))
         return product(x)
 
 
@@ -177,7 +176,7 @@ def linear_operator(
     if not given.geometry.transposed:
         return LinearOperator(operator.shape, given.w.dtype, forward, backward, operator.to_matrix)
     # The weight of a transposed convolution acts by its transpose, not its adjoint.
-    plain = _conv_operator(backend.conjugate(xp, given.w), given.geometry)
+    plain = _conv_operator(arrays.conjugate(xp, given.w), given.geometry)
     return LinearOperator(
         operator.shape[::-1],
         given.w.dtype,
@@ -196,13 +195,13 @@ def _of_matrix(xp: Any, matrix: Array) -> LinearOperator:
     def products(a: Array) -> Products:
         def rows(x: Array) -> Array:
             if matrix.ndim == 2:
-                return backend.matmul(x, xp.matrix_transpose(a))
-            return backend.matmul(a, x[..., None])[..., 0]
+                return arrays.matmul(x, xp.matrix_transpose(a))
+            return arrays.matmul(a, x[..., None])[..., 0]
 
-        return Products(rows, lambda x: backend.matmul(a, x))
+        return Products(rows, lambda x: arrays.matmul(a, x))
 
     outputs, inputs = (int(n) for n in matrix.shape[-2:])
-    backward = products(backend.adjoint(xp, matrix))
+    backward = products(arrays.adjoint(xp, matrix))
     return LinearOperator(
         (outputs, inputs), matrix.dtype, products(matrix), backward, lambda: matrix
     )

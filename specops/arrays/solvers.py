@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from specops import backend, host
-
-Array = Any
-Namespace = Any
-
-
-def _did_not_converge(error: Exception) -> bool:
-    return type(error).__name__ in {"LinAlgError", "_LinAlgError"}
+from specops.arrays.dtypes import double_dtype, is_complex, real_dtype
+from specops.arrays.entries import adjoint, check_finite
+from specops.arrays.libraries import library
+from specops.arrays.placement import constant
+from specops.arrays.standard import did_not_converge
+from specops.arrays.tracing import is_staged
+from specops.typing import Array, Namespace
 
 
 def svdvals(xp: Namespace, a: Array) -> Array:
@@ -25,26 +24,26 @@ def svdvals(xp: Namespace, a: Array) -> Array:
     eigenvalues of the Gram matrix.
     """
     try:
-        with backend.solving(a):
+        with library(a).solving():
             return xp.linalg.svdvals(a)
     except Exception as error:
-        if not _did_not_converge(error):
+        if not did_not_converge(error):
             raise
         return _svd_fallback(xp, a, vectors=False)
 
 
 def svd(xp: Namespace, a: Array) -> tuple[Array, Array, Array]:
     """Thin SVD ``(u, s, vh)`` of stacked matrices, with the fallbacks of `svdvals`."""
-    if backend.is_jax_traced(a):
+    if is_staged(a):
         fine, a = _without_infinity(xp, a)
         u, s, vh = xp.linalg.svd(a, full_matrices=False)
         return u, xp.where(fine[..., 0], s, xp.full_like(s, xp.nan)), vh
     try:
-        with backend.solving(a):
+        with library(a).solving():
             u, s, vh = xp.linalg.svd(a, full_matrices=False)
         return u, s, vh
     except Exception as error:
-        if not _did_not_converge(error):
+        if not did_not_converge(error):
             raise
         result: tuple[Array, Array, Array] = _svd_fallback(xp, a, vectors=True)
         return result
@@ -53,25 +52,22 @@ def svd(xp: Namespace, a: Array) -> tuple[Array, Array, Array]:
 def eigh(xp: Namespace, a: Array) -> tuple[Array, Array]:
     """Eigenvalues, ascending, and eigenvectors of stacked Hermitian matrices.
 
-    In double precision where single fails. NumPy's public function computes single precision
-    in double, at twice the time.
+    In double precision where single fails.
     """
-    if isinstance(a, np.ndarray):
-        return host.eigh(a)
-    if backend.is_jax_traced(a):
+    if is_staged(a):
         fine, a = _without_infinity(xp, a)
         values, vectors = xp.linalg.eigh(a)
         return xp.where(fine[..., 0], values, xp.full_like(values, xp.nan)), vectors
     try:
-        with backend.solving(a):
-            values, vectors = xp.linalg.eigh(a)
+        with library(a).solving():
+            values, vectors = library(a).eigh(xp, a)
     except Exception as error:
-        double = None if not _did_not_converge(error) else backend.double_dtype(xp, a)
+        double = None if not did_not_converge(error) else double_dtype(xp, a)
         if double is None or double == a.dtype:
             raise
-        with backend.solving(a):
+        with library(a).solving():
             values, vectors = xp.linalg.eigh(xp.astype(a, double))
-        real = backend.real_dtype(xp, a.dtype)
+        real = real_dtype(xp, a.dtype)
         return xp.astype(values, real), xp.astype(vectors, a.dtype)
     return values, vectors
 
@@ -86,16 +82,16 @@ def _without_infinity(xp: Namespace, a: Array) -> tuple[Array, Array]:
 
 
 def _svd_fallback(xp: Namespace, a: Array, *, vectors: bool) -> Any:
-    backend.check_finite(xp, a, "the matrix")
-    double = xp.astype(a, xp.complex128 if backend.is_complex(a) else xp.float64)
-    real = backend.real_dtype(xp, a.dtype)
+    check_finite(xp, a, "the matrix")
+    double = xp.astype(a, xp.complex128 if is_complex(a) else xp.float64)
+    real = real_dtype(xp, a.dtype)
     try:
-        with backend.solving(a):
+        with library(a).solving():
             if not vectors:
                 return xp.astype(xp.linalg.svdvals(double), real)
             u, s, vh = xp.linalg.svd(double, full_matrices=False)
     except Exception as error:
-        if not _did_not_converge(error):
+        if not did_not_converge(error):
             raise
         u, s, vh = _svd_by_gram(xp, double)
     if not vectors:
@@ -105,9 +101,9 @@ def _svd_fallback(xp: Namespace, a: Array, *, vectors: bool) -> Any:
 
 def _svd_by_gram(xp: Namespace, a: Array) -> tuple[Array, Array, Array]:
     wide = a.shape[-2] < a.shape[-1]
-    tall = backend.adjoint(xp, a) if wide else a
-    with backend.solving(a):
-        _, v = xp.linalg.eigh(backend.adjoint(xp, tall) @ tall)
+    tall = adjoint(xp, a) if wide else a
+    with library(a).solving():
+        _, v = xp.linalg.eigh(adjoint(xp, tall) @ tall)
     v = xp.flip(v, axis=-1)
     # QR of A·V has R diagonal up to rounding: its diagonal gives sharper values than sqrt(λ).
     q, r = xp.linalg.qr(tall @ v)
@@ -118,13 +114,29 @@ def _svd_by_gram(xp: Namespace, a: Array) -> tuple[Array, Array, Array]:
     u = q * safe[..., None, :]
     s = _reordered(xp, s[..., None, :], order)[..., 0, :]
     u, v = _reordered(xp, u, order), _reordered(xp, v, order)
-    return (v, s, backend.adjoint(xp, u)) if wide else (u, s, backend.adjoint(xp, v))
+    return (v, s, adjoint(xp, u)) if wide else (u, s, adjoint(xp, v))
 
 
 def _reordered(xp: Namespace, a: Array, order: Array) -> Array:
     """The columns of stacked matrices in the order of each; ``take_along_axis`` came in 2024.12."""
     n = a.shape[-1]
     starts = np.arange(math.prod(a.shape[:-1])).reshape((*a.shape[:-1], 1)) * n
-    index = backend.constant(starts, a) + xp.astype(order, xp.int32)[..., None, :]
+    index = constant(starts, a) + xp.astype(order, xp.int32)[..., None, :]
     found = xp.take(xp.reshape(a, (-1,)), xp.reshape(index, (-1,)), axis=0)
     return xp.reshape(found, a.shape)
+
+
+def try_cholesky(xp: Namespace, a: Array) -> tuple[Array, Array]:
+    """(Cholesky factors of stacked matrices, which of them exist); never an exception.
+
+    Where there is no factor anything may stand in its place.
+    """
+    return library(a).try_cholesky(xp, a)
+
+
+def has_cholesky(xp: Namespace, a: Array) -> Array:
+    """Which of stacked Hermitian matrices have a factor; `a` must not be used again.
+
+    Only lower triangles are read.
+    """
+    return library(a).has_cholesky(xp, a)

@@ -8,7 +8,7 @@ from typing import Any
 
 from specops.errors import AdapterError, CautionWarning
 from specops.geometry import Geometry
-from specops.plan import Assignment
+from specops.training.plan import Assignment
 
 
 class Assigned:

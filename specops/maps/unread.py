@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import array_api_compat as compat
 import numpy as np
 
-from specops import backend
+from specops import arrays
 from specops.geometry.conv import Conv
-
-Array = Any
+from specops.typing import Array
 
 
 def without_unread(w: Array, geometry: Conv) -> Array:
@@ -20,7 +18,7 @@ def without_unread(w: Array, geometry: Conv) -> Array:
     if where is None:
         return w
     xp = compat.array_namespace(w)
-    return xp.where(backend.constant(where, w), w, xp.zeros_like(w))
+    return xp.where(arrays.constant(where, w), w, xp.zeros_like(w))
 
 
 def with_unread(result: Array, w: Array, geometry: Conv) -> Array:
@@ -29,7 +27,7 @@ def with_unread(result: Array, w: Array, geometry: Conv) -> Array:
     if where is None:
         return result
     xp = compat.array_namespace(w)
-    return xp.where(backend.constant(where, w), result, w)
+    return xp.where(arrays.constant(where, w), result, w)
 
 
 @lru_cache(maxsize=256)

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from specops import backend
+from specops import arrays
 from specops.errors import UnsupportedGeometryError
 from specops.geometry import ConvSizes
+from specops.typing import Array
 
-Array = Any
 _ANY_SIZE_GRID = 32
 _ALL = slice(None)
 
@@ -143,7 +143,7 @@ class Symbol:
         """A kernel (groups, rows, columns, *taps) as (shifts, groups·rows·phases·columns)."""
         for t, axis in enumerate(self.axes):
             if not axis.is_identity:
-                kernel = backend.along_axis(xp, kernel, axis.scatter, 3 + t)
+                kernel = arrays.along_axis(xp, kernel, axis.scatter, 3 + t)
         split = [n for axis in self.axes for n in (axis.phases, len(axis.shifts))]
         kernel = xp.reshape(kernel, (*kernel.shape[:3], *split))
         phases = [3 + 2 * t for t in range(len(self.axes))]
@@ -166,19 +166,19 @@ class Symbol:
         for t, axis in enumerate(self.axes):
             if not axis.is_identity:
                 gather = axis.scatter / np.maximum(axis.scatter.sum(axis=0), 1.0)
-                kernel = backend.along_axis(xp, kernel, gather.T, 3 + t)
+                kernel = arrays.along_axis(xp, kernel, gather.T, 3 + t)
         return kernel
 
     def blocks(self, xp: Any, coefficients: Array, chosen: slice | np.ndarray = _ALL) -> Array:
         """B at the chosen frequencies, (frequencies, groups, rows, phases·columns), complex."""
         angles = self.angles[chosen]
-        if backend.is_complex(coefficients):
-            stacked = backend.constant(np.exp(1j * angles), coefficients, complex=True)
+        if arrays.is_complex(coefficients):
+            stacked = arrays.constant(np.exp(1j * angles), coefficients, complex=True)
             out = stacked @ coefficients
         else:
-            real = backend.matmul(backend.constant(np.cos(angles), coefficients), coefficients)
-            imag = backend.matmul(backend.constant(np.sin(angles), coefficients), coefficients)
-            out = backend.complex_of(xp, real, imag)
+            real = arrays.matmul(arrays.constant(np.cos(angles), coefficients), coefficients)
+            imag = arrays.matmul(arrays.constant(np.sin(angles), coefficients), coefficients)
+            out = arrays.complex_of(xp, real, imag)
         return xp.reshape(out, (angles.shape[0], self.sizes.groups, *self.block_shape))
 
     def average(self, xp: Any, blocks: Array, chosen: slice | np.ndarray = _ALL) -> Array:
@@ -191,10 +191,10 @@ class Symbol:
         weights = self.counts[chosen][:, None] / math.prod(self.coarse)
         flat = xp.reshape(blocks, (angles.shape[0], -1))
         if self.conjugate_pairs:
-            cosines = backend.constant((weights * np.cos(angles)).T, flat)
-            sines = backend.constant((weights * np.sin(angles)).T, flat)
-            return backend.matmul(cosines, xp.real(flat)) + backend.matmul(sines, xp.imag(flat))
-        return backend.constant((weights * np.exp(-1j * angles)).T, flat, complex=True) @ flat
+            cosines = arrays.constant((weights * np.cos(angles)).T, flat)
+            sines = arrays.constant((weights * np.sin(angles)).T, flat)
+            return arrays.matmul(cosines, xp.real(flat)) + arrays.matmul(sines, xp.imag(flat))
+        return arrays.constant((weights * np.exp(-1j * angles)).T, flat, complex=True) @ flat
 
     @cached_property
     def multiplicities(self) -> np.ndarray:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from specops import backend
-from specops.linalg.decompositions import svd
+from specops import arrays
+from specops.arrays.solvers import svd
+from specops.typing import Array
 
-Array = Any
 _DEPENDENT = 1e-6
 _DRIFTS = 8
 """Rounds from which the rounding that images of V gather is taken out at the end."""
@@ -69,7 +69,7 @@ def leading_triplets(
     ----------
     Knyazev 2001.
     """
-    eps = backend.epsilon(start.dtype)
+    eps = arrays.epsilon(start.dtype)
     tolerance = 0.1 * eps**0.5 if tolerance is None else tolerance
     width, rounds = start.shape[1], 0
     basis = _orthonormal(xp, start)
@@ -77,16 +77,16 @@ def leading_triplets(
     image = _apply(operator.matvec, basis)
     while True:
         u, s, qh = svd(xp, image)
-        q = backend.adjoint(xp, qh)[:, : min(width, qh.shape[0])]
+        q = arrays.adjoint(xp, qh)[:, : min(width, qh.shape[0])]
         u, s = u[:, : q.shape[1]], s[: q.shape[1]]
-        v = backend.matmul(basis, q)
+        v = arrays.matmul(basis, q)
         residual = _apply(operator.rmatvec, u) - v * xp.astype(s, v.dtype)[None, :]
         rounds += 1
         errors = xp.linalg.vector_norm(residual[:, :k], axis=0)
         if floor is not None:
             errors = xp.where(s[:k] > floor, errors, xp.zeros_like(errors))
         error = xp.max(errors)
-        if rounds >= iterations or backend.truth(error <= tolerance * s[0]):
+        if rounds >= iterations or arrays.truth(error <= tolerance * s[0]):
             break
         if basis.shape[1] > width:
             directions = _without(xp, v, basis[:, :width])
@@ -103,13 +103,13 @@ def leading_triplets(
     if rounds > _DRIFTS:
         v = xp.linalg.qr(v)[0]
         u, s, qh = svd(xp, _apply(operator.matvec, v))
-        v = backend.matmul(v, backend.adjoint(xp, qh))
+        v = arrays.matmul(v, arrays.adjoint(xp, qh))
     return u[:, :k], s[:k], v[:, :k], v
 
 
 def _apply(product: Any, x: Array) -> Array:
     """A product with every column; operators take vectors as rows."""
-    xp = backend.namespace(x)
+    xp = arrays.namespace(x)
     return xp.matrix_transpose(product(xp.matrix_transpose(x)))
 
 
@@ -122,9 +122,9 @@ def _orthonormal(xp: Any, x: Array, against: Array | None = None) -> Array:
         x, r = xp.linalg.qr(x)
         lost = xp.abs(xp.linalg.diagonal(r)) <= _DEPENDENT * scale
         scale = xp.ones_like(scale)
-        if backend.truth(xp.any(lost)) is not False:
-            noise = backend.start_vector("subspace", x.shape[0] * x.shape[1]).reshape(x.shape)
-            noise = xp.astype(backend.constant(noise, x), x.dtype)
+        if arrays.truth(xp.any(lost)) is not False:
+            noise = arrays.start_vector("subspace", x.shape[0] * x.shape[1]).reshape(x.shape)
+            noise = xp.astype(arrays.constant(noise, x), x.dtype)
             x = xp.where(lost[None, :], noise, x)
             if against is not None:
                 x = _without(xp, x, against)
@@ -134,4 +134,4 @@ def _orthonormal(xp: Any, x: Array, against: Array | None = None) -> Array:
 
 def _without(xp: Any, x: Array, basis: Array) -> Array:
     """Columns less their parts along orthonormal ones."""
-    return x - backend.matmul(basis, backend.matmul(backend.adjoint(xp, basis), x))
+    return x - arrays.matmul(basis, arrays.matmul(arrays.adjoint(xp, basis), x))

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from specops import backend
+from specops import arrays
 from specops.errors import NonFiniteError, NonFiniteWarning
 from specops.geometry import Conv, Dense, Geometry, resolve_geometry
-from specops.geometry.unread import without_unread
-
-Array = Any
+from specops.maps.unread import without_unread
+from specops.typing import Array
 
 
 @dataclass
@@ -46,20 +45,20 @@ class MatrixBlock:
 
 def prepare(w: Array, geometry: Geometry | None, *, scaled: bool = True) -> Prepared:
     """Check a weight against its geometry and bring it to compute dtype (and scale)."""
-    xp = backend.namespace(w)
+    xp = arrays.namespace(w)
     geometry = resolve_geometry(w.ndim, geometry)
     if isinstance(geometry, Conv):
         geometry.sizes(tuple(w.shape))
     else:
         geometry.check(tuple(w.shape))
-    w = backend.to_compute(xp, w)
+    w = arrays.to_compute(xp, w)
     if scaled and isinstance(geometry, Conv):
-        backend.check_finite(xp, w, "the kernel")
+        arrays.check_finite(xp, w, "the kernel")
     if isinstance(geometry, Conv):
         w = without_unread(w, geometry)
     if isinstance(geometry, Dense) or not scaled:
         return Prepared(xp, w, geometry, None)
-    scale = backend.magnitude(xp, w)
+    scale = arrays.magnitude(xp, w)
     return Prepared(xp, w / scale, geometry, xp.reshape(scale, ()))
 
 
@@ -71,12 +70,12 @@ def matrix_blocks(given: Prepared) -> tuple[MatrixBlock, ...]:
 
 def _block(xp: Any, matrices: Array) -> MatrixBlock:
     # The largest entry is NaN where one is.
-    largest = backend.largest_entry(xp, matrices, (-2, -1), keepdims=True)
+    largest = arrays.largest_entry(xp, matrices, (-2, -1), keepdims=True)
     finite = xp.isfinite(largest[..., 0, 0])
-    if backend.truth(xp.all(finite)) is False:
+    if arrays.truth(xp.all(finite)) is False:
         _report_bad(xp, finite, tuple(matrices.shape))
         matrices = xp.where(finite[..., None, None], matrices, xp.zeros_like(matrices))
-    scale = backend.power_below(xp, largest)
+    scale = arrays.power_below(xp, largest)
 
     def restore(values: Array) -> Array:
         values = values * scale[..., 0]

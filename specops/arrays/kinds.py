@@ -13,6 +13,20 @@ from typing import Any
 import array_api_compat as compat
 import numpy as np
 
+from specops.arrays.dtypes import COMPUTE, dtype_name
+from specops.arrays.libraries import library
+from specops.errors import UnsupportedArrayError
+from specops.typing import Array, Namespace
+
+_MORE = (
+    ("is_meta", "is on the meta device and holds no values: materialise it first"),
+    ("is_quantized", "is stored quantised: dequantise it first"),
+    ("is_nested", "is a nested tensor: convert each of its tensors, w.unbind(), instead"),
+)
+_LAYOUTS = (
+    ("sparse", "is sparse: convert it to a dense array first"),
+    ("mkldnn", "is in the layout of MKL-DNN: convert it with w.to_dense() first"),
+)
 OLDEST = "2023.12"
 """The first version of the standard with ``clip``, ``maximum`` and ``__array_namespace_info__``."""
 _NATIVE = (
@@ -34,6 +48,46 @@ _WAYS_OUT = {
 }
 """Methods that such kinds are left by, the best first, and what is then said of them."""
 _ARGUMENTS = {"filled": "0.0"}
+
+
+def namespace(w: Array) -> Namespace:
+    """Return the Array API namespace of `w`, or say why `w` cannot be measured.
+
+    Raises
+    ------
+    UnsupportedArrayError
+        No array, or one without values, or of a dtype or library that is not measured.
+    """
+    if library(w).is_compiling():
+        return compat.array_namespace(w)
+    found = problem(w) or _problem_of_values(w)
+    if found:
+        raise UnsupportedArrayError(found)
+    xp = compat.array_namespace(w)
+    found = problem_of_namespace(xp)
+    if found:
+        raise UnsupportedArrayError(found)
+    return xp
+
+
+def is_array(x: object) -> bool:
+    """Whether `x` is an array of some library, all of whose values exist."""
+    return bool(compat.is_array_api_obj(x)) and not isinstance(x, np.ma.MaskedArray)
+
+
+def _problem_of_values(w: Array) -> str | None:
+    layout = str(getattr(w, "layout", ""))
+    reasons = [said for name, said in _MORE if getattr(w, name, False)]
+    reasons += [said for name, said in _LAYOUTS if name in layout]
+    if reasons:
+        return f"the weight {reasons[0]}"
+    name = dtype_name(w.dtype)
+    if name not in COMPUTE:
+        return (
+            f"dtype {name} cannot be measured: cast the weight to float32 first "
+            f"(supported: {', '.join(COMPUTE)})"
+        )
+    return None
 
 
 def problem(w: object) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,12 +10,12 @@ from html import escape
 from importlib.util import find_spec
 from typing import Any
 
-from specops import backend
+from specops import arrays
 from specops.geometry import Dense, Geometry
-from specops.plan import Assignment
 from specops.rules.base import measured_as
 from specops.spectra import spectral_norm, spectral_norm_bounds, stable_rank
 from specops.tables import aligned, rich_table
+from specops.training.plan import Assignment
 
 _WIDEST = 60
 _HEADERS = ("parameter", "shape", "geometry", "rule", "norm")
@@ -91,7 +92,8 @@ class Report:
 
     def show(self) -> None:
         """Print: a coloured table in a terminal, HTML in a notebook, plain text elsewhere."""
-        if "ipykernel" in sys.modules:
+        shell = getattr(builtins, "get_ipython", None)
+        if shell is not None and hasattr(shell(), "kernel"):
             from IPython.display import display  # type: ignore[import-not-found]
 
             display(self)
@@ -181,7 +183,7 @@ def measured(w: Any, geometry: Geometry, rule: Any) -> dict[str, Any]:
         view = measured_as(geometry, rule.norm)
         if isinstance(view, Dense) or view.grid is not None:
             ranks = stable_rank(w, view)
-            xp = backend.namespace(w)
+            xp = arrays.namespace(w)
             blocks = ranks if isinstance(ranks, tuple) else (ranks,)
             found["stable_rank"] = max(float(xp.max(r)) for r in blocks)
     return found
@@ -189,8 +191,8 @@ def measured(w: Any, geometry: Geometry, rule: Any) -> dict[str, Any]:
 
 def measured_norm(w: Any, geometry: Geometry) -> dict[str, Any]:
     """`norm` and `norm_is` of a row: exact where it can be, else a certified upper bound."""
-    xp = backend.namespace(w)
-    if not bool(backend.all_finite(xp, w)):
+    xp = arrays.namespace(w)
+    if not bool(arrays.all_finite(xp, w)):
         return {"norm": float("nan"), "norm_is": "not finite"}
     exact = isinstance(geometry, Dense) or geometry.has_exact_spectrum(tuple(w.shape))
     norms = spectral_norm(w, geometry) if exact else spectral_norm_bounds(w, geometry).upper

@@ -1,0 +1,121 @@
+"""JAX: values may be traced, loops are primitives, and eager loops are slow."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+
+from specops.arrays.standard import Library
+from specops.typing import Array, Namespace
+
+
+class Jax(Library):
+    """Arrays and tracers of JAX."""
+
+    def device(self, x: Array) -> Any:
+        """None: JAX places arrays itself, and a tracer has no device."""
+        return None
+
+    def placed(self, xp: Namespace, values: np.ndarray, like: Array) -> Array:
+        """Placed by JAX."""
+        return xp.asarray(values)
+
+    def zeros(self, shape: tuple[int, ...], like: Array) -> Array:
+        """Placed by JAX."""
+        return jax.numpy.zeros(shape, dtype=like.dtype)
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        """A view or a copy on the host."""
+        return np.asarray(x)
+
+    def on_host(self, x: Array) -> np.ndarray | None:
+        """A read-only view."""
+        if self.is_staged(x) or {d.platform for d in x.devices()} != {"cpu"}:
+            return None
+        return np.asarray(x)
+
+    def rounded(self, xp: Namespace, x: Array, dtype: Any, bits: tuple[int, int]) -> Array:
+        """Rounded also where the compiler would rather keep more."""
+        if self.is_staged(x):
+            x = jax.lax.reduce_precision(x, *bits)
+        return xp.astype(x, dtype)
+
+    def truth(self, flag: Array) -> bool | None:
+        """None of a tracer."""
+        return None if isinstance(flag, jax.core.Tracer) else bool(flag)
+
+    def is_traced(self, x: Array) -> bool:
+        """Whether it is a tracer."""
+        return isinstance(x, jax.core.Tracer)
+
+    def is_staged(self, x: Array) -> bool:
+        """Whether it is a tracer."""
+        return isinstance(x, jax.core.Tracer)
+
+    def is_concrete(self, x: Array) -> bool:
+        """Whether it is no tracer."""
+        return not isinstance(x, jax.core.Tracer)
+
+    def stop_gradient(self, x: Array) -> Array:
+        """`jax.lax.stop_gradient`."""
+        return jax.lax.stop_gradient(x)
+
+    def with_derivative(self, value: Any, surrogate: Any, x: Array) -> Array:
+        """A function with a rule of its own."""
+        if not self.is_traced(x):
+            return value(x)
+        function = jax.custom_jvp(value)
+        function.defjvp(
+            lambda primals, tangents: (
+                value(*primals),
+                jax.jvp(surrogate, primals, tangents)[1],
+            )
+        )
+        return function(x)
+
+    def fori(self, first: int, last: int, body: Any, carry: Any) -> Any:
+        """A loop that is not unrolled."""
+        return jax.lax.fori_loop(first, last, body, carry)
+
+    def cond(self, flag: Array, yes: Any, no: Any) -> Any:
+        """Decided on the device where the flag is traced."""
+        known = self.truth(flag)
+        if known is None:
+            return jax.lax.cond(flag, yes, no)
+        return yes() if known else no()
+
+    def while_loop(self, cond: Any, body: Any, carry: Any) -> Any:
+        """A traced loop."""
+        return jax.lax.while_loop(cond, body, carry)
+
+    def compiled(self, function: Any, static: tuple[Any, ...], *arrays: Array) -> Any:
+        """Compiled once per shape."""
+        return _jit(function, len(static))(*static, *arrays)
+
+    def argmax(self, xp: Namespace, flat: Array) -> Array:
+        """On the host where the value is known: no program for it."""
+        if self.is_staged(flat):
+            return super().argmax(xp, flat)
+        return xp.asarray(np.asarray([np.argmax(np.asarray(flat))], np.int32))
+
+    def complex_of(self, xp: Namespace, real: Array, imag: Array, dtype: Any) -> Array:
+        """In one pass."""
+        return jax.lax.complex(real, imag)
+
+    def add_at(self, x: Array, index: Any, value: Array) -> Array:
+        """Arrays do not change."""
+        return x.at[index].add(value)
+
+    def ieee_products(self) -> AbstractContextManager[None]:
+        """The setting of the precision."""
+        context: AbstractContextManager[None] = jax.default_matmul_precision("highest")
+        return context
+
+
+@cache
+def _jit(function: Any, static: int) -> Any:
+    return jax.jit(function, static_argnums=tuple(range(static)))

@@ -1,0 +1,89 @@
+"""Where arrays live: tables put beside them, and views of them on the host."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+from zlib import crc32
+
+import array_api_compat as compat
+import numpy as np
+
+from specops.arrays.dtypes import COMPLEX, COMPUTE, REAL, dtype_name, is_complex
+from specops.arrays.libraries import library
+from specops.typing import Array
+
+
+def device_of(x: Array) -> Any:
+    """The device of a concrete array; None where the library places arrays itself."""
+    return library(x).device(x)
+
+
+def constant(values: np.ndarray, like: Array, *, complex: bool = False) -> Array:
+    """A host table on the device of `like`, in its real (or complex) compute dtype.
+
+    Integer tables become 32-bit indices, which every device has.
+    """
+    if values.dtype.kind in "fc":
+        name = COMPUTE[dtype_name(like.dtype)]
+        name = REAL.get(name, name)
+        values = values.astype(COMPLEX[name] if complex else name)
+    elif values.dtype.kind in "iu":
+        values = values.astype(np.int32)
+    return library(like).placed(compat.array_namespace(like), values, like)
+
+
+def like(values: Array, other: Array) -> Array:
+    """`values` of any library and device on those of `other`, in its compute precision."""
+    return constant(to_numpy(values), other, complex=is_complex(other))
+
+
+def zeros(shape: tuple[int, ...], like: Array) -> Array:
+    """Zeros of the dtype and device of `like`."""
+    return library(like).zeros(shape, like)
+
+
+def to_numpy(x: Array) -> np.ndarray:
+    """A concrete array on the host."""
+    return library(x).to_numpy(x)
+
+
+def on_host(x: Array) -> np.ndarray | None:
+    """A NumPy view of a concrete array of the CPU that carries no derivative; None of others."""
+    return library(x).on_host(x)
+
+
+def is_constant_on_host(x: Array) -> bool:
+    """Whether NumPy sees the values of `x` in place: NumPy's own, and torch's constants."""
+    return library(x).is_constant_on_host(x)
+
+
+def seen(x: Array) -> np.ndarray:
+    """The view in place of what `is_constant_on_host` is true of."""
+    return library(x).seen(x)
+
+
+def from_host(values: np.ndarray, like: Array) -> Array:
+    """A NumPy result in the library of `like`; it may share memory."""
+    return library(like).from_host(values, like)
+
+
+def solves_alone(a: Array) -> bool:
+    """Whether a single matrix is better left to its own library than to workers on the host.
+
+    torch's LAPACK is faster there, and its threads and NumPy's slow each other down.
+    """
+    return a.ndim == 2 and library(a).solves_alone
+
+
+def by_workers(a: Array) -> bool:
+    """Whether stacks of small matrices like `a` are taken by `workers`, chunk by chunk."""
+    return library(a).by_workers
+
+
+def start_vector(name: str, size: int, seed: int = 0) -> np.ndarray:
+    """A unit vector fixed by a layer's name: the same on every library, device and rank."""
+    key = np.array([seed, crc32(name.encode())], dtype=np.uint64)
+    raw = np.random.Philox(key=key).random_raw(size)
+    vector = raw.astype(np.float64) * (2.0 / 2**64) - 1.0
+    return np.asarray(vector / math.sqrt(float(vector @ vector)))

@@ -1,0 +1,77 @@
+"""Products of matrices, and with a few vectors from either side."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import ParamSpec, TypeVar
+
+import array_api_compat as compat
+import numpy as np
+
+from specops.arrays.dtypes import is_complex
+from specops.arrays.libraries import if_loaded, library, library_of
+from specops.arrays.placement import constant
+from specops.typing import Array, Namespace
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """The product a b, without a word about entries that are not finite."""
+    return library(a).matmul(a, b)
+
+
+def along_axis(xp: Namespace, x: Array, table: np.ndarray, axis: int) -> Array:
+    """Apply a host matrix (from, to) along one axis."""
+    order = list(range(x.ndim))
+    order[axis], order[-1] = order[-1], order[axis]
+    matrix = constant(table, x, complex=is_complex(x))
+    return xp.permute_dims(matmul(xp.permute_dims(x, tuple(order)), matrix), tuple(order))
+
+
+def matvec(a: Array, x: Array) -> Array:
+    """Ax."""
+    blocks = library(a).row_blocks(a)
+    return matmul(a, x) if blocks is None else images(a, x[None, :])[0, :]
+
+
+def images(a: Array, x: Array) -> Array:
+    """The rows of x as Ax, again as rows."""
+    xp, blocks = compat.array_namespace(a), library(a).row_blocks(a)
+    if blocks is None:
+        return matmul(x, xp.matrix_transpose(a))
+    count, rows, columns = blocks.shape
+    found = xp.broadcast_to(x, (count, len(x), columns)) @ xp.matrix_transpose(blocks)
+    return xp.reshape(xp.permute_dims(found, (1, 0, 2)), (len(x), count * rows))
+
+
+def coimages(a: Array, x: Array) -> Array:
+    """The rows of x as Aᵀx, again as rows, without conjugation."""
+    xp, blocks = compat.array_namespace(a), library(a).row_blocks(a)
+    if blocks is None:
+        return matmul(x, a)
+    count, rows, _ = blocks.shape
+    parts = xp.permute_dims(xp.reshape(x, (len(x), count, rows)), (1, 0, 2)) @ blocks
+    return xp.sum(parts, axis=0)
+
+
+def ieee_products(xp: Namespace) -> AbstractContextManager[None]:
+    """Products of float32 in float32, where the library may use shorter formats."""
+    return library_of(xp).ieee_products()
+
+
+def in_full_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """Run without torch's autocast, which takes products in half precision."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        torch = if_loaded("torch")
+        if torch is None:
+            return function(*args, **kwargs)
+        result: R = torch.without_autocast(lambda: function(*args, **kwargs))
+        return result
+
+    return wrapped

@@ -1,0 +1,232 @@
+"""What the algorithms ask of an array library, done with the Array API standard alone.
+
+The classes in `numpy.py`, `torch.py`, `jax.py` and `cupy.py` override what their library does
+better or can only do otherwise. `libraries.py` says which one an array belongs to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import array_api_compat as compat
+import numpy as np
+
+from specops.typing import Array, Namespace
+
+SPLIT_FROM = 2**16
+"""Entries of a matrix from which its products with a few vectors gain from threads, which torch
+uses for blocks of rows only: with one thread they run at a third of the speed of memory."""
+
+
+class Library:
+    """A library of which only the standard is known."""
+
+    by_workers = False
+    """Whether stacks of small matrices are taken by workers of ours on the host."""
+    solves_alone = False
+    """Whether a single matrix is better left to its own solvers than to workers on the host."""
+
+    # Where arrays live
+
+    def device(self, x: Array) -> Any:
+        """Its device; None where the library places arrays itself."""
+        return compat.device(x)
+
+    def placed(self, xp: Namespace, values: np.ndarray, like: Array) -> Array:
+        """Values of the host on the device of `like`."""
+        return xp.asarray(values, device=compat.device(like))
+
+    def zeros(self, shape: tuple[int, ...], like: Array) -> Array:
+        """Zeros of the dtype and device of `like`."""
+        return compat.array_namespace(like).zeros(shape, dtype=like.dtype, device=self.device(like))
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        """A concrete array on the host."""
+        info = compat.array_namespace(x).__array_namespace_info__()
+        return np.asarray(compat.to_device(x, info.default_device()))
+
+    def on_host(self, x: Array) -> np.ndarray | None:
+        """A NumPy view of a concrete array of the CPU that carries no derivative; None if not."""
+        return None
+
+    def is_constant_on_host(self, x: Array) -> bool:
+        """Whether `seen` may be asked: NumPy sees the values without a copy, and changes them."""
+        return False
+
+    def seen(self, x: Array) -> np.ndarray:
+        """The NumPy view of what `is_constant_on_host` is true of."""
+        raise NotImplementedError
+
+    def from_host(self, values: np.ndarray, like: Array) -> Array:
+        """A NumPy result, which may be kept, in the library of `like`."""
+        return compat.array_namespace(like).asarray(values.copy())
+
+    # Dtypes
+
+    def is_complex(self, x: Array) -> bool:
+        """Whether entries are complex."""
+        return "complex" in str(x.dtype)
+
+    def has_double(self, x: Array) -> bool:
+        """Whether the device of `x` computes in double precision."""
+        if str(getattr(x, "device", "")).startswith("mps"):
+            return False
+        info = compat.array_namespace(x).__array_namespace_info__()
+        device = self.device(x)
+        where = {} if device is None else {"device": device}
+        return "float64" in info.dtypes(kind="real floating", **where)
+
+    def rounded(self, xp: Namespace, x: Array, dtype: Any, bits: tuple[int, int]) -> Array:
+        """`x` in a half precision of so many bits of exponent and mantissa."""
+        return xp.astype(x, dtype)
+
+    # Values that are unknown, and derivatives
+
+    def is_compiling(self) -> bool:
+        """Whether a compiler follows this code, which does not follow every check of types."""
+        return False
+
+    def truth(self, flag: Array) -> bool | None:
+        """The value of a 0-d boolean array, None while it is unknown."""
+        return bool(flag)
+
+    def is_traced(self, x: Array) -> bool:
+        """Whether the values of `x` are unknown now: under a compiler, or mapped by vmap."""
+        return False
+
+    def is_staged(self, x: Array) -> bool:
+        """Whether `x` is traced where `cond` and `while_loop` can be traced too."""
+        return False
+
+    def is_concrete(self, x: Array) -> bool:
+        """Whether the values of `x` are known now and nothing is to be differentiated."""
+        return True
+
+    def stop_gradient(self, x: Array) -> Array:
+        """`x` as a constant for differentiation."""
+        return x
+
+    def with_derivative(self, value: Any, surrogate: Any, x: Array) -> Array:
+        """``value(x)``, which differentiates like ``surrogate(x)``."""
+        return value(x)
+
+    # Control flow
+
+    def fori(self, first: int, last: int, body: Any, carry: Any) -> Any:
+        """``for j in range(first, last): carry = body(j, carry)``."""
+        for j in range(first, last):
+            carry = body(j, carry)
+        return carry
+
+    def cond(self, flag: Array, yes: Any, no: Any) -> Any:
+        """``yes()`` or ``no()``."""
+        return yes() if self.truth(flag) else no()
+
+    def while_loop(self, cond: Any, body: Any, carry: Any) -> Any:
+        """``while cond(carry): carry = body(carry)``."""
+        while cond(carry):
+            carry = body(carry)
+        return carry
+
+    def compiled(self, function: Any, static: tuple[Any, ...], *arrays: Array) -> Any:
+        """``function(*static, *arrays)``, compiled where eager loops are slow."""
+        return function(*static, *arrays)
+
+    # Entries
+
+    def largest_entry(self, xp: Namespace, x: Array, axis: Any, keepdims: bool) -> Array:
+        """max|x|, NaN where an entry is."""
+        return xp.linalg.vector_norm(x, ord=math.inf, axis=axis, keepdims=keepdims)
+
+    def all_finite(self, xp: Namespace, x: Array, axis: Any) -> Array:
+        """Whether no entry is NaN or infinite."""
+        return xp.all(xp.isfinite(x), axis=axis)
+
+    def argmax(self, xp: Namespace, flat: Array) -> Array:
+        """Index, shape (1,), of the largest entry."""
+        return xp.reshape(xp.argmax(flat), (1,))
+
+    def complex_of(self, xp: Namespace, real: Array, imag: Array, dtype: Any) -> Array:
+        """real + i·imag."""
+        return xp.astype(real, dtype) + 1j * xp.astype(imag, dtype)
+
+    def add_at(self, x: Array, index: Any, value: Array) -> Array:
+        """`x` with `value` added at `index`; `x` must not be used again."""
+        x[index] += value
+        return x
+
+    def add_diagonal(self, xp: Namespace, a: Array, values: Array) -> Array:
+        """Stacked matrices plus a multiple (..., 1) of the identity each; `a` is not used again."""
+        return a + values[..., None] * xp.eye(a.shape[-1], dtype=a.dtype, device=self.device(a))
+
+    # Products and solvers
+
+    def matmul(self, a: Array, b: Array) -> Array:
+        """The product a b, without a word about entries that are not finite."""
+        return a @ b
+
+    def ieee_products(self) -> AbstractContextManager[None]:
+        """Products of float32 in float32, where the library may use shorter formats."""
+        return nullcontext()
+
+    def row_blocks(self, a: Array) -> Array | None:
+        """A matrix as a stack of blocks of rows, where its products are faster so."""
+        return None
+
+    def gram(self, xp: Namespace, a: Array, dtype: Any) -> Array:
+        """AAᴴ or AᴴA, whichever is smaller; above the diagonal anything may stand."""
+        rows = self.rows(xp, xp.astype(a, dtype, copy=False))
+        return rows @ self.adjoint(xp, rows)
+
+    def rows(self, xp: Namespace, a: Array) -> Array:
+        """`a` or its adjoint: what has no more rows than columns."""
+        return a if a.shape[-2] <= a.shape[-1] else self.adjoint(xp, a)
+
+    def adjoint(self, xp: Namespace, a: Array) -> Array:
+        """Conjugate transpose of the last two axes."""
+        turned = xp.matrix_transpose(a)
+        return xp.conj(turned) if self.is_complex(a) else turned
+
+    def solving(self) -> AbstractContextManager[None]:
+        """Let solvers raise where they fail."""
+        return nullcontext()
+
+    def eigh(self, xp: Namespace, a: Array) -> tuple[Array, Array]:
+        """Eigenvalues, ascending, and eigenvectors; raises where the solver gives up."""
+        values, vectors = xp.linalg.eigh(a)
+        return values, vectors
+
+    def try_cholesky(self, xp: Namespace, a: Array) -> tuple[Array, Array]:
+        """(Cholesky factors of stacked matrices, which of them exist); never an exception."""
+        try:
+            with self.solving():
+                factor = xp.linalg.cholesky(a)
+        except Exception as error:
+            if not did_not_converge(error):
+                raise
+            if a.ndim == 2:
+                factor = a * math.nan
+            elif a.shape[0] == 1:
+                factor = self.try_cholesky(xp, a[0, ...])[0][None, ...]
+            else:
+                # By halves: few calls where few have no factor.
+                half = a.shape[0] // 2
+                halves = (a[:half, ...], a[half:, ...])
+                factor = xp.concat([self.try_cholesky(xp, part)[0] for part in halves], axis=0)
+        return factor, self.all_finite(xp, factor, (-2, -1))
+
+    def has_cholesky(self, xp: Namespace, a: Array) -> Array:
+        """Which Hermitian matrices have a factor; only lower triangles are read."""
+        return self.try_cholesky(xp, a)[1]
+
+    def without_autocast(self, function: Callable[[], Any]) -> Any:
+        """``function()`` with products in the precision of their factors."""
+        return function()
+
+
+def did_not_converge(error: Exception) -> bool:
+    """Whether a solver gave up: each library has an exception of its own, of one name."""
+    return type(error).__name__ in {"LinAlgError", "_LinAlgError"}

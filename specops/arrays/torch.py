@@ -1,0 +1,250 @@
+"""torch: compilers and transforms that hide values, autograd, autocast, and slow corners."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from specops.arrays.standard import SPLIT_FROM, Library
+from specops.typing import Array, Namespace
+
+_FACTOR_BLOCK = 96
+_FACTOR_FROM = 256
+"""Side from which a Cholesky factor by blocks of columns, in place, takes half the time: torch's
+own copies a triangle against the order of memory."""
+_STRIPS_FROM = 512
+_STRIPS = 8
+_CAST = 512
+"""Length of the pieces cast to double precision: small enough to stay in the cache."""
+
+
+class Torch(Library):
+    """Tensors of torch."""
+
+    solves_alone = True
+
+    def device(self, x: Array) -> Any:
+        """Its device."""
+        return x.device
+
+    def placed(self, xp: Namespace, values: np.ndarray, like: Array) -> Array:
+        """On the device of `like`."""
+        return xp.asarray(values, device=like.device)
+
+    def zeros(self, shape: tuple[int, ...], like: Array) -> Array:
+        """Under vmap mapped like `like`."""
+        return like.new_zeros(shape)
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        """A view of what lives on the CPU, else a copy."""
+        return np.asarray(_values(x))
+
+    def on_host(self, x: Array) -> np.ndarray | None:
+        """A view; None under vmap and compilers."""
+        if is_differentiated(x) or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        return _values(x)
+
+    def is_constant_on_host(self, x: Array) -> bool:
+        """A tensor of the CPU outside compilers, transforms and autograd."""
+        return x.device.type == "cpu" and not (
+            torch.compiler.is_compiling()
+            or torch._C._functorch.is_functorch_wrapped_tensor(x)
+            or is_differentiated(x)
+        )
+
+    def seen(self, x: Array) -> np.ndarray:
+        """The view that shares memory."""
+        array: np.ndarray = (x.detach() if x.requires_grad else x).numpy()
+        return array
+
+    def from_host(self, values: np.ndarray, like: Array) -> Array:
+        """Shares memory where it may."""
+        if not values.flags.writeable or min(values.strides, default=0) < 0:
+            values = values.copy()
+        return torch.from_numpy(values)
+
+    def is_complex(self, x: Array) -> bool:
+        """By the dtype."""
+        return bool(x.dtype.is_complex)
+
+    def has_double(self, x: Array) -> bool:
+        """Everywhere but on Apple's GPUs."""
+        return bool(x.device.type != "mps")
+
+    def is_compiling(self) -> bool:
+        """Under `torch.compile` and export."""
+        return bool(torch.compiler.is_compiling())
+
+    def truth(self, flag: Array) -> bool | None:
+        """None under a compiler, and where it differs across an axis mapped by vmap."""
+        if torch.compiler.is_compiling():
+            return None
+        try:
+            return bool(flag)
+        except RuntimeError:
+            return None
+
+    def is_traced(self, x: Array) -> bool:
+        """Under a compiler, or mapped by vmap."""
+        if torch.compiler.is_compiling():
+            return True
+        functorch = torch._C._functorch
+        while functorch.is_gradtrackingtensor(x):
+            x = functorch.get_unwrapped(x)
+        return bool(functorch.is_batchedtensor(x))
+
+    def is_concrete(self, x: Array) -> bool:
+        """Neither traced nor differentiated."""
+        return not is_differentiated(x) and not self.is_traced(x)
+
+    def stop_gradient(self, x: Array) -> Array:
+        """Detached, also from what torch.func.grad wraps it in."""
+        x = x.detach()
+        if torch.compiler.is_compiling():
+            return x
+        functorch = torch._C._functorch
+        while functorch.is_gradtrackingtensor(x):
+            x = functorch.get_unwrapped(x)
+        return x
+
+    def with_derivative(self, value: Any, surrogate: Any, x: Array) -> Array:
+        """The surrogate's derivative, computed where one is asked for."""
+        if not is_differentiated(x):
+            return value(x)
+        along = surrogate(x)
+        return value(self.stop_gradient(x)) + (along - along.detach())
+
+    def largest_entry(self, xp: Namespace, x: Array, axis: Any, keepdims: bool) -> Array:
+        """From least and greatest values, which the CPU finds twenty times faster."""
+        if not _scans_slowly(x):
+            return super().largest_entry(xp, x, axis, keepdims)
+        dims = () if axis is None else axis
+        return torch.maximum(x.amax(dims, keepdim=keepdims), -x.amin(dims, keepdim=keepdims))
+
+    def all_finite(self, xp: Namespace, x: Array, axis: Any) -> Array:
+        """As `largest_entry`."""
+        if not _scans_slowly(x):
+            return super().all_finite(xp, x, axis)
+        return torch.isfinite(self.largest_entry(xp, x, axis, keepdims=False))
+
+    def complex_of(self, xp: Namespace, real: Array, imag: Array, dtype: Any) -> Array:
+        """In one pass."""
+        return torch.complex(real, imag)
+
+    def add_diagonal(self, xp: Namespace, a: Array, values: Array) -> Array:
+        """In place."""
+        a.diagonal(dim1=-2, dim2=-1).add_(values)
+        return a
+
+    @contextmanager
+    def ieee_products(self) -> Iterator[None]:
+        """The setting of the GPU's products; a compiler does not see it."""
+        if torch.compiler.is_compiling():
+            yield
+            return
+        settings: Any = torch.backends.cuda.matmul
+        # The older switch refuses to be read once the newer one has been set.
+        new = hasattr(settings, "fp32_precision")
+        name, ieee = ("fp32_precision", "ieee") if new else ("allow_tf32", False)
+        before = getattr(settings, name)
+        setattr(settings, name, ieee)
+        try:
+            yield
+        finally:
+            setattr(settings, name, before)
+
+    def without_autocast(self, function: Callable[[], Any]) -> Any:
+        """Autocast takes products in half precision."""
+        for device in ("cpu", "cuda", "xpu"):
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return self.without_autocast(function)
+        return function()
+
+    def row_blocks(self, a: Array) -> Array | None:
+        """As many blocks as threads, or twice as many."""
+        if not self.is_constant_on_host(a) or a.numel() < SPLIT_FROM or not a.is_contiguous():
+            return None
+        threads = torch.get_num_threads()
+        count = next((c for c in (2 * threads, threads) if threads > 1 and len(a) % c == 0), 0)
+        return a.view(count, -1, a.shape[1]) if count else None
+
+    def gram(self, xp: Namespace, a: Array, dtype: Any) -> Array:
+        """Only the lower triangle of large ones, cast piece by piece."""
+        if not self._by_strips(a):
+            return super().gram(xp, a, dtype)
+        size = min(a.shape)
+        return self._fill_lower(xp, a.new_zeros((size, size), dtype=dtype), a)
+
+    def _by_strips(self, a: Array) -> bool:
+        large = a.ndim == 2 and min(a.shape) >= _STRIPS_FROM
+        return large and self.on_host(a) is not None
+
+    def _fill_lower(self, xp: Namespace, out: Array, a: Array) -> Array:
+        """G in the lower triangle of `out`, in its precision."""
+        rows = self.rows(xp, a)
+        size, length = rows.shape
+        piece = length if out.dtype == a.dtype else _CAST
+        strip = -(-size // _STRIPS)
+        for start in range(0, length, piece):
+            left = rows[:, start : start + piece].to(out.dtype)
+            right = self.adjoint(xp, left)
+            for j in range(0, size, strip):
+                out[j:, j : j + strip].addmm_(left[j:], right[:, j : j + strip], beta=min(start, 1))
+        return out
+
+    def try_cholesky(self, xp: Namespace, a: Array) -> tuple[Array, Array]:
+        """torch says which factors exist."""
+        factor, failed = torch.linalg.cholesky_ex(a)
+        return factor, failed == 0
+
+    def has_cholesky(self, xp: Namespace, a: Array) -> Array:
+        """By blocks, in place, where that is faster."""
+        if a.ndim != 2 or a.shape[0] < _FACTOR_FROM or not self.is_constant_on_host(a):
+            return super().has_cholesky(xp, a)
+        return xp.asarray(_factors_in_place(a), device=a.device)
+
+
+def is_differentiated(x: Array) -> bool:
+    """Whether a tensor carries a derivative, in reverse or forward mode."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return True
+    if torch._C._functorch.is_gradtrackingtensor(x):
+        return True
+    return torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+
+
+def _values(x: Array) -> np.ndarray | None:
+    """A tensor on the host, also under torch.func.grad; None under torch.func.vmap."""
+    library = Torch()
+    x = library.stop_gradient(x).cpu().resolve_conj().resolve_neg()
+    x = library.stop_gradient(x)
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return None
+    with torch._C._DisableFuncTorch():
+        return np.asarray(x.numpy())
+
+
+def _scans_slowly(x: Array) -> bool:
+    """Whether only least and greatest values are found fast: on the CPU."""
+    return bool(x.device.type == "cpu" and x.is_floating_point() and x.numel() > 0)
+
+
+def _factors_in_place(a: Array) -> bool:
+    """Left-looking: each block of columns less the product of those before it, then solved."""
+    size = a.shape[0]
+    for start in range(0, size, _FACTOR_BLOCK):
+        stop = min(start + _FACTOR_BLOCK, size)
+        columns = a[start:, start:stop]
+        columns.addmm_(a[start:, :start], a[start:stop, :start].mH, alpha=-1)
+        corner, failed = torch.linalg.cholesky_ex(columns[: stop - start])
+        if failed:
+            return False
+        rest = columns[stop - start :]
+        rest.copy_(torch.linalg.solve_triangular(corner, rest.mH, upper=False).mH)
+    return True
