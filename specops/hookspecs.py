@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -67,8 +67,13 @@ class Specs:
         """Say whether your adapter could be used here, and if not, why."""
 
     @hookspec(firstresult=True)
-    def specops_open_checkpoint(self, path: Path) -> Checkpoint | None:
+    def specops_open_checkpoint(
+        self, path: Path, open_file: Callable[[Path], Checkpoint]
+    ) -> Checkpoint | None:
         """Return a reader if the file or folder is of your format, judged by its first bytes.
+
+        `open_file` opens another file by whichever reader knows it: for a folder of files. An
+        implementation may leave that argument out.
 
         Raise `CheckpointError` if it is, but cannot be read.
         """

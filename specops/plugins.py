@@ -5,8 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pluggy
 
@@ -14,22 +13,16 @@ from specops import hookspecs
 from specops.errors import AdapterError, PluginWarning, SpecopsError
 from specops.hookspecs import Adapter, AdapterStatus
 
-if TYPE_CHECKING:
-    from specops.checkpoints.base import Checkpoint
-
 _broken: dict[str, str] = {}
 
 
 @cache
 def manager() -> pluggy.PluginManager:
-    """The plugin manager: the core's own plugin, and every entry point that loads."""
+    """The plugin manager: every entry point that loads."""
     from importlib import metadata  # a fifth of the package's import time
-
-    from specops.checkpoints import plugin
 
     pm = pluggy.PluginManager(hookspecs.PROJECT)
     pm.add_hookspecs(hookspecs.Specs)
-    pm.register(plugin, name=hookspecs.PROJECT)
     _broken.clear()
     for entry in metadata.entry_points(group=hookspecs.PROJECT):
         if pm.has_plugin(entry.name):
@@ -48,11 +41,11 @@ def manager() -> pluggy.PluginManager:
 def find_adapter(model: Any, optimizer: Any = None) -> Adapter:
     """The adapter that knows this model; `AdapterError` naming the candidates if none does."""
     refusals: list[SpecopsError] = []
-    for found in _call("specops_adapter", Adapter, refusals, model=model, optimizer=optimizer):
+    for found in answers("specops_adapter", Adapter, refusals, model=model, optimizer=optimizer):
         return found  # type: ignore[no-any-return]
     if refusals:
         raise refusals[0]
-    for _ in _call("specops_adapter", Adapter, [], model=optimizer, optimizer=None):
+    for _ in answers("specops_adapter", Adapter, [], model=optimizer, optimizer=None):
         raise AdapterError("the arguments are swapped: attach(optimizer, model, rule_or_plan)")
     listed = "; ".join(f"{s.name} ({s.detail})" if s.detail else s.name for s in statuses())
     raise AdapterError(
@@ -61,26 +54,14 @@ def find_adapter(model: Any, optimizer: Any = None) -> Adapter:
     )
 
 
-def find_checkpoint(path: Path) -> Checkpoint | None:
-    """The reader that knows this file or folder, open; None if there is none."""
-    from specops.checkpoints.base import Checkpoint
-
-    refusals: list[SpecopsError] = []
-    for found in _call("specops_open_checkpoint", Checkpoint, refusals, path=path):
-        return found  # type: ignore[no-any-return]
-    if refusals:
-        raise refusals[0]
-    return None
-
-
 def statuses() -> list[AdapterStatus]:
     """Every installed adapter, with the broken ones and why they are."""
-    found = list(_call("specops_adapter_status", AdapterStatus, []))
+    found = list(answers("specops_adapter_status", AdapterStatus, []))
     failed = [AdapterStatus(name, False, reason) for name, reason in _broken.items()]
     return sorted(found + failed, key=lambda status: status.name)
 
 
-def _call(hook: str, kind: type, refusals: list[SpecopsError], **arguments: Any) -> Iterator[Any]:
+def answers(hook: str, kind: type, refusals: list[SpecopsError], **arguments: Any) -> Iterator[Any]:
     """Results of every implementation in turn; one that fails is reported and left out.
 
     Errors of specops itself are an adapter's answer to the user and go into `refusals`.

@@ -19,8 +19,8 @@ import numpy as np
 from specops.checkpoints.base import Checkpoint, Entry, explained, one_line
 from specops.checkpoints.branches import no_tensor, unwrapped
 from specops.checkpoints.dtypes import decode, itemsize
+from specops.checkpoints.members import fill, member_position
 from specops.checkpoints.pickles import asked_for
-from specops.checkpoints.sniffing import fill, member_position
 from specops.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ import numpy as np
 
 from specops.checkpoints.base import Checkpoint, Entry, layout_from, one_line
 from specops.checkpoints.dtypes import is_numeric, plain
+from specops.checkpoints.members import check_member, fill
 from specops.checkpoints.room import check_memory
 from specops.checkpoints.salvage import leading_members, open_leading
-from specops.checkpoints.sniffing import check_member, fill
 
 _LARGEST = 2**63 - 1
 

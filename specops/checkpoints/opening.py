@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from specops.checkpoints import plugin
 from specops.checkpoints.base import Checkpoint, explained
 from specops.checkpoints.sniffing import head
-from specops.errors import CheckpointError
+from specops.errors import CheckpointError, SpecopsError
+from specops.hookspecs import PROJECT
+from specops.plugins import answers, manager
 
 _KNOWN = (
     ".safetensors, .npz, .npy, .h5 and .keras, torch's .pt, .pth, .bin and .ckpt, flax's .msgpack, "
@@ -37,8 +40,6 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     CheckpointError
         In one line: the path, what is wrong with it, and what to do.
     """
-    from specops.plugins import find_checkpoint
-
     if not os.fspath(path):
         raise CheckpointError("no path given")
     path = Path(path)
@@ -57,10 +58,23 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         else:
             start = b""
             os.listdir(path)
-    found = find_checkpoint(path)
+    found = _by_whoever_knows(path)
     if found is None:
         raise CheckpointError(f"{path}: {_unknown(path, start)}")
     return found
+
+
+def _by_whoever_knows(path: Path) -> Checkpoint | None:
+    """The reader that knows this file or folder, open: an adapter's, else one of ours."""
+    if not manager().has_plugin(PROJECT):
+        manager().register(plugin, name=PROJECT)
+    refusals: list[SpecopsError] = []
+    given = {"path": path, "open_file": open_checkpoint}
+    for found in answers("specops_open_checkpoint", Checkpoint, refusals, **given):
+        return found  # type: ignore[no-any-return]
+    if refusals:
+        raise refusals[0]
+    return None
 
 
 def _unknown(path: Path, start: bytes) -> str:

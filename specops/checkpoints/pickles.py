@@ -9,7 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import IO, Final
 
-from specops.checkpoints.sniffing import member_position
+from specops.checkpoints.members import member_position
 
 _QUIET: Final = {"FRAME", "PROTO"}
 _PUTS: Final = {"PUT", "BINPUT", "LONG_BINPUT"}

@@ -5,20 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from specops.checkpoints.base import Checkpoint, explained
+from specops.checkpoints.sharded import Open, open_folder
 from specops.checkpoints.sniffing import head, zip_names
 from specops.hookspecs import hookimpl
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 
 
-@hookimpl
-def specops_open_checkpoint(path: Path) -> Checkpoint | None:
+@hookimpl(trylast=True)
+def specops_open_checkpoint(path: Path, open_file: Open) -> Checkpoint | None:
     """A reader of safetensors, NumPy, Keras or Hugging Face files, if the path is one."""
     with explained(path):
         if path.is_dir() or path.name.endswith(".index.json"):
-            from specops.checkpoints.sharded import open_folder
-
-            return open_folder(path)
+            return open_folder(path, open_file)
         return _open_file(path)
 
 

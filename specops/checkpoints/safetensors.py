@@ -11,7 +11,7 @@ import numpy as np
 
 from specops.checkpoints.base import Checkpoint, Entry, layout_from
 from specops.checkpoints.dtypes import decode, itemsize
-from specops.checkpoints.sniffing import fill
+from specops.checkpoints.members import fill
 
 _HEADER_LIMIT: Final = 100_000_000  # as in the safetensors library
 _LARGEST: Final = 2**63 - 1

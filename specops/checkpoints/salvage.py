@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 from typing import Final
 
-from specops.checkpoints.sniffing import member_position
+from specops.checkpoints.members import member_position
 
 _LOCAL: Final = struct.Struct("<4s5H3I2H")
 _ZIP64: Final = 0xFFFFFFFF

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from specops.checkpoints.base import Checkpoint, Entry, layout_from, one_line, printable
-from specops.checkpoints.opening import open_checkpoint
 from specops.errors import CheckpointError
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -19,31 +18,36 @@ _SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}
 _LIMIT = 1 << 28  # bytes of an index
 
 
-def open_folder(path: Path) -> Checkpoint | None:
+Open = Callable[[Path], Checkpoint]
+
+
+def open_folder(path: Path, open_file: Open) -> Checkpoint | None:
     """The checkpoint in a folder, or that of an index file; None if there is none.
 
     Parameters
     ----------
     path : Path
         The folder, or the index itself.
+    open_file : callable
+        Opens one of its files.
     """
     if not path.is_dir():
-        return ShardedCheckpoint(path, path)
+        return ShardedCheckpoint(path, path, open_file)
     for name in _SINGLE:
         if (path / f"{name}.index.json").is_file():
-            return ShardedCheckpoint(path, path / f"{name}.index.json")
+            return ShardedCheckpoint(path, path / f"{name}.index.json", open_file)
         if (path / name).is_file():
-            return open_checkpoint(path / name)
+            return open_file(path / name)
     found = sorted(index for pattern in _INDICES for index in path.glob(pattern))
     if len(found) > 1:
         names = ", ".join(index.name for index in found)
         raise CheckpointError(f"{path}: more than one index ({names}); name one of them")
     if found:
-        return ShardedCheckpoint(path, found[0])
+        return ShardedCheckpoint(path, found[0], open_file)
     files = sorted(path.glob("*.safetensors"))
     if len(files) > 1:
         raise CheckpointError(f"{path}: {len(files)} safetensors files and no index; name one")
-    return open_checkpoint(files[0]) if files else None
+    return open_file(files[0]) if files else None
 
 
 class ShardedCheckpoint(Checkpoint):
@@ -55,13 +59,11 @@ class ShardedCheckpoint(Checkpoint):
         What the user named.
     index : Path
         The index file, next to its shards.
-    open_shard : callable, optional
-        Opens one of them. Default: `open_checkpoint`.
+    open_shard : callable
+        Opens one of them.
     """
 
-    def __init__(
-        self, path: Path, index: Path, open_shard: Callable[[Path], Checkpoint] = open_checkpoint
-    ) -> None:
+    def __init__(self, path: Path, index: Path, open_shard: Open) -> None:
         self._open_shard, self._folder = open_shard, index.parent
         self._current: tuple[str, Checkpoint] | None = None
         self._shards = _weight_map(index)

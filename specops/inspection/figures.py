@@ -10,8 +10,9 @@ from typing import Any, Literal
 import numpy as np
 
 from specops.geometry import Conv, Dense, Geometry
-from specops.linalg.golub_kahan import MatrixOperator, largest_singular_triplet
+from specops.linalg.golub_kahan import largest_singular_triplet
 from specops.maps.convolution import ConvOperator
+from specops.maps.matrix import MatrixOperator
 from specops.spectra import singular_values, spectral_norm, spectral_norm_bounds
 
 Method = Literal["auto", "exact", "bounds"]
@@ -167,7 +168,7 @@ def _bounded(a: np.ndarray) -> Figures:
     else:
         scale = 1.0
     start = np.asarray(np.random.default_rng(0).normal(size=a.shape[1])).astype(a.dtype)
-    v = largest_singular_triplet(np, MatrixOperator, a, None, start, tolerance=1e-5)[2]
+    v = largest_singular_triplet(np, MatrixOperator(a), start, tolerance=1e-5)[2]
     # In double precision: ‖A v‖/‖v‖ is a lower bound up to the rounding of this product.
     v = next(_slices(v[None, :]))[0]
     squares = image = 0.0

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Hashable
+from typing import Any
 
 import numpy as np
 
 from specops import arrays
 from specops.arrays.solvers import svd
-from specops.typing import Array
+from specops.maps.protocol import BlockOperator
+from specops.typing import Array, Namespace
 
 _FIRST_STEPS = 8
 _STEPS_WHEN_TRACED = 32
@@ -20,49 +22,9 @@ INDEPENDENT = 0.5
 Kahan, what is left then is orthogonal to a few units of rounding."""
 
 
-class Operator(Protocol):
-    """Products with a block-diagonal matrix that is not formed."""
-
-    shape: tuple[int, int]
-    blocks: int
-    """Equal diagonal blocks it is known to consist of; vectors list them one after another."""
-
-    def __init__(self, data: Array, sizes: Any) -> None: ...
-
-    def matvec(self, x: Array) -> Array:
-        """A x."""
-
-    def rmatvec(self, y: Array) -> Array:
-        """Aᴴ y."""
-
-
-class MatrixOperator:
-    """A matrix as an operator; it needs no sizes. Leading axes are independent vectors."""
-
-    blocks = 1
-
-    def __init__(self, data: Array, sizes: Any = None) -> None:
-        del sizes
-        self.xp = arrays.namespace(data)
-        self.data = data
-        self.shape = (int(data.shape[0]), int(data.shape[1]))
-
-    def matvec(self, x: Array) -> Array:
-        """A x, as a row times the transpose: several times faster than a column."""
-        return arrays.matmul(x, self.xp.matrix_transpose(self.data))
-
-    def rmatvec(self, y: Array) -> Array:
-        """Aᴴ y, as a row times A: no transposed copy."""
-        if arrays.is_complex(self.data):
-            return self.xp.conj(self.xp.conj(y) @ self.data)
-        return arrays.matmul(y, self.data)
-
-
 def largest_singular_triplet(
-    xp: Any,
-    kind: type[Operator],
-    data: Array,
-    sizes: Any,
+    xp: Namespace,
+    operator: BlockOperator,
     start: Array,
     *,
     tolerance: float | None = None,
@@ -83,12 +45,8 @@ def largest_singular_triplet(
     ----------
     xp : namespace
         Of the arrays.
-    kind : type
-        Of the operator: A is ``kind(data, sizes)``.
-    data : array
-        What A is made of.
-    sizes : hashable
-        The rest of what A is made of.
+    operator : BlockOperator
+        A.
     start : array, shape (columns,)
         Any vector with a component along the leading right singular vector of each block.
     tolerance : float, optional
@@ -101,7 +59,6 @@ def largest_singular_triplet(
     Golub & Kahan 1965; Baglama & Reichel 2005.
     """
     tolerance = 4 * arrays.epsilon(start.dtype) if tolerance is None else tolerance
-    operator = kind(data, sizes)
     blocks = operator.blocks
     rows, columns = (n // blocks for n in operator.shape)
     limit = min(rows, columns, max_steps)
@@ -121,7 +78,12 @@ def largest_singular_triplet(
         left = _grow(xp, left, steps, rows)
         band = _grow(xp, band, steps, steps + 1)
         right, left, band = arrays.compiled(
-            _extend, (kind, sizes, done, steps), data, right, left, band
+            _extend,
+            (type(operator), operator.sizes, done, steps),
+            operator.data,
+            right,
+            left,
+            band,
         )
         p, s, qh = svd(xp, band[:, :, :steps])
         done = steps
@@ -147,8 +109,8 @@ def largest_singular_triplet(
 
 
 def _extend(
-    kind: type[Operator],
-    sizes: Any,
+    kind: type[BlockOperator],
+    sizes: Hashable,
     first: int,
     last: int,
     data: Array,

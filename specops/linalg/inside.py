@@ -10,7 +10,7 @@ from specops import arrays
 from specops.arrays import host, workers
 from specops.arrays.gram import below, gram
 from specops.arrays.solvers import has_cholesky, svdvals
-from specops.linalg.golub_kahan import MatrixOperator
+from specops.maps.matrix import MatrixOperator
 from specops.typing import Array
 
 _MARGIN = 1e-4

@@ -8,8 +8,8 @@ import numpy as np
 
 from specops import arrays
 from specops.linalg.clip import Clipped
-from specops.linalg.golub_kahan import MatrixOperator
 from specops.linalg.lobpcg import leading_triplets
+from specops.maps.matrix import MatrixOperator
 from specops.typing import Array
 
 _ITERATIONS = 12

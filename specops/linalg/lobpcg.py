@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 from specops import arrays
 from specops.arrays.solvers import svd
+from specops.maps.protocol import Operator
 from specops.typing import Array
 
 _DEPENDENT = 1e-6
@@ -13,19 +14,9 @@ _DRIFTS = 8
 """Rounds from which the rounding that images of V gather is taken out at the end."""
 
 
-class Map(Protocol):
-    """Products with a matrix; vectors are rows."""
-
-    def matvec(self, x: Array) -> Array:
-        """A x."""
-
-    def rmatvec(self, y: Array) -> Array:
-        """Aᴴ y."""
-
-
 def leading_triplets(
     xp: Any,
-    operator: Map,
+    operator: Operator,
     start: Array,
     k: int,
     *,
@@ -44,7 +35,7 @@ def leading_triplets(
     ----------
     xp : namespace
         Of the arrays.
-    operator : Map
+    operator : Operator
         A.
     start : array, shape (columns, p)
         p ≥ k vectors; some more than k help where values are close.

@@ -29,7 +29,7 @@ class ConvOperator:
         assert sizes.coarse is not None
         assert sizes.lower is not None
         self.xp = compat.array_namespace(kernel)
-        self.kernel = kernel
+        self.data = kernel
         self.sizes = sizes
         self.shape = sizes.matrix_shape()
         self.blocks = sizes.groups
@@ -63,7 +63,7 @@ class ConvOperator:
         xp, sizes = self.xp, self.sizes
         lead = y.shape[:-1]
         y = xp.reshape(y, (*lead, sizes.groups, sizes.rows, math.prod(self._coarse)))
-        padded = arrays.zeros((*lead, sizes.groups, sizes.columns, *self._padded), like=self.kernel)
+        padded = arrays.zeros((*lead, sizes.groups, sizes.columns, *self._padded), like=self.data)
         for tap in self._taps:
             part = arrays.matmul(arrays.adjoint(xp, self._matrix(tap)), y)
             part = xp.reshape(part, (*lead, sizes.groups, sizes.columns, *self._coarse))
@@ -79,18 +79,18 @@ class ConvOperator:
         for tap in self._taps:
             seen = xp.reshape(v[(..., *self._window(tap))], (sizes.groups, sizes.columns, -1))
             per_tap.append(arrays.matmul(u, arrays.adjoint(xp, seen)))
-        return xp.reshape(xp.stack(per_tap, axis=-1), self.kernel.shape)
+        return xp.reshape(xp.stack(per_tap, axis=-1), self.data.shape)
 
     def to_matrix(self) -> Array:
         """The explicit matrix; memory grows with its `shape`."""
-        eye = arrays.constant(np.eye(self.shape[1]), self.kernel)
-        if arrays.is_complex(self.kernel):
-            eye = self.xp.astype(eye, self.kernel.dtype)
+        eye = arrays.constant(np.eye(self.shape[1]), self.data)
+        if arrays.is_complex(self.data):
+            eye = self.xp.astype(eye, self.data.dtype)
         return self.xp.matrix_transpose(self.matvec(eye))
 
     def squared_frobenius(self) -> Array:
         """‖A‖_F² = Σ_a ‖K_a‖² · (outputs whose tap a reads inside the grid)."""
-        xp, sizes, kernel = self.xp, self.sizes, self.kernel
+        xp, sizes, kernel = self.xp, self.sizes, self.data
         counts = np.ones(())
         for t, (n, d, uses) in enumerate(zip(self._fine, sizes.dilation, sizes.uses, strict=True)):
             landings, landing = np.unique(d * np.arange(len(uses)) % n, return_inverse=True)
@@ -102,7 +102,7 @@ class ConvOperator:
         return xp.sum(xp.abs(kernel) ** 2 * arrays.constant(counts, kernel))
 
     def _matrix(self, tap: tuple[int, ...]) -> Array:
-        return self.kernel[(..., *tap)]
+        return self.data[(..., *tap)]
 
     def _window(self, tap: tuple[int, ...]) -> tuple[slice, ...]:
         return tuple(

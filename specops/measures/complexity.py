@@ -23,9 +23,9 @@ from specops.typing import Array
 
 def log_spec_fro(
     weights: Sequence[Array],
-    margin: Any,
+    margin: float | Array,
     geometries: Sequence[Geometry | None] | None = None,
-) -> Any:
+) -> float | Array:
     r"""The logarithm of Spec-Fro,
     :math:`\prod_i\|W_i\|_2^2\,\sum_i\mathrm{srank}(W_i)\,/\,\gamma^2`.
 
@@ -77,9 +77,9 @@ def log_spec_fro(
 
 def log_spec_l1(
     weights: Sequence[Array],
-    margin: Any,
+    margin: float | Array,
     geometries: Sequence[Geometry | None] | None = None,
-) -> Any:
+) -> float | Array:
     r"""The logarithm of Spec-L1,
 
     .. math:: \prod_i\|W_i\|_2^2\,
@@ -224,7 +224,7 @@ def _conv_row_norms(w: Array, geometry: Conv) -> Array:
     squares = ConvOperator(xp.abs(kernel) ** 2, sizes)
     rows, columns = squares.shape
     if geometry.transposed:
-        sums = squares.rmatvec(xp.ones_like(arrays.zeros((rows,), squares.kernel)))
+        sums = squares.rmatvec(xp.ones_like(arrays.zeros((rows,), squares.data)))
     else:
-        sums = squares.matvec(xp.ones_like(arrays.zeros((columns,), squares.kernel)))
+        sums = squares.matvec(xp.ones_like(arrays.zeros((columns,), squares.data)))
     return xp.sum(xp.sqrt(sums))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import array_api_compat as compat
 import numpy as np
@@ -80,7 +80,7 @@ class MarginJacobians(NamedTuple):
     margins: Array
 
 
-def over_margin(log: float, margin: Any, power: float) -> Any:
+def over_margin(log: float, margin: float | Array, power: float) -> float | Array:
     """log − power · log γ; inf where γ is not positive."""
     if not arrays.is_array(margin):
         if math.isnan(margin):

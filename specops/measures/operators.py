@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
+from specops.maps.protocol import Operator
 from specops.typing import Array
 
 
@@ -27,7 +28,7 @@ class SymmetricOperator(Protocol):
 
 
 @runtime_checkable
-class JacobianOperator(SymmetricOperator, Protocol):
+class JacobianOperator(SymmetricOperator, Operator, Protocol):
     """Any real matrix by its products from both sides: the Jacobian of a function at a point."""
 
     def rmatvec(self, y: Array) -> Array:

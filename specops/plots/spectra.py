@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from specops.plots.arguments import check_choice, check_mapping, spectrum
 from specops.plots.style import (
@@ -109,13 +110,14 @@ def check_not_zero(s: np.ndarray, what: str) -> None:
 
 def draw_spectrum(
     ax: Axes, s: np.ndarray, style: dict[str, Any], scale: Scale, *, marked: bool
-) -> Any:
+) -> Line2D:
     """One line; `s` holds the largest first."""
     rank = np.arange(1, len(s) + 1)
     # A line through one value cannot be seen.
     marker = "o" if len(s) == 1 or (marked and len(s) <= _MARKED) else ""
     x, y = (rank / len(s), s / s[0]) if scale == "normalized" else (rank, s)
-    return ax.plot(x, y, marker=marker, markersize=3.0, **style)[0]
+    line: Line2D = ax.plot(x, y, marker=marker, markersize=3.0, **style)[0]
+    return line
 
 
 def finish(ax: Axes, spectra: list[np.ndarray], title: str, scale: Scale) -> None:

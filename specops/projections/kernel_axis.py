@@ -41,7 +41,7 @@ def leading_axis(
         v = arrays.conjugate(xp, svd(xp, operator.to_matrix())[2][0, :])
     else:
         start = _start(xp, operator, start)
-        _, _, v = largest_singular_triplet(xp, ConvOperator, kernel, sizes, start)
+        _, _, v = largest_singular_triplet(xp, ConvOperator(kernel, sizes), start)
         v = v / nonzero(xp, xp.linalg.vector_norm(v))
     # The pair's own image, so that u is a unit vector whether or not v has converged.
     u = operator.matvec(v)
@@ -58,8 +58,8 @@ def _check_start(start: Array | None, columns: int | None) -> None:
 
 def _start(xp: Any, operator: ConvOperator, v: Array | None) -> Array:
     if v is None:
-        return operator.rmatvec(plane_wave(xp, operator.kernel, operator.sizes))
-    v = xp.astype(v, operator.kernel.dtype)
+        return operator.rmatvec(plane_wave(xp, operator.data, operator.sizes))
+    v = xp.astype(v, operator.data.dtype)
     v = xp.where(xp.isfinite(v), v, xp.zeros_like(v))
     # Another direction or group may lead by now.
     noise = arrays.constant(arrays.start_vector("stable rank", v.shape[0]), v)

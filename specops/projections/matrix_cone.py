@@ -7,8 +7,9 @@ from typing import Any
 from specops import arrays
 from specops.arrays.solvers import svd
 from specops.errors import StateError
-from specops.linalg.golub_kahan import MatrixOperator, largest_singular_triplet
+from specops.linalg.golub_kahan import largest_singular_triplet
 from specops.linalg.lobpcg import leading_triplets
+from specops.maps.matrix import MatrixOperator
 from specops.maps.prepare import MatrixBlock
 from specops.projections.shrink import Family, energy, nonzero, shape_of
 from specops.typing import Array
@@ -100,7 +101,7 @@ def _iterate(xp: Any, a: Array, k: int, width: int, start: Array | None) -> Arra
     if k == 1:
         # Old vectors alone may be singular vectors that no longer lead.
         first = noise if start is None else start + 0.01 * noise
-        _, _, v = largest_singular_triplet(xp, MatrixOperator, a, None, first[:, 0])
+        _, _, v = largest_singular_triplet(xp, MatrixOperator(a), first[:, 0])
         return (v / nonzero(xp, xp.linalg.vector_norm(v)))[:, None]
     if start is not None:
         noise = xp.concat([start, noise[:, :1]], axis=1)[:, : min(width + 1, *a.shape)]

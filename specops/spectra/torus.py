@@ -11,7 +11,8 @@ import numpy as np
 from specops import arrays
 from specops.arrays import host, workers
 from specops.arrays.solvers import svd, svdvals
-from specops.linalg.golub_kahan import MatrixOperator, largest_singular_triplet
+from specops.linalg.golub_kahan import largest_singular_triplet
+from specops.maps.matrix import MatrixOperator
 from specops.maps.symbol import Symbol
 from specops.typing import Array
 
@@ -226,5 +227,5 @@ class _HostSearch:
         if self.small < _DIRECT_BELOW:
             return float(np.sqrt(max(np.linalg.eigvalsh(host.gram(block))[-1], 0.0)))
         start = arrays.start_vector("block", 2 * block.shape[1]).view(np.complex128)
-        _, sigma, _ = largest_singular_triplet(np, MatrixOperator, block, None, start)
+        _, sigma, _ = largest_singular_triplet(np, MatrixOperator(block), start)
         return float(sigma)

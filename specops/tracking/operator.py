@@ -40,7 +40,7 @@ class TrackedOperator(AlongAxis):
         near_one = kernel / scale
         start = ConvOperator(near_one, sizes).rmatvec(plane_wave(xp, near_one, sizes))
         _, _, v = largest_singular_triplet(
-            xp, ConvOperator, near_one, sizes, start, tolerance=_START_TOLERANCE
+            xp, ConvOperator(near_one, sizes), start, tolerance=_START_TOLERANCE
         )
         # Groups that do not lead now may lead later: their vectors start from the name's.
         v = xp.reshape(v, (sizes.groups, -1))

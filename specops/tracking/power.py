@@ -13,7 +13,8 @@ from specops.arrays.products import coimages, images
 from specops.arrays.solvers import svd
 from specops.arrays.standard import SPLIT_FROM
 from specops.errors import StateError
-from specops.linalg.golub_kahan import MatrixOperator, largest_singular_triplet
+from specops.linalg.golub_kahan import largest_singular_triplet
+from specops.maps.matrix import MatrixOperator
 from specops.tracking import on_host
 from specops.typing import Array, State
 
@@ -97,7 +98,7 @@ def leading_pairs(xp: Any, a: Array, name: str) -> tuple[Pairs, Array]:
     mapped = arrays.is_traced(a) and not arrays.is_staged(a)
     if not batch and m * n > _SVD_BELOW and not mapped:
         v = largest_singular_triplet(
-            xp, MatrixOperator, scaled, None, generic("", n), tolerance=START_TOLERANCE
+            xp, MatrixOperator(scaled), generic("", n), tolerance=START_TOLERANCE
         )[2]
     else:
         vh = arrays.conjugate(xp, svd(xp, scaled)[2])

@@ -9,7 +9,7 @@ import pytest
 
 import specops
 from specops.arrays.products import coimages, images, matvec
-from specops.linalg.golub_kahan import MatrixOperator
+from specops.maps.matrix import MatrixOperator
 from tests.backends import Backend
 
 # One column of zeros: an infinite entry against it is an invalid operation.

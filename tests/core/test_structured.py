@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 import specops
 from specops import Conv, Dense
-from specops.linalg.golub_kahan import MatrixOperator, largest_singular_triplet
+from specops.linalg.golub_kahan import largest_singular_triplet
 from specops.linalg.lanczos import lanczos
 from specops.maps.convolution import ConvOperator
+from specops.maps.matrix import MatrixOperator
 from tests import oracle, structured
 from tests.backends import BACKENDS, Backend
 from tests.strategies import Case, convolutions
@@ -126,7 +127,7 @@ def test_golub_kahan_where_values_are_equal(eager: Backend, name: str, dtype: st
     for seed in range(3):
         start = eager.array(np.random.default_rng(seed).standard_normal(a.shape[1]), dtype)
         xp = specops.arrays.namespace(given_)
-        u, s, v = largest_singular_triplet(xp, MatrixOperator, given_, None, start)
+        u, s, v = largest_singular_triplet(xp, MatrixOperator(given_), start)
         u, s, v = eager.numpy(u).astype(float), float(s), eager.numpy(v).astype(float)
         assert true * (1 - max(1e3 * eps, 1e-9)) <= s <= true * (1 + 16 * eps)
         assert np.linalg.norm(a @ v - u * s) <= 64 * eps * true
@@ -191,5 +192,5 @@ def test_groups_of_equal_values(eager: Backend, complex_: bool) -> None:
     xp = specops.arrays.namespace(given_)
     if complex_:
         start = xp.astype(start, given_.dtype)
-    _, s, _ = largest_singular_triplet(xp, ConvOperator, kernel, sizes, start)
+    _, s, _ = largest_singular_triplet(xp, ConvOperator(kernel, sizes), start)
     assert abs(float(s) - 1) <= 1e-5
