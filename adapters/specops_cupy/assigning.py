@@ -8,7 +8,6 @@ from typing import Any
 
 from specops.errors import AdapterError, PlanError
 from specops.geometry import Dense, Geometry
-from specops.rules import TrainableScale
 from specops.training.assigned import check_stage
 from specops.training.plan import Assignment, Plan, Weight
 from specops.typing import Array
@@ -98,7 +97,7 @@ def matched(
 def _why_not(rule: Any, geometry: Geometry) -> str:
     """Why vectors of the operator's own norm cannot be followed; empty if they can."""
     sized = isinstance(geometry, Dense) or geometry.grid is not None
-    if sized or rule.stage == "weights" or getattr(rule, "norm", "") != "operator":
+    if sized or not rule.needs_input_size():
         return ""
     return (
         f"the operator's norm depends on the size of its input, which {geometry.describe()} "
@@ -108,7 +107,7 @@ def _why_not(rule: Any, geometry: Geometry) -> str:
 
 def _check_rule(rule: Any) -> None:
     check_stage(rule, _NEEDS)
-    if isinstance(getattr(rule, "scale", None), TrainableScale):
+    if rule.stage == "forward" and rule.trained_scale() is not None:
         raise AdapterError(
             f"{rule!r}: arrays have no automatic differentiation to train a scale with; give a "
             f"number or a schedule"

@@ -10,7 +10,6 @@ from typing import Any
 
 from specops import arrays
 from specops.errors import AdapterError, NonFiniteError
-from specops.tracking import track
 from specops.training.assigned import Assigned
 from specops.training.plan import Assignment
 from specops.training.report import measured
@@ -54,10 +53,10 @@ class Constrained(Assigned):
 
     def _is_written_to(self) -> bool:
         """Whether the norm along the vectors is not what it was: a checkpoint, an average."""
-        if self.drifting or not hasattr(self.rule, "norm"):
+        follow = self.rule.tracked(self.geometry)
+        if self.drifting or follow is None:
             return False
         assert self.state is not None
-        follow = track(self.geometry, self.rule.norm)
         xp = arrays.namespace(self.array)
         norms = follow.norms(arrays.to_compute(xp, self.array), self.state)
         # A norm that is not finite is for the next step to report.

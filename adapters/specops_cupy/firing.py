@@ -63,7 +63,7 @@ class Firing:
                 if not bool(arrays.all_finite(arrays.namespace(c.array), c.array)):
                     raise NonFiniteError
                 state = c.start() if c.state is None else c.state
-                act = getattr(c.rule, "enforce", c.rule.update) if certain else c.rule.update
+                act = c.rule.enforce if certain else c.rule.update
                 array, state, figures = act(c.array, c.geometry, state, step=step, name=c.name)
         except NonFiniteError:
             reason = self._not_finite(c, step)

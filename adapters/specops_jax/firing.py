@@ -50,7 +50,7 @@ def begin(program: Program, leaves: Sequence[Any]) -> SpecopsState:
 
 
 def _start(item: Item, weight: Any) -> dict[str, Any]:
-    start = getattr(item.rule, "watch", item.rule.init)
+    start = item.rule.watch
     if isinstance(weight, jax.core.Tracer):
         state: dict[str, Any] = _act(item, partial(start, weight, item.geometry, item.name))
         return state
@@ -107,9 +107,8 @@ def enforced(item: Item, weight: Any) -> Any:
     """A certified firing on the host."""
     _refuse_nonfinite(item, weight)
     rule, held = item.rule, jax.device_get(weight)
-    act = getattr(rule, "enforce", rule.update)
     state = _act(item, partial(rule.init, held, item.geometry, item.name))
-    new = _act(item, partial(act, held, item.geometry, state, step=1, name=item.name))[0]
+    new = _act(item, partial(rule.enforce, held, item.geometry, state, step=1, name=item.name))[0]
     return weight if new is held else jax.device_put(new, weight.sharding)
 
 
@@ -155,7 +154,7 @@ def _checked_pair(item: Item, step: Any, given: tuple[Any, Any]) -> Any:
 
 def _key(item: Item, weight: Any) -> Any:
     """What equal bodies share; schedules may depend on the name."""
-    if any(map(callable, vars(item.rule).values())):
+    if item.rule.is_scheduled():
         return item.name
     rule = item.rule if item.is_key else id(item.rule)
     return rule, item.geometry, weight.shape, weight.dtype

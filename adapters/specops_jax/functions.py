@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from specops.errors import AdapterError, NonFiniteError
 from specops.geometry import Geometry
-from specops.rules import TrainableScale
 from specops.training.assigned import warn_of
 from specops.training.report import Report, measured, plan_rows
 from specops_jax.firing import advance, begin, enforced
@@ -153,7 +152,7 @@ def normalize_params(
     step = state.step + 1
     for item in own.of("forward"):
         options: dict[str, Any] = {"step": step, "name": item.name}
-        if isinstance(getattr(item.rule, "scale", None), TrainableScale) and scales is not None:
+        if scales is not None and item.rule.trained_scale() is not None:
             options["scale"] = scales[_scale_name(own, item)]
         weight = leaves[item.index]
         leaves[item.index] = item.rule.apply(
@@ -169,8 +168,8 @@ def init_scales(
     own, leaves, _ = program(params, plan, geometries)
     result = {}
     for item in own.of("forward"):
-        scale = getattr(item.rule, "scale", None)
-        if isinstance(scale, TrainableScale):
+        scale = item.rule.trained_scale()
+        if scale is not None:
             dtype = jnp.promote_types(leaves[item.index].dtype, jnp.float32)
             result[_scale_name(own, item)] = jnp.asarray(scale.initial, dtype)
     return result
@@ -178,7 +177,7 @@ def init_scales(
 
 def _scale_name(own: Program, item: Item) -> str:
     rules = [entry[1] for entry in own.plan.entries]
-    return f"rule {rules.index(item.rule)}" if item.rule.scale.shared else item.name
+    return f"rule {rules.index(item.rule)}" if item.rule.trained_scale().shared else item.name
 
 
 def report(

@@ -145,7 +145,6 @@ def _started(item: Item, weight: Any) -> dict[str, Any]:
 
 @lru_cache(maxsize=4096)
 def _shapes(rule: Any, geometry: Any, shape: tuple[int, ...], dtype: Any) -> dict[str, Any]:
-    start = getattr(rule, "watch", rule.init)
     weight = jax.ShapeDtypeStruct(shape, dtype)
-    found: dict[str, Any] = jax.eval_shape(lambda w: start(w, geometry, ""), weight)
+    found: dict[str, Any] = jax.eval_shape(lambda w: rule.watch(w, geometry, ""), weight)
     return found

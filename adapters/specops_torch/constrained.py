@@ -12,9 +12,7 @@ from torch import nn
 
 from specops.errors import AdapterError
 from specops.geometry import Dense, Geometry
-from specops.geometry.arguments import check_bound
-from specops.rules.base import at
-from specops.rules.normalizations import check_ratio
+from specops.tracking import are_alike
 from specops.training.assigned import Assigned
 from specops.training.plan import Assignment
 from specops.training.report import measured
@@ -62,14 +60,14 @@ class Constrained(Assigned):
             lenient=self.assignment.lenient,
         )
         # The norm of a convolution's operator waits for the size of its first input.
-        geometry = self.geometry
-        if isinstance(geometry, Dense) or geometry.grid is not None or self._norm != "operator":
+        geometry, waits = self.geometry, self.rule.needs_input_size()
+        if isinstance(geometry, Dense) or geometry.grid is not None or not waits:
             # A weight that is not finite is met at its first step, by the user's policy.
             self.in_use.measure(location.parameter)
         for holder, attribute in self._holders():
             read_through(holder, attribute, self.in_use)
             self.answering.append((holder, attribute))
-            if location.recorder is not None and self._norm == "operator":
+            if location.recorder is not None and waits:
                 self.handles.append(
                     holder.register_forward_pre_hook(FirstSize(self.in_use), with_kwargs=True)
                 )
@@ -77,12 +75,8 @@ class Constrained(Assigned):
     def blocks(self, geometry: Geometry) -> int:
         """`row_blocks` of the norm that is followed."""
         if self._blocks is None or self._blocks[0] is not geometry:
-            self._blocks = geometry, row_blocks(geometry, self._norm) if self._norm else 0
+            self._blocks = geometry, row_blocks(self.rule.tracked(geometry))
         return self._blocks[1]
-
-    @property
-    def _norm(self) -> str:
-        return getattr(self.rule, "norm", "")
 
     def weight(self) -> torch.Tensor:
         """The weight as its layers use it."""
@@ -117,23 +111,15 @@ class Constrained(Assigned):
 
     def schedule(self, step: int) -> None:
         """Bring schedules to the step that comes next, as tensors: no recompilation."""
-        if self.in_use is None:
+        if self.in_use is None or not self.rule.is_scheduled():
             return
-        self.in_use.step = step
-        for key in ("scale", "ratio"):
-            schedule = getattr(self.rule, key, None)
-            if not callable(schedule):
-                continue
-            value = at(schedule, step, self.name, self.geometry)
-            if key == "ratio":
-                check_ratio(value)
-            else:
-                check_bound(value, key)
-            parameter = self.location.parameter
-            dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-            self.in_use.overrides[key] = torch.tensor(
-                float(value), dtype=dtype, device=parameter.device
-            )
+        arguments = self.rule.arguments(step, self.name, self.geometry)
+        for key, value in arguments.items():
+            if key != "step":
+                parameter = self.location.parameter
+                dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+                value = torch.tensor(float(value), dtype=dtype, device=parameter.device)
+            self.in_use.overrides[key] = value
 
     def norm(self, following: Sequence[nn.Module] = ()) -> dict[str, Any]:
         """The norm now, for a report: exact where it can be, else a certified upper bound.
@@ -193,10 +179,7 @@ class Constrained(Assigned):
             return
         shapes = {key: tuple(x.shape) for key, x in state.items()}
         expected = {key: tuple(x.shape) for key, x in own.items()}
-        sized = {"v", "q"}  # vectors of a convolution's operator, of the input's size
-        if set(shapes) != set(expected) or any(
-            shapes[key] != expected[key] for key in shapes if key not in sized
-        ):
+        if not are_alike(shapes, expected):
             raise AdapterError(f"{self.name}: the state has {shapes}, expected {expected}")
 
 

@@ -14,16 +14,11 @@ from typing import Any
 import torch
 
 from specops.geometry import Geometry
-from specops.rules import SpectralNormalization, SpectralNormPenalty, StableRankNormalization
-from specops.rules.base import at
-from specops.rules.normalizations import check_ratio
-from specops.tracking import Pairs, stepped_on_host
+from specops.tracking import Pairs, packed, stepped_on_host, unpacked
 from specops_torch.constrained import Constrained
 
 ENABLED = True
-_RULES = (SpectralNormalization, StableRankNormalization, SpectralNormPenalty)
 _DTYPES = (torch.float32, torch.float64)
-_KEYS = ("u0", "v0", "p0", "q0")
 
 
 def advanced(
@@ -35,11 +30,11 @@ def advanced(
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]] | None:
     """(the state after the rule's steps, its figures); None where the rule must do it."""
     rule = c.rule
-    if not ENABLED or type(rule) not in _RULES or not raw.is_cpu or raw.dtype not in _DTYPES:
+    if not ENABLED or not rule.formula or not raw.is_cpu or raw.dtype not in _DTYPES:
         return None
     if c.blocks(geometry) != 1 or not raw.is_contiguous() or not state:
         return None
-    vectors = [state[key] for key in _KEYS]
+    vectors = unpacked(state, 0)
     if any(x.dtype != raw.dtype or not x.is_cpu for x in vectors):
         return None
     arrays: list[Any] = [x.numpy() for x in vectors]
@@ -54,14 +49,14 @@ def advanced(
     if not math.isfinite(norm):
         return None
     figures = {"norm": norm}
-    if isinstance(rule, SpectralNormPenalty):
+    if rule.formula == "penalty":
         figures["penalty"] = 0.5 * rule.strength_at(step, c.name, geometry) * norm * norm
-    elif isinstance(rule, StableRankNormalization):
-        ratio, flat = at(rule.ratio, step, c.name, geometry), matrix.reshape(-1)
+    elif rule.formula == "rank limited":
+        ratio, flat = rule.arguments(step, c.name, geometry)["ratio"], matrix.reshape(-1)
         rank = torch.dot(flat, flat).item() / norm**2
         if not math.isfinite(rank):
             return None
-        limit = max(1.0, float(check_ratio(ratio)) * min(matrix.shape))
+        limit = max(1.0, float(ratio) * min(matrix.shape))
         figures |= {"rank_before": rank, "rank_after": min(rank, limit)}
-    new = {key: torch.from_numpy(x) for key, x in zip(_KEYS, pairs, strict=True)}
-    return new | {"sigma0": torch.from_numpy(sigma)}, figures
+    new = Pairs(*map(torch.from_numpy, pairs))
+    return packed(0, new, torch.from_numpy(sigma)), figures

@@ -17,8 +17,6 @@ from specops.errors import (
     SpecopsError,
 )
 from specops.geometry import Conv, Dense, Geometry
-from specops.rules import ClipSpectralNorm
-from specops.rules.base import at
 from specops_torch.constrained import Constrained
 from specops_torch.fast_paths import advanced
 
@@ -54,7 +52,7 @@ class Firing:
             rule, geometry = c.rule, c.geometry
             weight = c.location.parameter.detach()
             state = rule.init(weight, geometry, c.name) if c.state is None else c.state
-            act = getattr(rule, "enforce", rule.update) if certain else rule.update
+            act = rule.enforce if certain else rule.update
             return act(weight, geometry, state, step=step, name=c.name)
 
         written, records = [], []
@@ -252,7 +250,7 @@ def _has_size(geometry: Geometry) -> bool:
 
 
 def _needs_size(c: Constrained) -> bool:
-    return getattr(c.rule, "norm", "") == "operator" and not _has_size(_sized(c))
+    return c.rule.needs_input_size() and not _has_size(_sized(c))
 
 
 def _add(c: Constrained, term: torch.Tensor, state: Any, step: int, scale: Any) -> None:
@@ -262,13 +260,11 @@ def _add(c: Constrained, term: torch.Tensor, state: Any, step: int, scale: Any) 
     if not _in_place(c, geometry):
         gradient.add_(term if scale is None else term * scale.to(term.device))
         return
-    strength = c.rule.strength
-    if callable(strength):
-        strength = at(strength, step, c.name, geometry)
+    strength, follow = c.rule.strength_at(step, c.name, geometry), c.rule.tracked(geometry)
     on_host = gradient.is_cpu and (scale is None or scale.is_cpu)
     # A dyad for each block of rows, which the gradient takes in place.
-    blocks = range(c.blocks(geometry))
-    pairs = [(state[f"u{j}"], state[f"v{j}"], state[f"sigma{j}"]) for j in blocks]
+    vectors = follow.directions(state)
+    pairs = list(zip(vectors[::2], vectors[1::2], follow.measured(state), strict=True))
     parts = (gradient,) if len(pairs) == 1 else gradient.split([len(u) for u, _, _ in pairs])
     for part, (u, v, sigma) in zip(parts, pairs, strict=True):
         rows = part.view(u.shape[0], -1)
@@ -281,11 +277,11 @@ def _add(c: Constrained, term: torch.Tensor, state: Any, step: int, scale: Any) 
 
 
 def _in_place(c: Constrained, geometry: Geometry) -> bool:
-    """Whether the term of a penalty need not be made: its rule gives vectors, and they fit."""
+    """Whether the term of a penalty need not be made: it is λσuvᴴ, and the vectors fit."""
     gradient = c.location.parameter.grad
     if gradient is None or gradient.dtype not in _PLAIN or not gradient.is_contiguous():
         return False
-    return hasattr(c.rule, "advance") and c.blocks(geometry) > 0
+    return c.rule.formula == "penalty" and c.blocks(geometry) > 0
 
 
 def _state(c: Constrained) -> dict[str, torch.Tensor]:
@@ -296,8 +292,7 @@ def _state(c: Constrained) -> dict[str, torch.Tensor]:
 
 def _refuses_nan(c: Constrained) -> bool:
     """Whether the rule itself refuses a weight of which any entry is not finite."""
-    stacked = isinstance(c.geometry, Dense) and bool(c.geometry.batch_axes)
-    return isinstance(c.rule, ClipSpectralNorm) and not stacked
+    return bool(c.rule.refuses_nonfinite(c.geometry))
 
 
 def _finite(weight: torch.Tensor) -> bool:

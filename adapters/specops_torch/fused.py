@@ -20,8 +20,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from specops.arrays.products import matvec
 from specops.geometry import Dense, Geometry
-from specops.rules import SpectralNormalization, StableRankNormalization, TrainableScale
-from specops.tracking import TrackedBlocks, track
+from specops.tracking import Tracked, TrackedBlocks
 
 ENABLED = True
 _LEAST, _GREATEST = 1e-12, 1e12
@@ -34,27 +33,34 @@ _transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: Tru
 class Kind(NamedTuple):
     """How a rule sees a weight: as blocks of rows, or along an array like itself."""
 
-    keys: tuple[str, ...]
-    """Of the vectors in the state, u and v of each block in turn, or its axis."""
+    follow: Tracked
     limits: bool
     """Whether the stable rank is limited."""
+    number: float | None
+    """The scale or the ratio; None while a schedule gives it."""
+
+    @property
+    def argument(self) -> str:
+        """Of `apply`, for that number."""
+        return "ratio" if self.limits else "scale"
 
 
 def kind_of(rule: Any, geometry: Geometry) -> Kind | None:
     """The kind; None for what is computed by the rule's `apply` alone."""
-    if type(rule) not in (SpectralNormalization, StableRankNormalization):
+    limits, follow = rule.formula == "rank limited", rule.tracked(geometry)
+    if not (limits or rule.formula == "normalized"):
         return None
-    limits, blocks = type(rule) is StableRankNormalization, row_blocks(geometry, rule.norm)
-    if blocks:
-        return Kind(tuple(f"{key}{j}" for j in range(blocks) for key in "uv"), limits)
-    along_axis = not isinstance(track(geometry, rule.norm), TrackedBlocks)
-    return Kind(("axis",), False) if along_axis and not limits else None
+    if row_blocks(follow) == 0 and (limits or isinstance(follow, TrackedBlocks)):
+        return None
+    kind = Kind(follow, limits, None)
+    if rule.is_scheduled():
+        return kind
+    return kind._replace(number=rule.arguments(1, "", geometry)[kind.argument])
 
 
 @lru_cache(maxsize=1024)
-def row_blocks(geometry: Geometry, norm: Any) -> int:
+def row_blocks(follow: Tracked | None) -> int:
     """How many blocks of the rows of the weight, flattened, are followed; 0 if something else."""
-    follow = track(geometry, norm)
     if not isinstance(follow, TrackedBlocks):
         return 0
     view = follow.geometry
@@ -72,18 +78,16 @@ def used(
     if _transformed() or unpack_dual(raw).tangent is not None:
         return None
     rule, overrides = in_use.rule, in_use.overrides
-    trained, number = None, overrides.get("ratio" if kind.limits else "scale")
+    trained, number = None, overrides.get(kind.argument)
     if number is None:
-        number = rule.ratio if kind.limits else rule.scale
+        number = kind.number
     elif isinstance(number, torch.nn.Parameter):
         trained, number = number if raw.requires_grad else number.detach(), 1.0
     else:
         number = number.item()
-    if isinstance(number, TrainableScale):
-        number = number.initial
-    if callable(number) or not math.isfinite(number):
+    if number is None or not math.isfinite(number):
         return None
-    vectors = [state[key] for key in kind.keys]
+    vectors = kind.follow.directions(state)
     if any(x.dtype != raw.dtype or not x.is_cpu for x in vectors):
         return None
     coefficients = []
@@ -93,7 +97,7 @@ def used(
             return None
         coefficients.append(found)
     name, geometry = in_use.name, in_use.geometry
-    option = {"ratio" if kind.limits else "scale": number}
+    option = {kind.argument: number}
 
     def plain(w: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = rule.apply(w, geometry, state, name=name, **option)
@@ -104,7 +108,7 @@ def used(
 
 
 def _along(w: torch.Tensor, vectors: Sequence[torch.Tensor]) -> float:
-    """⟨u, Wv⟩, or ⟨W, axis⟩."""
+    """⟨u, Wv⟩, or ⟨W, G⟩ with a gradient like the weight."""
     if len(vectors) == 1:
         return float((w * vectors[0]).sum())
     u, v = vectors
@@ -204,7 +208,7 @@ def _gradient(ctx: Any, g: torch.Tensor, w: torch.Tensor, vectors: Any) -> torch
 
 
 def _updated(x: torch.Tensor, factor: float, left: torch.Tensor, pair: Any) -> torch.Tensor:
-    """factor·x + left vᵀ, or factor·x + left for an axis like the weight."""
+    """factor·x + left vᵀ, or factor·x + left for a gradient like the weight."""
     if len(pair) == 1:
         return torch.add(left, x, alpha=factor)
     rows = x.reshape(len(left), -1)

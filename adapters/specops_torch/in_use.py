@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from specops.errors import GeometryError, NonFiniteError
-from specops.geometry import Dense, Geometry
-from specops.rules import SpectralNormalization, StableRankNormalization
-from specops.tracking import track
+from specops.geometry import Geometry
+from specops.tracking import Tracked
 from specops_torch import fused
 from specops_torch.sizes import SizeRecorder
 from specops_torch.weight_in_use import WeightInUse
@@ -58,12 +57,11 @@ class InUse:
         self.rule, self.name, self.geometry, self.recorder = rule, name, geometry, recorder
         self.lenient = lenient
         self.state: State | None = None
-        self.overrides: dict[str, torch.Tensor] = {}
-        """Values of schedules and trained scales, by the rule's argument."""
+        self.overrides: dict[str, Any] = {}
+        """Values of schedules and trained scales, and the step that comes next for rules that
+        take it, by the argument of the rule's `apply`."""
         self.sharing: list[torch.Tensor] | None = None
         """The weights of all layers whose trained scale is this one's."""
-        self.step = 1
-        """The one that comes next, for rules of others."""
         self.ran = False
         self.drifting = False
         """Whether steps have changed the weight since its vectors were advanced."""
@@ -141,14 +139,11 @@ class InUse:
         if "scale" in options and not raw.requires_grad:
             # A frozen layer trains no scale.
             options["scale"] = options["scale"].detach()
-        if type(self.rule) not in (SpectralNormalization, StableRankNormalization):
-            options["step"] = self.step
         used: torch.Tensor = self.rule.apply(raw, self.geometry, state, name=self.name, **options)
         return used
 
     def _applied(self, raw: torch.Tensor, state: State) -> torch.Tensor:
-        limited = isinstance(self.rule, StableRankNormalization)
-        if limited and self.rule.norm == "operator" and not isinstance(self.geometry, Dense):
+        if not self.rule.is_traceable(self.geometry):
             return self._interpreted(raw, state)
         return self._plain(raw, state)
 
@@ -164,6 +159,10 @@ class InUse:
 
     # Freshness
 
+    @property
+    def _follow(self) -> Tracked | None:
+        return self.rule.tracked(self.geometry)  # type: ignore[no-any-return]
+
     def _is_own(self, raw: torch.Tensor) -> bool:
         if self._own is None:
             # A model that was copied: its layer's parameter is the first that is met.
@@ -177,7 +176,7 @@ class InUse:
     def _look(self, raw: torch.Tensor) -> None:
         """The parameter is not as it was when the vectors were found or advanced."""
         stepping = self.searching and self.state is not None and not self.forgotten
-        if stepping or (self.state is not None and not hasattr(self.rule, "norm")):
+        if stepping or (self.state is not None and self._follow is None):
             self.drifting, self._written = True, _written(raw)
         elif self._written is None and self._copied and self._copied == _fingerprint(raw):
             # It was copied together with the vectors, and not written to since.
@@ -229,9 +228,9 @@ class InUse:
 
     def _fits(self, raw: torch.Tensor, state: State | None) -> bool:
         """Whether norms along the vectors are those that were measured."""
-        if self.drifting or state is None or not hasattr(self.rule, "norm"):
+        follow = self._follow
+        if self.drifting or state is None or follow is None:
             return state is not None
-        follow = track(self.geometry, self.rule.norm)
         with torch.no_grad():
             weight = raw.detach()
             half = weight.dtype in (torch.float16, torch.bfloat16)
@@ -242,7 +241,7 @@ class InUse:
             )
 
     def _measured(self, raw: torch.Tensor) -> State | None:
-        if self.state is not None and not hasattr(self.rule, "norm"):
+        if self.state is not None and self._follow is None:
             return self.state  # of a rule of others, which need not be about the weight
         forgiven = (NonFiniteError, GeometryError) if self.lenient else (NonFiniteError,)
         with contextlib.suppress(*forgiven), torch.inference_mode(False), torch.no_grad():

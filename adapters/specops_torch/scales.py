@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from specops.errors import AdapterError, CautionWarning
-from specops.rules import TrainableScale
 from specops_torch.constrained import Constrained
 
 _GROUP = "specops scales"
@@ -28,8 +27,10 @@ class Scales:
         new: list[nn.Parameter] = []
         users: dict[str, list[Any]] = {}
         for c in constrained:
-            scale = getattr(c.rule, "scale", None)
-            if not isinstance(scale, TrainableScale) or c.in_use is None:
+            if c.in_use is None:
+                continue
+            scale = c.rule.trained_scale()
+            if scale is None:
                 continue
             key = self._shared(c.rule) if scale.shared else c.name
             if key not in self.parameters:

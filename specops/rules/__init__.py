@@ -3,15 +3,19 @@
 from specops.rules.base import Rule, Schedule
 from specops.rules.caps import NormalizeIfAbove, SpectralSoftCap
 from specops.rules.clip import ClipSpectralNorm
-from specops.rules.forward import SpectralNormalization, StableRankNormalization, TrainableScale
+from specops.rules.forward import SpectralNormalization, StableRankNormalization
 from specops.rules.hammer import SpectralHammer
 from specops.rules.monitor import Monitor
 from specops.rules.penalty import SpectralNormPenalty
+from specops.rules.scale import TrainableScale
 from specops.rules.stable_rank import ProjectStableRank
+from specops.rules.stages import ForwardRule, GradientRule, StagedRule, WeightRule, completed
 from specops.typing import State
 
 __all__ = [
     "ClipSpectralNorm",
+    "ForwardRule",
+    "GradientRule",
     "Monitor",
     "NormalizeIfAbove",
     "ProjectStableRank",
@@ -22,6 +26,9 @@ __all__ = [
     "SpectralNormalization",
     "SpectralSoftCap",
     "StableRankNormalization",
+    "StagedRule",
     "State",
     "TrainableScale",
+    "WeightRule",
+    "completed",
 ]

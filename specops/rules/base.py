@@ -23,13 +23,10 @@ class Rule(Protocol):
     back as they were given, not as a copy, where nothing changes.
 
     A rule of stage "forward" also has ``apply(weight, geometry, state, *, step, name)``, pure
-    and differentiable, which gives the weight that the layer uses. A rule of stage "gradients"
-    also has ``penalty(weight, geometry, state, *, step, name)``, which gives the value and the
-    gradient of what it adds to the loss.
+    and differentiable, which gives the weight that the layer uses.
 
-    Two more methods are used where a rule has them: ``enforce``, which is called like `update`
-    where its effect must be certain (the last word before an export), and
-    ``obstacle(geometry)``, which says why the rule cannot act on such a map, or "".
+    What else adapters ask of a rule has defaults: see `specops.rules.WeightRule`,
+    `GradientRule` and `ForwardRule`, from which a class may inherit.
     """
 
     @property
@@ -46,6 +43,14 @@ class Rule(Protocol):
         The array is the new weight for stage "weights", what is to be added to the gradient
         for "gradients", and the weight itself for "forward", where only the state advances.
         """
+
+
+class Scheduled:
+    """A rule whose numbers may be schedules; a base of dataclasses."""
+
+    def is_scheduled(self) -> bool:
+        """Whether any of them is."""
+        return any(map(callable, vars(self).values()))
 
 
 def at(value: Any, step: int, name: str, geometry: Geometry) -> Any:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from specops import arrays
 from specops.errors import UnsupportedGeometryError
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import check_bound, nan_without
 from specops.maps.prepare import prepare
-from specops.rules.base import Figures, Schedule, at, check_scheduled, measured_as
+from specops.rules.base import Figures, Schedule, Scheduled, at, check_scheduled, measured_as
+from specops.rules.stages import WeightRule
 from specops.spectra import spectral_norm, spectral_norm_bounds
 from specops.tracking import TrackedBlocks, check_norm
 from specops.typing import Array, State
@@ -25,13 +26,12 @@ _FAR = 64.0
 
 
 @dataclass(frozen=True)
-class Cap:
+class Cap(Scheduled, WeightRule):
     """What the caps have in common. Each is a dataclass too, so that errors name it."""
 
     max_norm: float | Schedule
     _: KW_ONLY
     norm: Literal["operator", "reshaped"]
-    stage: ClassVar[Literal["weights"]] = "weights"
 
     def __post_init__(self) -> None:
         check_scheduled(self.max_norm, "max_norm")
@@ -40,6 +40,10 @@ class Cap:
     def init(self, weight: Array, geometry: Geometry, name: str) -> State:
         """No state."""
         return {}
+
+    def view(self, geometry: Geometry) -> Geometry:
+        """The map whose norm is capped."""
+        return measured_as(geometry, self.norm)
 
     def _bound(self, step: int, name: str, geometry: Geometry) -> Any:
         return check_bound(at(self.max_norm, step, name, geometry), "max_norm")
@@ -85,11 +89,11 @@ class NormalizeIfAbove(Cap):
     ) -> tuple[Array, State, Figures]:
         """Scale; the figures are ``norm_before`` and ``norm_after``."""
         bound = self._bound(step, name, geometry)
-        view = measured_as(geometry, self.norm)
+        view = self.view(geometry)
         given = prepare(weight, view, scaled=False)
         xp = given.xp
         before = _norms(given.w, view)
-        # A hair below, so that rounding stays inside.
+        # A little below, so that rounding stays inside.
         target = bound * (1.0 - 4.0 * arrays.epsilon(weight.dtype))
         factors = tuple(
             xp.where(n > bound, target / xp.where(n > 0, n, xp.ones_like(n)), xp.ones_like(n))
@@ -150,7 +154,7 @@ class SpectralSoftCap(Cap):
     ) -> tuple[Array, State, Figures]:
         """Cap; the figures are ``norm_before`` and ``norm_after``."""
         bound = self._bound(step, name, geometry)
-        view = measured_as(geometry, self.norm)
+        view = self.view(geometry)
         if not isinstance(view, Dense):
             raise UnsupportedGeometryError(self.obstacle(geometry))
         given = prepare(weight, view, scaled=False)

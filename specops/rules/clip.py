@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 
@@ -13,12 +13,13 @@ from specops.errors import StateError
 from specops.geometry import Dense, Geometry
 from specops.geometry.arguments import check_bound, non_negative
 from specops.projections import project_spectral_ball
-from specops.rules.base import Figures, Schedule, at, check_scheduled
-from specops.tracking import TrackedBlocks, TrackedOperator, TrackedTorus
+from specops.rules.base import Figures, Schedule, Scheduled, at, check_scheduled
+from specops.rules.stages import WeightRule
+from specops.tracking import TrackedBlocks, TrackedOperator, TrackedTorus, vectors
 from specops.typing import Array, State
 
 _CLEARLY = 0.9
-"""Share of the bound below which an estimate, which is a lower bound, is trusted."""
+"""Part of the bound below which an estimate, which is a lower bound, is trusted."""
 _CERTIFY_EVERY = 100
 _TRACKED = "tracked."
 _WATCHED = "watched."
@@ -26,7 +27,7 @@ _FIRINGS = "firings"
 
 
 @dataclass(frozen=True)
-class ClipSpectralNorm:
+class ClipSpectralNorm(Scheduled, WeightRule):
     """Keep the operator norm of a weight at or below `max_norm`: project if above, else nothing.
 
     The norm is the operator's own: for a convolution that of the layer, not of the reshaped
@@ -53,7 +54,6 @@ class ClipSpectralNorm:
     max_norm: float | Schedule
     distance_tolerance: float = field(default=0.1, repr=False)
     screen: bool = field(default=True, repr=False)
-    stage: ClassVar[Literal["weights"]] = "weights"
 
     def __post_init__(self) -> None:
         check_scheduled(self.max_norm, "max_norm")
@@ -72,8 +72,8 @@ class ClipSpectralNorm:
         follow = _own_norm(geometry)
         if follow is None or not self.screen:
             return {}
-        vectors = _vectors(follow.start(weight, name), _WATCHED)
-        return vectors | {_FIRINGS: arrays.constant(np.asarray(0.0), weight)}
+        watched = _prefixed(follow.start(weight, name), _WATCHED)
+        return watched | {_FIRINGS: arrays.constant(np.asarray(0.0), weight)}
 
     def update(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
@@ -103,6 +103,10 @@ class ClipSpectralNorm:
         own, tracked = _parted(state)
         return self._certified(weight, geometry, own, tracked or None, bound, name)
 
+    def refuses_nonfinite(self, geometry: Geometry) -> bool:
+        """Of stacks it may leave matrices alone that an estimate finds inside."""
+        return not (isinstance(geometry, Dense) and geometry.batch_axes)
+
     def _watched(
         self, weight: Array, geometry: Geometry, state: State, bound: Any
     ) -> tuple[Array, State, Figures]:
@@ -130,7 +134,7 @@ class ClipSpectralNorm:
         inside = xp.astype(xp.all(before <= bound), firings.dtype)
         firings = xp.where(trusted, firings + 1.0, inside)
         figures = {"norm_before": before, "norm_after": after}
-        return new, _vectors(moved, _WATCHED) | {_FIRINGS: firings}, figures
+        return new, _prefixed(moved, _WATCHED) | {_FIRINGS: firings}, figures
 
     def _is_inside(self, weight: Array, bound: Any, geometry: Geometry) -> bool:
         """Certified, without measuring more than that takes."""
@@ -212,8 +216,8 @@ def _below(norms: Array, bound: Any) -> bool:
 
 def _screening(tracked: State, firings: int, like: Array) -> State:
     """The vectors alone, and how often they were trusted."""
-    return _vectors(tracked, _TRACKED) | {_FIRINGS: arrays.constant(np.asarray(firings), like)}
+    return _prefixed(tracked, _TRACKED) | {_FIRINGS: arrays.constant(np.asarray(firings), like)}
 
 
-def _vectors(tracked: State, prefix: str) -> State:
-    return {prefix + k: v for k, v in tracked.items() if not k.startswith(("sigma", "axis"))}
+def _prefixed(tracked: State, prefix: str) -> State:
+    return {prefix + key: x for key, x in vectors(tracked).items()}

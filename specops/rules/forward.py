@@ -13,58 +13,45 @@ from specops import arrays
 from specops.errors import StateError
 from specops.geometry import Dense, Geometry
 from specops.geometry.arguments import check_bound, integer, nan_without
-from specops.rules.base import Figures, Schedule, at, check_scheduled, measured_as
+from specops.rules.base import Figures, Schedule, Scheduled, at, check_scheduled, measured_as
 from specops.rules.normalizations import check_ratio, limit_stable_rank, normalize, stable_ranks
-from specops.tracking import Norm, check_norm, track
+from specops.rules.scale import TrainableScale
+from specops.rules.stages import Formula, ForwardRule
+from specops.tracking import Norm, Tracked, check_norm, track
 from specops.typing import Array, State
 
 RANKS = ("rank_before", "rank_after")
 """The figures of rules about the stable rank."""
 
 
-@dataclass(frozen=True)
-class TrainableScale:
-    """A factor γ that is trained with the weights.
+class _Tracking(Scheduled, ForwardRule):
+    """A rule with the leading pairs of a norm as its state. Each has `norm` and `iterations`."""
 
-    Parameters
-    ----------
-    initial : float
-        Positive.
-    shared : bool
-        One γ for all layers of the rule, instead of one for each.
+    norm: Norm
 
-    Examples
-    --------
-    >>> SpectralNormalization(norm="bidirectional", scale=TrainableScale(1.5)).scale
-    TrainableScale(initial=1.5, shared=False)
-    """
+    def tracked(self, geometry: Geometry) -> Tracked:
+        """The norm that is divided by."""
+        return track(geometry, self.norm)
 
-    initial: float = 1.0
-    shared: bool = False
+    def view(self, geometry: Geometry) -> Geometry:
+        """The map of that norm; for "bidirectional" the layer's own."""
+        return measured_as(geometry, self.norm)
 
-    def __post_init__(self) -> None:
-        check_bound(self.initial, "initial")
-
-
-@dataclass(frozen=True)
-class _Forward:
-    stage: ClassVar[Literal["forward"]] = "forward"
-
-    def _follow(self, geometry: Geometry) -> Any:
-        return track(geometry, self.norm)  # type: ignore[attr-defined]
+    def needs_input_size(self) -> bool:
+        """For the operator's norm."""
+        return self.norm == "operator"
 
     def init(self, weight: Array, geometry: Geometry, name: str) -> State:
         """The leading pairs, from a start that depends on the name alone."""
-        state: State = self._follow(geometry).start(weight, name)
-        return state
+        return self.tracked(geometry).start(weight, name)
 
     def update(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:
         """Advance the vectors; the figure is ``norm``, from below."""
-        follow = self._follow(geometry)
+        follow = self.tracked(geometry)
         try:
-            state = follow.advance(weight, state, self.iterations)  # type: ignore[attr-defined]
+            state = follow.advance(weight, state, self.iterations)
         except StateError:
             state = follow.start(weight, name)
         norms = follow.measured(state)
@@ -73,7 +60,7 @@ class _Forward:
 
 
 @dataclass(frozen=True)
-class SpectralNormalization(_Forward):
+class SpectralNormalization(_Tracking):
     r"""Use :math:`s\,W/\sigma(W)` in the forward pass.
 
     Parameters
@@ -118,6 +105,7 @@ class SpectralNormalization(_Forward):
     norm: Norm
     scale: float | Schedule | TrainableScale = 1.0
     iterations: int = 1
+    formula: ClassVar[Formula] = "normalized"
 
     def __post_init__(self) -> None:
         check_norm(self.norm)
@@ -138,7 +126,15 @@ class SpectralNormalization(_Forward):
         """The weight that the layer uses; `scale` is the value of a trained one."""
         if scale is None:
             scale = self.fixed_scale(step, name, geometry)
-        return normalize(weight, self._follow(geometry), state, scale)
+        return normalize(weight, self.tracked(geometry), state, scale)
+
+    def arguments(self, step: int, name: str, geometry: Geometry) -> dict[str, Any]:
+        """The scale; the initial value of a trained one."""
+        return {"scale": self.fixed_scale(step, name, geometry)}
+
+    def trained_scale(self) -> TrainableScale | None:
+        """The scale, if it is trained."""
+        return self.scale if isinstance(self.scale, TrainableScale) else None
 
     def fixed_scale(self, step: int, name: str, geometry: Geometry) -> Any:
         """s at this step; the initial value of a trained one."""
@@ -148,7 +144,7 @@ class SpectralNormalization(_Forward):
 
 
 @dataclass(frozen=True)
-class StableRankNormalization(_Forward):
+class StableRankNormalization(_Tracking):
     r"""Use W/σ with its stable rank limited in the forward pass.
 
     With :math:`\hat W = W/\sigma`, :math:`R = \hat W - uv^H` and
@@ -196,6 +192,7 @@ class StableRankNormalization(_Forward):
     _: KW_ONLY
     norm: Literal["reshaped", "operator"]
     iterations: int = 1
+    formula: ClassVar[Formula] = "rank limited"
     limits_stable_rank: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -217,12 +214,20 @@ class StableRankNormalization(_Forward):
         """The weight that the layer uses; `ratio` is the value of a schedule, as an array."""
         if ratio is None:
             ratio = check_ratio(at(self.ratio, step, name, geometry))
-        limited = limit_stable_rank(weight, self._follow(geometry), state, ratio)
+        limited = limit_stable_rank(weight, self.tracked(geometry), state, ratio)
         return nan_without(ratio, limited)
+
+    def arguments(self, step: int, name: str, geometry: Geometry) -> dict[str, Any]:
+        """The ratio."""
+        return {"ratio": check_ratio(at(self.ratio, step, name, geometry))}
+
+    def is_traceable(self, geometry: Geometry) -> bool:
+        """A convolution's operator needs tables that are made outside."""
+        return self.norm != "operator" or isinstance(geometry, Dense)
 
     def caution(self, geometry: Geometry, shape: tuple[int, ...]) -> str:
         """Why a layer of this shape will not learn under the rule; "" if it will."""
-        view = measured_as(geometry, self.norm)
+        view = self.view(geometry)
         if callable(self.ratio) or not isinstance(view, Dense):
             return ""
         sides = [min(s) for s in view.matrix_shapes(shape)]
@@ -244,5 +249,5 @@ class StableRankNormalization(_Forward):
         """
         weight, state, figures = super().update(weight, geometry, state, step=step, name=name)
         ratio = check_ratio(at(self.ratio, step, name, geometry))
-        ranks = stable_ranks(weight, self._follow(geometry), state, ratio)
+        ranks = stable_ranks(weight, self.tracked(geometry), state, ratio)
         return weight, state, figures | dict(zip(RANKS, ranks, strict=True))

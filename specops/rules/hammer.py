@@ -10,7 +10,7 @@ from specops.geometry import Geometry
 from specops.geometry.arguments import nan_without
 from specops.rules.base import Figures
 from specops.rules.caps import Cap, figure
-from specops.tracking import TrackedBlocks, track
+from specops.tracking import Tracked, track
 from specops.typing import Array, State
 
 _STEPS = 4
@@ -55,14 +55,18 @@ class SpectralHammer(Cap):
 
     def init(self, weight: Array, geometry: Geometry, name: str) -> State:
         """The leading pairs."""
-        return track(geometry, self.norm).start(weight, name)
+        return self.tracked(geometry).start(weight, name)
+
+    def tracked(self, geometry: Geometry) -> Tracked:
+        """The norm that it strikes."""
+        return track(geometry, self.norm)
 
     def update(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:
         """Strike; the figures are ``norm_before`` and ``norm_after``, of the pair followed."""
         bound = self._bound(step, name, geometry)
-        follow = track(geometry, self.norm)
+        follow = self.tracked(geometry)
         try:
             state = follow.advance(weight, state, _STEPS)
         except StateError:
@@ -75,19 +79,5 @@ class SpectralHammer(Cap):
         figures = {"norm_before": figure(xp, before), "norm_after": figure(xp, after)}
         if arrays.truth(xp.all(xp.stack([xp.all(e == 0) for e in excesses]))):
             return weight, state, figures
-        w = arrays.to_compute(xp, weight)
-        if isinstance(follow, TrackedBlocks):
-            struck = []
-            for j, (a, e) in enumerate(zip(follow.geometry.blocks(w), excesses, strict=True)):
-                u, v = state[f"u{j}"], state[f"v{j}"]
-                vh = arrays.conjugate(xp, v)
-                struck.append(
-                    a - (xp.astype(e, a.dtype)[..., None] * u)[..., None] * vh[..., None, :]
-                )
-            new = follow.geometry.assemble(tuple(struck), weight.shape)
-        else:
-            axis = state["axis"]
-            squared = xp.sum(xp.abs(axis) ** 2)
-            share = excesses[0] / xp.where(squared > 0, squared, xp.ones_like(squared))
-            new = w - xp.astype(share, w.dtype) * axis
+        new = follow.subtract(arrays.to_compute(xp, weight), state, excesses)
         return nan_without(bound, xp.astype(new, weight.dtype)), state, figures

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 from specops.geometry import Conv, Geometry
-from specops.rules.base import Figures
+from specops.rules.base import Figures, Scheduled
+from specops.rules.stages import WeightRule
 from specops.spectra import spectral_norm, spectral_norm_bounds, stable_rank
 from specops.typing import Array, State
 
 
 @dataclass(frozen=True)
-class Monitor:
+class Monitor(Scheduled, WeightRule):
     """Measure and change nothing.
 
     Figures: ``spectral_norm`` and ``stable_rank``; for a convolution without input size
     ``norm_upper``, a bound for every size.
     """
-
-    stage: ClassVar[Literal["weights"]] = "weights"
 
     def init(self, weight: Array, geometry: Geometry, name: str) -> State:
         """No state."""

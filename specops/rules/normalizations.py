@@ -38,7 +38,7 @@ def normalize(w: Array, follow: Tracked, state: State, scale: Any = 1.0) -> Arra
 
 
 def limit_stable_rank(w: Array, follow: Tracked, state: State, ratio: Any) -> Array:
-    r"""W/σ with the rest beside its leading pair shrunk to stable rank r.
+    r"""W/σ with the rest beside its leading pair scaled down to stable rank r.
 
     With :math:`\hat W = W/\sigma` and :math:`R = \hat W - uv^H`,
 
@@ -68,17 +68,18 @@ def limit_stable_rank(w: Array, follow: Tracked, state: State, ratio: Any) -> Ar
     if isinstance(follow, TrackedOperator):
         if min(follow.geometry.sizes(tuple(w.shape)).matrix_shape()) == 1:
             return xp.astype(unit, w.dtype)
-        result = _limited_operator(xp, unit, follow.geometry, state["axis"], ratio, there[0])
+        result = _limited_operator(
+            xp, unit, follow.geometry, follow.gradients(state)[0], ratio, there[0]
+        )
     else:
         assert isinstance(follow, TrackedBlocks)
         blocks = []
-        for j, b in enumerate(follow.geometry.blocks(unit)):
+        given = zip(follow.geometry.blocks(unit), follow.gradients(state), there, strict=True)
+        for b, dyad, nonzero in given:
             if min(b.shape[-2:]) == 1:
                 blocks.append(b)
                 continue
-            vh = arrays.conjugate(xp, state[f"v{j}"])
-            lead = state[f"u{j}"][..., :, None] * vh[..., None, :]
-            lead = xp.astype(there[j], lead.dtype)[..., None, None] * lead
+            lead = xp.astype(nonzero, dyad.dtype)[..., None, None] * dyad
             blocks.append(_limited(xp, b, lead, ratio * min(b.shape[-2:])))
         result = follow.geometry.assemble(tuple(blocks), w.shape)
     return xp.astype(result, w.dtype)
@@ -120,20 +121,20 @@ def _near_one(xp: Any, w: Array) -> Array:
 
 
 def _limited(xp: Any, a: Array, lead: Array, rank: Any) -> Array:
-    """Of matrices with ⟨lead, A⟩ = 1 for a unit dyad: the part beside it shrunk."""
+    """Of matrices with ⟨lead, A⟩ = 1 for a unit dyad: the part beside it scaled down."""
     rest = a - lead
     squared = xp.sum(xp.abs(rest) ** 2, axis=(-2, -1))
-    factor = _shrink(xp, rank - 1.0, squared)
+    factor = _factor(xp, rank - 1.0, squared)
     return lead + xp.astype(factor, a.dtype)[..., None, None] * rest
 
 
 def _limited_operator(
-    xp: Any, w: Array, geometry: Conv, axis: Array, ratio: Any, there: Array
+    xp: Any, w: Array, geometry: Conv, gradient: Array, ratio: Any, there: Array
 ) -> Array:
     kernel = geometry.kernel(w)
     sizes = geometry.sizes(tuple(w.shape))
     taps = taps_of(sizes)
-    z, e = taps.coordinates(xp, kernel), taps.coordinates(xp, geometry.kernel(axis))
+    z, e = taps.coordinates(xp, kernel), taps.coordinates(xp, geometry.kernel(gradient))
     weights = arrays.constant(taps.weights, z)[:, None, None]
     used = weights > 0
     safe = xp.where(used, weights, xp.ones_like(weights))
@@ -146,14 +147,14 @@ def _limited_operator(
     room = ratio * min(sizes.matrix_shape()) - least
     at_one = 1.0 - least
     room = xp.where(room > at_one, room, at_one)
-    factor = _shrink(xp, room, xp.sum(weights * xp.abs(rest) ** 2))
+    factor = _factor(xp, room, xp.sum(weights * xp.abs(rest) ** 2))
     limited = xp.where(used, lead + xp.astype(factor, z.dtype) * rest, z)
     if taps.folds:
         return geometry.weight(kernel + taps.kernel(xp, limited - z, kernel))
     return geometry.weight(taps.kernel(xp, limited, kernel))
 
 
-def _shrink(xp: Any, room: Any, squared: Array) -> Array:
+def _factor(xp: Any, room: Any, squared: Array) -> Array:
     """min(1, √(room/squared)), with a derivative that is finite at 0."""
     room = room + xp.zeros_like(squared)
     room = xp.where(room > 0, room, xp.zeros_like(room))

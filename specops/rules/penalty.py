@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from specops import arrays
 from specops.errors import StateError
 from specops.geometry import Geometry
 from specops.geometry.arguments import check_bound, integer
-from specops.rules.base import Figures, Schedule, at, check_scheduled
-from specops.tracking import Norm, TrackedBlocks, check_norm, track
-from specops.typing import Array, State
+from specops.rules.base import Figures, Schedule, Scheduled, at, check_scheduled
+from specops.rules.stages import Formula, GradientRule
+from specops.tracking import Norm, Tracked, check_norm, track
+from specops.typing import Array, Namespace, State
 
 
 @dataclass(frozen=True)
-class SpectralNormPenalty:
+class SpectralNormPenalty(Scheduled, GradientRule):
     r"""Add :math:`\tfrac\lambda2\sigma(W)^2` to the loss, by its gradient.
 
     The gradient :math:`\lambda\sigma\,uv^H` goes to the weight's own before the optimizer's
@@ -61,7 +62,7 @@ class SpectralNormPenalty:
     _: KW_ONLY
     norm: Norm
     iterations: int = 1
-    stage: ClassVar[Literal["gradients"]] = "gradients"
+    formula: ClassVar[Formula] = "penalty"
 
     def __post_init__(self) -> None:
         check_scheduled(self.strength, "strength")
@@ -70,23 +71,31 @@ class SpectralNormPenalty:
 
     def init(self, weight: Array, geometry: Geometry, name: str) -> State:
         """The leading pairs, from a start that depends on the name alone."""
-        return track(geometry, self.norm).start(weight, name)
+        return self.tracked(geometry).start(weight, name)
+
+    def tracked(self, geometry: Geometry) -> Tracked:
+        """The norm that is penalised."""
+        return track(geometry, self.norm)
+
+    def needs_input_size(self) -> bool:
+        """For the operator's norm."""
+        return self.norm == "operator"
 
     def update(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:
         """(what to add to the gradient, the state advanced, ``norm`` and ``penalty``)."""
         state, figures = self.advance(weight, geometry, state, step=step, name=name)
-        follow = track(geometry, self.norm)
+        follow = self.tracked(geometry)
         strength = self.strength_at(step, name, geometry)
         xp, norms = arrays.namespace(weight), follow.measured(state)
-        return self._gradient(xp, weight, follow, state, norms, strength), state, figures
+        return _term(xp, weight, follow, state, norms, strength), state, figures
 
     def advance(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[State, Figures]:
         """The state and figures of `update`, for who adds λσuvᴴ from the vectors in place."""
-        follow = track(geometry, self.norm)
+        follow = self.tracked(geometry)
         try:
             state = follow.advance(weight, state, self.iterations)
         except StateError:
@@ -106,22 +115,16 @@ class SpectralNormPenalty:
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, Array]:
         """(value, gradient) with the vectors of `state`, which stays as it is."""
-        follow = track(geometry, self.norm)
+        follow = self.tracked(geometry)
         xp = arrays.namespace(weight)
         strength = self.strength_at(step, name, geometry)
         norms = follow.norms(arrays.to_compute(xp, weight), state)
         value = 0.5 * strength * sum(xp.sum(n * n) for n in norms)
-        return value, self._gradient(xp, weight, follow, state, norms, strength)
+        return value, _term(xp, weight, follow, state, norms, strength)
 
-    def _gradient(
-        self, xp: Any, w: Array, follow: Any, state: State, norms: tuple[Array, ...], strength: Any
-    ) -> Array:
-        if not isinstance(follow, TrackedBlocks):
-            axis = state["axis"]
-            return xp.astype(xp.astype(strength * norms[0], axis.dtype) * axis, w.dtype)
-        blocks = []
-        for j, norm in enumerate(norms):
-            u, v = state[f"u{j}"], state[f"v{j}"]
-            left = u * xp.astype(strength * norm, u.dtype)[..., None]
-            blocks.append(left[..., :, None] * arrays.conjugate(xp, v)[..., None, :])
-        return xp.astype(follow.geometry.assemble(tuple(blocks), w.shape), w.dtype)
+
+def _term(
+    xp: Namespace, w: Array, follow: Tracked, state: State, norms: tuple[Array, ...], strength: Any
+) -> Array:
+    factors = tuple(strength * norm for norm in norms)
+    return xp.astype(follow.gradient(w, state, factors), w.dtype)

@@ -11,13 +11,14 @@ from specops.geometry import Geometry
 from specops.geometry.arguments import integer
 from specops.projections import project_stable_rank
 from specops.projections.stable_rank import check_stable_rank
-from specops.rules.base import Figures, Schedule, at, measured_as
+from specops.rules.base import Figures, Schedule, Scheduled, at, measured_as
+from specops.rules.stages import WeightRule
 from specops.tracking import check_norm
 from specops.typing import Array, State
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProjectStableRank:
+class ProjectStableRank(Scheduled, WeightRule):
     r"""Keep the stable rank :math:`\|W\|_F^2/\|W\|_2^2` at or below r: project if above.
 
     Parameters
@@ -53,7 +54,6 @@ class ProjectStableRank:
     target: float | Schedule | None = None
     preserve: int = 0
     norm: Literal["operator", "reshaped"]
-    stage: ClassVar[Literal["weights"]] = "weights"
     limits_stable_rank: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -67,6 +67,10 @@ class ProjectStableRank:
         """No state yet."""
         return {}
 
+    def view(self, geometry: Geometry) -> Geometry:
+        """The map whose stable rank is limited."""
+        return measured_as(geometry, self.norm)
+
     def update(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:
@@ -74,7 +78,7 @@ class ProjectStableRank:
         project = partial(
             project_stable_rank,
             weight,
-            measured_as(geometry, self.norm),
+            self.view(geometry),
             ratio=at(self.ratio, step, name, geometry),
             target=at(self.target, step, name, geometry),
             preserve=self.preserve,

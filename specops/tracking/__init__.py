@@ -4,7 +4,7 @@ A tracked norm keeps unit vectors u, v of each matrix that it measures, and a se
 looks for what grows elsewhere. `advance` takes one or more steps u ← Av/‖Av‖, v ← Aᴴu/‖Aᴴu‖;
 in between, σ = ⟨u, Av⟩ is linear in the weight with the gradient uvᴴ, and a lower bound of the
 norm. Vectors live in a flat dict of arrays, which is the state of the rules that use them.
-Nothing here changes what it is given.
+Its keys are known here alone. Nothing here changes what it is given.
 """
 
 from __future__ import annotations
@@ -13,7 +13,14 @@ from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from specops.geometry import Dense, Geometry
-from specops.tracking.matrices import TrackedBlocks, TrackedKernel
+from specops.tracking.matrices import (
+    TrackedBlocks,
+    TrackedKernel,
+    are_alike,
+    packed,
+    unpacked,
+    vectors,
+)
 from specops.tracking.operator import TrackedOperator
 from specops.tracking.power import Pairs, stepped_on_host
 from specops.tracking.torus import TrackedTorus
@@ -28,9 +35,13 @@ __all__ = [
     "TrackedKernel",
     "TrackedOperator",
     "TrackedTorus",
+    "are_alike",
     "check_norm",
+    "packed",
     "stepped_on_host",
     "track",
+    "unpacked",
+    "vectors",
 ]
 
 Norm = Literal["operator", "reshaped", "bidirectional"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,9 @@ from specops.tracking.power import Pairs, advanced, along, checked, half_step, i
 from specops.typing import Array, State
 
 Step = Callable[[Any, Array, Pairs], tuple[Pairs, Array]]
+Shapes = Mapping[str, tuple[int, ...]]
+GRADIENT = "axis"
+"""The key of a norm's gradient, as checkpoints have it."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class TrackedBlocks:
         xp, w = arrays.namespace(w), arrays.stop_gradient(w)
         state: State = {}
         for j, a in enumerate(self.geometry.blocks(arrays.to_compute(xp, w))):
-            state |= _numbered(j, *leading_pairs(xp, a, f"{name}.{j}"))
+            state |= packed(j, *leading_pairs(xp, a, f"{name}.{j}"))
         return state
 
     def advance(self, w: Array, state: State, rounds: int = 1) -> State:
@@ -42,7 +45,7 @@ class TrackedBlocks:
         xp, w = arrays.namespace(w), arrays.stop_gradient(w)
         result: State = {}
         for j, a in enumerate(self.geometry.blocks(arrays.to_compute(xp, w))):
-            result |= _numbered(j, *step(xp, a, _pairs(state, j, a)))
+            result |= packed(j, *step(xp, a, _pairs(state, j, a)))
         return result
 
     def norms(self, w: Array, state: State) -> tuple[Array, ...]:
@@ -53,7 +56,30 @@ class TrackedBlocks:
 
     def measured(self, state: State) -> tuple[Array, ...]:
         """What `norms` gave for the weight of the latest `start` or `advance`."""
-        return tuple(state[f"sigma{j}"] for j in range(len(self.geometry.splits or (0,))))
+        return tuple(state[f"sigma{j}"] for j in self._indices)
+
+    def directions(self, state: State) -> tuple[Array, ...]:
+        """What norms are taken along: u and v of each matrix in turn."""
+        return tuple(state[f"{key}{j}"] for j in self._indices for key in "uv")
+
+    def gradients(self, state: State) -> tuple[Array, ...]:
+        """∂σ/∂W of each matrix: uvᴴ."""
+        return tuple(_outer(u, v) for u, v in self._leading(state))
+
+    def gradient(self, w: Array, state: State, factors: tuple[Array, ...]) -> Array:
+        """Of the norms times their factors, summed; an array like the weight."""
+        xp, blocks = arrays.namespace(w), []
+        for (u, v), factor in zip(self._leading(state), factors, strict=True):
+            blocks.append(_outer(u * xp.astype(factor, u.dtype)[..., None], v))
+        return self.geometry.assemble(tuple(blocks), w.shape)
+
+    def subtract(self, w: Array, state: State, amounts: tuple[Array, ...]) -> Array:
+        """The nearest weight whose norms along the vectors are lower by the amounts."""
+        xp, blocks = arrays.namespace(w), []
+        given = zip(self.geometry.blocks(w), self._leading(state), amounts, strict=True)
+        for a, (u, v), amount in given:
+            blocks.append(a - _outer(xp.astype(amount, a.dtype)[..., None] * u, v))
+        return self.geometry.assemble(tuple(blocks), w.shape)
 
     def scaled(self, w: Array, factors: tuple[Array, ...]) -> Array:
         """Every block times its factor."""
@@ -63,17 +89,44 @@ class TrackedBlocks:
         pairs = zip(blocks, factors, strict=True)
         return self.geometry.assemble(tuple(a * f[..., None, None] for a, f in pairs), w.shape)
 
+    @property
+    def _indices(self) -> range:
+        return range(len(self.geometry.splits or (0,)))
 
-class AlongAxis:
-    """A norm that is ⟨W, axis⟩ for an array like the kernel, which the state holds."""
+    def _leading(self, state: State) -> list[tuple[Array, Array]]:
+        return [(state[f"u{j}"], state[f"v{j}"]) for j in self._indices]
+
+
+class AlongGradient:
+    """A norm that is ⟨W, G⟩ for its gradient G, an array like the kernel that the state has."""
 
     def norms(self, w: Array, state: State) -> tuple[Array]:
-        """⟨W, axis⟩, differentiable; `w` in compute precision."""
-        return (inner(arrays.namespace(w), w, axis_of(state, w)),)
+        """⟨W, G⟩, differentiable; `w` in compute precision."""
+        return (inner(arrays.namespace(w), w, checked(state, GRADIENT, tuple(w.shape), w)),)
 
     def measured(self, state: State) -> tuple[Array]:
         """What `norms` gave for the weight of the latest `start` or `advance`."""
         return (state["sigma"],)
+
+    def directions(self, state: State) -> tuple[Array]:
+        """What the norm is taken along: its gradient."""
+        return (state[GRADIENT],)
+
+    def gradients(self, state: State) -> tuple[Array]:
+        """∂σ/∂W."""
+        return (state[GRADIENT],)
+
+    def gradient(self, w: Array, state: State, factors: tuple[Array, ...]) -> Array:
+        """Of the norm times its factor; an array like the weight."""
+        g = state[GRADIENT]
+        return arrays.namespace(w).astype(factors[0], g.dtype) * g
+
+    def subtract(self, w: Array, state: State, amounts: tuple[Array, ...]) -> Array:
+        """The nearest kernel whose norm along the gradient is lower by the amount."""
+        xp, g = arrays.namespace(w), state[GRADIENT]
+        squared = xp.sum(xp.abs(g) ** 2)
+        factor = amounts[0] / xp.where(squared > 0, squared, xp.ones_like(squared))
+        return w - xp.astype(factor, w.dtype) * g
 
     def scaled(self, w: Array, factors: tuple[Array, ...]) -> Array:
         """The kernel times the factor."""
@@ -81,7 +134,7 @@ class AlongAxis:
 
 
 @dataclass(frozen=True)
-class TrackedKernel(AlongAxis):
+class TrackedKernel(AlongGradient):
     """The mean of ‖Ŵ‖₂ over ways to reshape a kernel to a matrix."""
 
     geometry: Conv
@@ -93,7 +146,7 @@ class TrackedKernel(AlongAxis):
         w = arrays.stop_gradient(arrays.to_compute(xp, w))
         state: State = {}
         for i, view in enumerate(self.views):
-            state |= _numbered(i, *leading_pairs(xp, view.blocks(w)[0], f"{name}.{i}"))
+            state |= packed(i, *leading_pairs(xp, view.blocks(w)[0], f"{name}.{i}"))
         return self._finished(xp, w, state)
 
     def advance(self, w: Array, state: State, rounds: int = 1) -> State:
@@ -103,24 +156,30 @@ class TrackedKernel(AlongAxis):
         result: State = {}
         for i, view in enumerate(self.views):
             a = view.blocks(w)[0]
-            result |= _numbered(i, *advanced(xp, a, _pairs(state, i, a), rounds))
+            result |= packed(i, *advanced(xp, a, _pairs(state, i, a), rounds))
         return self._finished(xp, w, result)
 
     def _finished(self, xp: Any, w: Array, state: State) -> State:
         """With the mean of the norms and its gradient, an array like the kernel."""
-        axes, norms = [], []
+        gradients, norms = [], []
         for i, view in enumerate(self.views):
             u, v = state[f"u{i}"], state[f"v{i}"]
-            axes.append(view.assemble((_outer(xp, u, v),), w.shape))
+            gradients.append(view.assemble((_outer(u, v),), w.shape))
             norms.append(state[f"sigma{i}"])
-        share = 1.0 / len(self.views)
-        state["axis"] = sum(axes[1:], start=axes[0]) * share
-        state["sigma"] = sum(norms[1:], start=norms[0]) * share
+        weight = 1.0 / len(self.views)
+        state[GRADIENT] = sum(gradients[1:], start=gradients[0]) * weight
+        state["sigma"] = sum(norms[1:], start=norms[0]) * weight
         return state
 
 
-def _numbered(index: int, pairs: Pairs, sigma: Array) -> State:
+def packed(index: int, pairs: Pairs, sigma: Array) -> State:
+    """The part of a state that is about one matrix."""
     return {f"{key}{index}": x for key, x in pairs._asdict().items()} | {f"sigma{index}": sigma}
+
+
+def unpacked(state: Mapping[str, Array], index: int) -> Pairs:
+    """The vectors of one matrix, as they are."""
+    return Pairs(*(state[f"{key}{index}"] for key in Pairs._fields))
 
 
 def _leading(state: State, index: int, a: Array) -> tuple[Array, Array]:
@@ -140,9 +199,20 @@ def _pairs(state: State, index: int, a: Array) -> Pairs:
     )
 
 
-def axis_of(state: State, w: Array) -> Array:
-    return checked(state, "axis", tuple(w.shape), w)
+def vectors(state: State) -> State:
+    """What `advance` goes on from: the state without the norms and gradients that it found."""
+    return {k: x for k, x in state.items() if not k.startswith(("sigma", GRADIENT))}
 
 
-def _outer(xp: Any, u: Array, v: Array) -> Array:
-    return u[..., :, None] * arrays.conjugate(xp, v)[..., None, :]
+def are_alike(shapes: Shapes, others: Shapes) -> bool:
+    """Whether states with arrays of these shapes may be of one weight.
+
+    Vectors of a convolution's operator have the size of its input, which may have changed.
+    """
+    if shapes.keys() != others.keys():
+        return False
+    return all(key in ("v", "q") or shape == others[key] for key, shape in shapes.items())
+
+
+def _outer(u: Array, v: Array) -> Array:
+    return u[..., :, None] * arrays.conjugate(arrays.namespace(v), v)[..., None, :]

@@ -16,7 +16,7 @@ from specops.linalg.golub_kahan import largest_singular_triplet
 from specops.maps.convolution import ConvOperator
 from specops.maps.unread import without_unread
 from specops.spectra.norms import plane_wave
-from specops.tracking.matrices import AlongAxis
+from specops.tracking.matrices import GRADIENT, AlongGradient
 from specops.tracking.power import Pairs, beside, checked, filled, to_left_side, to_right_side, unit
 from specops.typing import Array, State
 
@@ -26,7 +26,7 @@ iterated further turns within their plane by rounding."""
 
 
 @dataclass(frozen=True)
-class TrackedOperator(AlongAxis):
+class TrackedOperator(AlongGradient):
     """‖A‖₂ of a convolution, by vectors of its size, one for each group."""
 
     geometry: Conv
@@ -75,11 +75,11 @@ class TrackedOperator(AlongAxis):
         leads = xp.take(arrays.constant(np.eye(sizes.groups), sigmas), index, axis=0)[0, :]
         masked = pairs.u * xp.astype(leads, pairs.u.dtype)[:, None]
         # The pair's gradient: σ is linear along it, whatever the other groups do.
-        axis = operator.gradient(xp.reshape(masked, (-1,)), xp.reshape(pairs.v, (-1,)))
+        gradient = operator.gradient(xp.reshape(masked, (-1,)), xp.reshape(pairs.v, (-1,)))
         return {
             "v": pairs.v,
             "q": pairs.q,
-            "axis": self.geometry.weight(axis),
+            GRADIENT: self.geometry.weight(gradient),
             "sigma": xp.max(sigmas) * xp.reshape(scale, ()),
         }
 

@@ -309,8 +309,8 @@ def unit(xp: Any, x: Array, fallback: Array | None) -> tuple[Array, Array]:
     return result, norm[..., 0]
 
 
-def inner(xp: Any, w: Array, axis: Array) -> Array:
-    product = xp.sum(w * arrays.conjugate(xp, axis))
+def inner(xp: Any, w: Array, other: Array) -> Array:
+    product = xp.sum(w * arrays.conjugate(xp, other))
     return xp.real(product) if arrays.is_complex(product) else product
 
 

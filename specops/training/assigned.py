@@ -42,10 +42,10 @@ class Assigned:
 
 def warn_of(assignment: Assignment, stacklevel: int = 4) -> None:
     """Say what a rule has to say of a weight that it comes to act on."""
-    caution, weight = getattr(assignment.rule, "caution", None), assignment.weight
-    if caution is None or weight.geometry is None:
+    rule, weight = assignment.rule, assignment.weight
+    if rule is None or weight.geometry is None:
         return
-    message = caution(weight.geometry, tuple(weight.shape))
+    message = rule.caution(weight.geometry, tuple(weight.shape))
     if message:
         warnings.warn(f"{weight.name}: {message}", CautionWarning, stacklevel=stacklevel)
 

@@ -12,7 +12,7 @@ from typing import Any
 from specops.errors import AdapterError, GeometryError, PlanError, UnsupportedArrayError
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import integer
-from specops.rules import Rule
+from specops.rules import Rule, StagedRule, completed
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Assignment:
     """What a plan decided about one weight: a rule, or the reason why there is none."""
 
     weight: Weight
-    rule: Rule | None
+    rule: StagedRule | None
     every: int = 1
     reason: str = ""
     lenient: bool = False
@@ -62,7 +62,7 @@ class Assignment:
 @dataclass(frozen=True)
 class _Entry:
     pattern: str
-    rule: Rule | None
+    rule: StagedRule | None
     every: int | None = None
 
     @property
@@ -139,7 +139,7 @@ class Plan:
             A rule on gradients: there are none.
         """
         for entry in self._parsed:
-            if getattr(entry.rule, "stage", "") == "gradients":
+            if entry.rule is not None and entry.rule.stage == "gradients":
                 raise AdapterError(
                     f"{entry.rule!r} acts on gradients, and there are none: attach it"
                 )
@@ -184,8 +184,7 @@ class Plan:
                 f'("{weight.name}", None) before that pattern, or pass '
                 f"geometries={{'{weight.name}': ...}}"
             )
-        obstacle = getattr(entry.rule, "obstacle", None)
-        reason = obstacle(weight.geometry) if obstacle else ""
+        reason = entry.rule.obstacle(weight.geometry)
         if reason and entry.is_bare:
             return Assignment(weight, None, reason=reason)
         if reason:
@@ -287,4 +286,4 @@ def _parse(entry: Any) -> _Entry:
             every = integer(entry[2], "every", least=1)
         except GeometryError as error:
             raise PlanError(str(error)) from None
-    return _Entry(pattern, rule, every)
+    return _Entry(pattern, None if rule is None else completed(rule), every)

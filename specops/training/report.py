@@ -12,7 +12,7 @@ from typing import Any
 
 from specops import arrays
 from specops.geometry import Dense, Geometry
-from specops.rules.base import measured_as
+from specops.rules import StagedRule
 from specops.spectra import spectral_norm, spectral_norm_bounds, stable_rank
 from specops.tables import aligned, rich_table
 from specops.training.plan import Assignment
@@ -176,11 +176,11 @@ def _norm_text(norm: float | None, norm_is: str) -> str:
     return f"≤ {text}" if text and norm_is == "upper bound" else text
 
 
-def measured(w: Any, geometry: Geometry, rule: Any) -> dict[str, Any]:
+def measured(w: Any, geometry: Geometry, rule: StagedRule) -> dict[str, Any]:
     """What a row says of a weight: `measured_norm`, and `stable_rank` if the rule limits it."""
     found = measured_norm(w, geometry)
-    if getattr(rule, "limits_stable_rank", False) and found["norm_is"] != "not finite":
-        view = measured_as(geometry, rule.norm)
+    if rule.limits_stable_rank and found["norm_is"] != "not finite":
+        view = rule.view(geometry)
         if isinstance(view, Dense) or view.grid is not None:
             ranks = stable_rank(w, view)
             xp = arrays.namespace(w)

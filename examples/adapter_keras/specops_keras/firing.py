@@ -60,6 +60,7 @@ def _one(c: Constrained, step: int, on_nonfinite: str, certain: bool) -> tuple[A
     """(weight, new weight, new state, record)."""
     rule, geometry, old = c.assignment.rule, c.at.geometry(), c.at.read()
     assert rule is not None
+    assert rule.stage == "weights"
     record: Record = {"step": step, "name": c.name}
     if not c.at.variable.trainable:
         return old, old, c.state, record | {"skipped": "frozen (trainable=False)"}
@@ -67,7 +68,7 @@ def _one(c: Constrained, step: int, on_nonfinite: str, certain: bool) -> tuple[A
         if not _finite(old):
             raise NonFiniteError("it holds NaN or infinity")
         state = rule.init(old, geometry, c.name) if c.state is None else c.state
-        act = getattr(rule, "enforce", rule.update) if certain else rule.update
+        act = rule.enforce if certain else rule.update
         new, state, figures = act(old, geometry, state, step=step, name=c.name)
         return old, new, state, record | figures
     except NonFiniteError:

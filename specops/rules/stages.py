@@ -1,0 +1,208 @@
+"""The protocol of each stage: what a rule must have, and all that adapters ask beyond it.
+
+A rule needs `stage`, `init` and `update`, of stage "forward" also `apply`. Every other member
+has a default here. A class that inherits from its protocol has the defaults; of any other
+object `completed` makes a rule that has them.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from types import FunctionType, MethodType
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, cast
+
+from specops import arrays
+from specops.geometry import Geometry
+from specops.rules.base import Figures, Rule, Stage
+from specops.rules.scale import TrainableScale
+from specops.tracking import Tracked
+from specops.typing import Array, State
+
+Formula = Literal["", "normalized", "rank limited", "penalty"]
+
+
+class _AnyStage(Rule, Protocol):
+    """What adapters may ask of every rule."""
+
+    limits_stable_rank: ClassVar[bool] = False
+    """Whether reports show the stable rank of `view`."""
+    formula: ClassVar[Formula] = ""
+    """What it computes, where an adapter may do it by fewer operations; "": nobody knows.
+
+    "normalized" is s·W/σ, "rank limited" `StableRankNormalization`, "penalty" λσuvᴴ, with
+    vectors that advance by `iterations` steps. A subclass with methods of its own has none,
+    unless it says so.
+    """
+    iterations: int = 1
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = vars(cls)
+        if "formula" not in own and own.keys() & {"init", "update", "apply", "advance"}:
+            cls.formula = ""
+
+    def obstacle(self, geometry: Geometry) -> str:
+        """Why the rule cannot act on such a map; "" if it can."""
+        return ""
+
+    def caution(self, geometry: Geometry, shape: tuple[int, ...]) -> str:
+        """What its user should know of a weight of this shape; "" for nothing."""
+        return ""
+
+    def view(self, geometry: Geometry) -> Geometry:
+        """The map that the rule is about."""
+        return geometry
+
+    def tracked(self, geometry: Geometry) -> Tracked | None:
+        """The norm that its state follows; None for a state of any other kind."""
+        return None
+
+    def needs_input_size(self) -> bool:
+        """Whether a convolution must have seen an input first."""
+        return False
+
+    def is_scheduled(self) -> bool:
+        """Whether it depends on the step, or on the weight's name."""
+        return True
+
+    def watch(self, weight: Array, geometry: Geometry, name: str) -> State:
+        """The state before the first firing of a compiled loop: keys and shapes stay."""
+        return self.init(weight, geometry, name)
+
+
+class WeightRule(_AnyStage, Protocol):
+    """A rule that acts on weights after the optimizer's step."""
+
+    stage: ClassVar[Literal["weights"]] = "weights"
+
+    def enforce(
+        self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
+    ) -> tuple[Array, State, Figures]:
+        """As `update`, where its effect must be certain: the last word before an export."""
+        return self.update(weight, geometry, state, step=step, name=name)
+
+    def refuses_nonfinite(self, geometry: Geometry) -> bool:
+        """Whether it raises `NonFiniteError` itself where any entry is NaN or infinite."""
+        return False
+
+
+class GradientRule(_AnyStage, Protocol):
+    """A rule that adds to the gradients before the optimizer's step."""
+
+    stage: ClassVar[Literal["gradients"]] = "gradients"
+
+    def penalty(
+        self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
+    ) -> tuple[Array, Array]:
+        """(what it adds to the loss, and to the gradient) with a state that stays as it is.
+
+        For optimizers that evaluate the loss again. The value is the figure ``penalty`` of
+        `update`; of a rule without one it is 0, which line searches cannot work with.
+        """
+        term, _, figures = self.update(weight, geometry, state, step=step, name=name)
+        xp = arrays.namespace(term)
+        return figures.get("penalty", xp.zeros((), dtype=term.dtype)), term
+
+    def advance(
+        self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
+    ) -> tuple[State, Figures]:
+        """The state and figures of `update`, for who knows the term by the `formula`."""
+        return self.update(weight, geometry, state, step=step, name=name)[1:]
+
+    def strength_at(self, step: int, name: str, geometry: Geometry) -> Any:
+        """λ of the `formula`."""
+        raise NotImplementedError
+
+
+class ForwardRule(_AnyStage, Protocol):
+    """A rule that gives the weight which a layer uses."""
+
+    stage: ClassVar[Literal["forward"]] = "forward"
+
+    @abstractmethod
+    def apply(
+        self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
+    ) -> Array:
+        """The weight that the layer uses: pure and differentiable."""
+
+    def arguments(self, step: int, name: str, geometry: Geometry) -> dict[str, Any]:
+        """What `apply` is handed at this step beside the name.
+
+        Numbers other than `step` may be handed over as arrays, so that a compiled forward
+        pass is not compiled anew.
+        """
+        return {"step": step}
+
+    def trained_scale(self) -> TrainableScale | None:
+        """The factor that is trained; its value is `apply`'s argument ``scale``."""
+        return None
+
+    def is_traceable(self, geometry: Geometry) -> bool:
+        """Whether compilers can look into `apply`."""
+        return True
+
+
+StagedRule: TypeAlias = WeightRule | GradientRule | ForwardRule
+_PROTOCOLS: dict[str, type] = {
+    "weights": WeightRule,
+    "gradients": GradientRule,
+    "forward": ForwardRule,
+}
+_REQUIRED = ("apply",)
+
+
+def completed(rule: Rule) -> StagedRule:
+    """The rule with every member of its stage's protocol, defaults for what it leaves out.
+
+    One that inherits from the protocol comes back as it is; of an unknown stage it has what
+    every stage has.
+
+    Examples
+    --------
+    >>> class Double:
+    ...     stage = "weights"
+    ...
+    ...     def init(self, weight, geometry, name):
+    ...         return {}
+    ...
+    ...     def update(self, weight, geometry, state, *, step=1, name=""):
+    ...         return 2 * weight, state, {}
+    >>> completed(Double()).enforce(3.0, None, {})
+    (6.0, {}, {})
+    """
+    if isinstance(rule, _Completed) or _protocol(rule) in type(rule).__mro__:
+        return cast(StagedRule, rule)
+    return cast(StagedRule, _Completed(rule))
+
+
+def _protocol(rule: Rule) -> type:
+    return _PROTOCOLS.get(rule.stage, _AnyStage)
+
+
+class _Completed:
+    """A rule of others, and defaults for what it does not have."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        self.init, self.update = rule.init, rule.update
+
+    @property
+    def stage(self) -> Stage:
+        return self.rule.stage
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "rule" not in vars(self):
+            raise AttributeError(name)
+        if name in _REQUIRED or hasattr(self.rule, name):
+            return getattr(self.rule, name)
+        default = getattr(_protocol(self.rule), name)
+        return MethodType(default, self) if isinstance(default, FunctionType) else default
+
+    def __repr__(self) -> str:
+        return repr(self.rule)
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self.rule == (other.rule if isinstance(other, _Completed) else other))
+
+    def __hash__(self) -> int:
+        return hash(self.rule)
