@@ -50,7 +50,7 @@ class SuiteBase(ABC):
 
     @abstractmethod
     def start(self, model: Any, rule_or_plan: Any, **options: Any) -> Training:
-        """Attach, with an optimizer whose rate is large enough that norms grow.
+        """Attach, with gradient descent (momentum or not) fast enough that norms grow.
 
         `options` are those of ``specops.attach`` (``geometries=``). Data and optimizer are the
         same at every call.
@@ -107,6 +107,13 @@ class SuiteBase(ABC):
         training = self.start(self.model(), Monitor())
         training.detach()
         return advanced(training, steps)
+
+    def outputs_with(self, weights: Weights) -> np.ndarray:
+        """Of a model without rules that has these weights."""
+        training = self.plain()
+        for name, values in weights.items():
+            training.set_weight(name, values)
+        return training.outputs()
 
     def constrained(self, training: Training) -> list[str]:
         """Names of the weights under a rule."""

@@ -7,7 +7,6 @@ import numpy as np
 from specops.geometry import Dense, Geometry
 from specops.rules import SpectralNormalization
 from specops.testing.base import SuiteBase, advanced, changed, listed, norm_of, relative
-from specops.testing.cases import Training
 
 _SCALE = 0.5
 _RULE = SpectralNormalization(norm="operator", scale=_SCALE, iterations=50)
@@ -48,9 +47,9 @@ class ForwardChecks(SuiteBase):
         training = advanced(self.start(self.model(), _RULE), _STEPS)
         geometries, weights = training.geometries, training.weights()
         used = {name: _normalised(weights[name], g) for name, g in geometries.items()}
-        expected = self._outputs_with(weights | used)
+        expected = self.outputs_with(weights | used)
         got = training.outputs()
-        raw = relative(self._outputs_with(weights), got)
+        raw = relative(self.outputs_with(weights), got)
         assert relative(got, expected) <= _RTOL, (
             f"outputs differ by {relative(got, expected):.3g} (relative) from those of weights of "
             f"norm {_SCALE}. Likely cause: "
@@ -99,17 +98,11 @@ class ForwardChecks(SuiteBase):
         training.detach()
         moved = changed(training.weights(), weights)
         assert not moved, f"detach() changed the raw weights {listed(moved)} (relative change)"
-        apart = relative(training.outputs(), self._outputs_with(weights))
+        apart = relative(training.outputs(), self.outputs_with(weights))
         assert apart <= 1e-5, (
             f"after detach() outputs differ by {apart:.3g} (relative) from the plain model's "
             f"with the same weights: the layers still use normalised ones"
         )
-
-    def _outputs_with(self, weights: dict[str, np.ndarray]) -> np.ndarray:
-        training: Training = self.plain()
-        for name, values in weights.items():
-            training.set_weight(name, values)
-        return training.outputs()
 
 
 def _normalised(weight: np.ndarray, geometry: Geometry) -> np.ndarray:

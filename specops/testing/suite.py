@@ -9,6 +9,7 @@ from specops.testing.geometry import GeometryChecks
 from specops.testing.gradients import GradientChecks
 from specops.testing.laws import LawChecks
 from specops.testing.registration import RegistrationChecks
+from specops.testing.third_party import ThirdPartyChecks
 from specops.testing.weights import WeightChecks
 
 
@@ -21,6 +22,7 @@ class AdapterSuite(
     CheckpointChecks,
     BadInputChecks,
     LawChecks,
+    ThirdPartyChecks,
 ):
     """Everything that specops asks of an adapter. Subclass it in a test module and run pytest.
 

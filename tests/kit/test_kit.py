@@ -89,11 +89,13 @@ FLAWS: dict[str, dict[str, str]] = {
     },
     "Subtracts": {
         "test_the_penalty_pulls_at_the_leading_direction": r"subtracted from the gradient",
+        "test_a_rule_of_others_acts_on_gradients": r"did not move the weight towards 0",
     },
     "UsesRawWeights": {
         "test_the_weight_in_use_has_the_norm_asked_for": r"the layers use the raw weights",
         "test_the_report_shows_the_norm_in_use": r"0.kernel: the report says norm .*makes it 0.5",
         "test_writes_from_outside_are_noticed": r"weights four times as large changed the outputs",
+        "test_a_rule_of_others_acts_in_the_forward_pass": r"from those of weights W/‖W‖_F",
     },
     "CachesTheNorm": {
         "test_writes_from_outside_are_noticed": r"a norm is cached",
@@ -125,6 +127,7 @@ FLAWS: dict[str, dict[str, str]] = {
         "test_rules_act_at_their_interval[2-1]": r"at step 3, where every=2.*are above the bound",
         "test_an_interval_of_ones_own": r"at step 1; only 0.kernel was to wait",
         "test_rules_stop": r"at step 2, before stop=3 the norms of .* are above the bound",
+        "test_a_rule_of_others_acts_on_weights": r"kernel: a rule with nothing but init and update",
     },
     "MonitorActs": {
         "test_monitor_changes_nothing": r"Monitor\(\) changed 0.kernel \(",
