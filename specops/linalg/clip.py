@@ -1,45 +1,51 @@
-"""Clipping the singular values of stacked matrices, and what clipping takes off."""
+"""Clipping the singular values of stacked matrices, and what is known of the result."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from specops import arrays
-from specops.arrays.gram import gram
-from specops.arrays.solvers import eigh, svd
+from specops.arrays.solvers import svd
+from specops.linalg.soft_threshold import GRAM_RANGE, by_gram
 from specops.typing import Array
 
-GRAM_RANGE = 4.0
-"""σ₁/limit up to which Gram matrices resolve the limit and differences do not cancel."""
-_DOUBLE_GRAM_RANGE = 1e3
-_ONE_BY_ONE_FROM = 128
-"""Side from which the matrices of a stack are worth their own number of vectors each."""
-_TINY = 1e-9
-"""Limits whose squares, and those of what is near them, might underflow."""
+_WARM_UP_TO = 0.25
+"""Fraction of the singular values up to which a warm start is kept: rounds on a wider block of
+1024² took as long as eigenvectors."""
+_WARM_SPARE = 8
+"""Vectors a warm start has beside twice those above the limit, for values that rise until then."""
 
 
-class Clipped(NamedTuple):
-    """What `clip` did.
+@dataclass(frozen=True)
+class Clipped:
+    """Matrices with clipped singular values, however they were found.
 
     Attributes
     ----------
     matrices : array, shape (..., m, n)
-    taken : array, shape (...)
+    removed : array or None, shape (...)
         Σ max(σ − limit, 0), the nuclear norm of what was taken off.
-    values, vectors : arrays or None
-        Ascending eigenvalues, in units of limit², and eigenvectors of the smaller Gram matrix
-        where that was used.
+    error : array or None, shape (...)
+        Proven distance to the exact result, where `removed` is not known.
+    norm : array or None, shape (...)
+        The largest singular value before, where it came along.
+    basis : array or None
+        Singular vectors of a single matrix to start from next time.
     """
 
     matrices: Array
-    taken: Array
-    values: Array | None = None
-    vectors: Array | None = None
+    removed: Array | None
+    error: Array | None = None
+    norm: Array | None = None
+    basis: Array | None = None
 
 
-def clip(xp: Any, a: Array, limit: Array, *, force_svd: bool = False) -> Clipped:
+def clip(
+    xp: Any, a: Array, limit: Array, *, force_svd: bool = False, keep_basis: bool = False
+) -> Clipped:
     r"""``U min(Σ, limit) Vᴴ`` for stacked matrices.
 
     By what must be taken off where σ₁ ≤ 4·limit: a fraction of the cost of an SVD, and the
@@ -56,94 +62,30 @@ def clip(xp: Any, a: Array, limit: Array, *, force_svd: bool = False) -> Clipped
         Positive.
     force_svd : bool
         Never use the Gram matrix.
+    keep_basis : bool
+        Keep what the next clip of a similar matrix may start from.
 
     References
     ----------
     Sanyal, Torr & Dokania 2020, Algorithm 3; Sedghi, Gupta & Long 2019, Proposition 9.
     """
-    found = None if force_svd else _by_gram(xp, a, limit, GRAM_RANGE)
+    found = None if force_svd else by_gram(xp, a, limit, GRAM_RANGE)
     if found is not None:
-        return Clipped(a - found[0], *found[1:])
+        excess, nuclear, squares, vectors = found
+        basis = _warm_start(squares, vectors) if keep_basis and a.ndim == 2 else None
+        return Clipped(a - excess, nuclear, norm=limit * squares[..., -1] ** 0.5, basis=basis)
     u, s, vh = svd(xp, a)
     kept = xp.where(s > limit[..., None], limit[..., None], s)
     clipped = (u * xp.astype(kept, u.dtype)[..., None, :]) @ vh
     return Clipped(clipped, xp.sum(s - kept, axis=-1))
 
 
-def excess(xp: Any, a: Array, limit: Array, grams: Array | None = None) -> tuple[Array, Array]:
-    r"""(``U max(Σ − limit, 0) Vᴴ``, Σ max(σ − limit, 0)): soft thresholding of the values.
-
-    Parameters
-    ----------
-    xp, a, limit
-        As `clip`.
-    grams : array, optional
-        What `gram` gives for `a`, if it is at hand.
-    """
-    found = _by_gram(xp, a, limit, GRAM_RANGE, grams)
-    if found is None and arrays.by_workers(a):
-        double = a.astype(np.result_type(a, np.float64))
-        found = _by_gram(xp, double, limit.astype(float), _DOUBLE_GRAM_RANGE)
-        if found is not None:
-            return found[0].astype(a.dtype), found[1].astype(limit.dtype)
-    if found is not None:
-        return found[0], found[1]
-    u, s, vh = svd(xp, a)
-    s = s - limit[..., None]
-    s = xp.where(s > 0, s, xp.zeros_like(s))
-    return (u * xp.astype(s, u.dtype)[..., None, :]) @ vh, xp.sum(s, axis=-1)
-
-
-def _by_gram(
-    xp: Any, a: Array, limit: Array, reach: float, grams: Array | None = None
-) -> tuple[Array, Array, Array, Array] | None:
-    """(`excess`, its nuclear norm, eigenvalues, eigenvectors) from the smaller Gram matrix.
-
-    The excess is A V diag((1 − limit/σ)₊) Vᴴ. That squares the condition number: None if
-    σ₁ > reach·limit, or unknown because traced.
-    """
-    # σ₁ is at least the largest entry; checked before anything is squared.
-    if not arrays.truth(xp.all(arrays.largest_entry(xp, a, (-2, -1)) <= reach * limit)):
+def _warm_start(squares: Array, vectors: Array) -> Array | None:
+    """The eigenvectors to start from next time: those above 1 and as many again, if few."""
+    side = vectors.shape[-1]
+    width = 2 * int(np.sum(arrays.to_numpy(squares) > 1.0)) + _WARM_SPARE
+    if width > _WARM_UP_TO * side:
         return None
-    unit = xp.astype(limit, a.dtype)[..., None, None]
-    tiny = not arrays.truth(xp.all(limit >= _TINY))
-    if tiny:
-        a, unit, grams = a / unit, xp.ones_like(unit), None
-    eigenvalues, v = eigh(xp, (gram(xp, a) if grams is None else grams) / unit**2)
-    if not arrays.truth(xp.all(eigenvalues <= reach**2)):
-        return None
-    above = eigenvalues > 1.0
-    sigma = xp.sqrt(xp.where(above, eigenvalues, xp.ones_like(eigenvalues)))
-    total = xp.sum(sigma - 1.0, axis=-1) * limit
-    if a.ndim == 2:
-        # One Newton step to orthonormal columns takes most of the solver's rounding away.
-        kept = v[:, _first(xp, above) :]
-        kept = kept * 1.5 - kept @ (0.5 * (arrays.adjoint(xp, kept) @ kept))
-        result = _shrunk(xp, a, kept, sigma)
-    elif arrays.by_workers(a) and v.shape[-1] >= _ONE_BY_ONE_FROM:
-        result = np.empty_like(a)
-        for at in np.ndindex(a.shape[:-2]):
-            result[at] = _shrunk(np, a[at], v[at][:, _first(np, above[at]) :], sigma[at])
-    else:
-        result = _shrunk(xp, a, v, sigma)
-    if tiny:
-        result = result * xp.astype(limit, a.dtype)[..., None, None]
-    return result, total, eigenvalues, v
-
-
-def _first(xp: Any, above: Array) -> int:
-    """Where an ascending row begins to be above."""
-    return int(xp.sum(xp.astype(~above, xp.int32), dtype=xp.int32))
-
-
-def _shrunk(xp: Any, a: Array, v: Array, sigma: Array) -> Array:
-    """A V diag(1 − 1/σ) Vᴴ, or with V on the left, for the last of all `sigma`."""
-    count = v.shape[-1]
-    sigma = sigma[..., sigma.shape[-1] - count :]
-    vh, wide = arrays.adjoint(xp, v), a.shape[-2] <= a.shape[-1]
-    v = v * xp.astype(1.0 - 1.0 / sigma, v.dtype)[..., None, :]
-    if 2 * count < v.shape[-2]:
-        if wide:
-            return arrays.matmul(v, arrays.matmul(vh, a))
-        return arrays.matmul(arrays.matmul(a, v), vh)
-    return (v @ vh) @ a if wide else a @ (v @ vh)
+    # A copy: a view would keep all vectors alive.
+    xp = arrays.namespace(vectors)
+    return xp.asarray(vectors[:, side - width :], copy=True)

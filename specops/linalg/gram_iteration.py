@@ -6,6 +6,7 @@ from typing import Any
 
 from specops import arrays
 from specops.arrays.solvers import svd
+from specops.linalg.rounding import frobenius
 from specops.typing import Array
 
 
@@ -22,9 +23,9 @@ def gram_iteration(xp: Any, a: Array, steps: int = 6) -> Array:
     """
     ah = arrays.adjoint(xp, a)
     gram = a @ ah if a.shape[-2] <= a.shape[-1] else ah @ a
-    logarithm = xp.zeros_like(_frobenius(xp, gram))
+    logarithm = xp.zeros_like(frobenius(xp, gram))
     for step in range(steps):
-        norm = _frobenius(xp, gram)
+        norm = frobenius(xp, gram)
         safe = xp.where(norm > 0, norm, xp.ones_like(norm))
         logarithm = 2.0 * logarithm + xp.log(safe) if step else xp.log(safe)
         gram = gram / xp.astype(safe, gram.dtype)[..., None, None]
@@ -65,7 +66,7 @@ def enclosure(xp: Any, a: Array, v: Array, *, gram_steps: int = 6) -> tuple[Arra
     v = v @ arrays.adjoint(xp, qh)
     remainder = a - (u * xp.astype(s, u.dtype)[None, :]) @ arrays.adjoint(xp, v)
     coupling = arrays.adjoint(xp, u) @ remainder
-    rho = _frobenius(xp, coupling)
+    rho = frobenius(xp, coupling)
     remainder = remainder - u @ coupling
     zeta = gram_iteration(xp, remainder, gram_steps)
     first = s[0]
@@ -73,9 +74,5 @@ def enclosure(xp: Any, a: Array, v: Array, *, gram_steps: int = 6) -> tuple[Arra
     inside = total**2 - 4.0 * first**2 * zeta**2
     root = xp.sqrt(xp.where(inside > 0, inside, xp.zeros_like(inside)))
     slack = (a.shape[0] + a.shape[1]) * arrays.epsilon(a.dtype)
-    upper = xp.sqrt(0.5 * (total + root)) * (1.0 + slack) + slack * _frobenius(xp, a) * 0.01
+    upper = xp.sqrt(0.5 * (total + root)) * (1.0 + slack) + slack * frobenius(xp, a) * 0.01
     return first * (1.0 - slack), upper
-
-
-def _frobenius(xp: Any, a: Array) -> Array:
-    return xp.sqrt(xp.sum(xp.abs(a) ** 2, axis=(-2, -1)))

@@ -11,10 +11,10 @@ from specops.arrays import host, workers
 from specops.arrays.gram import below, gram
 from specops.arrays.solvers import has_cholesky, svdvals
 from specops.maps.matrix import MatrixOperator
+from specops.linalg.rounding import CHOLESKY_MARGIN
 from specops.typing import Array
 
-_MARGIN = 1e-4
-"""Relative margin above the rounding of single precision."""
+_MARGIN = CHOLESKY_MARGIN["float32"]
 BEYOND = 1e9
 """Limit, for entries near 1, that no matrix reaches."""
 _POWER_STEPS = 3

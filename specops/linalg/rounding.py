@@ -8,6 +8,10 @@ from typing import Any
 from specops import arrays
 from specops.typing import Array
 
+CHOLESKY_MARGIN = {"float32": 1e-4, "float64": 1e-10}
+"""Relative margin of a limit within which a Cholesky factor in that precision proves nothing: above
+what its rounding was worth."""
+
 
 def product_rounding(xp: Any, a: Array, b: Array, product: Array) -> Array:
     r"""‖fl(AB) − AB‖_F for stacked matrices, by a model of the rounding errors.

@@ -2,10 +2,9 @@
 
 from specops.projections.balancing import balance_norms
 from specops.projections.clip_values import clip_singular_values
-from specops.projections.feasible import ProjectionInfo
+from specops.projections.info import ProjectionInfo, StableRankInfo
 from specops.projections.polar import polar_factor
 from specops.projections.schatten_ball import project_schatten_ball
-from specops.projections.shrink import StableRankInfo
 from specops.projections.spectral_ball import project_spectral_ball
 from specops.projections.stable_rank import project_stable_rank
 

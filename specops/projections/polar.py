@@ -9,13 +9,13 @@ from specops import arrays
 from specops.arrays.solvers import svd
 from specops.errors import UnsupportedGeometryError
 from specops.geometry import Conv, Geometry
-from specops.linalg.polar import polar_by_products
+from specops.linalg.polar_by_products import polar_by_products
 from specops.maps.prepare import MatrixBlock, prepare
+from specops.projections.matrices.products import by_products
 from specops.projections.of_values import changed_blocks
 from specops.typing import Array
 
 _METHODS = ("auto", "svd", "products")
-_PRODUCTS_FROM = 128
 _ACCEPTED = {"float32": 1e-5, "float64": 1e-13}
 """Distance from orthonormality, per √n, below which the product method stands."""
 
@@ -90,13 +90,11 @@ def polar_factor(w: Array, geometry: Geometry | None = None, *, method: str = "a
 
 def _by_products(xp: Any, a: Array, method: str) -> Array | None:
     """The factor, or None where another method is due."""
-    smaller = min(a.shape[-2:])
-    on_device = arrays.on_host(a) is None and not arrays.is_traced(a)
-    if method == "svd" or (method == "auto" and not (on_device and smaller >= _PRODUCTS_FROM)):
+    if not by_products(a, method):
         return None
     factor, error = polar_by_products(xp, a)
     accepted = _ACCEPTED[arrays.dtype_name(arrays.real_dtype(xp, a.dtype))]
-    good = xp.all(error <= accepted * math.sqrt(smaller))
+    good = xp.all(error <= accepted * math.sqrt(min(a.shape[-2:])))
     if arrays.is_staged(good):
         return arrays.cond(good, lambda: factor, lambda: _by_svd(xp, a))
     return None if arrays.truth(good) is False else factor

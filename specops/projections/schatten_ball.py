@@ -91,8 +91,8 @@ def project_schatten_ball(
             return None
         target = limit * (1.0 - 4.0 * arrays.epsilon(a.dtype))
         if p == 2:
-            shrink = target / xp.where(within, xp.ones_like(size), size)
-            nearest = a * xp.astype(shrink, a.dtype)[..., None, None]
+            factor = target / xp.where(within, xp.ones_like(size), size)
+            nearest = a * xp.astype(factor, a.dtype)[..., None, None]
         else:
             u, s, vh = svd(xp, a)
             s = s - _threshold(xp, s, target)[..., None]

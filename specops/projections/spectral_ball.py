@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
 from typing import Any
 
 from specops import arrays
-from specops.errors import StateError
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import check_bound, integer, nan_without, non_negative
-from specops.maps.prepare import MatrixBlock, Prepared, prepare
+from specops.maps.prepare import prepare
 from specops.maps.unread import with_unread
-from specops.projections import conv_support, matrix_ball
-from specops.projections.conv_support import KernelProblem
-from specops.projections.feasible import ProjectionInfo
-from specops.projections.matrix_ball import BlockResult, project_block
-from specops.projections.of_values import changed_blocks
-from specops.projections.support import Tolerance
-from specops.typing import Array
+from specops.projections.kernels import ball as kernel_ball
+from specops.projections.kernels.solution import Tolerance
+from specops.projections.matrices import ball as matrix_ball
+from specops.typing import Array, State
 
-_METHODS = {Dense: matrix_ball.METHODS, Conv: conv_support.METHODS}
+_METHODS = {Dense: matrix_ball.METHODS, Conv: kernel_ball.METHODS}
 
 
 @arrays.in_full_precision
@@ -33,7 +27,7 @@ def project_spectral_ball(
     iterations: int | None = None,
     gap_tolerance: float = 1e-4,
     distance_tolerance: float = 0.0,
-    state: dict[str, Array] | None = None,
+    state: State | None = None,
     return_info: bool = False,
     measure_norms: bool = True,
 ) -> Any:
@@ -61,8 +55,8 @@ def project_spectral_ball(
         σ₁ > 4c); "svd"; "products", matrix products only, for accelerators, with a proven
         error bound, replaced by "eigh" where it is too large.
 
-        Conv: "cutting-planes", a quadratic program over axes of the ball, and "accelerated",
-        FISTA on the same dual, which "auto" turns to when too many axes are active;
+        Conv: "cutting-planes", a quadratic program over half-spaces that contain the ball, and
+        "accelerated", FISTA on the same dual, which "auto" turns to when too many are active;
         "dykstra", slower, for comparison. All three approach the nearest point and certify
         how near they are. "alternating", the two projections of Sedghi et al. in turn: a
         feasible point, not the nearest. "auto" takes it where σ₁ > 1000c.
@@ -149,58 +143,22 @@ def project_spectral_ball(
             f"method must be one of {', '.join(methods)} for "
             f"{type(given.geometry).__name__}, got {method!r}"
         )
-    if isinstance(given.geometry, Dense):
-        result, info = _project_dense(given, w, max_norm, method, state or {}, measure)
-    else:
-        problem = KernelProblem(given, w, max_norm)
-        result, info = problem.project(
-            method, iterations, Tolerance(gap_tolerance, distance_tolerance), state, measure
+    if isinstance(given.geometry, Conv):
+        tolerance = Tolerance(gap_tolerance, distance_tolerance)
+        result, info = kernel_ball.project_kernel(
+            given,
+            w,
+            max_norm,
+            method=method,
+            iterations=iterations,
+            tolerance=tolerance,
+            state=state or {},
+            measure=measure,
         )
-        result = with_unread(result, w, problem.geometry)
+        result = with_unread(result, w, given.geometry)
+    else:
+        result, info = matrix_ball.project_matrices(
+            given, w, max_norm, method=method, state=state or {}, measure=measure
+        )
     result = nan_without(max_norm, result)
     return (result, info) if return_info else result
-
-
-def _project_dense(
-    given: Prepared,
-    w: Array,
-    max_norm: float,
-    method: str,
-    state: dict[str, Array],
-    measure: bool,
-) -> tuple[Array, ProjectionInfo]:
-    xp = given.xp
-    assert isinstance(given.geometry, Dense)
-    count = len(given.geometry.splits or (0,))
-    keys = [f"vectors{index}" for index in range(count)]
-    unknown = set(state) - set(keys)
-    if unknown:
-        raise StateError(f"the state of another geometry: unknown entries {sorted(unknown)}")
-    results: list[BlockResult] = []
-
-    def change(block: MatrixBlock) -> Array | None:
-        start = state.get(keys[len(results)])
-        result = project_block(xp, block, max_norm, w.dtype, method, start, measure)
-        figures = (
-            xp.where(block.finite, x, xp.full_like(x, math.nan))
-            for x in (result.before, result.after, result.gap)
-        )
-        before, after, gap = figures
-        results.append(replace(result, before=before, after=after, gap=gap))
-        return result.matrices
-
-    result = changed_blocks(given, w, change)
-    split = given.geometry.splits is not None
-
-    def joined(name: str) -> Array:
-        parts = [getattr(result, name) for result in results]
-        return xp.stack(parts, axis=-1) if split else parts[0]
-
-    info = ProjectionInfo(
-        joined("before"),
-        joined("after"),
-        joined("gap"),
-        0 if result is w else 1,
-        {k: r.basis for k, r in zip(keys, results, strict=True) if r.basis is not None},
-    )
-    return result, info

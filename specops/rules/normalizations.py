@@ -12,7 +12,7 @@ from specops import arrays
 from specops.geometry import Conv
 from specops.geometry.arguments import number_where
 from specops.maps.convolution import ConvOperator
-from specops.projections.kernel_cone import taps_of
+from specops.projections.kernels.taps import taps_of
 from specops.tracking import Tracked, TrackedBlocks, TrackedOperator
 from specops.typing import Array, State
 

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specops.linalg import definite, matmul_clip, matrix_sign, polar_express
-from specops.linalg.matmul_clip import clip_by_products
-from specops.linalg.polar import polar_by_products
+from specops.linalg import clip_by_products as matmul_clip
+from specops.linalg import definite, matrix_sign, polar_express
+from specops.linalg.clip_by_products import clip_by_products
+from specops.linalg.polar_by_products import polar_by_products
 from specops.linalg.rounding import product_rounding
 from tests.backends import Backend
 

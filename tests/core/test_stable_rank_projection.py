@@ -14,8 +14,10 @@ from specops import Conv, Dense, errors
 from specops.geometry import Geometry
 from specops.maps.prepare import prepare
 from specops.maps.unread import with_unread
-from specops.projections import kernel_axis, kernel_cone, matrix_cone
-from specops.projections.kernel_axis import leading_axis
+from specops.projections.kernels import cone as kernel_cone
+from specops.projections.kernels import leading_direction as kernel_direction
+from specops.projections.kernels.leading_direction import leading_direction
+from specops.projections.matrices import cone as matrix_cone
 from specops.projections.stable_rank import project_stable_rank
 from tests import oracle
 from tests.backends import Backend
@@ -267,10 +269,10 @@ def nearest_along(
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """(nearest kernel of the cone along w's leading axis, that axis, least stable rank)."""
     given = prepare(w, geometry)
-    axis, _ = leading_axis(np, geometry.kernel(given.w), geometry.sizes(w.shape))
-    family, _, least = kernel_cone.kernel_family(given, geometry, axis, np.asarray(target))
-    placed = with_unread(family.place(family.share), w, geometry)
-    return placed, geometry.weight(axis), float(least)
+    direction, _ = leading_direction(np, geometry.kernel(given.w), geometry.sizes(w.shape))
+    found, _, least = kernel_cone.kernel_candidates(given, geometry, direction, np.asarray(target))
+    nearest = with_unread(found.weight(found.wanted), w, geometry)
+    return nearest, geometry.weight(direction), float(least)
 
 
 def least_along(w: np.ndarray, geometry: Conv) -> float:
@@ -684,7 +686,7 @@ def test_zero_padded_kernels_start_warm() -> None:
 
 
 def test_a_group_that_takes_the_lead_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_axis, "SMALL_OPERATOR", 0)
+    monkeypatch.setattr(kernel_direction, "SMALL_OPERATOR", 0)
     w = weight((6, 3, 3))
     geometry = Conv((6,), groups=2)
     w[:3] *= 3.0

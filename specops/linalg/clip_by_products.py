@@ -125,13 +125,13 @@ def clip_by_products(xp: Any, a: Array, limit: Array, norms: Array) -> tuple[Arr
     ratio = xp.where(outside, norms / limit, xp.ones_like(norms))
     largest = FAR if arrays.is_traced(ratio) else float(np.max(arrays.to_numpy(ratio)))
     stages = min(max(math.ceil(math.log(largest, FAR) - 1e-9), 1), MOST_STAGES)
-    share = ratio ** (1.0 / stages)
+    step = ratio ** (1.0 / stages)
     reach = NEAR if largest ** (1.0 / stages) <= NEAR else FAR
     error = xp.zeros_like(norms)
     with arrays.ieee_products(xp):
         for left in reversed(range(stages)):
-            within = limit * share ** float(left)
-            a, more = arrays.compiled(_clip_once, (xp, reach), a, within, share)
+            within = limit * step ** float(left)
+            a, more = arrays.compiled(_clip_once, (xp, reach), a, within, step)
             error = error + more
     unproven = xp.full_like(error, math.inf)
     error = xp.where(outside & ~xp.isnan(error), error, unproven)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from specops import arrays
 from specops.linalg.clip import Clipped
 from specops.linalg.lobpcg import leading_triplets
@@ -14,32 +12,19 @@ from specops.typing import Array
 
 _ITERATIONS = 12
 _RESIDUAL = {"float32": 3e-6, "float64": 1e-9}
-_HAIR = {"float32": 4e-6, "float64": 1e-11}
+_MARGIN = {"float32": 4e-6, "float64": 1e-11}
 """Relative distance from the limit that unconverged vectors need."""
-_SHARE = 4
-"""Of the singular values, the share up to which a warm start is kept."""
-_NARROW = 4
+_NORM_WIDTH = 4
 _NORM_ITERATIONS = 24
 _NORM_RESIDUAL = 1e-2
 
 
-def warm_start(values: Array, vectors: Array) -> Array | None:
-    """The eigenvectors to start from next time: those above 1 and as many again, if few."""
-    side = vectors.shape[-1]
-    width = 2 * int(np.sum(arrays.to_numpy(values) > 1.0)) + 8
-    if width > side // _SHARE:
-        return None
-    # A copy: a view would keep all vectors alive.
-    xp = arrays.namespace(vectors)
-    return xp.asarray(vectors[:, side - width :], copy=True)
-
-
-def leading_norm(xp: Any, a: Array, start: Array | None) -> tuple[Array, Array]:
+def norm_by_lobpcg(xp: Any, a: Array, start: Array | None) -> tuple[Array, Array]:
     """(σ₁ from below to about 1e-4, the basis to start from next time) of one large matrix."""
     tall = _tall(xp, a)
     if start is None:
-        start = arrays.start_vector("leading", _NARROW * tall.shape[1])
-        start = xp.astype(arrays.constant(start.reshape(-1, _NARROW), a), a.dtype)
+        start = arrays.start_vector("leading", _NORM_WIDTH * tall.shape[1])
+        start = xp.astype(arrays.constant(start.reshape(-1, _NORM_WIDTH), a), a.dtype)
     _, s, _, basis = leading_triplets(
         xp, MatrixOperator(tall), start, 1, iterations=_NORM_ITERATIONS, tolerance=_NORM_RESIDUAL
     )
@@ -50,10 +35,8 @@ def _tall(xp: Any, a: Array) -> Array:
     return arrays.adjoint(xp, a) if a.shape[0] <= a.shape[1] else a
 
 
-def clip_leading(
-    xp: Any, a: Array, limit: Array, start: Array
-) -> tuple[Clipped, Array, Array] | None:
-    r"""(A − U max(Σ − limit, 0) Vᴴ, σ₁, the basis to start from next time), None if it fails.
+def clip_by_lobpcg(xp: Any, a: Array, limit: Array, start: Array) -> Clipped | None:
+    r"""A − U max(Σ − limit, 0) Vᴴ, σ₁ and the basis to start from next time; None if it fails.
 
     A few rounds of Rayleigh–Ritz iteration follow the singular vectors of a slowly changing
     matrix. Whether anything was left above the limit is for the caller to test. None where
@@ -85,9 +68,8 @@ def clip_leading(
             return None
     if arrays.truth(s[0] <= limit):
         return None
-    # Vectors that have not converged need a hair.
-    limit = limit * (1.0 - _HAIR[precision])
-    share = xp.where(s > limit, s - limit, xp.zeros_like(s))
-    removed = (u * xp.astype(share, u.dtype)[None, :]) @ arrays.adjoint(xp, v)
+    limit = limit * (1.0 - _MARGIN[precision])
+    excess = xp.where(s > limit, s - limit, xp.zeros_like(s))
+    removed = (u * xp.astype(excess, u.dtype)[None, :]) @ arrays.adjoint(xp, v)
     clipped = a - (arrays.adjoint(xp, removed) if wide else removed)
-    return Clipped(clipped, xp.sum(share)), s[0], start
+    return Clipped(clipped, xp.sum(excess), norm=s[0], basis=start)

@@ -1,10 +1,10 @@
 """First-order methods for kernels of a support inside the operator ball.
 
-With A the map from coordinates to blocks, ``excess`` the part of the singular values above c
-and L = ‖A‖²:
+With A the map from coordinates to blocks, S(·) soft thresholding of their singular values at c and
+L = ‖A‖²:
 
-    alternating   X ← P(X − (A*A)⁻¹A* excess(A X))          feasible in the limit, not nearest
-    Dykstra       Z ← excess(Z + A X / L), X = K − A* Z      the nearest point in the limit
+    alternating   X ← P(X − (A*A)⁻¹A* S(A X))               feasible in the limit, not nearest
+    Dykstra       Z ← S(Z + A X / L), X = K − A* Z           the nearest point in the limit
     accelerated   the same from Z extrapolated by momentum, restarted where it points uphill
 
 Dykstra's method on a subspace and a ball is the proximal gradient method on the dual
@@ -24,13 +24,14 @@ import numpy as np
 from specops import arrays
 from specops.arrays import host
 from specops.arrays.solvers import svdvals
-from specops.linalg.clip import clip, excess
-from specops.projections.support import Support
+from specops.linalg.clip import clip
+from specops.linalg.soft_threshold import soft_threshold
+from specops.projections.kernels.support import Support
 from specops.spectra.torus import leading_norm, map_blocks
 from specops.typing import Array
 
 _CHECK_EVERY = 10
-_FAR = 16.0
+_DIFFERENCE_UP_TO = 16.0
 """Root mean square of the singular values, over c, from which differences lose digits."""
 
 
@@ -47,12 +48,12 @@ def alternate(xp: Any, support: Support, x: Array, limit: Array) -> Array:
     symbol, coefficients = support.symbol, support.coefficients(xp, x)
     # The root mean square of all singular values is at most the largest.
     squares = xp.sum(xp.abs(coefficients) ** 2) / (symbol.values_per_block * symbol.sizes.groups)
-    near = arrays.truth(squares <= (_FAR * limit) ** 2)
+    near = arrays.truth(squares <= (_DIFFERENCE_UP_TO * limit) ** 2)
 
     def taken(blocks: Array, chunk: slice) -> Array:
         if near:
-            return support.gather(xp, _excess_of(xp, blocks, limit)[0], chunk)
-        return support.gather(xp, clip(xp, blocks, _everywhere(xp, limit, blocks)).matrices, chunk)
+            return support.gather(xp, _soft_threshold(xp, blocks, limit)[0], chunk)
+        return support.gather(xp, clip(xp, blocks, _limits(xp, limit, blocks)).matrices, chunk)
 
     parts = map_blocks(xp, symbol, coefficients, taken)
     total = support.per_tap(xp, sum(parts[1:], start=parts[0]))
@@ -101,7 +102,7 @@ def dual_gradient(
 
     def step(_: Any, carry: _Carry) -> _Carry:
         now, ahead, x_ahead, t = carry
-        z, nuclear = _threshold(xp, support, ahead, x_ahead, limit)
+        z, nuclear = _dual_step(xp, support, ahead, x_ahead, limit)
         new = Dual(z, nuclear, kernel - support.gather(xp, z))
         if not momentum:
             return _Carry(new, z, new.x, t)
@@ -126,15 +127,15 @@ def dual_gradient(
     return carry.now, rounds
 
 
-def _threshold(
+def _dual_step(
     xp: Any, support: Support, ahead: Array, x: Array, limit: Array
 ) -> tuple[Array, Array]:
-    """excess(ahead + A x / L) at threshold c / L, and its nuclear norm over the torus."""
+    """S(ahead + A x / L) at threshold c / L, and its nuclear norm over the torus."""
     symbol, coefficients = support.symbol, support.coefficients(xp, x)
     counts = symbol.counts / np.prod(symbol.coarse)
 
     def work(blocks: Array, chunk: slice) -> tuple[Array, Array]:
-        return _excess_of(xp, ahead[chunk, ...] + blocks / support.most, limit / support.most)
+        return _soft_threshold(xp, ahead[chunk, ...] + blocks / support.most, limit / support.most)
 
     parts = map_blocks(xp, symbol, coefficients, work)
     z, nuclear = (xp.concat(p, axis=0) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
@@ -142,10 +143,10 @@ def _threshold(
     return z, xp.sum(weights[:, None] * nuclear)
 
 
-def _excess_of(xp: Any, blocks: Array, limit: Array) -> tuple[Array, Array]:
-    """`excess` for (frequencies, groups, ...) blocks; on the host only of those above."""
+def _soft_threshold(xp: Any, blocks: Array, limit: Array) -> tuple[Array, Array]:
+    """`soft_threshold` for (frequencies, groups, ...) blocks; on the host only of those above."""
     if not arrays.by_workers(blocks):
-        return excess(xp, blocks, _everywhere(xp, limit, blocks))
+        return soft_threshold(xp, blocks, _limits(xp, limit, blocks))
     grams = host.gram(blocks)
     # No eigenvalue is below a diagonal entry: where most blocks are outside that says so.
     diagonal = np.diagonal(grams, axis1=-2, axis2=-1).real
@@ -153,14 +154,14 @@ def _excess_of(xp: Any, blocks: Array, limit: Array) -> tuple[Array, Array]:
     if not chosen.all():
         chosen[~chosen] = host.exceeds(grams[~chosen], float(limit))
     if chosen.all():
-        return excess(np, blocks, np.broadcast_to(limit, chosen.shape), grams)
+        return soft_threshold(np, blocks, np.broadcast_to(limit, chosen.shape), grams)
     result, nuclear = np.zeros_like(blocks), np.zeros(blocks.shape[:2], limit.dtype)
     if chosen.any():
         picked = blocks[chosen]
         bounds = np.broadcast_to(limit, picked.shape[:1])
-        result[chosen], nuclear[chosen] = excess(np, picked, bounds, grams[chosen])
+        result[chosen], nuclear[chosen] = soft_threshold(np, picked, bounds, grams[chosen])
     return result, nuclear
 
 
-def _everywhere(xp: Any, limit: Array, blocks: Array) -> Array:
+def _limits(xp: Any, limit: Array, blocks: Array) -> Array:
     return xp.broadcast_to(limit, blocks.shape[:-2])

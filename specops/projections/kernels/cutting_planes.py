@@ -10,17 +10,18 @@ import numpy as np
 
 from specops.arrays.workers import one_blas_thread
 from specops.linalg.nonnegative_qp import nonnegative_qp
-from specops.projections.axes import Axes
-from specops.projections.scan import above
-from specops.projections.support import Solution, Support, Tolerance
+from specops.projections.kernels.active_blocks import violated
+from specops.projections.kernels.cuts import Cuts
+from specops.projections.kernels.solution import Solution, Tolerance
+from specops.projections.kernels.support import Support
 
-_CUTS_PER_AXIS = 3
+_ADDED = 3
 _HOPELESS = 5
-"""Cuts in one round, per axis that is affordable, from which too many will stay."""
+"""Cuts in one round, per cut that is affordable, from which too many will stay."""
 
 
-def most_axes(support: Support) -> int:
-    """Active axes from which quadratic programs cost more than rounds of a first-order method.
+def most_cuts(support: Support) -> int:
+    """Active cuts from which quadratic programs cost more than rounds of a first-order method.
 
     A dozen programs, of about 30·N³ multiplications, against a hundred rounds.
     """
@@ -32,7 +33,7 @@ def nearest_by_cutting_planes(
     support: Support,
     kernel: np.ndarray,
     limit: float,
-    axes: Axes,
+    cuts: Cuts,
     precision: Any,
     *,
     tolerance: Tolerance,
@@ -40,13 +41,13 @@ def nearest_by_cutting_planes(
 ) -> Solution:
     r"""Solve :math:`\min_X \tfrac12\|K-X\|^2` subject to ``‖A(X)‖ ≤ c`` by its dual.
 
-    The ball is the set of X with ⟨X, E⟩ ≤ c for every axis E. Over a finite set of axes the
+    The ball is the set of X with ⟨X, E⟩ ≤ c for every cut E. Over a finite set of cuts the
     dual is the quadratic program
 
     .. math:: \min_{\lambda\ge0}\ \tfrac12\bigl\|K-\sum\lambda_jE_j\bigr\|^2 + c\sum\lambda_j,
               \qquad X = K - \sum\lambda_jE_j.
 
-    Each round solves it, adds the axes of every singular value of X above c, and drops those
+    Each round solves it, adds the cuts of every singular value of X above c, and drops those
     without multiplier. X scaled onto the ball is feasible, any λ bounds the distance from
     below: the two give the certificate ``‖x − X*‖² ≤ 2(primal − dual)``.
 
@@ -58,46 +59,46 @@ def nearest_by_cutting_planes(
         Coordinates of K, float64 or complex128.
     limit : float
         c.
-    axes : Axes
+    cuts : Cuts
         To start from, with multipliers, such as those of a similar kernel.
     precision : dtype
         Of coordinates whose blocks are looked through.
     tolerance : Tolerance
         When to stop.
     max_rounds : int
-        Stop after as many rounds, or when more than `most_axes` are active.
+        Stop after as many rounds, or when more than `most_cuts` are active.
 
     References
     ----------
     Kelley 1960 (cutting planes).
     """
-    most = most_axes(support)
-    linear = axes.inner(support, kernel)
+    most = most_cuts(support)
+    linear = cuts.inner(support, kernel)
     if linear.max(initial=0.0) > limit:
-        axes, x = _solved(support, kernel, limit, axes, linear)
+        cuts, x = _solved(support, kernel, limit, cuts, linear)
     else:
-        axes, x = Axes.none(support), kernel
-    best = Solution(0.0 * kernel, math.inf, 0.0, 0, axes)
+        cuts, x = Cuts.none(support), kernel
+    best = Solution(0.0 * kernel, math.inf, 0.0, 0, cuts)
     for rounds in range(1, max_rounds + 1):
-        top, cuts, suspects = above(support, x.astype(precision), limit)
-        nuclear = float(axes.weight.sum())
+        top, new, active = violated(support, x.astype(precision), limit)
+        nuclear = float(cuts.weight.sum())
         now = Solution.certified(kernel, x, top, limit, nuclear, rounds)
-        now = replace(now, axes=axes, suspects=suspects)
+        now = replace(now, cuts=cuts, active=active)
         best = now.better(replace(best, rounds=0))
-        if best.suffices(kernel, tolerance) or not len(cuts):
+        if best.suffices(kernel, tolerance) or not len(new):
             break
-        if len(axes) > most or len(cuts) > _HOPELESS * most:
+        if len(cuts) > most or len(new) > _HOPELESS * most:
             best.overflowed = True
             break
-        joined = axes.joined(cuts.largest(_CUTS_PER_AXIS * most).reset())
-        axes, x = _solved(support, kernel, limit, joined, joined.inner(support, kernel))
+        joined = cuts.joined(new.largest(_ADDED * most).reset())
+        cuts, x = _solved(support, kernel, limit, joined, joined.inner(support, kernel))
     return best
 
 
 def _solved(
-    support: Support, kernel: np.ndarray, limit: float, axes: Axes, linear: np.ndarray
-) -> tuple[Axes, np.ndarray]:
-    """(axes with their multipliers, X) of the quadratic program."""
-    multipliers = nonnegative_qp(axes.gram(support), linear - limit, axes.weight)
-    axes = axes.weighted(multipliers)
-    return axes, kernel - axes.combined(support) if len(axes) else kernel
+    support: Support, kernel: np.ndarray, limit: float, cuts: Cuts, linear: np.ndarray
+) -> tuple[Cuts, np.ndarray]:
+    """(cuts with their multipliers, X) of the quadratic program."""
+    multipliers = nonnegative_qp(cuts.gram(support), linear - limit, cuts.weight)
+    cuts = cuts.weighted(multipliers)
+    return cuts, kernel - cuts.combined(support) if len(cuts) else kernel

@@ -7,20 +7,18 @@ import numpy as np
 from specops import arrays
 from specops.arrays import host, workers
 from specops.arrays.solvers import eigh
-from specops.projections.axes import Axes
-from specops.projections.support import Support
+from specops.linalg.rounding import CHOLESKY_MARGIN
+from specops.projections.kernels.cuts import Cuts
+from specops.projections.kernels.support import Support
 from specops.spectra.torus import block_bytes, host_blocks, leading_norm
 
-_MARGIN = {"float32": 1e-4, "float64": 1e-10}
-"""Relative margin below the limit from which a block is looked at closely: above rounding."""
 
-
-def near(support: Support, x: np.ndarray, limit: float, margin: float | None = None) -> np.ndarray:
+def near_limit(support: Support, x: np.ndarray, limit: float) -> np.ndarray:
     """Indices (count, 2) over frequency and group of blocks that may reach the limit.
 
     All others have a norm below ``limit·(1 − margin)``, by a Cholesky factor.
     """
-    margin = _MARGIN[arrays.dtype_name(x.real.dtype)] if margin is None else margin
+    margin = CHOLESKY_MARGIN[arrays.dtype_name(x.real.dtype)]
     coefficients = support.coefficients(np, x)
 
     def work(chunk: slice) -> np.ndarray:
@@ -32,45 +30,45 @@ def near(support: Support, x: np.ndarray, limit: float, margin: float | None = N
     return np.argwhere(np.concatenate(parts))
 
 
-def largest_and_near(support: Support, x: np.ndarray) -> tuple[float, np.ndarray]:
-    """(the largest singular value c, what `near` gives for c), in one pass."""
-    margin = _MARGIN[arrays.dtype_name(x.real.dtype)]
+def largest_and_active(support: Support, x: np.ndarray) -> tuple[float, np.ndarray]:
+    """(the largest singular value c, what `near_limit` gives for c), in one pass."""
+    margin = CHOLESKY_MARGIN[arrays.dtype_name(x.real.dtype)]
     return leading_norm(support.coefficients(np, x), support.symbol, margin)
 
 
-def within(support: Support, x: np.ndarray, limit: float, suspects: np.ndarray) -> bool:
-    """Whether the suspected blocks are all inside, by Cholesky factors in double precision."""
+def all_inside(support: Support, x: np.ndarray, limit: float, active: np.ndarray) -> bool:
+    """Whether the active blocks are all inside, by Cholesky factors in double precision."""
     coefficients = support.coefficients(np, x.astype(np.result_type(x, np.float64)))
-    frequencies, where = np.unique(suspects[:, 0], return_inverse=True)
+    frequencies, where = np.unique(active[:, 0], return_inverse=True)
     inside = True
     for chunk in np.array_split(np.arange(len(frequencies)), max(1, len(frequencies) // 64)):
         blocks = host_blocks(coefficients, support.symbol, frequencies[chunk])
         own = (where >= chunk[0]) & (where <= chunk[-1]) if len(chunk) else np.zeros(0, bool)
         if own.any():
-            picked = blocks[where[own] - chunk[0], suspects[own, 1]]
+            picked = blocks[where[own] - chunk[0], active[own, 1]]
             inside = inside and not host.exceeds(host.gram(picked), limit).any()
     return inside
 
 
-def above(support: Support, x: np.ndarray, limit: float) -> tuple[float, Axes, np.ndarray]:
+def violated(support: Support, x: np.ndarray, limit: float) -> tuple[float, Cuts, np.ndarray]:
     """(largest singular value or the limit, the triplets above the limit, the blocks near it).
 
     The weight of each triplet is its singular value. In the precision of `x`.
     """
-    suspects = near(support, x, limit)
-    if not len(suspects):
-        return limit, Axes.none(support), suspects
+    active = near_limit(support, x, limit)
+    if not len(active):
+        return limit, Cuts.none(support), active
     coefficients = support.coefficients(np, x)
 
     def work(chunk: slice) -> tuple[np.ndarray, ...]:
-        frequencies, where = np.unique(suspects[chunk, 0], return_inverse=True)
+        frequencies, where = np.unique(active[chunk, 0], return_inverse=True)
         blocks = host_blocks(coefficients, support.symbol, frequencies)
-        return _triplets(blocks[where, suspects[chunk, 1]], limit, chunk.start)
+        return _triplets(blocks[where, active[chunk, 1]], limit, chunk.start)
 
-    parts = workers.map_chunks(work, len(suspects), block_bytes(coefficients))
+    parts = workers.map_chunks(work, len(active), block_bytes(coefficients))
     index, left, right, values = (np.concatenate(p) for p in zip(*parts, strict=True))
-    axes = Axes(suspects[index, 0], suspects[index, 1], left, right, values)
-    return max(limit, float(values.max(initial=0.0))), axes, suspects
+    cuts = Cuts(active[index, 0], active[index, 1], left, right, values)
+    return max(limit, float(values.max(initial=0.0))), cuts, active
 
 
 def _triplets(
@@ -79,8 +77,8 @@ def _triplets(
     """(block, u, v, σ) of every singular value above the limit, one after another."""
     wide = blocks.shape[-2] <= blocks.shape[-1]
     values, vectors = eigh(np, host.gram(blocks))
-    which, place = np.nonzero(values > limit**2)
-    own = vectors[which, :, place].astype(complex)
+    which, position = np.nonzero(values > limit**2)
+    own = vectors[which, :, position].astype(complex)
     picked = blocks[which].astype(complex)
     # One product sharpens the value and gives the vectors of the other side.
     if wide:

@@ -1,8 +1,8 @@
-"""Axes: the linear functionals whose maximum is the operator norm of a convolution.
+"""Cuts: the linear functionals whose maximum is the operator norm of a convolution.
 
-An axis is a frequency of the symbol with a unit vector on either side of its block B, and
-measures Re(uᴴ B v) ≤ ‖B‖. Every axis bounds the operator ball from outside, whatever weight
-its vectors came from, so axes of an earlier weight remain valid.
+A cut is a frequency of the symbol with a unit vector on either side of its block B, and
+measures ⟨X, E⟩ = Re(uᴴ B(X) v) ≤ ‖B(X)‖. Its half-space ⟨X, E⟩ ≤ c contains the operator ball
+whatever weight its vectors came from, so cuts of an earlier weight remain valid.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import numpy as np
 
 from specops import arrays
 from specops.errors import StateError
-from specops.projections.support import Support
+from specops.projections.kernels.support import Support
 from specops.spectra.torus import host_blocks
-from specops.typing import Array
+from specops.typing import Array, State
 
 _KEYS = ("frequency", "group", "left", "right", "weight")
 
 
 @dataclass(frozen=True)
-class Axes:
-    """N axes with non-negative weights.
+class Cuts:
+    """N cuts with non-negative weights.
 
     Attributes
     ----------
@@ -44,37 +44,37 @@ class Axes:
         return len(self.weight)
 
     @classmethod
-    def none(cls, support: Support) -> Axes:
-        """No axis at all."""
+    def none(cls, support: Support) -> Cuts:
+        """No cut at all."""
         rows, columns = support.symbol.block_shape
         index = np.zeros(0, np.int64)
         vectors = (np.zeros((0, rows), complex), np.zeros((0, columns), complex))
         return cls(index, index, *vectors, np.zeros(0))
 
-    def joined(self, other: Axes) -> Axes:
+    def joined(self, other: Cuts) -> Cuts:
         """These, then the others."""
         pairs = ((getattr(self, key), getattr(other, key)) for key in _KEYS)
-        return Axes(*(np.concatenate(pair) for pair in pairs))
+        return Cuts(*(np.concatenate(pair) for pair in pairs))
 
-    def weighted(self, weight: np.ndarray) -> Axes:
-        """The axes of positive weight, with these weights."""
+    def weighted(self, weight: np.ndarray) -> Cuts:
+        """The cuts of positive weight, with these weights."""
         return replace(self, weight=weight)._taken(np.flatnonzero(weight > 0))
 
-    def reset(self) -> Axes:
-        """The same axes without weight."""
+    def reset(self) -> Cuts:
+        """The same cuts without weight."""
         return replace(self, weight=np.zeros(len(self)))
 
-    def largest(self, count: int) -> Axes:
-        """At most `count` axes, those of the largest weight."""
+    def largest(self, count: int) -> Cuts:
+        """At most `count` cuts, those of the largest weight."""
         if len(self) <= count:
             return self
         return self._taken(np.argsort(-self.weight, kind="stable")[:count])
 
-    def _taken(self, index: np.ndarray) -> Axes:
-        return Axes(*(getattr(self, key)[index] for key in _KEYS))
+    def _taken(self, index: np.ndarray) -> Cuts:
+        return Cuts(*(getattr(self, key)[index] for key in _KEYS))
 
     def inner(self, support: Support, x: np.ndarray) -> np.ndarray:
-        """⟨X, E⟩ = Re(uᴴ B(X) v) for each axis E."""
+        """⟨X, E⟩ = Re(uᴴ B(X) v) for each cut E."""
         result = np.zeros(len(self))
         coefficients = support.coefficients(np, x)
         for index in np.array_split(np.arange(len(self)), max(1, len(self) // 32)):
@@ -93,9 +93,9 @@ class Axes:
         for index in np.array_split(order, max(1, len(self) // 32)):
             frequencies, where = np.unique(self.frequency[index], return_inverse=True)
             blocks = np.zeros((len(frequencies), groups, rows, columns), complex)
-            for place, j in zip(where, index, strict=True):
+            for position, j in zip(where, index, strict=True):
                 outer = np.outer(self.left[j] * self.weight[j], self.right[j].conj())
-                blocks[place, self.group[j]] += outer
+                blocks[position, self.group[j]] += outer
             # One of a pair of conjugate blocks: the average counts each block of the torus.
             counts = symbol.counts[frequencies] / np.prod(symbol.coarse)
             total = total + support.gather(np, blocks / counts[:, None, None, None], frequencies)
@@ -117,11 +117,11 @@ class Axes:
             mirrored += (own @ own.T) * (waves @ weighted.T)
         direct *= self.left.conj() @ self.left.T
         mirrored *= self.left @ self.left.T
-        # A real kernel sees only the real part of an axis: half of itself and its mirror image.
+        # A real kernel sees only the real part of a cut: half of itself and its mirror image.
         result = (0.5 * (direct + mirrored) if symbol.conjugate_pairs else direct).real
         return np.asarray(result * (self.group[:, None] == self.group[None, :]))
 
-    def state(self, support: Support, like: Array) -> dict[str, Array]:
+    def state(self, support: Support, like: Array) -> State:
         """As arrays of the library and device of `like`, with the grid they belong to."""
         values = {key: getattr(self, key) for key in _KEYS}
         values["grid"] = np.array(support.symbol.fine)
@@ -131,7 +131,7 @@ class Axes:
         }
 
     @classmethod
-    def from_state(cls, state: dict[str, Array], support: Support) -> Axes:
+    def from_state(cls, state: State, support: Support) -> Cuts:
         """Read back what `state` made; StateError where it belongs to another geometry."""
         keys = (*_KEYS, "grid")
         if set(state) != set(keys) or not all(arrays.is_array(state[k]) for k in keys):

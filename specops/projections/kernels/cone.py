@@ -9,91 +9,30 @@ count by their sum), and the nearest point of the cone has one unknown, a Lagran
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from specops import arrays
-from specops.geometry import Conv, ConvSizes
+from specops.geometry import Conv
 from specops.maps.prepare import Prepared
-from specops.projections.shrink import Family, nonzero
+from specops.projections.feasible_rank import Candidates, nonzero
+from specops.projections.kernels.taps import taps_of
 from specops.typing import Array
 
 _BISECTIONS = 60
 
 
-@dataclass(frozen=True)
-class Taps:
-    """Orthonormal coordinates in which ‖A(K)‖_F² is diagonal: one for each tap that differs."""
+def kernel_candidates(
+    given: Prepared, geometry: Conv, direction: Array, limit: Array
+) -> tuple[Candidates, Array, Array]:
+    """(candidates, the weight's stable rank along `direction`, the least in the cone).
 
-    fold: np.ndarray
-    """(taps, coordinates), orthonormal columns."""
-    weights: np.ndarray
-    """(coordinates,): ‖A(K)‖_F² = Σ_c weights[c]·‖z_c‖²; 0 for taps that read only padding."""
-
-    @property
-    def folds(self) -> bool:
-        return len(self.fold) != len(self.weights)
-
-    def coordinates(self, xp: Any, kernel: Array) -> Array:
-        """A kernel (groups, rows, columns, *taps) as (coordinates, groups·rows, columns)."""
-        groups, rows, columns = kernel.shape[:3]
-        z = xp.reshape(kernel, (groups * rows, columns, self.fold.shape[0]))
-        if self.folds:
-            fold = arrays.constant(self.fold, z, complex=arrays.is_complex(z))
-            z = arrays.matmul(z, fold)
-        # Contiguous taps, or single precision sums over the channels lose digits.
-        return xp.reshape(xp.permute_dims(z, (2, 0, 1)), (self.fold.shape[1], *z.shape[:2]))
-
-    def kernel(self, xp: Any, z: Array, like: Array) -> Array:
-        """The kernel of these coordinates that has nothing that cancels in folding."""
-        z = xp.permute_dims(z, (1, 2, 0))
-        if self.folds:
-            unfold = arrays.constant(self.fold.T, z, complex=arrays.is_complex(z))
-            z = arrays.matmul(z, unfold)
-        return xp.reshape(z, like.shape)
-
-
-@lru_cache(maxsize=256)
-def taps_of(sizes: ConvSizes) -> Taps:
-    assert sizes.fine is not None
-    assert sizes.coarse is not None
-    assert sizes.lower is not None
-    fold: np.ndarray = np.ones((1, 1))
-    outputs: np.ndarray = np.ones(1)
-    for n, m, s, d, k, lower in zip(
-        sizes.fine,
-        sizes.coarse,
-        sizes.stride,
-        sizes.dilation,
-        sizes.kernel,
-        sizes.lower,
-        strict=True,
-    ):
-        if sizes.circular:
-            landings, landing = np.unique(d * np.arange(k) % n, return_inverse=True)
-            fold = np.kron(fold, np.eye(len(landings))[landing])
-            outputs = np.kron(outputs, np.full(len(landings), float(m)))
-        else:
-            reads = s * np.arange(m)[:, None] + d * np.arange(k) - lower
-            fold = np.kron(fold, np.eye(k))
-            outputs = np.kron(outputs, ((reads >= 0) & (reads < n)).sum(axis=0).astype(float))
-    sharing = fold.sum(axis=0)
-    return Taps(fold / np.sqrt(sharing), outputs * sharing)
-
-
-def kernel_family(
-    given: Prepared, geometry: Conv, axis: Array, limit: Array
-) -> tuple[Family, Array, Array]:
-    """(candidates, the weight's stable rank along `axis`, the least in the cone).
-
-    The candidate of the family's own share is the nearest point of the cone.
+    The candidate that is wanted is the nearest point of the cone.
     """
     xp, kernel = given.xp, geometry.kernel(given.w)
     taps = taps_of(geometry.sizes(tuple(given.w.shape)))
-    z, e = taps.coordinates(xp, kernel), taps.coordinates(xp, axis)
+    z, e = taps.coordinates(xp, kernel), taps.coordinates(xp, direction)
     seen = arrays.constant(taps.weights, z)
     used = seen > 0
     weights = xp.where(used, seen, xp.ones_like(seen))
@@ -113,40 +52,40 @@ def kernel_family(
 
     e_squares = inner(e, e)
     dual = nonzero(xp, xp.sum(e_squares / weights))
-    direction = z
+    ray = z
     if len(set(taps.weights[taps.weights > 0])) > 1:
         stats = (weights, inner(z, z), inner(z, e), e_squares)
         of_z, of_e = _combination(xp, *stats, limit)
-        direction = _by_tap(of_z, z) * z + _by_tap(of_e, z) * e
-    along = xp.sum(inner(direction, e))
-    # The part along the cone's axis, to which the rest is orthogonal in the weighted product.
+        ray = _by_tap(of_z, z) * z + _by_tap(of_e, z) * e
+    along = xp.sum(inner(ray, e))
+    # The part along the direction, to which the rest is orthogonal in the weighted product.
     fixed = _by_tap(along / (weights * dual), e) * e
-    rest = direction - fixed
+    rest = ray - fixed
     energy = nonzero(xp, xp.sum(weights * inner(rest, rest)))
     with_fixed, with_rest = xp.sum(inner(z, fixed)), xp.sum(inner(z, rest))
     squares = [xp.sum(inner(x, y)) for x, y in ((fixed, fixed), (fixed, rest), (rest, rest))]
 
-    def place(share: Array) -> Array:
-        # The foot of the perpendicular from the weight on the ray of this share.
-        length = squares[0] + 2.0 * share * squares[1] + share**2 * squares[2]
-        along_ray = (with_fixed + share * with_rest) / nonzero(xp, length)
+    def weight(g: Array) -> Array:
+        # The foot of the perpendicular from the weight on the ray of this g.
+        length = squares[0] + 2.0 * g * squares[1] + g**2 * squares[2]
+        along_ray = (with_fixed + g * with_rest) / nonzero(xp, length)
         along_ray = xp.where(along_ray > 0, along_ray, xp.zeros_like(along_ray))
-        x = along_ray * (fixed + share * rest)
+        x = along_ray * (fixed + g * rest)
         if taps.folds:
             new = kernel + taps.kernel(xp, x - z, kernel)
         else:
             new = taps.kernel(xp, xp.where(_by_tap(used, z), x, z), kernel)
         return geometry.weight(new) * given.scale
 
-    def measure(stored: Array) -> Array:
+    def stored_rank(stored: Array) -> Array:
         return rank(taps.coordinates(xp, geometry.kernel(stored / given.scale)))
 
     reduced = limit * (1.0 - 4.0 * arrays.epsilon(z.dtype))
     least = 1.0 / dual
     room = xp.where(reduced > least, reduced - least, xp.zeros_like(least))
-    share = xp.sqrt(room / energy) * along
-    slope = energy / nonzero(xp, along) ** 2
-    return Family(place, measure, share, slope), rank(z), least
+    wanted = xp.sqrt(room / energy) * along
+    growth = energy / nonzero(xp, along) ** 2
+    return Candidates(weight, stored_rank, wanted, growth), rank(z), least
 
 
 def _combination(

@@ -11,7 +11,7 @@ from specops.linalg.golub_kahan import largest_singular_triplet
 from specops.linalg.lobpcg import leading_triplets
 from specops.maps.matrix import MatrixOperator
 from specops.maps.prepare import MatrixBlock
-from specops.projections.shrink import Family, energy, nonzero, shape_of
+from specops.projections.feasible_rank import Candidates, energy, nonzero, shape_of
 from specops.typing import Array
 
 _ITERATE_ABOVE = 2**25
@@ -20,16 +20,16 @@ _FEW = 16
 _ROUNDS_WHEN_TRACED = 6
 
 
-def matrix_family(
+def matrix_candidates(
     xp: Any, block: MatrixBlock, v: Array, limit: Array, preserve: int
-) -> tuple[Family, Array, Array]:
+) -> tuple[Candidates, Array, Array]:
     """(the candidates, the stable rank, how many triplets stay) along orthonormal columns `v`.
 
     The part that stays is A V Vᴴ, to which the rest is orthogonal for any V: no candidate
     relies on V having converged.
     """
     a = block.matrices
-    # A hair below the limit, so that the rounding of the products stays inside as well.
+    # A margin for the rounding of the products.
     eps = arrays.epsilon(a.dtype)
     reduced = limit * (1.0 - 4.0 * eps)
     images = arrays.matmul(a, v)
@@ -45,20 +45,20 @@ def matrix_family(
     safe_rest = nonzero(xp, squared_rest)
     leading = v[..., :1]
 
-    def place(share: Array) -> Array:
-        along = xp.ones_like(share)
+    def weight(g: Array) -> Array:
+        along = xp.ones_like(g)
         if preserve == 0:
-            # The foot of the perpendicular from A on the ray of this share.
-            along = (first + share * squared_rest) / nonzero(xp, first + share**2 * squared_rest)
-        along, share = along[..., None, None], share[..., None, None]
-        return along * (fixed + share * rest) * block.scale
+            # The foot of the perpendicular from A on the ray of this g.
+            along = (first + g * squared_rest) / nonzero(xp, first + g**2 * squared_rest)
+        along, g = along[..., None, None], g[..., None, None]
+        return along * (fixed + g * rest) * block.scale
 
-    def measure(stored: Array) -> Array:
+    def stored_rank(stored: Array) -> Array:
         return _rank_along(xp, stored / block.scale, leading)
 
-    share = xp.sqrt(room / safe_rest)
-    slope = squared_rest / nonzero(xp, first)
-    return Family(place, measure, share, slope), _rank_along(xp, a, leading), count
+    wanted = xp.sqrt(room / safe_rest)
+    growth = squared_rest / nonzero(xp, first)
+    return Candidates(weight, stored_rank, wanted, growth), _rank_along(xp, a, leading), count
 
 
 def leading_vectors(xp: Any, a: Array, k: int, start: Array | None) -> tuple[Array, Array | None]:

@@ -14,7 +14,7 @@ from specops.geometry import ConvSizes
 from specops.linalg.golub_kahan import largest_singular_triplet
 from specops.maps.convolution import ConvOperator
 from specops.maps.symbol import Symbol, symbol_of
-from specops.projections.shrink import nonzero, shape_of
+from specops.projections.feasible_rank import nonzero, shape_of
 from specops.spectra.norms import SMALL_OPERATOR, plane_wave
 from specops.spectra.torus import leading_block, leading_vectors
 from specops.typing import Array
@@ -22,7 +22,7 @@ from specops.typing import Array
 _NOISE = 0.05
 
 
-def leading_axis(
+def leading_direction(
     xp: Any, kernel: Array, sizes: ConvSizes, start: Array | None = None
 ) -> tuple[Array, Array | None]:
     """(E, v) with ⟨K, E⟩ = σ₁ and ⟨X, E⟩ ≤ ‖A(X)‖ for every kernel X.
@@ -33,7 +33,7 @@ def leading_axis(
     if sizes.circular and sizes.stride_divides:
         symbol = symbol_of(sizes, sizes.fine, not arrays.is_complex(kernel))
         _check_start(start, None)
-        return _torus_axis(xp, kernel, symbol), None
+        return _torus_direction(xp, kernel, symbol), None
     operator = ConvOperator(kernel, sizes)
     iterated = math.prod(operator.shape) > SMALL_OPERATOR
     _check_start(start, operator.shape[1] if iterated else None)
@@ -66,7 +66,7 @@ def _start(xp: Any, operator: ConvOperator, v: Array | None) -> Array:
     return v + xp.astype(_NOISE * noise, v.dtype)
 
 
-def _torus_axis(xp: Any, kernel: Array, symbol: Symbol) -> Array:
+def _torus_direction(xp: Any, kernel: Array, symbol: Symbol) -> Array:
     leading = leading_block(xp, kernel, symbol)
     u, vh, cos, sin = leading_vectors(xp, kernel, symbol, leading)
     outer = u[:, None] * vh[None, :]
@@ -75,7 +75,7 @@ def _torus_axis(xp: Any, kernel: Array, symbol: Symbol) -> Array:
     e = phases[:, :, None, None] * outer
     e = e if arrays.is_complex(kernel) else xp.real(e)
     e = symbol.kernel(xp, xp.reshape(e, (e.shape[0], -1)))
-    # `Symbol.kernel` spreads a coefficient over the taps that share it; each has all of it.
+    # `Symbol.kernel` spreads a coefficient over the taps that land on it; each has all of it.
     for t, axis in enumerate(symbol.axes):
         sharing = axis.scatter @ axis.scatter.sum(axis=0)
         e = e * arrays.constant(sharing.reshape(-1, *[1] * (len(symbol.axes) - t - 1)), kernel)

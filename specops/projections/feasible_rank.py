@@ -1,0 +1,109 @@
+"""Ending a stable rank projection: feasible in the dtype that it is stored in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from specops import arrays
+from specops.errors import StateError
+from specops.typing import Array, State
+
+_STEPS = 24
+_STEPS_WHEN_TRACED = {True: 3, False: 1}
+"""By whether storing rounds."""
+_LARGEST_HALF = 65504.0
+
+
+@dataclass
+class Candidates:
+    """Weights ``weight(g)``: a part that stays, plus g times the rest of the weight."""
+
+    weight: Callable[[Array], Array]
+    rank: Callable[[Array], Array]
+    """An upper bound of the stable rank of a stored candidate, from the part that stays."""
+    wanted: Array
+    """The g of the nearest one within the limit, of shape (*batch,)."""
+    growth: Array
+    """Of the stable rank with g²."""
+
+
+def rank_limit(xp: Any, ratio: Any, target: Any, side: int, like: Array) -> Array:
+    """r as a 0-d array."""
+    value = target if ratio is None else ratio
+    if arrays.is_array(value):
+        value = xp.astype(value, arrays.real_dtype(xp, like.dtype))
+    else:
+        value = arrays.constant(np.asarray(float(value)), like)
+    if ratio is not None:
+        value = value * side
+    return xp.where(value < 1.0, xp.ones_like(value), value)
+
+
+def rank_tolerance(dtype: Any, compute_dtype: Any) -> float:
+    """Relative excess that is put down to rounding: entries stored in `dtype` add its square."""
+    return 8.0 * arrays.epsilon(compute_dtype) + arrays.epsilon(dtype) ** 2
+
+
+def store_below(
+    xp: Any, candidates: Candidates, dtype: Any, limit: Array, above: Array
+) -> tuple[Array, Array, int]:
+    """(candidate cast to `dtype`, its stable rank, rounds) with a rank of at most `limit`.
+
+    Rounding adds to the rest of the weight, so as much more of the rest is taken off, until the
+    stored array is feasible or no rest is left. Only matrices where `above` count. While a
+    compiler traces, a half precision dtype gets three rounds.
+    """
+    g = candidates.wanted
+    eps = arrays.epsilon(dtype)
+    for round_ in range(1, _STEPS + 1):
+        stored = xp.astype(_in_range(xp, candidates.weight(g), dtype, g.ndim), dtype)
+        wide = arrays.to_compute(xp, stored)
+        rank = candidates.rank(wide)
+        rounds = wide.dtype != stored.dtype
+        feasible = rank <= limit * (1.0 + 4.0 * arrays.epsilon(wide.dtype))
+        done = feasible | (g <= 0) | ~above
+        finished = arrays.truth(xp.all(done))
+        if finished or (finished is None and round_ == _STEPS_WHEN_TRACED[rounds]):
+            break
+        growth = candidates.growth
+        excess = (rank - limit) / xp.where(growth > 0, growth, xp.ones_like(growth))
+        squared = g**2 - 1.5 * excess
+        less = xp.sqrt(xp.where(squared > 0, squared, xp.zeros_like(squared)))
+        least_change = g * (1.0 - min(0.5, eps * 2.0 ** (round_ - 5)))
+        g = xp.where(done, g, xp.where(less < least_change, less, least_change))
+    return stored, rank, round_
+
+
+def _in_range(xp: Any, x: Array, dtype: Any, batch: int) -> Array:
+    """`x` scaled down, which leaves its stable rank alone, where float16 would overflow."""
+    if arrays.dtype_name(dtype) != "float16":
+        return x
+    largest = xp.max(xp.abs(x), axis=tuple(range(batch, x.ndim)), keepdims=True)
+    factor = _LARGEST_HALF / nonzero(xp, largest)
+    return x * xp.where(largest > _LARGEST_HALF, factor, xp.ones_like(factor))
+
+
+def energy(xp: Any, a: Array) -> Array:
+    """Squared Frobenius norms; row by row, so that single precision sums stay accurate."""
+    return xp.sum(xp.sum(xp.abs(a) ** 2, axis=-1), axis=-1)
+
+
+def nonzero(xp: Any, x: Array) -> Array:
+    """`x` as a divisor: 1 where it is 0."""
+    return xp.where(x == 0, xp.ones_like(x), x)
+
+
+def shape_of(value: Any) -> str:
+    """What to say of a state's entry."""
+    return str(tuple(value.shape)) if hasattr(value, "shape") else type(value).__name__
+
+
+def refuse_unread(state: State) -> None:
+    """StateError unless every entry of a state has been taken out and used."""
+    if state:
+        found = ", ".join(f"{name} {shape_of(value)}" for name, value in state.items())
+        raise StateError(f"state does not belong to this weight and options: it holds {found}")

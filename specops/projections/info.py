@@ -1,0 +1,71 @@
+"""What a projection did: the records that ``return_info=True`` adds to the weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from specops.typing import Array
+
+
+@dataclass
+class ProjectionInfo:
+    """What a projection onto a ball did.
+
+    Attributes
+    ----------
+    norm_before, norm_after : array
+        The constrained norm of the weight given and of the weight returned, the latter as
+        stored. Shape (\\*batch,), one more axis for ``Dense(splits=...)``; NaN for matrices
+        that are not finite. For a zero-padded Conv, and a circular one whose stride does not
+        divide its grid, these are norms on the torus that contains the layer. Measured from
+        below, to about 1e-4, where a single matrix has more than 2^16 entries, and
+        `norm_before` also from the directions of a warm start: what is certified is that the
+        weight returned is inside.
+    gap : array
+        Certified: ``‖returned − nearest‖² ≤ gap·‖given‖²`` for the nearest weight in the ball
+        of the constrained norm. Where that is the norm on a torus that contains the layer, the
+        layer's own ball is larger, and nothing is certified of the nearest weight in that. It
+        is twice the difference of the primal and the dual objective over ‖given‖², up to
+        rounding; 0 where nothing changed. Shape as the norms.
+    iterations : int
+        Rounds that an iterative method took; 0 if the weight was inside, 1 for a direct one.
+    state : dict of str to array
+        What the next call on a similar weight may start from.
+    """
+
+    norm_before: Array
+    norm_after: Array
+    gap: Array
+    iterations: int
+    state: dict[str, Array] = field(default_factory=dict)
+
+
+@dataclass
+class StableRankInfo:
+    """What a stable rank projection did.
+
+    Attributes
+    ----------
+    rank_before, rank_after : array
+        Stable rank of the weight given and of the weight returned, the latter measured as
+        stored. Shape (\\*batch,), one more axis for ``Dense(splits=...)``. Upper bounds, as
+        they divide by a lower bound of the norm: sharp for Dense and for a Conv that is given,
+        within 0.1 % for one that is returned unless its iteration was cut short.
+    distance : array
+        Frobenius norm of the change, of the same shape.
+    preserved : int or array
+        Leading singular triplets that were kept exactly: the largest feasible number up to
+        `preserve`, of the same shape; 0 for ``preserve=0``.
+    iterations : int
+        0 if the weight was inside; for Dense, how often it was rounded to its dtype until that
+        held; for a Conv, along how many directions it was projected.
+    state : dict of str to array
+        What the next call on a similar weight may start from; empty where nothing is gained.
+    """
+
+    rank_before: Array
+    rank_after: Array
+    distance: Array
+    preserved: Array
+    iterations: int
+    state: dict[str, Array] = field(default_factory=dict)

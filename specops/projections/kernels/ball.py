@@ -1,0 +1,36 @@
+"""Kernels of fixed support whose convolution has operator norm at most c."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from specops import arrays
+from specops.maps.prepare import Prepared
+from specops.projections.info import ProjectionInfo
+from specops.projections.kernels.ball_on_host import HostSolver
+from specops.projections.kernels.ball_traced import project_traced
+from specops.projections.kernels.problem import KernelProblem
+from specops.projections.kernels.solution import Tolerance
+from specops.typing import Array, State
+
+METHODS = ("auto", "cutting-planes", "accelerated", "dykstra", "alternating")
+
+
+def project_kernel(
+    given: Prepared,
+    w: Array,
+    max_norm: Any,
+    *,
+    method: str,
+    iterations: int | None,
+    tolerance: Tolerance,
+    state: State,
+    measure: bool,
+) -> tuple[Array, ProjectionInfo]:
+    """(the weight inside the ball, what happened)."""
+    problem = KernelProblem.of(given, w, max_norm)
+    known = isinstance(max_norm, float) or arrays.is_concrete(max_norm)
+    if known and arrays.is_concrete(given.w):
+        # Wherever the kernel lives: its blocks are small matrices, many of them.
+        return HostSolver(problem).project(method, iterations, tolerance, state, measure)
+    return project_traced(problem, method, iterations)

@@ -1,0 +1,211 @@
+"""Kernels into the operator ball where their values are known: in NumPy, to a certified gap."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from specops import arrays
+from specops.arrays import host, workers
+from specops.linalg.inside import seen_outside
+from specops.projections.feasible import store_within
+from specops.projections.info import ProjectionInfo
+from specops.projections.kernels.active_blocks import all_inside, largest_and_active, near_limit
+from specops.projections.kernels.cuts import Cuts
+from specops.projections.kernels.cutting_planes import nearest_by_cutting_planes
+from specops.projections.kernels.first_order import Dual, alternate, dual_gradient, largest
+from specops.projections.kernels.problem import KernelProblem
+from specops.projections.kernels.solution import Solution, Tolerance
+from specops.spectra.torus import host_blocks
+from specops.typing import Array, State
+
+_ROUNDS = {"cutting-planes": 100, "accelerated": 40, "dykstra": 200, "alternating": 30}
+_CLOSE_ENOUGH = 1e-2
+"""Excess at which the alternation stops and the final rescaling takes over."""
+_CLEAR = 1e-3
+"""Relative distance from the limit beyond which measured norms decide."""
+_ALTERNATE_ABOVE = 1e3
+"""A lower bound of σ₁, over c, from which the differences of the dual methods cancel."""
+_SAMPLED = 8
+_PATIENCE = 2e12
+
+
+class HostSolver:
+    """Project a kernel whose values are known, wherever it lives.
+
+    Parameters
+    ----------
+    problem : KernelProblem
+        The kernel and its bound.
+    """
+
+    def __init__(self, problem: KernelProblem) -> None:
+        given, bound = problem.given, problem.max_norm
+        self.problem, self.support, self.geometry = problem, problem.support, problem.geometry
+        self.scale = float(arrays.to_numpy(given.scale))
+        self.kernel = self.geometry.kernel(arrays.to_numpy(given.w))
+        self.x0 = self.support.coordinates(np, self.kernel)
+        bound = bound if isinstance(bound, float) else float(arrays.to_numpy(bound))
+        self.limit = bound * problem.certificate / self.scale
+        self.target = self.limit * problem.margin
+
+    def project(
+        self,
+        method: str,
+        iterations: int | None,
+        tolerance: Tolerance,
+        state: State,
+        measure: bool,
+    ) -> tuple[Array, ProjectionInfo]:
+        """(the weight inside the ball, what happened)."""
+        x0, limit = self.x0, self.limit
+        cuts = Cuts.from_state(state, self.support) if state else Cuts.none(self.support)
+        before = float(cuts.inner(self.support, x0).max(initial=0.0))
+        if before <= limit:
+            before = self._measured(x0) if measure else math.nan
+            if before <= limit * (1.0 - _CLEAR) or (
+                # NaN, too, is neither clearly inside nor clearly outside.
+                not before > limit * (1.0 + _CLEAR)
+                and not self._surely_outside()
+                and self._fits(self._exact(self.kernel))
+            ):
+                return self.problem.w, self._info(before, before, 0.0, 0, cuts)
+        found = self._solve(method, cuts, iterations, tolerance)
+        result, stored = self._store(found)
+        after = min(limit, self._measured(stored)) if measure else math.nan
+        found.primal = 0.5 * float(np.sum(np.abs(_double(x0) - _double(stored)) ** 2))
+        gap = found.gap(_double(x0))
+        return result, self._info(before, after, gap, found.rounds, found.cuts or cuts)
+
+    def _measured(self, x: np.ndarray) -> float:
+        return float(largest(np, self.support, x))
+
+    @workers.one_blas_thread()
+    def _surely_outside(self) -> bool:
+        """Whether a few blocks, the one of frequency zero among them, exceed the limit."""
+        symbol, limit = self.support.symbol, self.limit * (1.0 + _CLEAR)
+        # In double: the square of a tiny limit would underflow.
+        coefficients = self.support.coefficients(np, _double(self.x0))
+        if seen_outside(np, host_blocks(coefficients, symbol, slice(1))[0, 0], limit):
+            return True
+        chosen = np.unique(np.linspace(0, len(symbol.frequencies) - 1, _SAMPLED).astype(int))
+        blocks = host_blocks(coefficients, symbol, chosen)
+        return bool(host.exceeds(host.gram(blocks), limit).any())
+
+    def _solve(
+        self, method: str, cuts: Cuts, iterations: int | None, tolerance: Tolerance
+    ) -> Solution:
+        size = float(np.linalg.norm(self.x0)) / math.sqrt(min(self.support.symbol.block_shape))
+        if method == "auto" and size > _ALTERNATE_ABOVE * self.target:
+            method = "alternating"
+        if method == "alternating":
+            return self._alternating(iterations)
+        if method not in ("auto", "cutting-planes"):
+            return self._by_dual(method, iterations, tolerance)
+        found = nearest_by_cutting_planes(
+            self.support,
+            _double(self.x0),
+            self.target,
+            cuts,
+            self.x0.dtype,
+            tolerance=tolerance,
+            max_rounds=iterations or _ROUNDS["cutting-planes"],
+        )
+        left = None if iterations is None else iterations - found.rounds
+        if method == "cutting-planes" or not found.overflowed or left == 0:
+            return found
+        return found.better(self._by_dual("accelerated", left, tolerance))
+
+    def _by_dual(self, method: str, iterations: int | None, tolerance: Tolerance) -> Solution:
+        kernel, limit = _double(self.x0), self.target
+        best: list[Solution] = []
+
+        def done(now: Dual) -> bool:
+            top, nuclear = self._measured(now.x), float(now.nuclear)
+            solution = Solution.certified(kernel, _double(now.x), top, limit, nuclear)
+            best[:] = [solution.better(best[0]) if best else solution]
+            return best[0].suffices(kernel, tolerance)
+
+        _, rounds = dual_gradient(
+            np,
+            self.support,
+            self.x0,
+            np.asarray(limit, self.x0.real.dtype),
+            momentum=method == "accelerated",
+            done=done,
+            max_rounds=iterations or self._affordable(method),
+        )
+        best[0].rounds = rounds
+        return best[0]
+
+    def _affordable(self, method: str) -> int:
+        """Rounds for a minute or so of work, and never fewer than the table says."""
+        return max(_ROUNDS[method], min(200, int(_PATIENCE / self.support.work)))
+
+    def _alternating(self, iterations: int | None) -> Solution:
+        x, limit = self.x0, self.target
+        bound = np.asarray(limit, x.real.dtype)
+        active: np.ndarray | None = None
+        top, rounds = np.inf, 0
+        while rounds < (iterations or _ROUNDS["alternating"]):
+            x = alternate(np, self.support, x, bound)
+            rounds += 1
+            if iterations is None:
+                top, active = largest_and_active(self.support, x)
+                if top <= limit * (1.0 + _CLOSE_ENOUGH):
+                    break
+        if iterations is not None:
+            top, active = largest_and_active(self.support, x)
+        found = Solution.certified(_double(self.x0), _double(x), top, limit, 0.0, rounds)
+        # Without multipliers the distance is bounded from below by nothing but zero. A block
+        # near the limit is near the largest, which is above it or has been brought down to it.
+        return replace(found, dual=0.0, active=active)
+
+    def _store(self, found: Solution) -> tuple[Array, np.ndarray]:
+        """(the weight in its own dtype, its coordinates), inside as stored."""
+        given, w = self.problem.given, self.problem.w
+        like = given.w
+        weight = arrays.like(self.geometry.weight(self.support.kernel(np, found.x)), like)
+        unseen = None
+        if self.support.symbol.folds:
+            # What wraps to nothing is not seen by the operator, and stays.
+            rest = self.geometry.weight(self.kernel - self.support.kernel(np, self.x0))
+            unseen = arrays.like(rest, like) * given.scale
+        stored = self.x0
+        # Blocks far from the limit stay so, unless rounding is as coarse as half precision's.
+        active = found.active if w.dtype == like.dtype else None
+
+        def fits(array: Array) -> Array:
+            nonlocal stored
+            kernel = self.geometry.kernel(arrays.to_numpy(array / given.scale))
+            stored = self.support.coordinates(np, kernel)
+            return arrays.constant(np.asarray(self._fits(self._exact(kernel), active)), like)
+
+        return store_within(given.xp, weight * given.scale, w.dtype, fits, offset=unseen), stored
+
+    def _exact(self, kernel: np.ndarray) -> np.ndarray:
+        """Its coordinates: where taps wrap onto each other their sums must not be rounded."""
+        kernel = _double(kernel) if self.support.symbol.folds else kernel
+        coordinates: np.ndarray = self.support.coordinates(np, kernel)
+        return coordinates
+
+    def _fits(self, x: np.ndarray, active: np.ndarray | None = None) -> bool:
+        if active is None:
+            active = near_limit(self.support, x, self.limit)
+        return all_inside(self.support, x, self.limit, active)
+
+    def _info(
+        self, before: float, after: float, gap: float, rounds: int, cuts: Cuts
+    ) -> ProjectionInfo:
+        unit, like = self.scale / self.problem.certificate, self.problem.given.w
+        norm_before, norm_after, relative = (
+            arrays.constant(np.asarray(v), like) for v in (before * unit, after * unit, gap)
+        )
+        state = cuts.state(self.support, like) if len(cuts) else {}
+        return ProjectionInfo(norm_before, norm_after, relative, rounds, state)
+
+
+def _double(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.result_type(x, np.float64))

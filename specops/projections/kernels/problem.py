@@ -1,0 +1,54 @@
+"""A kernel to be brought into the operator ball: its support, its bound, its units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from specops import arrays
+from specops.geometry import Conv
+from specops.maps.prepare import Prepared
+from specops.maps.symbol import certified_symbol
+from specops.projections.kernels.support import Support
+from specops.typing import Array
+
+
+@dataclass(frozen=True)
+class KernelProblem:
+    """Project one kernel: in coordinates of its support, in units of its scale.
+
+    Attributes
+    ----------
+    given : Prepared
+        The weight and its Conv.
+    geometry : Conv
+    w : array
+        The weight as given.
+    max_norm : float or array
+        The bound.
+    support : Support
+        Coordinates and blocks.
+    certificate : float
+        What the bound on the grid of the support is multiplied by.
+    """
+
+    given: Prepared
+    geometry: Conv
+    w: Array
+    max_norm: Any
+    support: Support
+    certificate: float
+
+    @classmethod
+    def of(cls, given: Prepared, w: Array, max_norm: Any) -> KernelProblem:
+        """With the support and the grid that belong to the geometry."""
+        assert isinstance(given.geometry, Conv)
+        sizes = given.geometry.sizes(tuple(w.shape))
+        symbol, certificate = certified_symbol(sizes, not arrays.is_complex(given.w))
+        return cls(given, given.geometry, w, max_norm, Support(symbol), certificate)
+
+    @property
+    def margin(self) -> float:
+        """What the limit is multiplied by, so that rounding does not decide on which side of it
+        the result lands."""
+        return 1.0 - 4.0 * arrays.epsilon(self.given.w.dtype)

@@ -1,0 +1,92 @@
+"""A point of the operator ball and what is certified of it, and when that is enough."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from specops.projections.kernels.cuts import Cuts
+from specops.typing import Array
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """When a feasible point is near enough to the nearest.
+
+    Attributes
+    ----------
+    gap : float
+        ``2(primal − dual)/‖K‖²`` at most this.
+    distance : float
+        Or it moved at most 1 + `distance` times as far as the nearest point.
+    """
+
+    gap: float
+    distance: float
+
+
+@dataclass
+class Solution:
+    """A point of the ball in coordinates of a support, and what is known of it.
+
+    Attributes
+    ----------
+    x : array
+        Scaled into the ball.
+    primal, dual : float
+        ½‖K − x‖², and a lower bound of ½‖K − X*‖² for the nearest point X*: so
+        ``‖x − X*‖² ≤ 2(primal − dual)``.
+    rounds : int
+    cuts : Cuts, optional
+        With the multipliers that give the dual bound.
+    active : array, optional
+        Blocks near the limit; those left out are certified below it.
+    """
+
+    x: Array
+    primal: float
+    dual: float
+    rounds: int
+    cuts: Cuts | None = None
+    active: np.ndarray | None = None
+    overflowed: bool = False
+    """Whether it stopped because too many cuts were active."""
+
+    @classmethod
+    def certified(
+        cls,
+        kernel: np.ndarray,
+        x: np.ndarray,
+        top: float,
+        limit: float,
+        nuclear: float,
+        rounds: int = 0,
+    ) -> Solution:
+        """X = K − A*Z of norm `top`, scaled into the ball, and what Z of this nuclear norm bounds.
+
+        The dual objective is ½‖K − X‖² + ⟨X, K − X⟩ − c‖Z‖_*.
+        """
+        change = kernel - x
+        dual = 0.5 * _squared(change) + float(np.sum((x.conj() * change).real)) - limit * nuclear
+        feasible = x * min(1.0, limit / top) if top > 0 else x
+        return cls(feasible, 0.5 * _squared(kernel - feasible), dual, rounds)
+
+    def suffices(self, kernel: np.ndarray, tolerance: Tolerance) -> bool:
+        """Whether one of the two is certified."""
+        moved = self.primal <= (1.0 + tolerance.distance) ** 2 * self.dual
+        return moved or self.gap(kernel) <= tolerance.gap
+
+    def gap(self, kernel: np.ndarray) -> float:
+        """2(primal − dual)/‖K‖², at least 0."""
+        return max(0.0, 2.0 * (self.primal - self.dual)) / max(_squared(kernel), 1e-300)
+
+    def better(self, other: Solution) -> Solution:
+        """The nearer point with the higher bound, after the rounds of both."""
+        nearer = self if self.primal <= other.primal else other
+        dual, rounds = max(self.dual, other.dual), self.rounds + other.rounds
+        return Solution(nearer.x, nearer.primal, dual, rounds, self.cuts, nearer.active)
+
+
+def _squared(x: np.ndarray) -> float:
+    return float(np.sum(np.abs(x) ** 2))

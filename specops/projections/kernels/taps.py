@@ -1,0 +1,73 @@
+"""Coordinates of a kernel, tap by tap, in which the Frobenius norm of its operator is diagonal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from specops import arrays
+from specops.geometry import ConvSizes
+from specops.typing import Array
+
+
+@dataclass(frozen=True)
+class Taps:
+    """Orthonormal coordinates in which ‖A(K)‖_F² is diagonal: one for each tap that differs."""
+
+    fold: np.ndarray
+    """(taps, coordinates), orthonormal columns."""
+    weights: np.ndarray
+    """(coordinates,): ‖A(K)‖_F² = Σ_c weights[c]·‖z_c‖²; 0 for taps that read only padding."""
+
+    @property
+    def folds(self) -> bool:
+        return len(self.fold) != len(self.weights)
+
+    def coordinates(self, xp: Any, kernel: Array) -> Array:
+        """A kernel (groups, rows, columns, *taps) as (coordinates, groups·rows, columns)."""
+        groups, rows, columns = kernel.shape[:3]
+        z = xp.reshape(kernel, (groups * rows, columns, self.fold.shape[0]))
+        if self.folds:
+            fold = arrays.constant(self.fold, z, complex=arrays.is_complex(z))
+            z = arrays.matmul(z, fold)
+        # Contiguous taps, or single precision sums over the channels lose digits.
+        return xp.reshape(xp.permute_dims(z, (2, 0, 1)), (self.fold.shape[1], *z.shape[:2]))
+
+    def kernel(self, xp: Any, z: Array, like: Array) -> Array:
+        """The kernel of these coordinates that has nothing that cancels in folding."""
+        z = xp.permute_dims(z, (1, 2, 0))
+        if self.folds:
+            unfold = arrays.constant(self.fold.T, z, complex=arrays.is_complex(z))
+            z = arrays.matmul(z, unfold)
+        return xp.reshape(z, like.shape)
+
+
+@lru_cache(maxsize=256)
+def taps_of(sizes: ConvSizes) -> Taps:
+    assert sizes.fine is not None
+    assert sizes.coarse is not None
+    assert sizes.lower is not None
+    fold: np.ndarray = np.ones((1, 1))
+    outputs: np.ndarray = np.ones(1)
+    for n, m, s, d, k, lower in zip(
+        sizes.fine,
+        sizes.coarse,
+        sizes.stride,
+        sizes.dilation,
+        sizes.kernel,
+        sizes.lower,
+        strict=True,
+    ):
+        if sizes.circular:
+            landings, landing = np.unique(d * np.arange(k) % n, return_inverse=True)
+            fold = np.kron(fold, np.eye(len(landings))[landing])
+            outputs = np.kron(outputs, np.full(len(landings), float(m)))
+        else:
+            reads = s * np.arange(m)[:, None] + d * np.arange(k) - lower
+            fold = np.kron(fold, np.eye(k))
+            outputs = np.kron(outputs, ((reads >= 0) & (reads < n)).sum(axis=0).astype(float))
+    sharing = fold.sum(axis=0)
+    return Taps(fold / np.sqrt(sharing), outputs * sharing)

@@ -1,0 +1,1 @@
+"""Projections of matrices: Dense weights."""

@@ -1,0 +1,46 @@
+"""Matrices onto the spectral ball where values are unknown, or differentiated: by SVD."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from specops import arrays
+from specops.arrays.solvers import svdvals
+from specops.linalg.clip import clip
+from specops.maps.prepare import MatrixBlock
+from specops.projections.feasible import store_within
+from specops.projections.info import ProjectionInfo
+from specops.projections.matrices.gap import certified_gap
+from specops.typing import Array
+
+
+def project_traced(
+    xp: Any, block: MatrixBlock, limit: Array, target: Array, dtype: Any
+) -> tuple[Array | None, ProjectionInfo]:
+    """(the matrices as stored, None if all were inside; what happened).
+
+    Every decision is left to the compiler, or differentiated through the vectors.
+    """
+    a, unit = block.matrices, block.scale[..., 0, 0]
+    fixed = arrays.stop_gradient(a)
+    before = svdvals(xp, fixed)[..., 0]
+    within = before <= limit
+    if arrays.truth(xp.all(within)):
+        return None, ProjectionInfo(before * unit, before * unit, xp.zeros_like(limit), 0)
+    # Equal singular values, such as a matrix inside may have, must not leak their derivative.
+    plain = xp.eye(a.shape[-2], a.shape[-1], dtype=a.dtype, device=arrays.device_of(fixed))
+    plain = plain * arrays.constant(np.arange(1.0, a.shape[-1] + 1.0), fixed)
+    found = clip(xp, xp.where(within[..., None, None], plain, a), target)
+    clipped = xp.where(within[..., None, None], a, found.matrices)
+
+    def norm(x: Array) -> Array:
+        return svdvals(xp, arrays.stop_gradient(x / block.scale))[..., 0]
+
+    stored = store_within(
+        xp, clipped * block.scale, dtype, lambda x: within | (norm(x) <= limit), limit.ndim
+    )
+    final = arrays.to_compute(xp, stored)
+    gap = certified_gap(xp, a, found, final / block.scale, target, within)
+    return stored, ProjectionInfo(before * unit, norm(final) * unit, gap, 1)
