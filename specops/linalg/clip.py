@@ -42,6 +42,28 @@ class Clipped:
     norm: Array | None = None
     basis: Array | None = None
 
+    def gap(self, xp: Any, a: Array, final: Array, limit: Array, within: Array) -> Array:
+        """2(primal − dual)/‖a‖², or the square of the proven distance over ‖a‖².
+
+        Of `final` to the nearest matrix to `a` of norm at most `limit`; 0 where `a` is `within`.
+        """
+        whole = _squared(xp, a)
+        whole = xp.where(whole > 0, whole, xp.ones_like(whole))
+        if self.error is not None:
+            gap = (self.error + xp.sqrt(_squared(xp, final - self.matrices))) ** 2 / whole
+        else:
+            removed = a - self.matrices
+            product = xp.sum(arrays.conjugate(xp, removed) * self.matrices, axis=(-2, -1))
+            product = xp.real(product) if arrays.is_complex(a) else product
+            dual = 0.5 * _squared(xp, removed) + product - limit * self.removed
+            gap = 2.0 * (0.5 * _squared(xp, a - final) - dual) / whole
+            gap = xp.where(gap > 0, gap, xp.zeros_like(gap))
+        return xp.where(within, xp.zeros_like(gap), gap)
+
+
+def _squared(xp: Any, x: Array) -> Array:
+    return xp.sum(xp.abs(x) ** 2, axis=(-2, -1))
+
 
 def clip(
     xp: Any, a: Array, limit: Array, *, force_svd: bool = False, keep_basis: bool = False

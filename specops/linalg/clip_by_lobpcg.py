@@ -6,33 +6,13 @@ from typing import Any
 
 from specops import arrays
 from specops.linalg.clip import Clipped
-from specops.linalg.lobpcg import leading_triplets
-from specops.maps.matrix import MatrixOperator
+from specops.linalg.lobpcg import leading_triplets, with_small_columns
 from specops.typing import Array
 
 _ITERATIONS = 12
 _RESIDUAL = {"float32": 3e-6, "float64": 1e-9}
 _MARGIN = {"float32": 4e-6, "float64": 1e-11}
 """Relative distance from the limit that unconverged vectors need."""
-_NORM_WIDTH = 4
-_NORM_ITERATIONS = 24
-_NORM_RESIDUAL = 1e-2
-
-
-def norm_by_lobpcg(xp: Any, a: Array, start: Array | None) -> tuple[Array, Array]:
-    """(σ₁ from below to about 1e-4, the basis to start from next time) of one large matrix."""
-    tall = _tall(xp, a)
-    if start is None:
-        start = arrays.start_vector("leading", _NORM_WIDTH * tall.shape[1])
-        start = xp.astype(arrays.constant(start.reshape(-1, _NORM_WIDTH), a), a.dtype)
-    _, s, _, basis = leading_triplets(
-        xp, MatrixOperator(tall), start, 1, iterations=_NORM_ITERATIONS, tolerance=_NORM_RESIDUAL
-    )
-    return s[0], basis
-
-
-def _tall(xp: Any, a: Array) -> Array:
-    return arrays.adjoint(xp, a) if a.shape[0] <= a.shape[1] else a
 
 
 def clip_by_lobpcg(xp: Any, a: Array, limit: Array, start: Array) -> Clipped | None:
@@ -54,7 +34,7 @@ def clip_by_lobpcg(xp: Any, a: Array, limit: Array, start: Array) -> Clipped | N
         Singular vectors of the smaller side of a similar matrix.
     """
     wide = a.shape[0] <= a.shape[1]
-    operator = MatrixOperator(_tall(xp, a))
+    operator = with_small_columns(xp, a)
     width = start.shape[1]
     precision = arrays.dtype_name(limit.dtype)
     tolerance = residual = _RESIDUAL[precision]

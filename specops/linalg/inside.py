@@ -62,14 +62,10 @@ def inside(xp: Any, a: Array, limit: Array, *, sharp: bool = False) -> Array:
     if not sharp and double != a.dtype:
         if a.ndim == 2 and seen_outside(xp, a, limit):
             return clearly
-        clearly = _fits(xp, a, limit * (1.0 - _MARGIN), a.dtype)
+        clearly = has_cholesky(xp, below(xp, a, limit * (1.0 - _MARGIN), a.dtype))
         if arrays.truth(xp.all(clearly)):
             return clearly & possible
-    return (clearly | _fits(xp, a, limit, double)) & possible
-
-
-def _fits(xp: Any, a: Array, limit: Array, dtype: Any) -> Array:
-    return has_cholesky(xp, below(xp, a, limit, dtype))
+    return (clearly | has_cholesky(xp, below(xp, a, limit, double))) & possible
 
 
 def _host_inside(a: np.ndarray, limit: np.ndarray, sharp: bool) -> np.ndarray:

@@ -6,12 +6,27 @@ from typing import Any
 
 from specops import arrays
 from specops.arrays.solvers import svd
-from specops.maps.protocol import Operator
+from specops.maps.matrix import MatrixOperator
 from specops.typing import Array
 
 _DEPENDENT = 1e-6
 _DRIFTS = 8
 """Rounds from which the rounding that images of V gather is taken out at the end."""
+
+
+class Map(Protocol):
+    """Products with a matrix; vectors are rows."""
+
+    def matvec(self, x: Array) -> Array:
+        """A x."""
+
+    def rmatvec(self, y: Array) -> Array:
+        """Aᴴ y."""
+
+
+def with_small_columns(xp: Any, a: Array) -> MatrixOperator:
+    """The matrix or its adjoint: that whose right vectors belong to the smaller side."""
+    return MatrixOperator(arrays.adjoint(xp, a) if a.shape[0] <= a.shape[1] else a)
 
 
 def leading_triplets(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from specops import arrays
+from specops.typing import Array
+
 Quintic = tuple[float, float, float]
 EPSILONS = (2.0**-23, 2.0**-52)
 """Of single and double precision, which coefficients are fitted for."""
@@ -11,8 +14,17 @@ CUSHION = 0.05
 """Least ratio of the ends of the interval that a quintic is fitted to."""
 MARGIN = 0.01
 """Share of the half-width of an interval that rounding may lead out of it."""
+PRODUCTS_FROM = 128
+"""Smaller side from which an accelerator is faster at products than at eigenvalues."""
 _FLAT = 1e-3
 _MOST_STEPS = 60
+
+
+def suits_products(a: Array, method: str) -> bool:
+    """Whether stacked matrices go by products: as asked, or on accelerators if left open."""
+    if method != "auto" or min(a.shape[-2:]) < PRODUCTS_FROM:
+        return method == "products"
+    return arrays.on_host(a) is None and not arrays.is_traced(a)
 
 
 def sign_quintics(lower: float, accuracy: float) -> tuple[Quintic, ...]:

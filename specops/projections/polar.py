@@ -10,8 +10,8 @@ from specops.arrays.solvers import svd
 from specops.errors import UnsupportedGeometryError
 from specops.geometry import Conv, Geometry
 from specops.linalg.polar_by_products import polar_by_products
+from specops.linalg.polar_express import suits_products
 from specops.maps.prepare import MatrixBlock, prepare
-from specops.projections.matrices.products import by_products
 from specops.projections.of_values import changed_blocks
 from specops.typing import Array
 
@@ -90,7 +90,7 @@ def polar_factor(w: Array, geometry: Geometry | None = None, *, method: str = "a
 
 def _by_products(xp: Any, a: Array, method: str) -> Array | None:
     """The factor, or None where another method is due."""
-    if not by_products(a, method):
+    if not suits_products(a, method):
         return None
     factor, error = polar_by_products(xp, a)
     accepted = _ACCEPTED[arrays.dtype_name(arrays.real_dtype(xp, a.dtype))]

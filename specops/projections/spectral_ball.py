@@ -7,14 +7,15 @@ from typing import Any
 from specops import arrays
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import check_bound, integer, nan_without, non_negative
+from specops.linalg.clip_concrete import METHODS as MATRIX_METHODS
 from specops.maps.prepare import prepare
-from specops.maps.unread import with_unread
-from specops.projections.kernels import ball as kernel_ball
+from specops.projections.kernels.ball import METHODS as KERNEL_METHODS
+from specops.projections.kernels.ball import project_kernel
 from specops.projections.kernels.solution import Tolerance
-from specops.projections.matrices import ball as matrix_ball
+from specops.projections.matrices.ball import project_matrices
 from specops.typing import Array, State
 
-_METHODS = {Dense: matrix_ball.METHODS, Conv: kernel_ball.METHODS}
+_METHODS = {Dense: MATRIX_METHODS, Conv: KERNEL_METHODS}
 
 
 @arrays.in_full_precision
@@ -145,7 +146,7 @@ def project_spectral_ball(
         )
     if isinstance(given.geometry, Conv):
         tolerance = Tolerance(gap_tolerance, distance_tolerance)
-        result, info = kernel_ball.project_kernel(
+        result, info = project_kernel(
             given,
             w,
             max_norm,
@@ -155,9 +156,8 @@ def project_spectral_ball(
             state=state or {},
             measure=measure,
         )
-        result = with_unread(result, w, given.geometry)
     else:
-        result, info = matrix_ball.project_matrices(
+        result, info = project_matrices(
             given, w, max_norm, method=method, state=state or {}, measure=measure
         )
     result = nan_without(max_norm, result)

@@ -6,6 +6,7 @@ from typing import Any
 
 from specops import arrays
 from specops.maps.prepare import Prepared
+from specops.maps.unread import with_unread
 from specops.projections.info import ProjectionInfo
 from specops.projections.kernels.ball_on_host import HostSolver
 from specops.projections.kernels.ball_traced import project_traced
@@ -32,5 +33,8 @@ def project_kernel(
     known = isinstance(max_norm, float) or arrays.is_concrete(max_norm)
     if known and arrays.is_concrete(given.w):
         # Wherever the kernel lives: its blocks are small matrices, many of them.
-        return HostSolver(problem).project(method, iterations, tolerance, state, measure)
-    return project_traced(problem, method, iterations)
+        solver = HostSolver(problem)
+        result, info = solver.project(method, iterations, tolerance, state, measure)
+    else:
+        result, info = project_traced(problem, method, iterations)
+    return with_unread(result, w, problem.geometry), info

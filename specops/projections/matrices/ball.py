@@ -18,8 +18,6 @@ from specops.projections.matrices.ball_traced import project_traced
 from specops.projections.of_values import changed_blocks
 from specops.typing import Array, State
 
-METHODS = ("auto", "eigh", "svd", "products")
-
 
 def project_matrices(
     given: Prepared,

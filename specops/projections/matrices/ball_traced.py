@@ -12,7 +12,6 @@ from specops.linalg.clip import clip
 from specops.maps.prepare import MatrixBlock
 from specops.projections.feasible import store_within
 from specops.projections.info import ProjectionInfo
-from specops.projections.matrices.gap import certified_gap
 from specops.typing import Array
 
 
@@ -42,5 +41,5 @@ def project_traced(
         xp, clipped * block.scale, dtype, lambda x: within | (norm(x) <= limit), limit.ndim
     )
     final = arrays.to_compute(xp, stored)
-    gap = certified_gap(xp, a, found, final / block.scale, target, within)
+    gap = found.gap(xp, a, final / block.scale, target, within)
     return stored, ProjectionInfo(before * unit, norm(final) * unit, gap, 1)

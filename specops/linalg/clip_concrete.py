@@ -1,0 +1,69 @@
+"""Clipping singular values that are known, by the method that suits shape and device."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from specops import arrays
+from specops.arrays import workers
+from specops.linalg.clip import Clipped, clip
+from specops.linalg.clip_by_products import clip_by_products
+from specops.linalg.gram_iteration import gram_iteration
+from specops.linalg.polar_express import suits_products
+from specops.typing import Array
+
+METHODS = ("auto", "eigh", "svd", "products")
+_ACCEPTED = {"float32": 2e-5, "float64": 1e-12}
+"""Proven error of the product method, in units of σ₁√n, below which it stands."""
+
+
+def clip_concrete(xp: Any, a: Array, limit: Array, method: str) -> Clipped:
+    """``U min(Σ, limit) Vᴴ`` for stacked matrices.
+
+    Parameters
+    ----------
+    xp, a, limit
+        As `clip`.
+    method : str
+        Of `METHODS`; products are replaced by eigenvectors where their error is too large.
+    """
+    if suits_products(a, method):
+        largest = gram_iteration(xp, a)
+        clipped, error = clip_by_products(xp, a, limit, largest)
+        accepted = _ACCEPTED[arrays.dtype_name(arrays.real_dtype(xp, a.dtype))]
+        good = error <= accepted * largest * math.sqrt(min(a.shape[-2:]))
+        if arrays.truth(xp.all(good)):
+            return Clipped(clipped, None, error)
+    force_svd = method == "svd"
+    on_host = None if arrays.solves_alone(a) else arrays.on_host(a)
+    if on_host is None:
+        return clip(xp, a, limit, force_svd=force_svd, keep_basis=True)
+    limits = np.asarray(arrays.to_numpy(limit))
+    if on_host.ndim > 2:
+        return _by_workers(a, on_host, limits, force_svd)
+    found = clip(np, on_host, limits, force_svd=force_svd, keep_basis=True)
+    return Clipped(
+        **{
+            field: None if value is None else arrays.from_host(np.asarray(value, value.dtype), a)
+            for field, value in vars(found).items()
+        }
+    )
+
+
+def _by_workers(a: Array, values: np.ndarray, limits: np.ndarray, force_svd: bool) -> Clipped:
+    """The matrices of a stack on the CPU, of any library, by several workers."""
+    flat, flat_limits = values.reshape(-1, *values.shape[-2:]), limits.reshape(-1)
+
+    def work(chunk: slice) -> tuple[Array, Array]:
+        found = clip(np, flat[chunk], flat_limits[chunk], force_svd=force_svd)
+        return found.matrices, found.removed
+
+    chunks = workers.map_chunks(work, len(flat), flat[0].nbytes)
+    matrices, removed = (np.concatenate(p) for p in zip(*chunks, strict=True))
+    return Clipped(
+        arrays.from_host(matrices.reshape(values.shape), a),
+        arrays.constant(removed.reshape(limits.shape), a),
+    )
