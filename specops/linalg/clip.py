@@ -13,8 +13,9 @@ from specops.linalg.soft_threshold import GRAM_RANGE, by_gram
 from specops.typing import Array
 
 _WARM_UP_TO = 0.25
-"""Fraction of the singular values up to which a warm start is kept: rounds on a wider block of
-1024² took as long as eigenvectors."""
+"""Fraction of the singular values up to which a warm start is kept. Of normal matrices of 512²,
+whose values have no gaps, following 2 % took 0.6 of the time of eigenvectors and 6 % twice that
+time; of 1024² 2 % took half. More pays only where values fall off."""
 _WARM_SPARE = 8
 """Vectors a warm start has beside twice those above the limit, for values that rise until then."""
 

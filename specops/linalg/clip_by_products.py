@@ -71,15 +71,18 @@ from specops.linalg.rounding import frobenius, product_rounding
 from specops.typing import Array
 
 NEAR, FAR = 2.0, 5.0
-"""Ratios σ₁/limit that the quintics are fitted to; beyond, the clip is done in stages."""
+"""Ratios σ₁/limit that the quintics are fitted to; beyond, the clip is done in stages: 57 products
+at ratio 5 instead of two stages of 47 each."""
 MOST_STAGES = 8
+"""Of ratio 5 each: as much as single precision tells apart, σ₁ = 4e5·c."""
 SLACK = 1e-4
-"""Relative excess over the norms that rounding and an earlier stage may cause."""
-RESOLUTION = 300.0
+"""Relative excess over the norms that rounding and an earlier stage may cause: a thousand units in
+single precision."""
+SIGN_RESOLUTION = 300.0
 """Least |T| whose sign is resolved at σ₁ = 2c, in units of ε·‖T‖; an error of 1/8 of it in X."""
 # Fitted at import: compilers cannot look into the fit.
 _SIGN = {
-    (eps, reach): sign_quintics(RESOLUTION * eps / (reach**2 - 1.0), 8.0 * eps)
+    (eps, reach): sign_quintics(SIGN_RESOLUTION * eps / (reach**2 - 1.0), 8.0 * eps)
     for eps in EPSILONS
     for reach in (NEAR, FAR)
 }

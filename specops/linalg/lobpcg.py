@@ -10,8 +10,11 @@ from specops.maps.matrix import MatrixOperator
 from specops.typing import Array
 
 _DEPENDENT = 1e-6
+"""Length of what is new in a column, over the longest, at which it is taken for rounding: eight
+units in single precision."""
 _DRIFTS = 8
-"""Rounds from which the rounding that images of V gather is taken out at the end."""
+"""Rounds from which the rounding that images of V gather is taken out at the end: in single
+precision it grew from 7e-8 of σ₁ after 4 rounds to 2e-7 after 200."""
 
 
 class Map(Protocol):

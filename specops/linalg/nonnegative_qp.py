@@ -5,8 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 _RIDGE = 1e-12
+"""Of the mean diagonal: makes faces of dependent variables regular, and moves a minimum by as
+much."""
 _BATCH = 16
+"""Variables that enter at once: programs of 200 variables took 67 solutions one by one, 18 by
+fours, 14 by sixteens and 13 by sixty-fours."""
 _UNRELATED = 0.5
+"""Largest cosine between variables that enter at once: at 0.3 and 0.8 they took as many."""
 
 
 def nonnegative_qp(hessian: np.ndarray, linear: np.ndarray, start: np.ndarray) -> np.ndarray:

@@ -11,9 +11,9 @@ from specops.linalg.polar_express import EPSILONS, sign_quintics
 from specops.linalg.rounding import frobenius, product_rounding
 from specops.typing import Array
 
-RESOLUTION = 100.0
+POLAR_RESOLUTION = 100.0
 """Least singular value that becomes 1, in units of ε·σ₁."""
-_POLAR = {eps: sign_quintics(RESOLUTION * eps, 8.0 * eps) for eps in EPSILONS}
+_POLAR = {eps: sign_quintics(POLAR_RESOLUTION * eps, 8.0 * eps) for eps in EPSILONS}
 
 
 def polar_by_products(xp: Any, a: Array) -> tuple[Array, Array]:

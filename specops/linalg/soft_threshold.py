@@ -15,11 +15,14 @@ GRAM_RANGE = 4.0
 """σ₁/limit up to which Gram matrices resolve the limit and differences do not cancel: there they
 were more accurate in single precision than the SVD (5e-7 against 1.7e-6 of σ₁)."""
 _DOUBLE_GRAM_RANGE = 1e3
-"""The same for Gram matrices in double precision of matrices in single: they lose 1e6 of 1e16."""
+"""The same for Gram matrices in double precision of matrices in single: squares lose six of their
+sixteen digits, and the seven of single precision remain."""
 _ONE_BY_ONE_FROM = 128
-"""Side from which the matrices of a stack are worth their own number of vectors each."""
+"""Side from which the matrices of a stack get their own number of vectors each: that took 2.5
+times as long as all together at 64², as long and less memory from 128² on."""
 _TINY = 1e-9
-"""Limits whose squares, and those of what is near them, might underflow in single precision."""
+"""Limits below which squares divided by theirs are not safe in single precision: 1e-18, and ε times
+that of an eigenvalue, is still far above 1e-38."""
 
 
 def soft_threshold(

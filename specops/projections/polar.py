@@ -16,8 +16,9 @@ from specops.projections.of_values import changed_blocks
 from specops.typing import Array
 
 _METHODS = ("auto", "svd", "products")
-_ACCEPTED = {"float32": 1e-5, "float64": 1e-13}
-"""Distance from orthonormality, per √n, below which the product method stands."""
+_ACCEPTED_RESIDUAL = {"float32": 1e-5, "float64": 1e-13}
+"""Distance from orthonormality, per √n, below which the product method stands: 84 and 450 units of
+rounding, where up to 15 were measured on normal matrices of 64² to 400 × 800."""
 
 
 @arrays.in_full_precision
@@ -93,7 +94,7 @@ def _by_products(xp: Any, a: Array, method: str) -> Array | None:
     if not suits_products(a, method):
         return None
     factor, error = polar_by_products(xp, a)
-    accepted = _ACCEPTED[arrays.dtype_name(arrays.real_dtype(xp, a.dtype))]
+    accepted = _ACCEPTED_RESIDUAL[arrays.dtype_name(arrays.real_dtype(xp, a.dtype))]
     good = xp.all(error <= accepted * math.sqrt(min(a.shape[-2:])))
     if arrays.is_staged(good):
         return arrays.cond(good, lambda: factor, lambda: _by_svd(xp, a))

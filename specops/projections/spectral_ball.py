@@ -77,8 +77,9 @@ def project_spectral_ball(
     return_info : bool
         Also return a `ProjectionInfo`: norms, certified gap, iterations, state.
     measure_norms : bool
-        False saves the time that measuring the norms takes; the information may then hold NaN
-        or bounds in their place, and no gap for a Dense weight. Feasibility does not depend on it.
+        False saves the time that measuring the norms takes; the information then holds NaN in
+        their place, or a lower bound where a state gives one, and no gap for a Dense weight.
+        Feasibility does not depend on it. While a compiler traces they are measured all the same.
 
     Returns
     -------

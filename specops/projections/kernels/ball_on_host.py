@@ -22,14 +22,23 @@ from specops.spectra.torus import host_blocks
 from specops.typing import Array, State
 
 _ROUNDS = {"cutting-planes": 100, "accelerated": 40, "dykstra": 200, "alternating": 30}
+"""Measured on normal kernels of 8² to 16² channels and 3² taps, to a gap of 1e-4 at c = 0.9, 0.8
+and 0.5·σ₁: 2 to 3, 5 to 7 and 14 to 25 rounds of planes; 30 to 40, 50 to 80, 160 and more that are
+accelerated; 110 to 180 and over 200 of Dykstra's. The alternation was within 1 % after 19 to 30."""
 _CLOSE_ENOUGH = 1e-2
-"""Excess at which the alternation stops and the final rescaling takes over."""
+"""Excess at which the alternation stops and the final rescaling takes over: from there on it gains
+little by the round."""
 _CLEAR = 1e-3
-"""Relative distance from the limit beyond which measured norms decide."""
+"""Relative distance from the limit beyond which measured norms decide: a thousand times what they
+err by in single precision."""
 _ALTERNATE_ABOVE = 1e3
-"""A lower bound of σ₁, over c, from which the differences of the dual methods cancel."""
+"""A lower bound of σ₁, over c, from which the differences of the dual methods cancel: in single
+precision K − A*Z has lost three of its seven digits there, as many as the gap asks for."""
 _SAMPLED = 8
+"""Blocks looked at before all: of 20 normal kernels of 16² channels on 16² points they gave away 8
+at σ₁ = 1.02·c, 17 at 1.1·c and all at 1.5·c."""
 _PATIENCE = 2e12
+"""Work, in units of `Support.work`, of about a minute: 74 rounds of 64² channels on 32² points."""
 
 
 class HostSolver:

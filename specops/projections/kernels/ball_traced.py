@@ -9,7 +9,9 @@ from specops.projections.kernels.first_order import alternate, dual_gradient, la
 from specops.projections.kernels.problem import KernelProblem
 from specops.typing import Array
 
-_ROUNDS = {"accelerated": 20, "dykstra": 40, "alternating": 5}
+_ROUNDS_WHEN_TRACED = {"accelerated": 20, "dykstra": 40, "alternating": 5}
+"""On normal kernels of 8² to 16² channels at c = 0.9 to 0.5·σ₁ the first two moved 2 to 15 %
+further than the nearest kernel is away, five rounds of alternation 5 to 50 %."""
 
 
 def project_traced(
@@ -24,7 +26,7 @@ def project_traced(
     x0 = support.coordinates(xp, kernel)
     limit = problem.max_norm * problem.certificate / given.scale
     target = limit * problem.margin
-    rounds = iterations or _ROUNDS[method]
+    rounds = iterations or _ROUNDS_WHEN_TRACED[method]
     before = largest(xp, support, arrays.stop_gradient(x0))
     if arrays.truth(before <= limit):
         size = before * given.scale / problem.certificate

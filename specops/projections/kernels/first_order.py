@@ -31,8 +31,11 @@ from specops.spectra.torus import leading_norm, map_blocks
 from specops.typing import Array
 
 _CHECK_EVERY = 10
+"""Rounds between two certificates, each of which takes an eighth of a round's time (64² channels
+on 32² points): so they cost about one part in eighty."""
 _DIFFERENCE_UP_TO = 16.0
-"""Root mean square of the singular values, over c, from which differences lose digits."""
+"""Root mean square of the singular values, over c, up to which x − A*S(A x) is computed: the
+difference loses as much, four binary digits at the most."""
 
 
 def largest(xp: Any, support: Support, x: Array) -> Array:

@@ -20,6 +20,8 @@ from specops.spectra.torus import leading_block, leading_vectors
 from specops.typing import Array
 
 _NOISE = 0.05
+"""Length of the random vector beside an old unit vector: without it a group that has taken the
+lead is not found, as a test shows."""
 
 
 def leading_direction(
