@@ -10,8 +10,8 @@ from specops import arrays
 from specops.arrays import host, workers
 from specops.arrays.gram import below, gram
 from specops.arrays.solvers import has_cholesky, svdvals
-from specops.maps.matrix import MatrixOperator
 from specops.linalg.rounding import CHOLESKY_MARGIN
+from specops.maps.matrix import MatrixOperator
 from specops.typing import Array
 
 BEYOND = 1e9

@@ -7,6 +7,7 @@ from typing import Any
 from specops import arrays
 from specops.arrays.solvers import svd
 from specops.maps.matrix import MatrixOperator
+from specops.maps.protocol import Operator
 from specops.typing import Array
 
 _DEPENDENT = 1e-6
@@ -15,16 +16,6 @@ units in single precision."""
 _DRIFTS = 8
 """Rounds from which the rounding that images of V gather is taken out at the end: in single
 precision it grew from 7e-8 of σ₁ after 4 rounds to 2e-7 after 200."""
-
-
-class Map(Protocol):
-    """Products with a matrix; vectors are rows."""
-
-    def matvec(self, x: Array) -> Array:
-        """A x."""
-
-    def rmatvec(self, y: Array) -> Array:
-        """Aᴴ y."""
 
 
 def with_small_columns(xp: Any, a: Array) -> MatrixOperator:

@@ -106,7 +106,7 @@ def _iterate(xp: Any, a: Array, k: int, width: int, start: Array | None) -> Arra
     noise = xp.astype(arrays.constant(noise, a), a.dtype)
     if k == 1:
         first = noise if start is None else start + _RANDOM_PART * noise
-        _, _, v = largest_singular_triplet(xp, MatrixOperator, a, None, first[:, 0])
+        _, _, v = largest_singular_triplet(xp, MatrixOperator(a), first[:, 0])
         return (v / nonzero(xp, xp.linalg.vector_norm(v)))[:, None]
     if start is not None:
         noise = xp.concat([start, noise[:, :1]], axis=1)[:, : min(width + 1, *a.shape)]
