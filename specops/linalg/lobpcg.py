@@ -102,7 +102,8 @@ def leading_triplets(
         )
     if rounds > _DRIFTS:
         v = xp.linalg.qr(v)[0]
-        u, s, qh = svd(xp, _apply(operator.matvec, v))
+        image = _apply(operator.matvec, v)
+        u, s, qh = svd(xp, image)
         v = arrays.matmul(v, arrays.adjoint(xp, qh))
     return u[:, :k], s[:k], v[:, :k], v
 
