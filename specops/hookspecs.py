@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import pluggy
 
 from specops.geometry import Geometry
 from specops.training.plan import Plan
 
-if TYPE_CHECKING:
-    from specops.checkpoints.base import Checkpoint
-
 PROJECT = "specops"
+Reader = TypeVar("Reader")
+"""`specops.checkpoints.Checkpoint`, which stands above."""
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
@@ -68,8 +67,8 @@ class Specs:
 
     @hookspec(firstresult=True)
     def specops_open_checkpoint(
-        self, path: Path, open_file: Callable[[Path], Checkpoint]
-    ) -> Checkpoint | None:
+        self, path: Path, open_file: Callable[[Path], Reader]
+    ) -> Reader | None:
         """Return a reader if the file or folder is of your format, judged by its first bytes.
 
         `open_file` opens another file by whichever reader knows it: for a folder of files. An
