@@ -11,6 +11,8 @@ import pluggy
 
 from specops.geometry import Geometry
 from specops.training.plan import Plan
+from specops.training.protocol import Attachment
+from specops.training.report import Report
 
 PROJECT = "specops"
 Reader = TypeVar("Reader")
@@ -45,12 +47,12 @@ class Adapter(Protocol):
         *,
         geometries: Mapping[str, Geometry] | None,
         **options: Any,
-    ) -> Any:
+    ) -> Attachment:
         """Make the plan act after every step of the optimizer; return the attachment."""
 
     def project(
         self, model: Any, plan: Plan, *, geometries: Mapping[str, Geometry] | None, **options: Any
-    ) -> Any:
+    ) -> Report:
         """Apply the plan once; return the report."""
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from specops.geometry import Geometry
 from specops.plugins import find_adapter
 from specops.training.plan import Plan
+from specops.training.protocol import Attachment
+from specops.training.report import Report
 
 
 def attach(
@@ -18,7 +20,7 @@ def attach(
     every: int | None = None,
     geometries: Mapping[str, Geometry] | None = None,
     **options: Any,
-) -> Any:
+) -> Attachment:
     """Make a rule, or a plan, act on a model's weights during training.
 
     Parameters
@@ -39,9 +41,9 @@ def attach(
 
     Returns
     -------
-    attachment
+    Attachment
         With ``report()``, ``history``, ``state_dict()``, ``load_state_dict()``,
-        ``is_attached`` and ``detach()``.
+        ``is_attached``, ``enforce()`` and ``detach()``; adapters add what is their own.
 
     Raises
     ------
@@ -61,7 +63,7 @@ def project(
     *,
     geometries: Mapping[str, Geometry] | None = None,
     **options: Any,
-) -> Any:
+) -> Report:
     """Apply a rule, or a plan, to a model's weights once, without training.
 
     Convolutions whose input size is not known (no ``geometries``) are constrained for every

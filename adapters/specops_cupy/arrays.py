@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 from specops import arrays
 from specops.errors import AdapterError
-from specops.training.plan import Weight
+from specops.training.constrained import Constrained
+from specops.training.parameter import Parameter
+from specops.training.weight import Weight
 from specops.typing import Array
+from specops_cupy.device import on_device_of
 
-_FLOATS = ("float16", "float32", "float64", "complex64", "complex128")
 _UNKNOWN_MAP = (
     "a bare array does not say which linear map it is: pass geometries={{{name!r}: ...}}, "
     "Dense(...) or Conv(...)"
@@ -63,38 +66,93 @@ def rebuild(
     return result
 
 
-def describe(leaves: Mapping[str, Any]) -> tuple[list[Weight], dict[str, tuple[str, ...]]]:
-    """(every entry as a plan sees it, further names of those that stand under several).
+class Entry(Parameter):
+    """An array of the dict."""
+
+    def __init__(self, name: str, array: Any) -> None:
+        self.weight, self.array = _weight(name, array), array
+
+    def read(self) -> Array:
+        """The array itself."""
+        return self.array
+
+    def write(self, value: Array) -> None:
+        """In place."""
+        self.array[...] = value
+
+    def check_writable(self) -> None:
+        """CuPy's arrays always are; NumPy's need not be."""
+        check_writeable(self.weight.name, self.array)
+
+    def context(self) -> AbstractContextManager[None]:
+        """On the array's device."""
+        return on_device_of(self.array)
+
+
+def entries(leaves: Mapping[str, Any]) -> list[Entry]:
+    """Every entry, with the further names of an array that stands under several.
 
     Which map an array is, is never guessed from its shape. One array under two names, or two
     that are the same view of the same memory, count once; views that overlap otherwise are not
     recognised.
     """
-    weights: list[Weight] = []
-    seen: dict[Any, str] = {}
-    aliases: dict[str, tuple[str, ...]] = {}
+    result: list[Entry] = []
+    seen: dict[Any, Entry] = {}
     for name, leaf in leaves.items():
-        weight = _weight(name, leaf)
-        if not weight.skipped:
-            place = _place(leaf)
-            first = seen.setdefault(place, name)
-            if first != name:
-                weight = replace(weight, obstacle="", skipped=f"tied to {first}")
-                aliases[first] = (*aliases.get(first, ()), name)
-        weights.append(weight)
-    return weights, aliases
+        entry = Entry(name, leaf)
+        if not entry.weight.skipped:
+            first = seen.setdefault(_place(leaf), entry)
+            if first is not entry:
+                reason = f"tied to {first.weight.name}"
+                entry.weight = replace(entry.weight, obstacle="", skipped=reason)
+                first.aliases = (*first.aliases, name)
+        result.append(entry)
+    return result
 
 
-def measurable(weight: Weight) -> Weight:
-    """The weight, whose obstacle a user's geometry may have removed although it remains."""
-    if weight.skipped or weight.dtype in _FLOATS:
-        return weight
-    return replace(weight, geometry=None, obstacle=_not_measurable(weight.dtype))
+def matched(
+    gradients: Any, entries: Sequence[Entry], constrained: Sequence[Constrained[Entry]]
+) -> dict[str, Array]:
+    """Gradients by the names of constrained arrays, checked; those that are missing left out."""
+    given = flatten(gradients)
+    names = [entry.weight.name for entry in entries]
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        raise AdapterError(
+            f"{unknown[0]} has a gradient but is no entry of the model, whose entries are called "
+            f"{', '.join(map(repr, names[:5]))}, …"
+        )
+    result = {}
+    for c in constrained:
+        own = (c.name, *c.at.aliases)
+        name = next((n for n in own if given.get(n) is not None), None)
+        if name is not None:
+            _check_gradient(name, given[name], c.at.array)
+            result[c.name] = given[name]
+    return result
 
 
-def is_writeable(x: Array) -> bool:
-    """Whether an array can be written to; CuPy's always can."""
-    return bool(getattr(getattr(x, "flags", None), "writeable", True))
+def _check_gradient(name: str, gradient: Any, array: Array) -> None:
+    if not is_array(gradient) or library(gradient) != library(array):
+        raise AdapterError(
+            f"the gradient of {name} is a {type(gradient).__module__}."
+            f"{type(gradient).__name__}, no array of {library(array)} as its weight: "
+            f"convert it first"
+        )
+    if gradient.shape != array.shape:
+        raise AdapterError(
+            f"{name} has shape {tuple(array.shape)}, but its gradient {tuple(gradient.shape)}: "
+            f"pass the gradient of the array itself"
+        )
+    check_writeable(f"the gradient of {name}", gradient)
+
+
+def check_writeable(name: str, x: Array) -> None:
+    """Raise before the first of several arrays is written."""
+    if not getattr(getattr(x, "flags", None), "writeable", True):
+        raise AdapterError(
+            f"{name} is read-only, so no array was changed: pass a copy that can be written to"
+        )
 
 
 def is_array(x: Any) -> bool:
@@ -124,16 +182,7 @@ def _weight(name: str, leaf: Any) -> Weight:
         kind = type(leaf).__name__
         return Weight(name, (), kind, skipped=f"no array but {kind}")
     shape, dtype = tuple(leaf.shape), arrays.dtype_name(leaf.dtype)
-    if leaf.ndim < 2:
-        return Weight(name, shape, dtype, skipped=f"{leaf.ndim}-d: a bias or scale, no matrix")
-    if 0 in shape:
-        return Weight(name, shape, dtype, skipped="empty")
-    obstacle = _UNKNOWN_MAP.format(name=name) if dtype in _FLOATS else _not_measurable(dtype)
-    return Weight(name, shape, dtype, obstacle=obstacle)
-
-
-def _not_measurable(dtype: str) -> str:
-    return f"dtype {dtype} cannot be measured: keep a float32 weight"
+    return Weight.of(name, shape, dtype, obstacle=_UNKNOWN_MAP.format(name=name))
 
 
 def _place(x: Array) -> Any:

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from specops.errors import AdapterError, GeometryError
+from specops import arrays
+from specops.errors import AdapterError
 from specops.geometry import Geometry
-from specops.training.assigned import check_saved
-from specops.training.history import History
-from specops.training.plan import Assignment, Plan, Weight, override_geometries
-from specops.training.report import Report, plan_rows
+from specops.training.attachment import BaseAttachment
+from specops.training.constrained import Constrained
+from specops.training.firing import NonFinitePolicy
+from specops.training.history import Record
+from specops.training.plan import Plan
+from specops.training.weight import Weight
 from specops.typing import Array
-from specops_cupy.arrays import check_library, describe, flatten, rebuild
-from specops_cupy.assigning import assign, matched
-from specops_cupy.constrained import Constrained
-from specops_cupy.firing import (
-    Firing,
-    Record,
-    add_terms,
-    check_writeable,
-    keep_states,
-    write_weights,
-)
-
-NonFinitePolicy = Literal["raise", "skip", "warn"]
+from specops_cupy.arrays import Entry, check_library, entries, flatten, matched, rebuild
 
 
-class Attachment:
+class Attachment(BaseAttachment[Constrained[Entry]]):
     """A plan at work on a dict of arrays. Made by `attach`; see there.
 
     Attributes
@@ -37,61 +27,46 @@ class Attachment:
         Calls of `step` since attaching (or since the state that was loaded).
     """
 
+    stages = ("weights", "gradients", "forward")
+
     def __init__(
         self,
         optimizer: None,
         model: Mapping[str, Any],
         plan: Plan,
         geometries: Mapping[str, Geometry] | None = None,
-        *,
-        on_nonfinite: NonFinitePolicy = "raise",
-        history: int = 10_000,
-        log: Any = None,
+        **options: Any,
     ) -> None:
-        if on_nonfinite not in ("raise", "skip", "warn"):
-            raise ValueError(
-                f'on_nonfinite must be "raise", "skip" or "warn", got {on_nonfinite!r}'
-            )
+        super().__init__(plan, geometries, **options)
         if optimizer is not None:
             raise AdapterError(
                 f"arrays have no optimizer whose steps could be followed, got "
                 f"{type(optimizer).__name__}: pass None, and call attachment.step() after each "
                 f"update of the arrays"
             )
-        self.plan = plan
-        self.steps = 0
-        self._firing = Firing(on_nonfinite, self._misfit)
-        self._history = History(history)
-        if log is not None:
-            self._history.tell(log)
         self._model: Mapping[str, Any] | None = model
-        self._geometries = dict(geometries or {})
-        self._described: list[Weight] = []
-        self._aliases: dict[str, tuple[str, ...]] = {}
-        self._assignments: list[Assignment] = []
-        self._constrained: list[Constrained] = []
-        self._look()
+        self._entries: list[Entry] = []
+        self._described: list[tuple[Weight, Sequence[str]]] = []
+        self.look()
 
-    def __repr__(self) -> str:
-        status = "attached" if self.is_attached else "detached"
-        return f"<Attachment: {len(self._constrained)} arrays, step {self.steps}, {status}>"
+    def parameters(self) -> list[Entry]:
+        """Every entry of the dict."""
+        return self._entries
 
-    @property
-    def is_attached(self) -> bool:
-        """Whether `detach` was not called yet."""
-        return self._model is not None
-
-    @property
-    def history(self) -> list[Record]:
-        """The latest firings, oldest first: step, name and the rule's figures as floats."""
-        return self._history.records()
-
-    def log_to(self, listener: Any) -> None:
-        """Hand each firing's figures to a callable or a TensorBoard ``SummaryWriter``.
-
-        Figures then leave their device at every firing.
-        """
-        self._history.tell(listener)
+    def look(self) -> None:
+        """Find the arrays of now: they may have been replaced, added or taken away."""
+        if self._model is None:
+            super().look()
+            return
+        leaves = flatten(self._model)
+        check_library(leaves)
+        self._entries = entries(leaves)
+        described = [(entry.weight, entry.aliases) for entry in self._entries]
+        if described != self._described:
+            self.assign()
+            self._described = described
+        for c in self._constrained:
+            c.at.array = leaves[c.name]
 
     def before_step(self, gradients: Mapping[str, Any]) -> None:
         """Let rules of stage "gradients" add to gradients in place, before an update.
@@ -109,53 +84,14 @@ class Attachment:
         NonFiniteError
             As `step`.
         """
-        self._look()
-        step = self.steps + 1
-        given = matched(gradients, self._of("gradients"), self._described, self._aliases)
-        due = [c for c in self._of("gradients") if self.plan.fires(step, c.assignment.every)]
-        without = [c.name for c in due if c.name not in given]
-        outcomes = self._firing.compute([c for c in due if c.name in given], step)
-        add_terms(outcomes, given)
-        for name in without:
-            self._history.add({"step": step, "name": name, "skipped": "no gradient"})
-        self._record(outcomes)
+        self.look()
+        of_stage = [c for c in self._constrained if c.stage == "gradients"]
+        self._penalise(matched(gradients, self._entries, of_stage))
 
-    def step(self) -> None:
-        """Count one update of the arrays and let the rules that are due act.
-
-        Rules of stage "weights" write into the arrays; the vectors of forward rules advance.
-        All is computed before the first array is written, so an error leaves every array as it
-        was.
-
-        Raises
-        ------
-        NonFiniteError
-            An array holds NaN or infinity, and the policy is to raise.
-        AdapterError
-            Detached, or an array that can not be written to.
-        """
-        self._look()
-        self.steps += 1
-        step = self.steps
-        for c in self._of("forward"):
-            c.drifting = True
-        weights = [c for c in self._of("weights") if self.plan.fires(step, c.assignment.every)]
-        # A forward rule acts in every forward pass, so its vectors never stop.
-        vectors = [
-            c for c in self._of("forward") if (step - self.plan.start) % c.assignment.every == 0
-        ]
-        written = self._firing.compute(weights, step)
-        advanced = self._firing.compute(vectors, step)
-        write_weights(written)
-        keep_states(advanced)
-        self._record([*written, *advanced])
-
-    def enforce(self) -> None:
-        """Let every rule on weights act now, certified: after the last step, before an export."""
-        self._look()
-        outcomes = self._firing.compute(self._of("weights"), max(self.steps, 1), certain=True)
-        write_weights(outcomes)
-        self._record(outcomes)
+    def add(self, gradient: Array, term: Array) -> Array:
+        """In place."""
+        gradient[...] = gradient + arrays.namespace(gradient).astype(term, gradient.dtype)
+        return gradient
 
     def normalized(self) -> dict[str, Any]:
         """The arrays that a forward pass is to use, in a dict like the model.
@@ -164,110 +100,15 @@ class Attachment:
         Calling it changes neither arrays nor vectors, which advance in `step`; an array that
         was written to from outside (a checkpoint, an average) is measured anew.
         """
-        model = self._look()
-        replaced: dict[str, Array] = {}
-        for c in self._of("forward"):
-            used = c.used(self.steps + 1)
-            replaced |= dict.fromkeys((c.name, *self._aliases.get(c.name, ())), used)
-        return rebuild(model, replaced)
-
-    def report(self, *, measure: bool = True) -> Report:
-        """Every entry of the dict: constrained by what, or left alone and why.
-
-        With `measure`, constrained arrays show their operator norm as it is now (of forward
-        rules: of the array in use): exact for matrices and circular convolutions, a certified
-        upper bound for zero-padded ones. After `detach`, nothing is measured.
-        """
-        current = {}
-        if self.is_attached:
-            self._look()
-            current = {c.name: c for c in self._constrained}
-        rows = []
-        for row in plan_rows(self._assignments):
-            constrained = current.get(row.name)
-            if constrained is not None and measure and row.rule:
-                row = replace(row, **constrained.norm(self.steps + 1))
-            rows.append(row)
-        return Report(tuple(rows))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Steps and rule states by name: what a resumed run needs beside the arrays."""
-        self._look()
-        return {
-            "version": 1,
-            "steps": self.steps,
-            "weights": {c.name: c.state_dict() for c in self._constrained},
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned; names must be those constrained here.
-
-        Restore the arrays first. States that went through the host (``numpy.savez``) go back to
-        the device of their array.
-
-        Raises
-        ------
-        AdapterError
-            Another version, other names, or vectors of other shapes; nothing is changed then.
-        """
-        self._look()
-        check_saved(state, [c.name for c in self._constrained])
-        for c in self._constrained:
-            c.check_state(state["weights"][c.name])
-        self.steps = int(state["steps"])
-        for c in self._constrained:
-            c.load_state_dict(state["weights"][c.name])
+        used = self.weights()
+        aliases = {name: c.name for c in self._constrained for name in c.at.aliases}
+        assert self._model is not None
+        return rebuild(self._model, used | {name: used[first] for name, first in aliases.items()})
 
     def detach(self, *, fold: bool = False) -> None:
-        """Stop acting and let go of the arrays.
-
-        Parameters
-        ----------
-        fold : bool
-            Write the arrays that forward rules let a forward pass use into the dict's: they
-            then compute the same without specops. Otherwise all arrays stay as they are.
-        """
-        if fold:
-            self._look()
-            used = [(c, c.used(self.steps + 1)) for c in self._of("forward")]
-            for c, _ in used:
-                check_writeable(c.name, c.array)
-            for c, array in used:
-                c.array[...] = array
-        self._model = None
-        self._constrained = []
-        self._described = []
-
-    def _look(self) -> Mapping[str, Any]:
-        """The dict as it is now: its arrays may have been replaced, added or taken away."""
-        model = self._model
-        if model is None:
-            raise AdapterError("this attachment is detached and does nothing: attach again")
-        leaves = flatten(model)
-        check_library(leaves)
-        described, aliases = describe(leaves)
-        if described != self._described:
-            weights = override_geometries(described, self._geometries, aliases=aliases)
-            before = {c.name: c for c in self._constrained}
-            decided = assign(self.plan, weights, leaves, before)
-            self._assignments, self._constrained = decided
-            self._described, self._aliases = described, aliases
-        for c in self._constrained:
-            c.array = leaves[c.name]
-        return model
-
-    def _of(self, stage: str) -> list[Constrained]:
-        return [c for c in self._constrained if c.stage == stage]
-
-    def _record(self, outcomes: Any) -> None:
-        for outcome in outcomes:
-            self._history.add(outcome.record)
-
-    def _misfit(self, c: Constrained, error: GeometryError) -> None:
-        """The rule has no method for this geometry: "*" skips."""
-        for index, assignment in enumerate(self._assignments):
-            if assignment.weight.name == c.name:
-                self._assignments[index] = replace(assignment, rule=None, reason=str(error))
+        """Stop acting and let go of the arrays; see `BaseAttachment.detach`."""
+        super().detach(fold=fold)
+        self._model, self._entries, self._described = None, [], []
 
 
 def attach(

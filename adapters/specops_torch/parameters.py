@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from specops.errors import AdapterError
 from specops.geometry import Dense
-from specops.training.plan import Weight
+from specops.training.weight import Weight
 from specops_torch.geometry import CONVOLUTIONS, Role, role_of
 from specops_torch.sizes import SizeRecorder
 

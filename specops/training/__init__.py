@@ -1,4 +1,4 @@
-"""What every adapter's hook shares: plans, what is kept of a weight, history and report."""
+"""What every adapter's hook shares: plans, weights under rules, firings, history and report."""
 
 from specops.training.plan import Plan
 

@@ -13,38 +13,7 @@ from specops.errors import AdapterError, GeometryError, PlanError, UnsupportedAr
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import integer
 from specops.rules import Rule, StagedRule, completed
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One parameter of a model, as an adapter describes it to a plan.
-
-    Attributes
-    ----------
-    name : str
-        Path of the parameter in the model.
-    shape, dtype : tuple of int, str
-        For the report.
-    geometry : Dense or Conv, optional
-        The map it stands for, if it stands for one.
-    skipped : str
-        Why no rule can ever apply (a bias, a frozen or tied parameter); empty otherwise.
-    obstacle : str
-        Why it cannot be constrained although it is a linear map. A rule that names it raises.
-    opt_in : str
-        Why only a rule that names it applies (an embedding).
-    unusable : str
-        Why it holds no values to constrain (lazy, meta): an error if any rule is to apply.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    geometry: Geometry | None = None
-    skipped: str = ""
-    obstacle: str = ""
-    opt_in: str = ""
-    unusable: str = ""
+from specops.training.weight import Weight, unmeasurable
 
 
 @dataclass(frozen=True)
@@ -246,7 +215,9 @@ def override_geometries(
         unused.discard(pattern)
         geometry = geometries[pattern]
         _check_fit(weight, geometry)
-        result.append(replace(weight, geometry=geometry, obstacle="", opt_in=""))
+        obstacle = unmeasurable(weight.dtype)
+        known = None if obstacle else geometry
+        result.append(replace(weight, geometry=known, obstacle=obstacle, opt_in=""))
     if unused:
         raise PlanError(
             f"geometries names {', '.join(map(repr, sorted(unused)))}, which no parameter "

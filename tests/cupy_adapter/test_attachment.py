@@ -58,7 +58,7 @@ def test_weights_are_projected_in_place(xp: Any) -> None:
     arrays = model(xp)
     w, k, before = arrays["a"]["w"], arrays["k"], model(xp)
     attachment = attach(None, arrays, CLIP, geometries=MAPS)
-    assert repr(attachment) == "<Attachment: 2 arrays, step 0, attached>"
+    assert repr(attachment) == "<Attachment: 2 weights, step 0, attached>"
     assert np.array_equal(host(w), host(before["a"]["w"]))
     attachment.step()
     assert arrays["a"]["w"] is w

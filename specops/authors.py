@@ -1,0 +1,63 @@
+"""What the author of an adapter imports, beside the names of `specops` itself.
+
+`BaseAttachment` says what to write; `examples/adapter_sklearn.py` is the smallest adapter,
+`examples/adapter_keras` one with a guide, and `specops.testing.AdapterSuite` checks it.
+"""
+
+from specops.errors import (
+    AdapterError,
+    GeometryError,
+    HookLostWarning,
+    NonFiniteError,
+    NonFiniteWarning,
+    PlanError,
+    SpecopsError,
+    UnsupportedArrayError,
+    UnsupportedGeometryError,
+)
+from specops.geometry import Geometry
+from specops.hookspecs import Adapter, AdapterStatus, hookimpl
+from specops.plugins import manager
+from specops.rules import Rule
+from specops.training.attachment import BaseAttachment
+from specops.training.constrained import Constrained
+from specops.training.firing import NonFinitePolicy, Outcome
+from specops.training.history import History, Record
+from specops.training.parameter import Parameter
+from specops.training.plan import Assignment, Plan, override_geometries
+from specops.training.protocol import Attachment
+from specops.training.report import Report, ReportRow, plan_rows
+from specops.training.weight import Weight
+
+__all__ = [
+    "Adapter",
+    "AdapterError",
+    "AdapterStatus",
+    "Assignment",
+    "Attachment",
+    "BaseAttachment",
+    "Constrained",
+    "Geometry",
+    "GeometryError",
+    "History",
+    "HookLostWarning",
+    "NonFiniteError",
+    "NonFinitePolicy",
+    "NonFiniteWarning",
+    "Outcome",
+    "Parameter",
+    "Plan",
+    "PlanError",
+    "Record",
+    "Report",
+    "ReportRow",
+    "Rule",
+    "SpecopsError",
+    "UnsupportedArrayError",
+    "UnsupportedGeometryError",
+    "Weight",
+    "hookimpl",
+    "manager",
+    "override_geometries",
+    "plan_rows",
+]

@@ -1,0 +1,115 @@
+"""What a plan decides about the parameters of a model, now and whenever they change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
+
+from specops.errors import PlanError, SpecopsError
+from specops.geometry import Dense, Geometry
+from specops.training.assigned import warn_of
+from specops.training.constrained import Constrained
+from specops.training.parameter import Parameter
+from specops.training.plan import Assignment, Plan, override_geometries
+
+C = TypeVar("C", bound=Constrained[Any])
+C_co = TypeVar("C_co", bound=Constrained[Any], covariant=True)
+_STACK = 8
+"""Frames from a warning up to who calls `specops.attach`."""
+
+
+class Attaching(Protocol[C_co]):
+    """What is asked of an attachment here."""
+
+    plan: Plan
+
+    def parameters(self) -> Sequence[Parameter]: ...
+    def check_rule(self, rule: Any) -> None: ...
+    def constrain(self, parameter: Any, assignment: Assignment) -> C_co: ...
+
+
+def assigned(
+    attachment: Attaching[C],
+    geometries: Mapping[str, Geometry],
+    constrained: Sequence[C],
+) -> tuple[list[Assignment], list[C], list[C]]:
+    """(a decision about every parameter, those under a rule, those that were under one).
+
+    Those constrained before go on with their states and sizes; an error leaves nothing behind.
+
+    Raises
+    ------
+    PlanError
+        The plan does not fit, or a rule cannot act on a weight that a pattern names.
+    AdapterError
+        A rule that the adapter does not run.
+    """
+    parameters = attachment.parameters()
+    weights = override_geometries(
+        [p.weight for p in parameters],
+        geometries,
+        aliases={p.weight.name: p.aliases for p in parameters},
+    )
+    before = {c.name: c for c in constrained}
+    assignments: list[Assignment] = []
+    result: list[C] = []
+    pairs = zip(parameters, attachment.plan.assign(weights), strict=True)
+    try:
+        for parameter, decided in pairs:
+            attachment.check_rule(decided.rule)
+            assignment = _checked(decided, parameter)
+            assignments.append(assignment)
+            if assignment.weight is not parameter.weight:
+                parameter.weight, parameter.declared = assignment.weight, True
+            if assignment.rule is not None:
+                kept = before.pop(assignment.weight.name, None)
+                result.append(_taken(attachment, parameter, assignment, kept))
+    except BaseException:
+        for c in result:
+            c.release()
+        raise
+    return assignments, result, list(before.values())
+
+
+def _checked(assignment: Assignment, parameter: Parameter) -> Assignment:
+    """The assignment, if its rule can act on such a weight."""
+    rule, weight = assignment.rule, assignment.weight
+    if rule is None or parameter.learns_size:
+        return assignment
+    assert weight.geometry is not None
+    reason = _unsized(rule, weight.geometry)
+    if reason and not assignment.lenient:
+        raise PlanError(f"{weight.name}: {rule!r} cannot act on it: {reason}")
+    return replace(assignment, rule=None, reason=reason) if reason else assignment
+
+
+def _unsized(rule: Any, geometry: Geometry) -> str:
+    """Why vectors of the operator's own norm cannot be followed; empty if they can."""
+    sized = isinstance(geometry, Dense) or geometry.grid is not None
+    if sized or not rule.needs_input_size():
+        return ""
+    return (
+        f"the operator's norm depends on the size of its input, which {geometry.describe()} "
+        f"leaves open: name the input_shape in geometries="
+    )
+
+
+def _taken(
+    attachment: Attaching[C], parameter: Parameter, assignment: Assignment, kept: C | None
+) -> C:
+    """What was kept of the weight, if it is the same one; else something new."""
+    if kept is not None and kept.resume(parameter, assignment):
+        return kept
+    if kept is not None:
+        kept.release()
+    warn_of(assignment, stacklevel=_STACK)
+    parameter.watch()
+    c = attachment.constrain(parameter, assignment)
+    if c.stage == "forward":
+        try:
+            c.prepare()
+        except SpecopsError as error:
+            c.release()
+            raise type(error)(f"{c.name}: {error}") from error
+    return c

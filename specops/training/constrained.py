@@ -1,0 +1,191 @@
+"""One weight under a rule: the rule's state, the weight in use, its norm."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from specops import arrays
+from specops.errors import AdapterError, NonFiniteError
+from specops.geometry import Dense, Geometry
+from specops.tracking import are_alike
+from specops.training.assigned import Assigned
+from specops.training.parameter import Parameter
+from specops.training.plan import Assignment
+from specops.training.report import measured
+from specops.typing import Array, State
+
+if TYPE_CHECKING:
+    from specops.training.firing import Outcome
+
+P = TypeVar("P", bound=Parameter)
+_SAME = 1e-3
+"""Relative change of a norm, seen along the same vectors, that no rounding explains."""
+
+
+class Constrained(Assigned, Generic[P]):
+    """One weight under a rule.
+
+    Attributes
+    ----------
+    at : Parameter
+        Where it is.
+    state : dict of arrays or None
+        The rule's; None before its first firing.
+    drifting : bool
+        Of a forward rule: whether steps have changed the weight since its vectors advanced.
+    """
+
+    def __init__(self, at: P, assignment: Assignment) -> None:
+        self.at, self.assignment = at, assignment
+        self.state: State | None = None
+        self.drifting = False
+
+    @property
+    def geometry(self) -> Geometry:
+        """The map at the size that is known by now."""
+        return self.at.geometry()
+
+    @property
+    def has_size(self) -> bool:
+        """Whether the operator is one matrix, and not one for each size of an input."""
+        geometry = self.geometry
+        return isinstance(geometry, Dense) or geometry.grid is not None
+
+    @property
+    def needs_size(self) -> bool:
+        """Whether the rule follows an operator whose size is not known yet."""
+        return self.rule.needs_input_size() and not self.has_size
+
+    def resume(self, at: P, assignment: Assignment) -> bool:
+        """Go on with a parameter that was listed anew; False if it is another weight."""
+        old, new = self.assignment.weight, assignment.weight
+        if (new.shape, new.dtype) != (old.shape, old.dtype):
+            return False
+        if new.geometry != old.geometry and not at.learns_size:
+            return False
+        self.at.unwatch()
+        at.watch()
+        at.see(self.at.sizes())
+        self.at, self.assignment = at, assignment
+        return True
+
+    def release(self) -> None:
+        """Leave nothing behind on the model."""
+        self.at.unwatch()
+
+    # Firing
+
+    def why_not(self) -> str:
+        """A reason to leave the weight alone this time; empty, or `NonFiniteError`, otherwise."""
+        reason = self.at.frozen()
+        if not reason and self.needs_size:
+            reason = "its layer has seen no input yet"
+        if not reason:
+            w = self.at.read()
+            if not bool(arrays.all_finite(arrays.namespace(w), w)):
+                raise NonFiniteError("it holds NaN or infinity")
+        return reason
+
+    def start(self, weight: Array) -> State:
+        """The rule's state for the weight as it is."""
+        state: State = self.rule.init(weight, self.geometry, self.name)
+        return state
+
+    def act(
+        self, weight: Array, step: int, *, certain: bool
+    ) -> tuple[Array, State, dict[str, Any]]:
+        """What the rule gives: (array, new state, figures); certified with `certain`."""
+        state = self.start(weight) if self.state is None else self.state
+        rule = self.rule
+        act = rule.enforce if certain else rule.update
+        result: tuple[Array, State, dict[str, Any]] = act(
+            weight, self.geometry, state, step=step, name=self.name
+        )
+        return result
+
+    def keep(self, outcome: Outcome[Any]) -> None:
+        """Store what a firing gave: of rules on weights the array, of all the state."""
+        if outcome.array is None:
+            return
+        if outcome.changes_weight:
+            with self.at.context():
+                self.at.write(outcome.array)
+        self.state, self.drifting = outcome.state, False
+
+    # The weight in use
+
+    def prepare(self) -> None:
+        """Let a forward rule find its vectors; a weight that is not finite waits for a step."""
+        if self.needs_size:
+            return
+        with contextlib.suppress(NonFiniteError), self.at.context():
+            self.state = self.start(self.at.read())
+            self.drifting = False
+
+    def used(self, step: int) -> Array:
+        """What a forward pass before this step uses; the weight itself where it is not finite."""
+        w = self.at.read()
+        if self.stage != "forward":
+            return w
+        with self.at.context():
+            if self.state is None or self._is_written_to(w):
+                self.state = None
+                self.prepare()
+            if self.state is None:
+                return w
+            return self.rule.apply(w, self.geometry, self.state, step=step, name=self.name)
+
+    def _is_written_to(self, w: Array) -> bool:
+        """Whether the norm along the vectors is not what it was: a checkpoint, an average."""
+        follow = self.rule.tracked(self.geometry)
+        if self.drifting or follow is None:
+            return False
+        assert self.state is not None
+        xp = arrays.namespace(w)
+        norms = follow.norms(arrays.to_compute(xp, w), self.state)
+        # A norm that is not finite is for the next step to report.
+        changed = [
+            xp.any(xp.abs(now - then) > _SAME * xp.abs(then))
+            for now, then in zip(norms, follow.measured(self.state), strict=True)
+        ]
+        return any(bool(flag) for flag in changed)
+
+    def measured(self, step: int) -> dict[str, Any]:
+        """Its norm now, for a report: exact where it can be, else a certified upper bound."""
+        w = self.used(step)
+        with self.at.context():
+            return measured(w, self.geometry, self.rule)
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of the rule's state, and the sizes seen."""
+        state = self.state
+        with self.at.context():
+            kept = None if state is None else {k: self.at.saved(x) for k, x in state.items()}
+        return {"state": kept, "sizes": self.at.sizes(), "drifting": self.drifting}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Restore `state_dict`, whose arrays may have been to the host."""
+        state = saved["state"]
+        self.at.see(saved.get("sizes"))
+        with self.at.context():
+            self.state = state and {k: self.at.restored(x) for k, x in state.items()}
+        self.drifting = bool(saved.get("drifting", False))
+
+    def check_state(self, saved: Mapping[str, Any]) -> None:
+        """Raise if `saved` cannot be this weight's: before anything is changed."""
+        try:
+            state = saved["state"]
+            found = {key: tuple(x.shape) for key, x in state.items()} if state else {}
+        except (KeyError, TypeError, AttributeError):
+            raise AdapterError(
+                f"{self.name}: the state is no dict of arrays under the entry 'state'"
+            ) from None
+        if self.stage != "forward" or not self.state or not found:
+            return
+        expected = {key: tuple(x.shape) for key, x in self.state.items()}
+        if not are_alike(found, expected):
+            raise AdapterError(f"{self.name}: the state has {found}, expected {expected}")

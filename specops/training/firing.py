@@ -1,0 +1,110 @@
+"""One firing of rules: all are computed first, then checked, then written."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+from specops.errors import GeometryError, NonFiniteError, NonFiniteWarning, SpecopsError
+from specops.training.constrained import Constrained
+from specops.training.history import Record
+from specops.typing import Array, State
+
+C = TypeVar("C", bound=Constrained[Any])
+NonFinitePolicy = Literal["raise", "skip", "warn"]
+_POLICIES = ("raise", "skip", "warn")
+
+
+@dataclass(slots=True)
+class Outcome(Generic[C]):
+    """What a rule gave for one weight; nothing of it has been written yet."""
+
+    constrained: C
+    weight: Array
+    """As the rule was given it."""
+    array: Array | None
+    """The new weight, or the term of a gradient; None where the rule was skipped."""
+    state: State | None
+    record: Record
+
+    @property
+    def changes_weight(self) -> bool:
+        """Whether there is something to write."""
+        if self.array is None or self.array is self.weight:
+            return False
+        return self.constrained.stage == "weights"
+
+
+class Firing(Generic[C]):
+    """How rules act on weights.
+
+    Parameters
+    ----------
+    on_nonfinite : "raise", "skip" or "warn"
+        What to do about a weight that holds NaN or infinity.
+    misfit : callable
+        Told of a weight under a lenient pattern whose geometry turned out not to fit.
+
+    Raises
+    ------
+    ValueError
+        Another policy.
+    """
+
+    def __init__(
+        self, on_nonfinite: NonFinitePolicy, misfit: Callable[[C, GeometryError], None]
+    ) -> None:
+        if on_nonfinite not in _POLICIES:
+            raise ValueError(
+                f'on_nonfinite must be "raise", "skip" or "warn", got {on_nonfinite!r}'
+            )
+        self.on_nonfinite, self._misfit = on_nonfinite, misfit
+
+    def compute(self, due: Iterable[C], step: int, *, certain: bool = False) -> list[Outcome[C]]:
+        """Let rules act, without writing anything; with `certain`, certified where they can."""
+        return [self._one(c, step, certain) for c in due]
+
+    def _one(self, c: C, step: int, certain: bool) -> Outcome[C]:
+        weight, record = c.at.read(), {"step": step, "name": c.name}
+        try:
+            with c.at.context():
+                reason = c.why_not()
+                if not reason:
+                    array, state, figures = c.act(weight, step, certain=certain)
+                    return Outcome(c, weight, array, state, record | figures)
+        except NonFiniteError:
+            reason = self._not_finite(c, weight, step)
+        except SpecopsError as error:
+            if not (isinstance(error, GeometryError) and c.assignment.lenient):
+                raise type(error)(f"{c.name} at step {step}: {error}") from error
+            self._misfit(c, error)
+            reason = str(error)
+        except Exception as error:
+            error.add_note(f"while {c.rule!r} acted on {c.name} at step {step}")
+            raise
+        return Outcome(c, weight, None, None, record | {"skipped": reason})
+
+    def _not_finite(self, c: C, weight: Array, step: int) -> str:
+        message = (
+            f"{c.name} holds NaN or infinity at step {step} (shape {tuple(weight.shape)}): "
+            f"look for a diverged step or an overflow in half precision"
+        )
+        if self.on_nonfinite == "raise":
+            raise NonFiniteError(
+                f'{message}. The rules wrote to no weight at this step; on_nonfinite="warn" goes '
+                f"on without this one"
+            ) from None
+        if self.on_nonfinite == "warn":
+            warnings.warn(f"{message}; it was left as it is", NonFiniteWarning, stacklevel=2)
+        return "not finite"
+
+
+def write(outcomes: Sequence[Outcome[Any]]) -> None:
+    """Write new weights and keep the states, if all can be written."""
+    for o in outcomes:
+        if o.changes_weight:
+            o.constrained.at.check_writable()
+    for o in outcomes:
+        o.constrained.keep(o)

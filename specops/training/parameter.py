@@ -1,0 +1,85 @@
+"""How an adapter reads and writes one parameter of a model."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from specops import arrays
+from specops.geometry import Geometry
+from specops.training.weight import Weight
+from specops.typing import Array
+
+
+class Parameter(ABC):
+    """One parameter of a model; an adapter writes `read` and `write`, and what else it needs.
+
+    Attributes
+    ----------
+    weight : Weight
+        What it is. Set it before the parameter is handed over.
+    aliases : sequence of str
+        Further names of the same memory (tied weights), under which a user may mean it.
+    declared : bool
+        Whether the geometry is the user's, which speaks of the array as `weight.shape` has it.
+    learns_size : bool
+        Whether `geometry` becomes that of a size which a layer sees in training.
+    """
+
+    weight: Weight
+    aliases: Sequence[str] = ()
+    declared: bool = False
+    learns_size: bool = False
+
+    @abstractmethod
+    def read(self) -> Array:
+        """The array as it is now, of the geometry's shape, without a gradient."""
+
+    @abstractmethod
+    def write(self, value: Array) -> None:
+        """Store an array of the shape that `read` gives."""
+
+    def geometry(self) -> Geometry:
+        """The map now: of a convolution, at the size known by now."""
+        geometry = self.weight.geometry
+        assert geometry is not None
+        return geometry
+
+    def frozen(self) -> str:
+        """Why nothing may act on it at present; empty if something may."""
+        return ""
+
+    def check_writable(self) -> None:  # noqa: B027 - most have none
+        """Raise, before the first of several is written, if this one cannot be."""
+
+    def context(self) -> AbstractContextManager[None]:
+        """What a computation with the array has to run in (a device)."""
+        return nullcontext()
+
+    def watch(self) -> None:  # noqa: B027 - most have none
+        """A rule acts on it from now on: the place for hooks that learn sizes."""
+
+    def unwatch(self) -> None:  # noqa: B027 - most have none
+        """Undo `watch`."""
+
+    def sizes(self) -> Any:
+        """What `geometry` has learnt, for a checkpoint; None if nothing."""
+        return None
+
+    def see(self, sizes: Any) -> None:  # noqa: B027 - most have none
+        """Take note of `sizes` of a checkpoint, if there are any."""
+
+    def saved(self, value: Array) -> Any:
+        """One array of a rule's state, for a checkpoint: a copy."""
+        return copy.deepcopy(value)
+
+    def restored(self, value: Any) -> Array:
+        """What `saved` gave, or a NumPy array of it, beside the parameter: a copy."""
+        own = self.read()
+        if type(value) is type(own) and arrays.device_of(value) == arrays.device_of(own):
+            return copy.deepcopy(value)
+        complex_ = arrays.is_complex(value)
+        return arrays.constant(arrays.to_numpy(value), own, complex=complex_)

@@ -1,0 +1,73 @@
+"""One parameter of a model as a plan sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from specops.geometry import Geometry
+
+_MEASURABLE = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of a model, as an adapter describes it to a plan.
+
+    Attributes
+    ----------
+    name : str
+        Path of the parameter in the model.
+    shape, dtype : tuple of int, str
+        For the report.
+    geometry : Dense or Conv, optional
+        The map it stands for, if it stands for one.
+    skipped : str
+        Why no rule can ever apply (a bias, a frozen or tied parameter); empty otherwise.
+    obstacle : str
+        Why it cannot be constrained although it is a linear map. A rule that names it raises.
+    opt_in : str
+        Why only a rule that names it applies (an embedding).
+    unusable : str
+        Why it holds no values to constrain (lazy, meta): an error if any rule is to apply.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    geometry: Geometry | None = None
+    skipped: str = ""
+    obstacle: str = ""
+    opt_in: str = ""
+    unusable: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: str,
+        geometry: Geometry | None = None,
+        *,
+        skipped: str = "",
+        obstacle: str = "",
+        opt_in: str = "",
+        unusable: str = "",
+    ) -> Weight:
+        """The same, where fewer than two axes, no entries or the dtype may rule it out already."""
+        if len(shape) < 2:
+            skipped = f"{len(shape)}-d: a bias or scale, no matrix"
+        elif 0 in shape:
+            skipped = "empty"
+        if skipped:
+            return cls(name, shape, dtype, skipped=skipped)
+        reason = unmeasurable(dtype)
+        if reason:
+            return cls(name, shape, dtype, obstacle=reason, unusable=unusable)
+        return cls(name, shape, dtype, geometry, "", obstacle, opt_in, unusable)
+
+
+def unmeasurable(dtype: str) -> str:
+    """Why arrays of this dtype have no singular values here; empty if they have."""
+    if dtype.rpartition(".")[2] in _MEASURABLE:
+        return ""
+    return f"dtype {dtype} cannot be measured: keep a float32 weight"
