@@ -7,9 +7,7 @@ from typing import Any
 
 import keras
 
-from specops import Plan
-from specops.errors import AdapterError
-from specops.training.report import Report
+from specops.authors import AdapterError, Plan, Report
 from specops_keras.callback import Spectral
 
 

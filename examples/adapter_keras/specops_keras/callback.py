@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import keras
 
-from specops import Plan
-from specops.errors import AdapterError, HookLostWarning
-from specops.training.assigned import check_saved
-from specops.training.history import History, Record
-from specops.training.plan import Assignment, override_geometries
-from specops.training.report import Report, measured, plan_rows
-from specops_keras.firing import Constrained, fire
-from specops_keras.variables import Variable, locate, override
-
-_POLICIES = ("raise", "skip", "warn")
+from specops.authors import AdapterError, BaseAttachment, Constrained, HookLostWarning, Plan, Report
+from specops_keras.variables import Variable, locate
 
 
-class Spectral(keras.callbacks.Callback):
+class Spectral(BaseAttachment[Constrained[Variable]], keras.callbacks.Callback):
     """Rules on singular values that act after the optimizer's steps, as a callback of `fit`.
 
     ``model.fit(x, y, callbacks=[Spectral(ClipSpectralNorm(1.0), every=10)])``. Put it before
@@ -69,38 +60,31 @@ class Spectral(keras.callbacks.Callback):
         *,
         every: int | None = None,
         geometries: Mapping[str, Any] | None = None,
-        on_nonfinite: str = "raise",
-        history: int = 10_000,
-        log: Any = None,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        self._model: Any = None
-        if on_nonfinite not in _POLICIES:
-            raise ValueError(f"on_nonfinite must be one of {_POLICIES}, got {on_nonfinite!r}")
-        self.plan = Plan.of(rule_or_plan, every)
+        super().__init__(Plan.of(rule_or_plan, every), geometries, **options)
+        keras.callbacks.Callback.__init__(self)
         for _, rule, *_ in self.plan.entries:
-            if rule is not None and rule.stage != "weights":
-                raise AdapterError(
-                    f"{rule!r} is of stage {rule.stage!r}, but Keras compiles the forward pass "
-                    f"and the gradient into one function of the model's own variables, which has "
-                    f"no place for a rule's vectors. Use a rule that acts after the step, such as "
-                    f"ClipSpectralNorm, or train with specops_torch or specops_jax"
-                )
-        self.steps = 0
-        self._geometries, self._on_nonfinite = dict(geometries or {}), on_nonfinite
-        self._history = History(history)
-        if log is not None:
-            self._history.tell(log)
+            self.check_rule(rule)
         self._optimizer: Any = None
         self._manual = False
         self._batches, self._ahead = 0, None  # type: int, int | None
-        self._assignments: list[Assignment] = []
-        self._constrained: list[Constrained] = []
+
+    def check_rule(self, rule: Any) -> None:
+        """Raise `AdapterError` unless it acts after the step."""
+        if rule is not None and rule.stage != "weights":
+            raise AdapterError(
+                f"{rule!r} is of stage {rule.stage!r}, but Keras compiles the forward pass and "
+                f"the gradient into one function of the model's own variables, which has no place "
+                f"for a rule's vectors. Use a rule that acts after the step, such as "
+                f"ClipSpectralNorm, or train with specops_torch or specops_jax"
+            )
+        super().check_rule(rule)
 
     def bind(self, model: Any, optimizer: Any = None) -> None:
         """Decide about every weight of a built model; without an optimizer `step` just counts."""
         self._optimizer, self._manual = optimizer, optimizer is None
-        self._assign(model)
+        self._take_on(model)
         self.steps = self._iterations() or 0
 
     def set_model(self, model: Any) -> None:
@@ -110,34 +94,19 @@ class Spectral(keras.callbacks.Callback):
                 f"this callback is bound to model {self._model.name!r} and cannot follow "
                 f"{model.name!r}: make one for each model, or detach() it first"
             )
-        self._assign(model)
+        self._take_on(model)
 
-    def _assign(self, model: Any) -> None:
-        """Take a model on; those constrained before keep their states and sizes."""
+    def _take_on(self, model: Any) -> None:
         previous, self._model = self._model, model
         try:
-            variables, assignments = self._decide(self.model)
+            self.assign()
         except BaseException:
             self._model = previous
             raise
-        kept = {c.name: c for c in self._constrained}
-        for c in self._constrained:
-            if c.at.recorder is not None:
-                c.at.recorder.unwatch(c.at.layer)
-        self._assignments, self._constrained = assignments, []
-        for at, a in zip(variables, assignments, strict=True):
-            if a.rule is None:
-                continue
-            before = kept.get(a.weight.name)
-            if before is not None and before.at.variable is not at.variable:
-                before = None
-            self._constrained.append(Constrained(at, a, None if before is None else before.state))
-            if at.recorder is not None:
-                at.recorder.watch(at.layer)
-                if before is not None and before.at.recorder is not None:
-                    at.recorder.see(before.at.recorder.grid)
 
-    def _decide(self, model: Any) -> tuple[list[Variable], list[Assignment]]:
+    def parameters(self) -> list[Variable]:
+        """Every variable of the model."""
+        model = self.model
         if keras.distribution.distribution() is not None:
             raise AdapterError("models under keras.distribution are not supported yet")
         if not model.built or not model.weights:
@@ -145,9 +114,7 @@ class Spectral(keras.callbacks.Callback):
                 f"model {model.name!r} has no weights yet: call it on data, or model.build(shape), "
                 f"before attaching"
             )
-        variables = locate(model)
-        weights = override_geometries([v.weight for v in variables], self._geometries)
-        return override(variables, weights), self.plan.assign(weights)
+        return locate(model)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Start counting from here: callbacks may have restored a checkpoint."""
@@ -175,36 +142,21 @@ class Spectral(keras.callbacks.Callback):
         With the optimizer that `specops.attach` was given its steps count, without one the
         calls do.
         """
-        self._check_bound()
+        self.look()
         self._advance(self.steps + 1 if self._manual else self._iterations())
 
-    def enforce(self) -> None:
-        """Let every rule act now, certified: after the last step, before an export."""
-        self._check_bound()
-        self._act(self._constrained, certain=True)
-
-    @property
-    def history(self) -> list[Record]:
-        """The latest firings, oldest first: step, name and the rule's figures as floats."""
-        return self._history.records()
-
-    @property
-    def is_attached(self) -> bool:
-        """Whether it is bound to a model."""
-        return self._model is not None
-
-    @property
-    def geometries(self) -> dict[str, Any]:
-        """The maps of the constrained weights, by name, at the sizes seen so far."""
-        return {c.name: c.at.geometry() for c in self._constrained}
+    def look(self) -> None:
+        """Bring the variables up to date (JAX)."""
+        if self._model is None:
+            raise AdapterError("not attached to a model: pass it to fit, or use specops.attach")
+        self.model  # noqa: B018
 
     def report(self, *, measure: bool = True) -> Report:
         """Every weight of the model: constrained by what, or left alone and why.
 
         Norms are those of now: exact for matrices, a certified upper bound for convolutions.
         """
-        self._check_bound()
-        done = self._iterations()
+        done = self._iterations() if self.is_attached else None
         if done is not None and done != self.steps and not self._batches:
             warnings.warn(
                 f"the optimizer has made {done} steps, of which this attachment saw "
@@ -212,42 +164,18 @@ class Spectral(keras.callbacks.Callback):
                 HookLostWarning,
                 stacklevel=2,
             )
-        current, rows = {c.name: c for c in self._constrained}, []
-        for row in plan_rows(self._assignments):
-            if row.name in current:
-                at = current[row.name].at
-                row = replace(row, geometry=at.geometry().describe())
-                if measure:
-                    rule = current[row.name].assignment.rule
-                    row = replace(row, **measured(at.read(), at.geometry(), rule))
-            rows.append(row)
-        return Report(tuple(rows))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Steps, sizes and the rules' states as NumPy arrays, by the weights' names."""
-        self._check_bound()
-        weights = {c.name: c.saved() for c in self._constrained}
-        return {"version": 1, "steps": self.steps, "weights": weights}
+        return super().report(measure=measure)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`; load the model, with its optimizer, first."""
-        self._check_bound()
-        check_saved(state, [c.name for c in self._constrained])
-        for c in self._constrained:
-            c.load(state["weights"][c.name])
-        self.steps = int(state["steps"]) if self._manual else self._iterations() or 0
+        super().load_state_dict(state)
+        if not self._manual:
+            self.steps = self._iterations() or 0
 
-    def detach(self) -> None:
-        """Let go of the model, whose weights stay as they are."""
-        for c in self._constrained:
-            if c.at.recorder is not None:
-                c.at.recorder.unwatch(c.at.layer)
-        self._constrained, self._assignments, self._model = [], [], None
-        self._optimizer, self._manual = None, False
-
-    def _check_bound(self) -> None:
-        if self._model is None:
-            raise AdapterError("not attached to a model: pass it to fit, or use specops.attach")
+    def detach(self, *, fold: bool = False) -> None:
+        """Let go of the model, whose weights stay as they are: no rule here acts in a forward."""
+        super().detach(fold=fold)
+        self._model, self._optimizer, self._manual = None, None, False
 
     def _iterations(self, *, fit: bool = False) -> int | None:
         """Steps of the optimizer so far; None without one."""
@@ -267,22 +195,13 @@ class Spectral(keras.callbacks.Callback):
         self._ahead = next((s for s in ahead if any(fires(s, e) for e in intervals)), None)
         self._batches = 0
 
-    def _due(self, step: int) -> list[Constrained]:
-        return [c for c in self._constrained if self.plan.fires(step, c.assignment.every)]
-
     def _advance(self, step: int | None) -> None:
         if step is None:
             raise AdapterError("the model has no optimizer to follow: compile it")
         # A counter that went back is another one: an older checkpoint, a new optimizer.
         first = min(self.steps, step - 1) + 1 if step != self.steps else step + 1
         self.steps = step
-        due = {c.name: c for s in range(first, step + 1) for c in self._due(s)}
-        self._act(list(due.values()))
-
-    def _act(self, due: list[Constrained], *, certain: bool = False) -> None:
-        """Compute all, then write: an error leaves every weight as it was."""
-        if not due:
-            return
-        self.model  # noqa: B018 - brings the variables up to date (JAX)
-        for record in fire(due, max(self.steps, 1), self._on_nonfinite, certain=certain):
-            self._history.add(record)
+        due = {c.name: c for s in range(first, step + 1) for c in self.due("weights", s)}
+        if due:
+            self.look()
+            self.fire(list(due.values()), max(step, 1))

@@ -11,9 +11,8 @@ import numpy as np
 from keras import layers
 
 from specops import Conv, Dense
-from specops.errors import GeometryError
+from specops.authors import Geometry, GeometryError
 
-Geometry = Dense | Conv
 _CONVS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
 _TRANSPOSES = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
 _DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)

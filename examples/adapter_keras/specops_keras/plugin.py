@@ -6,8 +6,7 @@ import sys
 from importlib import metadata, util
 from typing import Any
 
-from specops.errors import AdapterError
-from specops.hookspecs import Adapter, AdapterStatus, hookimpl
+from specops.authors import Adapter, AdapterError, AdapterStatus, hookimpl
 
 _BACKENDS = ("torch", "jax")
 

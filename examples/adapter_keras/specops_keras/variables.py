@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import keras
 
-from specops.training.plan import Weight
+from specops.authors import Parameter, Weight
 from specops_keras.geometry import SIZED, Role, grid_of, roles
 
 _UNKNOWN = "no geometry is known for it: pass it in geometries="
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
+_FROZEN = "frozen (trainable=False)"
 
 
 @dataclass
-class Variable:
+class Variable(Parameter):
     """A variable, and the layer through which it acts."""
 
     weight: Weight
@@ -24,12 +24,15 @@ class Variable:
     layer: Any = None
     recorder: SizeRecorder | None = None
     role: Role = field(default_factory=Role)
-    inferred: bool = True
-    """Whether the geometry is the layer's, not the user's."""
+
+    @property
+    def learns_size(self) -> bool:  # type: ignore[override]
+        """Whether the layer is a convolution whose geometry was not declared."""
+        return self.recorder is not None and not self.declared
 
     def geometry(self) -> Any:
         """The map now, at the largest size seen."""
-        if self.recorder is None or not self.inferred:
+        if self.recorder is None or self.declared:
             return self.weight.geometry
         return self.recorder.geometry(self.layer, self.variable)
 
@@ -44,8 +47,39 @@ class Variable:
         shape = self.variable.shape
         self.variable.assign(value if self._view() is None else keras.ops.reshape(value, shape))
 
+    def frozen(self) -> str:
+        """A layer may be frozen after attaching."""
+        return "" if self.variable.trainable else _FROZEN
+
+    def watch(self) -> None:
+        """Learn what sizes the layer's `call` is given."""
+        if self.recorder is not None:
+            self.recorder.watch(self.layer)
+
+    def unwatch(self) -> None:
+        """Give the layer its own `call` back."""
+        if self.recorder is not None:
+            self.recorder.unwatch(self.layer)
+
+    def sizes(self) -> Any:
+        """The largest grid seen."""
+        return None if self.recorder is None else self.recorder.grid
+
+    def see(self, sizes: Any) -> None:
+        """Take note of a grid."""
+        if self.recorder is not None:
+            self.recorder.see(sizes)
+
+    def saved(self, value: Any) -> Any:
+        """Arrays of no backend."""
+        return keras.ops.convert_to_numpy(value)
+
+    def restored(self, value: Any) -> Any:
+        """Arrays of this one."""
+        return keras.ops.convert_to_tensor(value, dtype=str(value.dtype))
+
     def _view(self) -> tuple[int, ...] | None:
-        return self.role.shape if self.inferred else None
+        return None if self.declared else self.role.shape
 
 
 class SizeRecorder:
@@ -133,23 +167,13 @@ def locate(model: Any) -> list[Variable]:
     return result
 
 
-def override(variables: list[Variable], weights: list[Weight]) -> list[Variable]:
-    """The variables with the user's geometries, which speak of the arrays as they are stored."""
-    return [
-        v if v.weight is w else replace(v, weight=w, inferred=False)
-        for v, w in zip(variables, weights, strict=True)
-    ]
-
-
 def _describe(name: str, variable: Any, role: Role) -> Weight:
-    shape, dtype = tuple(variable.shape), str(variable.dtype)
-    if len(shape) < 2:
-        return Weight(name, shape, dtype, skipped=f"{len(shape)}-d: a bias or scale, no matrix")
-    if 0 in shape:
-        return Weight(name, shape, dtype, skipped="empty")
-    if not variable.trainable:
-        return Weight(name, shape, dtype, skipped="frozen (trainable=False)")
-    if dtype not in _FLOATS:
-        obstacle = f"dtype {dtype} cannot be measured: keep a float32 variable"
-        return Weight(name, shape, dtype, obstacle=obstacle)
-    return Weight(name, shape, dtype, role.geometry, "", role.obstacle, role.opt_in)
+    return Weight.of(
+        name,
+        tuple(variable.shape),
+        str(variable.dtype),
+        role.geometry,
+        skipped="" if variable.trainable else _FROZEN,
+        obstacle=role.obstacle,
+        opt_in=role.opt_in,
+    )

@@ -27,13 +27,13 @@ class Training:
         model.compile(keras.optimizers.SGD(RATE, momentum=0.5), "mse")
         model.optimizer.build(model.trainable_variables)
         self.attachment = specops.attach(model.optimizer, model, rule_or_plan, **options)
-        self.geometries = self.attachment.geometries
+        self.geometries = self.attachment.geometries()
 
     def step(self) -> None:
         self.model.train_on_batch(self.x, self.y)
         if self.attachment.is_attached:
             self.attachment.step()
-            self.geometries = self.attachment.geometries
+            self.geometries = self.attachment.geometries()
 
     def weights(self) -> dict[str, np.ndarray]:
         return {name: _numpy(v.value).copy() for name, v in self._variables().items()}
