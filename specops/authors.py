@@ -19,6 +19,7 @@ from specops.geometry import Geometry
 from specops.hookspecs import Adapter, AdapterStatus, hookimpl
 from specops.plugins import manager
 from specops.rules import Rule
+from specops.training.adapter import BaseAdapter
 from specops.training.attachment import BaseAttachment
 from specops.training.constrained import Constrained
 from specops.training.firing import NonFinitePolicy, Outcome
@@ -35,6 +36,7 @@ __all__ = [
     "AdapterStatus",
     "Assignment",
     "Attachment",
+    "BaseAdapter",
     "BaseAttachment",
     "Constrained",
     "Geometry",

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from specops.arrays import in_full_precision
-from specops.errors import AdapterError, GeometryError, SpecopsError
 from specops.geometry import Geometry
-from specops.training.assigned import check_saved, check_stage, warn_of
-from specops.training.history import History
-from specops.training.plan import Assignment, Plan, override_geometries
-from specops.training.report import Report, plan_rows
+from specops.training.assigned import check_stage
+from specops.training.attachment import BaseAttachment, without_gradient
+from specops.training.firing import NonFinitePolicy
+from specops.training.history import Record
+from specops.training.plan import Assignment, Plan
 from specops_torch.batch_norms import behind
 from specops_torch.constrained import Constrained
-from specops_torch.firing import Firing, Record, check_ran, stepped
+from specops_torch.firing import add_terms, check_ran, stepped, with_gradient
+from specops_torch.following import Followed, overflowed
 from specops_torch.liveness import Liveness
-from specops_torch.parameters import locate, refuse_sharded, refuse_sharded_model
+from specops_torch.parameters import Location, locate
 from specops_torch.penalised import searching, with_penalty
 from specops_torch.scales import Scales
 
-NonFinitePolicy = Literal["raise", "skip", "warn"]
+_NEEDS = {"weights": "update", "gradients": "penalty", "forward": "apply"}
 
 
-class Attachment:
+class Attachment(BaseAttachment[Constrained]):
     """A plan at work on a model. Made by `attach`; see there.
 
     Attributes
@@ -44,135 +44,61 @@ class Attachment:
         model: nn.Module,
         plan: Plan,
         geometries: Mapping[str, Geometry] | None = None,
-        *,
-        on_nonfinite: NonFinitePolicy = "raise",
-        history: int = 10_000,
-        log: Any = None,
+        **options: Any,
     ) -> None:
-        if on_nonfinite not in ("raise", "skip", "warn"):
-            raise ValueError(
-                f'on_nonfinite must be "raise", "skip" or "warn", got {on_nonfinite!r}'
-            )
-        if optimizer is not None and not hasattr(optimizer, "register_step_post_hook"):
-            raise AdapterError(
-                f"{type(optimizer).__name__} is no torch optimizer: pass the wrapped one "
-                f"(accelerate: .optimizer), or None and call attachment.step() yourself"
-            )
-        self.plan = plan
-        self.steps = 0
-        self._firing = Firing(on_nonfinite, self._misfit)
-        self._history = History(history)
-        if log is not None:
-            self._history.tell(log)
-        self._model, self._optimizer = model, optimizer
-        self._geometries = dict(geometries or {})
-        self._constrained: list[Constrained] = []
-        self._assignments: list[Assignment] = []
-        self._scales = Scales()
-        self._held = _held(optimizer)
+        super().__init__(plan, geometries, **options)
+        self._model, self._followed = model, Followed(optimizer)
+        self._scales, self._liveness = Scales(), Liveness()
         try:
-            self._assign()
+            self.assign()
         except BaseException:
             for c in self._constrained:
                 c.release()
             self._scales.withdraw(optimizer)
             raise
-        self._hooks: list[Any] = []
-        if optimizer is not None:
-            self._hooks = [
-                optimizer.register_step_pre_hook(self._before_step),
-                optimizer.register_step_post_hook(self._after_step),
-            ]
-        self._liveness = Liveness()
+        self._followed.hook(self._before_step, self._after_step)
         self._liveness.seen(self._constrained)
 
-    def _assign(self) -> None:
+    # The plan
+
+    def parameters(self) -> list[Location]:
+        """Every parameter of the model."""
+        return locate(self._model, self._followed.parameters)
+
+    def constrain(self, parameter: Location, assignment: Assignment) -> Constrained:
+        """What is kept of a weight that a rule is to act on."""
+        return Constrained(parameter, assignment)
+
+    def check_rule(self, rule: Any) -> None:
+        """Raise `AdapterError` if the rule has not what its stage needs here."""
+        check_stage(rule, _NEEDS)
+
+    def assign(self) -> None:
         """Decide about every parameter; those constrained before keep their state and sizes."""
-        trained = None if self._held is None else list(self._held.values())
-        locations = locate(self._model, trained)
-        weights = override_geometries(
-            [at.weight for at in locations],
-            self._geometries,
-            aliases={at.weight.name: at.aliases for at in locations},
-        )
-        assignments = self.plan.assign(weights)
-        for assignment in assignments:
-            check_stage(assignment.rule, _NEEDS)
-        before = {c.name: c for c in self._constrained}
-        self._assignments, self._constrained = assignments, []
-        for location, weight, assignment in zip(locations, weights, assignments, strict=True):
-            if assignment.rule is None:
-                continue
-            kept = before.pop(weight.name, None)
-            if kept is not None and kept.location.module is location.module:
-                kept.assignment = assignment
-                self._constrained.append(kept)
-                continue
-            if kept is not None:
-                kept.release()
-            if weight is location.weight:
-                location.watch()
-            location.weight = weight
-            warn_of(assignment, stacklevel=6)
-            constrained = Constrained(location, assignment)
-            self._constrained.append(constrained)
-            if constrained.stage == "forward":
-                try:
-                    constrained.read_forward()
-                except SpecopsError as error:
-                    raise type(error)(f"{weight.name}: {error}") from error
-                constrained.schedule(self.steps + 1)
-                # Gradients that are there already were not made under the rule.
-                stepped([constrained])
-        for dropped in before.values():
-            if dropped.in_use is not None and self._still_there(dropped):
-                # Frozen, or taken out of the optimizer: its layer goes on as it was.
-                self._constrained.append(dropped)
-            else:
-                dropped.release()
-        self._scales.give(self._constrained, self._optimizer)
-        self._held = _held(self._optimizer)
-        self._trained = {key for key, p in (self._held or {}).items() if p.requires_grad}
+        super().assign()
+        for c in self._constrained:
+            c.schedule(self.steps + 1)
+        self._scales.give(self._constrained, self._followed.optimizer)
+        self._followed.look()
 
-    def _still_there(self, c: Constrained) -> bool:
-        """Whether the model still holds a weight that the plan would have under its rule."""
-        held = any(m is c.location.module for m in self._model.modules())
-        if not held or c.location.module._parameters.get(c.location.attribute) is None:
-            return False
-        rows = [a for a in self._assignments if a.weight.name == c.name]
-        return bool(rows) and rows[0].reason.startswith(("frozen", "not in this optimizer"))
-
-    def __repr__(self) -> str:
-        status = "attached" if self.is_attached else "detached"
-        return f"<Attachment: {len(self._constrained)} weights, step {self.steps}, {status}>"
+    def drop(self, c: Constrained) -> None:
+        """A layer whose weight was frozen, or taken out of the optimizer, goes on as it was."""
+        reasons = [a.reason for a in self._assignments if a.weight.name == c.name]
+        goes_on = c.in_use is not None and c.location.is_held_by(self._model)
+        if goes_on and reasons and reasons[0].startswith(("frozen", "not in this optimizer")):
+            self._constrained.append(c)
+        else:
+            c.release()
 
     @property
     def is_attached(self) -> bool:
         """Whether the optimizer's steps still reach this attachment."""
-        if not self._hooks:
-            return False
-        for hook in self._hooks:
-            hooks = hook.hooks_dict_ref()
-            if hooks is None or hook.id not in hooks:
-                return False
-        return True
-
-    @property
-    def history(self) -> list[Record]:
-        """The latest firings, oldest first: step, name and the rule's figures as floats."""
-        return self._history.records()
+        return self._followed.calls_hooks
 
     @property
     def scales(self) -> dict[str, nn.Parameter]:
         """Trainable scales."""
         return dict(self._scales.parameters)
-
-    def log_to(self, listener: Any) -> None:
-        """Hand each firing's figures to a callable or a TensorBoard ``SummaryWriter``.
-
-        Figures then leave their device at every firing.
-        """
-        self._history.tell(listener)
 
     @torch.no_grad()
     def before_step(self, parameter: nn.Parameter | None = None) -> None:
@@ -182,10 +108,10 @@ class Attachment:
         step.
         """
         if parameter is None:
-            self._add_gradients(self.steps + 1, self._of("gradients", self.steps + 1))
+            self._add_gradients(self.steps + 1, self.due("gradients", self.steps + 1))
             return
         for c in self._owners(parameter):
-            if c.stage == "gradients" and self._fires(c, c.steps + 1):
+            if c.stage == "gradients" and self.fires(c, c.steps + 1):
                 self._add_gradients(c.steps + 1, [c])
 
     @torch.no_grad()
@@ -205,17 +131,16 @@ class Attachment:
             for c in self._owners(parameter):
                 c.steps += 1
                 self.steps = max(self.steps, c.steps)
-                self._act([c] if self._fires(c, c.steps) else [], c.steps, [c])
+                acts = c.stage != "gradients" and self.fires(c, c.steps)
+                self._act([c] if acts else [], c.steps, [c])
             return
-        if self._optimizer is None:
+        if self._followed.optimizer is None:
             check_ran(self._constrained)
-        held = _held(self._optimizer)
-        changed = self._is_new(held)
+        changed = self._followed.has_changed()
         self.steps += 1
         if changed:
-            self._held = held
-            self._assign()
-        due = [c for c in self._constrained if self._fires(c, self.steps)]
+            self.assign()
+        due = [*self.due("weights", self.steps), *self.due("forward", self.steps)]
         stepped(self._constrained)
         self._act(due, self.steps, self._constrained)
         self._liveness.seen(self._constrained)
@@ -223,11 +148,7 @@ class Attachment:
     @torch.no_grad()
     def enforce(self) -> None:
         """Let every rule on weights act now, certified: after the last step, before an export."""
-        self._check_alive()
-        due = [c for c in self._constrained if c.stage == "weights"]
-        records, commit = self._firing.weights(due, max(self.steps, 1), certain=True)
-        commit()
-        self._record(records)
+        super().enforce()
         self._liveness.seen(self._constrained)
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -236,11 +157,7 @@ class Attachment:
         Of rules of stage "forward" what they give, differentiable by the raw parameters; of
         others the parameters themselves.
         """
-        return {c.name: c.weight() for c in self._constrained}
-
-    def geometries(self) -> dict[str, Geometry]:
-        """The map that each of `weights` is, at the sizes that convolutions have seen."""
-        return {c.name: c.geometry for c in self._constrained}
+        return {c.name: c.used() for c in self._constrained}
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -254,56 +171,21 @@ class Attachment:
             if c.in_use is not None:
                 c.in_use.measure(c.location.parameter)
 
-    def report(self, *, measure: bool = True) -> Report:
-        """Every parameter of the model: constrained by what, or left alone and why.
-
-        With `measure`, constrained weights show their operator norm as it is now (of forward
-        rules: of the weight in use): exact for matrices and circular convolutions, a certified
-        upper bound for zero-padded ones. Where batch normalisation is registered right behind a
-        layer, the norm of both together, in evaluation, stands beside it: training can undo
-        there what a rule does to the weight.
-        """
-        self._check_alive()
-        current = {c.name: c for c in self._constrained}
-        normalized = behind(self._model) if measure else {}
-        rows = []
-        for row in plan_rows(self._assignments):
-            constrained = current.get(row.name)
-            if constrained is not None:
-                row = replace(row, geometry=constrained.geometry.describe())
-                if measure and row.rule:
-                    following = normalized.get(id(constrained.location.module), [])
-                    row = replace(row, **constrained.norm(following))
-            rows.append(row)
-        return Report(tuple(rows))
+    def measured(self, constrained: Sequence[Constrained]) -> dict[str, dict[str, Any]]:
+        """What a report says of weights, and of them with the batch normalisation behind them."""
+        normalized = behind(self._model) if constrained else {}
+        return {c.name: c.norm(normalized.get(id(c.location.module), [])) for c in constrained}
 
     def state_dict(self) -> dict[str, Any]:
         """Steps, sizes, scales and rule states by parameter name: what a resumed run needs."""
-        self._check_alive()
-        return {
-            "version": 1,
-            "steps": self.steps,
-            "weights": {c.name: c.state_dict() for c in self._constrained},
-            "scales": self._scales.state_dict(),
-        }
+        return super().state_dict() | {"scales": self._scales.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned; names must be those constrained here.
-
-        Load the model first: vectors of forward rules are checked against its weights.
-
-        Raises
-        ------
-        AdapterError
-            Another version, or other parameter names.
-        """
-        check_saved(state, [c.name for c in self._constrained])
-        for c in self._constrained:
-            c.check_state(state["weights"][c.name])
+        """Restore what `state_dict` returned; see `BaseAttachment.load_state_dict`."""
+        self.check_state(state)
         self._scales.check(state.get("scales", {}))
-        self.steps = int(state["steps"])
+        self._load(state)
         for c in self._constrained:
-            c.load_state_dict(state["weights"][c.name])
             c.schedule(self.steps + 1)
         self._scales.load_state_dict(state.get("scales", {}))
         self._liveness.seen(self._constrained)
@@ -318,108 +200,67 @@ class Attachment:
             Write the weights that forward rules let their layers use into the parameters: the
             plain model then computes the same. Otherwise all weights stay as they are.
         """
-        used = []
-        for c in self._constrained if fold else []:
-            if not c.answering:
-                continue
-            try:
-                used.append((c.location.parameter, c.weight().detach()))
-            except SpecopsError as error:
-                raise type(error)(f"{c.name}, which nothing was folded for: {error}") from error
-        for parameter, weight in used:
-            parameter.copy_(weight)
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        if fold:
+            self._fold()
+        self._followed.unhook()
         for c in self._constrained:
             c.release()
-        self._scales.withdraw(self._optimizer)
-
-    def _is_new(self, held: dict[int, nn.Parameter] | None) -> bool:
-        """Whether parameters came, left or thawed since they were looked at."""
-        if held is None:
-            return False
-        trained = {key for key, p in held.items() if p.requires_grad}
-        new = self._held is None or held.keys() != self._held.keys() or trained - self._trained
-        self._trained = trained
-        return bool(new)
-
-    def _of(self, stage: str, step: int) -> list[Constrained]:
-        return [c for c in self._constrained if c.stage == stage and self._fires(c, step)]
+        self._scales.withdraw(self._followed.optimizer)
+        self._attached = False
 
     def _owners(self, parameter: nn.Parameter) -> list[Constrained]:
         return [c for c in self._constrained if c.location.parameter is parameter]
 
-    def _fires(self, c: Constrained, step: int) -> bool:
-        if c.stage == "forward":
-            # The rule acts in every forward pass, so its vectors never stop.
-            return (step - self.plan.start) % c.assignment.every == 0
-        return self.plan.fires(step, c.assignment.every)
-
     @in_full_precision
     def _act(self, due: list[Constrained], step: int, stepped: list[Constrained]) -> None:
         """After a step: weights first, then the vectors of what forward passes will use."""
-        self._refuse_sharded(stepped)
+        for c in stepped:
+            c.refuse_sharded(self._model)
         for c in stepped:
             if c.in_use is not None:
                 c.in_use.stepped(c.location.parameter)
         try:
-            weights = [c for c in due if c.stage == "weights"]
-            records, write = self._firing.weights(weights, step, certain=False)
-            vectors = [c for c in due if c.stage == "forward"]
-            more, advance = self._firing.forward(vectors, step)
-            write()
-            advance()
+            self.fire(due, step)
         finally:
             for c in stepped:
                 c.schedule(step + 1)
-            if self._optimizer is not None:
+            if self._followed.optimizer is not None:
                 self._scales.forget_gradients()
-        self._record([*records, *more])
 
     @in_full_precision
     def _add_gradients(
         self, step: int, due: list[Constrained], scale: torch.Tensor | None = None
     ) -> None:
-        self._record(self._firing.gradients(due, step, scale))
-
-    def _refuse_sharded(self, constrained: list[Constrained]) -> None:
-        for c in constrained:
-            refuse_sharded(c.name, c.location.parameter)
-            if c.in_use is not None and c.in_use.is_replaced(c.location.parameter):
-                refuse_sharded_model(self._model)
-
-    def _record(self, records: list[Record]) -> None:
-        for record in records:
-            self._history.add(record)
+        outcomes = self._firing.compute(with_gradient(due), step)
+        add_terms(outcomes, scale)
+        self._record(without_gradient(c, step) for c in due if c.location.parameter.grad is None)
+        self._record(o.record for o in outcomes)
 
     @torch.compiler.disable
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
-        held = _held(self._optimizer)
-        if self._is_new(held):
-            self._held = held
-            self._assign()
+        if self._followed.has_changed():
+            self.assign()
         check_ran(self._constrained)
-        self._refuse_sharded(self._constrained)
         for c in self._constrained:
+            c.refuse_sharded(self._model)
             # What is written from now to the end of the step is the step.
             if c.in_use is not None and not c.in_use.is_fresh(c.location.parameter):
                 c.in_use.forget()
-        due = self._of("gradients", self.steps + 1)
+        due = self.due("gradients", self.steps + 1)
         # The first argument is the optimizer.
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is not None:
             wrapped = searching(closure, self._constrained)
             if due:
                 # The closure will erase what is added now.
-                records, ready = self._firing.vectors(due, self.steps + 1)
-                self._record(records)
-                wrapped = with_penalty(wrapped, ready, self.steps + 1)
+                outcomes = self._firing.compute(due, self.steps + 1)
+                wrapped = with_penalty(wrapped, outcomes, self.steps + 1)
+                self._record(o.record for o in outcomes)
             if "closure" in kwargs:
                 return args, {**kwargs, "closure": wrapped}
             return (args[0], wrapped, *args[2:]), kwargs
-        if due and not _overflowed(optimizer):
+        if due and not overflowed(optimizer):
             # A fused optimizer under GradScaler divides by this in its step.
             scale = getattr(optimizer, "grad_scale", None)
             self._add_gradients(self.steps + 1, due, scale)
@@ -427,17 +268,12 @@ class Attachment:
 
     @torch.compiler.disable
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not _overflowed(optimizer):
+        if not overflowed(optimizer):
             self.step()
 
-    def _misfit(self, c: Constrained, error: GeometryError) -> None:
-        """The geometry, known since the first forward, does not fit: "*" skips."""
-        for index, assignment in enumerate(self._assignments):
-            if assignment.weight.name == c.name:
-                self._assignments[index] = replace(assignment, rule=None, reason=str(error))
-
-    def _check_alive(self) -> None:
-        if self._optimizer is not None and self._hooks:
+    def look(self) -> None:
+        """Warn if weights move, but no step is seen."""
+        if self._followed.has_hooks:
             self._liveness.check(self._constrained, self.steps)
 
 
@@ -510,19 +346,3 @@ def attach(
         history=history,
         log=log,
     )
-
-
-_NEEDS = {"weights": "update", "gradients": "penalty", "forward": "apply"}
-
-
-def _held(optimizer: torch.optim.Optimizer | None) -> dict[int, nn.Parameter] | None:
-    """The optimizer's parameters by identity; groups may be added at any time."""
-    if optimizer is None:
-        return None
-    return {id(p): p for group in optimizer.param_groups for p in group["params"]}
-
-
-def _overflowed(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether GradScaler found infinities: a fused optimizer runs its step nevertheless."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found)

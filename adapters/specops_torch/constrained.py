@@ -1,101 +1,172 @@
-"""One weight under a rule: where it is, its state, its norm."""
+"""One weight of a torch model under a rule: the layers that use it, and how the rule acts."""
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from specops.errors import AdapterError
-from specops.geometry import Dense, Geometry
-from specops.tracking import are_alike
-from specops.training.assigned import Assigned
+from specops.errors import NonFiniteError
+from specops.geometry import Conv, Dense, Geometry
+from specops.training import constrained as training
+from specops.training.firing import Outcome
 from specops.training.plan import Assignment
 from specops.training.report import measured
 from specops_torch.batch_norms import norm_with
+from specops_torch.fast_paths import advanced
 from specops_torch.fused import row_blocks
 from specops_torch.in_use import InUse
-from specops_torch.parameters import Location
+from specops_torch.parameters import Location, refuse_sharded, refuse_sharded_model
 from specops_torch.reading import answer_plainly, read_through
 
+_PLAIN = (torch.float32, torch.float64)
 
-@dataclass
-class Constrained(Assigned):
-    """One weight under a rule."""
 
-    location: Location
-    assignment: Assignment
-    state: dict[str, torch.Tensor] | None = None
-    in_use: InUse | None = None
-    """Of a forward rule, which then holds the state."""
-    steps: int = 0
-    """Of this parameter alone, where its optimizer steps in backward."""
-    handles: list[Any] = field(default_factory=list, repr=False)
-    _seen: tuple[Any, int] | None = None
-    fitting: Geometry | None = None
-    """The geometry that was last found to fit the weight."""
-    _blocks: tuple[Geometry, int] | None = field(default=None, repr=False)
-    answering: list[tuple[nn.Module, str]] = field(default_factory=list, repr=False)
-    """Modules that answer with the weight in use, and their names for it."""
+class Constrained(training.Constrained[Location]):
+    """One weight under a rule.
+
+    Attributes
+    ----------
+    in_use : InUse or None
+        Of a forward rule, which then holds the state.
+    steps : int
+        Of this parameter alone, where its optimizer steps in backward.
+    answering : list of (module, str)
+        Modules that answer with the weight in use, and their names for it.
+    """
+
+    def __init__(self, location: Location, assignment: Assignment) -> None:
+        self.in_use: InUse | None = None
+        super().__init__(location, assignment)
+        self.steps = 0
+        self.handles: list[Any] = []
+        self.answering: list[tuple[nn.Module, str]] = []
+        self._seen: tuple[Any, int] | None = None
+        self._fitting: Geometry | None = None
+        self._blocks: tuple[Geometry, int] | None = None
 
     @property
-    def geometry(self) -> Geometry:
-        """The map at the size that is known by now."""
-        geometry = self.location.geometry()
-        assert geometry is not None
-        return geometry  # type: ignore[no-any-return]
+    def location(self) -> Location:
+        """Where it is."""
+        return self.at
 
-    def read_forward(self) -> None:
-        """Let every layer that holds the weight use the one that the rule gives."""
-        location = self.location
-        self.in_use = InUse(
-            self.rule,
-            self.name,
-            self.geometry,
-            location.recorder,
-            lenient=self.assignment.lenient,
-        )
-        # The norm of a convolution's operator waits for the size of its first input.
-        geometry, waits = self.geometry, self.rule.needs_input_size()
-        if isinstance(geometry, Dense) or geometry.grid is not None or not waits:
-            # A weight that is not finite is met at its first step, by the user's policy.
-            self.in_use.measure(location.parameter)
-        for holder, attribute in self._holders():
-            read_through(holder, attribute, self.in_use)
-            self.answering.append((holder, attribute))
-            if location.recorder is not None and waits:
-                self.handles.append(
-                    holder.register_forward_pre_hook(FirstSize(self.in_use), with_kwargs=True)
-                )
+    @property
+    def state(self) -> dict[str, torch.Tensor] | None:
+        """The rule's state."""
+        return self._state if self.in_use is None else self.in_use.state
+
+    @state.setter
+    def state(self, value: dict[str, torch.Tensor] | None) -> None:
+        self._state = value
+
+    @property
+    def sized(self) -> Geometry:
+        """The geometry now, or the latest that had a size: circular layers may see several."""
+        geometry = self.geometry
+        if self.in_use is None or isinstance(geometry, Dense) or geometry.grid is not None:
+            return geometry
+        return self.in_use.geometry
+
+    @property
+    def has_size(self) -> bool:
+        """Whether the operator is one matrix, and not one for each size of an input."""
+        geometry = self.sized
+        return isinstance(geometry, Dense) or geometry.grid is not None
+
+    def resume(self, at: Location, assignment: Assignment) -> bool:
+        """Go on, hooks and all, with a weight of the same module."""
+        if self.at.module is not at.module:
+            return False
+        self.assignment = assignment
+        return True
+
+    def release(self) -> None:
+        """Remove every hook."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        for module, attribute in self.answering:
+            assert self.in_use is not None
+            answer_plainly(module, attribute, self.in_use)
+        self.answering.clear()
+        super().release()
+
+    def refuse_sharded(self, model: nn.Module) -> None:
+        """Raise if the parameter is, or in the next forward pass will be, a part of a matrix."""
+        refuse_sharded(self.name, self.at.parameter)
+        if self.in_use is not None and self.in_use.is_replaced(self.at.parameter):
+            refuse_sharded_model(model)
+
+    # Firing
+
+    def why_not(self) -> str:
+        """A reason to leave the weight alone this time; empty, or an error, otherwise."""
+        reason = self.at.frozen()
+        if reason:
+            return reason
+        if self.needs_size:
+            return "its layer has seen no input yet"
+        if self.stage == "weights" and not self.rule.refuses_nonfinite(self.geometry) and not _finite(self.at.read()):
+            raise NonFiniteError
+        geometry = self.geometry
+        if geometry is not self._fitting:
+            shape = tuple(self.at.parameter.shape)
+            if isinstance(geometry, Conv):
+                geometry.sizes(shape)
+            else:
+                geometry.check(shape)
+            self._fitting = geometry
+        return ""
+
+    def act(self, weight: torch.Tensor, step: int, *, certain: bool) -> Any:
+        """What the rule gives: (array, new state, figures)."""
+        if self.stage == "weights":
+            return super().act(weight, step, certain=certain)
+        geometry, rule = self.geometry, self.rule
+        forgotten = self.in_use is not None and self.in_use.forgotten
+        state = (None if forgotten else self.state) or {}
+        vectors = self.stage == "forward" or self.adds_in_place(geometry)
+        if vectors and self.blocks(geometry) == 1:
+            fast = advanced(rule, self.name, self.at.parameter, geometry, state, step)
+            if fast is not None:
+                return weight, *fast
+        geometry = self.sized
+        if not state:
+            state = rule.init(weight, geometry, self.name)
+        if vectors and self.stage == "gradients":
+            state, figures = rule.advance(weight, geometry, state, step=step, name=self.name)
+            term = weight
+        else:
+            term, state, figures = rule.update(weight, geometry, state, step=step, name=self.name)
+        if weight.is_cpu:
+            # Where it costs no wait for a device; else the loss will tell.
+            _check_finite(figures)
+        return term, state, figures
+
+    def keep(self, outcome: Outcome[Any]) -> None:
+        """Store what a firing gave."""
+        if self.in_use is None:
+            super().keep(outcome)
+        elif outcome.array is not None:
+            self.in_use.geometry = self.sized
+            self.in_use.take(outcome.state, self.at.parameter)
+
+    def adds_in_place(self, geometry: Geometry) -> bool:
+        """Whether the term of a penalty need not be made: it is λσuvᴴ, and the vectors fit."""
+        gradient = self.at.parameter.grad
+        if gradient is None or gradient.dtype not in _PLAIN or not gradient.is_contiguous():
+            return False
+        return self.rule.formula == "penalty" and self.blocks(geometry) > 0
 
     def blocks(self, geometry: Geometry) -> int:
         """`row_blocks` of the norm that is followed."""
         if self._blocks is None or self._blocks[0] is not geometry:
             self._blocks = geometry, row_blocks(self.rule.tracked(geometry))
         return self._blocks[1]
-
-    def weight(self) -> torch.Tensor:
-        """The weight as its layers use it."""
-        raw = self.location.parameter
-        if self.in_use is None or not self.answering:
-            return raw
-        used = self.in_use(raw)
-        # What is written to a plain tensor is lost, as everywhere in torch.
-        return used if used is raw else used.as_subclass(torch.Tensor)
-
-    def _holders(self) -> list[tuple[nn.Module, str]]:
-        parameter = self.location.parameter
-        modules = {id(m): m for m in (self.location.module, *self.location.others)}
-        return [
-            (module, attribute)
-            for module in modules.values()
-            for attribute, own in module._parameters.items()
-            if own is parameter
-        ]
 
     def see(self, gradient: torch.Tensor | None) -> None:
         """Remember which gradient the latest step had."""
@@ -109,6 +180,36 @@ class Constrained(Assigned):
             and self._seen[1] == gradient._version
         )
 
+    # The weight in use
+
+    def prepare(self) -> None:
+        """Let every layer that holds the weight use the one that the rule gives."""
+        location = self.at
+        lenient = self.assignment.lenient
+        self.in_use = InUse(self.rule, self.name, self.geometry, location.recorder, lenient=lenient)
+        # The norm of a convolution's operator waits for the size of its first input.
+        if not self.needs_size:
+            # A weight that is not finite is met at its first step, by the user's policy.
+            self.in_use.measure(location.parameter)
+        for holder, attribute in location.holders():
+            read_through(holder, attribute, self.in_use)
+            self.answering.append((holder, attribute))
+            if location.recorder is not None and self.rule.needs_input_size():
+                self.handles.append(
+                    holder.register_forward_pre_hook(FirstSize(self.in_use), with_kwargs=True)
+                )
+        # Gradients that are there already were not made under the rule.
+        self.see(location.parameter.grad)
+
+    def used(self, step: int = 1) -> torch.Tensor:
+        """The weight as its layers use it."""
+        raw = self.at.parameter
+        if self.in_use is None or not self.answering:
+            return raw
+        used = self.in_use(raw)
+        # What is written to a plain tensor is lost, as everywhere in torch.
+        return used if used is raw else used.as_subclass(torch.Tensor)
+
     def schedule(self, step: int) -> None:
         """Bring schedules to the step that comes next, as tensors: no recompilation."""
         if self.in_use is None or not self.rule.is_scheduled():
@@ -121,66 +222,30 @@ class Constrained(Assigned):
                 value = torch.tensor(float(value), dtype=dtype, device=parameter.device)
             self.in_use.overrides[key] = value
 
-    def norm(self, following: Sequence[nn.Module] = ()) -> dict[str, Any]:
-        """The norm now, for a report: exact where it can be, else a certified upper bound.
-
-        And that with the batch normalisation which follows, if there is one.
-        """
+    def norm(self, following: Sequence[nn.Module]) -> dict[str, Any]:
+        """What a report says of it, and of it with the batch normalisation behind it, if any."""
         with torch.no_grad():
-            w, geometry = self.weight().detach(), self.geometry
+            w, geometry = self.used().detach(), self.geometry
         found = measured(w, geometry, self.rule)
         if following and found["norm_is"] != "not finite":
-            found["normalized"] = norm_with(self.location.module, w, geometry, following)
+            found["normalized"] = norm_with(self.at.module, w, geometry, following)
         return found
+
+    # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """The rule's state and the sizes seen."""
-        recorder = self.location.recorder
-        state = self.state if self.in_use is None else self.in_use.state
-        return {
-            "state": None if state is None else _copy(state),
-            "sizes": None if recorder is None else recorder.state(),
-            "steps": self.steps,
-            "drifting": self.in_use is not None and self.in_use.drifting,
-        }
+        drifting = self.in_use is not None and self.in_use.drifting
+        return super().state_dict() | {"steps": self.steps, "drifting": drifting}
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+    def load_state_dict(self, saved: Any) -> None:
         """Restore `state_dict`."""
-        parameter = self.location.parameter
-        state = None if saved["state"] is None else _copy(saved["state"], parameter.device)
+        super().load_state_dict(saved)
         self.steps = int(saved.get("steps", 0))
-        if self.location.recorder is not None and saved["sizes"] is not None:
-            self.location.recorder.load(saved["sizes"])
-        if self.in_use is None:
-            self.state = state
-        else:
+        if self.in_use is not None:
+            state, self._state = self._state, None
             self.in_use.geometry = self.geometry
-            self.in_use.load(state, parameter, drifting=bool(saved.get("drifting", False)))
-
-    def release(self) -> None:
-        """Remove every hook."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
-        for module, attribute in self.answering:
-            assert self.in_use is not None
-            answer_plainly(module, attribute, self.in_use)
-        self.answering.clear()
-        self.location.unwatch()
-
-    def check_state(self, saved: Mapping[str, Any]) -> None:
-        """Raise if `saved` cannot be this weight's: before anything is written."""
-        try:
-            state, _ = saved["state"], saved["sizes"]
-        except (KeyError, TypeError):
-            raise AdapterError(f"{self.name}: the state has no entries state and sizes") from None
-        own = None if self.in_use is None else self.in_use.state
-        if not own or not state:
-            return
-        shapes = {key: tuple(x.shape) for key, x in state.items()}
-        expected = {key: tuple(x.shape) for key, x in own.items()}
-        if not are_alike(shapes, expected):
-            raise AdapterError(f"{self.name}: the state has {shapes}, expected {expected}")
+            self.in_use.load(state, self.at.parameter, drifting=self.drifting)
 
 
 class FirstSize:
@@ -197,10 +262,16 @@ class FirstSize:
             in_use.geometry = in_use.recorder.geometry(module)
 
 
-def _copy(
-    state: Mapping[str, torch.Tensor], device: torch.device | None = None
-) -> dict[str, torch.Tensor]:
-    return {
-        key: value.clone() if device is None else value.to(device, copy=True)
-        for key, value in state.items()
-    }
+def _finite(weight: torch.Tensor) -> bool:
+    # The sum is one pass; where it overflows, look closer.
+    return bool(torch.isfinite(weight.sum())) or bool(torch.isfinite(weight).all())
+
+
+def _check_finite(figures: dict[str, Any]) -> None:
+    norm = figures.get("norm")
+    if isinstance(norm, torch.Tensor) and norm.ndim:
+        finite = bool(torch.isfinite(norm).all())
+    else:
+        finite = norm is None or math.isfinite(norm)
+    if not finite:
+        raise NonFiniteError("its norm is not finite")

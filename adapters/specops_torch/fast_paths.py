@@ -15,24 +15,26 @@ import torch
 
 from specops.geometry import Geometry
 from specops.tracking import Pairs, packed, stepped_on_host, unpacked
-from specops_torch.constrained import Constrained
 
 ENABLED = True
 _DTYPES = (torch.float32, torch.float64)
 
 
 def advanced(
-    c: Constrained,
+    rule: Any,
+    name: str,
     raw: torch.Tensor,
     geometry: Geometry,
     state: Mapping[str, torch.Tensor],
     step: int,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]] | None:
-    """(the state after the rule's steps, its figures); None where the rule must do it."""
-    rule = c.rule
+    """(the state after the rule's steps, its figures); None where the rule must do it.
+
+    Of a weight that is one matrix.
+    """
     if not ENABLED or not rule.formula or not raw.is_cpu or raw.dtype not in _DTYPES:
         return None
-    if c.blocks(geometry) != 1 or not raw.is_contiguous() or not state:
+    if not raw.is_contiguous() or not state:
         return None
     vectors = unpacked(state, 0)
     if any(x.dtype != raw.dtype or not x.is_cpu for x in vectors):
@@ -50,9 +52,9 @@ def advanced(
         return None
     figures = {"norm": norm}
     if rule.formula == "penalty":
-        figures["penalty"] = 0.5 * rule.strength_at(step, c.name, geometry) * norm * norm
+        figures["penalty"] = 0.5 * rule.strength_at(step, name, geometry) * norm * norm
     elif rule.formula == "rank limited":
-        ratio, flat = rule.arguments(step, c.name, geometry)["ratio"], matrix.reshape(-1)
+        ratio, flat = rule.arguments(step, name, geometry)["ratio"], matrix.reshape(-1)
         rank = torch.dot(flat, flat).item() / norm**2
         if not math.isfinite(rank):
             return None

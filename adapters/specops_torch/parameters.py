@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from specops.errors import AdapterError
 from specops.geometry import Dense
+from specops.training.parameter import Parameter
 from specops.training.weight import Weight
 from specops_torch.geometry import CONVOLUTIONS, Role, role_of
 from specops_torch.sizes import SizeRecorder
@@ -20,11 +22,11 @@ _WRAPPERS = {
     "DataParallel": "module",
     "OptimizedModule": "_orig_mod",
 }
-_FLOATS = ("float", "bfloat", "complex")
+_FROZEN = "frozen (requires_grad=False)"
 
 
 @dataclass
-class Location:
+class Location(Parameter):
     """A parameter as a module's attribute, so that replaced tensors are found again."""
 
     weight: Weight
@@ -48,9 +50,43 @@ class Location:
             )
         return found
 
+    def holders(self) -> list[tuple[nn.Module, str]]:
+        """Every module that holds the tensor, and its name for it."""
+        parameter = self.parameter
+        modules = {id(m): m for m in (self.module, *self.others)}
+        return [
+            (module, attribute)
+            for module in modules.values()
+            for attribute, own in module._parameters.items()
+            if own is parameter
+        ]
+
+    def is_held_by(self, model: nn.Module) -> bool:
+        """Whether the model still has the module, and that a parameter of the name."""
+        held = any(m is self.module for m in model.modules())
+        return held and self.module._parameters.get(self.attribute) is not None
+
+    def read(self) -> torch.Tensor:
+        """Its values."""
+        return self.parameter.detach()
+
+    def write(self, value: torch.Tensor) -> None:
+        """In place."""
+        with torch.no_grad():
+            self.parameter.copy_(value)
+
+    def frozen(self) -> str:
+        """A layer may be frozen after attaching."""
+        return "" if self.parameter.requires_grad else _FROZEN
+
+    @property
+    def learns_size(self) -> bool:  # type: ignore[override]
+        """Whether it is a convolution whose geometry was not declared."""
+        return isinstance(self.module, CONVOLUTIONS) and not self.declared
+
     def watch(self) -> None:
         """Record the sizes that a convolution sees until `unwatch`: inputs may grow."""
-        if isinstance(self.module, CONVOLUTIONS) and self.recorder is None:
+        if self.learns_size and self.recorder is None:
             self.recorder = SizeRecorder(self.module.padding_mode == "circular")
             for module in {id(m): m for m in (self.module, *self.others)}.values():
                 hook = module.register_forward_hook(self.recorder, with_kwargs=True)
@@ -67,6 +103,23 @@ class Location:
         if self.recorder is None:
             return self.weight.geometry
         return self.recorder.geometry(self.module)
+
+    def sizes(self) -> Any:
+        """What the recorder knows."""
+        return None if self.recorder is None else self.recorder.state()
+
+    def see(self, sizes: Any) -> None:
+        """Take over what a recorder knew."""
+        if self.recorder is not None and sizes is not None:
+            self.recorder.load(sizes)
+
+    def saved(self, value: torch.Tensor) -> torch.Tensor:
+        """A copy where it is."""
+        return value.clone()
+
+    def restored(self, value: torch.Tensor) -> torch.Tensor:
+        """A copy on the parameter's device."""
+        return value.to(self.parameter.device, copy=True)
 
 
 def locate(model: nn.Module, trained: Iterable[nn.Parameter] | None) -> list[Location]:
@@ -125,31 +178,29 @@ def _describe(
             Dense(),
             unusable="is a lazy parameter without a shape: run one forward pass before attaching",
         )
-    shape = tuple(parameter.shape)
-    if parameter.ndim < 2:
-        skipped = f"{parameter.ndim}-d: a bias or scale, no matrix"
-    elif 0 in shape:
-        skipped = "empty"
-    else:
-        skipped = why_untouched(parameter, held)
-    if skipped:
-        return Weight(name, shape, dtype, skipped=skipped)
-    role = _parametrised(name) or role_of(module, attribute)
-    if not dtype.startswith(_FLOATS) or dtype.startswith("float8"):
-        role = Role(obstacle=f"dtype {dtype} cannot be measured: keep a float32 master weight")
     unusable = ""
     if parameter.is_meta:
         unusable = (
             "is on the meta device and holds no values: materialise the model (to_empty and "
             "initialise, or load a checkpoint) before attaching"
         )
-    return Weight(name, shape, dtype, role.geometry, "", role.obstacle, role.opt_in, unusable)
+    role = _parametrised(name) or role_of(module, attribute)
+    return Weight.of(
+        name,
+        tuple(parameter.shape),
+        dtype,
+        role.geometry,
+        skipped=why_untouched(parameter, held),
+        obstacle=role.obstacle,
+        opt_in=role.opt_in,
+        unusable=unusable,
+    )
 
 
 def why_untouched(parameter: nn.Parameter, held: set[int] | None) -> str:
     """Why a matrix of the model is not this attachment's to change; empty if it is."""
     if not parameter.requires_grad:
-        return "frozen (requires_grad=False)"
+        return _FROZEN
     if held is not None and id(parameter) not in held:
         return "not in this optimizer"
     return ""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from specops.errors import SpecopsError
+from specops.training.firing import Outcome
 from specops_torch.constrained import Constrained
 
 
@@ -31,13 +32,19 @@ def searching(closure: Callable[[], Any], constrained: Sequence[Constrained]) ->
 
 
 def with_penalty(
-    closure: Callable[[], Any], due: Sequence[Constrained], step: int
+    closure: Callable[[], Any], outcomes: Sequence[Outcome[Constrained]], step: int
 ) -> Callable[[], Any]:
     """The closure's loss and gradients plus those of the penalties, with vectors of now.
+
+    `outcomes` of a firing before the step give the vectors.
 
     An optimizer that calls it several times in one step, as LBFGS does, sees one function. A
     closure that returns nothing goes on returning nothing.
     """
+
+    for o in outcomes:
+        o.constrained.keep(o)
+    due = [o.constrained for o in outcomes if o.array is not None]
 
     def wrapped() -> Any:
         # The caller's grad mode is the closure's: LBFGS enables it.

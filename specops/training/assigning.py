@@ -58,10 +58,10 @@ def assigned(
     try:
         for parameter, decided in pairs:
             attachment.check_rule(decided.rule)
+            if decided.weight is not parameter.weight:
+                parameter.weight, parameter.declared = decided.weight, True
             assignment = _checked(decided, parameter)
             assignments.append(assignment)
-            if assignment.weight is not parameter.weight:
-                parameter.weight, parameter.declared = assignment.weight, True
             if assignment.rule is not None:
                 kept = before.pop(assignment.weight.name, None)
                 result.append(_taken(attachment, parameter, assignment, kept))

@@ -191,7 +191,7 @@ class BaseAttachment(ABC, Generic[C]):
         step = self.steps + 1
         due = self.due("gradients", step)
         outcomes = self._firing.compute([c for c in due if c.name in gradients], step)
-        self._record(_without_gradient(c, step) for c in due if c.name not in gradients)
+        self._record(without_gradient(c, step) for c in due if c.name not in gradients)
         for o in outcomes:
             if o.array is not None:
                 with o.constrained.at.context():
@@ -246,7 +246,7 @@ class BaseAttachment(ABC, Generic[C]):
         rules: of the weight in use): exact for matrices and circular convolutions, a certified
         upper bound for zero-padded ones. After `detach`, nothing is measured.
         """
-        if self.is_attached or not self._assignments:
+        if self._attached or not self._assignments:
             self.look()
         acting = {a.weight.name for a in self._assignments if a.rule is not None}
         found = self.measured([c for c in self._constrained if c.name in acting and measure])
@@ -278,12 +278,16 @@ class BaseAttachment(ABC, Generic[C]):
             Another version, other names, or vectors of other shapes; nothing is changed then.
         """
         self.look()
+        self.check_state(state)
         self._load(state)
 
-    def _load(self, state: Mapping[str, Any]) -> None:
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise if a saved state cannot be this attachment's: before anything is changed."""
         check_saved(state, [c.name for c in self._constrained])
         for c in self._constrained:
             c.check_state(state["weights"][c.name])
+
+    def _load(self, state: Mapping[str, Any]) -> None:
         self.steps = int(state["steps"])
         for c in self._constrained:
             c.load_state_dict(state["weights"][c.name])
@@ -319,5 +323,6 @@ class BaseAttachment(ABC, Generic[C]):
                 c.at.write(weight)
 
 
-def _without_gradient(c: Constrained[Any], step: int) -> Record:
+def without_gradient(c: Constrained[Any], step: int) -> Record:
+    """The record of a weight that no loss depends on."""
     return {"step": step, "name": c.name, "skipped": "no gradient"}

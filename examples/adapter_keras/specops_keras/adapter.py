@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import keras
 
-from specops.authors import AdapterError, Plan, Report
+from specops.authors import AdapterError, BaseAdapter, Plan
 from specops_keras.callback import Spectral
 
 
-class KerasAdapter:
+class KerasAdapter(BaseAdapter):
     """Attach to, or project, a Keras model or layer."""
 
     name = "keras"
@@ -28,19 +27,3 @@ class KerasAdapter:
         spectral = Spectral(plan, geometries=geometries, **options)
         spectral.bind(model, optimizer)
         return spectral
-
-    def project(
-        self,
-        model: Any,
-        plan: Plan,
-        *,
-        geometries: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> Report:
-        """Fire every rule of the plan once."""
-        attachment = self.attach(None, model, plan.once(), geometries=geometries, **options)
-        try:
-            attachment.step()
-            return attachment.report()
-        finally:
-            attachment.detach()
