@@ -124,10 +124,10 @@ def matched(
         )
     result = {}
     for c in constrained:
-        own = (c.name, *c.at.aliases)
+        own = (c.name, *c.parameter.aliases)
         name = next((n for n in own if given.get(n) is not None), None)
         if name is not None:
-            _check_gradient(name, given[name], c.at.array)
+            _check_gradient(name, given[name], c.parameter.array)
             result[c.name] = given[name]
     return result
 

@@ -66,7 +66,7 @@ class Attachment(BaseAttachment[Constrained[Entry]]):
             self.assign()
             self._described = described
         for c in self._constrained:
-            c.at.array = leaves[c.name]
+            c.parameter.array = leaves[c.name]
 
     def before_step(self, gradients: Mapping[str, Any]) -> None:
         """Let rules of stage "gradients" add to gradients in place, before an update.
@@ -101,7 +101,7 @@ class Attachment(BaseAttachment[Constrained[Entry]]):
         was written to from outside (a checkpoint, an average) is measured anew.
         """
         used = self.weights()
-        aliases = {name: c.name for c in self._constrained for name in c.at.aliases}
+        aliases = {name: c.name for c in self._constrained for name in c.parameter.aliases}
         assert self._model is not None
         return rebuild(self._model, used | {name: used[first] for name, first in aliases.items()})
 

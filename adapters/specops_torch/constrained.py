@@ -52,7 +52,7 @@ class Constrained(training.Constrained[Location]):
     @property
     def location(self) -> Location:
         """Where it is."""
-        return self.at
+        return self.parameter
 
     @property
     def state(self) -> dict[str, torch.Tensor] | None:
@@ -77,9 +77,9 @@ class Constrained(training.Constrained[Location]):
         geometry = self.sized
         return isinstance(geometry, Dense) or geometry.grid is not None
 
-    def resume(self, at: Location, assignment: Assignment) -> bool:
+    def resume(self, parameter: Location, assignment: Assignment) -> bool:
         """Go on, hooks and all, with a weight of the same module."""
-        if self.at.module is not at.module:
+        if self.location.module is not parameter.module:
             return False
         self.assignment = assignment
         return True
@@ -97,24 +97,28 @@ class Constrained(training.Constrained[Location]):
 
     def refuse_sharded(self, model: nn.Module) -> None:
         """Raise if the parameter is, or in the next forward pass will be, a part of a matrix."""
-        refuse_sharded(self.name, self.at.parameter)
-        if self.in_use is not None and self.in_use.is_replaced(self.at.parameter):
+        refuse_sharded(self.name, self.location.parameter)
+        if self.in_use is not None and self.in_use.is_replaced(self.location.parameter):
             refuse_sharded_model(model)
 
     # Firing
 
     def why_not(self) -> str:
         """A reason to leave the weight alone this time; empty, or an error, otherwise."""
-        reason = self.at.frozen()
+        reason = self.location.frozen()
         if reason:
             return reason
         if self.needs_size:
             return "its layer has seen no input yet"
-        if self.stage == "weights" and not self.rule.refuses_nonfinite(self.geometry) and not _finite(self.at.read()):
+        if (
+            self.stage == "weights"
+            and not self.rule.refuses_nonfinite(self.geometry)
+            and not _finite(self.location.read())
+        ):
             raise NonFiniteError
         geometry = self.geometry
         if geometry is not self._fitting:
-            shape = tuple(self.at.parameter.shape)
+            shape = tuple(self.location.parameter.shape)
             if isinstance(geometry, Conv):
                 geometry.sizes(shape)
             else:
@@ -131,7 +135,7 @@ class Constrained(training.Constrained[Location]):
         state = (None if forgotten else self.state) or {}
         vectors = self.stage == "forward" or self.adds_in_place(geometry)
         if vectors and self.blocks(geometry) == 1:
-            fast = advanced(rule, self.name, self.at.parameter, geometry, state, step)
+            fast = advanced(rule, self.name, self.location.parameter, geometry, state, step)
             if fast is not None:
                 return weight, *fast
         geometry = self.sized
@@ -153,11 +157,11 @@ class Constrained(training.Constrained[Location]):
             super().keep(outcome)
         elif outcome.array is not None:
             self.in_use.geometry = self.sized
-            self.in_use.take(outcome.state, self.at.parameter)
+            self.in_use.take(outcome.state, self.location.parameter)
 
     def adds_in_place(self, geometry: Geometry) -> bool:
         """Whether the term of a penalty need not be made: it is λσuvᴴ, and the vectors fit."""
-        gradient = self.at.parameter.grad
+        gradient = self.location.parameter.grad
         if gradient is None or gradient.dtype not in _PLAIN or not gradient.is_contiguous():
             return False
         return self.rule.formula == "penalty" and self.blocks(geometry) > 0
@@ -184,7 +188,7 @@ class Constrained(training.Constrained[Location]):
 
     def prepare(self) -> None:
         """Let every layer that holds the weight use the one that the rule gives."""
-        location = self.at
+        location = self.location
         lenient = self.assignment.lenient
         self.in_use = InUse(self.rule, self.name, self.geometry, location.recorder, lenient=lenient)
         # The norm of a convolution's operator waits for the size of its first input.
@@ -203,7 +207,7 @@ class Constrained(training.Constrained[Location]):
 
     def used(self, step: int = 1) -> torch.Tensor:
         """The weight as its layers use it."""
-        raw = self.at.parameter
+        raw = self.location.parameter
         if self.in_use is None or not self.answering:
             return raw
         used = self.in_use(raw)
@@ -228,7 +232,7 @@ class Constrained(training.Constrained[Location]):
             w, geometry = self.used().detach(), self.geometry
         found = measured(w, geometry, self.rule)
         if following and found["norm_is"] != "not finite":
-            found["normalized"] = norm_with(self.at.module, w, geometry, following)
+            found["normalized"] = norm_with(self.location.module, w, geometry, following)
         return found
 
     # Checkpoints
@@ -245,7 +249,7 @@ class Constrained(training.Constrained[Location]):
         if self.in_use is not None:
             state, self._state = self._state, None
             self.in_use.geometry = self.geometry
-            self.in_use.load(state, self.at.parameter, drifting=self.drifting)
+            self.in_use.load(state, self.location.parameter, drifting=self.drifting)
 
 
 class FirstSize:

@@ -36,18 +36,21 @@ class BadInputChecks(SuiteBase):
     def test_nan_in_a_weight_is_named(self) -> None:
         """Silence would let a run go on that is lost."""
         self.needs("weights")
-        within = self.capabilities.nonfinite_within
+        within, refusal = self.capabilities.nonfinite_within, self.capabilities.refuses_nonfinite
+        kinds = (NonFiniteError,) if refusal is None else (NonFiniteError, refusal)
+        expected = " or ".join(kind.__name__ for kind in kinds)
         for name in self.constrained(self.start(self.model(), Monitor())):
             training = self.start(self.model(), Plan([(name, _CLIP)]))
             training.step()
             training.set_weight(name, _poisoned(training.weights()[name]))
-            error = _raised(partial(advanced, training, within))
+            error = _raised(partial(advanced, training, within), kinds)
             assert error is not None, (
-                f"{name} holds NaN, and {within} step(s) of {_CLIP!r} raised no NonFiniteError. "
+                f"{name} holds NaN, and {within} step(s) of {_CLIP!r} raised no {expected}. "
                 f"Likely cause: the error is swallowed, or the weight is not checked before the "
                 f"rule"
             )
-            assert name in str(error), (
+            # In the framework's own words if it was first.
+            assert name in str(error) or not isinstance(error, NonFiniteError), (
                 f"the NonFiniteError does not name the layer {name!r}: {str(error)!r}. Likely "
                 f"cause: it comes from the core and was not caught and named"
             )
@@ -184,9 +187,11 @@ def _poisoned(weight: np.ndarray) -> np.ndarray:
     return values
 
 
-def _raised(act: Callable[[], Any]) -> NonFiniteError | None:
+def _raised(
+    act: Callable[[], Any], kinds: tuple[type[Exception], ...] = (NonFiniteError,)
+) -> Exception | None:
     try:
         act()
-    except NonFiniteError as error:
+    except kinds as error:
         return error
     return None

@@ -37,8 +37,8 @@ class SuiteBase(ABC):
     def model(self) -> Any:
         """A tiny fresh model, the same at every call.
 
-        It has at least one dense layer, one convolution and one bias; the operator norms of
-        its weights are above 1.
+        It has at least one dense layer, one convolution (unless the capabilities deny them)
+        and one bias; the operator norms of its weights are above 1.
         """
 
     @abstractmethod

@@ -34,6 +34,11 @@ class Capabilities:
     nonfinite_within : int
         Number of steps within which NaN in a weight raises: 1 at the step itself, 2 where the
         check stays on the device and is read at the next firing.
+    convolutions : bool
+        Whether the framework has convolutions; `AdapterSuite.model` then has one.
+    refuses_nonfinite : type of exception, optional
+        What the framework itself raises in a step where a weight holds NaN, before a rule could
+        look at it. It need not name the layer.
     """
 
     stages: tuple[Stage, ...] = ("weights", "gradients", "forward")
@@ -42,6 +47,8 @@ class Capabilities:
     in_place: bool = True
     registered: bool = True
     nonfinite_within: int = 1
+    convolutions: bool = True
+    refuses_nonfinite: type[Exception] | None = None
 
 
 @dataclass(frozen=True)

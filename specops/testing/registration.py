@@ -7,7 +7,7 @@ import pytest
 
 from specops import plugins
 from specops.errors import AdapterError
-from specops.geometry import Conv
+from specops.geometry import Conv, Dense
 from specops.hookspecs import Adapter
 from specops.rules import Monitor
 from specops.testing.base import BOUND, SuiteBase, changed, listed, norms_of
@@ -53,7 +53,10 @@ class RegistrationChecks(SuiteBase):
             f"geometries lists {sorted(names)}, the report has rules on {sorted(listed_names)}"
         )
         kinds = {type(g) for g in geometries.values()}
-        assert len(kinds) == 2, f"model() needs a dense layer and a convolution, has {geometries}"
+        assert kinds == ({Dense, Conv} if self.capabilities.convolutions else {Dense}), (
+            f"model() needs a dense layer and, unless the capabilities deny convolutions, one of "
+            f"them; it has {geometries}"
+        )
         unsized = [n for n, g in geometries.items() if isinstance(g, Conv) and g.grid is None]
         assert not unsized, (
             f"after one step the input sizes of {unsized} are not known: the geometry has "

@@ -194,7 +194,7 @@ class BaseAttachment(ABC, Generic[C]):
         self._record(without_gradient(c, step) for c in due if c.name not in gradients)
         for o in outcomes:
             if o.array is not None:
-                with o.constrained.at.context():
+                with o.constrained.parameter.context():
                     gradients[o.constrained.name] = self.add(gradients[o.constrained.name], o.array)
             o.constrained.keep(o)
         self._record(o.record for o in outcomes)
@@ -313,14 +313,14 @@ class BaseAttachment(ABC, Generic[C]):
         for c in self._constrained:
             if c.stage != "forward":
                 continue
-            c.at.check_writable()
+            c.parameter.check_writable()
             try:
                 used.append((c, c.used(self.steps + 1)))
             except SpecopsError as error:
                 raise type(error)(f"{c.name}, which nothing was folded for: {error}") from error
         for c, weight in used:
-            with c.at.context():
-                c.at.write(weight)
+            with c.parameter.context():
+                c.parameter.write(weight)
 
 
 def without_gradient(c: Constrained[Any], step: int) -> Record:

@@ -29,23 +29,23 @@ class Constrained(Assigned, Generic[P]):
 
     Attributes
     ----------
-    at : Parameter
-        Where it is.
+    parameter : Parameter
+        The weight as the adapter reads and writes it.
     state : dict of arrays or None
         The rule's; None before its first firing.
     drifting : bool
         Of a forward rule: whether steps have changed the weight since its vectors advanced.
     """
 
-    def __init__(self, at: P, assignment: Assignment) -> None:
-        self.at, self.assignment = at, assignment
+    def __init__(self, parameter: P, assignment: Assignment) -> None:
+        self.parameter, self.assignment = parameter, assignment
         self.state: State | None = None
         self.drifting = False
 
     @property
     def geometry(self) -> Geometry:
         """The map at the size that is known by now."""
-        return self.at.geometry()
+        return self.parameter.geometry()
 
     @property
     def has_size(self) -> bool:
@@ -58,32 +58,32 @@ class Constrained(Assigned, Generic[P]):
         """Whether the rule follows an operator whose size is not known yet."""
         return self.rule.needs_input_size() and not self.has_size
 
-    def resume(self, at: P, assignment: Assignment) -> bool:
+    def resume(self, parameter: P, assignment: Assignment) -> bool:
         """Go on with a parameter that was listed anew; False if it is another weight."""
         old, new = self.assignment.weight, assignment.weight
         if (new.shape, new.dtype) != (old.shape, old.dtype):
             return False
-        if new.geometry != old.geometry and not at.learns_size:
+        if new.geometry != old.geometry and not parameter.learns_size:
             return False
-        self.at.unwatch()
-        at.watch()
-        at.see(self.at.sizes())
-        self.at, self.assignment = at, assignment
+        self.parameter.unwatch()
+        parameter.watch()
+        parameter.see(self.parameter.sizes())
+        self.parameter, self.assignment = parameter, assignment
         return True
 
     def release(self) -> None:
         """Leave nothing behind on the model."""
-        self.at.unwatch()
+        self.parameter.unwatch()
 
     # Firing
 
     def why_not(self) -> str:
         """A reason to leave the weight alone this time; empty, or `NonFiniteError`, otherwise."""
-        reason = self.at.frozen()
+        reason = self.parameter.frozen()
         if not reason and self.needs_size:
             reason = "its layer has seen no input yet"
         if not reason:
-            w = self.at.read()
+            w = self.parameter.read()
             if not bool(arrays.all_finite(arrays.namespace(w), w)):
                 raise NonFiniteError("it holds NaN or infinity")
         return reason
@@ -110,8 +110,8 @@ class Constrained(Assigned, Generic[P]):
         if outcome.array is None:
             return
         if outcome.changes_weight:
-            with self.at.context():
-                self.at.write(outcome.array)
+            with self.parameter.context():
+                self.parameter.write(outcome.array)
         self.state, self.drifting = outcome.state, False
 
     # The weight in use
@@ -120,16 +120,16 @@ class Constrained(Assigned, Generic[P]):
         """Let a forward rule find its vectors; a weight that is not finite waits for a step."""
         if self.needs_size:
             return
-        with contextlib.suppress(NonFiniteError), self.at.context():
-            self.state = self.start(self.at.read())
+        with contextlib.suppress(NonFiniteError), self.parameter.context():
+            self.state = self.start(self.parameter.read())
             self.drifting = False
 
     def used(self, step: int) -> Array:
         """What a forward pass before this step uses; the weight itself where it is not finite."""
-        w = self.at.read()
+        w = self.parameter.read()
         if self.stage != "forward":
             return w
-        with self.at.context():
+        with self.parameter.context():
             if self.state is None or self._is_written_to(w):
                 self.state = None
                 self.prepare()
@@ -155,7 +155,7 @@ class Constrained(Assigned, Generic[P]):
     def measured(self, step: int) -> dict[str, Any]:
         """Its norm now, for a report: exact where it can be, else a certified upper bound."""
         w = self.used(step)
-        with self.at.context():
+        with self.parameter.context():
             return measured(w, self.geometry, self.rule)
 
     # Checkpoints
@@ -163,16 +163,16 @@ class Constrained(Assigned, Generic[P]):
     def state_dict(self) -> dict[str, Any]:
         """Copies of the rule's state, and the sizes seen."""
         state = self.state
-        with self.at.context():
-            kept = None if state is None else {k: self.at.saved(x) for k, x in state.items()}
-        return {"state": kept, "sizes": self.at.sizes(), "drifting": self.drifting}
+        with self.parameter.context():
+            kept = None if state is None else {k: self.parameter.saved(x) for k, x in state.items()}
+        return {"state": kept, "sizes": self.parameter.sizes(), "drifting": self.drifting}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Restore `state_dict`, whose arrays may have been to the host."""
         state = saved["state"]
-        self.at.see(saved.get("sizes"))
-        with self.at.context():
-            self.state = state and {k: self.at.restored(x) for k, x in state.items()}
+        self.parameter.see(saved.get("sizes"))
+        with self.parameter.context():
+            self.state = state and {k: self.parameter.restored(x) for k, x in state.items()}
         self.drifting = bool(saved.get("drifting", False))
 
     def check_state(self, saved: Mapping[str, Any]) -> None:

@@ -67,9 +67,9 @@ class Firing(Generic[C]):
         return [self._one(c, step, certain) for c in due]
 
     def _one(self, c: C, step: int, certain: bool) -> Outcome[C]:
-        weight, record = c.at.read(), {"step": step, "name": c.name}
+        weight, record = c.parameter.read(), {"step": step, "name": c.name}
         try:
-            with c.at.context():
+            with c.parameter.context():
                 reason = c.why_not()
                 if not reason:
                     array, state, figures = c.act(weight, step, certain=certain)
@@ -105,6 +105,6 @@ def write(outcomes: Sequence[Outcome[Any]]) -> None:
     """Write new weights and keep the states, if all can be written."""
     for o in outcomes:
         if o.changes_weight:
-            o.constrained.at.check_writable()
+            o.constrained.parameter.check_writable()
     for o in outcomes:
         o.constrained.keep(o)

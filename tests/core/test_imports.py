@@ -104,6 +104,8 @@ OF_ONE_LIBRARY = {
     *("clone", "copy_", "add_", "mul_", "addmm_", "requires_grad", "new_zeros", "new_empty"),
     *("unbind", "dim", "numpy", "at", "block_until_ready", "is_cuda", "lax", "functorch"),
 }
+OURS = {"attachment.detach"}
+"""Methods of specops itself that have the name of one of those."""
 
 
 def told_apart(source: str) -> list[str]:
@@ -114,7 +116,7 @@ def told_apart(source: str) -> list[str]:
         if isinstance(node, ast.Attribute) and (
             text == "sys.modules"
             or text.startswith(("compat.is_", "array_api_compat.is_"))
-            or node.attr in OF_ONE_LIBRARY
+            or (node.attr in OF_ONE_LIBRARY and text not in OURS)
         ):
             found.append(text)
         if isinstance(node, ast.Call) and text.startswith("isinstance(") and "ndarray" in text:

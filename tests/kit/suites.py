@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from specops import Conv, Dense, Monitor
+from specops import Dense, Monitor, Plan
 from specops.geometry import Geometry
 from specops.testing import AdapterSuite, Capabilities, LayerCase
-from specops.training.plan import Assignment, Plan
-from specops.training.report import Report
+from specops.training.report import Report, measured
 from tests.kit import framework
-from tests.kit.adapter import Attachment, TinyAdapter
+from tests.kit.adapter import Attachment, Kernel, TinyAdapter
 from tests.kit.tiny import Tiny, TinyTraining
 
 
@@ -28,6 +27,38 @@ def flawed(attachment: type[Attachment]) -> type[TinyAdapter]:
 
 class TestTiny(Tiny, AdapterSuite):
     """As it should be."""
+
+
+class TestDenseOnly(Tiny, AdapterSuite):
+    """A framework without convolutions."""
+
+    capabilities = Capabilities(convolutions=False)
+
+    def model(self) -> framework.Model:
+        layers = framework.Dense(50, 8), framework.Tanh(), framework.Dense(8, 3)
+        return framework.Model(*layers, adapter=self.adapter)
+
+
+class RefusesNaN(Tiny):
+    """A framework that looks at its weights before it steps."""
+
+    capabilities = Capabilities(refuses_nonfinite=FloatingPointError)
+
+    def start(self, model: framework.Model, rule_or_plan: Any, **options: Any) -> TinyTraining:
+        training = super().start(model, rule_or_plan, **options)
+        step = training.step
+
+        def looked() -> None:
+            if not all(np.isfinite(p).all() for p in model.parameters.values()):
+                raise FloatingPointError("the model has diverged")
+            step()
+
+        training.step = looked  # type: ignore[method-assign]
+        return training
+
+
+class TestRefusesNaN(RefusesNaN, AdapterSuite):
+    """It says so, which is enough."""
 
 
 class Flawed(Tiny, AdapterSuite):
@@ -41,10 +72,10 @@ class TestWrongLayout(Flawed):
     """Kernels are read as torch has them."""
 
     class Flaw(Attachment):
-        def geometry_of(self, layer: Any) -> Geometry:
-            if isinstance(layer, framework.Dense):
-                return Dense()
-            return Conv(layer.grid, stride=layer.stride, padding=layer.padding, layout="OI*")
+        class kind(Kernel):
+            def inferred(self) -> Geometry:
+                found = super().inferred()
+                return Dense() if isinstance(found, Dense) else replace(found, layout="OI*")
 
     adapter = flawed(Flaw)
 
@@ -53,10 +84,10 @@ class TestIgnoresStride(Flawed):
     """Strided layers are taken for plain ones."""
 
     class Flaw(Attachment):
-        def geometry_of(self, layer: Any) -> Geometry:
-            if isinstance(layer, framework.Dense):
-                return Dense(out_axes=(1,))
-            return Conv(layer.grid, padding=layer.padding, layout="*IO")
+        class kind(Kernel):
+            def inferred(self) -> Geometry:
+                found = super().inferred()
+                return found if isinstance(found, Dense) else replace(found, stride=1)
 
     adapter = flawed(Flaw)
 
@@ -67,9 +98,9 @@ class TestMutatesInForward(Flawed):
     class Flaw(Attachment):
         def use(self, name: str, w: np.ndarray) -> np.ndarray:
             used = super().use(name, w)
-            if used is not w:
-                rule, geometry = self.rules[name].rule, self.geometries[name]
-                self.states[name] = rule.update(w, geometry, self.states[name], name=name)[1]
+            for c in self._constrained:
+                if c.name == name and used is not w:
+                    c.state = c.rule.update(w, c.geometry, c.state, name=name)[1]
             return used
 
     adapter = flawed(Flaw)
@@ -99,8 +130,9 @@ class TestSwallowsNaN(Flawed):
     """A weight that cannot be measured is passed over."""
 
     class Flaw(Attachment):
-        def on_nonfinite(self, name: str, step: int) -> None:
-            pass
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self._firing.on_nonfinite = "skip"
 
     adapter = flawed(Flaw)
 
@@ -109,7 +141,7 @@ class TestIgnoresEvery(Flawed):
     """Rules act at every step."""
 
     class Flaw(Attachment):
-        def fires(self, assignment: Assignment, step: int) -> bool:
+        def fires(self, c: Any, step: int) -> bool:
             return self.plan.stop is None or step < self.plan.stop
 
     adapter = flawed(Flaw)
@@ -119,18 +151,9 @@ class TestWritesAsItGoes(Flawed):
     """Weights are written one by one."""
 
     class Flaw(Attachment):
-        def computed(self, stage: str, step: int) -> Any:
-            rules, result = self.rules, {}
-            for name, assignment in rules.items():
-                self.rules = {name: assignment}
-                try:
-                    one = super().computed(stage, step)
-                finally:
-                    self.rules = rules
-                result |= one
-                if stage == "weights":
-                    self.write(one)
-            return result
+        def fire(self, due: Any, step: int, **options: Any) -> None:
+            for c in due:
+                super().fire([c], step, **options)
 
     adapter = flawed(Flaw)
 
@@ -139,7 +162,7 @@ class TestStaysOn(Flawed):
     """Detaching leaves the hooks."""
 
     class Flaw(Attachment):
-        def detach(self) -> None:
+        def detach(self, *, fold: bool = False) -> None:
             pass
 
     adapter = flawed(Flaw)
@@ -149,8 +172,8 @@ class TestReportsHalf(Flawed):
     """Parameters without a rule are left out."""
 
     class Flaw(Attachment):
-        def report(self) -> Any:
-            return Report(super().report().constrained)
+        def report(self, **options: Any) -> Any:
+            return Report(super().report(**options).constrained)
 
     adapter = flawed(Flaw)
 
@@ -159,10 +182,8 @@ class TestSubtracts(Flawed):
     """Penalties pull the wrong way."""
 
     class Flaw(Attachment):
-        def computed(self, stage: str, step: int) -> Any:
-            found = super().computed(stage, step)
-            sign = -1 if stage == "gradients" else 1
-            return {name: (sign * array, state) for name, (array, state) in found.items()}
+        def add(self, gradient: np.ndarray, term: np.ndarray) -> np.ndarray:
+            return super().add(gradient, -term)
 
     adapter = flawed(Flaw)
 
@@ -173,6 +194,9 @@ class TestUsesRawWeights(Flawed):
     class Flaw(Attachment):
         def use(self, name: str, w: np.ndarray) -> np.ndarray:
             return w
+
+        def measured(self, constrained: Any) -> Any:
+            return {c.name: measured(c.parameter.read(), c.geometry, c.rule) for c in constrained}
 
     adapter = flawed(Flaw)
 
@@ -214,6 +238,19 @@ class TestSkipsThePlan(Flawed):
     adapter = flawed(Flaw)
 
 
+class TestRefusesUnasked(RefusesNaN, Flawed):
+    """The framework refuses NaN, and the capabilities do not say so."""
+
+    capabilities = Capabilities()
+
+
+class TestHasNoConvolution(Flawed):
+    """No convolution, and the capabilities do not say so."""
+
+    def model(self) -> framework.Model:
+        return TestDenseOnly.model(self)
+
+
 class TestTooTame(Flawed):
     """Norms that stay below the bound by themselves."""
 
@@ -233,9 +270,8 @@ class TestNeverWrites(Flawed):
     """New weights are computed and forgotten."""
 
     class Flaw(Attachment):
-        def write(self, computed: Any) -> None:
-            weights = self.model.parameters
-            super().write({name: (weights[name], state) for name, (_, state) in computed.items()})
+        def write(self, outcomes: Any) -> None:
+            super().write([replace(o, array=o.weight) for o in outcomes])
 
     adapter = flawed(Flaw)
 
@@ -244,10 +280,16 @@ class TestMonitorActs(Flawed):
     """Rules without an effect have one."""
 
     class Flaw(Attachment):
-        def write(self, computed: Any) -> None:
-            for name, (w, state) in computed.items():
-                factor = np.float32(0.99 if isinstance(self.rules[name].rule, Monitor) else 1)
-                super().write({name: (factor * w, state)})
+        def write(self, outcomes: Any) -> None:
+            factor = np.float32(0.99)
+            super().write(
+                [
+                    replace(o, array=factor * o.weight)
+                    if isinstance(o.constrained.rule, Monitor)
+                    else o
+                    for o in outcomes
+                ]
+            )
 
     adapter = flawed(Flaw)
 

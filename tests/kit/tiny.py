@@ -63,7 +63,7 @@ class TinyTraining:
 
     @property
     def geometries(self) -> Mapping[str, Geometry]:
-        return self.attachment.geometries
+        return self.attachment.geometries()
 
 
 class Tiny:
