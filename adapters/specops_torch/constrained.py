@@ -108,7 +108,9 @@ class Constrained(training.Constrained[Location]):
         reason = self.location.frozen()
         if reason:
             return reason
-        if self.needs_size:
+        geometry = self.geometry
+        known = geometry is self._fitting
+        if not known and self.needs_size:
             return "its layer has seen no input yet"
         if (
             self.stage == "weights"
@@ -116,8 +118,7 @@ class Constrained(training.Constrained[Location]):
             and not _finite(self.location.read())
         ):
             raise NonFiniteError
-        geometry = self.geometry
-        if geometry is not self._fitting:
+        if not known:
             shape = tuple(self.location.parameter.shape)
             if isinstance(geometry, Conv):
                 geometry.sizes(shape)
