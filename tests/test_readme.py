@@ -25,7 +25,6 @@ READMES = {
 README = READMES["README.md"]
 OWN_TEST = "examples/adapter_keras/README.md"
 """Runs with the package that it belongs to."""
-AWAITED = "adapter_sklearn.py"
 PROGRAMS = {
     name: blocks
     for name, text in READMES.items()
@@ -118,13 +117,11 @@ def test_what_is_named_exists(name: str) -> None:
         for title in re.findall(r"^## (.+)$", README, re.M)
     }
     for link, anchor in re.findall(r"\]\(([^)#:]*)#?([\w-]*)\)", text):
-        if not link.endswith(AWAITED):
-            assert ((ROOT / name).parent / link).exists(), link
+        assert ((ROOT / name).parent / link).exists(), link
         assert not anchor or anchor in anchors, anchor
     named = [] if name == OWN_TEST else re.findall(_PATH, text)  # its paths are its package's
     for path in named:
-        if not path.endswith(AWAITED):
-            assert (ROOT / path).exists(), path
+        assert (ROOT / path).exists(), path
 
 
 def test_the_map_of_the_tree_is_whole() -> None:
