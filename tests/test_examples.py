@@ -1,4 +1,4 @@
-"""The main job, in little: its constraint holds in the layers as they compute."""
+"""The examples, in little: their constraints hold in the layers as they compute."""
 
 from __future__ import annotations
 
@@ -260,3 +260,51 @@ def test_arguments_are_checked(
     with pytest.raises(SystemExit):
         request.getfixturevalue(name).parse([argument])
     assert message in capsys.readouterr().err
+
+
+def norms_of_recipe(net: torch.nn.Module) -> list[float]:
+    """Explicit matrices of a recipe's network, which works on images of 8×8."""
+    norms = torch_norms(net, 8)
+    assert len(norms) == 2
+    return norms
+
+
+def was_at_work(attachment: Any) -> bool:
+    """Whether the constraint moved a weight, or norms inside it prove nothing."""
+    return max(record["norm_before"] for record in attachment.history) > 1.05
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_carries_the_rule_through_its_checkpoint(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("lightning")
+    model = load("train_lightning").main(["--quick"])
+    assert model.attachment.steps == 18
+    assert "18 steps, of which 9 before the checkpoint" in capsys.readouterr().out
+    assert model.saved is not None
+    assert model.saved["steps"] == 9
+    assert was_at_work(model.attachment)
+    assert max(norms_of_recipe(model.net)) <= 1.0 + 1e-4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_callback_constrains_in_the_trainer(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    model, callback = load("train_transformers").main(["--quick"])
+    assert callback.attachment.steps == 15
+    assert not callback.attachment.is_attached
+    assert "2 of 4 parameters under a rule" in capsys.readouterr().out
+    assert was_at_work(callback.attachment)
+    assert max(norms_of_recipe(model.net)) <= 1.0 + 1e-4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_accelerate_steps_the_optimizer_inside(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("accelerate")
+    model, attachment = load("train_accelerate").main(["--quick"])
+    assert attachment.steps == 15
+    assert "15 steps" in capsys.readouterr().out
+    assert was_at_work(attachment)
+    assert max(norms_of_recipe(model)) <= 1.0 + 1e-4

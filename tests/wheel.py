@@ -27,6 +27,7 @@ names = {str(f) for f in files("specops")}
 for package in ("specops", "specops_torch", "specops_jax", "specops_cupy"):
     assert f"{package}/py.typed" in names, package
 assert not any(n.startswith(("tests", "examples", "adapters")) for n in names), sorted(names)
+assert not any(n.endswith("README.md") for n in names), sorted(names)
 for name in specops.__all__:
     getattr(specops, name)
 

@@ -25,7 +25,10 @@ _PLOTTED = (".png", ".pdf", ".svg")
 _DESCRIPTION = """\
 Spectral figures of every weight in a checkpoint: safetensors, torch (.pt, .pth, .bin, .ckpt),
 .npz and .npy, Keras .weights.h5, flax msgpack, orbax folders, and sharded Hugging Face folders.
-Tensors are read one at a time where the format allows it.
+Tensors are read one at a time where the format allows it; pickles only as weights, never as code.
+
+Figures: the largest and the smallest singular value, Frobenius norm, stable and effective rank,
+condition number, and the share of directions below 1 % of the largest.
 
 Which map a tensor stands for is taken from its name and shape. Convolutions are given as the
 bracket of their operator norm over all input sizes, unless --input-size says at which size to

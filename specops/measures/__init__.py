@@ -2,7 +2,39 @@
 
 Formulas on arrays of any namespace. Derivatives come from a framework as operators, which
 adapters make: `specops_torch.jacobian_operator`, `specops_torch.hessian_operator` and their
-namesakes in `specops_jax`; any object with the same methods will do.
+namesakes in `specops_jax`; any object with the same methods will do. Each function's docstring
+says what it tells and what it does not.
+
+Complexities that generalisation bounds grow with, in logarithms:
+    margins                 how far the right class is ahead; complexities divide by it
+    log_spec_fro            norms and stable ranks of all layers (Neyshabur et al.)
+    log_spec_l1             norms and row norms of all layers (Bartlett et al.)
+    log_jac_norm            hidden layers and the margin's gradients by them (Wei & Ma)
+
+Lipschitz constants:
+    lipschitz_upper_bound   from above, certified, and far too large
+    lipschitz_ratios        between pairs of samples, from below
+    local_lipschitz         ‖J‖ at one sample, from below
+
+The Hessian of a loss:
+    spectrum_ends           both ends of its spectrum: sharpness
+    spectral_density        the density of its eigenvalues
+
+Noise, gradients, variance, accuracy:
+    noise_sensitivity       how far noise on inputs moves outputs
+    gradient_norms          Frobenius norms, layer by layer
+    parameter_variance      the variance of a normalised weight beside its bound
+    generalization_gap      train − test accuracy once a threshold is passed
+
+What they take and return:
+    JacobianOperator        a matrix by its products from both sides
+    SymmetricOperator       a symmetric matrix by its products
+    MarginJacobians         what `log_jac_norm` takes
+    LipschitzBound          what `lipschitz_upper_bound` returns
+    LocalLipschitz          what `local_lipschitz` returns
+    SpectrumEnds            what `spectrum_ends` returns
+    SpectralDensity         what `spectral_density` returns
+    ParameterVariance       what `parameter_variance` returns
 """
 
 from specops.measures.complexity import log_jac_norm, log_spec_fro, log_spec_l1

@@ -3,6 +3,20 @@
 Every function draws on the `ax` that it is given, or on a figure of its own that pyplot knows
 nothing of: no window opens and nothing stays open. ``import specops`` does not load this package.
 
+Of layers:
+    singular_values         every layer's spectrum by rank
+    norms                   every layer's operator norm, or its bounds; of two models
+
+Over training:
+    spectra_over_training   one figure of every layer, from ``attachment.history``
+    spectrum_over_training  the whole spectrum of one layer at several steps
+
+Of samples:
+    histogram               Lipschitz ratios, complexities or margins, with percentiles
+
+Files:
+    save                    PNG, PDF or SVG, the same bytes each time
+
 >>> from specops import plots
 >>> ax = plots.singular_values({"conv1": [3.0, 1.0, 0.5], "fc": [2.0, 2.0]})
 >>> ax.get_ylabel()
