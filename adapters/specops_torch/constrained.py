@@ -13,7 +13,7 @@ from torch import nn
 from specops.errors import NonFiniteError
 from specops.geometry import Conv, Dense, Geometry
 from specops.training import constrained as training
-from specops.training.firing import Outcome
+from specops.training.outcome import Outcome
 from specops.training.plan import Assignment
 from specops.training.report import measured
 from specops_torch.batch_norms import norm_with
@@ -135,7 +135,7 @@ class Constrained(training.Constrained[Location]):
         forgotten = self.in_use is not None and self.in_use.forgotten
         state = (None if forgotten else self.state) or {}
         vectors = self.stage == "forward" or self.adds_in_place(geometry)
-        if vectors and self.blocks(geometry) == 1:
+        if vectors and self.count_blocks(geometry) == 1:
             fast = advanced(rule, self.name, self.location.parameter, geometry, state, step)
             if fast is not None:
                 return weight, *fast
@@ -165,9 +165,9 @@ class Constrained(training.Constrained[Location]):
         gradient = self.location.parameter.grad
         if gradient is None or gradient.dtype not in _PLAIN or not gradient.is_contiguous():
             return False
-        return self.rule.formula == "penalty" and self.blocks(geometry) > 0
+        return self.rule.formula == "penalty" and self.count_blocks(geometry) > 0
 
-    def blocks(self, geometry: Geometry) -> int:
+    def count_blocks(self, geometry: Geometry) -> int:
         """`row_blocks` of the norm that is followed."""
         if self._blocks is None or self._blocks[0] is not geometry:
             self._blocks = geometry, row_blocks(self.rule.tracked(geometry))

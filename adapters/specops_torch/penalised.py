@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from specops.errors import SpecopsError
-from specops.training.firing import Outcome
+from specops.training.outcome import Outcome
 from specops_torch.constrained import Constrained
 
 

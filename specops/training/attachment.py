@@ -14,8 +14,9 @@ from specops.rules.base import Stage
 from specops.training.assigned import check_saved, check_stage
 from specops.training.assigning import assigned
 from specops.training.constrained import Constrained
-from specops.training.firing import Firing, NonFinitePolicy, Outcome, write
+from specops.training.firing import Firing, NonFinitePolicy, write
 from specops.training.history import History, Record
+from specops.training.outcome import Outcome
 from specops.training.parameter import Parameter
 from specops.training.plan import Assignment, Plan
 from specops.training.report import Report, plan_rows

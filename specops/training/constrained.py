@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from specops import arrays
 from specops.errors import AdapterError, NonFiniteError
 from specops.geometry import Dense, Geometry
 from specops.tracking import are_alike
 from specops.training.assigned import Assigned
+from specops.training.outcome import Outcome
 from specops.training.parameter import Parameter
 from specops.training.plan import Assignment
 from specops.training.report import measured
 from specops.typing import Array, State
-
-if TYPE_CHECKING:
-    from specops.training.firing import Outcome
 
 P = TypeVar("P", bound=Parameter)
 _SAME = 1e-3

@@ -4,37 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 from specops.errors import GeometryError, NonFiniteError, NonFiniteWarning, SpecopsError
 from specops.training.constrained import Constrained
-from specops.training.history import Record
-from specops.typing import Array, State
+from specops.training.outcome import Outcome
+from specops.typing import Array
 
 C = TypeVar("C", bound=Constrained[Any])
 NonFinitePolicy = Literal["raise", "skip", "warn"]
 _POLICIES = ("raise", "skip", "warn")
-
-
-@dataclass(slots=True)
-class Outcome(Generic[C]):
-    """What a rule gave for one weight; nothing of it has been written yet."""
-
-    constrained: C
-    weight: Array
-    """As the rule was given it."""
-    array: Array | None
-    """The new weight, or the term of a gradient; None where the rule was skipped."""
-    state: State | None
-    record: Record
-
-    @property
-    def changes_weight(self) -> bool:
-        """Whether there is something to write."""
-        if self.array is None or self.array is self.weight:
-            return False
-        return self.constrained.stage == "weights"
 
 
 class Firing(Generic[C]):
