@@ -22,8 +22,9 @@ from specops.rules import Rule
 from specops.training.adapter import BaseAdapter
 from specops.training.attachment import BaseAttachment
 from specops.training.constrained import Constrained
-from specops.training.firing import NonFinitePolicy, Outcome
+from specops.training.firing import NonFinitePolicy
 from specops.training.history import History, Record
+from specops.training.outcome import Outcome
 from specops.training.parameter import Parameter
 from specops.training.plan import Assignment, Plan, override_geometries
 from specops.training.protocol import Attachment

@@ -133,14 +133,14 @@ def _of_type(kind: type) -> tuple[str | None, bool]:
     return None, is_native
 
 
-def problem_of_namespace(xp: Any) -> str | None:
+def problem_of_namespace(xp: Namespace) -> str | None:
     """What a library lacks; one that states no version is taken for new enough."""
     # Some change what they follow while they run.
     return _of_version(xp, getattr(xp, "__array_api_version__", None))
 
 
 @lru_cache(100)
-def _of_version(xp: Any, version: Any) -> str | None:
+def _of_version(xp: Namespace, version: Any) -> str | None:
     if isinstance(version, str) and version < OLDEST:
         return (
             f"{xp.__name__} follows version {version} of the Array API standard: update it to one "

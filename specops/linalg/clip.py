@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from specops import arrays
 from specops.arrays.solvers import svd
 from specops.linalg.soft_threshold import GRAM_RANGE, by_gram
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 _WARM_UP_TO = 0.25
 """Fraction of the singular values up to which a warm start is kept. Of normal matrices of 512²,
@@ -43,7 +42,7 @@ class Clipped:
     norm: Array | None = None
     basis: Array | None = None
 
-    def gap(self, xp: Any, a: Array, final: Array, limit: Array, within: Array) -> Array:
+    def gap(self, xp: Namespace, a: Array, final: Array, limit: Array, within: Array) -> Array:
         """2(primal − dual)/‖a‖², or the square of the proven distance over ‖a‖².
 
         Of `final` to the nearest matrix to `a` of norm at most `limit`; 0 where `a` is `within`.
@@ -62,12 +61,12 @@ class Clipped:
         return xp.where(within, xp.zeros_like(gap), gap)
 
 
-def _squared(xp: Any, x: Array) -> Array:
+def _squared(xp: Namespace, x: Array) -> Array:
     return xp.sum(xp.abs(x) ** 2, axis=(-2, -1))
 
 
 def clip(
-    xp: Any, a: Array, limit: Array, *, force_svd: bool = False, keep_basis: bool = False
+    xp: Namespace, a: Array, limit: Array, *, force_svd: bool = False, keep_basis: bool = False
 ) -> Clipped:
     r"""``U min(Σ, limit) Vᴴ`` for stacked matrices.
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from specops import arrays
 from specops.linalg.clip import Clipped
 from specops.linalg.lobpcg import leading_triplets, with_small_columns
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 _ITERATIONS = 12
 """Normal matrices of 256² to 1024² that had changed by 1e-3 took 5 to 9 rounds in single precision
@@ -20,7 +18,7 @@ _UNCONVERGED_MARGIN = {"float32": 4e-6, "float64": 1e-11}
 were up to 2e-7 and 1e-13 above the limit."""
 
 
-def clip_by_lobpcg(xp: Any, a: Array, limit: Array, start: Array) -> Clipped | None:
+def clip_by_lobpcg(xp: Namespace, a: Array, limit: Array, start: Array) -> Clipped | None:
     r"""A − U max(Σ − limit, 0) Vᴴ, σ₁ and the basis to start from next time; None if it fails.
 
     A few rounds of Rayleigh–Ritz iteration follow the singular vectors of a slowly changing

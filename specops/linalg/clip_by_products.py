@@ -54,7 +54,6 @@ chapters 5, 6 and 8.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -68,7 +67,7 @@ from specops.linalg.matrix_sign import (
 )
 from specops.linalg.polar_express import EPSILONS, sign_quintics
 from specops.linalg.rounding import frobenius, product_rounding
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 NEAR, FAR = 2.0, 5.0
 """Ratios σ₁/limit that the quintics are fitted to; beyond, the clip is done in stages: 57 products
@@ -93,7 +92,7 @@ _ROOT = {
 }
 
 
-def clip_by_products(xp: Any, a: Array, limit: Array, norms: Array) -> tuple[Array, Array]:
+def clip_by_products(xp: Namespace, a: Array, limit: Array, norms: Array) -> tuple[Array, Array]:
     r"""``U min(Σ, limit) Vᴴ`` for stacked matrices, and a bound of its error.
 
     See the module for the method and what the bound means. Where σ₁ > 5·limit the clip is
@@ -142,7 +141,9 @@ def clip_by_products(xp: Any, a: Array, limit: Array, norms: Array) -> tuple[Arr
     return xp.where(outside[..., None, None], a, given), error
 
 
-def _clip_once(xp: Any, reach: float, w: Array, limit: Array, ratio: Array) -> tuple[Array, Array]:
+def _clip_once(
+    xp: Namespace, reach: float, w: Array, limit: Array, ratio: Array
+) -> tuple[Array, Array]:
     """(X, error) for stacked matrices of norm at most limit·ratio, ratio ≤ reach."""
     wide = w.shape[-2] < w.shape[-1]
     if wide:
@@ -171,7 +172,7 @@ def _clip_once(xp: Any, reach: float, w: Array, limit: Array, ratio: Array) -> t
     return (arrays.adjoint(xp, x) if wide else x), error
 
 
-def _sign_error(xp: Any, t: Array, s: Array, ts: Array, h: Array, nu: Array) -> Array:
+def _sign_error(xp: Namespace, t: Array, s: Array, ts: Array, h: Array, nu: Array) -> Array:
     """A bound of ½‖H − |T|‖_F."""
     tss = ts @ s
     rounding = product_rounding(xp, t, s, ts)
@@ -186,7 +187,7 @@ def _sign_error(xp: Any, t: Array, s: Array, ts: Array, h: Array, nu: Array) -> 
     return math.sqrt(0.5) * residual + negative_part(xp, h, shift)
 
 
-def _root_error(xp: Any, b: Array, g: Array, beta: Array) -> Array:
+def _root_error(xp: Namespace, b: Array, g: Array, beta: Array) -> Array:
     """e₁ + (1 + e₁)f in units of the limit, infinite unless β ≤ ½, E ≤ ¼ and G is definite."""
     gb = g @ b
     gbg = gb @ g

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from specops.linalg.clip import Clipped, clip
 from specops.linalg.clip_by_products import clip_by_products
 from specops.linalg.gram_iteration import gram_iteration
 from specops.linalg.polar_express import suits_products
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 METHODS = ("auto", "eigh", "svd", "products")
 _ACCEPTED_ERROR = {"float32": 2e-5, "float64": 1e-12}
@@ -22,7 +21,7 @@ of rounding, where 40 to 104 were proven for normal matrices of 64² to 400 × 8
 20·c."""
 
 
-def clip_concrete(xp: Any, a: Array, limit: Array, method: str) -> Clipped:
+def clip_concrete(xp: Namespace, a: Array, limit: Array, method: str) -> Clipped:
     """``U min(Σ, limit) Vᴴ`` for stacked matrices.
 
     Parameters

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from specops import arrays
 from specops.linalg.matrix_sign import identity_like
 from specops.linalg.rounding import frobenius, product_rounding
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 
-def negative_part(xp: Any, a: Array, shift: Array) -> Array:
+def negative_part(xp: Namespace, a: Array, shift: Array) -> Array:
     r"""An upper bound of ‖A₋‖_F for stacked Hermitian a; NaN or infinite if none was found.
 
     A₋ is the part of A with negative eigenvalues, whose Frobenius norm is the distance to the

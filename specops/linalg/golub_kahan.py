@@ -145,7 +145,7 @@ def _extend(
     return result
 
 
-def _grow(xp: Any, x: Array, rows: int, columns: int) -> Array:
+def _grow(xp: Namespace, x: Array, rows: int, columns: int) -> Array:
     """`x` in the corner of a zero array."""
     below = arrays.zeros((x.shape[0], rows - x.shape[1], x.shape[2]), like=x)
     x = xp.concat([x, below], axis=1)
@@ -153,7 +153,7 @@ def _grow(xp: Any, x: Array, rows: int, columns: int) -> Array:
     return xp.concat([x, beside], axis=2)
 
 
-def _next_vector(xp: Any, x: Array, basis: Array, least: Any) -> tuple[Array, Array]:
+def _next_vector(xp: Namespace, x: Array, basis: Array, least: Any) -> tuple[Array, Array]:
     """(x less its part in the basis, normalised; its norm): zeros where nothing is left.
 
     Where little is left, what is left is mostly rounding, some of it along the basis: its size
@@ -168,7 +168,7 @@ def _next_vector(xp: Any, x: Array, basis: Array, least: Any) -> tuple[Array, Ar
     return xp.where(fine[:, None], x, xp.zeros_like(x)), xp.where(fine, norm, xp.zeros_like(norm))
 
 
-def _without(xp: Any, x: Array, basis: Array) -> Array:
+def _without(xp: Namespace, x: Array, basis: Array) -> Array:
     """Remove the components of (blocks, n) along the rows of (blocks, k, n)."""
     complex_ = arrays.is_complex(basis)
     # conj(basis @ conj(x)) needs no conjugated copy of the basis
@@ -177,5 +177,5 @@ def _without(xp: Any, x: Array, basis: Array) -> Array:
     return x - (components @ basis)[:, 0, :]
 
 
-def _safe_divide(xp: Any, x: Array, norm: Array) -> Array:
+def _safe_divide(xp: Namespace, x: Array, norm: Array) -> Array:
     return x / xp.where(norm > 0, norm, xp.ones_like(norm))

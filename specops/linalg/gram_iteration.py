@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from specops import arrays
 from specops.arrays.solvers import svd
 from specops.linalg.rounding import frobenius
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 
-def gram_iteration(xp: Any, a: Array, steps: int = 6) -> Array:
+def gram_iteration(xp: Namespace, a: Array, steps: int = 6) -> Array:
     r"""σ₁ ≤ ‖(AᴴA)^(2^(t−1))‖_F^(1/2^t) for stacked matrices, t = `steps`.
 
     Each step squares the Gram matrix, rescaled, its scale kept as a logarithm. The excess is at
@@ -37,7 +35,7 @@ def gram_iteration(xp: Any, a: Array, steps: int = 6) -> Array:
     return xp.where(xp.max(xp.abs(a), axis=(-2, -1)) > 0, largest * slack, xp.zeros_like(largest))
 
 
-def enclosure(xp: Any, a: Array, v: Array, *, gram_steps: int = 6) -> tuple[Array, Array]:
+def enclosure(xp: Namespace, a: Array, v: Array, *, gram_steps: int = 6) -> tuple[Array, Array]:
     r"""(lower, upper) of σ₁ from approximate right singular vectors, both certified.
 
     With V orthonormal (n × p) and AV = U S Qᴴ, the blocks of A in the bases U, VQ and their

@@ -12,7 +12,7 @@ from specops.arrays.gram import below, gram
 from specops.arrays.solvers import has_cholesky, svdvals
 from specops.linalg.rounding import CHOLESKY_MARGIN
 from specops.maps.matrix import MatrixOperator
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 BEYOND = 1e9
 """Limit, for entries near 1, that no matrix reaches: it would have 1e18 entries."""
@@ -24,7 +24,7 @@ _POWER_FROM = 256
 256², a three-hundredth at 1024²."""
 
 
-def inside(xp: Any, a: Array, limit: Array, *, sharp: bool = False) -> Array:
+def inside(xp: Namespace, a: Array, limit: Array, *, sharp: bool = False) -> Array:
     r"""Which of stacked matrices have ‖A‖ ≤ limit: booleans of shape (...).
 
     They are those for which limit²·I − G has a Cholesky factor, G being the Gram matrix of the
@@ -93,7 +93,7 @@ def _host_inside(a: np.ndarray, limit: np.ndarray, sharp: bool) -> np.ndarray:
     return result
 
 
-def seen_outside(xp: Any, a: Array, limit: Any) -> bool:
+def seen_outside(xp: Namespace, a: Array, limit: Any) -> bool:
     """Whether a few power steps, far cheaper than a factorisation, exceed the limit already.
 
     Never for a small matrix (m, n), whose factorisation is cheap.

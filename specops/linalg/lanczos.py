@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from specops import arrays
 from specops.errors import NonFiniteError
 from specops.linalg.golub_kahan import INDEPENDENT
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def lanczos(
     return found
 
 
-def _without(xp: Any, x: Array, basis: list[Array]) -> Array:
+def _without(xp: Namespace, x: Array, basis: list[Array]) -> Array:
     """`x` less its components along orthonormal vectors."""
     for q in basis:
         x = x - xp.sum(q * x) * q

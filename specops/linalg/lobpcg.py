@@ -8,7 +8,7 @@ from specops import arrays
 from specops.arrays.solvers import svd
 from specops.maps.matrix import MatrixOperator
 from specops.maps.protocol import Operator
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 _DEPENDENT = 1e-6
 """Length of what is new in a column, over the longest, at which it is taken for rounding: eight
@@ -18,13 +18,13 @@ _DRIFTS = 8
 precision it grew from 7e-8 of σ₁ after 4 rounds to 2e-7 after 200."""
 
 
-def with_small_columns(xp: Any, a: Array) -> MatrixOperator:
+def with_small_columns(xp: Namespace, a: Array) -> MatrixOperator:
     """The matrix or its adjoint: that whose right vectors belong to the smaller side."""
     return MatrixOperator(arrays.adjoint(xp, a) if a.shape[0] <= a.shape[1] else a)
 
 
 def leading_triplets(
-    xp: Any,
+    xp: Namespace,
     operator: Operator,
     start: Array,
     k: int,
@@ -114,7 +114,7 @@ def _apply(product: Any, x: Array) -> Array:
     return xp.matrix_transpose(product(xp.matrix_transpose(x)))
 
 
-def _orthonormal(xp: Any, x: Array, against: Array | None = None) -> Array:
+def _orthonormal(xp: Namespace, x: Array, against: Array | None = None) -> Array:
     """Orthonormal columns of `x`, also to `against`; dependent ones become random directions."""
     scale = xp.max(xp.linalg.vector_norm(x, axis=0))
     for _ in range(2):
@@ -133,6 +133,6 @@ def _orthonormal(xp: Any, x: Array, against: Array | None = None) -> Array:
     return x
 
 
-def _without(xp: Any, x: Array, basis: Array) -> Array:
+def _without(xp: Namespace, x: Array, basis: Array) -> Array:
     """Columns less their parts along orthonormal ones."""
     return x - arrays.matmul(basis, arrays.matmul(arrays.adjoint(xp, basis), x))

@@ -9,10 +9,10 @@ import numpy as np
 
 from specops import arrays
 from specops.linalg.polar_express import Quintic
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 
-def polar_iteration(xp: Any, x: Array, quintics: tuple[Quintic, ...]) -> Array:
+def polar_iteration(xp: Namespace, x: Array, quintics: tuple[Quintic, ...]) -> Array:
     r"""U p(Σ) Vᴴ for stacked x = U Σ Vᴴ, p being the composition of the quintics.
 
     With singular values in [0, 1] and `sign_quintics` the polar factor; of a Hermitian matrix
@@ -38,7 +38,7 @@ def polar_iteration(xp: Any, x: Array, quintics: tuple[Quintic, ...]) -> Array:
     return arrays.adjoint(xp, x) if wide else x
 
 
-def inverse_root(xp: Any, b: Array, largest: Array, quintics: tuple[Quintic, ...]) -> Array:
+def inverse_root(xp: Namespace, b: Array, largest: Array, quintics: tuple[Quintic, ...]) -> Array:
     r"""B^(−1/2) of stacked Hermitian b with eigenvalues in [lower²·largest, largest].
 
     The sign of [[0, B], [I, 0]] is [[0, B^(1/2)], [B^(−1/2), 0]], and an odd polynomial keeps
@@ -65,7 +65,7 @@ def inverse_root(xp: Any, b: Array, largest: Array, quintics: tuple[Quintic, ...
     return hermitian_part(xp, z) / xp.astype(xp.sqrt(unit), b.dtype)
 
 
-def hermitian_part(xp: Any, a: Array) -> Array:
+def hermitian_part(xp: Namespace, a: Array) -> Array:
     """(A + Aᴴ)/2, Hermitian to the last bit."""
     return 0.5 * (a + arrays.adjoint(xp, a))
 
@@ -77,6 +77,6 @@ def _coefficients(quintics: tuple[Quintic, ...], j: Any, like: Array) -> Any:
     return row[0], row[1], row[2]
 
 
-def identity_like(xp: Any, a: Array) -> Array:
+def identity_like(xp: Namespace, a: Array) -> Array:
     """The identity of the size of the last axis of `a`."""
     return xp.eye(a.shape[-1], dtype=a.dtype, device=compat.device(a))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from specops import arrays
 from specops.arrays.solvers import svdvals
 from specops.linalg.lobpcg import leading_triplets, with_small_columns
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 _ROUNDS_ABOVE = 2**16
 """Entries from which a few products with a matrix cost less than its singular values: twice as much
@@ -20,7 +19,7 @@ _NORM_RESIDUAL = 1e-2
 to 2e-4 too small."""
 
 
-def norms(xp: Any, a: Array, start: Array | None) -> tuple[Array, Array | None]:
+def norms(xp: Namespace, a: Array, start: Array | None) -> tuple[Array, Array | None]:
     """(largest singular values of stacked matrices, the basis to start from next time).
 
     Of a single large matrix by a few rounds from `start`: from below, to about 1e-4.
@@ -30,7 +29,7 @@ def norms(xp: Any, a: Array, start: Array | None) -> tuple[Array, Array | None]:
     return svdvals(xp, a)[..., 0], None
 
 
-def _by_rounds(xp: Any, a: Array, start: Array | None) -> tuple[Array, Array]:
+def _by_rounds(xp: Namespace, a: Array, start: Array | None) -> tuple[Array, Array]:
     if start is None:
         start = arrays.start_vector("leading", _WIDTH * min(a.shape))
         start = xp.astype(arrays.constant(start.reshape(-1, _WIDTH), a), a.dtype)

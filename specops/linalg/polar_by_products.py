@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from specops import arrays
 from specops.linalg.gram_iteration import gram_iteration
 from specops.linalg.matrix_sign import identity_like, polar_iteration
 from specops.linalg.polar_express import EPSILONS, sign_quintics
 from specops.linalg.rounding import frobenius, product_rounding
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 POLAR_RESOLUTION = 100.0
 """Least singular value that becomes 1, in units of ε·σ₁."""
 _POLAR = {eps: sign_quintics(POLAR_RESOLUTION * eps, 8.0 * eps) for eps in EPSILONS}
 
 
-def polar_by_products(xp: Any, a: Array) -> tuple[Array, Array]:
+def polar_by_products(xp: Namespace, a: Array) -> tuple[Array, Array]:
     r"""U Vᴴ for stacked a = U Σ Vᴴ, and how far from orthonormal it is.
 
     Polar Express on a divided by a certified bound of its norm: 3 products per quintic (30 in

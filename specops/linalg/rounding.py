@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from specops import arrays
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 CHOLESKY_MARGIN = {"float32": 1e-4, "float64": 1e-10}
 """Relative margin of a limit within which a Cholesky factor in that precision proves nothing: of
 normal matrices of 64² to 1024² single precision misjudged limits within 6e-8 of the norm."""
 
 
-def product_rounding(xp: Any, a: Array, b: Array, product: Array) -> Array:
+def product_rounding(xp: Namespace, a: Array, b: Array, product: Array) -> Array:
     r"""‖fl(AB) − AB‖_F for stacked matrices, by a model of the rounding errors.
 
     .. math:: \varepsilon(1 + \tfrac14\sqrt k)
@@ -40,12 +39,12 @@ def product_rounding(xp: Any, a: Array, b: Array, product: Array) -> Array:
     return unit * (random + 0.125 * length * drift)
 
 
-def _even(xp: Any, squares: Array, axis: int) -> Array:
+def _even(xp: Namespace, squares: Array, axis: int) -> Array:
     """Where the entries along an axis have about one modulus."""
     total = xp.sum(squares, axis=axis)
     return total**2 >= 0.9 * squares.shape[axis] * xp.sum(squares**2, axis=axis)
 
 
-def frobenius(xp: Any, a: Array) -> Array:
+def frobenius(xp: Namespace, a: Array) -> Array:
     """Frobenius norms of stacked matrices."""
     return xp.sqrt(xp.sum(xp.abs(a) ** 2, axis=(-2, -1)))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from specops import arrays
 from specops.arrays.gram import gram
 from specops.arrays.solvers import eigh, svd
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 GRAM_RANGE = 4.0
 """σ₁/limit up to which Gram matrices resolve the limit and differences do not cancel: there they
@@ -26,7 +24,7 @@ that of an eigenvalue, is still far above 1e-38."""
 
 
 def soft_threshold(
-    xp: Any, a: Array, limit: Array, grams: Array | None = None
+    xp: Namespace, a: Array, limit: Array, grams: Array | None = None
 ) -> tuple[Array, Array]:
     r"""(``U max(Σ − limit, 0) Vᴴ``, its nuclear norm Σ max(σ − limit, 0)) of stacked matrices.
 
@@ -56,7 +54,7 @@ def soft_threshold(
 
 
 def by_gram(
-    xp: Any, a: Array, limit: Array, reach: float, grams: Array | None = None
+    xp: Namespace, a: Array, limit: Array, reach: float, grams: Array | None = None
 ) -> tuple[Array, Array, Array, Array] | None:
     """(`soft_threshold`, its nuclear norm, squares, vectors) by the smaller Gram matrix.
 
@@ -93,12 +91,12 @@ def by_gram(
     return result, total, eigenvalues, v
 
 
-def _first(xp: Any, above: Array) -> int:
+def _first(xp: Namespace, above: Array) -> int:
     """Where an ascending row begins to be above."""
     return int(xp.sum(xp.astype(~above, xp.int32), dtype=xp.int32))
 
 
-def _excess(xp: Any, a: Array, v: Array, sigma: Array) -> Array:
+def _excess(xp: Namespace, a: Array, v: Array, sigma: Array) -> Array:
     """A V diag(1 − 1/σ) Vᴴ, or with V on the left, for the last of all `sigma`."""
     count = v.shape[-1]
     sigma = sigma[..., sigma.shape[-1] - count :]

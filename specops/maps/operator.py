@@ -10,7 +10,7 @@ from specops.errors import UnsupportedGeometryError
 from specops.geometry import Conv, Dense, Geometry
 from specops.maps.convolution import ConvOperator
 from specops.maps.prepare import prepare
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 
 class Products(NamedTuple):
@@ -186,12 +186,12 @@ def linear_operator(
     )
 
 
-def _by_rows(xp: Any, product: Callable[[Array], Array]) -> Products:
+def _by_rows(xp: Namespace, product: Callable[[Array], Array]) -> Products:
     """Products of a map that takes vectors as rows."""
     return Products(product, lambda x: xp.matrix_transpose(product(xp.matrix_transpose(x))))
 
 
-def _of_matrix(xp: Any, matrix: Array) -> LinearOperator:
+def _of_matrix(xp: Namespace, matrix: Array) -> LinearOperator:
     def products(a: Array) -> Products:
         def rows(x: Array) -> Array:
             if matrix.ndim == 2:

@@ -14,7 +14,7 @@ from specops import arrays
 from specops.errors import NonFiniteError, NonFiniteWarning
 from specops.geometry import Conv, Dense, Geometry, resolve_geometry
 from specops.maps.unread import without_unread
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Prepared:
     Of a kernel the taps that are never read are zero.
     """
 
-    xp: Any
+    xp: Namespace
     w: Array
     geometry: Geometry
     scale: Array
@@ -68,7 +68,7 @@ def matrix_blocks(given: Prepared) -> tuple[MatrixBlock, ...]:
     return tuple(_block(given.xp, m) for m in given.geometry.blocks(given.w))
 
 
-def _block(xp: Any, matrices: Array) -> MatrixBlock:
+def _block(xp: Namespace, matrices: Array) -> MatrixBlock:
     # The largest entry is NaN where one is.
     largest = arrays.largest_entry(xp, matrices, (-2, -1), keepdims=True)
     finite = xp.isfinite(largest[..., 0, 0])
@@ -84,7 +84,7 @@ def _block(xp: Any, matrices: Array) -> MatrixBlock:
     return MatrixBlock(matrices / scale, scale, finite, restore)
 
 
-def _report_bad(xp: Any, finite: Array, shape: tuple[int, ...]) -> None:
+def _report_bad(xp: Namespace, finite: Array, shape: tuple[int, ...]) -> None:
     bad = np.argwhere(~np.asarray([bool(f) for f in _items(xp, finite)]).reshape(finite.shape))
     if finite.ndim == 0 or len(bad) == math.prod(finite.shape):
         raise NonFiniteError(
@@ -99,6 +99,6 @@ def _report_bad(xp: Any, finite: Array, shape: tuple[int, ...]) -> None:
     )
 
 
-def _items(xp: Any, x: Array) -> list[Any]:
+def _items(xp: Namespace, x: Array) -> list[Any]:
     flat = xp.reshape(x, (-1,))
     return [flat[i] for i in range(flat.shape[0])]

@@ -16,14 +16,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any
 
 import numpy as np
 
 from specops import arrays
 from specops.errors import UnsupportedGeometryError
 from specops.geometry import ConvSizes
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 _ANY_SIZE_GRID = 32
 _ALL = slice(None)
@@ -139,7 +138,7 @@ class Symbol:
             total = (total[:, :, None] + turns[:, None, :]).reshape(len(total), -1)
         return 2.0 * np.pi * total
 
-    def coefficients(self, xp: Any, kernel: Array) -> Array:
+    def coefficients(self, xp: Namespace, kernel: Array) -> Array:
         """A kernel (groups, rows, columns, *taps) as (shifts, groups·rows·phases·columns)."""
         for t, axis in enumerate(self.axes):
             if not axis.is_identity:
@@ -151,7 +150,7 @@ class Symbol:
         # Not the width of `angles`, a large table that not everybody needs.
         return xp.reshape(kernel, (math.prod(len(axis.shifts) for axis in self.axes), -1))
 
-    def kernel(self, xp: Any, coefficients: Array) -> Array:
+    def kernel(self, xp: Namespace, coefficients: Array) -> Array:
         """The least-norm kernel with these coefficients: slots that no tap fills are dropped."""
         sizes = self.sizes
         shifts = [len(axis.shifts) for axis in self.axes]
@@ -169,7 +168,9 @@ class Symbol:
                 kernel = arrays.along_axis(xp, kernel, gather.T, 3 + t)
         return kernel
 
-    def blocks(self, xp: Any, coefficients: Array, chosen: slice | np.ndarray = _ALL) -> Array:
+    def blocks(
+        self, xp: Namespace, coefficients: Array, chosen: slice | np.ndarray = _ALL
+    ) -> Array:
         """B at the chosen frequencies, (frequencies, groups, rows, phases·columns), complex."""
         angles = self.angles[chosen]
         if arrays.is_complex(coefficients):
@@ -181,7 +182,7 @@ class Symbol:
             out = arrays.complex_of(xp, real, imag)
         return xp.reshape(out, (angles.shape[0], self.sizes.groups, *self.block_shape))
 
-    def average(self, xp: Any, blocks: Array, chosen: slice | np.ndarray = _ALL) -> Array:
+    def average(self, xp: Namespace, blocks: Array, chosen: slice | np.ndarray = _ALL) -> Array:
         """Coefficients of the operator with these blocks, cut to the kernel's support.
 
         The adjoint of `blocks` divided by the number of coarse grid points, which is its

@@ -18,7 +18,7 @@ from specops.maps.convolution import ConvOperator
 from specops.maps.prepare import prepare
 from specops.measures.margins import over_margin
 from specops.spectra import spectral_norm, stable_rank
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 
 def log_spec_fro(
@@ -166,7 +166,7 @@ def log_jac_norm(hidden_norms: Array, jacobian_norms: Array, margin: Array) -> A
     return xp.where(positive, total - logs, xp.full_like(total, math.inf))
 
 
-def _log(xp: Any, x: Array) -> Array:
+def _log(xp: Namespace, x: Array) -> Array:
     """Logarithms, -inf for zero, of which NumPy would warn."""
     with np.errstate(divide="ignore"):
         return xp.log(x)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from specops import arrays
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 _ATTEMPTS = 40
 """Steps double from about a unit of rounding up to a half: as many give way by 5e-4 in double
@@ -18,7 +18,7 @@ own rounding."""
 
 
 def store_within(
-    xp: Any,
+    xp: Namespace,
     x: Array,
     dtype: Any,
     fits: Callable[[Array], Array],

@@ -10,7 +10,7 @@ import numpy as np
 
 from specops import arrays
 from specops.errors import StateError
-from specops.typing import Array, State
+from specops.typing import Array, Namespace, State
 
 _STEPS = 24
 """By then the least change has been a half ten times in half precision; single and double need one
@@ -35,7 +35,7 @@ class Candidates:
     """Of the stable rank with g²."""
 
 
-def rank_limit(xp: Any, ratio: Any, target: Any, side: int, like: Array) -> Array:
+def rank_limit(xp: Namespace, ratio: Any, target: Any, side: int, like: Array) -> Array:
     """r as a 0-d array."""
     value = target if ratio is None else ratio
     if arrays.is_array(value):
@@ -53,7 +53,7 @@ def rank_tolerance(dtype: Any, compute_dtype: Any) -> float:
 
 
 def store_below(
-    xp: Any, candidates: Candidates, dtype: Any, limit: Array, above: Array
+    xp: Namespace, candidates: Candidates, dtype: Any, limit: Array, above: Array
 ) -> tuple[Array, Array, int]:
     """(candidate cast to `dtype`, its stable rank, rounds) with a rank of at most `limit`.
 
@@ -82,7 +82,7 @@ def store_below(
     return stored, rank, round_
 
 
-def _in_range(xp: Any, x: Array, dtype: Any, batch: int) -> Array:
+def _in_range(xp: Namespace, x: Array, dtype: Any, batch: int) -> Array:
     """`x` scaled down, which leaves its stable rank alone, where float16 would overflow."""
     if arrays.dtype_name(dtype) != "float16":
         return x
@@ -91,12 +91,12 @@ def _in_range(xp: Any, x: Array, dtype: Any, batch: int) -> Array:
     return x * xp.where(largest > _LARGEST_HALF, factor, xp.ones_like(factor))
 
 
-def energy(xp: Any, a: Array) -> Array:
+def energy(xp: Namespace, a: Array) -> Array:
     """Squared Frobenius norms; row by row, so that single precision sums stay accurate."""
     return xp.sum(xp.sum(xp.abs(a) ** 2, axis=-1), axis=-1)
 
 
-def nonzero(xp: Any, x: Array) -> Array:
+def nonzero(xp: Namespace, x: Array) -> Array:
     """`x` as a divisor: 1 where it is 0."""
     return xp.where(x == 0, xp.ones_like(x), x)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from specops import arrays
 from specops.arrays.solvers import svd
@@ -13,7 +12,7 @@ from specops.linalg.polar_by_products import polar_by_products
 from specops.linalg.polar_express import suits_products
 from specops.maps.prepare import MatrixBlock, prepare
 from specops.projections.of_values import changed_blocks
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 _METHODS = ("auto", "svd", "products")
 _ACCEPTED_RESIDUAL = {"float32": 1e-5, "float64": 1e-13}
@@ -89,7 +88,7 @@ def polar_factor(w: Array, geometry: Geometry | None = None, *, method: str = "a
     return changed_blocks(given, w, change)
 
 
-def _by_products(xp: Any, a: Array, method: str) -> Array | None:
+def _by_products(xp: Namespace, a: Array, method: str) -> Array | None:
     """The factor, or None where another method is due."""
     if not suits_products(a, method):
         return None
@@ -101,6 +100,6 @@ def _by_products(xp: Any, a: Array, method: str) -> Array | None:
     return None if arrays.truth(good) is False else factor
 
 
-def _by_svd(xp: Any, a: Array) -> Array:
+def _by_svd(xp: Namespace, a: Array) -> Array:
     u, _, vh = svd(xp, a)
     return u @ vh

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from specops.maps.prepare import MatrixBlock, prepare
 from specops.projections.feasible import store_within
 from specops.projections.of_values import changed_blocks
 from specops.projections.spectral_ball import project_spectral_ball
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 
 @arrays.in_full_precision
@@ -110,7 +109,7 @@ def project_schatten_ball(
     return changed_blocks(given, w, change)
 
 
-def _threshold(xp: Any, s: Array, radius: Array) -> Array:
+def _threshold(xp: Namespace, s: Array, radius: Array) -> Array:
     """θ with Σ max(s − θ, 0) = radius, for descending s whose sum is larger."""
     count = arrays.constant(np.arange(1.0, s.shape[-1] + 1.0), s)
     kept = s * count - xp.cumulative_sum(s, axis=-1) > -radius[..., None]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal, overload
 
 from specops import arrays
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import check_bound, integer, nan_without, non_negative
 from specops.linalg.clip_concrete import METHODS as MATRIX_METHODS
 from specops.maps.prepare import prepare
+from specops.projections.info import ProjectionInfo
 from specops.projections.kernels.ball import METHODS as KERNEL_METHODS
 from specops.projections.kernels.ball import project_kernel
 from specops.projections.kernels.solution import Tolerance
@@ -16,6 +17,38 @@ from specops.projections.matrices.ball import project_matrices
 from specops.typing import Array, State
 
 _METHODS = {Dense: MATRIX_METHODS, Conv: KERNEL_METHODS}
+
+
+@overload
+def project_spectral_ball(
+    w: Array,
+    max_norm: float,
+    geometry: Geometry | None = None,
+    *,
+    method: str = "auto",
+    iterations: int | None = None,
+    gap_tolerance: float = 1e-4,
+    distance_tolerance: float = 0.0,
+    state: State | None = None,
+    return_info: Literal[False] = False,
+    measure_norms: bool = True,
+) -> Array: ...
+
+
+@overload
+def project_spectral_ball(
+    w: Array,
+    max_norm: float,
+    geometry: Geometry | None = None,
+    *,
+    method: str = "auto",
+    iterations: int | None = None,
+    gap_tolerance: float = 1e-4,
+    distance_tolerance: float = 0.0,
+    state: State | None = None,
+    return_info: Literal[True],
+    measure_norms: bool = True,
+) -> tuple[Array, ProjectionInfo]: ...
 
 
 @arrays.in_full_precision
@@ -31,7 +64,7 @@ def project_spectral_ball(
     state: State | None = None,
     return_info: bool = False,
     measure_norms: bool = True,
-) -> Any:
+) -> Array | tuple[Array, ProjectionInfo]:
     r"""The nearest weight to `w` whose operator norm is at most `max_norm`.
 
     Nearest in Frobenius norm, and feasible as stored. Dense: :math:`U\min(\Sigma, c)V^H`, of

@@ -3,15 +3,42 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 from specops import arrays
 from specops.geometry import Conv, Geometry
 from specops.geometry.arguments import integer, nan_without, number_where
 from specops.maps.prepare import prepare
+from specops.projections.info import StableRankInfo
 from specops.projections.kernels.stable_rank import project_kernel
 from specops.projections.matrices.stable_rank import project_matrices
 from specops.typing import Array, State
+
+
+@overload
+def project_stable_rank(
+    w: Array,
+    geometry: Geometry | None = None,
+    *,
+    ratio: float | Array | None = None,
+    target: float | Array | None = None,
+    preserve: int = 0,
+    state: State | None = None,
+    return_info: Literal[False] = False,
+) -> Array: ...
+
+
+@overload
+def project_stable_rank(
+    w: Array,
+    geometry: Geometry | None = None,
+    *,
+    ratio: float | Array | None = None,
+    target: float | Array | None = None,
+    preserve: int = 0,
+    state: State | None = None,
+    return_info: Literal[True],
+) -> tuple[Array, StableRankInfo]: ...
 
 
 @arrays.in_full_precision
@@ -19,12 +46,12 @@ def project_stable_rank(
     w: Array,
     geometry: Geometry | None = None,
     *,
-    ratio: Any = None,
-    target: Any = None,
+    ratio: float | Array | None = None,
+    target: float | Array | None = None,
     preserve: int = 0,
     state: State | None = None,
     return_info: bool = False,
-) -> Any:
+) -> Array | tuple[Array, StableRankInfo]:
     r"""The nearest weight like `w` whose stable rank is at most r.
 
     The stable rank is :math:`\|A\|_F^2/\|A\|_2^2`, at least 1 and at most the rank. With the

@@ -15,7 +15,7 @@ from specops.rules.base import Figures, Schedule, Scheduled, at, check_scheduled
 from specops.rules.stages import WeightRule
 from specops.spectra import spectral_norm, spectral_norm_bounds
 from specops.tracking import TrackedBlocks, check_norm
-from specops.typing import Array, State
+from specops.typing import Array, Namespace, State
 
 _NORMS = ("operator", "reshaped")
 _REACH = 1.3
@@ -191,12 +191,12 @@ def _scaled(w: Array, view: Geometry, factors: tuple[Array, ...]) -> Array:
     return w * factors[0]
 
 
-def figure(xp: Any, norms: tuple[Array, ...]) -> Array:
+def figure(xp: Namespace, norms: tuple[Array, ...]) -> Array:
     """Norms as one figure: those of blocks along a last axis."""
     return xp.stack(norms, axis=-1) if len(norms) > 1 else norms[0]
 
 
-def _soft_cap(xp: Any, a: Array, top: Array) -> tuple[Array, Array]:
+def _soft_cap(xp: Namespace, a: Array, top: Array) -> tuple[Array, Array]:
     """(matrices with values at most 1, their norms) from matrices of norms `top`."""
     top = xp.where(xp.isfinite(top), top, xp.zeros_like(top))
     down = xp.where(top > _FAR, _FAR / xp.where(top > 0, top, xp.ones_like(top)), xp.ones_like(top))
@@ -216,7 +216,7 @@ def _soft_cap(xp: Any, a: Array, top: Array) -> tuple[Array, Array]:
     return a, top
 
 
-def _least_alpha(xp: Any, top: Array) -> Array:
+def _least_alpha(xp: Namespace, top: Array) -> Array:
     """The least α ≥ 0 with p₂(p₁(top)) ≤ 1, at most the last for which p₁ is monotone."""
     top = xp.where(top > 1.0, top, xp.ones_like(top))
     most = 1.0 / (3.0 * top**2)
@@ -231,7 +231,7 @@ def _least_alpha(xp: Any, top: Array) -> Array:
     return xp.where(top > 1.0, high, xp.zeros_like(top))
 
 
-def _cubed(xp: Any, a: Array) -> Array:
+def _cubed(xp: Namespace, a: Array) -> Array:
     """A AᴴA by the smaller Gram matrix."""
     ah = arrays.adjoint(xp, a)
     return (a @ ah) @ a if a.shape[-2] <= a.shape[-1] else a @ (ah @ a)

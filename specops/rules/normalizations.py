@@ -14,7 +14,7 @@ from specops.geometry.arguments import number_where
 from specops.maps.convolution import ConvOperator
 from specops.projections.kernels.taps import taps_of
 from specops.tracking import Tracked, TrackedBlocks, TrackedOperator
-from specops.typing import Array, State
+from specops.typing import Array, Namespace, State
 
 
 def normalize(w: Array, follow: Tracked, state: State, scale: Any = 1.0) -> Array:
@@ -114,13 +114,13 @@ def stable_ranks(w: Array, follow: Tracked, state: State, ratio: Any) -> tuple[A
     return xp.max(xp.stack(before)), xp.max(xp.stack(after))
 
 
-def _near_one(xp: Any, w: Array) -> Array:
+def _near_one(xp: Namespace, w: Array) -> Array:
     """The weight over a power of two: a quotient is the same at any scale, its squares are not."""
     a = arrays.to_compute(xp, w)
     return a / arrays.magnitude(xp, arrays.stop_gradient(a))
 
 
-def _limited(xp: Any, a: Array, lead: Array, rank: Any) -> Array:
+def _limited(xp: Namespace, a: Array, lead: Array, rank: Any) -> Array:
     """Of matrices with ⟨lead, A⟩ = 1 for a unit dyad: the part beside it scaled down."""
     rest = a - lead
     squared = xp.sum(xp.abs(rest) ** 2, axis=(-2, -1))
@@ -129,7 +129,7 @@ def _limited(xp: Any, a: Array, lead: Array, rank: Any) -> Array:
 
 
 def _limited_operator(
-    xp: Any, w: Array, geometry: Conv, gradient: Array, ratio: Any, there: Array
+    xp: Namespace, w: Array, geometry: Conv, gradient: Array, ratio: Any, there: Array
 ) -> Array:
     kernel = geometry.kernel(w)
     sizes = geometry.sizes(tuple(w.shape))
@@ -154,7 +154,7 @@ def _limited_operator(
     return geometry.weight(taps.kernel(xp, limited, kernel))
 
 
-def _factor(xp: Any, room: Any, squared: Array) -> Array:
+def _factor(xp: Namespace, room: Any, squared: Array) -> Array:
     """min(1, √(room/squared)), with a derivative that is finite at 0."""
     room = room + xp.zeros_like(squared)
     room = xp.where(room > 0, room, xp.zeros_like(room))
@@ -163,7 +163,7 @@ def _factor(xp: Any, room: Any, squared: Array) -> Array:
     return xp.where(over, xp.sqrt(room) / xp.sqrt(safe), xp.ones_like(squared))
 
 
-def _nonzero(xp: Any, x: Array) -> Array:
+def _nonzero(xp: Namespace, x: Array) -> Array:
     return xp.where(x != 0, x, xp.ones_like(x))
 
 

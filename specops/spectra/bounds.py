@@ -18,7 +18,7 @@ from specops.maps.prepare import Prepared, matrix_blocks, prepare
 from specops.maps.symbol import certified_symbol, symbol_of
 from specops.spectra.norms import lanczos_norm, matrix_norms, torus_norm
 from specops.spectra.supremum import supremum
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 _LARGER_TORI = 8
 
@@ -151,7 +151,7 @@ def _conv_bounds(
 
 
 def _least_torus(
-    xp: Any, kernel: Array, sizes: ConvSizes, lower: Array, upper: Array, rtol: float
+    xp: Namespace, kernel: Array, sizes: ConvSizes, lower: Array, upper: Array, rtol: float
 ) -> Array:
     """The least norm among tori that contain the operator, until it is close enough."""
     torus = sizes.enclosing_torus()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from specops.maps.convolution import ConvOperator
 from specops.maps.prepare import Prepared, matrix_blocks, prepare
 from specops.maps.symbol import Symbol, certified_symbol, symbol_of
 from specops.spectra.torus import leading_block, leading_vectors
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 SMALL_OPERATOR = 2**16
 """Entries up to which a zero-padded operator is decomposed as a matrix."""
@@ -77,7 +76,7 @@ def spectral_norm(w: Array, geometry: Geometry | None = None) -> Array | tuple[A
     return given.scale * conv_norm(given, given.geometry)
 
 
-def matrix_norms(xp: Any, matrices: Array) -> Array:
+def matrix_norms(xp: Namespace, matrices: Array) -> Array:
     """σ₁ of stacked matrices, with the derivative u₁v₁ᴴ."""
 
     def along_leading_pair(a: Array) -> Array:
@@ -103,7 +102,7 @@ def conv_norm(given: Prepared, geometry: Conv) -> Array:
     return lanczos_norm(xp, kernel, sizes)
 
 
-def torus_norm(xp: Any, kernel: Array, symbol: Symbol) -> Array:
+def torus_norm(xp: Namespace, kernel: Array, symbol: Symbol) -> Array:
     """σ₁ on the symbol's torus; ∂σ₁/∂K[o, i, a] = Re(conj(u_o)·v_i·exp(iθ·b(a)))."""
 
     def along_leading_pair(kernel: Array) -> Array:
@@ -126,7 +125,7 @@ def torus_norm(xp: Any, kernel: Array, symbol: Symbol) -> Array:
     )
 
 
-def lanczos_norm(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
+def lanczos_norm(xp: Namespace, kernel: Array, sizes: ConvSizes) -> Array:
     """σ₁ by Lanczos, from below, converged; the derivative holds its vectors constant.
 
     Operators so small that their explicit matrix costs no more are decomposed.
@@ -148,7 +147,7 @@ def lanczos_norm(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
     return arrays.with_derivative(lambda k: triplet(k)[1], along_leading_pair, kernel)
 
 
-def plane_wave(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
+def plane_wave(xp: Namespace, kernel: Array, sizes: ConvSizes) -> Array:
     """An output near the leading left singular vector of a convolution.
 
     The leading left singular vector of the maximising block, as a plane wave under a sine
@@ -178,5 +177,5 @@ def plane_wave(xp: Any, kernel: Array, sizes: ConvSizes) -> Array:
     return xp.astype(wave, kernel.dtype) if arrays.is_complex(kernel) else wave
 
 
-def _real(xp: Any, x: Array) -> Array:
+def _real(xp: Namespace, x: Array) -> Array:
     return xp.real(x) if arrays.is_complex(x) else x

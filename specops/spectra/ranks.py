@@ -10,7 +10,7 @@ from specops.maps.convolution import ConvOperator
 from specops.maps.prepare import matrix_blocks, prepare
 from specops.spectra.norms import conv_norm, matrix_norms
 from specops.spectra.values import singular_values
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 
 @arrays.in_full_precision
@@ -62,7 +62,7 @@ def stable_rank(w: Array, geometry: Geometry | None = None) -> Array | tuple[Arr
     return _ratio(xp, operator.squared_frobenius(), norm)
 
 
-def _ratio(xp: Any, squared_frobenius: Array, norm: Array) -> Array:
+def _ratio(xp: Namespace, squared_frobenius: Array, norm: Array) -> Array:
     positive = norm > 0
     safe = xp.where(positive, norm, xp.ones_like(norm))
     return xp.where(positive, squared_frobenius / safe**2, xp.zeros_like(norm))
@@ -146,7 +146,7 @@ def _of_values(w: Array, geometry: Geometry | None, function: Any) -> Any:
     return function(xp, values)
 
 
-def _entropy_rank(xp: Any, values: Array) -> Array:
+def _entropy_rank(xp: Namespace, values: Array) -> Array:
     total = xp.sum(values, axis=-1, keepdims=True)
     share = values / xp.where(total == 0, xp.ones_like(total), total)
     safe = xp.where(share == 0, xp.ones_like(share), share)
@@ -154,7 +154,7 @@ def _entropy_rank(xp: Any, values: Array) -> Array:
     return xp.where(total[..., 0] == 0, xp.zeros_like(rank), rank)
 
 
-def _spread(xp: Any, values: Array) -> Array:
+def _spread(xp: Namespace, values: Array) -> Array:
     first, last = values[..., 0], values[..., -1]
     positive = last != 0
     ratio = first / xp.where(positive, last, xp.ones_like(last))

@@ -14,7 +14,7 @@ from specops.arrays.solvers import svd, svdvals
 from specops.linalg.golub_kahan import largest_singular_triplet
 from specops.maps.matrix import MatrixOperator
 from specops.maps.symbol import Symbol
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 _POWER_STEPS = {True: 8, False: 24}
 """By whether a block is cheap to solve: the others are worth a better ranking."""
@@ -23,7 +23,7 @@ _KEEP_GRAMS = 2**28
 _DIRECT_BELOW = 160
 
 
-def torus_values(xp: Any, kernel: Array, symbol: Symbol) -> Array:
+def torus_values(xp: Namespace, kernel: Array, symbol: Symbol) -> Array:
     """All singular values on the symbol's torus, descending."""
     on_host = arrays.on_host(kernel)
     if on_host is not None:
@@ -47,7 +47,7 @@ class Leading:
     """Shape (1,)."""
 
 
-def leading_block(xp: Any, kernel: Array, symbol: Symbol) -> Leading:
+def leading_block(xp: Namespace, kernel: Array, symbol: Symbol) -> Leading:
     """Find the largest singular value on the symbol's torus."""
     groups = symbol.sizes.groups
     on_host = arrays.on_host(kernel)
@@ -81,7 +81,7 @@ def ranked_blocks(coefficients: np.ndarray, symbol: Symbol) -> np.ndarray:
 
 
 def leading_vectors(
-    xp: Any, kernel: Array, symbol: Symbol, leading: Leading
+    xp: Namespace, kernel: Array, symbol: Symbol, leading: Leading
 ) -> tuple[Array, Array, Array, Array]:
     """(u, vᴴ, cos, sin) of the leading block: singular vectors, and cos θ·b and sin θ·b."""
     angles = xp.take(arrays.constant(symbol.angles, kernel), leading.frequency, axis=0)[0, :]
@@ -114,7 +114,7 @@ def block_bytes(coefficients: np.ndarray) -> int:
 
 
 def map_blocks(
-    xp: Any, symbol: Symbol, coefficients: Array, work: Callable[[Array, slice], Any]
+    xp: Namespace, symbol: Symbol, coefficients: Array, work: Callable[[Array, slice], Any]
 ) -> list[Any]:
     """``work(blocks, chunk)`` over all frequencies: by chunks on the host, else at once."""
     count = len(symbol.frequencies)

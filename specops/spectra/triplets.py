@@ -12,7 +12,7 @@ from specops.geometry.arguments import integer
 from specops.linalg.lobpcg import leading_triplets
 from specops.maps.operator import LinearOperator, linear_operator
 from specops.maps.prepare import matrix_blocks, prepare
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 _EXPLICIT = 2**20
 
@@ -94,7 +94,7 @@ def top_singular_triplets(
     return u, given.scale * s, v
 
 
-def _widened(xp: Any, start: Array, k: int, operator: LinearOperator, dtype: Any) -> Array:
+def _widened(xp: Namespace, start: Array, k: int, operator: LinearOperator, dtype: Any) -> Array:
     """The start in the weight's dtype, with two fixed random columns where there is room.
 
     An exact singular vector that is not leading would otherwise be taken for the answer.

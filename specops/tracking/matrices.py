@@ -9,7 +9,7 @@ from typing import Any
 from specops import arrays
 from specops.geometry import Conv, Dense
 from specops.tracking.power import Pairs, advanced, along, checked, half_step, inner, leading_pairs
-from specops.typing import Array, State
+from specops.typing import Array, Namespace, State
 
 Step = Callable[[Any, Array, Pairs], tuple[Pairs, Array]]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -159,7 +159,7 @@ class TrackedKernel(AlongGradient):
             result |= packed(i, *advanced(xp, a, _pairs(state, i, a), rounds))
         return self._finished(xp, w, result)
 
-    def _finished(self, xp: Any, w: Array, state: State) -> State:
+    def _finished(self, xp: Namespace, w: Array, state: State) -> State:
         """With the mean of the norms and its gradient, an array like the kernel."""
         gradients, norms = [], []
         for i, view in enumerate(self.views):

@@ -18,7 +18,7 @@ from specops.maps.unread import without_unread
 from specops.spectra.norms import plane_wave
 from specops.tracking.matrices import GRADIENT, AlongGradient
 from specops.tracking.power import Pairs, beside, checked, filled, to_left_side, to_right_side, unit
-from specops.typing import Array, State
+from specops.typing import Array, Namespace, State
 
 _START_TOLERANCE = 1e-4
 """Of residuals; norms are then known to its square. Values come in pairs here, and what is
@@ -83,7 +83,7 @@ class TrackedOperator(AlongGradient):
             "sigma": xp.max(sigmas) * xp.reshape(scale, ()),
         }
 
-    def _kernel(self, xp: Any, w: Array) -> tuple[Array, ConvSizes]:
+    def _kernel(self, xp: Namespace, w: Array) -> tuple[Array, ConvSizes]:
         w = without_unread(arrays.stop_gradient(arrays.to_compute(xp, w)), self.geometry)
         kernel = self.geometry.kernel(w)
         sizes = self.geometry.sizes(tuple(w.shape))
@@ -95,7 +95,7 @@ class TrackedOperator(AlongGradient):
         return kernel, sizes
 
 
-def _rows(xp: Any, product: Any, x: Array, y: Array) -> tuple[Array, Array]:
+def _rows(xp: Namespace, product: Any, x: Array, y: Array) -> tuple[Array, Array]:
     """Products of the operator with two sets of (groups, n) vectors, again by groups."""
     both = product(xp.reshape(xp.stack([x, y]), (2, -1)))
     both = xp.reshape(both, (2, x.shape[0], -1))

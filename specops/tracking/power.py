@@ -16,7 +16,7 @@ from specops.errors import StateError
 from specops.linalg.golub_kahan import largest_singular_triplet
 from specops.maps.matrix import MatrixOperator
 from specops.tracking import on_host
-from specops.typing import Array, State
+from specops.typing import Array, Namespace, State
 
 START_TOLERANCE = 1e-6
 _UNROLLED = 4
@@ -84,7 +84,7 @@ Product = Callable[[Array, Array], tuple[Array, Array]]
 """Of two vectors with a matrix."""
 
 
-def leading_pairs(xp: Any, a: Array, name: str) -> tuple[Pairs, Array]:
+def leading_pairs(xp: Namespace, a: Array, name: str) -> tuple[Pairs, Array]:
     """(pairs, σ) to start from; the first pair is known to about 1e-6."""
     arrays.check_finite(xp, a)
     *batch, m, n = a.shape
@@ -109,7 +109,7 @@ def leading_pairs(xp: Any, a: Array, name: str) -> tuple[Pairs, Array]:
     return advanced(xp, a, pairs, 1)
 
 
-def advanced(xp: Any, a: Array, pairs: Pairs, rounds: int) -> tuple[Pairs, Array]:
+def advanced(xp: Namespace, a: Array, pairs: Pairs, rounds: int) -> tuple[Pairs, Array]:
     """(pairs, σ = ‖Aᴴu‖ = ⟨u, Av⟩) after that many steps to the left and back."""
     seen = _on_host(a, pairs)
     if seen is not None:
@@ -126,7 +126,7 @@ def advanced(xp: Any, a: Array, pairs: Pairs, rounds: int) -> tuple[Pairs, Array
     return pairs, sigma * scale
 
 
-def half_step(xp: Any, a: Array, pairs: Pairs, *, to_left: bool) -> tuple[Pairs, Array]:
+def half_step(xp: Namespace, a: Array, pairs: Pairs, *, to_left: bool) -> tuple[Pairs, Array]:
     """u ← Av/‖Av‖ with ‖Av‖, or v ← Aᴴu/‖Aᴴu‖ with ‖Aᴴu‖: each is a lower bound of ‖A‖."""
     seen = _on_host(a, pairs)
     if seen is not None:
@@ -186,7 +186,7 @@ def _back(pairs: Pairs, sigma: Any, like: Array) -> tuple[Pairs, Array]:
     return Pairs(*(arrays.from_host(x, like) for x in pairs)), arrays.from_host(sigma, like)
 
 
-def to_left_side(xp: Any, product: Product, pairs: Pairs) -> tuple[Pairs, Array]:
+def to_left_side(xp: Namespace, product: Product, pairs: Pairs) -> tuple[Pairs, Array]:
     """(u, p) from (v, q) by products with A, and ‖Av‖."""
     u, v, _, q = pairs
     v, q, image, other = _turned(xp, v, q, *product(v, q))
@@ -194,7 +194,7 @@ def to_left_side(xp: Any, product: Product, pairs: Pairs) -> tuple[Pairs, Array]
     return Pairs(u, v, beside(xp, other, u), q), sigma
 
 
-def to_right_side(xp: Any, product: Product, pairs: Pairs) -> tuple[Pairs, Array]:
+def to_right_side(xp: Namespace, product: Product, pairs: Pairs) -> tuple[Pairs, Array]:
     """(v, q) from (u, p) by products with Aᴴ, and ‖Aᴴu‖."""
     u, v, p, _ = pairs
     u, p, image, other = _turned(xp, u, p, *product(u, p))
@@ -202,17 +202,17 @@ def to_right_side(xp: Any, product: Product, pairs: Pairs) -> tuple[Pairs, Array
     return Pairs(u, v, p, beside(xp, other, v, STIR)), sigma
 
 
-def _scale(xp: Any, a: Array) -> Array:
+def _scale(xp: Namespace, a: Array) -> Array:
     """Powers of two near the entries, (*batch,): products over them keep to the dtype's range."""
     return arrays.magnitude(xp, a, axis=(-2, -1))[..., 0, 0]
 
 
-def _both(xp: Any, a: Array, scale: Array, pairs: Pairs) -> tuple[Pairs, Array]:
+def _both(xp: Namespace, a: Array, scale: Array, pairs: Pairs) -> tuple[Pairs, Array]:
     pairs, _ = to_left_side(xp, _product(xp, a, scale, True), pairs)
     return to_right_side(xp, _product(xp, a, scale, False), pairs)
 
 
-def _product(xp: Any, a: Array, scale: Array, to_left: bool) -> Product:
+def _product(xp: Namespace, a: Array, scale: Array, to_left: bool) -> Product:
     """Ax and Ay, or Aᴴx and Aᴴy, over the scale, without a transposed copy."""
 
     def product(x: Array, y: Array) -> tuple[Array, Array]:
@@ -227,7 +227,7 @@ def _product(xp: Any, a: Array, scale: Array, to_left: bool) -> Product:
 
 
 def _turned(
-    xp: Any, first: Array, second: Array, image: Array, other: Array
+    xp: Namespace, first: Array, second: Array, image: Array, other: Array
 ) -> tuple[Array, Array, Array, Array]:
     """Two orthonormal vectors turned within their plane until the first's image is longest.
 
@@ -261,7 +261,7 @@ def _turned(
     )
 
 
-def beside(xp: Any, x: Array, leading: Array, stir: float = 0.0) -> Array:
+def beside(xp: Namespace, x: Array, leading: Array, stir: float = 0.0) -> Array:
     """A unit vector of x's part orthogonal to a unit vector, stirred; zeros where none is."""
     x, _ = unit(xp, x, xp.zeros_like(x))
     if stir:
@@ -279,7 +279,7 @@ def beside(xp: Any, x: Array, leading: Array, stir: float = 0.0) -> Array:
     return x
 
 
-def along(xp: Any, a: Array, u: Array, v: Array) -> Array:
+def along(xp: Namespace, a: Array, u: Array, v: Array) -> Array:
     """Re⟨u, Av⟩."""
     product = xp.sum(arrays.conjugate(xp, u) * _image(a, v), axis=-1)
     return xp.real(product) if arrays.is_complex(product) else product
@@ -290,7 +290,7 @@ def _image(a: Array, v: Array) -> Array:
     return arrays.matmul(a, v[..., None])[..., 0] if a.ndim > 2 else arrays.matmul(a, v)
 
 
-def unit(xp: Any, x: Array, fallback: Array | None) -> tuple[Array, Array]:
+def unit(xp: Namespace, x: Array, fallback: Array | None) -> tuple[Array, Array]:
     """(x/‖x‖ along the last axis, ‖x‖): `fallback`, or x, where x is zero or not finite."""
     real = arrays.real_dtype(xp, x.dtype)
     double = arrays.double_dtype(xp, x)
@@ -309,7 +309,7 @@ def unit(xp: Any, x: Array, fallback: Array | None) -> tuple[Array, Array]:
     return result, norm[..., 0]
 
 
-def inner(xp: Any, w: Array, other: Array) -> Array:
+def inner(xp: Namespace, w: Array, other: Array) -> Array:
     product = xp.sum(w * arrays.conjugate(xp, other))
     return xp.real(product) if arrays.is_complex(product) else product
 

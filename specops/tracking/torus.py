@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from specops.maps.symbol import Symbol, certified_symbol
 from specops.maps.unread import without_unread
 from specops.spectra.torus import ranked_blocks
 from specops.tracking.power import checked
-from specops.typing import Array, State
+from specops.typing import Array, Namespace, State
 
 _FOLLOWED = 16
 _STIR = 0.05
@@ -96,7 +95,7 @@ class TrackedTorus:
             raise StateError(f"the state belongs to another grid than {symbol.fine}")
         return arrays.to_numpy(state["block"]), int(arrays.to_numpy(state["next"]))
 
-    def _symbol(self, xp: Any, w: Array) -> tuple[Array, Symbol, float]:
+    def _symbol(self, xp: Namespace, w: Array) -> tuple[Array, Symbol, float]:
         w = without_unread(arrays.stop_gradient(arrays.to_compute(xp, w)), self.geometry)
         kernel = self.geometry.kernel(w)
         sizes = self.geometry.sizes(tuple(w.shape))
@@ -109,7 +108,7 @@ def _generic(columns: int) -> np.ndarray:
     return np.asarray(raw / np.linalg.norm(raw))
 
 
-def _unit(xp: Any, x: Array) -> tuple[Array, Array]:
+def _unit(xp: Namespace, x: Array) -> tuple[Array, Array]:
     """(columns over their lengths, the lengths) of vectors near 1 or 0."""
     norm = xp.linalg.vector_norm(x, axis=(-2, -1), keepdims=True)
     safe = xp.where(norm > 0, norm, xp.ones_like(norm))

@@ -14,7 +14,7 @@ from specops.maps.prepare import Prepared
 from specops.maps.symbol import symbol_of
 from specops.projections.kernels.support import Support
 from specops.spectra.torus import map_blocks
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 
 def clip_kernel(given: Prepared, w: Array, lower: float, upper: float, iterations: int) -> Array:
@@ -45,7 +45,7 @@ def clip_kernel(given: Prepared, w: Array, lower: float, upper: float, iteration
     return given.xp.astype(result * given.scale, w.dtype)
 
 
-def _round(xp: Any, support: Support, x: Array, lower: Any, upper: Any) -> Array:
+def _round(xp: Namespace, support: Support, x: Array, lower: Any, upper: Any) -> Array:
     """Clip every block, cut back to the support."""
     symbol, coefficients = support.symbol, support.coefficients(xp, x)
 

@@ -18,7 +18,7 @@ from specops.geometry import Conv
 from specops.maps.prepare import Prepared
 from specops.projections.feasible_rank import Candidates, nonzero
 from specops.projections.kernels.taps import taps_of
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 _BISECTIONS = 60
 """Of [0, 1]: down to less than the spacing of numbers in double precision, 2^-53."""
@@ -90,7 +90,7 @@ def kernel_candidates(
 
 
 def _combination(
-    xp: Any, weights: Array, zz: Array, ze: Array, ee: Array, limit: Array
+    xp: Namespace, weights: Array, zz: Array, ze: Array, ee: Array, limit: Array
 ) -> tuple[Array, Array]:
     """Factors of z and e per tap whose sum points to the nearest point of the weighted cone.
 

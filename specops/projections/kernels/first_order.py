@@ -28,7 +28,7 @@ from specops.linalg.clip import clip
 from specops.linalg.soft_threshold import soft_threshold
 from specops.projections.kernels.support import Support
 from specops.spectra.torus import leading_norm, map_blocks
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 _CHECK_EVERY = 10
 """Rounds between two certificates, each of which takes an eighth of a round's time (64² channels
@@ -38,7 +38,7 @@ _DIFFERENCE_UP_TO = 16.0
 difference loses as much, four binary digits at the most."""
 
 
-def largest(xp: Any, support: Support, x: Array) -> Array:
+def largest(xp: Namespace, support: Support, x: Array) -> Array:
     """‖A x‖: the largest singular value of all blocks."""
     coefficients = support.coefficients(xp, x)
     if arrays.by_workers(x):
@@ -46,7 +46,7 @@ def largest(xp: Any, support: Support, x: Array) -> Array:
     return xp.max(svdvals(xp, support.symbol.blocks(xp, coefficients))[..., 0])
 
 
-def alternate(xp: Any, support: Support, x: Array, limit: Array) -> Array:
+def alternate(xp: Namespace, support: Support, x: Array, limit: Array) -> Array:
     """One round: clip every block, cut back to the support (Sedghi et al., appendix A)."""
     symbol, coefficients = support.symbol, support.coefficients(xp, x)
     # The root mean square of all singular values is at most the largest.
@@ -81,7 +81,7 @@ class _Carry(NamedTuple):
 
 
 def dual_gradient(
-    xp: Any,
+    xp: Namespace,
     support: Support,
     kernel: Array,
     limit: Array,
@@ -131,7 +131,7 @@ def dual_gradient(
 
 
 def _dual_step(
-    xp: Any, support: Support, ahead: Array, x: Array, limit: Array
+    xp: Namespace, support: Support, ahead: Array, x: Array, limit: Array
 ) -> tuple[Array, Array]:
     """S(ahead + A x / L) at threshold c / L, and its nuclear norm over the torus."""
     symbol, coefficients = support.symbol, support.coefficients(xp, x)
@@ -146,7 +146,7 @@ def _dual_step(
     return z, xp.sum(weights[:, None] * nuclear)
 
 
-def _soft_threshold(xp: Any, blocks: Array, limit: Array) -> tuple[Array, Array]:
+def _soft_threshold(xp: Namespace, blocks: Array, limit: Array) -> tuple[Array, Array]:
     """`soft_threshold` for (frequencies, groups, ...) blocks; on the host only of those above."""
     if not arrays.by_workers(blocks):
         return soft_threshold(xp, blocks, _limits(xp, limit, blocks))
@@ -166,5 +166,5 @@ def _soft_threshold(xp: Any, blocks: Array, limit: Array) -> tuple[Array, Array]
     return result, nuclear
 
 
-def _limits(xp: Any, limit: Array, blocks: Array) -> Array:
+def _limits(xp: Namespace, limit: Array, blocks: Array) -> Array:
     return xp.broadcast_to(limit, blocks.shape[:-2])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from specops.maps.symbol import Symbol, symbol_of
 from specops.projections.feasible_rank import nonzero, shape_of
 from specops.spectra.norms import SMALL_OPERATOR, plane_wave
 from specops.spectra.torus import leading_block, leading_vectors
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 _NOISE = 0.05
 """Length of the random vector beside an old unit vector: without it a group that has taken the
@@ -25,7 +24,7 @@ lead is not found, as a test shows."""
 
 
 def leading_direction(
-    xp: Any, kernel: Array, sizes: ConvSizes, start: Array | None = None
+    xp: Namespace, kernel: Array, sizes: ConvSizes, start: Array | None = None
 ) -> tuple[Array, Array | None]:
     """(E, v) with ⟨K, E⟩ = σ₁ and ⟨X, E⟩ ≤ ‖A(X)‖ for every kernel X.
 
@@ -58,7 +57,7 @@ def _check_start(start: Array | None, columns: int | None) -> None:
     raise StateError(f"this Conv takes {expected}, got {shape_of(start)}")
 
 
-def _start(xp: Any, operator: ConvOperator, v: Array | None) -> Array:
+def _start(xp: Namespace, operator: ConvOperator, v: Array | None) -> Array:
     if v is None:
         return operator.rmatvec(plane_wave(xp, operator.data, operator.sizes))
     v = xp.astype(v, operator.data.dtype)
@@ -68,7 +67,7 @@ def _start(xp: Any, operator: ConvOperator, v: Array | None) -> Array:
     return v + xp.astype(_NOISE * noise, v.dtype)
 
 
-def _torus_direction(xp: Any, kernel: Array, symbol: Symbol) -> Array:
+def _torus_direction(xp: Namespace, kernel: Array, symbol: Symbol) -> Array:
     leading = leading_block(xp, kernel, symbol)
     u, vh, cos, sin = leading_vectors(xp, kernel, symbol, leading)
     outer = u[:, None] * vh[None, :]

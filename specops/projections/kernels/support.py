@@ -8,7 +8,7 @@ import numpy as np
 
 from specops import arrays
 from specops.maps.symbol import Symbol
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 
 class Support:
@@ -43,30 +43,30 @@ class Support:
         small, large = sorted(symbol.block_shape)
         return 200.0 * len(symbol.frequencies) * symbol.sizes.groups * small**2 * large
 
-    def coordinates(self, xp: Any, kernel: Array) -> Array:
+    def coordinates(self, xp: Namespace, kernel: Array) -> Array:
         """Of a kernel (groups, rows, columns, *taps)."""
         return self._scaled(xp, self.symbol.coefficients(xp, kernel), -0.5)
 
-    def kernel(self, xp: Any, x: Array) -> Array:
+    def kernel(self, xp: Namespace, x: Array) -> Array:
         """The least kernel with these coordinates."""
         return self.symbol.kernel(xp, self._scaled(xp, x, 0.5))
 
-    def coefficients(self, xp: Any, x: Array) -> Array:
+    def coefficients(self, xp: Namespace, x: Array) -> Array:
         """The symbol's coefficients."""
         return self._scaled(xp, x, 0.5)
 
-    def gather(self, xp: Any, blocks: Array, chosen: Any = slice(None)) -> Array:
+    def gather(self, xp: Namespace, blocks: Array, chosen: Any = slice(None)) -> Array:
         """The adjoint of the map from coordinates to blocks, each counted as often as it occurs.
 
         Divided by the number of blocks in all, so that A*A is the number of taps in each slot.
         """
         return self._scaled(xp, self.symbol.average(xp, blocks, chosen), 0.5)
 
-    def per_tap(self, xp: Any, x: Array) -> Array:
+    def per_tap(self, xp: Namespace, x: Array) -> Array:
         """(A*A)⁻¹ x."""
         return self._scaled(xp, x, -1.0)
 
-    def _scaled(self, xp: Any, x: Array, power: float) -> Array:
+    def _scaled(self, xp: Namespace, x: Array, power: float) -> Array:
         if self.plain:
             return x
         factor = np.where(self.taps > 0, np.maximum(self.taps, 1.0) ** power, 0.0)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
 from specops import arrays
 from specops.geometry import ConvSizes
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Taps:
     def folds(self) -> bool:
         return len(self.fold) != len(self.weights)
 
-    def coordinates(self, xp: Any, kernel: Array) -> Array:
+    def coordinates(self, xp: Namespace, kernel: Array) -> Array:
         """A kernel (groups, rows, columns, *taps) as (coordinates, groups·rows, columns)."""
         groups, rows, columns = kernel.shape[:3]
         z = xp.reshape(kernel, (groups * rows, columns, self.fold.shape[0]))
@@ -36,7 +35,7 @@ class Taps:
         # Contiguous taps, or single precision sums over the channels lose digits.
         return xp.reshape(xp.permute_dims(z, (2, 0, 1)), (self.fold.shape[1], *z.shape[:2]))
 
-    def kernel(self, xp: Any, z: Array, like: Array) -> Array:
+    def kernel(self, xp: Namespace, z: Array, like: Array) -> Array:
         """The kernel of these coordinates that has nothing that cancels in folding."""
         z = xp.permute_dims(z, (1, 2, 0))
         if self.folds:

@@ -16,7 +16,7 @@ from specops.projections.info import ProjectionInfo
 from specops.projections.matrices.ball_concrete import project_concrete
 from specops.projections.matrices.ball_traced import project_traced
 from specops.projections.of_values import changed_blocks
-from specops.typing import Array, State
+from specops.typing import Array, Namespace, State
 
 
 def project_matrices(
@@ -64,7 +64,7 @@ def project_matrices(
     )
 
 
-def _limits(xp: Any, block: MatrixBlock, max_norm: Any) -> tuple[Array, Array]:
+def _limits(xp: Namespace, block: MatrixBlock, max_norm: Any) -> tuple[Array, Array]:
     """(the bound in units of the block's scale, what to aim at)."""
     a = block.matrices
     # Scales are powers of two, so the bound is all that rounds: down.
@@ -85,7 +85,7 @@ def _rounded_down(bound: Any, a: Array) -> Any:
     return float(np.nextafter(low, kind(0)) if float(low) > bound else low)
 
 
-def _of_finite(xp: Any, block: MatrixBlock, info: ProjectionInfo) -> ProjectionInfo:
+def _of_finite(xp: Namespace, block: MatrixBlock, info: ProjectionInfo) -> ProjectionInfo:
     """The figures, NaN for matrices that are not finite."""
     before, after, gap = (
         xp.where(block.finite, x, xp.full_like(x, math.nan))

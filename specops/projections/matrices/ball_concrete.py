@@ -16,11 +16,11 @@ from specops.linalg.norms import norms
 from specops.maps.prepare import MatrixBlock
 from specops.projections.feasible import store_within
 from specops.projections.info import ProjectionInfo
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 
 def project_concrete(
-    xp: Any,
+    xp: Namespace,
     block: MatrixBlock,
     limit: Array,
     target: Array,

@@ -12,11 +12,11 @@ from specops.linalg.clip import clip
 from specops.maps.prepare import MatrixBlock
 from specops.projections.feasible import store_within
 from specops.projections.info import ProjectionInfo
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 
 def project_traced(
-    xp: Any, block: MatrixBlock, limit: Array, target: Array, dtype: Any
+    xp: Namespace, block: MatrixBlock, limit: Array, target: Array, dtype: Any
 ) -> tuple[Array | None, ProjectionInfo]:
     """(the matrices as stored, None if all were inside; what happened).
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from specops import arrays
 from specops.arrays.solvers import svd
 from specops.errors import StateError
@@ -12,7 +10,7 @@ from specops.linalg.lobpcg import leading_triplets
 from specops.maps.matrix import MatrixOperator
 from specops.maps.prepare import MatrixBlock
 from specops.projections.feasible_rank import Candidates, energy, nonzero, shape_of
-from specops.typing import Array
+from specops.typing import Array, Namespace
 
 _ITERATE_ABOVE = 2**25
 """rows · columns · min(rows, columns) from which a few products cost less than an SVD: of 200² the
@@ -27,7 +25,7 @@ no longer leads: a product with it shows what does."""
 
 
 def matrix_candidates(
-    xp: Any, block: MatrixBlock, v: Array, limit: Array, preserve: int
+    xp: Namespace, block: MatrixBlock, v: Array, limit: Array, preserve: int
 ) -> tuple[Candidates, Array, Array]:
     """(the candidates, the stable rank, how many triplets stay) along orthonormal columns `v`.
 
@@ -67,7 +65,9 @@ def matrix_candidates(
     return Candidates(weight, stored_rank, wanted, growth), _rank_along(xp, a, leading), count
 
 
-def leading_vectors(xp: Any, a: Array, k: int, start: Array | None) -> tuple[Array, Array | None]:
+def leading_vectors(
+    xp: Namespace, a: Array, k: int, start: Array | None
+) -> tuple[Array, Array | None]:
     """(leading right singular vectors (*batch, columns, k), what to start from next time)."""
     rows, columns = a.shape[-2:]
     side = min(rows, columns)
@@ -99,7 +99,7 @@ def leading_vectors(xp: Any, a: Array, k: int, start: Array | None) -> tuple[Arr
     return basis[..., :k], basis
 
 
-def _iterate(xp: Any, a: Array, k: int, width: int, start: Array | None) -> Array:
+def _iterate(xp: Namespace, a: Array, k: int, width: int, start: Array | None) -> Array:
     """An orthonormal basis (columns, width) whose first `k` are leading right vectors."""
     columns = a.shape[1]
     noise = arrays.start_vector("stable rank", columns * width).reshape(columns, width)
@@ -121,7 +121,7 @@ def _iterate(xp: Any, a: Array, k: int, width: int, start: Array | None) -> Arra
     return xp.linalg.qr(basis)[0][:, :width]
 
 
-def _rank_along(xp: Any, a: Array, v: Array) -> Array:
+def _rank_along(xp: Namespace, a: Array, v: Array) -> Array:
     """‖A‖_F²/‖A v‖², an upper bound of the stable rank; 0 for the zero matrix."""
     norm = energy(xp, arrays.matmul(a, v))
     return xp.where(norm > 0, energy(xp, a) / nonzero(xp, norm), xp.zeros_like(norm))
