@@ -16,8 +16,8 @@ from specops.maps.symbol import certified_symbol
 from specops.tracking import TrackedOperator, TrackedTorus
 from tests import oracle, structured
 from tests.backends import BACKENDS, Backend
-from tests.core.test_nearest_points import check_variational_inequality, slowly, torus
-from tests.core.test_stable_rank_projection import (
+from tests.core.nearest import check_variational_inequality, slowly, torus
+from tests.core.stable_ranks import (
     assert_nearest_in_cone,
     axis_and_gram,
     coordinates,

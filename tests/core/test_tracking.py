@@ -23,8 +23,8 @@ from specops.geometry import Geometry
 from specops.tracking import TrackedTorus, track
 from tests import oracle
 from tests.backends import Backend
+from tests.core.laws import outcome
 from tests.core.test_gradients import jax_gradient, torch_func_gradient, torch_gradient
-from tests.core.test_rule_laws import outcome
 from tests.strategies import Case, convolutions, denses
 
 torch = pytest.importorskip("torch")

@@ -15,7 +15,7 @@ from specops.rules.normalizations import limit_stable_rank
 from specops.tracking import TrackedOperator, TrackedTorus
 from tests import oracle, structured
 from tests.backends import BACKENDS, Backend
-from tests.core.test_stable_rank_projection import least_along
+from tests.core.stable_ranks import least_along
 from tests.strategies import Case
 
 LAYERS: list[tuple[tuple[int, ...], Conv]] = [
