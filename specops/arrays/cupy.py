@@ -15,6 +15,8 @@ from specops.typing import Array, Namespace
 class CuPy(Library):
     """Arrays of CuPy."""
 
+    finds_indices = True
+
     def to_numpy(self, x: Array) -> np.ndarray:
         """A copy on the host."""
         return np.asarray(x.get())

@@ -97,7 +97,7 @@ def exceeds(grams: np.ndarray, bound: float) -> np.ndarray:
         with np.errstate(invalid="ignore"):
             factor = _lapack.cholesky_lo(shifted)
         return np.asarray(np.isnan(factor[..., -1, -1]))
-    return np.array([_has_no_factor(matrix) for matrix in shifted.reshape(-1, n, n)])
+    return np.array([_has_no_factor(matrix) for matrix in shifted.reshape(-1, n, n)], bool)
 
 
 def _has_no_factor(matrix: np.ndarray) -> bool:

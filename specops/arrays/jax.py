@@ -16,6 +16,8 @@ from specops.typing import Array, Namespace
 class Jax(Library):
     """Arrays and tracers of JAX."""
 
+    finds_indices = True
+
     def device(self, x: Array) -> Any:
         """None: JAX places arrays itself, and a tracer has no device."""
         return None

@@ -15,6 +15,7 @@ class NumPy(Library):
     """Arrays and scalars of NumPy."""
 
     by_workers = True
+    finds_indices = True
 
     def device(self, x: Array) -> Any:
         """The CPU."""

@@ -29,6 +29,9 @@ class Library:
     solves_alone = False
     """Whether a single matrix is better left to its own solvers than to workers on the host."""
 
+    finds_indices = False
+    """Whether ``argmax`` works on each of its devices, one without integers of 64 bits too."""
+
     # Where arrays live
 
     def device(self, x: Array) -> Any:
@@ -147,7 +150,10 @@ class Library:
 
     def argmax(self, xp: Namespace, flat: Array) -> Array:
         """Index, shape (1,), of the largest entry."""
-        return xp.reshape(xp.argmax(flat), (1,))
+        if self.finds_indices:
+            return xp.reshape(xp.argmax(flat), (1,))
+        index = np.asarray([np.argmax(self.to_numpy(flat))], np.int32)
+        return self.placed(xp, index, flat)
 
     def complex_of(self, xp: Namespace, real: Array, imag: Array, dtype: Any) -> Array:
         """real + i·imag."""

@@ -26,6 +26,7 @@ class Torch(Library):
     """Tensors of torch."""
 
     solves_alone = True
+    finds_indices = True
 
     def device(self, x: Array) -> Any:
         """Its device."""

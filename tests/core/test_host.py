@@ -113,3 +113,13 @@ def test_a_bad_ranking_costs_time_and_no_accuracy(monkeypatch: pytest.MonkeyPatc
 def test_cholesky_tells_which_matrices_exceed() -> None:
     grams = np.stack([np.diag([1.0, c]) for c in (3.9, 4.1)]).astype(np.complex64)
     assert host.exceeds(grams, 2.0).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_cholesky_tells_nothing_of_no_matrices(
+    monkeypatch: pytest.MonkeyPatch, private: bool
+) -> None:
+    if not private:
+        monkeypatch.setattr(host, "_SINGLE", False)
+    told = host.exceeds(np.zeros((0, 3, 3), np.float32), 1.0)
+    assert (told.shape, told.dtype) == ((0,), bool)
