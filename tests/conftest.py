@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import tempfile
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +18,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    # Workers and child processes compile each program once between them.
+    # Workers and child processes compile each program once between them, the small ones of single
+    # operations included: most of what JAX costs here is thousands of those.
     _COMPILED = tempfile.TemporaryDirectory()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# Each program runs once or twice: compiled without optimisations it takes a quarter less.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 from tests.backends import BACKENDS, MISSING, Backend
 
@@ -49,7 +53,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
-_PARAMETERS = [pytest.param(b, id=b.name) for b in BACKENDS] + [
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Neighbours share compiled programs and cached references: they stay in one worker."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
+# JAX compiles every operation for each shape, and the strict library checks each: minutes of them.
+_SLOW = {True: (pytest.mark.slow,), False: ()}
+_PARAMETERS = [
+    pytest.param(b, id=b.name, marks=_SLOW[b.name.startswith(("jax", "array_api_strict"))])
+    for b in BACKENDS
+] + [
     pytest.param(None, id=name, marks=pytest.mark.skip(reason=reason))
     for name, reason in MISSING.items()
 ]
