@@ -50,6 +50,9 @@ settings.load_profile("default")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no worker is left alone with them at the end."""
+    for item in items:
+        if _is_on_slow_backend(item) or item.path.parent.name in _SLOW_FOLDERS:
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
@@ -61,12 +64,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return WorkStealingScheduling(config, log)
 
 
-# JAX compiles every operation for each shape, and the strict library checks each: minutes of them.
-_SLOW = {True: (pytest.mark.slow,), False: ()}
-_PARAMETERS = [
-    pytest.param(b, id=b.name, marks=_SLOW[b.name.startswith(("jax", "array_api_strict"))])
-    for b in BACKENDS
-] + [
+_SLOW_FOLDERS = {"jax_adapter"}
+_SLOW_BACKENDS = ("jax", "array_api_strict")
+"""JAX compiles every operation for each shape, and the strict library checks each."""
+
+
+def _is_on_slow_backend(item: pytest.Item) -> bool:
+    given = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return any(isinstance(x, Backend) and x.name.startswith(_SLOW_BACKENDS) for x in given)
+
+
+_PARAMETERS = [pytest.param(b, id=b.name) for b in BACKENDS] + [
     pytest.param(None, id=name, marks=pytest.mark.skip(reason=reason))
     for name, reason in MISSING.items()
 ]
