@@ -60,6 +60,7 @@ def of_kernel(shape: tuple[int, ...], geometry: Conv) -> tuple[np.ndarray, np.nd
     return w, oracle.spectrum(w, geometry)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(

@@ -93,6 +93,7 @@ def check_extreme_matrix(eager: Backend, name: str, dtype: str) -> None:
                 assert got is w
 
 
+@pytest.mark.slow
 def test_extreme_kernels(eager: Backend) -> None:
     # Kernels are projected on the host: the other libraries add conversions and dtypes.
     for name in KERNELS if eager.name == "numpy" else ("delta", "one of three"):

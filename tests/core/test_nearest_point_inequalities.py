@@ -79,6 +79,7 @@ def test_dense_is_firmly_non_expansive(case: Case) -> None:
     check_firmly_non_expansive(case.weight(), case.geometry)
 
 
+@pytest.mark.slow
 @given(convolutions())
 @settings(max_examples=30)
 def test_conv_is_firmly_non_expansive(case: Case) -> None:

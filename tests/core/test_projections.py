@@ -76,6 +76,7 @@ def test_every_convolution_is_constrained(case: Case) -> None:
     assert got.shape == w.shape
 
 
+@pytest.mark.slow
 def test_any_size_holds_for_each_size() -> None:
     rng = np.random.default_rng(0)
     for stride, dilation in [(1, 1), (2, 1), (1, 2), (2, 3)]:

@@ -47,6 +47,7 @@ def check(case: Case, backend: object, dtype: str) -> None:
     assert lower <= sigma[0] <= upper
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("backend", [*_EAGER, *_GPU], ids=str)
 def test_every_value(backend: object, dtype: str) -> None:

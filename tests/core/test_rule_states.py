@@ -23,6 +23,7 @@ from tests.core.laws import (
 )
 
 
+@pytest.mark.slow
 @every_rule
 @pytest.mark.parametrize("size", [1.0, 0.01])
 def test_a_state_that_does_not_fit_is_not_used(name: str, size: float) -> None:

@@ -47,6 +47,7 @@ def test_kernels_are_feasible_by_the_explicit_matrix(
             assert backend.traced or after >= target * (1 - 0.03)
 
 
+@pytest.mark.slow
 @given(convolutions())
 def test_the_axis_is_the_operators_and_the_result_nearest_in_its_cone(case: Case) -> None:
     w, geometry = case.weight(), case.geometry
@@ -70,6 +71,7 @@ def test_the_axis_is_the_operators_and_the_result_nearest_in_its_cone(case: Case
         assert_nearest_in_cone(coordinates(w), coordinates(x), e, gram, target)
 
 
+@pytest.mark.slow
 def test_weighted_cones_of_every_kind_are_solved() -> None:
     """Also where the weight points away from the cone's axis, and where the apex is nearest."""
     rng = np.random.default_rng(0)
@@ -130,6 +132,7 @@ def test_taps_on_padding_alone_stay() -> None:
     assert ranks(got, geometry) <= 2.0 + 1e-12
 
 
+@pytest.mark.slow
 def test_targets_below_every_kernel_say_what_is_feasible() -> None:
     k = weight((4, 3, 3, 3))
     for geometry in (Conv((9, 9), boundary="circular"), Conv((9, 9))):

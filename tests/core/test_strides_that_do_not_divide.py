@@ -90,12 +90,14 @@ def check_numbers(w: np.ndarray, geometry: Conv) -> None:
     assert on_torus * 0.95 - 1e-12 <= estimate <= on_torus * (1 + 1e-12)
 
 
+@pytest.mark.slow
 @given(strided())
 @settings(max_examples=40)
 def test_every_number_is_that_of_the_explicit_matrix(case: Case) -> None:
     check_numbers(case.weight(), case.geometry)
 
 
+@pytest.mark.slow
 @given(strided(complex=False), st.sampled_from(list(structured.KINDS)))
 @settings(max_examples=40)
 def test_every_number_of_kernels_with_structure(case: Case, kind: str) -> None:

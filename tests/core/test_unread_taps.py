@@ -101,6 +101,7 @@ def with_unread_taps(case: Case) -> None:
     assume(not spatial(case.weight(), case.geometry).all())
 
 
+@pytest.mark.slow
 @given(kernels_beyond_their_grids(), st.sampled_from(list(structured.KINDS)))
 @settings(max_examples=60)
 def test_every_number_is_that_of_the_explicit_matrix(case: Case, kind: str) -> None:
@@ -122,6 +123,7 @@ def test_every_number_is_that_of_the_explicit_matrix(case: Case, kind: str) -> N
     assert not np.where(spatial(w, geometry), 0.0, state["axis"]).any()
 
 
+@pytest.mark.slow
 @given(kernels_beyond_their_grids())
 @settings(max_examples=60)
 def test_what_is_never_read_has_no_effect(case: Case) -> None:
@@ -170,6 +172,7 @@ def test_the_torus_contains_the_layer(case: Case) -> None:
             assert at % points == at if 0 <= at < n else at % points >= n
 
 
+@pytest.mark.slow
 @given(kernels_beyond_their_grids())
 @settings(max_examples=40)
 def test_the_rest_is_projected_as_the_kernel_of_the_taps_that_are_read(case: Case) -> None:

@@ -11,7 +11,7 @@ from torch import nn  # noqa: E402
 
 import specops  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 def test_tensorboard(tmp_path: Path) -> None:
