@@ -164,8 +164,6 @@ class _Used(torch.autograd.Function):
         ctx.plain, ctx.coefficients = plain, coefficients
         if len(coefficients) == 1 and coefficients[0].b == 0.0:
             return w * coefficients[0].a
-        if len(coefficients) == 1 and coefficients[0].b == 0.0:
-            return w * coefficients[0].a
         used = torch.empty_like(w, memory_format=torch.contiguous_format)
         blocks = _blocks(vectors, w.detach(), used)
         for c, (block, out, pair) in zip(coefficients, blocks, strict=True):

@@ -116,7 +116,9 @@ def check_dense_method(
         )
         result = oracle.dense_matrix(eager.numpy(got).astype(values.dtype), geometry)
         truth = clipped(exact, bound)
-        assert np.linalg.norm(result, 2, axis=(-2, -1)).max() <= bound * (1 + 2 * eps)
+        # In double the reference itself is off by some units, whichever BLAS computes it.
+        room = 2 if single else 8
+        assert np.linalg.norm(result, 2, axis=(-2, -1)).max() <= bound * (1 + room * eps)
         np.testing.assert_allclose(result, truth, atol=100 * eps * norms.max())
         error = np.sum(np.abs(result - truth) ** 2, axis=(-2, -1))
         whole = np.sum(np.abs(exact) ** 2, axis=(-2, -1))
