@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from specops.checkpoints.base import Checkpoint, explained
-from specops.checkpoints.sniffing import head
+from specops.checkpoints.first_bytes import head
 from specops.errors import AdapterError
 from specops.hookspecs import Adapter, AdapterStatus, hookimpl
 

@@ -18,8 +18,8 @@ from specops.training.plan import Assignment, Plan
 from specops_torch.batch_norms import behind
 from specops_torch.constrained import Constrained
 from specops_torch.firing import add_terms, check_ran, stepped, with_gradient
-from specops_torch.following import Followed, overflowed
 from specops_torch.liveness import Liveness
+from specops_torch.optimizer_hooks import Followed, overflowed
 from specops_torch.parameters import Location, locate
 from specops_torch.penalised import searching, with_penalty
 from specops_torch.scales import Scales

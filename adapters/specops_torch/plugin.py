@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from specops.checkpoints.base import Checkpoint, explained
-from specops.checkpoints.sniffing import head, zip_names
+from specops.checkpoints.first_bytes import head, zip_names
 from specops.errors import AdapterError
 from specops.hookspecs import Adapter, AdapterStatus, hookimpl
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from specops.checkpoints.base import PLAIN_VALUE, Checkpoint, Entry, one_line, required
 from specops.checkpoints.dtypes import decode, is_numeric, plain
+from specops.checkpoints.first_bytes import head
 from specops.checkpoints.members import check_member, member_position
 from specops.checkpoints.room import check_disk, check_memory
-from specops.checkpoints.sniffing import head
 from specops.errors import CheckpointError
 
 _INSIDE = "model.weights.h5"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from specops.checkpoints import plugin
 from specops.checkpoints.base import Checkpoint, explained
-from specops.checkpoints.sniffing import head
+from specops.checkpoints.first_bytes import head
 from specops.errors import CheckpointError, SpecopsError
 from specops.hookspecs import PROJECT
 from specops.plugins import answers, manager

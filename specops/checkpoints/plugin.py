@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from specops.checkpoints.base import Checkpoint, explained
+from specops.checkpoints.first_bytes import head, zip_names
 from specops.checkpoints.sharded import Open, open_folder
-from specops.checkpoints.sniffing import head, zip_names
 from specops.hookspecs import hookimpl
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"

@@ -14,7 +14,7 @@ give the same block, or its conjugate, are evaluated once and counted.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -24,7 +24,6 @@ from specops.errors import UnsupportedGeometryError
 from specops.geometry import ConvSizes
 from specops.typing import Array, Namespace
 
-_ANY_SIZE_GRID = 32
 _ALL = slice(None)
 
 
@@ -207,31 +206,6 @@ class Symbol:
 def symbol_of(sizes: ConvSizes, torus: tuple[int, ...], conjugate_pairs: bool = True) -> Symbol:
     """The symbol tables of a geometry, built once."""
     return Symbol(sizes, torus, conjugate_pairs)
-
-
-def certified_symbol(sizes: ConvSizes, conjugate_pairs: bool) -> tuple[Symbol, float]:
-    """A symbol and a factor such that ‖layer‖ ≤ max over its grid / factor.
-
-    The factor is 1 on the torus that contains a layer of known size. For every size at once it
-    is the cosine certificate ∏ cos(π(k' − 1)/(2N)) on a coarse grid of N points per axis, where
-    k' = ⌈k·gcd(s, d)/s⌉ taps share a phase. A circular stride that does not divide its grid,
-    which "every size" includes, is bounded by the same convolution at stride 1 along that axis,
-    of which it is a choice of rows; the polyphase symbol does not bound it.
-    """
-    if sizes.circular and (sizes.fine is None or not sizes.stride_divides):
-        sizes = sizes.with_dividing_strides()
-    if sizes.fine is not None:
-        return symbol_of(sizes, sizes.enclosing_torus(), conjugate_pairs), 1.0
-    factor, torus, strides = 1.0, [], []
-    for k, s, d in zip(sizes.kernel, sizes.stride, sizes.dilation, strict=True):
-        stride = s // math.gcd(s, d)
-        taps = -(-k // stride)
-        points = max(_ANY_SIZE_GRID, 8 * (taps - 1)) if taps > 1 else 1
-        factor *= math.cos(math.pi * (taps - 1) / (2 * points))
-        torus.append(points * stride)
-        strides.append(stride)
-    plain = replace(sizes, stride=tuple(strides), dilation=(1,) * len(strides), circular=True)
-    return symbol_of(plain, tuple(torus), conjugate_pairs), factor
 
 
 def _representatives(

@@ -13,9 +13,10 @@ from specops.geometry import Conv, ConvSizes, Dense, Geometry
 from specops.geometry.arguments import check_bound
 from specops.linalg.gram_iteration import enclosure
 from specops.linalg.lobpcg import leading_triplets
+from specops.maps.every_size import certified_symbol
 from specops.maps.matrix import MatrixOperator
 from specops.maps.prepare import Prepared, matrix_blocks, prepare
-from specops.maps.symbol import certified_symbol, symbol_of
+from specops.maps.symbol import symbol_of
 from specops.spectra.norms import lanczos_norm, matrix_norms, torus_norm
 from specops.spectra.supremum import supremum
 from specops.typing import Array, Namespace

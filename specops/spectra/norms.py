@@ -12,8 +12,9 @@ from specops.errors import UnsupportedGeometryError
 from specops.geometry import Conv, ConvSizes, Dense, Geometry
 from specops.linalg.golub_kahan import largest_singular_triplet
 from specops.maps.convolution import ConvOperator
+from specops.maps.every_size import certified_symbol
 from specops.maps.prepare import Prepared, matrix_blocks, prepare
-from specops.maps.symbol import Symbol, certified_symbol, symbol_of
+from specops.maps.symbol import Symbol, symbol_of
 from specops.spectra.torus import leading_block, leading_vectors
 from specops.typing import Array, Namespace
 

@@ -9,7 +9,8 @@ import numpy as np
 from specops import arrays
 from specops.errors import StateError
 from specops.geometry import Conv
-from specops.maps.symbol import Symbol, certified_symbol
+from specops.maps.every_size import certified_symbol
+from specops.maps.symbol import Symbol
 from specops.maps.unread import without_unread
 from specops.spectra.torus import ranked_blocks
 from specops.tracking.power import checked

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import specops
 from specops import Conv
 from specops.maps.convolution import ConvOperator
-from specops.maps.symbol import certified_symbol
+from specops.maps.every_size import certified_symbol
 from specops.tracking import TrackedOperator, TrackedTorus
 from tests import oracle, structured
 from tests.backends import BACKENDS, Backend

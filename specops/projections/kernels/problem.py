@@ -7,8 +7,8 @@ from typing import Any
 
 from specops import arrays
 from specops.geometry import Conv
+from specops.maps.every_size import certified_symbol
 from specops.maps.prepare import Prepared
-from specops.maps.symbol import certified_symbol
 from specops.projections.kernels.support import Support
 from specops.typing import Array
 
