@@ -126,7 +126,10 @@ class Library:
 
     def cond(self, flag: Array, yes: Any, no: Any) -> Any:
         """``yes()`` or ``no()``."""
-        return yes() if self.truth(flag) else no()
+        known = self.truth(flag)
+        if known is None:
+            raise TypeError("a branch depends on values that are not known while they are traced")
+        return yes() if known else no()
 
     def while_loop(self, cond: Any, body: Any, carry: Any) -> Any:
         """``while cond(carry): carry = body(carry)``."""
@@ -171,8 +174,12 @@ class Library:
     # Products and solvers
 
     def matmul(self, a: Array, b: Array) -> Array:
-        """The product a b, without a word about entries that are not finite."""
-        return a @ b
+        """The product a b, without a word about entries that are not finite.
+
+        Many libraries compute with NumPy's arrays, and warn where it does.
+        """
+        with np.errstate(invalid="ignore"):
+            return a @ b
 
     def ieee_products(self) -> AbstractContextManager[None]:
         """Products of float32 in float32, where the library may use shorter formats."""

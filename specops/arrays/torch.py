@@ -133,6 +133,10 @@ class Torch(Library):
             return super().all_finite(xp, x, axis)
         return torch.isfinite(self.largest_entry(xp, x, axis, keepdims=False))
 
+    def matmul(self, a: Array, b: Array) -> Array:
+        """The product: this library does not warn."""
+        return a @ b
+
     def complex_of(self, xp: Namespace, real: Array, imag: Array, dtype: Any) -> Array:
         """In one pass."""
         return torch.complex(real, imag)
