@@ -91,11 +91,8 @@ def used(
     if any(x.dtype != raw.dtype or not x.is_cpu for x in vectors):
         return None
     coefficients = []
-    sigmas = kind.follow.measured(state)
-    for (block, pair), sigma in zip(_blocks(vectors, raw.detach()), sigmas, strict=True):
-        # The step that advanced the vectors measured along them.
-        along = _along(block, pair) if in_use.drifting else sigma.item()
-        found = _coefficients(block, pair, kind.limits, number, along)
+    for block, pair in _blocks(vectors, raw.detach()):
+        found = _coefficients(block, pair, kind.limits, number)
         if found is None:
             return None
         coefficients.append(found)
@@ -129,8 +126,9 @@ class _Coefficients(NamedTuple):
 
 
 def _coefficients(
-    w: torch.Tensor, vectors: Sequence[torch.Tensor], limits: bool, number: float, sigma: float
+    w: torch.Tensor, vectors: Sequence[torch.Tensor], limits: bool, number: float
 ) -> _Coefficients | None:
+    sigma = _along(w, vectors)
     if not _LEAST < sigma < _GREATEST:
         return None
     if not limits:
