@@ -59,12 +59,20 @@ def _recognised(kind: type) -> Library:
 
 def _instance(name: str) -> Library:
     if name not in _INSTANCES:
-        # Written out, since compilers follow no import by name.
-        if name == "torch":
-            from specops.arrays.torch import Torch as Kind
-        elif name == "jax":
-            from specops.arrays.jax import Jax as Kind
-        else:
-            from specops.arrays.cupy import CuPy as Kind
-        _INSTANCES[name] = Kind()
+        _INSTANCES[name] = _made(name)
     return _INSTANCES[name]
+
+
+def _made(name: str) -> Library:
+    # Written out, since compilers follow no import by name.
+    if name == "torch":
+        from specops.arrays.torch import Torch
+
+        return Torch()
+    if name == "jax":
+        from specops.arrays.jax import Jax
+
+        return Jax()
+    from specops.arrays.cupy import CuPy
+
+    return CuPy()
