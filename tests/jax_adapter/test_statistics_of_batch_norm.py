@@ -21,7 +21,7 @@ README = Path(__file__).parents[2] / "adapters/specops_jax/README.md"
 
 
 def images() -> Any:
-    return jax.random.normal(jax.random.key(1), (5, 16, 6, 6, 2))
+    return jax.random.normal(jax.random.key(1), (5, 16, 6, 6, 2), jnp.float32)
 
 
 def by_hand(w: Any, bias: Any) -> tuple[np.ndarray, np.ndarray]:
