@@ -230,7 +230,8 @@ def compare(
     console.print(table(before, after, options.max_norm))
     draw(before, after, options.max_norm, options.out)
     console.print(
-        f"test accuracy  {plain.accuracy:.2%} plain, {clipped.accuracy:.2%} clipped\n"
+        f"test accuracy  {plain.accuracy:.2%} plain, {clipped.accuracy:.2%} clipped "
+        f"(batch statistics estimated anew)\n"
         f"training time  {plain.seconds:.1f} s plain, {clipped.seconds:.1f} s clipped "
         f"({clipped.remark})\n"
         f"singular values of every layer: {options.out}",

@@ -85,6 +85,10 @@ def project_params(
     the derivative of the nearest point, for convolutions and ``SpectralHammer`` that of the
     rounds that were run, with the vectors held fixed. Under ``shard_map`` give whole
     (replicated) convolution kernels.
+
+    Running statistics of batch normalisation (flax's ``batch_stats``) stay those of the parameters
+    that training batches have met. After the last projection estimate them anew, by a pass over
+    batches in training mode without gradients, before evaluating: this package's README shows how.
     """
     own, leaves, structure = program(params, plan, geometries)
     arrays, state = advance(own, leaves, state, "weights", "forward")
@@ -97,7 +101,8 @@ def enforce(params: Params, plan: Any, geometries: Geometries | None = None) -> 
     """The last word before an export: every rule of stage "weights", certified, whatever is due.
 
     Computed on the host, outside jit, so that nothing has to be compiled for one call. Bounds
-    hold as stored.
+    hold as stored. Running statistics of batch normalisation are then of other parameters:
+    estimate them anew before evaluating, see `project_params`.
 
     Parameters
     ----------

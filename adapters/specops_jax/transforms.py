@@ -66,6 +66,10 @@ def constrain(
     In half precision ``w + (P(w + u) − w)`` rounds again and may end above the bound by a few
     units of the last place of w: use `project_params` after ``optax.apply_updates`` where the
     bound must hold as stored.
+
+    Running statistics of batch normalisation (flax's ``batch_stats``) stay those of the parameters
+    that training batches have met. After the last projection estimate them anew, by a pass over
+    batches in training mode without gradients, before evaluating: this package's README shows how.
     """
 
     def update(

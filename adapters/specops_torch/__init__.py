@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specops_torch.attachment import Attachment, attach
+    from specops_torch.adapter import attach
+    from specops_torch.attachment import Attachment
     from specops_torch.balance import balance_norms
     from specops_torch.baselines import adversarial_loss, jacobian_penalty
     from specops_torch.derivatives import (
@@ -44,7 +45,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "attachment": ("Attachment", "attach"),
+    "adapter": ("attach",),
+    "attachment": ("Attachment",),
     "balance": ("balance_norms",),
     "baselines": ("adversarial_loss", "jacobian_penalty"),
     "derivatives": ("hessian_operator", "input_gradient_norms", "jacobian_operator"),

@@ -1,8 +1,18 @@
-"""What the torch plugin hands to specops."""
+"""`attach`, and what the torch plugin hands to specops."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from specops.geometry import Geometry
 from specops.training.adapter import BaseAdapter
+from specops.training.firing import NonFinitePolicy
+from specops.training.history import Record
+from specops.training.plan import Plan
 from specops_torch.attachment import Attachment
 
 
@@ -11,3 +21,79 @@ class TorchAdapter(BaseAdapter):
 
     name = "torch"
     attachment = Attachment
+
+
+def attach(
+    optimizer: torch.optim.Optimizer | None,
+    model: nn.Module,
+    rule_or_plan: Any,
+    *,
+    every: int | None = None,
+    geometries: Mapping[str, Geometry] | None = None,
+    on_nonfinite: NonFinitePolicy = "raise",
+    history: int = 10_000,
+    log: Callable[[Record], Any] | Any = None,
+) -> Attachment:
+    """Make a rule, or a plan, act on a torch model around the optimizer's steps.
+
+    Rules of stage "weights" act after a step, those of stage "gradients" before it. Under rules of
+    stage "forward" layers answer their attribute with the weight in use, computed whenever it is
+    read, while parameters and state_dict stay the plain model's.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer or None
+        Its step hooks run the rules; None: call ``attachment.step()`` yourself after each
+        step, and ``attachment.before_step()`` before it for rules of stage "gradients".
+    model : torch.nn.Module
+        The layers tell which map a weight is. Convolutions are watched for the largest input
+        they see; one that did not run yet is constrained for every size.
+    rule_or_plan, every, geometries
+        As `specops.attach`.
+    on_nonfinite : "raise", "skip" or "warn"
+        What to do about a weight that holds NaN or infinity. It is left as it was in any case;
+        "raise" leaves all others as they were, too.
+    history : int
+        Records kept.
+    log : callable or SummaryWriter, optional
+        As `Attachment.log_to`.
+
+    Returns
+    -------
+    Attachment
+        Which holds the only state: neither the model nor the optimizer gets buffers, and
+        pickling or copying an optimizer drops its hooks (torch's own behaviour), so attach
+        again after loading and hand over ``state_dict()``.
+
+    Raises
+    ------
+    PlanError, AdapterError, UnsupportedArrayError
+        A plan that does not fit, sharded parameters, lazy or meta parameters.
+
+    Notes
+    -----
+    Parameters without gradients, of other optimizers, with fewer than two axes or tied to an
+    earlier one are left alone and listed in the report; freezing a layer or adding a parameter
+    group later is noticed at the next step. Project before averaging (EMA).
+
+    Batch normalisation keeps running statistics of the weights that training batches have met.
+    Where rules have since moved those by more than a hundredth, the report calls them stale and
+    `Attachment.enforce` warns: before evaluating, estimate them anew by
+    ``torch.optim.swa_utils.update_bn(loader, model)``.
+
+    Under a forward rule the layer's class becomes a subclass of itself in which the attribute is a
+    property; what is written to the attribute reaches the parameter. Writes to a parameter are
+    noticed by the version that torch counts: those through ``parameter.data`` or a NumPy view, and
+    any before compiled code runs again, need `Attachment.refresh`. A write from outside in every
+    step costs a decomposition of the weight each time. ``model.get_parameter(name)`` refuses what
+    is no parameter: take it from ``named_parameters()``.
+    """
+    return Attachment(
+        optimizer,
+        model,
+        Plan.of(rule_or_plan, every),
+        geometries,
+        on_nonfinite=on_nonfinite,
+        history=history,
+        log=log,
+    )

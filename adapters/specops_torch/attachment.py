@@ -1,8 +1,8 @@
-"""`attach`: a plan that acts around every step of a torch optimizer."""
+"""A plan that acts around every step of a torch optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,7 @@ from specops.arrays import in_full_precision
 from specops.geometry import Geometry
 from specops.training.assigned import check_stage
 from specops.training.attachment import BaseAttachment, without_gradient
-from specops.training.firing import NonFinitePolicy
-from specops.training.history import Record
+from specops.training.outcome import Outcome
 from specops.training.plan import Assignment, Plan
 from specops_torch.batch_norms import behind
 from specops_torch.constrained import Constrained
@@ -23,6 +22,7 @@ from specops_torch.optimizer_hooks import Followed, overflowed
 from specops_torch.parameters import Location, locate
 from specops_torch.penalised import searching, with_penalty
 from specops_torch.scales import Scales
+from specops_torch.stale_statistics import Statistics, relative_change
 
 _NEEDS = {"weights": "update", "gradients": "penalty", "forward": "apply"}
 
@@ -49,6 +49,7 @@ class Attachment(BaseAttachment[Constrained]):
         super().__init__(plan, geometries, **options)
         self._model, self._followed = model, Followed(optimizer)
         self._scales, self._liveness = Scales(), Liveness()
+        self._statistics = Statistics(model)
         try:
             self.assign()
         except BaseException:
@@ -57,6 +58,7 @@ class Attachment(BaseAttachment[Constrained]):
             self._scales.withdraw(optimizer)
             raise
         self._followed.hook(self._before_step, self._after_step)
+        self._forward_rules_began()
         self._liveness.seen(self._constrained)
 
     # The plan
@@ -147,9 +149,31 @@ class Attachment(BaseAttachment[Constrained]):
 
     @torch.no_grad()
     def enforce(self) -> None:
-        """Let every rule on weights act now, certified: after the last step, before an export."""
+        """Let every rule on weights act now, certified: after the last step, before an export.
+
+        Warns
+        -----
+        CautionWarning
+            Batch normalisation keeps running statistics of other weights, of this call or of
+            firings that few batches have followed: before evaluating, estimate them anew by
+            ``torch.optim.swa_utils.update_bn(loader, model)``.
+        """
         super().enforce()
         self._liveness.seen(self._constrained)
+        self.caution("enforce()", stacklevel=3)  # past the decorator
+
+    def write(self, outcomes: Sequence[Outcome[Constrained]]) -> None:
+        """Write new weights, keep the states of rules, and remember how far weights went."""
+        self._went(
+            (o.constrained, o.weight, o.array)
+            for o in outcomes
+            if o.changes_weight and o.array is not None
+        )
+        super().write(outcomes)
+
+    def caution(self, act: str, *, stacklevel: int = 1) -> None:
+        """Warn where batch normalisation evaluates with statistics of other weights."""
+        self._statistics.caution(act, stacklevel + 1)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The constrained weights as their layers use them, by name.
@@ -174,7 +198,12 @@ class Attachment(BaseAttachment[Constrained]):
     def measured(self, constrained: Sequence[Constrained]) -> dict[str, dict[str, Any]]:
         """What a report says of weights, and of them with the batch normalisation behind them."""
         normalized = behind(self._model) if constrained else {}
-        return {c.name: c.norm(normalized.get(id(c.location.module), [])) for c in constrained}
+        stale = set(self._statistics.stale().values()) if normalized else set()
+        found = {}
+        for c in constrained:
+            following = normalized.get(id(c.location.module), [])
+            found[c.name] = {**c.norm(following), "stale": not stale.isdisjoint(following)}
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Steps, sizes, scales and rule states by parameter name: what a resumed run needs."""
@@ -207,6 +236,24 @@ class Attachment(BaseAttachment[Constrained]):
             c.release()
         self._scales.withdraw(self._followed.optimizer)
         self._attached = False
+
+    def _forward_rules_began(self) -> None:
+        """From now on layers use other weights than those that batches have seen."""
+        known = [c for c in self._constrained if c.in_use is not None and c.in_use.state]
+        with torch.no_grad():
+            self._went((c, c.location.read(), c.used()) for c in known)
+        for c in known:
+            assert c.in_use is not None
+            c.in_use.ran = False
+
+    def _went(self, moves: Iterable[tuple[Constrained, torch.Tensor, torch.Tensor]]) -> None:
+        if not self._statistics.are_kept():
+            return
+        changes: dict[nn.Module, torch.Tensor] = {}
+        for c, before, after in moves:
+            change, module = relative_change(before, after), c.location.module
+            changes[module] = torch.maximum(change, changes.get(module, change))
+        self._statistics.changed(changes)
 
     def _owners(self, parameter: nn.Parameter) -> list[Constrained]:
         return [c for c in self._constrained if c.location.parameter is parameter]
@@ -275,74 +322,3 @@ class Attachment(BaseAttachment[Constrained]):
         """Warn if weights move, but no step is seen."""
         if self._followed.has_hooks:
             self._liveness.check(self._constrained, self.steps)
-
-
-def attach(
-    optimizer: torch.optim.Optimizer | None,
-    model: nn.Module,
-    rule_or_plan: Any,
-    *,
-    every: int | None = None,
-    geometries: Mapping[str, Geometry] | None = None,
-    on_nonfinite: NonFinitePolicy = "raise",
-    history: int = 10_000,
-    log: Callable[[Record], Any] | Any = None,
-) -> Attachment:
-    """Make a rule, or a plan, act on a torch model around the optimizer's steps.
-
-    Rules of stage "weights" act after a step, those of stage "gradients" before it. Under rules of
-    stage "forward" layers answer their attribute with the weight in use, computed whenever it is
-    read, while parameters and state_dict stay the plain model's.
-
-    Parameters
-    ----------
-    optimizer : torch.optim.Optimizer or None
-        Its step hooks run the rules; None: call ``attachment.step()`` yourself after each
-        step, and ``attachment.before_step()`` before it for rules of stage "gradients".
-    model : torch.nn.Module
-        The layers tell which map a weight is. Convolutions are watched for the largest input
-        they see; one that did not run yet is constrained for every size.
-    rule_or_plan, every, geometries
-        As `specops.attach`.
-    on_nonfinite : "raise", "skip" or "warn"
-        What to do about a weight that holds NaN or infinity. It is left as it was in any case;
-        "raise" leaves all others as they were, too.
-    history : int
-        Records kept.
-    log : callable or SummaryWriter, optional
-        As `Attachment.log_to`.
-
-    Returns
-    -------
-    Attachment
-        Which holds the only state: neither the model nor the optimizer gets buffers, and
-        pickling or copying an optimizer drops its hooks (torch's own behaviour), so attach
-        again after loading and hand over ``state_dict()``.
-
-    Raises
-    ------
-    PlanError, AdapterError, UnsupportedArrayError
-        A plan that does not fit, sharded parameters, lazy or meta parameters.
-
-    Notes
-    -----
-    Parameters without gradients, of other optimizers, with fewer than two axes or tied to an
-    earlier one are left alone and listed in the report; freezing a layer or adding a parameter
-    group later is noticed at the next step. Project before averaging (EMA).
-
-    Under a forward rule the layer's class becomes a subclass of itself in which the attribute is a
-    property; what is written to the attribute reaches the parameter. Writes to a parameter are
-    noticed by the version that torch counts: those through ``parameter.data`` or a NumPy view, and
-    any before compiled code runs again, need `Attachment.refresh`. A write from outside in every
-    step costs a decomposition of the weight each time. ``model.get_parameter(name)`` refuses what
-    is no parameter: take it from ``named_parameters()``.
-    """
-    return Attachment(
-        optimizer,
-        model,
-        Plan.of(rule_or_plan, every),
-        geometries,
-        on_nonfinite=on_nonfinite,
-        history=history,
-        log=log,
-    )

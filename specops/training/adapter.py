@@ -51,4 +51,5 @@ class BaseAdapter:
         except BaseException:
             attachment.detach()
             raise
+        attachment.caution("project()", stacklevel=3)
         return report

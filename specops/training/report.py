@@ -21,6 +21,7 @@ _WIDEST = 60
 _HEADERS = ("parameter", "shape", "geometry", "rule", "norm")
 _NORMALIZED = "with batch norm"
 _RANK = "stable rank"
+_STALE = "stale"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class ReportRow:
         The norm of the layer together with the batch normalisation registered right behind it,
         as in evaluation, exact or a bound as `norm` is: what a cap on the weight alone does not
         bound. None where there is none.
+    stale : bool
+        Whether the running statistics of that batch normalisation are of other weights than
+        those that rules have left: `normalized` is then what evaluation would use, and wrong.
     stable_rank : float or None
         Where the rule is about it: of the map that the rule means, the largest of several; of
         forward rules of the weight in use.
@@ -60,6 +64,7 @@ class ReportRow:
     norm: float | None = None
     norm_is: str = ""
     normalized: float | None = None
+    stale: bool = False
     stable_rank: float | None = None
 
 
@@ -133,13 +138,16 @@ class Report:
         """Columns of what some rows have."""
         columns: list[tuple[str, Callable[[ReportRow], str]]] = []
         if any(row.normalized is not None for row in self.rows):
-            columns.append((_NORMALIZED, lambda row: _norm_text(row.normalized, row.norm_is)))
+            columns.append((_NORMALIZED, _normalized_text))
         if any(row.stable_rank is not None for row in self.rows):
             columns.append((_RANK, lambda row: _norm_text(row.stable_rank, "")))
         return columns
 
     def _summary(self) -> str:
-        return f"{len(self.constrained)} of {len(self.rows)} parameters under a rule"
+        summary = f"{len(self.constrained)} of {len(self.rows)} parameters under a rule"
+        if any(row.stale for row in self.rows):
+            summary += f"; {_STALE}: running statistics of other weights, to be estimated anew"
+        return summary
 
 
 def plan_rows(assignments: Sequence[Assignment]) -> list[ReportRow]:
@@ -174,6 +182,11 @@ def _cells(row: ReportRow) -> tuple[str, ...]:
 def _norm_text(norm: float | None, norm_is: str) -> str:
     text = "" if norm is None else f"{norm:.4g}"
     return f"≤ {text}" if text and norm_is == "upper bound" else text
+
+
+def _normalized_text(row: ReportRow) -> str:
+    text = _norm_text(row.normalized, row.norm_is)
+    return f"{text} ({_STALE})" if text and row.stale else text
 
 
 def measured(w: Any, geometry: Geometry, rule: StagedRule) -> dict[str, Any]:
