@@ -67,7 +67,8 @@ def project(
     """Apply a rule, or a plan, to a model's weights once, without training.
 
     Convolutions whose input size is not known (no ``geometries``) are constrained for every
-    size. Returns the report; raises as `attach`.
+    size, or left alone with a warning by rules that need one. Returns the report; raises as
+    `attach`.
     """
     adapter = find_adapter(model)
     return adapter.project(model, Plan.of(rule_or_plan), geometries=geometries, **options)

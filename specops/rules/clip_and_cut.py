@@ -42,7 +42,7 @@ class ClipAndCut(Scheduled, WeightRule):
     Notes
     -----
     At the paper's c = 0.5 one round leaves random 3×3 kernels of 16 to 64 channels and norm 3 to
-    5 at norms of 0.68 to 0.71, and the layers of a trained ResNet-20 at 0.68 to 0.89, most of
+    5 at norms of 0.68 to 0.72, and the layers of a trained ResNet-20 at 0.68 to 0.89, most of
     them at 0.75 to 0.84.
 
     The torus has the size of the input also where the layer pads with zeros, as in the paper,

@@ -21,6 +21,7 @@ _WIDEST = 60
 _HEADERS = ("parameter", "shape", "geometry", "rule", "norm")
 _NORMALIZED = "with batch norm"
 _RANK = "stable rank"
+_RULE = "rule's norm"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class ReportRow:
         The norm of the layer together with the batch normalisation registered right behind it,
         as in evaluation, exact or a bound as `norm` is: what a cap on the weight alone does not
         bound. None where there is none.
+    rule_norm : float or None
+        The norm that the rule is about, where that is another than the operator's: of the kernel
+        reshaped to a matrix.
     stable_rank : float or None
         Where the rule is about it: of the map that the rule means, the largest of several; of
         forward rules of the weight in use.
@@ -61,6 +65,7 @@ class ReportRow:
     norm_is: str = ""
     normalized: float | None = None
     stable_rank: float | None = None
+    rule_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ class Report:
             self._headers(),
             [self._cells(row) for row in self.rows],
             dim=[not row.rule for row in self.rows],
-            right=(_HEADERS[-1], _NORMALIZED, _RANK),
+            right=(_HEADERS[-1], _RULE, _NORMALIZED, _RANK),
             caption=self._summary(),
         )
 
@@ -132,6 +137,8 @@ class Report:
     def _further(self) -> list[tuple[str, Callable[[ReportRow], str]]]:
         """Columns of what some rows have."""
         columns: list[tuple[str, Callable[[ReportRow], str]]] = []
+        if any(row.rule_norm is not None for row in self.rows):
+            columns.append((_RULE, lambda row: _norm_text(row.rule_norm, "")))
         if any(row.normalized is not None for row in self.rows):
             columns.append((_NORMALIZED, lambda row: _norm_text(row.normalized, row.norm_is)))
         if any(row.stable_rank is not None for row in self.rows):
@@ -177,15 +184,19 @@ def _norm_text(norm: float | None, norm_is: str) -> str:
 
 
 def measured(w: Any, geometry: Geometry, rule: StagedRule) -> dict[str, Any]:
-    """What a row says of a weight: `measured_norm`, and `stable_rank` if the rule limits it."""
+    """What a row says of a weight: `measured_norm`, and what else its rule is about."""
     found = measured_norm(w, geometry)
-    if rule.limits_stable_rank and found["norm_is"] != "not finite":
-        view = rule.view(geometry)
+    if found["norm_is"] == "not finite":
+        return found
+    view = rule.view(geometry)
+    if rule.limits_stable_rank:
         if isinstance(view, Dense) or view.grid is not None:
             ranks = stable_rank(w, view)
             xp = arrays.namespace(w)
             blocks = ranks if isinstance(ranks, tuple) else (ranks,)
             found["stable_rank"] = max(float(xp.max(r)) for r in blocks)
+    elif isinstance(view, Dense) and view != geometry:
+        found["rule_norm"] = measured_norm(w, view)["norm"]
     return found
 
 
