@@ -40,15 +40,18 @@ def clip_and_cut(w: Array, max_norm: Any, geometry: Conv) -> tuple[Array, Array,
         return arrays.to_numpy(x) if known else x
 
     def back(x: Array) -> Array:
-        return arrays.like(np.asarray(x), given.w) if known else x
+        return arrays.like(x, given.w) if known else x
+
+    def size(x: Array) -> Array:
+        return (arrays.constant(np.asarray(x), given.w) if known else x) * given.scale
 
     kernel = geometry.kernel(seen(given.w))
-    limit = xp.asarray(seen(max_norm / given.scale), dtype=xp.real(kernel).dtype)
+    limit = seen(max_norm / given.scale)
     symbol = symbol_of(sizes, _torus_of_input(geometry, sizes), not arrays.is_complex(kernel))
     support = Support(symbol)
     x0 = support.coordinates(xp, kernel)
     before = largest(xp, support, arrays.stop_gradient(x0))
-    norm_before = back(before) * given.scale
+    norm_before = size(before)
     if arrays.truth(before <= limit):
         return w, norm_before, norm_before
     result = support.kernel(xp, alternate(xp, support, x0, limit))
@@ -60,7 +63,7 @@ def clip_and_cut(w: Array, max_norm: Any, geometry: Conv) -> tuple[Array, Array,
     stored = nan_without(max_norm, with_unread(given.xp.astype(result, w.dtype), w, geometry))
     now = seen(arrays.to_compute(given.xp, stored) / given.scale)
     after = largest(xp, support, support.coordinates(xp, geometry.kernel(now)))
-    return stored, norm_before, back(after) * given.scale
+    return stored, norm_before, size(after)
 
 
 def _torus_of_input(geometry: Conv, sizes: ConvSizes) -> tuple[int, ...]:
