@@ -42,7 +42,7 @@ class ClipSpectralNorm(Scheduled, WeightRule):
     norm : "operator" or "reshaped"
         Of a convolution: the layer's own, or that of the kernel reshaped to (out, in·k), whose
         singular values are then clipped. That is not the layer's norm, which may be up to √k
-        times as large with k taps; bounds, figures and `enforce` are then of the former.
+        times as large with k taps: the bound, figures and `enforce` speak of the reshaped kernel.
     distance_tolerance : float
         Convolutions move at most ``1 + distance_tolerance`` times as far as the nearest weight
         inside the bound is away; 0 asks for that weight itself, at three to many times the cost.
@@ -84,8 +84,8 @@ class ClipSpectralNorm(Scheduled, WeightRule):
     def watch(self, weight: Array, geometry: Geometry, name: str) -> State:
         """A state whose keys and shapes stay, for compiled loops: {} where no estimate is known.
 
-        With it `update` decides on the device whether to project. What is watched is the
-        layer's own norm, by vectors of its size.
+        With it `update` decides on the device whether to project. What is watched is the norm
+        of `view` itself, by vectors of its size.
         """
         follow = _own_norm(self.view(geometry))
         if follow is None or not self.screen:
