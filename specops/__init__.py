@@ -32,7 +32,8 @@ Whole models:
     Plan                    which rule acts on which weight, and at which steps
 
 Rules after the optimizer's step:
-    ClipSpectralNorm        the nearest weight with operator norm ≤ c (Sedghi et al. 2019)
+    ClipSpectralNorm        the nearest weight with operator norm ≤ c
+    ClipAndCut              one round of clipping and cutting back, no bound (Sedghi et al. 2019)
     ProjectStableRank       the nearest weight with stable rank ≤ r (Sanyal et al. 2020)
     NormalizeIfAbove        scales down what is above a bound (Newhouse et al. 2025)
     SpectralSoftCap         presses all values below a bound (Newhouse et al. 2025)
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
         project_stable_rank,
     )
     from specops.rules import (
+        ClipAndCut,
         ClipSpectralNorm,
         Monitor,
         NormalizeIfAbove,
@@ -103,6 +105,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClipAndCut",
     "ClipSpectralNorm",
     "Conv",
     "Dense",
@@ -147,6 +150,7 @@ _HOMES = {
         "project_stable_rank",
     ),
     "rules": (
+        "ClipAndCut",
         "ClipSpectralNorm",
         "Monitor",
         "NormalizeIfAbove",

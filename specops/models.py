@@ -67,9 +67,10 @@ def project(
     """Apply a rule, or a plan, to a model's weights once, without training.
 
     Convolutions whose input size is not known (no ``geometries``) are constrained for every
-    size. Returns the report; raises as `attach`. Running statistics of batch normalisation behind
-    a weight that changed are of the old one, and evaluation uses them: estimate them anew
-    (torch warns, and names ``torch.optim.swa_utils.update_bn(loader, model)``).
+    size, or left alone with a warning by rules that need one. Returns the report; raises as
+    `attach`. Running statistics of batch normalisation behind a weight that changed are of the
+    old one, and evaluation uses them: estimate them anew (torch warns, and names
+    ``torch.optim.swa_utils.update_bn(loader, model)``).
     """
     adapter = find_adapter(model)
     return adapter.project(model, Plan.of(rule_or_plan), geometries=geometries, **options)

@@ -262,7 +262,8 @@ def fired(make: Callable[[Any], Any]) -> Operation:
         if hasattr(rule, "penalty"):
             value, gradient = rule.penalty(w, g, state, step=1, name="layer")
             found |= {f"{name}.penalty/value": value, f"{name}.penalty/~gradient": gradient}
-        if getattr(rule, "norm", "") == "operator" and isinstance(g, Conv):
+        followed = getattr(rule, "norm", "") == "operator" and name != "ClipSpectralNorm"
+        if followed and isinstance(g, Conv):
             # The plane of a pair of equal values is followed from where rounding started in it.
             for key in [k for k in found if "init/" not in k and "distance" not in k]:
                 x = found[key]
@@ -300,7 +301,7 @@ def _results(
         if key == "then":
             # Screened by an estimate, but by nothing where a compiler traces.
             found |= {f"{place}{key} {k} traced": below for k in figures}
-        if isinstance(geometry, Conv):
+        if isinstance(rule.view(geometry), Conv):
             found[f"{place}~{key} within"] = _GAP * _length(w)
             if key != "first":
                 found[f"{place}{key} norm_before within"] = below
@@ -314,6 +315,8 @@ def _at(bound: Any) -> Any:
 
 RULES: dict[str, Callable[[Any], Any]] = {
     "ClipSpectralNorm": lambda c: specops.ClipSpectralNorm(_at(1.5 * c), distance_tolerance=0.0),
+    "ClipSpectralNorm, reshaped": lambda c: specops.ClipSpectralNorm(_at(1.2 * c), norm="reshaped"),
+    "ClipAndCut": lambda c: specops.ClipAndCut(_at(1.5 * c)),
     "ClipSpectralNorm, inside": lambda c: specops.ClipSpectralNorm(_at(64.0 * c)),
     "ProjectStableRank, operator": lambda c: specops.ProjectStableRank(ratio=0.4, norm="operator"),
     "ProjectStableRank, reshaped": lambda c: specops.ProjectStableRank(target=1.4, norm="reshaped"),

@@ -140,7 +140,7 @@ def test_every_rule_is_in_the_table() -> None:
     table = README.split("| you want | rule |")[1].split("\n\n")[0]
     rules = {name for name in specops.__all__ if hasattr(getattr(specops, name), "stage")}
     assert rules == set(re.findall(r"`([A-Z]\w+)", table)) & set(specops.__all__)
-    assert len(rules) == 9
+    assert len(rules) == 10
 
 
 @pytest.mark.parametrize("adapter", ["specops_torch", "specops_jax", "specops_cupy"])

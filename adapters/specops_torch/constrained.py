@@ -111,7 +111,7 @@ class Constrained(training.Constrained[Location]):
         geometry = self.geometry
         known = geometry is self._fitting
         if not known and self.needs_size:
-            return "its layer has seen no input yet"
+            return training.UNSEEN
         if (
             self.stage == "weights"
             and not self.rule.refuses_nonfinite(self.geometry)

@@ -3,6 +3,7 @@
 from specops.rules.base import Rule, Schedule
 from specops.rules.caps import NormalizeIfAbove, SpectralSoftCap
 from specops.rules.clip import ClipSpectralNorm
+from specops.rules.clip_and_cut import ClipAndCut
 from specops.rules.forward import SpectralNormalization, StableRankNormalization
 from specops.rules.hammer import SpectralHammer
 from specops.rules.monitor import Monitor
@@ -13,6 +14,7 @@ from specops.rules.stages import ForwardRule, GradientRule, StagedRule, WeightRu
 from specops.typing import State
 
 __all__ = [
+    "ClipAndCut",
     "ClipSpectralNorm",
     "ForwardRule",
     "GradientRule",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,9 +13,9 @@ from specops.errors import StateError
 from specops.geometry import Dense, Geometry
 from specops.geometry.arguments import check_bound, non_negative
 from specops.projections import project_spectral_ball
-from specops.rules.base import Figures, Schedule, Scheduled, at, check_scheduled
+from specops.rules.base import Figures, Schedule, Scheduled, at, check_scheduled, measured_as
 from specops.rules.stages import WeightRule
-from specops.tracking import TrackedBlocks, TrackedOperator, TrackedTorus, vectors
+from specops.tracking import TrackedBlocks, TrackedOperator, TrackedTorus, check_norm, vectors
 from specops.typing import Array, State
 
 _CLEARLY = 0.9
@@ -30,8 +30,8 @@ _FIRINGS = "firings"
 class ClipSpectralNorm(Scheduled, WeightRule):
     """Keep the operator norm of a weight at or below `max_norm`: project if above, else nothing.
 
-    The norm is the operator's own: for a convolution that of the layer, not of the reshaped
-    kernel. A weight found inside is not decomposed again at every firing: while the norm that
+    The norm is the operator's own, for a convolution that of the layer, unless `norm` says
+    otherwise. A weight found inside is not decomposed again at every firing: while the norm that
     a power step on its leading vectors gives stays below 0.9 of the bound, it is left alone.
     That estimate is a lower bound; every 100th firing, `enforce` and the first one certify.
 
@@ -39,6 +39,10 @@ class ClipSpectralNorm(Scheduled, WeightRule):
     ----------
     max_norm : float or callable
         The bound, or a schedule ``(step, name, geometry) -> float``.
+    norm : "operator" or "reshaped"
+        Of a convolution: the layer's own, or that of the kernel reshaped to (out, in·k), whose
+        singular values are then clipped. That is not the layer's norm, which may be up to √k
+        times as large with k taps: the bound, figures and `enforce` speak of the reshaped kernel.
     distance_tolerance : float
         Convolutions move at most ``1 + distance_tolerance`` times as far as the nearest weight
         inside the bound is away; 0 asks for that weight itself, at three to many times the cost.
@@ -48,28 +52,42 @@ class ClipSpectralNorm(Scheduled, WeightRule):
     Raises
     ------
     ValueError
-        A bound that is not positive and finite, a negative tolerance.
+        A bound that is not positive and finite, a negative tolerance, an unknown norm.
+
+    References
+    ----------
+    Sedghi, Gupta & Long 2019, section 4.4, for the reshaped kernel.
     """
 
     max_norm: float | Schedule
     distance_tolerance: float = field(default=0.1, repr=False)
     screen: bool = field(default=True, repr=False)
+    norm: Literal["operator", "reshaped"] = field(default="operator", kw_only=True)
 
     def __post_init__(self) -> None:
         check_scheduled(self.max_norm, "max_norm")
+        check_norm(self.norm, ("operator", "reshaped"))
         non_negative(self.distance_tolerance, "distance_tolerance")
+
+    def __repr__(self) -> str:
+        norm = "" if self.norm == "operator" else f", norm={self.norm!r}"
+        return f"{type(self).__name__}(max_norm={self.max_norm!r}{norm})"
 
     def init(self, weight: Array, geometry: Geometry, name: str) -> State:
         """No state yet."""
         return {}
 
+    def view(self, geometry: Geometry) -> Geometry:
+        """The map whose norm is bounded."""
+        return measured_as(geometry, self.norm)
+
     def watch(self, weight: Array, geometry: Geometry, name: str) -> State:
         """A state whose keys and shapes stay, for compiled loops: {} where no estimate is known.
 
-        With it `update` decides on the device whether to project. What is watched is the
-        layer's own norm, by vectors of its size.
+        With it `update` decides on the device whether to project. What is watched is the norm
+        of `view` itself, by vectors of its size.
         """
-        follow = _own_norm(geometry)
+        follow = _own_norm(self.view(geometry))
         if follow is None or not self.screen:
             return {}
         watched = _prefixed(follow.start(weight, name), _WATCHED)
@@ -80,6 +98,7 @@ class ClipSpectralNorm(Scheduled, WeightRule):
     ) -> tuple[Array, State, Figures]:
         """Project where needed; the figures are ``norm_before`` and ``norm_after``."""
         bound = check_bound(at(self.max_norm, step, name, geometry), "max_norm")
+        geometry = self.view(geometry)
         if any(key.startswith(_WATCHED) for key in state):
             return self._watched(weight, geometry, state, bound)
         own, tracked = _parted(state)
@@ -100,6 +119,7 @@ class ClipSpectralNorm(Scheduled, WeightRule):
     ) -> tuple[Array, State, Figures]:
         """As `update`, certified."""
         bound = check_bound(at(self.max_norm, step, name, geometry), "max_norm")
+        geometry = self.view(geometry)
         own, tracked = _parted(state)
         return self._certified(weight, geometry, own, tracked or None, bound, name)
 

@@ -10,6 +10,7 @@ import pytest
 
 from specops.geometry import Conv, Dense, Geometry
 from specops.rules import (
+    ClipAndCut,
     ClipSpectralNorm,
     NormalizeIfAbove,
     ProjectStableRank,
@@ -36,6 +37,8 @@ class _Law(NamedTuple):
 
 RULES: Mapping[str, _Law] = {
     "clip": _Law(lambda c: ClipSpectralNorm(c, distance_tolerance=0.0), 1, True),
+    "clip-reshaped": _Law(lambda c: ClipSpectralNorm(c, norm="reshaped"), 1, True),
+    "clip-and-cut": _Law(ClipAndCut, 1),
     "normalize-if-above": _Law(lambda c: NormalizeIfAbove(c, norm="operator"), 1, True),
     "project-stable-rank": _Law(lambda c: ProjectStableRank(ratio=0.4, norm="operator"), 1, True),
     "penalty": _Law(lambda c: SpectralNormPenalty(0.3, norm="bidirectional"), 1),
@@ -161,7 +164,7 @@ def _outcome(rule: Any, w: Any, geometry: Geometry, state: Any = None) -> Any:
 
 def _rtol(rule: Any, geometry: Geometry) -> float:
     """What two computations of the same may differ by."""
-    clipped = isinstance(rule, ClipSpectralNorm) and isinstance(geometry, Conv)
+    clipped = isinstance(rule, ClipSpectralNorm) and isinstance(rule.view(geometry), Conv)
     return _CERTIFIED if clipped else _RTOL
 
 

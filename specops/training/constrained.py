@@ -18,6 +18,8 @@ from specops.training.report import measured
 from specops.typing import Array, State
 
 P = TypeVar("P", bound=Parameter)
+UNSEEN = "its layer has seen no input yet"
+"""Why a rule that needs the size of an input leaves a weight alone."""
 _SAME = 1e-3
 """Relative change of a norm, seen along the same vectors, that no rounding explains."""
 
@@ -33,12 +35,14 @@ class Constrained(Assigned, Generic[P]):
         The rule's; None before its first firing.
     drifting : bool
         Of a forward rule: whether steps have changed the weight since its vectors advanced.
+    told : bool
+        Whether its user was told that it waits for the size of an input.
     """
 
     def __init__(self, parameter: P, assignment: Assignment) -> None:
         self.parameter, self.assignment = parameter, assignment
         self.state: State | None = None
-        self.drifting = False
+        self.drifting = self.told = False
 
     @property
     def geometry(self) -> Geometry:
@@ -79,7 +83,7 @@ class Constrained(Assigned, Generic[P]):
         """A reason to leave the weight alone this time; empty, or `NonFiniteError`, otherwise."""
         reason = self.parameter.frozen()
         if not reason and self.needs_size:
-            reason = "its layer has seen no input yet"
+            reason = UNSEEN
         if not reason:
             w = self.parameter.read()
             if not bool(arrays.all_finite(arrays.namespace(w), w)):

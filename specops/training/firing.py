@@ -6,8 +6,14 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
-from specops.errors import GeometryError, NonFiniteError, NonFiniteWarning, SpecopsError
-from specops.training.constrained import Constrained
+from specops.errors import (
+    CautionWarning,
+    GeometryError,
+    NonFiniteError,
+    NonFiniteWarning,
+    SpecopsError,
+)
+from specops.training.constrained import UNSEEN, Constrained
 from specops.training.outcome import Outcome
 from specops.typing import Array
 
@@ -53,6 +59,8 @@ class Firing(Generic[C]):
                 if not reason:
                     array, state, figures = c.act(weight, step, certain=certain)
                     return Outcome(c, weight, array, state, record | figures)
+            if reason == UNSEEN and c.stage == "weights":
+                _warn_unseen(c)
         except NonFiniteError:
             reason = self._not_finite(c, weight, step)
         except SpecopsError as error:
@@ -78,6 +86,18 @@ class Firing(Generic[C]):
         if self.on_nonfinite == "warn":
             warnings.warn(f"{message}; it was left as it is", NonFiniteWarning, stacklevel=2)
         return "not finite"
+
+
+def _warn_unseen(c: Constrained[Any]) -> None:
+    """Say once that a rule after the step does nothing until an input was seen."""
+    if not c.told:
+        c.told = True
+        warnings.warn(
+            f"{c.name} is left as it is, because {UNSEEN}, and {c.rule!r} needs its size: run a "
+            f"forward pass first, or name the input_shape in geometries=",
+            CautionWarning,
+            stacklevel=2,
+        )
 
 
 def write(outcomes: Sequence[Outcome[Any]]) -> None:

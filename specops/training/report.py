@@ -22,6 +22,7 @@ _HEADERS = ("parameter", "shape", "geometry", "rule", "norm")
 _NORMALIZED = "with batch norm"
 _RANK = "stable rank"
 _STALE = "stale"
+_RULE = "rule's norm"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ class ReportRow:
     stale : bool
         Whether the running statistics of that batch normalisation are of other weights than
         those that rules have left: `normalized` is then what evaluation would use, and wrong.
+    rule_norm : float or None
+        The norm that the rule is about, where that is another than the operator's: of the kernel
+        reshaped to a matrix.
     stable_rank : float or None
         Where the rule is about it: of the map that the rule means, the largest of several; of
         forward rules of the weight in use.
@@ -66,6 +70,7 @@ class ReportRow:
     normalized: float | None = None
     stale: bool = False
     stable_rank: float | None = None
+    rule_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ class Report:
             self._headers(),
             [self._cells(row) for row in self.rows],
             dim=[not row.rule for row in self.rows],
-            right=(_HEADERS[-1], _NORMALIZED, _RANK),
+            right=(_HEADERS[-1], _RULE, _NORMALIZED, _RANK),
             caption=self._summary(),
         )
 
@@ -137,6 +142,8 @@ class Report:
     def _further(self) -> list[tuple[str, Callable[[ReportRow], str]]]:
         """Columns of what some rows have."""
         columns: list[tuple[str, Callable[[ReportRow], str]]] = []
+        if any(row.rule_norm is not None for row in self.rows):
+            columns.append((_RULE, lambda row: _norm_text(row.rule_norm, "")))
         if any(row.normalized is not None for row in self.rows):
             columns.append((_NORMALIZED, _normalized_text))
         if any(row.stable_rank is not None for row in self.rows):
@@ -190,15 +197,19 @@ def _normalized_text(row: ReportRow) -> str:
 
 
 def measured(w: Any, geometry: Geometry, rule: StagedRule) -> dict[str, Any]:
-    """What a row says of a weight: `measured_norm`, and `stable_rank` if the rule limits it."""
+    """What a row says of a weight: `measured_norm`, and what else its rule is about."""
     found = measured_norm(w, geometry)
-    if rule.limits_stable_rank and found["norm_is"] != "not finite":
-        view = rule.view(geometry)
+    if found["norm_is"] == "not finite":
+        return found
+    view = rule.view(geometry)
+    if rule.limits_stable_rank:
         if isinstance(view, Dense) or view.grid is not None:
             ranks = stable_rank(w, view)
             xp = arrays.namespace(w)
             blocks = ranks if isinstance(ranks, tuple) else (ranks,)
             found["stable_rank"] = max(float(xp.max(r)) for r in blocks)
+    elif isinstance(view, Dense) and view != geometry:
+        found["rule_norm"] = measured_norm(w, view)["norm"]
     return found
 
 

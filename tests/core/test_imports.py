@@ -26,6 +26,7 @@ PUBLIC = {
     "StableRankNormalization",
     "TrainableScale",
     "balance_norms",
+    "ClipAndCut",
     "ClipSpectralNorm",
     "Conv",
     "Dense",

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from specops import (
+    ClipAndCut,
     ClipSpectralNorm,
     Dense,
     NormalizeIfAbove,
@@ -30,6 +31,8 @@ from tests.core.laws import (
 
 SCHEDULED: dict[str, tuple[Callable[[Any], Any], float]] = {
     "clip": (ClipSpectralNorm, 0.8),
+    "clip reshaped": (lambda c: ClipSpectralNorm(c, norm="reshaped"), 0.8),
+    "clip and cut": (ClipAndCut, 0.8),
     "normalize": (lambda c: NormalizeIfAbove(c, norm="operator"), 0.8),
     "soft cap": (lambda c: SpectralSoftCap(c, norm="operator"), 0.8),
     "hammer": (lambda c: SpectralHammer(c, norm="operator"), 0.8),
@@ -86,6 +89,7 @@ def test_numbers_of_numpy(name: str, number: Any) -> None:
 
 BAD: list[tuple[Any, dict[str, Any]]] = [
     (ClipSpectralNorm, {"max_norm": 1.0, "distance_tolerance": -0.1}),
+    (ClipSpectralNorm, {"max_norm": 1.0, "norm": "bidirectional"}),
     (NormalizeIfAbove, {"max_norm": 1.0, "norm": "bidirectional"}),
     (SpectralHammer, {"max_norm": 1.0, "norm": "bidirectional"}),
     (ProjectStableRank, {"norm": "operator"}),

@@ -1,0 +1,82 @@
+"""What a report says of a reshaped kernel, and rules that wait for the size of an input."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+
+import specops
+from specops import ClipAndCut, ClipSpectralNorm, Conv, NormalizeIfAbove, errors
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+from tests import oracle  # noqa: E402
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 36, 4))
+
+
+def reshaped_norm(layer: nn.Conv2d) -> float:
+    return float(torch.linalg.matrix_norm(layer.weight.detach().double().flatten(1), 2))
+
+
+@pytest.mark.parametrize("kind", [ClipSpectralNorm, NormalizeIfAbove])
+def test_reports_and_enforce_speak_of_the_reshaped_kernel(kind: type) -> None:
+    model = network()
+    attachment = specops.attach(None, model, kind(0.05, norm="reshaped"))
+    row = attachment.report()["0.weight"]
+    assert row.rule_norm == pytest.approx(reshaped_norm(model[0]), rel=1e-5)
+    attachment.enforce()
+    report = attachment.report()
+    row = report["0.weight"]
+    assert row.rule_norm == pytest.approx(0.05, rel=1e-5)
+    assert reshaped_norm(model[0]) == pytest.approx(0.05, rel=1e-5)
+    # The layer's own is another, and a matrix has one only.
+    assert row.norm is not None
+    assert row.norm > 1.2 * 0.05
+    assert report["2.weight"].rule_norm is None
+    assert "rule's norm" in str(report)
+    assert "norm='reshaped'" in row.rule
+    assert [r["norm_after"] for r in attachment.history] == pytest.approx([0.05] * 2, rel=1e-5)
+    plain = specops.attach(None, model, ClipSpectralNorm(0.05)).report()
+    assert "rule's norm" not in str(plain)
+    assert plain["0.weight"].rule_norm is None
+
+
+def test_one_round_waits_for_an_input_and_says_so() -> None:
+    model = network()
+    before = model[0].weight.detach().clone()
+    attachment = specops.attach(None, model, ClipAndCut(0.1))
+    with pytest.warns(errors.CautionWarning, match=r"0\.weight is left as it is.*input_shape"):
+        attachment.enforce()
+    assert torch.equal(model[0].weight, before)
+    matrix = model[2].weight.detach()
+    assert float(torch.linalg.matrix_norm(matrix, 2)) == pytest.approx(0.1, rel=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attachment.enforce()  # once is enough
+        model(torch.ones(1, 3, 6, 6))
+        attachment.enforce()
+    torus = Conv((6, 6), boundary="circular")
+    expected = specops.clip_singular_values(before.double(), 0.0, 0.1, torus)
+    torch.testing.assert_close(model[0].weight.detach().double(), expected, atol=1e-6, rtol=0)
+    last = attachment.history[-2]
+    assert last["name"] == "0.weight"
+    own = oracle.spectrum(np.asarray(expected), torus)[0]
+    assert last["norm_after"] == pytest.approx(own, rel=1e-4)
+    assert own > 0.1
+
+
+def test_projecting_without_a_size_warns() -> None:
+    model = network()
+    with pytest.warns(errors.CautionWarning, match=r"0\.weight is left as it is"):
+        specops.project(model, ClipAndCut(0.1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        specops.project(model, ClipAndCut(0.1), geometries={"0.weight": Conv((6, 6), padding=1)})
+        specops.project(model, ClipSpectralNorm(0.1))
