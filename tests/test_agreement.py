@@ -19,7 +19,7 @@ import pytest
 
 import specops
 from specops import Conv, errors, rules
-from specops.rules import Rule
+from specops.rules import ForwardRule, GradientRule, Rule, WeightRule
 from tests.agreement import CASES, OPERATIONS, RULES, STARTS, Given, Operation, settled, waves
 from tests.backends import BACKENDS, Backend
 
@@ -51,6 +51,7 @@ EAGER_ONLY = {"balance_norms"}
 """Its factors are Python floats."""
 STATIC = {"clip_singular_values"}
 """Its bounds are plain numbers, also where a compiler traces."""
+PROTOCOLS = (Rule, WeightRule, GradientRule, ForwardRule)
 NO_ARRAYS = {"Conv", "Dense", "Plan", "TrainableScale", "attach", "errors", "project"}
 """Public names that compute nothing from arrays."""
 
@@ -258,7 +259,7 @@ def public_rows() -> set[str]:
     kinds = {
         kind.__name__: kind
         for kind in (*vars(rules).values(), *public.values())
-        if inspect.isclass(kind) and kind is not Rule and hasattr(kind, "stage")
+        if inspect.isclass(kind) and kind not in PROTOCOLS and hasattr(kind, "stage")
     }
     rows = {name for name in public if name not in kinds}
     for name, kind in kinds.items():
