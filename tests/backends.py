@@ -9,6 +9,7 @@ from typing import Any
 
 import array_api_compat as compat
 import numpy as np
+import pytest
 
 from specops.arrays.kinds import OLDEST
 
@@ -125,3 +126,13 @@ def available() -> tuple[list[Backend], dict[str, str]]:
 BACKENDS, MISSING = available()
 if os.environ.get("CI") and (lost := [name for name in REQUIRED if name in MISSING]):
     raise RuntimeError(f"required backends are missing: {lost}: {MISSING}")
+
+
+def leave_to_others(backend: Backend, when: bool = True) -> None:
+    """Skip on JAX without jit, which compiles each operation for each new shape.
+
+    It runs the lines that NumPy and torch run on all cases; what is left here is enough to see
+    that they run.
+    """
+    if when and backend.name == "jax":
+        pytest.skip("NumPy, torch and compiled JAX see this case")

@@ -73,9 +73,10 @@ def test_every_value_strictly(backend: object, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("backend", _JAX, ids=str)
 def test_every_value_compiled(backend: object, dtype: str) -> None:
-    """JAX compiles each shape anew, which is what takes the time."""
+    """JAX compiles each shape anew, which takes the time; NumPy and torch draw the many."""
+    share = 60 if str(backend) == "jax" else 30
 
-    @settings(max_examples=max(1, CASES // 15))
+    @settings(max_examples=max(1, CASES // share))
     @given(convolutions())
     def run(case: Case) -> None:
         check(case, backend, dtype)
