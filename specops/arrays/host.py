@@ -17,7 +17,11 @@ except (ImportError, AttributeError):
 _GRAM_FROM = 96
 """Smaller side from which single precision uses the Gram matrix in double."""
 _GRAM_ASPECT = 1.5
+"""Larger side over the smaller from which the Gram matrix pays at any size, as measured on the
+blocks of convolutions."""
 _HALVE_FROM = 192
+"""Side from which a complex Gram matrix is formed by halves, which saves a quarter of the
+multiplications and more: a choice against small products, as halves are then 96 and more."""
 
 
 def stack_svdvals(a: np.ndarray) -> np.ndarray:

@@ -12,12 +12,17 @@ import torch
 from specops.arrays.standard import SPLIT_FROM, Library
 from specops.typing import Array, Namespace
 
-_FACTOR_BLOCK = 96
 _FACTOR_FROM = 256
 """Side from which a Cholesky factor by blocks of columns, in place, takes half the time: torch's
 own copies a triangle against the order of memory."""
+_FACTOR_BLOCK = 96
+"""Columns of such a block: a choice of few products against small corners, which are copied."""
 _STRIPS_FROM = 512
+"""Smaller side from which a Gram matrix is formed in its lower triangle only, by strips of columns
+that are then 64 wide and more: a choice of fewer multiplications against thinner products."""
 _STRIPS = 8
+"""Strips of that triangle: they take 9/16 of the multiplications of the whole, where more would
+take down to a half."""
 _CAST = 512
 """Length of the pieces cast to double precision: small enough to stay in the cache."""
 

@@ -20,8 +20,10 @@ from specops.checkpoints.room import check_disk, check_memory
 from specops.errors import CheckpointError
 
 _INSIDE = "model.weights.h5"
-_SMALL = 1 << 26
-_RATIO = 2000  # more than HDF5's compression reaches
+_HARMLESS_BYTES = 1 << 26
+"""Size up to which an array is read whatever is stored of it: a choice, 64 MiB."""
+_HDF5_RATIO = 2000
+"""More than HDF5's compression reaches: deflate's is 1032 at the most."""
 _STRING, _GIVEN = 3, 2  # HDF5's numbers for a type and for a fill value that the writer chose
 
 
@@ -100,7 +102,7 @@ def _entry(name: str, dataset: Any) -> Entry:
         problem, known = f"not a tensor but of type {dtype.str!r}", False
     elif dataset.external or dataset.is_virtual:
         problem, known = "its numbers lie in another file, which is not opened", False
-    elif wanted > max(_SMALL, _RATIO * stored):
+    elif wanted > max(_HARMLESS_BYTES, _HDF5_RATIO * stored):
         problem, known = f"{stored} stored bytes cannot unpack to {wanted}", False
     elif _unwritten(dataset, stored):
         problem = "never written"

@@ -6,7 +6,9 @@ import os
 import shutil
 import tempfile
 
-_SHARE = 0.8
+_USABLE = 0.8
+"""Fraction of what is free that one file may take: a choice that leaves the rest for what is made
+of it."""
 
 
 def check_memory(size: int) -> None:
@@ -21,7 +23,7 @@ def check_disk(size: int) -> None:
 
 
 def _check(size: int, free: int | None, where: str) -> None:
-    if free is not None and size > _SHARE * free:
+    if free is not None and size > _USABLE * free:
         raise ValueError(
             f"it unpacks to {size / 1e9:.1f} GB, too much for the {free / 1e9:.1f} GB "
             f"free in {where}; refused"

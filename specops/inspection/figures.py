@@ -20,7 +20,7 @@ BOUNDED = "certified bounds"
 LANCZOS = "by Lanczos"
 """How methods are told apart in what they say of themselves."""
 COLLAPSED_BELOW = 0.01
-"""A direction counts as collapsed below this share of the largest singular value."""
+"""A direction counts as collapsed below this fraction of the largest singular value."""
 _EXACT_UP_TO = 2048
 """Smaller side of a matrix up to which all its values are computed."""
 _EXPLICIT_UP_TO = {"auto": 2**22, "exact": 2**24, "bounds": 0}
@@ -28,7 +28,9 @@ _EXPLICIT_UP_TO = {"auto": 2**22, "exact": 2**24, "bounds": 0}
 _REFINED_UP_TO = 128
 """Channels up to which a supremum over all frequencies is refined."""
 _CHUNK = 2**22
-_SLICE = 2**20
+"""Entries of which a triangular factor is made at once: a choice of memory, 32 MiB in double."""
+_SLICE_ENTRIES = 2**20
+"""Entries cast to double precision at once: a choice of memory, 8 MiB."""
 _SAFE = 1e-15
 """Entries whose squares are far from the ends of single precision."""
 
@@ -212,7 +214,7 @@ def _certified(a: np.ndarray, sigma: float, frobenius: float) -> float:
 
 def _slices(a: np.ndarray) -> Iterator[np.ndarray]:
     """Some rows at a time, in double precision."""
-    step = max(1, _SLICE // a.shape[1])
+    step = max(1, _SLICE_ENTRIES // a.shape[1])
     for at in range(0, len(a), step):
         yield a[at : at + step].astype(np.complex128 if np.iscomplexobj(a) else np.float64)
 

@@ -15,9 +15,9 @@ from specops.typing import Array, Namespace
 _FIRST_STEPS = 8
 """Steps before the first test, doubled until it is passed: cold, normal matrices of 64², 256² and
 1024² took 32, 64 and 128."""
-_STEPS_WHEN_TRACED = 32
+_LANCZOS_STEPS_WHEN_TRACED = 32
 """Of normal matrices of 256² and 1024² they give σ₁ to 2e-4."""
-_ROUNDING = 16.0
+_NEGLIGIBLE_UNITS = 16.0
 """Units of the last place, of the largest entry of the band, below which what a product leaves is
 taken for nothing: values lose no more by it."""
 INDEPENDENT = 0.5
@@ -66,7 +66,7 @@ def largest_singular_triplet(
     rows, columns = (n // blocks for n in operator.shape)
     limit = min(rows, columns, max_steps)
     traced = arrays.is_traced(start)
-    steps = min(limit, _STEPS_WHEN_TRACED if traced else _FIRST_STEPS)
+    steps = min(limit, _LANCZOS_STEPS_WHEN_TRACED if traced else _FIRST_STEPS)
     start = xp.reshape(start, (blocks, 1, columns))
     start = start / arrays.magnitude(xp, start, axis=(1, 2))
     right = _safe_divide(xp, start, xp.linalg.vector_norm(start, axis=(1, 2), keepdims=True))
@@ -131,9 +131,9 @@ def _extend(
         u = xp.reshape(operator.matvec(xp.reshape(right[:, j, :], (-1,))), (operator.blocks, -1))
         # Below rounding the Krylov space is exhausted: its next vector would be noise.
         longest = xp.max(xp.abs(band), axis=(1, 2))
-        u, alpha = _next_vector(xp, u, left, _ROUNDING * eps * longest)
+        u, alpha = _next_vector(xp, u, left, _NEGLIGIBLE_UNITS * eps * longest)
         v = xp.reshape(operator.rmatvec(xp.reshape(u, (-1,))), (operator.blocks, -1))
-        v, beta = _next_vector(xp, v, right, _ROUNDING * eps * (longest + alpha))
+        v, beta = _next_vector(xp, v, right, _NEGLIGIBLE_UNITS * eps * (longest + alpha))
         every = slice(None)
         left = arrays.add_at(left, (every, j, every), u)
         right = arrays.add_at(right, (every, j + 1, every), v)

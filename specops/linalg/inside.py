@@ -16,10 +16,10 @@ from specops.typing import Array, Namespace
 
 BEYOND = 1e9
 """Limit, for entries near 1, that no matrix reaches: it would have 1e18 entries."""
-_POWER_STEPS = 3
-"""They gave away every one of 30 normal matrices of 256² to 1024² at σ₁ = 1.2 times the limit and
-none at 1.05."""
-_POWER_FROM = 256
+_TRIAL_STEPS = 3
+"""Power steps before a factorisation: they gave away every one of 30 normal matrices of 256² to
+1024² at σ₁ = 1.2 times the limit and none at 1.05."""
+_TRIAL_FROM = 256
 """Smaller side from which the steps are worth it: a quarter of the time of a factorisation at
 256², a three-hundredth at 1024²."""
 
@@ -98,13 +98,13 @@ def seen_outside(xp: Namespace, a: Array, limit: Any) -> bool:
 
     Never for a small matrix (m, n), whose factorisation is cheap.
     """
-    if min(a.shape) < _POWER_FROM:
+    if min(a.shape) < _TRIAL_FROM:
         return False
     start = arrays.start_vector("inside", a.shape[0])
     v = xp.astype(arrays.constant(start, a), a.dtype)
     operator = MatrixOperator(a)
     norm = xp.linalg.vector_norm(v)
-    for _ in range(_POWER_STEPS):
+    for _ in range(_TRIAL_STEPS):
         v = operator.matvec(operator.rmatvec(v / xp.astype(norm, v.dtype)))
         norm = xp.linalg.vector_norm(v)
         # From unit vectors, ‖AAᴴv‖ never exceeds ‖A‖².

@@ -7,7 +7,7 @@ import numpy as np
 _RIDGE = 1e-12
 """Of the mean diagonal: makes faces of dependent variables regular, and moves a minimum by as
 much."""
-_BATCH = 16
+_ENTERING_AT_ONCE = 16
 """Variables that enter at once: programs of 200 variables took 67 solutions one by one, 18 by
 fours, 14 by sixteens and 13 by sixty-fours."""
 _UNRELATED = 0.5
@@ -53,7 +53,7 @@ def nonnegative_qp(hessian: np.ndarray, linear: np.ndarray, start: np.ndarray) -
         steepness = np.where(x > 0, 0.0, -gradient)
         if steepness.max() <= floor:
             break
-        entering = _entering(h, lengths, steepness, floor, 1 if single else _BATCH)
+        entering = _entering(h, lengths, steepness, floor, 1 if single else _ENTERING_AT_ONCE)
         found = _descend(h, linear, x, (x > 0) | entering)
         if _value(h, linear, found) < _value(h, linear, x):
             x, single = found, False

@@ -9,6 +9,9 @@ from specops.geometry import ConvSizes
 from specops.maps.symbol import Symbol, symbol_of
 
 _ANY_SIZE_GRID = 32
+"""Points per axis at the least: the certificate then over-estimates the norm for 3² taps by 1 %
+at most (4 % with 16 points, 0.24 % with 64), and with eight points for each tap after the first,
+which longer kernels get, by 2 % per axis."""
 
 
 def certified_symbol(sizes: ConvSizes, conjugate_pairs: bool) -> tuple[Symbol, float]:

@@ -171,9 +171,9 @@ def lipschitz_ratios(x: Array, y: Array, *, pairs: int = 2000, seed: int = 0) ->
         flat = arrays.to_compute(xp, xp.reshape(values, (count, -1)))
         parts = []
         # In slices, so that differences of many large samples need not fit at once.
-        for at in range(0, len(first), _SLICE):
-            i = arrays.constant(first[at : at + _SLICE], flat)
-            j = arrays.constant(second[at : at + _SLICE], flat)
+        for at in range(0, len(first), _PAIRS_AT_ONCE):
+            i = arrays.constant(first[at : at + _PAIRS_AT_ONCE], flat)
+            j = arrays.constant(second[at : at + _PAIRS_AT_ONCE], flat)
             parts.append(row_norms(xp.take(flat, i, axis=0) - xp.take(flat, j, axis=0)))
         apart.append(xp.concat(parts))
     near, far = apart
@@ -182,7 +182,8 @@ def lipschitz_ratios(x: Array, y: Array, *, pairs: int = 2000, seed: int = 0) ->
     return xp.take(far, chosen) / xp.take(near, chosen)
 
 
-_SLICE = 256
+_PAIRS_AT_ONCE = 256
+"""Pairs whose differences are held at once: a choice of memory, 256 samples' worth."""
 
 
 def _pairs(count: int, pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -20,9 +20,11 @@ from specops.typing import Array, Namespace, State
 _NORMS = ("operator", "reshaped")
 _REACH = 1.3
 """σ₁/c up to which one round of the soft cap's polynomials is monotone: 81/62, rounded down."""
-_ROUNDS_WHEN_TRACED = 16
 _FAR = 64.0
-"""σ₁/c from which a matrix is scaled down before the polynomials."""
+"""σ₁/c from which a matrix is scaled down before the polynomials, so that their rounds are bounded:
+a choice."""
+_CAP_ROUNDS_WHEN_TRACED = 16
+"""As many as σ₁ = 64·c takes: one, and ln(64/1.3)/ln(81/62) = 14.6 rounded up."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ def _soft_cap(xp: Namespace, a: Array, top: Array) -> tuple[Array, Array]:
     top = xp.where(xp.isfinite(top), top, xp.zeros_like(top))
     down = xp.where(top > _FAR, _FAR / xp.where(top > 0, top, xp.ones_like(top)), xp.ones_like(top))
     a, top = a * down[..., None, None], top * down
-    rounds = _ROUNDS_WHEN_TRACED
+    rounds = _CAP_ROUNDS_WHEN_TRACED
     if arrays.is_concrete(top):
         highest = float(xp.max(top))
         # Each round at the end of its reach multiplies the norm by 62/81.

@@ -21,6 +21,8 @@ from specops.typing import Array, State
 _CLEARLY = 0.9
 """Part of the bound below which an estimate, which is a lower bound, is trusted."""
 _CERTIFY_EVERY = 100
+"""Firings at which estimates are trusted before a certificate again: a choice that leaves it a
+hundredth of its cost, against steps for which a norm may be above what was seen of it."""
 _TRACKED = "tracked."
 _WATCHED = "watched."
 _FIRINGS = "firings"

@@ -13,8 +13,9 @@ from specops.rules.caps import Cap, figure
 from specops.tracking import Tracked, track
 from specops.typing import Array, State
 
-_STEPS = 4
-"""Of the iteration at a firing: after a strike another pair leads, which it must find."""
+_STEPS_AT_FIRING = 4
+"""Of the iteration: after a strike another pair leads, which it must find. A choice: as many as a
+compiler is given one by one."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class SpectralHammer(Cap):
         bound = self._bound(step, name, geometry)
         follow = self.tracked(geometry)
         try:
-            state = follow.advance(weight, state, _STEPS)
+            state = follow.advance(weight, state, _STEPS_AT_FIRING)
         except StateError:
             # The input size has changed since.
             state = follow.start(weight, name)

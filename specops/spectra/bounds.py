@@ -22,6 +22,8 @@ from specops.spectra.supremum import supremum
 from specops.typing import Array, Namespace
 
 _LARGER_TORI = 8
+"""Tori tried after the least one, each larger by a stride: a choice of time against a tighter upper
+bound. The least one alone leaves brackets of 0.2 to 0.8 %, typically."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from specops.spectra.torus import leading_block, leading_vectors
 from specops.typing import Array, Namespace
 
 SMALL_OPERATOR = 2**16
-"""Entries up to which a zero-padded operator is decomposed as a matrix."""
+"""Entries up to which a zero-padded operator is decomposed as a matrix: as many as those from which
+`linalg.norms` found a few products with a matrix worth more than its singular values."""
 
 
 @arrays.in_full_precision

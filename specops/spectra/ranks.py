@@ -148,9 +148,9 @@ def _of_values(w: Array, geometry: Geometry | None, function: Any) -> Any:
 
 def _entropy_rank(xp: Namespace, values: Array) -> Array:
     total = xp.sum(values, axis=-1, keepdims=True)
-    share = values / xp.where(total == 0, xp.ones_like(total), total)
-    safe = xp.where(share == 0, xp.ones_like(share), share)
-    rank = xp.exp(-xp.sum(share * xp.log(safe), axis=-1))
+    fraction = values / xp.where(total == 0, xp.ones_like(total), total)
+    safe = xp.where(fraction == 0, xp.ones_like(fraction), fraction)
+    rank = xp.exp(-xp.sum(fraction * xp.log(safe), axis=-1))
     return xp.where(total[..., 0] == 0, xp.zeros_like(rank), rank)
 
 

@@ -11,6 +11,8 @@ from specops.arrays.host import gram
 from specops.maps.symbol import Symbol
 
 _LARGEST_TURN = 0.49 * np.pi
+"""Σ δ h up to which the first cells are wide: below a quarter turn, where the cosine vanishes and
+bounds nothing, by so much that it is 1/32 at the least."""
 
 
 def supremum(

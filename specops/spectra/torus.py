@@ -16,11 +16,18 @@ from specops.maps.matrix import MatrixOperator
 from specops.maps.symbol import Symbol
 from specops.typing import Array, Namespace
 
-_POWER_STEPS = {True: 8, False: 24}
-"""By whether a block is cheap to solve: the others are worth a better ranking."""
+_RANKING_STEPS = {True: 8, False: 24}
+"""Power steps that rank the blocks, by whether one is cheap to solve: the others are worth a better
+ranking. A choice that costs time only: no ranking changes the norm."""
 _FEW_SHIFTS = 32
-_KEEP_GRAMS = 2**28
+"""Shifts up to which one complex product makes the blocks, as 5² taps do, instead of two real ones
+and a copy: half the multiplications are saved only where there are many. A choice."""
+_KEPT_GRAM_BYTES = 2**28
+"""Gram matrices up to which the estimates leave theirs to the certificates: a choice of memory,
+256 MiB, against forming them twice."""
 _DIRECT_BELOW = 160
+"""Smaller side of a block below which all eigenvalues of its Gram matrix are computed, from which
+Lanczos finds the largest: a choice that costs time only, as both are exact."""
 
 
 def torus_values(xp: Namespace, kernel: Array, symbol: Symbol) -> Array:
@@ -161,7 +168,7 @@ class _HostSearch:
         self.count = len(symbol.angles) * symbol.sizes.groups
         self.block_bytes = block_bytes(self.coefficients)
         self.kept: dict[int, np.ndarray] | None = {}
-        if self.count * self.small**2 * self.coefficients.real.itemsize * 2 > _KEEP_GRAMS:
+        if self.count * self.small**2 * self.coefficients.real.itemsize * 2 > _KEPT_GRAM_BYTES:
             self.kept = None
 
     def run(self) -> tuple[float, int]:
@@ -205,7 +212,7 @@ class _HostSearch:
         start = arrays.start_vector("torus", 2 * self.small).astype(grams.real.dtype)
         v = np.broadcast_to(start.view(grams.dtype)[:, None], (len(grams), self.small, 1))
         norm = np.ones((len(grams), 1, 1), grams.real.dtype)
-        for _ in range(_POWER_STEPS[self.small < _DIRECT_BELOW]):
+        for _ in range(_RANKING_STEPS[self.small < _DIRECT_BELOW]):
             v = grams @ (v / norm)
             norm = np.linalg.norm(v, axis=-2, keepdims=True)
             norm[norm == 0] = 1

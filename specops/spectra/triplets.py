@@ -14,7 +14,9 @@ from specops.maps.operator import LinearOperator, linear_operator
 from specops.maps.prepare import matrix_blocks, prepare
 from specops.typing import Array, Namespace
 
-_EXPLICIT = 2**20
+_DECOMPOSED_UP_TO = 2**20
+"""Entries of a convolution's matrix up to which it is decomposed, so that its triplets are exact:
+8 MiB in double precision. A choice; beyond it they are iterated."""
 
 
 @arrays.in_full_precision
@@ -82,7 +84,7 @@ def top_singular_triplets(
     assert isinstance(given.geometry, Conv)
     operator = linear_operator(given.w, given.geometry)
     _check_count(k, operator.shape)
-    if start is None and operator.shape[0] * operator.shape[1] <= _EXPLICIT:
+    if start is None and operator.shape[0] * operator.shape[1] <= _DECOMPOSED_UP_TO:
         u, s, vh = svd(xp, operator.to_matrix())
         return u[:, :k], given.scale * s[:k], arrays.adjoint(xp, vh)[:, :k]
     if start is None:

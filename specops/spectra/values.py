@@ -13,6 +13,8 @@ from specops.spectra.torus import torus_values
 from specops.typing import Array
 
 _LARGEST_EXPLICIT = 2**24
+"""Entries of a zero-padded operator's matrix beyond which its values are refused: 128 MiB in double
+precision, and as long as the SVD of 4096². A choice; its norm and bounds need no matrix."""
 
 
 @arrays.in_full_precision

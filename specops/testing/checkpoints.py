@@ -16,7 +16,7 @@ from specops.training.plan import Plan
 # rules are three steps behind by then, and those of a new start are not.
 _BEFORE, _AFTER = 3, 4
 _RTOL = 1e-4
-_SAME = 1e-5
+_RESUMED_ALIKE = 1e-5
 _PLANS: Mapping[str, Plan] = {
     "weights": Plan([("*", ClipSpectralNorm(BOUND))], every=2),
     "gradients": Plan([("*", SpectralNormPenalty(0.5, norm="operator"))], every=2),
@@ -44,7 +44,7 @@ class CheckpointChecks(SuiteBase):
             f"change). Likely cause: save() returned references that later steps changed"
         )
         apart = relative(resumed.outputs(), outputs)
-        assert apart <= _SAME, (
+        assert apart <= _RESUMED_ALIKE, (
             f"right after restore() outputs differ by {apart:.3g} (relative) from those at save(), "
             f"though the weights are the same. Likely cause: the rule's state (the vectors of a "
             f"forward rule) is not in the checkpoint"

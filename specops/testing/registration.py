@@ -12,7 +12,7 @@ from specops.hookspecs import Adapter
 from specops.rules import Monitor
 from specops.testing.base import BOUND, SuiteBase, changed, listed, norms_of
 
-_STEPS = 8
+_UNRULED_STEPS = 8
 
 
 class RegistrationChecks(SuiteBase):
@@ -69,15 +69,17 @@ class RegistrationChecks(SuiteBase):
             f"two runs differ in {listed(different)}: model() and start() must give the same "
             f"values and data at every call"
         )
-        for _ in range(_STEPS):
+        for _ in range(_UNRULED_STEPS):
             training.step()
         ended = [n for n, w in training.weights().items() if not np.all(np.isfinite(w))]
-        assert not ended, f"{ended} are not finite after {_STEPS} steps: start() with a lower rate"
+        assert not ended, (
+            f"{ended} are not finite after {_UNRULED_STEPS} steps: start() with a lower rate"
+        )
         inside = {n: s for n, s in norms_of(training).items() if s <= BOUND * 1.01}
         assert not inside, (
-            f"without a rule the norms of {listed(inside)} are at most {BOUND} after {_STEPS} "
-            f"steps: checks of the bound could not fail. Begin with larger weights, or a higher "
-            f"rate"
+            f"without a rule the norms of {listed(inside)} are at most {BOUND} after "
+            f"{_UNRULED_STEPS} steps: checks of the bound could not fail. Begin with larger "
+            f"weights, or a higher rate"
         )
 
     def _needs_registration(self) -> None:

@@ -20,9 +20,9 @@ from specops.tracking.matrices import GRADIENT, AlongGradient
 from specops.tracking.power import Pairs, beside, checked, filled, to_left_side, to_right_side, unit
 from specops.typing import Array, Namespace, State
 
-_START_TOLERANCE = 1e-4
-"""Of residuals; norms are then known to its square. Values come in pairs here, and what is
-iterated further turns within their plane by rounding."""
+_OPERATOR_RESIDUAL = 1e-4
+"""Residual, over σ₁, to which the first vectors are iterated; norms are then known to its square.
+Values come in pairs here, and what is iterated further turns within their plane by rounding."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TrackedOperator(AlongGradient):
         near_one = kernel / scale
         start = ConvOperator(near_one, sizes).rmatvec(plane_wave(xp, near_one, sizes))
         _, _, v = largest_singular_triplet(
-            xp, ConvOperator(near_one, sizes), start, tolerance=_START_TOLERANCE
+            xp, ConvOperator(near_one, sizes), start, tolerance=_OPERATOR_RESIDUAL
         )
         # Groups that do not lead now may lead later: their vectors start from the name's.
         v = xp.reshape(v, (sizes.groups, -1))

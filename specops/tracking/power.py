@@ -18,7 +18,9 @@ from specops.maps.matrix import MatrixOperator
 from specops.tracking import on_host
 from specops.typing import Array, Namespace, State
 
-START_TOLERANCE = 1e-6
+_MATRIX_RESIDUAL = 1e-6
+"""Residual, over σ₁, to which the first vectors are iterated: eight units of rounding in single
+precision. Norms are known to its square."""
 _UNROLLED = 4
 """Steps up to which a compiler is given each of them."""
 STIR = 0.3
@@ -29,10 +31,10 @@ RELUCTANCE = 0.01
 """By how much the second of two squared lengths must exceed the first's to take its place, half
 as much as lengths. Of equal values, every second one on a torus, either is right, and turning
 by what rounding says of them would follow no direction for long."""
-_INDEPENDENT = 1e-3
+_NOT_ROUNDING = 1e-3
 """Length of a unit vector's part beside another below which it is mostly rounding."""
-_LEFT = on_host.Side(True, 0.0, RELUCTANCE, _INDEPENDENT)
-_RIGHT = on_host.Side(False, STIR, RELUCTANCE, _INDEPENDENT)
+_LEFT = on_host.Side(True, 0.0, RELUCTANCE, _NOT_ROUNDING)
+_RIGHT = on_host.Side(False, STIR, RELUCTANCE, _NOT_ROUNDING)
 _SVD_BELOW = 2**13
 """Entries of a matrix up to which its decomposition costs less than the steps of Lanczos."""
 
@@ -98,7 +100,7 @@ def leading_pairs(xp: Namespace, a: Array, name: str) -> tuple[Pairs, Array]:
     mapped = arrays.is_traced(a) and not arrays.is_staged(a)
     if not batch and m * n > _SVD_BELOW and not mapped:
         v = largest_singular_triplet(
-            xp, MatrixOperator(scaled), generic("", n), tolerance=START_TOLERANCE
+            xp, MatrixOperator(scaled), generic("", n), tolerance=_MATRIX_RESIDUAL
         )[2]
     else:
         vh = arrays.conjugate(xp, svd(xp, scaled)[2])
@@ -275,7 +277,7 @@ def beside(xp: Namespace, x: Array, leading: Array, stir: float = 0.0) -> Array:
     for _ in range(2):
         along = xp.sum(arrays.conjugate(xp, leading) * x, axis=-1)
         x, left = unit(xp, x - leading * along[..., None], xp.zeros_like(x))
-        x = xp.where((left > _INDEPENDENT)[..., None], x, xp.zeros_like(x))
+        x = xp.where((left > _NOT_ROUNDING)[..., None], x, xp.zeros_like(x))
     return x
 
 

@@ -17,11 +17,16 @@ from specops.tracking.power import checked
 from specops.typing import Array, Namespace, State
 
 _FOLLOWED = 16
-_STIR = 0.05
-"""Its bias, the square of what two steps leave of it, is far below what screens leave as room."""
+"""Blocks followed, those that lead at the start: a choice of the cost of an estimate against how
+many may take the lead unseen until they are looked at."""
+_GENERIC_PART = 0.05
+"""Length of the generic vector beside an old unit vector: its bias, the square of what two steps
+leave of it, is far below what screens leave as room."""
 _LOOKED_AT = 8
 """Other blocks at each estimate: half of those followed, so at half their cost."""
 _START_STEPS = 8
+"""Power steps at the start, whose vectors are generic, where an estimate takes two: a choice, as
+the estimates that follow go on from there."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class TrackedTorus:
         every = np.concatenate([chosen, others])
         generic = arrays.constant(_generic(columns)[None, :], kernel, complex=True)
         # Stirred: power steps alone never leave an invariant subspace.
-        v = xp.concat([v + _STIR * generic, xp.tile(generic, (len(others), 1))], axis=0)
+        v = xp.concat([v + _GENERIC_PART * generic, xp.tile(generic, (len(others), 1))], axis=0)
         frequency, group = np.divmod(every, groups)
         blocks = symbol.blocks(xp, symbol.coefficients(xp, kernel), frequency)
         if groups > 1:

@@ -103,7 +103,7 @@ def test_flat_symbols_solve_every_doubtful_block() -> None:
 
 
 def test_a_bad_ranking_costs_time_and_no_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torus, "_POWER_STEPS", {True: 0, False: 0})
+    monkeypatch.setattr(torus, "_RANKING_STEPS", {True: 0, False: 0})
     for seed, groups in [(0, 1), (1, 2)]:
         w = np.random.default_rng(seed).standard_normal((6, 6 // groups, 3, 3))
         geometry = Conv((6, 8), boundary="circular", groups=groups)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +28,8 @@ GEOMETRIES = {
     "conv": Conv((6, 5), layout="*IO"),
 }
 CAP = 0.7
+ROOT = Path(__file__).parents[2]
+CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 
 def parameters(dtype: Any = jnp.float32) -> dict[str, Any]:
@@ -193,6 +199,18 @@ def test_half_precision_holds_as_stored_by_project_params() -> None:
         params, state = step(params, state)
         assert params["conv"].dtype == jnp.bfloat16
         assert max(norms(params).values()) <= CAP * (1 + 1e-6)
+
+
+def test_half_precision_holds_as_stored_by_the_compiler_that_users_have() -> None:
+    # Tests compile without optimisations; with them a compiler may keep more than a dtype holds.
+    source = """
+import os
+from tests.jax_adapter import test_training
+assert "XLA_FLAGS" not in os.environ
+test_training.test_half_precision_holds_as_stored_by_project_params()
+"""
+    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", CACHE)}
+    subprocess.run([sys.executable, "-c", source], check=True, env=kept, cwd=ROOT)
 
 
 def test_missing_params_and_wrong_plans_say_what_to_do() -> None:

@@ -38,7 +38,9 @@ _SAMPLED = 8
 """Blocks looked at before all: of 20 normal kernels of 16² channels on 16² points they gave away 8
 at σ₁ = 1.02·c, 17 at 1.1·c and all at 1.5·c."""
 _PATIENCE = 2e12
-"""Work, in units of `Support.work`, of about a minute: 74 rounds of 64² channels on 32² points."""
+"""Multiplications, as `Support.work` counts them, beyond which no more rounds are begun unasked: 74
+rounds of 64² channels on 32² points. A bound by reasoning, not a measurement: a minute at 3e10 of
+them a second."""
 
 
 class HostSolver:
@@ -150,7 +152,7 @@ class HostSolver:
         return best[0]
 
     def _affordable(self, method: str) -> int:
-        """Rounds for a minute or so of work, and never fewer than the table says."""
+        """Rounds within `_PATIENCE`, at most 200, and never fewer than the table says."""
         return max(_ROUNDS[method], min(200, int(_PATIENCE / self.support.work)))
 
     def _alternating(self, iterations: int | None) -> Solution:

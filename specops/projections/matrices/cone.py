@@ -15,7 +15,7 @@ from specops.typing import Array, Namespace
 _ITERATE_ABOVE = 2**25
 """rows · columns · min(rows, columns) from which a few products cost less than an SVD: of 200² the
 SVD took 0.7 of the time of an iteration, of 322² as long, of 512² four times as long."""
-_FEW = 16
+_FEW_TRIPLETS = 16
 """Triplets from which the SVD of 512² takes no longer than their iteration: 1.3 s both."""
 _LOBPCG_ROUNDS_WHEN_TRACED = 6
 """From vectors of a normal matrix of 512² that has changed by 1e-3 since: values to 1e-8."""
@@ -72,7 +72,7 @@ def leading_vectors(
     rows, columns = a.shape[-2:]
     side = min(rows, columns)
     width = 1 if k == 1 else min(k + 2, side)
-    iterated = rows * columns * side > _ITERATE_ABOVE and k <= _FEW
+    iterated = rows * columns * side > _ITERATE_ABOVE and k <= _FEW_TRIPLETS
     if start is not None:
         shape = (*a.shape[:-2], columns, width)
         if not iterated or not arrays.is_array(start) or tuple(start.shape) != shape:
