@@ -18,8 +18,10 @@ from specops.errors import CheckpointError
 
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3  # flax's extension types
 _CHUNKED = "__msgpack_chunked_array__"
-_SMALL = 1 << 26
-_RATIO = 1000
+_HARMLESS_BYTES = 1 << 26
+"""Size up to which an array is read whatever is stored of it: a choice, 64 MiB."""
+_ZSTD_RATIO = 1000
+"""More than orbax's compressors reach on numbers that were trained: a choice."""
 
 
 class FlaxCheckpoint(Checkpoint):
@@ -129,7 +131,7 @@ class OrbaxCheckpoint(Checkpoint):
         problem = ""
         if not is_numeric(dtype) and dtype.isbuiltin != 2:
             problem = f"not a tensor but of type {store.dtype.name}"
-        elif wanted > max(_SMALL, _RATIO * held):
+        elif wanted > max(_HARMLESS_BYTES, _ZSTD_RATIO * held):
             problem, shape = f"{held} stored bytes cannot unpack to {wanted}", None
         self._stores.setdefault(name, store)
         return Entry(name, shape, dtype.name, problem)

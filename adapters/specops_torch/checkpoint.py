@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 _NO_NUMBERS = "saved without its numbers, from the meta device"
-_SMALL = 1 << 20
+_HARMLESS_REPEATS = 1 << 20
+"""Bytes up to which a view may repeat its storage, as expanded scales do: a choice, 1 MiB."""
 
 
 class _Record(NamedTuple):
@@ -89,7 +90,7 @@ class _ZipCheckpoint(Checkpoint):
         if held < storage.nbytes():
             return f"its storage claims {storage.nbytes()} bytes and {held} are there"
         wanted = tensor.numel() * tensor.element_size()
-        if wanted > max(_SMALL, storage.nbytes()):
+        if wanted > max(_HARMLESS_REPEATS, storage.nbytes()):
             return f"{wanted} bytes, a view that repeats {storage.nbytes()}"
         return ""
 
