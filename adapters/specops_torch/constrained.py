@@ -217,7 +217,12 @@ class Constrained(training.Constrained[Location]):
 
     def schedule(self, step: int) -> None:
         """Bring schedules to the step that comes next, as tensors: no recompilation."""
-        if self.in_use is None or not self.rule.is_scheduled():
+        if self.in_use is None:
+            return
+        if not self.rule.formula:
+            # Only of a formula is it known what depends on the step.
+            self.in_use.overrides["step"] = step
+        if not self.rule.is_scheduled():
             return
         arguments = self.rule.arguments(step, self.name, self.geometry)
         for key, value in arguments.items():

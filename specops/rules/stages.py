@@ -19,6 +19,11 @@ from specops.tracking import Tracked
 from specops.typing import Array, State
 
 Formula = Literal["", "normalized", "rank limited", "penalty"]
+_COMPUTING = (
+    *("init", "update", "apply", "advance", "tracked"),
+    *("arguments", "fixed_scale", "strength_at", "penalty"),
+)
+"""The methods that a `formula` stands for."""
 
 
 class _AnyStage(Rule, Protocol):
@@ -30,15 +35,15 @@ class _AnyStage(Rule, Protocol):
     """What it computes, where an adapter may do it by fewer operations; "": nobody knows.
 
     "normalized" is s·W/σ, "rank limited" `StableRankNormalization`, "penalty" λσuvᴴ, with
-    vectors that advance by `iterations` steps. A subclass with methods of its own has none,
-    unless it says so.
+    vectors that advance by `iterations` steps. A subclass for which a method that takes part is
+    another one, of its own or of a mixin, has none, unless it says so.
     """
     iterations: int = 1
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        own = vars(cls)
-        if "formula" not in own and own.keys() & {"init", "update", "apply", "advance"}:
+        knows = next(base for base in cls.__mro__ if "formula" in vars(base))
+        if any(getattr(cls, m, None) is not getattr(knows, m, None) for m in _COMPUTING):
             cls.formula = ""
 
     def obstacle(self, geometry: Geometry) -> str:

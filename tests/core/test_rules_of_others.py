@@ -183,8 +183,14 @@ def test_a_subclass_with_methods_of_its_own_has_no_known_formula(rule: Any) -> N
     assert rule.formula
     kind = type(rule)
     assert type("Same", (kind,), {"__doc__": "as before"}).formula == rule.formula
-    for name in {"init", "update", "apply", "advance"}:
+    methods = {"init", "update", "apply", "advance", "tracked", "arguments", "fixed_scale"}
+    for name in methods | {"strength_at", "penalty"}:
         assert type("Other", (kind,), {name: lambda *_: None}).formula == ""
+        mixin = type("Mixin", (), {name: lambda *_: None})
+        mixed = type("Mixed", (mixin, kind), {})
+        assert mixed.formula == type("Below", (mixed,), {}).formula == ""
+        assert type("Knows", (mixin, kind), {"formula": rule.formula}).formula == rule.formula
+    assert type("Same", (type("Mixin", (), {"other": 1}), kind), {}).formula == rule.formula
 
 
 def test_own_rules_inherit_from_their_protocol() -> None:

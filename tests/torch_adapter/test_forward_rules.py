@@ -505,6 +505,45 @@ def test_a_layer_may_share_the_weight_of_an_output_projection() -> None:
     torch.testing.assert_close(layer(torch.eye(4)), (w / top(w)).T)
 
 
+# Subclasses of the library's rules
+
+
+class _Doubled:
+    def apply(self, *given: Any, **options: Any) -> Any:
+        return 2.0 * super().apply(*given, **options)  # type: ignore[misc]
+
+
+class DoubledByMixin(_Doubled, SpectralNormalization):
+    pass
+
+
+class GrowingScale(SpectralNormalization):
+    def fixed_scale(self, step: int, name: str, geometry: Any) -> Any:
+        return float(step)
+
+
+class TimesStep(SpectralNormalization):
+    def apply(
+        self, weight: Any, geometry: Any, state: Any, *, step: int = 1, name: str = "", **_: Any
+    ) -> Any:
+        return step * super().apply(weight, geometry, state, name=name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "norms"),
+    [(DoubledByMixin, (2, 2, 2)), (GrowingScale, (1, 2, 3)), (TimesStep, (1, 2, 3))],
+)
+def test_subclasses_of_the_rules_are_asked_at_every_step(kind: Any, norms: Any) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    specops.attach(optimizer, layer, kind(norm="reshaped"))
+    for norm in norms:
+        assert top(layer.weight.detach()) == pytest.approx(norm, rel=1e-4)
+        layer(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+
+
 # Compiled
 
 COMPILED = {
