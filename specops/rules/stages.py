@@ -8,7 +8,7 @@ object `completed` makes a rule that has them.
 from __future__ import annotations
 
 from abc import abstractmethod
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, cast
 
 from specops import arrays
@@ -105,8 +105,10 @@ class GradientRule(_AnyStage, Protocol):
         `update`; of a rule without one it is 0, which line searches cannot work with.
         """
         term, _, figures = self.update(weight, geometry, state, step=step, name=name)
-        xp = arrays.namespace(term)
-        return figures.get("penalty", xp.zeros((), dtype=term.dtype)), term
+        if "penalty" in figures:
+            return figures["penalty"], term
+        # Real, beside a weight that may be complex.
+        return arrays.namespace(weight).abs(arrays.zeros((), weight)), term
 
     def advance(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
@@ -148,12 +150,6 @@ class ForwardRule(_AnyStage, Protocol):
 
 
 StagedRule: TypeAlias = WeightRule | GradientRule | ForwardRule
-_PROTOCOLS: dict[str, type] = {
-    "weights": WeightRule,
-    "gradients": GradientRule,
-    "forward": ForwardRule,
-}
-_REQUIRED = ("apply",)
 
 
 def completed(rule: Rule) -> StagedRule:
@@ -175,21 +171,19 @@ def completed(rule: Rule) -> StagedRule:
     >>> completed(Double()).enforce(3.0, None, {})
     (6.0, {}, {})
     """
-    if isinstance(rule, _Completed) or _protocol(rule) in type(rule).__mro__:
+    if isinstance(rule, _Completed) or _PROTOCOLS.get(rule.stage, _AnyStage) in type(rule).__mro__:
         return cast(StagedRule, rule)
-    return cast(StagedRule, _Completed(rule))
-
-
-def _protocol(rule: Rule) -> type:
-    return _PROTOCOLS.get(rule.stage, _AnyStage)
+    return cast(StagedRule, _COMPLETED.get(rule.stage, _OfAnyStage)(rule))
 
 
 class _Completed:
-    """A rule of others, and defaults for what it does not have."""
+    """A rule of others; `_with_members` of its stage's protocol.
+
+    They are methods of a class, which compilers trace, and ask the rule at each call.
+    """
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
-        self.init, self.update = rule.init, rule.update
 
     @property
     def stage(self) -> Stage:
@@ -198,10 +192,10 @@ class _Completed:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "rule" not in vars(self):
             raise AttributeError(name)
-        if name in _REQUIRED or hasattr(self.rule, name):
-            return getattr(self.rule, name)
-        default = getattr(_protocol(self.rule), name)
-        return MethodType(default, self) if isinstance(default, FunctionType) else default
+        return getattr(self.rule, name)
+
+    def __reduce__(self) -> Any:
+        return completed, (self.rule,)
 
     def __repr__(self) -> str:
         return repr(self.rule)
@@ -211,3 +205,33 @@ class _Completed:
 
     def __hash__(self) -> int:
         return hash(self.rule)
+
+
+def _with_members(protocol: type) -> type[_Completed]:
+    names = [n for n in dir(protocol) if not n.startswith("_") and n != "stage"]
+    members = {name: _member(name, getattr(protocol, name)) for name in names}
+    return type(f"_Completed{protocol.__name__}", (_Completed,), members)
+
+
+def _member(name: str, default: Any) -> Any:
+    """The rule's own, or the default."""
+    if getattr(default, "__isabstractmethod__", False):
+        return property(lambda self: getattr(self.rule, name))
+    if not isinstance(default, FunctionType):
+        return property(lambda self: getattr(self.rule, name, default))
+
+    def method(self: _Completed, *given: Any, **options: Any) -> Any:
+        if hasattr(self.rule, name):
+            return getattr(self.rule, name)(*given, **options)
+        return default(self, *given, **options)
+
+    return method
+
+
+_PROTOCOLS: dict[str, type] = {
+    "weights": WeightRule,
+    "gradients": GradientRule,
+    "forward": ForwardRule,
+}
+_COMPLETED = {stage: _with_members(protocol) for stage, protocol in _PROTOCOLS.items()}
+_OfAnyStage = _with_members(_AnyStage)

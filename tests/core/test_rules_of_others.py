@@ -193,6 +193,36 @@ def test_a_subclass_with_methods_of_its_own_has_no_known_formula(rule: Any) -> N
     assert type("Same", (type("Mixin", (), {"other": 1}), kind), {}).formula == rule.formula
 
 
+@pytest.mark.parametrize("protocol", STAGES.values(), ids=STAGES)
+@pytest.mark.parametrize("lacking", ["init", "update"])
+def test_a_class_that_inherits_needs_what_has_no_default(protocol: Any, lacking: str) -> None:
+    has = {name: lambda *_, **__: None for name in {"init", "update", "apply"} - {lacking}}
+    with pytest.raises(TypeError, match=f"abstract method.*{lacking}"):
+        type("Lacking", (protocol,), has)()
+
+
+@pytest.mark.parametrize("name", ["init", "update"])
+def test_a_completed_rule_is_asked_at_each_call(name: str) -> None:
+    given = plain("weights")
+    rule: Any = completed(given)
+    setattr(given, name, lambda *_, **__: ("another", {}, {}))
+    assert getattr(rule, name)(W, Dense(), {})[0] == "another"
+    given.enforce = lambda *_, **__: "own"
+    assert rule.enforce(W, Dense(), {}) == "own"
+
+
+@pytest.mark.parametrize("complex_", [False, True])
+def test_the_default_of_a_penalty_is_real_and_beside_the_weight(complex_: bool) -> None:
+    strict = pytest.importorskip("array_api_strict")
+    elsewhere = strict.Device("device1")
+    dtype = strict.complex64 if complex_ else strict.float32
+    w = strict.ones((2, 2), dtype=dtype, device=elsewhere)
+    rule: Any = completed(plain("gradients"))
+    value, term = rule.penalty(w, Dense(), {"seen": 0.0})
+    assert (value.dtype, value.device, value.shape) == (strict.float32, elsewhere, ())
+    assert term.dtype == w.dtype
+
+
 def test_own_rules_inherit_from_their_protocol() -> None:
     ours = [kind for kind in OWN if not kind.__dict__.get("_is_protocol")]
     ours = [kind for kind in ours if hasattr(kind, "stage")]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -581,6 +583,42 @@ def test_compiled_models_give_the_same_numbers_without_recompiling(rule: Any) ->
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert len(graphs) == compilations
     assert compilations == 1 or not whole
+
+
+MINIMAL = """
+import torch
+import specops
+
+class Halved:
+    stage = "forward"
+
+    def init(self, weight, geometry, name):
+        return {}
+
+    def update(self, weight, geometry, state, *, step=1, name=""):
+        return weight, state, {}
+
+    def apply(self, weight, geometry, state, *, step=1, name=""):
+        return 0.5 * weight
+
+layer = torch.nn.Linear(3, 2, bias=False)
+raw = layer.weight.detach().clone()
+optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+specops.attach(optimizer, layer, Halved())
+compiled = torch.compile(layer, backend="eager", fullgraph=True)
+for _ in range(3):
+    y = compiled(torch.eye(3))
+    y.sum().backward()
+    optimizer.step()
+assert torch.equal(y, 0.5 * raw.T), (y, raw)
+"""
+
+
+@new_compilers
+def test_a_minimal_rule_of_others_compiles_whole() -> None:
+    command = [sys.executable, "-c", MINIMAL]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @quietly
