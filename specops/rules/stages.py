@@ -67,7 +67,12 @@ class _AnyStage(Rule, Protocol):
         return False
 
     def is_scheduled(self) -> bool:
-        """Whether it depends on the step, or on the weight's name."""
+        """Whether it depends on the weight's name, or its numbers on the step.
+
+        A rule that says no lets compilers make one body for all weights that are alike, which
+        is handed the step as ever, but the name of any of them; its `arguments` are not asked.
+        Of a rule that does not say, nobody knows: each weight has a body of its own.
+        """
         return True
 
     def watch(self, weight: Array, geometry: Geometry, name: str) -> State:
