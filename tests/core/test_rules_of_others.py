@@ -380,6 +380,22 @@ def test_states_of_one_matrix_are_packed_and_unpacked() -> None:
     assert np.dot(pairs.u, W @ pairs.v) == pytest.approx(4.0)
 
 
+def test_forward_passes_make_no_keys_of_states() -> None:
+    asked: list[str] = []
+
+    class Seen(dict[str, Any]):
+        def __getitem__(self, key: str) -> Any:
+            asked.append(key)
+            return super().__getitem__(key)
+
+    follow = track(Dense(splits=(1, 1)), "operator")
+    state = Seen(follow.start(W, "w"))
+    asked.clear()
+    for _ in range(2):
+        assert len(follow.directions(state)) + len(follow.measured(state)) == 6
+    assert all(a is b for a, b in zip(asked[:6], asked[6:], strict=True))
+
+
 def test_states_that_may_be_of_one_weight() -> None:
     shapes = {"v": (1, 8), "q": (1, 8), "sigma": ()}
     assert are_alike(shapes, shapes | {"v": (1, 18), "q": (1, 18)})
