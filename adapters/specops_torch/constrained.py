@@ -17,13 +17,11 @@ from specops.training.outcome import Outcome
 from specops.training.plan import Assignment
 from specops.training.report import measured
 from specops_torch.batch_norms import norm_with
-from specops_torch.fast_paths import advanced
+from specops_torch.fast_paths import DTYPES, advanced
 from specops_torch.fused import row_blocks
 from specops_torch.in_use import InUse
 from specops_torch.parameters import Location, refuse_sharded, refuse_sharded_model
 from specops_torch.reading import answer_plainly, read_through
-
-_PLAIN = (torch.float32, torch.float64)
 
 
 class Constrained(training.Constrained[Location]):
@@ -163,7 +161,7 @@ class Constrained(training.Constrained[Location]):
     def adds_in_place(self, geometry: Geometry) -> bool:
         """Whether the term of a penalty need not be made: it is λσuvᴴ, and the vectors fit."""
         gradient = self.location.parameter.grad
-        if gradient is None or gradient.dtype not in _PLAIN or not gradient.is_contiguous():
+        if gradient is None or gradient.dtype not in DTYPES or not gradient.is_contiguous():
             return False
         return self.rule.formula == "penalty" and self.count_blocks(geometry) > 0
 
@@ -217,7 +215,12 @@ class Constrained(training.Constrained[Location]):
 
     def schedule(self, step: int) -> None:
         """Bring schedules to the step that comes next, as tensors: no recompilation."""
-        if self.in_use is None or not self.rule.is_scheduled():
+        if self.in_use is None:
+            return
+        if not self.rule.formula:
+            # Only of a formula is it known what depends on the step.
+            self.in_use.overrides["step"] = step
+        if not self.rule.is_scheduled():
             return
         arguments = self.rule.arguments(step, self.name, self.geometry)
         for key, value in arguments.items():

@@ -17,7 +17,8 @@ from specops.geometry import Geometry
 from specops.tracking import Pairs, packed, stepped_on_host, unpacked
 
 ENABLED = True
-_DTYPES = (torch.float32, torch.float64)
+DTYPES = (torch.float32, torch.float64)
+"""Of weights that are computed with as they are stored, here and in place."""
 
 
 def advanced(
@@ -32,7 +33,7 @@ def advanced(
 
     Of a weight that is one matrix.
     """
-    if not ENABLED or not rule.formula or not raw.is_cpu or raw.dtype not in _DTYPES:
+    if not ENABLED or not rule.formula or not raw.is_cpu or raw.dtype not in DTYPES:
         return None
     if not raw.is_contiguous() or not state:
         return None

@@ -21,6 +21,7 @@ from torch.autograd.forward_ad import unpack_dual
 from specops.arrays.products import matvec
 from specops.geometry import Dense, Geometry
 from specops.tracking import Tracked, TrackedBlocks
+from specops_torch.fast_paths import DTYPES
 
 ENABLED = True
 _LEAST, _GREATEST = 1e-12, 1e12
@@ -73,7 +74,7 @@ def used(
     raw: torch.Tensor, kind: Kind, in_use: Any, state: dict[str, torch.Tensor]
 ) -> torch.Tensor | None:
     """The weight in use of a layer's own parameter; None where the rule's `apply` must do it."""
-    if not ENABLED or not raw.is_cpu or raw.dtype not in (torch.float32, torch.float64):
+    if not ENABLED or not raw.is_cpu or raw.dtype not in DTYPES:
         return None
     if _transformed() or unpack_dual(raw).tangent is not None:
         return None
@@ -199,9 +200,9 @@ def _gradient(ctx: Any, g: torch.Tensor, w: torch.Tensor, vectors: Any) -> torch
         along = torch.dot(u, torch.mv(given.reshape(len(u), -1), v))
         t = 1.0 - c.b
         turned = (product / c.sigma - along) * (-t / c.rest)
-        share = turned * (-c.squared / c.sigma**3) - product * (t / c.sigma**2)
-        part = _updated(given, c.a, u * share, pair)
-        parts.append(part + block * (turned / c.sigma**2))
+        alpha = turned * (-c.squared / c.sigma**3) - product * (t / c.sigma**2)
+        beta = turned / c.sigma**2
+        parts.append(_updated(given, c.a, u * alpha, pair) + block * beta)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

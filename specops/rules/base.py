@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -32,9 +33,11 @@ class Rule(Protocol):
     @property
     def stage(self) -> Stage: ...
 
+    @abstractmethod
     def init(self, weight: Array, geometry: Geometry, name: str) -> State:
         """The state before the first firing: a flat dict of arrays."""
 
+    @abstractmethod
     def update(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:

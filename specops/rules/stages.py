@@ -8,7 +8,7 @@ object `completed` makes a rule that has them.
 from __future__ import annotations
 
 from abc import abstractmethod
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, cast
 
 from specops import arrays
@@ -19,6 +19,11 @@ from specops.tracking import Tracked
 from specops.typing import Array, State
 
 Formula = Literal["", "normalized", "rank limited", "penalty"]
+_COMPUTING = (
+    *("init", "update", "apply", "advance", "tracked"),
+    *("arguments", "fixed_scale", "strength_at", "penalty"),
+)
+"""The methods that a `formula` stands for."""
 
 
 class _AnyStage(Rule, Protocol):
@@ -30,15 +35,15 @@ class _AnyStage(Rule, Protocol):
     """What it computes, where an adapter may do it by fewer operations; "": nobody knows.
 
     "normalized" is s·W/σ, "rank limited" `StableRankNormalization`, "penalty" λσuvᴴ, with
-    vectors that advance by `iterations` steps. A subclass with methods of its own has none,
-    unless it says so.
+    vectors that advance by `iterations` steps. A subclass for which a method that takes part is
+    another one, of its own or of a mixin, has none, unless it says so.
     """
     iterations: int = 1
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        own = vars(cls)
-        if "formula" not in own and own.keys() & {"init", "update", "apply", "advance"}:
+        knows = next(base for base in cls.__mro__ if "formula" in vars(base))
+        if any(getattr(cls, m, None) is not getattr(knows, m, None) for m in _COMPUTING):
             cls.formula = ""
 
     def obstacle(self, geometry: Geometry) -> str:
@@ -62,7 +67,12 @@ class _AnyStage(Rule, Protocol):
         return False
 
     def is_scheduled(self) -> bool:
-        """Whether it depends on the step, or on the weight's name."""
+        """Whether it depends on the weight's name, or its numbers on the step.
+
+        A rule that says no lets compilers make one body for all weights that are alike, which
+        is handed the step as ever, but the name of any of them; its `arguments` are not asked.
+        Of a rule that does not say, nobody knows: each weight has a body of its own.
+        """
         return True
 
     def watch(self, weight: Array, geometry: Geometry, name: str) -> State:
@@ -100,8 +110,10 @@ class GradientRule(_AnyStage, Protocol):
         `update`; of a rule without one it is 0, which line searches cannot work with.
         """
         term, _, figures = self.update(weight, geometry, state, step=step, name=name)
-        xp = arrays.namespace(term)
-        return figures.get("penalty", xp.zeros((), dtype=term.dtype)), term
+        if "penalty" in figures:
+            return figures["penalty"], term
+        # Real, beside a weight that may be complex.
+        return arrays.namespace(weight).abs(arrays.zeros((), weight)), term
 
     def advance(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
@@ -143,12 +155,6 @@ class ForwardRule(_AnyStage, Protocol):
 
 
 StagedRule: TypeAlias = WeightRule | GradientRule | ForwardRule
-_PROTOCOLS: dict[str, type] = {
-    "weights": WeightRule,
-    "gradients": GradientRule,
-    "forward": ForwardRule,
-}
-_REQUIRED = ("apply",)
 
 
 def completed(rule: Rule) -> StagedRule:
@@ -170,21 +176,19 @@ def completed(rule: Rule) -> StagedRule:
     >>> completed(Double()).enforce(3.0, None, {})
     (6.0, {}, {})
     """
-    if isinstance(rule, _Completed) or _protocol(rule) in type(rule).__mro__:
+    if isinstance(rule, _Completed) or _PROTOCOLS.get(rule.stage, _AnyStage) in type(rule).__mro__:
         return cast(StagedRule, rule)
-    return cast(StagedRule, _Completed(rule))
-
-
-def _protocol(rule: Rule) -> type:
-    return _PROTOCOLS.get(rule.stage, _AnyStage)
+    return cast(StagedRule, _COMPLETED.get(rule.stage, _OfAnyStage)(rule))
 
 
 class _Completed:
-    """A rule of others, and defaults for what it does not have."""
+    """A rule of others; `_with_members` of its stage's protocol.
+
+    They are methods of a class, which compilers trace, and ask the rule at each call.
+    """
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
-        self.init, self.update = rule.init, rule.update
 
     @property
     def stage(self) -> Stage:
@@ -193,10 +197,10 @@ class _Completed:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "rule" not in vars(self):
             raise AttributeError(name)
-        if name in _REQUIRED or hasattr(self.rule, name):
-            return getattr(self.rule, name)
-        default = getattr(_protocol(self.rule), name)
-        return MethodType(default, self) if isinstance(default, FunctionType) else default
+        return getattr(self.rule, name)
+
+    def __reduce__(self) -> Any:
+        return completed, (self.rule,)
 
     def __repr__(self) -> str:
         return repr(self.rule)
@@ -206,3 +210,33 @@ class _Completed:
 
     def __hash__(self) -> int:
         return hash(self.rule)
+
+
+def _with_members(protocol: type) -> type[_Completed]:
+    names = [n for n in dir(protocol) if not n.startswith("_") and n != "stage"]
+    members = {name: _member(name, getattr(protocol, name)) for name in names}
+    return type(f"_Completed{protocol.__name__}", (_Completed,), members)
+
+
+def _member(name: str, default: Any) -> Any:
+    """The rule's own, or the default."""
+    if getattr(default, "__isabstractmethod__", False):
+        return property(lambda self: getattr(self.rule, name))
+    if not isinstance(default, FunctionType):
+        return property(lambda self: getattr(self.rule, name, default))
+
+    def method(self: _Completed, *given: Any, **options: Any) -> Any:
+        if hasattr(self.rule, name):
+            return getattr(self.rule, name)(*given, **options)
+        return default(self, *given, **options)
+
+    return method
+
+
+_PROTOCOLS: dict[str, type] = {
+    "weights": WeightRule,
+    "gradients": GradientRule,
+    "forward": ForwardRule,
+}
+_COMPLETED = {stage: _with_members(protocol) for stage, protocol in _PROTOCOLS.items()}
+_OfAnyStage = _with_members(_AnyStage)

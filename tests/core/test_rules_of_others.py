@@ -183,8 +183,44 @@ def test_a_subclass_with_methods_of_its_own_has_no_known_formula(rule: Any) -> N
     assert rule.formula
     kind = type(rule)
     assert type("Same", (kind,), {"__doc__": "as before"}).formula == rule.formula
-    for name in {"init", "update", "apply", "advance"}:
+    methods = {"init", "update", "apply", "advance", "tracked", "arguments", "fixed_scale"}
+    for name in methods | {"strength_at", "penalty"}:
         assert type("Other", (kind,), {name: lambda *_: None}).formula == ""
+        mixin = type("Mixin", (), {name: lambda *_: None})
+        mixed = type("Mixed", (mixin, kind), {})
+        assert mixed.formula == type("Below", (mixed,), {}).formula == ""
+        assert type("Knows", (mixin, kind), {"formula": rule.formula}).formula == rule.formula
+    assert type("Same", (type("Mixin", (), {"other": 1}), kind), {}).formula == rule.formula
+
+
+@pytest.mark.parametrize("protocol", STAGES.values(), ids=STAGES)
+@pytest.mark.parametrize("lacking", ["init", "update"])
+def test_a_class_that_inherits_needs_what_has_no_default(protocol: Any, lacking: str) -> None:
+    has = {name: lambda *_, **__: None for name in {"init", "update", "apply"} - {lacking}}
+    with pytest.raises(TypeError, match=f"abstract method.*{lacking}"):
+        type("Lacking", (protocol,), has)()
+
+
+@pytest.mark.parametrize("name", ["init", "update"])
+def test_a_completed_rule_is_asked_at_each_call(name: str) -> None:
+    given = plain("weights")
+    rule: Any = completed(given)
+    setattr(given, name, lambda *_, **__: ("another", {}, {}))
+    assert getattr(rule, name)(W, Dense(), {})[0] == "another"
+    given.enforce = lambda *_, **__: "own"
+    assert rule.enforce(W, Dense(), {}) == "own"
+
+
+@pytest.mark.parametrize("complex_", [False, True])
+def test_the_default_of_a_penalty_is_real_and_beside_the_weight(complex_: bool) -> None:
+    strict = pytest.importorskip("array_api_strict")
+    elsewhere = strict.Device("device1")
+    dtype = strict.complex64 if complex_ else strict.float32
+    w = strict.ones((2, 2), dtype=dtype, device=elsewhere)
+    rule: Any = completed(plain("gradients"))
+    value, term = rule.penalty(w, Dense(), {"seen": 0.0})
+    assert (value.dtype, value.device, value.shape) == (strict.float32, elsewhere, ())
+    assert term.dtype == w.dtype
 
 
 def test_own_rules_inherit_from_their_protocol() -> None:
@@ -342,6 +378,22 @@ def test_states_of_one_matrix_are_packed_and_unpacked() -> None:
     (sigma,) = track(Dense(), "operator").measured(state)
     assert packed(0, pairs, sigma) == state
     assert np.dot(pairs.u, W @ pairs.v) == pytest.approx(4.0)
+
+
+def test_forward_passes_make_no_keys_of_states() -> None:
+    asked: list[str] = []
+
+    class Seen(dict[str, Any]):
+        def __getitem__(self, key: str) -> Any:
+            asked.append(key)
+            return super().__getitem__(key)
+
+    follow = track(Dense(splits=(1, 1)), "operator")
+    state = Seen(follow.start(W, "w"))
+    asked.clear()
+    for _ in range(2):
+        assert len(follow.directions(state)) + len(follow.measured(state)) == 6
+    assert all(a is b for a, b in zip(asked[:6], asked[6:], strict=True))
 
 
 def test_states_that_may_be_of_one_weight() -> None:

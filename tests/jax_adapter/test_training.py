@@ -426,3 +426,46 @@ def test_enforce_is_the_last_word_as_stored(dtype: Any) -> None:
     assert again["conv"] is final["conv"]
     with pytest.raises(NonFiniteError, match="conv"):
         specops_jax.enforce({**params, "conv": params["conv"] * jnp.nan}, plan, GEOMETRIES)
+
+
+class ByName:
+    """W divided by the length of its name's ; keeps the names that its bodies were made for."""
+
+    stage = "weights"
+
+    def __init__(self) -> None:
+        self.bodies: list[str] = []
+
+    def init(self, weight: Any, geometry: Any, name: str) -> dict[str, Any]:
+        return {}
+
+    def update(self, weight: Any, geometry: Any, state: Any, *, step: Any, name: str) -> Any:
+        self.bodies.append(name)
+        return weight / len(name), state, {}
+
+
+class ByStep(ByName):
+    """W divided by the step, whatever the name."""
+
+    def update(self, weight: Any, geometry: Any, state: Any, *, step: Any, name: str) -> Any:
+        self.bodies.append(name)
+        return weight / step, state, {}
+
+    def is_scheduled(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("rule", [ByName(), ByStep()], ids=["by name", "by step"])
+def test_equal_weights_share_a_body_where_a_rule_of_others_says_so(rule: Any) -> None:
+    params = {"a": jnp.ones((2, 3)), "longer": jnp.ones((2, 3))}
+    geometries = dict.fromkeys(params, Dense())
+    state = specops_jax.init(params, rule, geometries)
+    rule.bodies.clear()
+    step = jax.jit(lambda p, s: specops_jax.project_params(p, rule, s, geometries))
+    for _ in range(2):
+        params, state = step(params, state)
+    shared = isinstance(rule, ByStep)
+    assert set(rule.bodies) == ({"a"} if shared else {"a", "longer"})
+    lengths = {"a": 2, "longer": 2} if shared else {"a": 1, "longer": 36}
+    for name, factor in lengths.items():
+        np.testing.assert_allclose(params[name], np.ones((2, 3)) / factor, rtol=1e-6)

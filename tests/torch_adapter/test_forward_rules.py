@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -505,6 +507,45 @@ def test_a_layer_may_share_the_weight_of_an_output_projection() -> None:
     torch.testing.assert_close(layer(torch.eye(4)), (w / top(w)).T)
 
 
+# Subclasses of the library's rules
+
+
+class _Doubled:
+    def apply(self, *given: Any, **options: Any) -> Any:
+        return 2.0 * super().apply(*given, **options)  # type: ignore[misc]
+
+
+class DoubledByMixin(_Doubled, SpectralNormalization):
+    pass
+
+
+class GrowingScale(SpectralNormalization):
+    def fixed_scale(self, step: int, name: str, geometry: Any) -> Any:
+        return float(step)
+
+
+class TimesStep(SpectralNormalization):
+    def apply(
+        self, weight: Any, geometry: Any, state: Any, *, step: int = 1, name: str = "", **_: Any
+    ) -> Any:
+        return step * super().apply(weight, geometry, state, name=name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "norms"),
+    [(DoubledByMixin, (2, 2, 2)), (GrowingScale, (1, 2, 3)), (TimesStep, (1, 2, 3))],
+)
+def test_subclasses_of_the_rules_are_asked_at_every_step(kind: Any, norms: Any) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    specops.attach(optimizer, layer, kind(norm="reshaped"))
+    for norm in norms:
+        assert top(layer.weight.detach()) == pytest.approx(norm, rel=1e-4)
+        layer(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+
+
 # Compiled
 
 COMPILED = {
@@ -542,6 +583,42 @@ def test_compiled_models_give_the_same_numbers_without_recompiling(rule: Any) ->
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert len(graphs) == compilations
     assert compilations == 1 or not whole
+
+
+MINIMAL = """
+import torch
+import specops
+
+class Halved:
+    stage = "forward"
+
+    def init(self, weight, geometry, name):
+        return {}
+
+    def update(self, weight, geometry, state, *, step=1, name=""):
+        return weight, state, {}
+
+    def apply(self, weight, geometry, state, *, step=1, name=""):
+        return 0.5 * weight
+
+layer = torch.nn.Linear(3, 2, bias=False)
+raw = layer.weight.detach().clone()
+optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+specops.attach(optimizer, layer, Halved())
+compiled = torch.compile(layer, backend="eager", fullgraph=True)
+for _ in range(3):
+    y = compiled(torch.eye(3))
+    y.sum().backward()
+    optimizer.step()
+assert torch.equal(y, 0.5 * raw.T), (y, raw)
+"""
+
+
+@new_compilers
+def test_a_minimal_rule_of_others_compiles_whole() -> None:
+    command = [sys.executable, "-c", MINIMAL]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @quietly
