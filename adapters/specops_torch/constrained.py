@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from specops.errors import NonFiniteError
-from specops.geometry import Conv, Dense, Geometry
+from specops.geometry import Dense, Geometry
 from specops.training import constrained as training
 from specops.training.outcome import Outcome
 from specops.training.plan import Assignment
 from specops.training.report import measured
+from specops.training.weight import check_fit
 from specops_torch.batch_norms import norm_with
 from specops_torch.fast_paths import advanced
 from specops_torch.fused import row_blocks
@@ -119,11 +120,7 @@ class Constrained(training.Constrained[Location]):
         ):
             raise NonFiniteError
         if not known:
-            shape = tuple(self.location.parameter.shape)
-            if isinstance(geometry, Conv):
-                geometry.sizes(shape)
-            else:
-                geometry.check(shape)
+            check_fit(geometry, self.location.parameter.shape)
             self._fitting = geometry
         return ""
 

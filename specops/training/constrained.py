@@ -33,12 +33,15 @@ class Constrained(Assigned, Generic[P]):
         The rule's; None before its first firing.
     drifting : bool
         Of a forward rule: whether steps have changed the weight since its vectors advanced.
+    misfit : str
+        Why the latest firing skipped it: a map that does not fit, or that the rule has no method
+        for, under a lenient pattern; empty if it acted.
     """
 
     def __init__(self, parameter: P, assignment: Assignment) -> None:
         self.parameter, self.assignment = parameter, assignment
         self.state: State | None = None
-        self.drifting = False
+        self.drifting, self.misfit = False, ""
 
     @property
     def geometry(self) -> Geometry:
