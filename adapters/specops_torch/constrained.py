@@ -78,12 +78,13 @@ class Constrained(training.Constrained[Location]):
         geometry = self.sized
         return isinstance(geometry, Dense) or geometry.grid is not None
 
-    def resume(self, parameter: Location, assignment: Assignment) -> bool:
-        """Go on, hooks and all, with a weight of the same module."""
-        if self.location.module is not parameter.module:
-            return False
+    def is_of(self, parameter: Location, assignment: Assignment) -> bool:
+        """Whether it is a weight of the same module."""
+        return self.location.module is parameter.module
+
+    def resume(self, parameter: Location, assignment: Assignment) -> None:
+        """Go on, hooks and all."""
         self.assignment = assignment
-        return True
 
     def release(self) -> None:
         """Remove every hook."""

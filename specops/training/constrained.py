@@ -59,18 +59,19 @@ class Constrained(Assigned, Generic[P]):
         """Whether the rule follows an operator whose size is not known yet."""
         return self.rule.needs_input_size() and not self.has_size
 
-    def resume(self, parameter: P, assignment: Assignment) -> bool:
-        """Go on with a parameter that was listed anew; False if it is another weight."""
+    def is_of(self, parameter: P, assignment: Assignment) -> bool:
+        """Whether a parameter that was listed anew is this weight."""
         old, new = self.assignment.weight, assignment.weight
         if (new.shape, new.dtype) != (old.shape, old.dtype):
             return False
-        if new.geometry != old.geometry and not parameter.learns_size:
-            return False
+        return new.geometry == old.geometry or parameter.learns_size
+
+    def resume(self, parameter: P, assignment: Assignment) -> None:
+        """Go on with a parameter that was listed anew, and that `is_of` this weight."""
         self.parameter.unwatch()
         parameter.watch()
         parameter.see(self.parameter.sizes())
         self.parameter, self.assignment = parameter, assignment
-        return True
 
     def release(self) -> None:
         """Leave nothing behind on the model."""

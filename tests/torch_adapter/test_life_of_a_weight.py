@@ -202,6 +202,28 @@ def test_a_frozen_layer_goes_on_as_it_was(how: str) -> None:
     assert type(model[0]) is nn.Linear
 
 
+def test_a_group_that_a_rule_cannot_take_on_leaves_the_others_as_they_were() -> None:
+    class Fails(Halved):
+        def init(self, weight: Any, geometry: Any, name: str) -> Any:
+            raise errors.StateError("no state")
+
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8))
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    plan = Plan([("0.weight", SN), ("1.*", Fails())])
+    with pytest.raises(errors.PlanError):
+        specops.attach(optimizer, model, plan)
+    attachment = specops.attach(optimizer, model, Plan([("0.weight", SN), ("*", Fails())]))
+    optimizer.add_param_group({"params": list(model[1].parameters())})
+    for _ in range(2):
+        model(torch.randn(2, 8)).sum().backward()
+        with pytest.raises(errors.StateError, match=r"1\.weight: no state"):
+            optimizer.step()
+        assert used(model[0]) == pytest.approx(1.0, rel=1e-4)
+    assert [row.name for row in attachment.report().constrained] == ["0.weight"]
+    attachment.detach()
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
+
+
 def test_a_copy_of_a_copy_has_vectors_of_its_own_weight() -> None:
     layer, _ = linear(16, 16)
     twin = copy.deepcopy(layer)
