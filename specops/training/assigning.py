@@ -15,8 +15,6 @@ from specops.training.plan import Assignment, Plan, override_geometries
 
 C = TypeVar("C", bound=Constrained[Any])
 C_co = TypeVar("C_co", bound=Constrained[Any], covariant=True)
-_STACK = 8
-"""Frames from a warning up to who calls `specops.attach`."""
 
 
 class Attaching(Protocol[C_co]):
@@ -113,7 +111,7 @@ def _unsized(rule: Any, geometry: Geometry) -> str:
 
 def _taken(attachment: Attaching[C], parameter: Parameter, assignment: Assignment) -> C:
     """A weight that a rule comes to act on."""
-    warn_of(assignment, stacklevel=_STACK)
+    warn_of(assignment)
     parameter.watch()
     c = attachment.constrain(parameter, assignment)
     if c.stage == "forward":

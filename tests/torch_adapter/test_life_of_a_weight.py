@@ -20,6 +20,8 @@ from tests.torch_adapter.models import Halved, new_compilers, raw, sgd, top
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
+import specops_torch  # noqa: E402
+
 SN = SpectralNormalization(norm="reshaped")
 SRN = StableRankNormalization(0.4, norm="reshaped")
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -549,8 +551,14 @@ def test_stable_rank_of_a_single_row_or_column_is_the_quotient(shape: tuple[int,
 
 def test_a_rank_that_leaves_no_derivative_is_said() -> None:
     layer = nn.Linear(16, 8)
-    with pytest.warns(errors.CautionWarning, match="does not learn"):
-        specops.attach(None, layer, StableRankNormalization(0.1, norm="reshaped"))
+    rule = StableRankNormalization(0.1, norm="reshaped")
+    for attach in (specops.attach, specops_torch.attach):
+        with pytest.warns(errors.CautionWarning, match="does not learn") as said:
+            attachment = attach(None, layer, rule)
+        assert [warning.filename for warning in said] == [__file__]
+        attachment.detach()
+    with pytest.warns(errors.CautionWarning):
+        specops.attach(None, layer, rule)
     assert float(torch.linalg.matrix_rank(layer.weight.detach(), rtol=1e-4)) == 1
 
 
