@@ -105,7 +105,7 @@ class Constrained(training.Constrained[Location]):
 
     # Firing
 
-    def why_not(self) -> str:
+    def why_not(self, weight: torch.Tensor) -> str:
         """A reason to leave the weight alone this time; empty, or an error, otherwise."""
         reason = self.location.frozen()
         if reason:
@@ -117,7 +117,7 @@ class Constrained(training.Constrained[Location]):
         if (
             self.stage == "weights"
             and not self.rule.refuses_nonfinite(self.geometry)
-            and not _finite(self.location.read())
+            and not _finite(weight)
         ):
             raise NonFiniteError
         if not known:

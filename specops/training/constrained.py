@@ -79,15 +79,13 @@ class Constrained(Assigned, Generic[P]):
 
     # Firing
 
-    def why_not(self) -> str:
+    def why_not(self, weight: Array) -> str:
         """A reason to leave the weight alone this time; empty, or `NonFiniteError`, otherwise."""
         reason = self.parameter.frozen()
         if not reason and self.needs_size:
             reason = "its layer has seen no input yet"
-        if not reason:
-            w = self.parameter.read()
-            if not bool(arrays.all_finite(arrays.namespace(w), w)):
-                raise NonFiniteError("it holds NaN or infinity")
+        if not reason and not bool(arrays.all_finite(arrays.namespace(weight), weight)):
+            raise NonFiniteError("it holds NaN or infinity")
         return reason
 
     def start(self, weight: Array) -> State:

@@ -46,7 +46,7 @@ class Firing(Generic[C]):
         weight, record = c.parameter.read(), {"step": step, "name": c.name}
         try:
             with c.parameter.context():
-                reason = c.why_not()
+                reason = c.why_not(weight)
                 if not reason:
                     array, state, figures = c.act(weight, step, certain=certain)
                     c.misfit = ""
