@@ -266,6 +266,8 @@ class FirstSize:
 
 
 def _finite(weight: torch.Tensor) -> bool:
+    if weight.dtype == torch.complex32:  # which torch cannot add up
+        weight = torch.view_as_real(weight)
     # The sum is one pass; where it overflows, look closer.
     return bool(torch.isfinite(weight.sum())) or bool(torch.isfinite(weight).all())
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from specops.arrays.dtypes import COMPUTE
 from specops.errors import GeometryError, UnsupportedGeometryError
 from specops.geometry import Conv, Geometry
-
-_MEASURABLE = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Weight:
 
 def unmeasurable(dtype: str) -> str:
     """Why arrays of this dtype have no singular values here; empty if they have."""
-    if dtype.rpartition(".")[2] in _MEASURABLE:
+    if dtype.rpartition(".")[2] in COMPUTE:
         return ""
     return f"dtype {dtype} cannot be measured: keep a float32 weight"
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import specops
-from specops import ClipSpectralNorm, Conv, Dense, Monitor, Plan, errors
+from specops import ClipSpectralNorm, Conv, Dense, Monitor, Plan, SpectralNormalization, errors
 
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
@@ -500,6 +500,26 @@ class Picky:
 
     def apply(self, weight: Any, geometry: Any, state: Any, **_: Any) -> Any:
         return weight
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize(
+    "rule", [CLIP, SpectralNormalization(norm="reshaped", scale=0.5)], ids=["clip", "normalised"]
+)
+def test_halves_of_complex_numbers(rule: Any) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 4, bias=False)
+    layer.weight = nn.Parameter(torch.randn(4, 6, dtype=torch.complex64).to(torch.complex32))
+    attachment = specops.attach(None, layer, rule)
+    attachment.step()
+    (w,) = attachment.weights().values()
+    assert w.dtype == torch.complex32
+    norm = float(torch.linalg.matrix_norm(w.detach().to(torch.complex64), 2))
+    assert norm == pytest.approx(0.5, rel=2e-3)
+    with torch.no_grad():
+        layer.weight.fill_(float("nan"))
+    with pytest.raises(errors.NonFiniteError, match="weight holds NaN"):
+        attachment.step()
 
 
 def test_one_bad_matrix_of_a_stack_follows_the_policy() -> None:
