@@ -47,7 +47,7 @@ def init(params: Params, plan: Any, geometries: Geometries | None = None) -> Spe
     """
     own, leaves, _ = program(params, plan, geometries)
     for item in own.items:
-        warn_of(item.assignment, stacklevel=3)
+        warn_of(item.assignment)
     return begin(own, leaves)
 
 

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from specops.errors import NonFiniteError
-from specops.geometry import Conv, Dense, Geometry
+from specops.geometry import Dense, Geometry
 from specops.training import constrained as training
 from specops.training.outcome import Outcome
 from specops.training.plan import Assignment
 from specops.training.report import measured
+from specops.training.weight import check_fit
 from specops_torch.batch_norms import norm_with
 from specops_torch.fast_paths import DTYPES, advanced
 from specops_torch.fused import row_blocks
@@ -75,12 +76,13 @@ class Constrained(training.Constrained[Location]):
         geometry = self.sized
         return isinstance(geometry, Dense) or geometry.grid is not None
 
-    def resume(self, parameter: Location, assignment: Assignment) -> bool:
-        """Go on, hooks and all, with a weight of the same module."""
-        if self.location.module is not parameter.module:
-            return False
+    def is_of(self, parameter: Location, assignment: Assignment) -> bool:
+        """Whether it is a weight of the same module."""
+        return self.location.module is parameter.module
+
+    def resume(self, parameter: Location, assignment: Assignment) -> None:
+        """Go on, hooks and all."""
         self.assignment = assignment
-        return True
 
     def release(self) -> None:
         """Remove every hook."""
@@ -101,7 +103,7 @@ class Constrained(training.Constrained[Location]):
 
     # Firing
 
-    def why_not(self) -> str:
+    def why_not(self, weight: torch.Tensor) -> str:
         """A reason to leave the weight alone this time; empty, or an error, otherwise."""
         reason = self.location.frozen()
         if reason:
@@ -113,15 +115,11 @@ class Constrained(training.Constrained[Location]):
         if (
             self.stage == "weights"
             and not self.rule.refuses_nonfinite(self.geometry)
-            and not _finite(self.location.read())
+            and not _finite(weight)
         ):
             raise NonFiniteError
         if not known:
-            shape = tuple(self.location.parameter.shape)
-            if isinstance(geometry, Conv):
-                geometry.sizes(shape)
-            else:
-                geometry.check(shape)
+            check_fit(geometry, self.location.parameter.shape)
             self._fitting = geometry
         return ""
 
@@ -271,6 +269,8 @@ class FirstSize:
 
 
 def _finite(weight: torch.Tensor) -> bool:
+    if weight.dtype == torch.complex32:  # which torch cannot add up
+        weight = torch.view_as_real(weight)
     # The sum is one pass; where it overflows, look closer.
     return bool(torch.isfinite(weight.sum())) or bool(torch.isfinite(weight).all())
 

@@ -5,7 +5,6 @@ Forward passes change nothing: optimizer steps advance the singular vectors.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 from specops.errors import GeometryError, NonFiniteError
 from specops.geometry import Geometry
 from specops.tracking import Tracked
+from specops.training.weight import is_misfit
 from specops_torch import fused
 from specops_torch.sizes import SizeRecorder
 from specops_torch.weight_in_use import WeightInUse
@@ -243,15 +243,20 @@ class InUse:
     def _measured(self, raw: torch.Tensor) -> State | None:
         if self.state is not None and self._follow is None:
             return self.state  # of a rule of others, which need not be about the weight
-        forgiven = (NonFiniteError, GeometryError) if self.lenient else (NonFiniteError,)
-        with contextlib.suppress(*forgiven), torch.inference_mode(False), torch.no_grad():
-            weight = raw.detach()
-            if weight.is_inference() or not self._is_own(raw):
-                # A view for NumPy would pin memory that is somebody else's.
-                weight = weight.clone()
-            state: State = self.rule.init(weight, self.geometry, self.name)
-            return state
-        return None
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                weight = raw.detach()
+                if weight.is_inference() or not self._is_own(raw):
+                    # A view for NumPy would pin memory that is somebody else's.
+                    weight = weight.clone()
+                state: State = self.rule.init(weight, self.geometry, self.name)
+                return state
+        except NonFiniteError:
+            return None
+        except GeometryError as error:
+            if self.lenient and is_misfit(error, self.geometry, raw.shape):
+                return None
+            raise
 
 
 def _written(raw: torch.Tensor) -> tuple[int, int]:

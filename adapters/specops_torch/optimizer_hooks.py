@@ -32,7 +32,7 @@ class Followed:
 
     def look(self) -> None:
         """Remember its parameters by identity; groups may be added at any time."""
-        self._held = self._holds()
+        self._held, self._stale = self._holds(), False
         self._trained = _trained(self._held)
 
     @property
@@ -41,7 +41,7 @@ class Followed:
         return None if self._held is None else list(self._held.values())
 
     def has_changed(self) -> bool:
-        """Whether parameters came, left or thawed since they were looked at."""
+        """Whether parameters came, left or thawed since the latest `look`."""
         held = self._holds()
         if held is None or self._held is None:
             return False
@@ -49,8 +49,8 @@ class Followed:
         changed = held.keys() != self._held.keys() or bool(trained - self._trained)
         self._trained = trained
         if changed:
-            self._held = held
-        return changed
+            self._held, self._stale = held, True
+        return self._stale
 
     def hook(self, before: Callable[..., Any], after: Callable[..., Any]) -> None:
         """Call these around each step."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from specops.errors import AdapterError, CautionWarning
+from specops.errors import AdapterError
+from specops.training.cautions import caution
 from specops_torch.constrained import Constrained
 
 _GROUP = "specops scales"
@@ -45,12 +45,10 @@ class Scales:
             for c in sharing:
                 c.in_use.sharing = [o.location.parameter for o in sharing]
         if new and _is_distributed():
-            warnings.warn(
+            caution(
                 f"{len(new)} trainable scales are no parameters of the model, so that DDP does not "
                 f"average their gradients: all-reduce those of attachment.scales before each step, "
-                f"or ranks train different functions; or use a fixed scale",
-                CautionWarning,
-                stacklevel=6,
+                f"or ranks train different functions; or use a fixed scale"
             )
         if new and isinstance(optimizer, torch.optim.LBFGS):
             raise AdapterError(

@@ -19,7 +19,7 @@ COMPUTE = {
     "complex128": "complex128",
 }
 """The dtype that decompositions of each one run in."""
-REAL = {"complex64": "float32", "complex128": "float64"}
+REAL = {"complex32": "float16", "complex64": "float32", "complex128": "float64"}
 COMPLEX = {"float32": "complex64", "float64": "complex128"}
 _HALF = {"float16": (5, 10), "bfloat16": (8, 7)}
 """Exponent and mantissa bits."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 from specops.checkpoints import plugin
@@ -16,6 +17,7 @@ _KNOWN = (
     ".safetensors, .npz, .npy, .h5 and .keras, torch's .pt, .pth, .bin and .ckpt, flax's .msgpack, "
     "and folders of orbax or of Hugging Face shards"
 )
+_registering = threading.Lock()
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -66,8 +68,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 def _by_whoever_knows(path: Path) -> Checkpoint | None:
     """The reader that knows this file or folder, open: an adapter's, else one of ours."""
-    if not manager().has_plugin(PROJECT):
-        manager().register(plugin, name=PROJECT)
+    with _registering:
+        if not manager().has_plugin(PROJECT):
+            manager().register(plugin, name=PROJECT)
     refusals: list[SpecopsError] = []
     given = {"path": path, "open_file": open_checkpoint}
     for found in answers("specops_open_checkpoint", Checkpoint, refusals, **given):

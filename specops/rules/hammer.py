@@ -62,6 +62,10 @@ class SpectralHammer(Cap):
         """The norm that it strikes."""
         return track(geometry, self.norm)
 
+    def needs_input_size(self) -> bool:
+        """For the operator's norm."""
+        return self.norm == "operator"
+
     def update(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:

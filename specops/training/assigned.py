@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from specops.errors import AdapterError, CautionWarning
+from specops.errors import AdapterError
 from specops.geometry import Geometry
+from specops.training.cautions import caution
 from specops.training.plan import Assignment
 
 
@@ -40,14 +40,14 @@ class Assigned:
         return geometry
 
 
-def warn_of(assignment: Assignment, stacklevel: int = 4) -> None:
+def warn_of(assignment: Assignment) -> None:
     """Say what a rule has to say of a weight that it comes to act on."""
     rule, weight = assignment.rule, assignment.weight
     if rule is None or weight.geometry is None:
         return
     message = rule.caution(weight.geometry, tuple(weight.shape))
     if message:
-        warnings.warn(f"{weight.name}: {message}", CautionWarning, stacklevel=stacklevel)
+        caution(f"{weight.name}: {message}")
 
 
 def check_saved(state: Mapping[str, Any], names: Iterable[str]) -> None:

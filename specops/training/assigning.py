@@ -15,8 +15,6 @@ from specops.training.plan import Assignment, Plan, override_geometries
 
 C = TypeVar("C", bound=Constrained[Any])
 C_co = TypeVar("C_co", bound=Constrained[Any], covariant=True)
-_STACK = 8
-"""Frames from a warning up to who calls `specops.attach`."""
 
 
 class Attaching(Protocol[C_co]):
@@ -36,7 +34,8 @@ def assigned(
 ) -> tuple[list[Assignment], list[C], list[C]]:
     """(a decision about every parameter, those under a rule, those that were under one).
 
-    Those constrained before go on with their states and sizes; an error leaves nothing behind.
+    Those constrained before go on with their states and sizes. An error leaves nothing of the
+    others behind, and those as they are.
 
     Raises
     ------
@@ -54,6 +53,9 @@ def assigned(
     before = {c.name: c for c in constrained}
     assignments: list[Assignment] = []
     result: list[C] = []
+    new: list[C] = []
+    resumed: list[tuple[C, Parameter, Assignment]] = []
+    listed = [(p, p.weight, p.declared) for p in parameters]
     pairs = zip(parameters, attachment.plan.assign(weights), strict=True)
     try:
         for parameter, decided in pairs:
@@ -62,13 +64,25 @@ def assigned(
                 parameter.weight, parameter.declared = decided.weight, True
             assignment = _checked(decided, parameter)
             assignments.append(assignment)
-            if assignment.rule is not None:
-                kept = before.pop(assignment.weight.name, None)
-                result.append(_taken(attachment, parameter, assignment, kept))
+            if assignment.rule is None:
+                continue
+            kept = before.pop(assignment.weight.name, None)
+            if kept is not None and kept.is_of(parameter, assignment):
+                resumed.append((kept, parameter, assignment))
+                result.append(kept)
+                continue
+            if kept is not None:
+                kept.release()
+            new.append(_taken(attachment, parameter, assignment))
+            result.append(new[-1])
     except BaseException:
-        for c in result:
+        for c in new:
             c.release()
+        for p, weight, declared in listed:
+            p.weight, p.declared = weight, declared
         raise
+    for kept, parameter, assignment in resumed:
+        kept.resume(parameter, assignment)
     return assignments, result, list(before.values())
 
 
@@ -95,15 +109,9 @@ def _unsized(rule: Any, geometry: Geometry) -> str:
     )
 
 
-def _taken(
-    attachment: Attaching[C], parameter: Parameter, assignment: Assignment, kept: C | None
-) -> C:
-    """What was kept of the weight, if it is the same one; else something new."""
-    if kept is not None and kept.resume(parameter, assignment):
-        return kept
-    if kept is not None:
-        kept.release()
-    warn_of(assignment, stacklevel=_STACK)
+def _taken(attachment: Attaching[C], parameter: Parameter, assignment: Assignment) -> C:
+    """A weight that a rule comes to act on."""
+    warn_of(assignment)
     parameter.watch()
     c = attachment.constrain(parameter, assignment)
     if c.stage == "forward":

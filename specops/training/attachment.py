@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Generic, TypeVar, cast
 
 from specops import arrays
-from specops.errors import AdapterError, GeometryError, SpecopsError
+from specops.errors import AdapterError, SpecopsError
 from specops.geometry import Geometry
 from specops.rules.base import Stage
 from specops.training.assigned import check_saved, check_stage
@@ -60,7 +60,7 @@ class BaseAttachment(ABC, Generic[C]):
         log: Any = None,
     ) -> None:
         self.plan, self.steps = plan, 0
-        self._firing: Firing[C] = Firing(on_nonfinite, self._misfit)
+        self._firing: Firing[C] = Firing(on_nonfinite)
         self._history = History(history)
         if log is not None:
             self._history.tell(log)
@@ -115,12 +115,6 @@ class BaseAttachment(ABC, Generic[C]):
         self._attached = True
         for c in dropped:
             self.drop(c)
-
-    def _misfit(self, c: C, error: GeometryError) -> None:
-        """The rule has no method for this geometry: "*" skips."""
-        for index, assignment in enumerate(self._assignments):
-            if assignment.weight.name == c.name:
-                self._assignments[index] = replace(assignment, rule=None, reason=str(error))
 
     # Steps
 
@@ -252,11 +246,16 @@ class BaseAttachment(ABC, Generic[C]):
         """
         if self._attached or not self._assignments:
             self.look()
-        acting = {a.weight.name for a in self._assignments if a.rule is not None}
+        misfits = {c.name: c.misfit for c in self._constrained if c.misfit}
+        assignments = [
+            replace(a, rule=None, reason=misfits[a.weight.name]) if a.weight.name in misfits else a
+            for a in self._assignments
+        ]
+        acting = {a.weight.name for a in assignments if a.rule is not None}
         found = self.measured([c for c in self._constrained if c.name in acting and measure])
         for c in self._constrained:
             found.setdefault(c.name, {})["geometry"] = c.geometry.describe()
-        rows = [replace(row, **found.get(row.name, {})) for row in plan_rows(self._assignments)]
+        rows = [replace(row, **found.get(row.name, {})) for row in plan_rows(assignments)]
         return Report(tuple(rows))
 
     def measured(self, constrained: Sequence[C]) -> dict[str, dict[str, Any]]:

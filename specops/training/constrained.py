@@ -37,12 +37,15 @@ class Constrained(Assigned, Generic[P]):
         Of a forward rule: whether steps have changed the weight since its vectors advanced.
     told : bool
         Whether its user was told that it waits for the size of an input.
+    misfit : str
+        Why the latest firing skipped it: a map that does not fit, or that the rule has no method
+        for, under a lenient pattern; empty if it acted.
     """
 
     def __init__(self, parameter: P, assignment: Assignment) -> None:
         self.parameter, self.assignment = parameter, assignment
         self.state: State | None = None
-        self.drifting = self.told = False
+        self.drifting, self.told, self.misfit = False, False, ""
 
     @property
     def geometry(self) -> Geometry:
@@ -60,18 +63,19 @@ class Constrained(Assigned, Generic[P]):
         """Whether the rule follows an operator whose size is not known yet."""
         return self.rule.needs_input_size() and not self.has_size
 
-    def resume(self, parameter: P, assignment: Assignment) -> bool:
-        """Go on with a parameter that was listed anew; False if it is another weight."""
+    def is_of(self, parameter: P, assignment: Assignment) -> bool:
+        """Whether a parameter that was listed anew is this weight."""
         old, new = self.assignment.weight, assignment.weight
         if (new.shape, new.dtype) != (old.shape, old.dtype):
             return False
-        if new.geometry != old.geometry and not parameter.learns_size:
-            return False
+        return new.geometry == old.geometry or parameter.learns_size
+
+    def resume(self, parameter: P, assignment: Assignment) -> None:
+        """Go on with a parameter that was listed anew, and that `is_of` this weight."""
         self.parameter.unwatch()
         parameter.watch()
         parameter.see(self.parameter.sizes())
         self.parameter, self.assignment = parameter, assignment
-        return True
 
     def release(self) -> None:
         """Leave nothing behind on the model."""
@@ -79,15 +83,13 @@ class Constrained(Assigned, Generic[P]):
 
     # Firing
 
-    def why_not(self) -> str:
+    def why_not(self, weight: Array) -> str:
         """A reason to leave the weight alone this time; empty, or `NonFiniteError`, otherwise."""
         reason = self.parameter.frozen()
         if not reason and self.needs_size:
             reason = UNSEEN
-        if not reason:
-            w = self.parameter.read()
-            if not bool(arrays.all_finite(arrays.namespace(w), w)):
-                raise NonFiniteError("it holds NaN or infinity")
+        if not reason and not bool(arrays.all_finite(arrays.namespace(weight), weight)):
+            raise NonFiniteError("it holds NaN or infinity")
         return reason
 
     def start(self, weight: Array) -> State:

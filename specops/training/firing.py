@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
-from specops.errors import (
-    CautionWarning,
-    GeometryError,
-    NonFiniteError,
-    NonFiniteWarning,
-    SpecopsError,
-)
+from specops.errors import CautionWarning, NonFiniteError, NonFiniteWarning, SpecopsError
 from specops.training.constrained import UNSEEN, Constrained
 from specops.training.outcome import Outcome
+from specops.training.weight import is_misfit
 from specops.typing import Array
 
 C = TypeVar("C", bound=Constrained[Any])
@@ -29,8 +24,6 @@ class Firing(Generic[C]):
     ----------
     on_nonfinite : "raise", "skip" or "warn"
         What to do about a weight that holds NaN or infinity.
-    misfit : callable
-        Told of a weight under a lenient pattern whose geometry turned out not to fit.
 
     Raises
     ------
@@ -38,14 +31,12 @@ class Firing(Generic[C]):
         Another policy.
     """
 
-    def __init__(
-        self, on_nonfinite: NonFinitePolicy, misfit: Callable[[C, GeometryError], None]
-    ) -> None:
+    def __init__(self, on_nonfinite: NonFinitePolicy) -> None:
         if on_nonfinite not in _POLICIES:
             raise ValueError(
                 f'on_nonfinite must be "raise", "skip" or "warn", got {on_nonfinite!r}'
             )
-        self.on_nonfinite, self._misfit = on_nonfinite, misfit
+        self.on_nonfinite = on_nonfinite
 
     def compute(self, due: Iterable[C], step: int, *, certain: bool = False) -> list[Outcome[C]]:
         """Let rules act, without writing anything; with `certain`, certified where they can."""
@@ -55,19 +46,19 @@ class Firing(Generic[C]):
         weight, record = c.parameter.read(), {"step": step, "name": c.name}
         try:
             with c.parameter.context():
-                reason = c.why_not()
+                reason = c.why_not(weight)
                 if not reason:
                     array, state, figures = c.act(weight, step, certain=certain)
+                    c.misfit = ""
                     return Outcome(c, weight, array, state, record | figures)
             if reason == UNSEEN and c.stage == "weights":
                 _warn_unseen(c)
         except NonFiniteError:
             reason = self._not_finite(c, weight, step)
         except SpecopsError as error:
-            if not (isinstance(error, GeometryError) and c.assignment.lenient):
+            if not (c.assignment.lenient and is_misfit(error, c.geometry, weight.shape)):
                 raise type(error)(f"{c.name} at step {step}: {error}") from error
-            self._misfit(c, error)
-            reason = str(error)
+            reason = c.misfit = str(error)
         except Exception as error:
             error.add_note(f"while {c.rule!r} acted on {c.name} at step {step}")
             raise

@@ -13,7 +13,7 @@ from specops.errors import AdapterError, GeometryError, PlanError, UnsupportedAr
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import integer
 from specops.rules import Rule, StagedRule, completed
-from specops.training.weight import Weight, unmeasurable
+from specops.training.weight import Weight, check_fit, unmeasurable
 
 
 @dataclass(frozen=True)
@@ -228,12 +228,9 @@ def override_geometries(
 
 def _check_fit(weight: Weight, geometry: Any) -> None:
     try:
-        if isinstance(geometry, Conv):
-            geometry.sizes(weight.shape)
-        elif isinstance(geometry, Dense):
-            geometry.check(weight.shape)
-        else:
+        if not isinstance(geometry, Conv | Dense):
             raise GeometryError(f"must be Dense(...) or Conv(...), got {geometry!r}")
+        check_fit(geometry, weight.shape)
     except GeometryError as error:
         raise GeometryError(f"geometries for {weight.name}: {error}") from None
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specops.geometry import Geometry
-
-_MEASURABLE = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
+from specops.arrays.dtypes import COMPUTE
+from specops.errors import GeometryError, UnsupportedGeometryError
+from specops.geometry import Conv, Geometry
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,28 @@ class Weight:
 
 def unmeasurable(dtype: str) -> str:
     """Why arrays of this dtype have no singular values here; empty if they have."""
-    if dtype.rpartition(".")[2] in _MEASURABLE:
+    if dtype.rpartition(".")[2] in COMPUTE:
         return ""
     return f"dtype {dtype} cannot be measured: keep a float32 weight"
+
+
+def check_fit(geometry: Geometry, shape: tuple[int, ...]) -> None:
+    """Raise `GeometryError` unless arrays of this shape can be such a map."""
+    if isinstance(geometry, Conv):
+        geometry.sizes(tuple(shape))
+    else:
+        geometry.check(tuple(shape))
+
+
+def is_misfit(error: Exception, geometry: Geometry, shape: tuple[int, ...]) -> bool:
+    """Whether the map is to blame for an error of a rule: no array, or no rule, for such a map.
+
+    What a rule raises otherwise, be it a `GeometryError`, is a mistake that nobody may skip.
+    """
+    if not isinstance(error, GeometryError):
+        return False
+    try:
+        check_fit(geometry, shape)
+    except GeometryError:
+        return True
+    return isinstance(error, UnsupportedGeometryError)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 import zipfile
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -377,6 +379,31 @@ def test_a_plugin_adds_a_format(tmp_path: Path) -> None:
             pytest.raises(errors.CheckpointError, match="text file that no reader knows"),
         ):
             open_checkpoint(tmp_path / "a.bad")
+    finally:
+        plugins.manager.cache_clear()
+
+
+def test_threads_may_open_the_first_files_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez(tmp_path / "a.npz", w=np.ones(2))
+    plugins.manager.cache_clear()
+    has_plugin = plugins.manager().has_plugin
+
+    def slowly(name: str) -> bool:
+        found = has_plugin(name)
+        time.sleep(0.02)
+        return found
+
+    monkeypatch.setattr(plugins.manager(), "has_plugin", slowly)
+
+    def open_one(_: int) -> str:
+        with open_checkpoint(tmp_path / "a.npz") as found:
+            return found.format
+
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            assert len(set(threads.map(open_one, range(4)))) == 1
     finally:
         plugins.manager.cache_clear()
 

@@ -30,6 +30,7 @@ from specops.rules import (
 )
 from specops_cupy import attach
 from specops_cupy.adapter import CupyAdapter
+from specops_cupy.arrays import Entry
 
 CLIP = ClipSpectralNorm(1.0)
 NORMALIZED = SpectralNormalization(norm="operator", scale=2.0)
@@ -306,6 +307,15 @@ def test_nothing_is_written_when_one_fails() -> None:
         attachment.step()
     assert read_only["a"][0, 0] == 4.0
     attach(None, read_only, Monitor(), geometries={"*": Dense()}).step()
+
+
+def test_a_firing_reads_a_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+    read = Entry.read
+    monkeypatch.setattr(Entry, "read", lambda entry: reads.append(entry.weight.name) or read(entry))
+    attachment = attach(None, {"w": np.eye(3)}, Monitor(), geometries={"w": Dense()})
+    attachment.step()
+    assert reads == ["w"]
 
 
 def test_rules_without_a_method_for_a_map() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import specops
-from specops import ClipSpectralNorm, Conv, Dense, Monitor, Plan, errors
+from specops import ClipSpectralNorm, Conv, Dense, Monitor, Plan, SpectralNormalization, errors
 
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
@@ -446,6 +446,80 @@ def test_misfit_found_at_the_first_forward() -> None:
             with pytest.raises(errors.GeometryError, match=r"0\.weight at step 1.*3 outputs"):
                 attachment.step()
         attachment.detach()
+
+
+def test_a_rule_that_needs_a_size_acts_once_there_is_one() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Flatten(), nn.Linear(75, 2))
+    attachment = specops.attach(None, model, specops.SpectralHammer(0.1, norm="operator"))
+    attachment.step()
+    assert "no input yet" in attachment.history[0]["skipped"]
+    assert attachment.report(measure=False)["0.weight"].rule
+    model(torch.zeros(1, 2, 5, 5))
+    attachment.step()
+    assert attachment.history[2]["norm_after"] == pytest.approx(0.1)
+    assert attachment.report(measure=False)["0.weight"].rule
+
+
+def test_a_misfit_is_forgotten_when_the_rule_acts() -> None:
+    attachment = specops.attach(None, nn.Conv2d(2, 3, 3), Picky(errors.UnsupportedGeometryError))
+    attachment.step()
+    assert attachment.report()["weight"].reason == "not today"
+    attachment.step()
+    row = attachment.report()["weight"]
+    assert row.rule
+    assert not row.reason
+    assert row.norm is not None
+
+
+@pytest.mark.parametrize("stage", ["weights", "gradients", "forward"])
+def test_a_mistake_of_a_rule_is_no_misfit(stage: str) -> None:
+    layer = nn.Conv2d(2, 3, 3)
+    with pytest.raises(errors.GeometryError, match=r"weight.*not today"):  # noqa: PT012
+        attachment = specops.attach(None, layer, Picky(errors.GeometryError, stage))
+        layer(torch.zeros(1, 2, 5, 5)).sum().backward()
+        attachment.before_step()
+        attachment.step()
+
+
+class Picky:
+    """A rule that fails at its first firing."""
+
+    def __init__(self, error: type[Exception], stage: Any = "weights") -> None:
+        self.error, self.stage, self.calls = error, stage, 0
+
+    def init(self, weight: Any, geometry: Any, name: str) -> dict[str, Any]:
+        if self.stage == "forward":
+            raise self.error("not today")
+        return {}
+
+    def update(self, weight: Any, geometry: Any, state: Any, **_: Any) -> Any:
+        self.calls += 1
+        if self.calls == 1:
+            raise self.error("not today")
+        return 0.5 * weight, state, {}
+
+    def apply(self, weight: Any, geometry: Any, state: Any, **_: Any) -> Any:
+        return weight
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize(
+    "rule", [CLIP, SpectralNormalization(norm="reshaped", scale=0.5)], ids=["clip", "normalised"]
+)
+def test_halves_of_complex_numbers(rule: Any) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 4, bias=False)
+    layer.weight = nn.Parameter(torch.randn(4, 6, dtype=torch.complex64).to(torch.complex32))
+    attachment = specops.attach(None, layer, rule)
+    attachment.step()
+    (w,) = attachment.weights().values()
+    assert w.dtype == torch.complex32
+    norm = float(torch.linalg.matrix_norm(w.detach().to(torch.complex64), 2))
+    assert norm == pytest.approx(0.5, rel=2e-3)
+    with torch.no_grad():
+        layer.weight.fill_(float("nan"))
+    with pytest.raises(errors.NonFiniteError, match="weight holds NaN"):
+        attachment.step()
 
 
 def test_one_bad_matrix_of_a_stack_follows_the_policy() -> None:

@@ -20,6 +20,8 @@ from tests.torch_adapter.models import Halved, new_compilers, raw, sgd, top
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
+import specops_torch  # noqa: E402
+
 SN = SpectralNormalization(norm="reshaped")
 SRN = StableRankNormalization(0.4, norm="reshaped")
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -200,6 +202,28 @@ def test_a_frozen_layer_goes_on_as_it_was(how: str) -> None:
     torch.testing.assert_close(model(x), wanted)
     attachment.detach()
     assert type(model[0]) is nn.Linear
+
+
+def test_a_group_that_a_rule_cannot_take_on_leaves_the_others_as_they_were() -> None:
+    class Fails(Halved):
+        def init(self, weight: Any, geometry: Any, name: str) -> Any:
+            raise errors.StateError("no state")
+
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8))
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    plan = Plan([("0.weight", SN), ("1.*", Fails())])
+    with pytest.raises(errors.PlanError):
+        specops.attach(optimizer, model, plan)
+    attachment = specops.attach(optimizer, model, Plan([("0.weight", SN), ("*", Fails())]))
+    optimizer.add_param_group({"params": list(model[1].parameters())})
+    for _ in range(2):
+        model(torch.randn(2, 8)).sum().backward()
+        with pytest.raises(errors.StateError, match=r"1\.weight: no state"):
+            optimizer.step()
+        assert used(model[0]) == pytest.approx(1.0, rel=1e-4)
+    assert [row.name for row in attachment.report().constrained] == ["0.weight"]
+    attachment.detach()
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
 
 
 def test_a_copy_of_a_copy_has_vectors_of_its_own_weight() -> None:
@@ -527,8 +551,14 @@ def test_stable_rank_of_a_single_row_or_column_is_the_quotient(shape: tuple[int,
 
 def test_a_rank_that_leaves_no_derivative_is_said() -> None:
     layer = nn.Linear(16, 8)
-    with pytest.warns(errors.CautionWarning, match="does not learn"):
-        specops.attach(None, layer, StableRankNormalization(0.1, norm="reshaped"))
+    rule = StableRankNormalization(0.1, norm="reshaped")
+    for attach in (specops.attach, specops_torch.attach):
+        with pytest.warns(errors.CautionWarning, match="does not learn") as said:
+            attachment = attach(None, layer, rule)
+        assert [warning.filename for warning in said] == [__file__]
+        attachment.detach()
+    with pytest.warns(errors.CautionWarning):
+        specops.attach(None, layer, rule)
     assert float(torch.linalg.matrix_rank(layer.weight.detach(), rtol=1e-4)) == 1
 
 

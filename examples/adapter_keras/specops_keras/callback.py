@@ -168,7 +168,7 @@ class Spectral(BaseAttachment[Constrained[Variable]], keras.callbacks.Callback):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`; load the model, with its optimizer, first."""
-        super().load_state_dict(state)
+        super().load_state_dict(_of_today(state))
         if not self._manual:
             self.steps = self._iterations() or 0
 
@@ -205,3 +205,12 @@ class Spectral(BaseAttachment[Constrained[Variable]], keras.callbacks.Callback):
         if due:
             self.look()
             self.fire(list(due.values()), max(step, 1))
+
+
+def _of_today(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state whose sizes have the name that they had first, "grid", with that of today."""
+    weights = dict(state.get("weights", {}))
+    for name, saved in weights.items():
+        if isinstance(saved, Mapping) and "grid" in saved:
+            weights[name] = {"sizes": saved["grid"]} | dict(saved)
+    return {**state, "weights": weights}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -214,9 +215,14 @@ def test_sizes_may_grow() -> None:
     assert "call" in vars(net.conv)
     second.detach()
     assert "call" not in vars(net.conv)
-    again = specops.attach(None, net, CLIP)
-    again.load_state_dict(saved)
-    assert again.geometries()["conv/kernel"].grid == (6, 6)
+    older = copy.deepcopy(saved)
+    for weight in older["weights"].values():
+        weight["grid"] = weight.pop("sizes")
+    for state in (saved, older):
+        again = specops.attach(None, net, CLIP)
+        again.load_state_dict(state)
+        assert again.geometries()["conv/kernel"].grid == (6, 6)
+        again.detach()
 
 
 def test_unknown_sizes_stand_for_all() -> None:
