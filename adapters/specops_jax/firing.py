@@ -106,7 +106,7 @@ def advance(
 def enforced(item: Item, weight: Any) -> Any:
     """A certified firing on the host."""
     _refuse_nonfinite(item, weight)
-    rule, held = item.rule, jax.device_get(weight)
+    rule, held = item.weight_rule, jax.device_get(weight)
     state = _act(item, partial(rule.init, held, item.geometry, item.name))
     new = _act(item, partial(rule.enforce, held, item.geometry, state, step=1, name=item.name))[0]
     return weight if new is held else jax.device_put(new, weight.sharding)

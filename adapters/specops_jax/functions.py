@@ -157,10 +157,10 @@ def normalize_params(
     step = state.step + 1
     for item in own.of("forward"):
         options: dict[str, Any] = {"step": step, "name": item.name}
-        if scales is not None and item.rule.trained_scale() is not None:
+        if scales is not None and item.forward_rule.trained_scale() is not None:
             options["scale"] = scales[_scale_name(own, item)]
         weight = leaves[item.index]
-        leaves[item.index] = item.rule.apply(
+        leaves[item.index] = item.forward_rule.apply(
             weight, item.geometry, state.rules[item.name], **options
         )
     return jax.tree.unflatten(structure, leaves)
@@ -173,7 +173,7 @@ def init_scales(
     own, leaves, _ = program(params, plan, geometries)
     result = {}
     for item in own.of("forward"):
-        scale = item.rule.trained_scale()
+        scale = item.forward_rule.trained_scale()
         if scale is not None:
             dtype = jnp.promote_types(leaves[item.index].dtype, jnp.float32)
             result[_scale_name(own, item)] = jnp.asarray(scale.initial, dtype)
@@ -181,8 +181,11 @@ def init_scales(
 
 
 def _scale_name(own: Program, item: Item) -> str:
+    scale = item.forward_rule.trained_scale()
+    if scale is None or not scale.shared:
+        return item.name
     rules = [entry[1] for entry in own.plan.entries]
-    return f"rule {rules.index(item.rule)}" if item.rule.trained_scale().shared else item.name
+    return f"rule {rules.index(item.rule)}"
 
 
 def report(

@@ -139,7 +139,8 @@ def _holds(found: dict[str, Any], started: dict[str, Any]) -> bool:
 def _started(item: Item, weight: Any) -> dict[str, Any]:
     """Shapes of the state that a rule starts with."""
     shapes = _shapes if item.is_key else _shapes.__wrapped__
-    found: dict[str, Any] = shapes(item.rule, item.geometry, weight.shape, weight.dtype)
+    rule: Any = item.rule
+    found: dict[str, Any] = shapes(rule, item.geometry, weight.shape, weight.dtype)
     return found
 
 

@@ -114,7 +114,7 @@ class Constrained(training.Constrained[Location]):
             return training.UNSEEN
         if (
             self.stage == "weights"
-            and not self.rule.refuses_nonfinite(self.geometry)
+            and not self.weight_rule.refuses_nonfinite(self.geometry)
             and not _finite(weight)
         ):
             raise NonFiniteError
@@ -139,7 +139,8 @@ class Constrained(training.Constrained[Location]):
         if not state:
             state = rule.init(weight, geometry, self.name)
         if vectors and self.stage == "gradients":
-            state, figures = rule.advance(weight, geometry, state, step=step, name=self.name)
+            advance = self.gradient_rule.advance
+            state, figures = advance(weight, geometry, state, step=step, name=self.name)
             term = weight
         else:
             term, state, figures = rule.update(weight, geometry, state, step=step, name=self.name)
@@ -220,7 +221,7 @@ class Constrained(training.Constrained[Location]):
             self.in_use.overrides["step"] = step
         if not self.rule.is_scheduled():
             return
-        arguments = self.rule.arguments(step, self.name, self.geometry)
+        arguments = self.forward_rule.arguments(step, self.name, self.geometry)
         for key, value in arguments.items():
             if key != "step":
                 parameter = self.location.parameter

@@ -69,7 +69,8 @@ def _add(c: Constrained, term: torch.Tensor, state: Any, step: int, scale: Any) 
     if not c.adds_in_place(geometry):
         gradient.add_(term if scale is None else term * scale.to(term.device))
         return
-    strength, follow = c.rule.strength_at(step, c.name, geometry), c.rule.tracked(geometry)
+    strength, follow = c.gradient_rule.strength_at(step, c.name, geometry), c.rule.tracked(geometry)
+    assert follow is not None
     on_host = gradient.is_cpu and (scale is None or scale.is_cpu)
     # A dyad for each block of rows, which the gradient takes in place.
     vectors = follow.directions(state)

@@ -55,7 +55,8 @@ def with_penalty(
                 if parameter.grad is None:
                     continue
                 try:
-                    value, gradient = c.rule.penalty(
+                    assert c.state is not None
+                    value, gradient = c.gradient_rule.penalty(
                         parameter.detach(), c.geometry, c.state, step=step, name=c.name
                     )
                 except SpecopsError as error:

@@ -29,7 +29,7 @@ class Scales:
         for c in constrained:
             if c.in_use is None:
                 continue
-            scale = c.rule.trained_scale()
+            scale = c.forward_rule.trained_scale()
             if scale is None:
                 continue
             key = self._shared(c.rule) if scale.shared else c.name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from specops.geometry import Geometry
@@ -23,7 +23,7 @@ class BaseAdapter:
     """
 
     name: str
-    attachment: ClassVar[Any]
+    attachment: ClassVar[Callable[..., BaseAttachment[Any]]]
 
     def attach(
         self,
@@ -33,7 +33,7 @@ class BaseAdapter:
         *,
         geometries: Mapping[str, Geometry] | None,
         **options: Any,
-    ) -> Any:
+    ) -> BaseAttachment[Any]:
         """Make the plan act after every step of the optimizer."""
         return self.attachment(optimizer, model, plan, geometries, **options)
 
@@ -41,9 +41,7 @@ class BaseAdapter:
         self, model: Any, plan: Plan, *, geometries: Mapping[str, Geometry] | None, **options: Any
     ) -> Report:
         """Fire every rule of the plan once; weights of forward rules become those in use."""
-        attachment: BaseAttachment[Any] = self.attach(
-            None, model, plan.once(), geometries=geometries, **options
-        )
+        attachment = self.attach(None, model, plan.once(), geometries=geometries, **options)
         try:
             attachment.step()
             report = attachment.report()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from specops.errors import AdapterError
 from specops.geometry import Geometry
+from specops.rules import ForwardRule, GradientRule, StagedRule, WeightRule
+from specops.rules.base import Stage
 from specops.training.cautions import caution
 from specops.training.plan import Assignment
 
@@ -22,15 +24,31 @@ class Assigned:
         return self.assignment.weight.name
 
     @property
-    def rule(self) -> Any:
+    def rule(self) -> StagedRule:
         """The rule that acts on it."""
-        return self.assignment.rule
+        rule = self.assignment.rule
+        assert rule is not None
+        return rule
 
     @property
-    def stage(self) -> str:
+    def weight_rule(self) -> WeightRule:
+        """The rule, of stage "weights"."""
+        return cast(WeightRule, self.rule)
+
+    @property
+    def gradient_rule(self) -> GradientRule:
+        """The rule, of stage "gradients"."""
+        return cast(GradientRule, self.rule)
+
+    @property
+    def forward_rule(self) -> ForwardRule:
+        """The rule, of stage "forward"."""
+        return cast(ForwardRule, self.rule)
+
+    @property
+    def stage(self) -> Stage:
         """When the rule acts."""
-        stage: str = self.rule.stage
-        return stage
+        return self.rule.stage
 
     @property
     def geometry(self) -> Geometry:

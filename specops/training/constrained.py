@@ -94,20 +94,15 @@ class Constrained(Assigned, Generic[P]):
 
     def start(self, weight: Array) -> State:
         """The rule's state for the weight as it is."""
-        state: State = self.rule.init(weight, self.geometry, self.name)
-        return state
+        return self.rule.init(weight, self.geometry, self.name)
 
     def act(
         self, weight: Array, step: int, *, certain: bool
     ) -> tuple[Array, State, dict[str, Any]]:
         """What the rule gives: (array, new state, figures); certified with `certain`."""
         state = self.start(weight) if self.state is None else self.state
-        rule = self.rule
-        act = rule.enforce if certain else rule.update
-        result: tuple[Array, State, dict[str, Any]] = act(
-            weight, self.geometry, state, step=step, name=self.name
-        )
-        return result
+        act = self.weight_rule.enforce if certain else self.rule.update
+        return act(weight, self.geometry, state, step=step, name=self.name)
 
     def keep(self, outcome: Outcome[Any]) -> None:
         """Store what a firing gave: of rules on weights the array, of all the state."""
@@ -139,7 +134,8 @@ class Constrained(Assigned, Generic[P]):
                 self.prepare()
             if self.state is None:
                 return w
-            return self.rule.apply(w, self.geometry, self.state, step=step, name=self.name)
+            rule = self.forward_rule
+            return rule.apply(w, self.geometry, self.state, step=step, name=self.name)
 
     def _is_written_to(self, w: Array) -> bool:
         """Whether the norm along the vectors is not what it was: a checkpoint, an average."""
