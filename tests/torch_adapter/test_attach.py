@@ -451,7 +451,8 @@ def test_misfit_found_at_the_first_forward() -> None:
 def test_a_rule_that_needs_a_size_acts_once_there_is_one() -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Flatten(), nn.Linear(75, 2))
     attachment = specops.attach(None, model, specops.SpectralHammer(0.1, norm="operator"))
-    attachment.step()
+    with pytest.warns(errors.CautionWarning, match="run a forward pass first"):
+        attachment.step()
     assert "no input yet" in attachment.history[0]["skipped"]
     assert attachment.report(measure=False)["0.weight"].rule
     model(torch.zeros(1, 2, 5, 5))
