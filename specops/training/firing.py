@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
-from specops.errors import CautionWarning, NonFiniteError, NonFiniteWarning, SpecopsError
+from specops.errors import NonFiniteError, NonFiniteWarning, SpecopsError
+from specops.training.cautions import caution
 from specops.training.constrained import UNSEEN, Constrained
 from specops.training.outcome import Outcome
 from specops.training.weight import is_misfit
@@ -83,11 +84,9 @@ def _warn_unseen(c: Constrained[Any]) -> None:
     """Say once that a rule after the step does nothing until an input was seen."""
     if not c.told:
         c.told = True
-        warnings.warn(
+        caution(
             f"{c.name} is left as it is, because {UNSEEN}, and {c.rule!r} needs its size: run a "
-            f"forward pass first, or name the input_shape in geometries=",
-            CautionWarning,
-            stacklevel=2,
+            f"forward pass first, or name the input_shape in geometries="
         )
 
 
