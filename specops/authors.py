@@ -18,7 +18,7 @@ from specops.errors import (
 from specops.geometry import Geometry
 from specops.hookspecs import Adapter, AdapterStatus, hookimpl
 from specops.plugins import manager
-from specops.rules import Rule
+from specops.rules import ForwardRule, GradientRule, Rule, WeightRule
 from specops.training.adapter import BaseAdapter
 from specops.training.attachment import BaseAttachment
 from specops.training.constrained import Constrained
@@ -40,8 +40,10 @@ __all__ = [
     "BaseAdapter",
     "BaseAttachment",
     "Constrained",
+    "ForwardRule",
     "Geometry",
     "GeometryError",
+    "GradientRule",
     "History",
     "HookLostWarning",
     "NonFiniteError",
@@ -59,6 +61,7 @@ __all__ = [
     "UnsupportedArrayError",
     "UnsupportedGeometryError",
     "Weight",
+    "WeightRule",
     "hookimpl",
     "manager",
     "override_geometries",

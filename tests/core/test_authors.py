@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 NAMES = {
     *("Adapter", "AdapterStatus", "hookimpl", "manager"),
     *("Assignment", "Geometry", "Plan", "Rule", "Weight", "override_geometries"),
+    *("ForwardRule", "GradientRule", "WeightRule"),
     *("Attachment", "BaseAdapter", "BaseAttachment", "Constrained", "Outcome", "Parameter"),
     *("History", "NonFinitePolicy", "Record", "Report", "ReportRow", "plan_rows"),
     *("AdapterError", "GeometryError", "NonFiniteError", "PlanError", "SpecopsError"),
