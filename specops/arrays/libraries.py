@@ -25,8 +25,10 @@ def library(x: Array) -> Library:
     for base, found in _TOLD_BY_BASE:
         if isinstance(x, base):
             return found
-    if "torch" in sys.modules and not _TOLD_BY_BASE:
-        _TOLD_BY_BASE.append((sys.modules["torch"].Tensor, _instance("torch")))
+    # Another thread may be importing it now: without its class there are no tensors yet.
+    tensor = None if _TOLD_BY_BASE else getattr(sys.modules.get("torch"), "Tensor", None)
+    if tensor is not None and isinstance(x, tensor):
+        _TOLD_BY_BASE.append((tensor, _instance("torch")))
         return library(x)
     known = _BY_TYPE.get(type(x))
     return _recognised(type(x)) if known is None else known
@@ -51,7 +53,7 @@ def if_loaded(module: str) -> Library | None:
 def _recognised(kind: type) -> Library:
     found = _NUMPY if issubclass(kind, (np.ndarray, np.generic)) else _STANDARD
     for module, base in _OF_OTHERS:
-        if module in sys.modules and issubclass(kind, getattr(sys.modules[module], base)):
+        if issubclass(kind, getattr(sys.modules.get(module), base, ())):
             found = _instance(module.partition(".")[0])
     _BY_TYPE[kind] = found
     return found
