@@ -12,7 +12,7 @@ from torch import nn
 
 from specops.errors import GeometryError, NonFiniteError
 from specops.geometry import Geometry
-from specops.tracking import Tracked
+from specops.tracking import Tracked, is_measured
 from specops.training.weight import is_misfit
 from specops_torch import fused
 from specops_torch.sizes import SizeRecorder
@@ -20,8 +20,6 @@ from specops_torch.weight_in_use import WeightInUse
 
 State = dict[str, torch.Tensor]
 _FORGOTTEN = (-1, -1)
-_SAME = 1e-3
-"""Relative change of a norm along the same vectors that no rounding explains."""
 
 
 class InUse:
@@ -232,13 +230,7 @@ class InUse:
         if self.drifting or state is None or follow is None:
             return state is not None
         with torch.no_grad():
-            weight = raw.detach()
-            half = weight.dtype in (torch.float16, torch.bfloat16)
-            norms = follow.norms(weight.float() if half else weight, state)
-            pairs = zip(norms, follow.measured(state), strict=True)
-            return all(
-                torch.allclose(a, b.to(a), rtol=_SAME, atol=0.0, equal_nan=True) for a, b in pairs
-            )
+            return is_measured(follow, raw.detach(), state)
 
     def _measured(self, raw: torch.Tensor) -> State | None:
         if self.state is not None and self._follow is None:

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from specops.geometry import Dense, Geometry
+from specops.tracking.freshness import is_measured
 from specops.tracking.matrices import (
     TrackedBlocks,
     TrackedKernel,
@@ -37,6 +38,7 @@ __all__ = [
     "TrackedTorus",
     "are_alike",
     "check_norm",
+    "is_measured",
     "packed",
     "stepped_on_host",
     "track",

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from specops import arrays
 from specops.errors import AdapterError, NonFiniteError
 from specops.geometry import Dense, Geometry
-from specops.tracking import are_alike
+from specops.tracking import are_alike, is_measured
 from specops.training.assigned import Assigned
 from specops.training.outcome import Outcome
 from specops.training.parameter import Parameter
@@ -20,8 +20,6 @@ from specops.typing import Array, State
 P = TypeVar("P", bound=Parameter)
 UNSEEN = "its layer has seen no input yet"
 """Why a rule that needs the size of an input leaves a weight alone."""
-_SAME = 1e-3
-"""Relative change of a norm, seen along the same vectors, that no rounding explains."""
 
 
 class Constrained(Assigned, Generic[P]):
@@ -143,14 +141,8 @@ class Constrained(Assigned, Generic[P]):
         if self.drifting or follow is None:
             return False
         assert self.state is not None
-        xp = arrays.namespace(w)
-        norms = follow.norms(arrays.to_compute(xp, w), self.state)
         # A norm that is not finite is for the next step to report.
-        changed = [
-            xp.any(xp.abs(now - then) > _SAME * xp.abs(then))
-            for now, then in zip(norms, follow.measured(self.state), strict=True)
-        ]
-        return any(bool(flag) for flag in changed)
+        return not is_measured(follow, w, self.state)
 
     def measured(self, step: int) -> dict[str, Any]:
         """Its norm now, for a report: exact where it can be, else a certified upper bound."""
