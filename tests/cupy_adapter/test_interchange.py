@@ -118,7 +118,8 @@ def test_without_torch(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interchange, "util", SimpleNamespace(find_spec=lambda name: None))
     with pytest.raises(AdapterError, match=r"specops\[torch\]"):
         to_torch(array)
-    monkeypatch.delitem(sys.modules, "torch")
+    others = {name: module for name, module in sys.modules.items() if name != "torch"}
+    monkeypatch.setattr(sys, "modules", others)
     with pytest.raises(UnsupportedArrayError, match="expected a torch tensor"):
         from_torch(np.ones(2))
 
