@@ -26,7 +26,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 # Each program runs once or twice: compiled without optimisations it takes a quarter less.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
-from tests.backends import BACKENDS, MISSING, Backend
+from tests.backends import BACKENDS, EVERY_CASE, MISSING, SAMPLED, Backend
 
 if "torch" in sys.modules:
     # What it says once in a process would fail whichever test comes first.
@@ -53,7 +53,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _is_on_slow_backend(item) or item.path.parent.name in _SLOW_FOLDERS:
             item.add_marker(pytest.mark.slow)
+    if not EVERY_CASE:
+        _sample(items)
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def _sample(items: list[pytest.Item]) -> None:
+    """Leave the slow libraries a few cases of each test, from its first to its last."""
+    cases: dict[tuple[str, str], list[pytest.Item]] = {}
+    for item in items:
+        for backend in _backends(item):
+            if backend.name in SAMPLED:
+                cases.setdefault((item.nodeid.partition("[")[0], backend.name), []).append(item)
+    for (_, name), same in cases.items():
+        count = min(SAMPLED[name], len(same))
+        kept = {round(i * (len(same) - 1) / max(count - 1, 1)) for i in range(count)}
+        for i, item in enumerate(same):
+            if i not in kept:
+                reason = "a sample of the cases; SPECOPS_CASES=300 runs all"
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -69,9 +87,13 @@ _SLOW_BACKENDS = ("jax", "array_api_strict")
 """JAX compiles every operation for each shape, and the strict library checks each."""
 
 
-def _is_on_slow_backend(item: pytest.Item) -> bool:
+def _backends(item: pytest.Item) -> list[Backend]:
     given = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    return any(isinstance(x, Backend) and x.name.startswith(_SLOW_BACKENDS) for x in given)
+    return [x for x in given if isinstance(x, Backend)]
+
+
+def _is_on_slow_backend(item: pytest.Item) -> bool:
+    return any(x.name.startswith(_SLOW_BACKENDS) for x in _backends(item))
 
 
 _PARAMETERS = [pytest.param(b, id=b.name) for b in BACKENDS] + [

@@ -10,7 +10,7 @@ import specops
 from specops import Conv, Dense, errors
 from specops.geometry import Geometry
 from tests import oracle
-from tests.backends import Backend
+from tests.backends import Backend, leave_to_others
 from tests.strategies import Case, convolutions, denses
 
 MEASURES = (
@@ -236,6 +236,7 @@ def test_any_size_bounds_hold_for_each_size() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_many_groups_of_similar_norm(eager: Backend, dtype: str) -> None:
+    leave_to_others(eager, dtype == "float32")
     for seed in range(1 if eager.name == "jax" else 6):  # which compiles for long
         rng = np.random.default_rng(seed)
         w = rng.standard_normal((16, 1, 3, 3)).astype(dtype)
