@@ -78,6 +78,7 @@ def _norms(
         blocks = np.exp(1j * (points[part] @ shifts.T)) @ wide
         blocks = blocks.reshape(-1, symbol.sizes.groups, *symbol.block_shape)
         largest = np.linalg.eigvalsh(gram(blocks))[..., -1].max(axis=1)
-        return np.sqrt(np.maximum(largest, 0.0))
+        norms: np.ndarray = np.sqrt(np.maximum(largest, 0.0))
+        return norms
 
     return np.concatenate(workers.map_chunks(work, len(points), item_bytes))
