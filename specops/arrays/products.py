@@ -72,13 +72,14 @@ def in_full_precision(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        first = args[0] if args else next(iter(kwargs.values()), None)
-        shape = getattr(first, "shape", ())
-        sized = isinstance(shape, tuple) and all(isinstance(n, int) for n in shape)
         torch = if_loaded("torch")
+        compiling = torch is not None and torch.is_compiling()
 
         def run() -> R:
-            if not sized or not workers.is_small(shape):
+            first = args[0] if args else next(iter(kwargs.values()), None)
+            shape = getattr(first, "shape", ())
+            sized = isinstance(shape, tuple) and all(isinstance(n, int) for n in shape)
+            if compiling or not sized or not workers.is_small(shape):
                 return function(*args, **kwargs)
             with library(first).one_thread(first):
                 return function(*args, **kwargs)
