@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
-from specops.arrays import host
+from specops.arrays import host, workers
 from specops.arrays.standard import Library
 from specops.typing import Array, Namespace
 
@@ -78,6 +79,10 @@ class NumPy(Library):
     def gram(self, xp: Namespace, a: Array, dtype: Any) -> Array:
         """By halves where that saves products."""
         return host.gram(a.astype(dtype, copy=False))
+
+    def one_thread(self, x: Array) -> AbstractContextManager[Any]:
+        """Of BLAS."""
+        return workers.one_blas_thread()
 
     def eigh(self, xp: Namespace, a: Array) -> tuple[Array, Array]:
         """In single precision where NumPy's public function takes double, at twice the time."""

@@ -10,6 +10,7 @@ from typing import ParamSpec, TypeVar
 import array_api_compat as compat
 import numpy as np
 
+from specops.arrays import workers
 from specops.arrays.dtypes import is_complex
 from specops.arrays.libraries import if_loaded, library, library_of
 from specops.arrays.placement import constant
@@ -64,14 +65,28 @@ def ieee_products(xp: Namespace) -> AbstractContextManager[None]:
 
 
 def in_full_precision(function: Callable[P, R]) -> Callable[P, R]:
-    """Run without torch's autocast, which takes products in half precision."""
+    """Run without torch's autocast, which takes products in half precision.
+
+    And with one thread where the first argument is small.
+    """
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         torch = if_loaded("torch")
+        compiling = torch is not None and torch.is_compiling()
+
+        def run() -> R:
+            first = args[0] if args else next(iter(kwargs.values()), None)
+            shape = getattr(first, "shape", ())
+            sized = isinstance(shape, tuple) and all(isinstance(n, int) for n in shape)
+            if compiling or not sized or not workers.is_small(shape):
+                return function(*args, **kwargs)
+            with library(first).one_thread(first):
+                return function(*args, **kwargs)
+
         if torch is None:
-            return function(*args, **kwargs)
-        result: R = torch.without_autocast(lambda: function(*args, **kwargs))
+            return run()
+        result: R = torch.without_autocast(run)
         return result
 
     return wrapped

@@ -211,6 +211,10 @@ class Library:
         """Let solvers raise where they fail."""
         return nullcontext()
 
+    def one_thread(self, x: Array) -> AbstractContextManager[Any]:
+        """Work on `x` with one thread, where threads are this process's own."""
+        return nullcontext()
+
     def eigh(self, xp: Namespace, a: Array) -> tuple[Array, Array]:
         """Eigenvalues, ascending, and eigenvectors; raises where the solver gives up."""
         values, vectors = xp.linalg.eigh(a)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from specops.arrays import workers
 from specops.arrays.standard import SPLIT_FROM, Library
 from specops.typing import Array, Namespace
 
@@ -175,6 +176,23 @@ class Torch(Library):
                 with torch.autocast(device, enabled=False):
                     return self.without_autocast(function)
         return function()
+
+    @contextmanager
+    def one_thread(self, x: Array) -> Iterator[None]:
+        """Of torch, and of NumPy's BLAS, which sees its tensors."""
+        if torch.compiler.is_compiling() or x.device.type != "cpu":
+            yield
+            return
+        with workers.one_blas_thread():
+            threads = torch.get_num_threads()
+            if threads == 1:
+                yield
+                return
+            torch.set_num_threads(1)
+            try:
+                yield
+            finally:
+                torch.set_num_threads(threads)
 
     def row_blocks(self, a: Array) -> Array | None:
         """As many blocks as threads, or twice as many."""

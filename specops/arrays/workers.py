@@ -1,13 +1,15 @@
 """Workers for stacks of small matrices on the CPU: many LAPACK calls at once, not one in pieces.
 
 LAPACK gains little from threads inside one small matrix and loses much when they fight over
-cores. Work on a stack is therefore cut into chunks, and as many workers as BLAS had threads
-take them, each with one BLAS thread while it lasts. A user who gave BLAS one thread gets one
-worker; whatever was set is set again afterwards.
+cores, most of all with those of other processes: whole public functions on small weights run with
+one thread. Work on a stack is cut into chunks, and as many workers as BLAS had threads take them,
+each with one BLAS thread while it lasts. A user who gave BLAS one thread gets one worker; whatever
+was set is set again afterwards.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -20,10 +22,16 @@ _CHUNK_BYTES = 4 * 2**20
 """Blocks of one chunk at most, a choice of memory per worker: with chunks twice as large a pool was
 4.5 to 6.6 times as fast as torch's SVD of all blocks at once, in a sixth to a third of the
 memory."""
+_SMALL_MATRIX, _SMALL_WEIGHT = 2**16, 2**17
+"""Entries of a weight's largest matrix, and of the weight, up to which a function takes one thread.
+Beside six busy processes on two cores its functions took 2 to 35 times as long with two threads at
+256×256 and at 32 of 64×64, up to 30 times as much of the processor."""
+_TINY = 2**12
+"""Entries of a matrix below which no library was seen to use threads."""
 
 _lock = threading.Lock()
 _depth = 0
-_restore: Any = None
+_restore: list[tuple[Any, int]] = []
 _workers = 1
 
 
@@ -42,8 +50,11 @@ def one_blas_thread() -> Iterator[int]:
     with _lock:
         if _depth == 0:
             controller = _controller(tuple(m in sys.modules for m in ("torch", "scipy")))
-            _workers = max((lib["num_threads"] for lib in controller.info()), default=1)
-            _restore = controller.limit(limits=1)
+            _restore = [(lib, lib.num_threads) for lib in controller.lib_controllers]
+            _workers = max((threads for _, threads in _restore), default=1)
+            for lib, threads in _restore:
+                if threads != 1:
+                    lib.set_num_threads(1)
         _depth += 1
         workers = _workers
     try:
@@ -52,7 +63,19 @@ def one_blas_thread() -> Iterator[int]:
         with _lock:
             _depth -= 1
             if _depth == 0:
-                _restore.restore_original_limits()
+                for lib, threads in _restore:
+                    if threads != 1:
+                        lib.set_num_threads(threads)
+
+
+def is_small(shape: tuple[int, ...]) -> bool:
+    """Whether what is done with a weight, or a stack of matrices, of this shape takes one thread.
+
+    Kernels are never tiny: their products are with whole grids.
+    """
+    matrix, entries = math.prod(sorted(shape)[-2:]), math.prod(shape)
+    tiny = len(shape) < 3 and entries < _TINY
+    return not tiny and matrix <= _SMALL_MATRIX and entries <= _SMALL_WEIGHT
 
 
 def map_chunks(function: Callable[[slice], Any], count: int, item_bytes: int) -> list[Any]:

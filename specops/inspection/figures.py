@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from specops import arrays
 from specops.geometry import Conv, Dense, Geometry
 from specops.linalg.golub_kahan import largest_singular_triplet
 from specops.maps.convolution import ConvOperator
@@ -68,6 +69,7 @@ class Figures:
     spectrum: np.ndarray | None = None
 
 
+@arrays.in_full_precision
 def figures_of(w: np.ndarray, geometry: Geometry, method: Method = "auto") -> Figures:
     """The figures of a finite weight that stands for `geometry`."""
     if isinstance(geometry, Dense):

@@ -1,6 +1,7 @@
 """A convolution as a linear operator: products with it and with its adjoint, matrix free.
 
-Each product is one small matrix product per kernel tap on a shifted view of the grid.
+Each product is one matrix product with the views of the grid that the kernel's taps see, one under
+the other.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ import numpy as np
 from specops import arrays
 from specops.geometry import ConvSizes
 from specops.typing import Array
+
+_SEEN_AT_ONCE = 2**23
+"""Entries that the taps see in one product of the explicit matrix: a choice of memory, 64 MiB in
+double precision."""
 
 
 class ConvOperator:
@@ -35,6 +40,9 @@ class ConvOperator:
         self.blocks = sizes.groups
         self._fine, self._coarse, self._lower = sizes.fine, sizes.coarse, sizes.lower
         self._taps = list(itertools.product(*(range(k) for k in sizes.kernel)))
+        # (groups, rows, taps·columns)
+        matrix = self.xp.permute_dims(kernel, (0, 1, *range(3, kernel.ndim), 2))
+        self._matrix = self.xp.reshape(matrix, (*kernel.shape[:2], -1))
         self._padded = tuple(
             max((m - 1) * s + span, n + lower)
             for n, m, s, span, lower in zip(
@@ -47,46 +55,44 @@ class ConvOperator:
         xp, sizes = self.xp, self.sizes
         lead = x.shape[:-1]
         x = xp.reshape(x, (*lead, sizes.groups, sizes.columns, *self._fine))
-        x = self._pad(x)
-        total = None
-        for tap in self._taps:
-            seen = xp.reshape(
-                x[(..., *self._window(tap))],
-                (*lead, sizes.groups, sizes.columns, math.prod(self._coarse)),
-            )
-            part = arrays.matmul(self._matrix(tap), seen)
-            total = part if total is None else total + part
-        return xp.reshape(total, (*lead, self.shape[0]))
+        return xp.reshape(arrays.matmul(self._matrix, self._seen(x)), (*lead, self.shape[0]))
 
     def rmatvec(self, y: Array) -> Array:
         """Aᴴ y: (..., rows of A) to (..., columns of A)."""
         xp, sizes = self.xp, self.sizes
         lead = y.shape[:-1]
         y = xp.reshape(y, (*lead, sizes.groups, sizes.rows, math.prod(self._coarse)))
+        parts = arrays.matmul(arrays.adjoint(xp, self._matrix), y)
+        parts = xp.reshape(
+            parts, (*lead, sizes.groups, len(self._taps), sizes.columns, *self._coarse)
+        )
         padded = arrays.zeros((*lead, sizes.groups, sizes.columns, *self._padded), like=self.data)
-        for tap in self._taps:
-            part = arrays.matmul(arrays.adjoint(xp, self._matrix(tap)), y)
-            part = xp.reshape(part, (*lead, sizes.groups, sizes.columns, *self._coarse))
-            padded = arrays.add_at(padded, (..., *self._window(tap)), part)
+        rest = [slice(None)] * (1 + len(self._coarse))
+        for index, tap in enumerate(self._taps):
+            padded = arrays.add_at(padded, (..., *self._window(tap)), parts[(..., index, *rest)])
         return xp.reshape(self._unpad(padded), (*lead, self.shape[1]))
 
     def gradient(self, u: Array, v: Array) -> Array:
         """The kernel E with ⟨K, E⟩ = ⟨u, A(K) v⟩ for every K: for each tap Σ u times conj(v)."""
         xp, sizes = self.xp, self.sizes
-        v = self._pad(xp.reshape(v, (sizes.groups, sizes.columns, *self._fine)))
+        seen = self._seen(xp.reshape(v, (sizes.groups, sizes.columns, *self._fine)))
         u = xp.reshape(u, (sizes.groups, sizes.rows, -1))
-        per_tap = []
-        for tap in self._taps:
-            seen = xp.reshape(v[(..., *self._window(tap))], (sizes.groups, sizes.columns, -1))
-            per_tap.append(arrays.matmul(u, arrays.adjoint(xp, seen)))
-        return xp.reshape(xp.stack(per_tap, axis=-1), self.data.shape)
+        found = arrays.matmul(u, arrays.adjoint(xp, seen))
+        found = xp.reshape(found, (sizes.groups, sizes.rows, *sizes.kernel, sizes.columns))
+        order = (0, 1, found.ndim - 1, *range(2, found.ndim - 1))
+        return xp.permute_dims(found, order)
 
     def to_matrix(self) -> Array:
         """The explicit matrix; memory grows with its `shape`."""
-        eye = arrays.constant(np.eye(self.shape[1]), self.data)
-        if arrays.is_complex(self.data):
-            eye = self.xp.astype(eye, self.data.dtype)
-        return self.xp.matrix_transpose(self.matvec(eye))
+        xp, n = self.xp, self.shape[1]
+        some = max(1, _SEEN_AT_ONCE // (len(self._taps) * n))
+        found = []
+        for first in range(0, n, some):
+            eye = arrays.constant(np.eye(min(some, n - first), n, first), self.data)
+            if arrays.is_complex(self.data):
+                eye = xp.astype(eye, self.data.dtype)
+            found.append(self.matvec(eye))
+        return xp.matrix_transpose(found[0] if len(found) == 1 else xp.concat(found, axis=0))
 
     def squared_frobenius(self) -> Array:
         """‖A‖_F² = Σ_a ‖K_a‖² · (outputs whose tap a reads inside the grid)."""
@@ -101,8 +107,13 @@ class ConvOperator:
             counts = np.multiply.outer(counts, np.array(uses, float))
         return xp.sum(xp.abs(kernel) ** 2 * arrays.constant(counts, kernel))
 
-    def _matrix(self, tap: tuple[int, ...]) -> Array:
-        return self.data[(..., *tap)]
+    def _seen(self, x: Array) -> Array:
+        """What each tap sees of x (..., groups, columns, *fine): (..., taps·columns, coarse)."""
+        padded = self._pad(x)
+        axis = padded.ndim - len(self._fine) - 1
+        seen = self.xp.concat([padded[(..., *self._window(t))] for t in self._taps], axis=axis)
+        rows = len(self._taps) * self.sizes.columns
+        return self.xp.reshape(seen, (*x.shape[:axis], rows, -1))
 
     def _window(self, tap: tuple[int, ...]) -> tuple[slice, ...]:
         return tuple(

@@ -45,9 +45,9 @@ def spectral_norm(w: Array, geometry: Geometry | None = None) -> Array | tuple[A
     array, shape (\*batch,)
         Real, of the namespace and device of `w`; exact up to rounding for Dense and circular
         Conv. For a zero boundary (and a circular stride that does not divide the grid) Lanczos
-        on the operator itself, run until it has converged or 512 steps: it is never more than
-        the norm. Traced (jit) it runs 32 steps without a test of convergence. With
-        ``Dense(splits=...)`` a tuple.
+        on the operator itself, run until it has converged or 1024 steps, under jit too: it is
+        never more than the norm. Under torch's compilers and vmap it runs 32 steps without a
+        test of convergence. With ``Dense(splits=...)`` a tuple.
 
     Raises
     ------

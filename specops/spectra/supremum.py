@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import numpy as np
 
+from specops.arrays import workers
 from specops.arrays.host import gram
 from specops.maps.symbol import Symbol
 
@@ -70,13 +70,15 @@ def _norms(
     coefficients: np.ndarray, symbol: Symbol, shifts: np.ndarray, points: np.ndarray
 ) -> np.ndarray:
     """σ₁ of the blocks at any frequencies, groups' largest, in double precision."""
-    result: list[Any] = []
     # Neither phases nor blocks of all points at once.
-    widest = max(coefficients.shape[1], len(shifts))
-    for part in np.array_split(points, max(1, len(points) * widest // 2**19)):
-        phases = np.exp(1j * (part @ shifts.T))
-        blocks = phases @ coefficients.astype(np.complex128)
+    item_bytes = 16 * max(coefficients.shape[1], len(shifts))
+    wide = coefficients.astype(np.complex128)
+
+    def work(part: slice) -> np.ndarray:
+        blocks = np.exp(1j * (points[part] @ shifts.T)) @ wide
         blocks = blocks.reshape(-1, symbol.sizes.groups, *symbol.block_shape)
         largest = np.linalg.eigvalsh(gram(blocks))[..., -1].max(axis=1)
-        result.append(np.sqrt(np.maximum(largest, 0.0)))
-    return np.concatenate(result)
+        norms: np.ndarray = np.sqrt(np.maximum(largest, 0.0))
+        return norms
+
+    return np.concatenate(workers.map_chunks(work, len(points), item_bytes))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from tests.benchmarks import conv, imports, inspection, project, step
+from tests.benchmarks import busy, conv, imports, inspection, padded, project, step
 from tests.benchmarks.harness import environment
 
 BENCHMARKS = {
+    "busy": busy.run,
     "conv": conv.run,
     "import": imports.run,
     "inspect": inspection.run,
+    "padded": padded.run,
     "project": project.run,
     "step": step.run,
 }
