@@ -97,16 +97,23 @@ def exceeds(grams: np.ndarray, bound: float) -> np.ndarray:
     shifted = -grams
     index = np.arange(n)
     shifted[..., index, index] += np.asarray(bound, grams.dtype) ** 2
+    return ~have_factors(shifted)
+
+
+def have_factors(matrices: np.ndarray) -> np.ndarray:
+    """Which of stacked Hermitian matrices, which are overwritten, have a Cholesky factor."""
     if _SINGLE:
+        # In place: pages of a new result cost more than the factor of a small matrix.
         with np.errstate(invalid="ignore"):
-            factor = _lapack.cholesky_lo(shifted)
-        return np.asarray(np.isnan(factor[..., -1, -1]))
-    return np.array([_has_no_factor(matrix) for matrix in shifted.reshape(-1, n, n)], bool)
+            factors = _lapack.cholesky_lo(matrices, out=matrices)
+        return np.asarray(~np.isnan(factors[..., -1, -1]))
+    stack = matrices.reshape(-1, *matrices.shape[-2:])
+    return np.array([_has_factor(a) for a in stack], bool).reshape(matrices.shape[:-2])
 
 
-def _has_no_factor(matrix: np.ndarray) -> bool:
+def _has_factor(matrix: np.ndarray) -> bool:
     try:
         np.linalg.cholesky(matrix)
     except np.linalg.LinAlgError:
-        return True
-    return False
+        return False
+    return True

@@ -87,3 +87,7 @@ class NumPy(Library):
     def eigh(self, xp: Namespace, a: Array) -> tuple[Array, Array]:
         """In single precision where NumPy's public function takes double, at twice the time."""
         return host.eigh(a)
+
+    def has_cholesky(self, xp: Namespace, a: Array) -> Array:
+        """In place, and in single precision where NumPy's public function takes double."""
+        return host.have_factors(a)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from specops.errors import CheckpointError
 from specops.inspection.comparison import compare, records, show_comparison
 from specops.inspection.hints import Hints
 from specops.inspection.output import as_csv, as_json, show
+from specops.inspection.progress import shown_progress
 from specops.inspection.results import Inspection, upper
 from specops.inspection.run import inspect_checkpoint
 from specops.tables import printable
@@ -183,30 +183,8 @@ def _plot(found: Inspection, other: Inspection | None, path: str) -> int:
 
 
 def _inspect(path: str, hints: Hints, given: argparse.Namespace) -> Inspection:
-    with _progress() as progress:
-        return inspect_checkpoint(path, hints, method=given.method, progress=progress)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int, str], None] | None]:
-    """A bar on standard error, if that is a terminal."""
-    if not (sys.stderr.isatty() and find_spec("rich")):
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("opening", total=None)
-        yield lambda done, total, name: bar.update(
-            task, completed=done, total=total, description=printable(name)
-        )
+    with shown_progress(given.method) as calls:
+        return inspect_checkpoint(path, hints, method=given.method, **calls)
 
 
 def _hints(given: argparse.Namespace) -> Hints:

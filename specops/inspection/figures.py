@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,9 +10,8 @@ import numpy as np
 
 from specops import arrays
 from specops.geometry import Conv, Dense, Geometry
-from specops.linalg.golub_kahan import largest_singular_triplet
+from specops.inspection.large import norm_bounds
 from specops.maps.convolution import ConvOperator
-from specops.maps.matrix import MatrixOperator
 from specops.spectra import singular_values, spectral_norm, spectral_norm_bounds
 
 Method = Literal["auto", "exact", "bounds"]
@@ -30,8 +28,6 @@ _REFINED_UP_TO = 128
 """Channels up to which a supremum over all frequencies is refined."""
 _CHUNK = 2**22
 """Entries of which a triangular factor is made at once: a choice of memory, 32 MiB in double."""
-_SLICE_ENTRIES = 2**20
-"""Entries cast to double precision at once: a choice of memory, 8 MiB."""
 _SAFE = 1e-15
 """Entries whose squares are far from the ends of single precision."""
 
@@ -79,10 +75,15 @@ def figures_of(w: np.ndarray, geometry: Geometry, method: Method = "auto") -> Fi
     return _sized(w, geometry, method)
 
 
+def takes_bounds(side: int, method: Method) -> bool:
+    """Whether of matrices with this smaller side the norm is bounded and nothing decomposed."""
+    return method == "bounds" or (method == "auto" and side > _EXACT_UP_TO)
+
+
 def _dense(w: np.ndarray, geometry: Dense, method: Method) -> Figures:
     blocks = geometry.blocks(w)[0]
     stack = blocks.reshape(-1, *blocks.shape[-2:])
-    if method == "bounds" or (method == "auto" and min(stack.shape[1:]) > _EXACT_UP_TO):
+    if takes_bounds(min(stack.shape[1:]), method):
         found = [_bounded(a) for a in stack]
         return found[0] if len(found) == 1 else _worst(found)
     if len(stack) == 1:
@@ -163,7 +164,7 @@ def _worst(found: list[Figures]) -> Figures:
 
 
 def _bounded(a: np.ndarray) -> Figures:
-    scale = float(np.abs(a).max(initial=0.0))
+    scale = _largest(a)
     if scale == 0.0:
         return Figures(0.0, 0.0, "zero", 0.0, 0.0, 0.0, math.inf)
     if not _SAFE < scale < 1.0 / _SAFE:
@@ -171,54 +172,20 @@ def _bounded(a: np.ndarray) -> Figures:
         a = a / a.dtype.type(scale)
     else:
         scale = 1.0
-    start = np.asarray(np.random.default_rng(0).normal(size=a.shape[1])).astype(a.dtype)
-    v = largest_singular_triplet(np, MatrixOperator(a), start, tolerance=1e-5)[2]
-    # In double precision: ‖A v‖/‖v‖ is a lower bound up to the rounding of this product.
-    v = next(_slices(v[None, :]))[0]
-    squares = image = 0.0
-    for rows in _slices(a):
-        squares += float(np.vdot(rows, rows).real)
-        image += float(np.linalg.norm(rows @ v)) ** 2
-    sigma = math.sqrt(image) / float(np.linalg.norm(v))
-    upper = _certified(a, sigma, math.sqrt(squares))
-    lower = sigma * (1.0 - sum(a.shape) * np.finfo(float).eps)
+    bounds = norm_bounds(a)
     return Figures(
-        sigma_max=(lower * scale, upper * scale),
-        frobenius=math.sqrt(squares) * scale,
+        sigma_max=(bounds.lower * scale, bounds.upper * scale),
+        frobenius=bounds.frobenius * scale,
         method=f"{BOUNDED} of σ_max",
-        stable_rank=squares / sigma**2,
+        stable_rank=(bounds.frobenius / bounds.lower) ** 2,
     )
 
 
-def _certified(a: np.ndarray, sigma: float, frobenius: float) -> float:
-    """The least of some bounds above `sigma` for which bound²·I − G has a Cholesky factor.
-
-    As `specops.linalg.inside`, with G from slices, so that few copies are made at a time.
-    """
-    a = a if a.shape[0] >= a.shape[1] else a.T
-    gram = np.zeros((a.shape[1],) * 2, np.complex128 if np.iscomplexobj(a) else np.float64)
-    for rows in _slices(a):
-        gram -= rows.conj().T @ rows
-    diagonal = np.einsum("ii->i", gram)
-    step, added = 1e-5, 0.0
-    while sigma * (1.0 + step) < frobenius:
-        bound = sigma * (1.0 + step)
-        diagonal += bound**2 - added
-        added = bound**2
-        try:
-            np.linalg.cholesky(gram)
-        except np.linalg.LinAlgError:
-            step *= 10.0
-            continue
-        return bound * (1.0 + sum(a.shape) * np.finfo(float).eps)
-    return frobenius * (1.0 + a.size * np.finfo(float).eps)
-
-
-def _slices(a: np.ndarray) -> Iterator[np.ndarray]:
-    """Some rows at a time, in double precision."""
-    step = max(1, _SLICE_ENTRIES // a.shape[1])
-    for at in range(0, len(a), step):
-        yield a[at : at + step].astype(np.complex128 if np.iscomplexobj(a) else np.float64)
+def _largest(a: np.ndarray) -> float:
+    """max|a|, of real entries without a copy of all."""
+    if np.iscomplexobj(a):
+        return float(np.abs(a).max(initial=0.0))
+    return max(float(a.max(initial=0.0)), -float(a.min(initial=0.0)))
 
 
 def _every_size(w: np.ndarray, geometry: Conv, method: Method) -> Figures:

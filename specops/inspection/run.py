@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
 
 import numpy as np
@@ -26,6 +26,7 @@ def inspect_checkpoint(
     *,
     method: Method = "auto",
     progress: Progress | None = None,
+    listed: Callable[[Sequence[Entry]], None] | None = None,
 ) -> Inspection:
     """The spectral figures of every weight in a checkpoint.
 
@@ -40,6 +41,8 @@ def inspect_checkpoint(
         matrices whose smaller side exceeds 2048.
     progress : callable, optional
         Called with (tensors done, tensors, name of the next).
+    listed : callable, optional
+        Called once with what the file lists, before the first tensor is read.
 
     Returns
     -------
@@ -74,6 +77,8 @@ def inspect_checkpoint(
                 f"{checkpoint.format} cannot be read in parts: it is in memory whole"
             )
         context = Context.of(entries, checkpoint.layout, hints)
+        if listed is not None:
+            listed(entries)
         try:
             _walk(checkpoint, context, method, result, progress)
         except KeyboardInterrupt:
