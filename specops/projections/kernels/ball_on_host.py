@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -49,8 +48,6 @@ _SAMPLED = 8
 at σ₁ = 1.02·c, 17 at 1.1·c and all at 1.5·c."""
 _FAR = 1.25
 """Singular values above c, per cut that is affordable, from which cuts are not begun with."""
-_NEAREST = 0.01
-"""Distance tolerance below which one half-space a round takes more of them than acceleration."""
 _PATIENCE = 2e12
 """Multiplications, as `Support.work` counts them, beyond which no more rounds are begun unasked: 74
 rounds of 64² channels on 32² points. A bound by reasoning, not a measurement: a minute at 3e10 of
@@ -150,8 +147,7 @@ class HostSolver:
             return self._alternating(iterations)
         if method not in ("auto", "cutting-planes"):
             return self._by_dual(method, iterations, tolerance)
-        many = isinstance(start, HalfSpaces) or not len(start)
-        many = many and self._above() > _FAR * most_cuts(self.support, tolerance)
+        many = self._above() > _FAR * most_cuts(self.support, tolerance)
         best: Solution | None = None
         if not many:
             kernel = _double(self.x0)
@@ -176,7 +172,7 @@ class HostSolver:
         self, start: Cuts | HalfSpaces, iterations: int | None, tolerance: Tolerance
     ) -> Solution:
         """Where singular values are too many for a half-space each."""
-        if tolerance.distance < _NEAREST:
+        if not tolerance.loose:
             return self._by_dual("accelerated", iterations, tolerance)
         kernel = _double(self.x0)
         return nearest_by_half_spaces(
