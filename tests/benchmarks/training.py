@@ -91,10 +91,9 @@ def _row(table: Table, bound: float, steps: int) -> None:
 def _certify(model: Any, attachment: Any, bound: float) -> None:
     import torch
 
-    modules = dict(model.named_modules())
     with torch.no_grad():
-        for name, geometry in attachment.geometries.items():
-            weight = modules[name.removesuffix(".weight")].weight
+        for name, geometry in attachment.geometries().items():
+            weight = model.get_parameter(name)
             assert specops.project_spectral_ball(weight, bound, geometry) is weight, name
 
 
