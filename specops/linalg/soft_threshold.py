@@ -25,8 +25,8 @@ that of an eigenvalue, is still far above 1e-38."""
 
 def soft_threshold(
     xp: Namespace, a: Array, limit: Array, grams: Array | None = None
-) -> tuple[Array, Array]:
-    r"""(``U max(Σ − limit, 0) Vᴴ``, its nuclear norm Σ max(σ − limit, 0)) of stacked matrices.
+) -> tuple[Array, Array, Array]:
+    r"""(``U max(Σ − limit, 0) Vᴴ``, its nuclear norm Σ max(σ − limit, 0), σ₁) of stacked matrices.
 
     Parameters
     ----------
@@ -43,14 +43,16 @@ def soft_threshold(
     if found is None and arrays.by_workers(a):
         double = a.astype(np.result_type(a, np.float64))
         found = by_gram(xp, double, limit.astype(float), _DOUBLE_GRAM_RANGE)
-        if found is not None:
-            return found[0].astype(a.dtype), found[1].astype(limit.dtype)
     if found is not None:
-        return found[0], found[1]
+        result, total, squares, _ = found
+        largest = xp.sqrt(xp.where(squares > 0, squares, xp.zeros_like(squares))[..., -1])
+        largest = xp.astype(largest, limit.dtype) * limit
+        return xp.astype(result, a.dtype), xp.astype(total, limit.dtype), largest
     u, s, vh = svd(xp, a)
+    largest = s[..., 0]
     s = s - limit[..., None]
     s = xp.where(s > 0, s, xp.zeros_like(s))
-    return (u * xp.astype(s, u.dtype)[..., None, :]) @ vh, xp.sum(s, axis=-1)
+    return (u * xp.astype(s, u.dtype)[..., None, :]) @ vh, xp.sum(s, axis=-1), largest
 
 
 def by_gram(
@@ -69,6 +71,11 @@ def by_gram(
     tiny = not arrays.truth(xp.all(limit >= _TINY))
     if tiny:
         a, unit, grams = a / unit, xp.ones_like(unit), None
+    if grams is not None:
+        # No square of a singular value is above the largest, nor is a diagonal entry.
+        diagonal = xp.real(xp.linalg.diagonal(grams))
+        if not arrays.truth(xp.all(diagonal <= (reach * limit[..., None]) ** 2)):
+            return None
     eigenvalues, v = eigh(xp, (gram(xp, a) if grams is None else grams) / unit**2)
     if not arrays.truth(xp.all(eigenvalues <= reach**2)):
         return None

@@ -89,21 +89,23 @@ def project_spectral_ball(
         σ₁ > 4c); "svd"; "products", matrix products only, for accelerators, with a proven
         error bound, replaced by "eigh" where it is too large.
 
-        Conv: "cutting-planes", a quadratic program over half-spaces that contain the ball, and
-        "accelerated", FISTA on the same dual, which "auto" turns to when too many are active;
+        Conv: "cutting-planes", a quadratic program over half-spaces that contain the ball: one
+        for each singular value above the bound, or, where those are many and
+        `distance_tolerance` is at least 0.01, one a round for all of them; "accelerated", FISTA
+        on the same dual, which takes over where they are many and it is less;
         "dykstra", slower, for comparison. All three approach the nearest point and certify
         how near they are. "alternating", the two projections of Sedghi et al. in turn: a
         feasible point, not the nearest. "auto" takes it where σ₁ > 1000c.
     iterations : int, optional
         Conv: rounds at the most (alternating: exactly). By default 100 of cutting planes, 40
-        to 200 accelerated ones, by how much work a round is, 200 of Dykstra; alternating until
-        within 1 %, at most 30.
+        of them with one half-space a round, 40 to 200 accelerated ones, by how much work a round
+        is, 200 of Dykstra; alternating until within 1 %, at most 30.
     gap_tolerance : float
         Conv: stop when ``2(primal − dual) ≤ gap_tolerance·‖K‖²``, which is `ProjectionInfo.gap`.
     distance_tolerance : float
         Conv: stop as well when the weight is certified to have moved at most
-        ``1 + distance_tolerance`` times as far as the nearest point is away. In training 0.1
-        takes a third of the rounds.
+        ``1 + distance_tolerance`` times as far as the nearest point is away. With 0.1
+        one to nine rounds do, however far the weight is.
     state : dict, optional
         ``info.state`` of an earlier call on a similar weight of the same geometry, to start
         from. It costs nothing if the weights turn out not to be similar.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from tests.benchmarks import busy, conv, imports, inspection, padded, project, step
+from tests.benchmarks import busy, conv, imports, inspection, padded, project, step, training
 from tests.benchmarks.harness import environment
 
 BENCHMARKS = {
@@ -15,6 +15,7 @@ BENCHMARKS = {
     "padded": padded.run,
     "project": project.run,
     "step": step.run,
+    "training": training.run,
 }
 
 

@@ -24,6 +24,8 @@ WARM_SIDES = [1024, 2048]
 DEVICE_SHAPES = [(4096, 4096), (24, 1024, 4096)]
 SHARE = 0.4
 """Share of the singular values that the dense clips change."""
+SMALL_CASES = [(3, 16, 32), (3, 32, 16), (3, 64, 8)]
+BOUNDS = (0.9, 0.5, 0.25, 0.1)
 _SLOW = 5.0
 """Seconds of one baseline run from which a case gets few repeats."""
 _FEW = 3
@@ -58,6 +60,7 @@ def run(repeats: int, quick: bool) -> None:
     _warm([512] if quick else WARM_SIDES, repeats)
     _one_round(cases, repeats)
     _nearest(cases, repeats)
+    _far(cases if quick else [*conv.CASES, *SMALL_CASES], repeats)
     _device(DEVICE_SHAPES[:1] if quick else DEVICE_SHAPES, repeats)
 
 
@@ -241,6 +244,61 @@ def _nearest(cases: list[tuple[int, int, int]], repeats: int) -> None:
     mean = math.exp(statistics.fmean(math.log(share) for share in shares))
     table.caption = f"geometric mean {mean:.2f}, greatest {max(shares):.2f}"
     table.caption_justify = "left"
+    Console(width=150).print(table)
+
+
+def _far(cases: list[tuple[int, int, int]], repeats: int) -> None:
+    """Cold, and warm after the weight or what it became has changed by 1 %, in rounds."""
+    table = Table(
+        title="nearest kernel within a factor of 1.1, time over that of one round on the same "
+        "weight, NumPy, float32",
+        title_justify="left",
+        title_style="bold",
+    )
+    table.add_column("case")
+    for header in ("c/σ₁", "one round", "cold", "certified", "warm, weight", "warm, projection"):
+        table.add_column(header, justify="right")
+    found: dict[float, list[tuple[float, ...]]] = {bound: [] for bound in BOUNDS}
+    for k, channels, n in cases:
+        w = conv.kernel_of(k, channels)
+        geometry = Conv((n, n), boundary="circular")
+        top = float(specops.spectral_norm(w, geometry))
+        for bound in BOUNDS:
+            project = partial(
+                project_spectral_ball,
+                max_norm=bound * top,
+                geometry=geometry,
+                return_info=True,
+                measure_norms=False,
+            )
+            ratios, seconds = [], math.nan
+            x, info = project(w, distance_tolerance=0.1)
+            moved = float(np.sum((x - w) ** 2, dtype=float))
+            nearest = moved - float(info.gap) * float(np.sum(w**2, dtype=float))
+            weights = {"cold": (w, None), "warm": (_changed(w, 1e-2), info.state)}
+            weights["projection"] = (_changed(x, 1e-2), info.state)
+            for name, (weight, state) in weights.items():
+                one_round = partial(project, weight, method="alternating", iterations=1)
+                ours = partial(project, weight, distance_tolerance=0.1, state=state)
+                slow, _ = _once(one_round)
+                timed = pair(ours, one_round, _affordable(20 * slow, repeats))
+                ratios.append(timed.speedup)
+                seconds = timed.ours if name == "cold" else seconds
+            found[bound].append(tuple(ratios))
+            table.add_row(
+                _kernel_label(k, channels, n),
+                str(bound),
+                milliseconds(seconds),
+                f"{ratios[0]:.2f}",
+                f"{math.sqrt(moved / nearest):.3f}" if nearest > 0 else "-",
+                *(f"{ratio:.2f}" for ratio in ratios[1:]),
+            )
+    rows = [(str(bound), found[bound]) for bound in BOUNDS]
+    for label, own in (*rows, ("all", [r for bound in BOUNDS for r in found[bound]])):
+        columns = list(zip(*own, strict=True))
+        means = [f"{math.exp(statistics.fmean(map(math.log, c))):.2f}" for c in columns]
+        cells = [f"{mean}, {max(c):.2f}" for mean, c in zip(means, columns, strict=True)]
+        table.add_row("geometric mean, greatest", label, "", cells[0], "", *cells[1:])
     Console(width=150).print(table)
 
 

@@ -22,10 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from specops import arrays
-from specops.arrays import host
 from specops.arrays.solvers import svdvals
 from specops.linalg.clip import clip
-from specops.linalg.soft_threshold import soft_threshold
+from specops.projections.kernels.excess import thresholded
 from specops.projections.kernels.support import Support
 from specops.spectra.torus import leading_norm, map_blocks
 from specops.typing import Array, Namespace
@@ -55,8 +54,9 @@ def alternate(xp: Namespace, support: Support, x: Array, limit: Array) -> Array:
 
     def taken(blocks: Array, chunk: slice) -> Array:
         if near:
-            return support.gather(xp, _soft_threshold(xp, blocks, limit)[0], chunk)
-        return support.gather(xp, clip(xp, blocks, _limits(xp, limit, blocks)).matrices, chunk)
+            return support.gather(xp, thresholded(xp, blocks, limit)[0], chunk)
+        limits = xp.broadcast_to(limit, blocks.shape[:-2])
+        return support.gather(xp, clip(xp, blocks, limits).matrices, chunk)
 
     parts = map_blocks(xp, symbol, coefficients, taken)
     total = support.per_tap(xp, sum(parts[1:], start=parts[0]))
@@ -138,33 +138,10 @@ def _dual_step(
     counts = symbol.counts / np.prod(symbol.coarse)
 
     def work(blocks: Array, chunk: slice) -> tuple[Array, Array]:
-        return _soft_threshold(xp, ahead[chunk, ...] + blocks / support.most, limit / support.most)
+        moved = ahead[chunk, ...] + blocks / support.most
+        return thresholded(xp, moved, limit / support.most)[:2]
 
     parts = map_blocks(xp, symbol, coefficients, work)
     z, nuclear = (xp.concat(p, axis=0) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
     weights = arrays.constant(counts, nuclear)
     return z, xp.sum(weights[:, None] * nuclear)
-
-
-def _soft_threshold(xp: Namespace, blocks: Array, limit: Array) -> tuple[Array, Array]:
-    """`soft_threshold` for (frequencies, groups, ...) blocks; on the host only of those above."""
-    if not arrays.by_workers(blocks):
-        return soft_threshold(xp, blocks, _limits(xp, limit, blocks))
-    grams = host.gram(blocks)
-    # No eigenvalue is below a diagonal entry: where most blocks are outside that says so.
-    diagonal = np.diagonal(grams, axis1=-2, axis2=-1).real
-    chosen = np.asarray((diagonal > float(limit) ** 2).any(axis=-1))
-    if not chosen.all():
-        chosen[~chosen] = host.exceeds(grams[~chosen], float(limit))
-    if chosen.all():
-        return soft_threshold(np, blocks, np.broadcast_to(limit, chosen.shape), grams)
-    result, nuclear = np.zeros_like(blocks), np.zeros(blocks.shape[:2], limit.dtype)
-    if chosen.any():
-        picked = blocks[chosen]
-        bounds = np.broadcast_to(limit, picked.shape[:1])
-        result[chosen], nuclear[chosen] = soft_threshold(np, picked, bounds, grams[chosen])
-    return result, nuclear
-
-
-def _limits(xp: Namespace, limit: Array, blocks: Array) -> Array:
-    return xp.broadcast_to(limit, blocks.shape[:-2])

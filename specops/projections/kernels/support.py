@@ -37,6 +37,13 @@ class Support:
         self.plain = bool((taps == 1).all())
 
     @property
+    def signature(self) -> np.ndarray:
+        """Integers that two supports share only if their coordinates mean the same."""
+        symbol = self.symbol
+        axes = [(a.phases, a.period, len(a.shifts), *a.shifts) for a in symbol.axes]
+        return np.array([*symbol.fine, *symbol.block_shape, *(n for axis in axes for n in axis)])
+
+    @property
     def work(self) -> float:
         """Multiplications, roughly, in a decomposition of all blocks."""
         symbol = self.symbol

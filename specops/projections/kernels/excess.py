@@ -1,0 +1,83 @@
+"""What exceeds a limit in the blocks of a convolution, and the half-space that it gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from specops import arrays
+from specops.arrays import host
+from specops.linalg.rounding import CHOLESKY_MARGIN
+from specops.linalg.soft_threshold import soft_threshold
+from specops.projections.kernels.support import Support
+from specops.spectra.torus import map_blocks
+from specops.typing import Array, Namespace
+
+
+@dataclass(frozen=True)
+class Excess:
+    """Z = S(A x), the blocks of x soft thresholded at c: ⟨X, A*Z⟩ ≤ c‖Z‖_* if ‖A(X)‖ ≤ c.
+
+    Attributes
+    ----------
+    direction : array
+        A*Z, in double precision.
+    nuclear : float
+        ‖Z‖_* over the torus.
+    top : float
+        The largest singular value of the blocks, or the limit.
+    near : array or None
+        What `near_limit` gives for `top`, where that is known.
+    """
+
+    direction: np.ndarray
+    nuclear: float
+    top: float
+    near: np.ndarray | None
+
+
+def excess(support: Support, x: np.ndarray, limit: float) -> Excess:
+    """Above the limit, in the precision of `x`."""
+    symbol, bound = support.symbol, np.asarray(limit, x.real.dtype)
+    counts = symbol.counts / np.prod(symbol.coarse)
+
+    def work(blocks: np.ndarray, chunk: slice) -> tuple[np.ndarray, float, np.ndarray]:
+        z, nuclear, norms = thresholded(np, blocks, bound)
+        total = float(np.sum(counts[chunk, None] * nuclear))
+        return support.gather(np, z, chunk), total, norms
+
+    parts = map_blocks(np, symbol, support.coefficients(np, x), work)
+    directions, nuclear, norms = zip(*parts, strict=True)
+    largest = np.concatenate(norms)
+    top = max(limit, float(largest.max()))
+    lowest = top * (1.0 - CHOLESKY_MARGIN[arrays.dtype_name(x.real.dtype)])
+    # Blocks that were not decomposed are below the limit.
+    near = np.argwhere(largest >= lowest) if lowest > limit else None
+    direction = sum(directions[1:], start=directions[0])
+    return Excess(direction.astype(np.result_type(direction, np.float64)), sum(nuclear), top, near)
+
+
+def thresholded(xp: Namespace, blocks: Array, limit: Array) -> tuple[Array, Array, Array]:
+    """`soft_threshold` for (frequencies, groups, ...) blocks; on the host only of those above.
+
+    The others' norms are then given as 0.
+    """
+    if not arrays.by_workers(blocks):
+        return soft_threshold(xp, blocks, xp.broadcast_to(limit, blocks.shape[:-2]))
+    grams = host.gram(blocks)
+    # No eigenvalue is below a diagonal entry: where most blocks are outside that says so.
+    diagonal = np.diagonal(grams, axis1=-2, axis2=-1).real
+    chosen = np.asarray((diagonal > float(limit) ** 2).any(axis=-1))
+    if not chosen.all():
+        chosen[~chosen] = host.exceeds(grams[~chosen], float(limit))
+    if chosen.all():
+        return soft_threshold(np, blocks, np.broadcast_to(limit, chosen.shape), grams)
+    result = np.zeros_like(blocks)
+    nuclear, norms = np.zeros((2, *blocks.shape[:2]), limit.dtype)
+    if chosen.any():
+        picked = blocks[chosen]
+        bounds = np.broadcast_to(limit, picked.shape[:1])
+        found = soft_threshold(np, picked, bounds, grams[chosen])
+        result[chosen], nuclear[chosen], norms[chosen] = found
+    return result, nuclear, norms

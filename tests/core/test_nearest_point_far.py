@@ -1,0 +1,94 @@
+"""Nearest points far outside the ball, by one half-space a round: certificates and states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import specops
+from specops import Conv
+from tests.core.nearest import normal, squared
+
+FAR = Conv((16, 16), boundary="circular")
+SHAPE = (8, 8, 3, 3)
+"""2048 singular values at c → 0, in 130 blocks."""
+
+
+def norm(w: np.ndarray) -> float:
+    return float(specops.spectral_norm(w, FAR))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.complex64])
+@pytest.mark.parametrize("share", [0.7, 0.5, 0.25, 0.05])
+def test_far_weights_take_few_rounds(dtype: Any, share: float) -> None:
+    w = normal(SHAPE, 3, complex=np.dtype(dtype).kind == "c").astype(dtype)
+    size = norm(w.astype(np.result_type(dtype, float)))
+    got, info = specops.project_spectral_ball(
+        w, share * size, FAR, distance_tolerance=0.1, return_info=True
+    )
+    got = got.astype(np.result_type(dtype, float))
+    assert info.iterations <= 9
+    assert norm(got) <= share * size * (1 + 1e-12)
+    assert float(info.norm_before) == pytest.approx(size, rel=1e-5)
+    assert float(info.norm_after) == pytest.approx(norm(got), rel=1e-5)
+    moved = squared(w - got)
+    nearest = moved - float(info.gap) * squared(w.astype(got.dtype))
+    assert moved <= 1.21 * nearest * (1 + 2e-3)
+
+
+def test_warm_starts_from_the_sum_of_half_spaces() -> None:
+    w = normal(SHAPE, 3)
+    bound = 0.5 * norm(w)
+    options: dict[str, Any] = {"distance_tolerance": 0.1, "return_info": True}
+    far, cold = specops.project_spectral_ball(w, bound, FAR, **options)
+    assert set(cold.state) == {"direction", "nuclear", "taps"}
+    near = w + 1e-2 * normal(SHAPE, 4)
+    got, warm = specops.project_spectral_ball(near, bound, FAR, state=cold.state, **options)
+    assert warm.iterations <= 2 < cold.iterations
+    assert norm(got) <= bound * (1 + 1e-12)
+    # A state of no use does no harm: another kernel, one just outside, one inside.
+    other = -normal(SHAPE, 5)
+    for weight in (other, far * 1.01):
+        got, info = specops.project_spectral_ball(weight, bound, FAR, state=cold.state, **options)
+        fresh, _ = specops.project_spectral_ball(weight, bound, FAR, **options)
+        gap = float(info.gap) * squared(weight)
+        assert norm(got) <= bound * (1 + 1e-12)
+        assert squared(weight - got) - gap <= squared(weight - fresh) * (1 + 1e-12)
+    kept, info = specops.project_spectral_ball(0.1 * w, bound, FAR, state=cold.state, **options)
+    assert np.array_equal(kept, 0.1 * w)
+    assert set(info.state) == set(cold.state)
+
+
+BAD_STATES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "incomplete": lambda state: {k: v for k, v in state.items() if k != "nuclear"},
+    "another grid": lambda state: {**state, "taps": state["taps"] + 1},
+    "short": lambda state: {**state, "direction": state["direction"][:-1]},
+    "complex": lambda state: {**state, "direction": 1j * state["direction"]},
+    "NaN": lambda state: {**state, "direction": np.nan * state["direction"]},
+    "infinite": lambda state: {**state, "nuclear": np.asarray(np.inf)},
+    "upright": lambda state: {**state, "nuclear": state["nuclear"][None]},
+    "not arrays": lambda state: {**state, "nuclear": "1"},
+}
+
+
+@pytest.mark.parametrize("name", BAD_STATES)
+def test_bad_states_are_refused(name: str) -> None:
+    w = normal(SHAPE, 3)
+    bound = 0.3 * norm(w)
+    options: dict[str, Any] = {"distance_tolerance": 0.1, "return_info": True}
+    _, info = specops.project_spectral_ball(w, bound, FAR, **options)
+    with pytest.raises(ValueError, match="state"):
+        specops.project_spectral_ball(w, bound, FAR, state=BAD_STATES[name](info.state), **options)
+
+
+def test_a_state_of_another_dilation_is_refused() -> None:
+    w = normal(SHAPE, 3)
+    bound = 0.3 * norm(w)
+    options: dict[str, Any] = {"distance_tolerance": 0.1, "return_info": True}
+    _, info = specops.project_spectral_ball(w, bound, FAR, **options)
+    wide = Conv((16, 16), dilation=2, boundary="circular")
+    with pytest.raises(ValueError, match="another kernel or grid"):
+        specops.project_spectral_ball(w, bound, wide, state=info.state, **options)
