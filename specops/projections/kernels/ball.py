@@ -10,6 +10,7 @@ from specops.maps.unread import with_unread
 from specops.projections.info import ProjectionInfo
 from specops.projections.kernels.ball_on_host import HostSolver
 from specops.projections.kernels.ball_traced import project_traced
+from specops.projections.kernels.layer_ball import layer_solver
 from specops.projections.kernels.problem import KernelProblem
 from specops.projections.kernels.solution import Tolerance
 from specops.typing import Array, State
@@ -33,7 +34,7 @@ def project_kernel(
     known = isinstance(max_norm, float) or arrays.is_concrete(max_norm)
     if known and arrays.is_concrete(given.w):
         # Wherever the kernel lives: its blocks are small matrices, many of them.
-        solver = HostSolver(problem)
+        solver = layer_solver(problem, method) or HostSolver(problem)
         result, info = solver.project(method, iterations, tolerance, state, measure)
     else:
         result, info = project_traced(problem, method, iterations)

@@ -1,0 +1,173 @@
+"""Half-spaces that contain the ball of a layer's own operator: pairs of unit vectors of its size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from specops import arrays
+from specops.arrays import host
+from specops.errors import StateError
+from specops.linalg.nonnegative_qp import nonnegative_qp
+from specops.projections.kernels.layer_map import LayerMap
+from specops.typing import Array, State
+
+_KEYS = ("group", "left", "right", "weight")
+
+
+@dataclass(frozen=True)
+class LayerCuts:
+    """N cuts ⟨X, E⟩ = Re(uᴴ A(X) v) ≤ ‖A(X)‖ with non-negative weights.
+
+    Attributes
+    ----------
+    group : int array, shape (N,)
+    left, right : arrays, shape (N, outputs) and (N, inputs)
+        Unit vectors u and v.
+    weight : float array, shape (N,)
+    normal : array, shape (N, entries)
+        E in the kernel of the group.
+    """
+
+    group: np.ndarray
+    left: np.ndarray
+    right: np.ndarray
+    weight: np.ndarray
+    normal: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    @classmethod
+    def of(
+        cls,
+        layer: LayerMap,
+        group: np.ndarray,
+        left: np.ndarray,
+        right: np.ndarray,
+        weight: np.ndarray,
+    ) -> LayerCuts:
+        """With their normals."""
+        return cls(group, left, right, weight, layer.normals(left, right))
+
+    @classmethod
+    def none(cls, layer: LayerMap, dtype: np.dtype) -> LayerCuts:
+        """No cut at all."""
+        left, right = (np.zeros((0, n), dtype) for n in layer.shape)
+        return cls.of(layer, np.zeros(0, np.int64), left, right, np.zeros(0))
+
+    def joined(self, other: LayerCuts) -> LayerCuts:
+        """These, then the others."""
+        pairs = ((getattr(self, key), getattr(other, key)) for key in (*_KEYS, "normal"))
+        return LayerCuts(*(np.concatenate(pair) for pair in pairs))
+
+    def taken(self, index: np.ndarray) -> LayerCuts:
+        """Those of an index."""
+        return LayerCuts(*(getattr(self, key)[index] for key in (*_KEYS, "normal")))
+
+    def inner(self, kernel: np.ndarray) -> np.ndarray:
+        """⟨X, E⟩ of each cut."""
+        own = kernel.reshape(len(kernel), -1)[self.group]
+        return np.asarray(np.sum(self.normal.conj() * own, axis=1).real)
+
+    def solved(self, kernel: np.ndarray, limit: float) -> LayerCuts:
+        """The cuts that are active at the point nearest to K, with their multipliers."""
+        gram = (self.normal.conj() @ self.normal.T).real
+        gram = gram * (self.group[:, None] == self.group[None, :])
+        weight = nonnegative_qp(gram, self.inner(kernel) - limit, self.weight)
+        return replace(self, weight=weight).taken(np.flatnonzero(weight > 0))
+
+    def combined(self, like: np.ndarray) -> np.ndarray:
+        """Σ weight·E, a kernel."""
+        total = np.zeros((len(like), self.normal.shape[1]), like.dtype)
+        np.add.at(total, self.group, self.weight[:, None] * self.normal)
+        return total.reshape(like.shape)
+
+    def matrices(self, layer: LayerMap) -> np.ndarray:
+        """Σ weight·u vᴴ, (groups, outputs, inputs)."""
+        total = np.zeros((layer.sizes.groups, *layer.shape), self.left.dtype)
+        for group in np.unique(self.group):
+            own = self.group == group
+            weighted = self.weight[own, None] * self.left[own]
+            total[group] = weighted.T @ self.right[own].conj()
+        return total
+
+    def state(self, like: Array) -> State:
+        """As arrays of the library and device of `like`."""
+        values = {key: getattr(self, key) for key in _KEYS}
+        return {
+            key: arrays.constant(value, like, complex=value.dtype.kind == "c")
+            for key, value in values.items()
+        }
+
+    @classmethod
+    def from_state(cls, state: State, layer: LayerMap, dtype: np.dtype) -> LayerCuts:
+        """Read back what `state` made; StateError where it belongs to another geometry."""
+        if set(state) != set(_KEYS) or not all(arrays.is_array(x) for x in state.values()):
+            raise StateError(f"the state must hold arrays {', '.join(_KEYS)}, got {sorted(state)}")
+        group, left, right, weight = (arrays.to_numpy(state[key]) for key in _KEYS)
+        (outputs, inputs), count = layer.shape, weight.shape
+        shapes = (group.shape, left.shape, right.shape)
+        if len(count) != 1 or shapes != (count, (*count, outputs), (*count, inputs)):
+            raise StateError(
+                f"the state belongs to another kernel or grid than an operator of {outputs}×"
+                f"{inputs} entries: pass state=None to start afresh"
+            )
+        inside = bool(((group >= 0) & (group < layer.sizes.groups)).all())
+        real = dtype.kind == "c" or left.dtype.kind == right.dtype.kind == "f"
+        if not inside or not real or not all(np.isfinite(x).all() for x in (left, right, weight)):
+            raise StateError("the state is damaged: pass state=None to start afresh")
+        left, right = (_unit(x.astype(dtype)) for x in (left, right))
+        weight = np.maximum(weight.astype(float), 0.0)
+        return cls.of(layer, group.astype(np.int64), left, right, weight)
+
+
+def above(layer: LayerMap, matrices: np.ndarray, limit: float, most: int) -> tuple[float, LayerCuts]:
+    """(σ₁, cuts by the largest singular values above the limit, whose weights are those)."""
+    values, vectors = np.linalg.eigh(host.gram(matrices))
+    largest = float(np.sqrt(max(values.max(), 0.0)))
+    group, position = np.nonzero(values > limit**2)
+    order = np.argsort(-values[group, position], kind="stable")[:most]
+    group, position = group[order], position[order]
+    left, right, sigma = _pairs(matrices, vectors, group, position)
+    return largest, LayerCuts.of(layer, group, left, right, sigma)
+
+
+def excess(
+    layer: LayerMap, matrices: np.ndarray, limit: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(singular values clipped at the limit, what that takes off, by how much each value)."""
+    values, vectors = np.linalg.eigh(host.gram(matrices))
+    sigma = np.sqrt(np.maximum(values, 0.0))
+    over = np.maximum(sigma - limit, 0.0)
+    kept = (vectors * (over / np.where(over > 0, sigma, 1.0))[:, None, :]) @ vectors.conj().swapaxes(
+        -1, -2
+    )
+    wide = layer.shape[0] <= layer.shape[1]
+    taken = kept @ matrices if wide else matrices @ kept
+    return matrices - taken, taken, over
+
+
+def _pairs(
+    matrices: np.ndarray, vectors: np.ndarray, group: np.ndarray, position: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(u, v, σ) from eigenvectors of the smaller Gram matrices."""
+    wide = matrices.shape[-2] <= matrices.shape[-1]
+    own = vectors[group, :, position]
+    size = matrices.shape[-1] if wide else matrices.shape[-2]
+    other = np.zeros((len(own), size), matrices.dtype)
+    for g in np.unique(group):
+        chosen = group == g
+        if wide:
+            other[chosen] = (own[chosen].conj() @ matrices[g]).conj()
+        else:
+            other[chosen] = own[chosen] @ matrices[g].T
+    sigma = np.linalg.norm(other, axis=1)
+    other = other / np.where(sigma > 0, sigma, 1.0)[:, None]
+    return (own, other, sigma) if wide else (other, own, sigma)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(norms > 0, norms, 1.0)
