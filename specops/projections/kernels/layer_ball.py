@@ -8,17 +8,23 @@ import numpy as np
 
 from specops import arrays
 from specops.arrays import host
+from specops.linalg.inside import seen_outside
 from specops.projections.feasible import store_within
 from specops.projections.info import ProjectionInfo
-from specops.projections.kernels.layer_cuts import LayerCuts
+from specops.projections.kernels.layer_cuts import LayerCuts, norm_of
 from specops.projections.kernels.layer_map import LayerMap, small_layer_map
-from specops.projections.kernels.layer_nearest import nearest_to_layer_ball, norm_of
+from specops.projections.kernels.layer_nearest import nearest_to_layer_ball
 from specops.projections.kernels.problem import KernelProblem
 from specops.projections.kernels.solution import Tolerance
 from specops.typing import Array, State
 
 METHODS = ("auto", "cutting-planes")
 """Those of `project_spectral_ball` that constrain the layer itself."""
+_CLEARLY = 1.0 - 1e-9
+"""Distance from the limit beyond which measured norms decide: far more than what eigenvalues in
+double precision err by."""
+_FARTHEST = 1e6
+"""Largest entry, over c, up to which what is taken off in double precision leaves ten digits."""
 _PATIENCE = 2e12
 """Multiplications, at 25 a decomposition for each entry of a cube, beyond which no more rounds are
 begun unasked: 75 rounds of 1024². A bound by reasoning: a minute at 3e10 of them a second."""
@@ -57,13 +63,17 @@ class LayerSolver:
         kernel, layer = self.kernel, self.layer
         none = LayerCuts.none(layer, kernel.dtype)
         cuts = LayerCuts.from_state(state, layer, kernel.dtype) if state else none
-        before: float | None = float(cuts.inner(kernel).max(initial=0.0))
+        before = float(cuts.inner(kernel).max(initial=0.0))
         if before <= self.limit:
-            before = None
-            if self._fits(kernel):
-                norm = norm_of(layer.matrices(kernel)) if measure else math.nan
-                return self.problem.w, self._info(norm, norm, 0.0, 0, cuts)
-        found, cuts, norm = nearest_to_layer_ball(
+            before = norm_of(layer.matrices(kernel)) if measure else math.nan
+            if before <= self.limit * _CLEARLY or (
+                # NaN, too, is neither clearly inside nor clearly outside.
+                not before * _CLEARLY > self.limit
+                and not self._surely_outside()
+                and self._fits(kernel)
+            ):
+                return self.problem.w, self._info(before, before, 0.0, 0, cuts)
+        found, cuts = nearest_to_layer_ball(
             layer,
             kernel,
             self.target,
@@ -75,8 +85,12 @@ class LayerSolver:
         result, stored = self._store(found.x)
         after = min(self.limit, norm_of(layer.matrices(stored))) if measure else math.nan
         found.primal = 0.5 * float(np.sum(np.abs(kernel - stored) ** 2))
-        before = norm if before is None else before
         return result, self._info(before, after, found.gap(kernel), found.rounds, cuts)
+
+    def _surely_outside(self) -> bool:
+        """Whether a few power steps exceed the limit, beyond their rounding."""
+        matrices = self.layer.matrices(self.kernel) / self.limit
+        return any(seen_outside(np, matrix, 1.0) for matrix in matrices)
 
     def _affordable(self) -> int:
         """Rounds within `_PATIENCE`, from 20 to 100."""
@@ -101,16 +115,17 @@ class LayerSolver:
         return np.asarray(kernel, np.result_type(kernel, np.float64))
 
     def _fits(self, kernel: np.ndarray) -> bool:
-        grams = host.gram(self.layer.matrices(kernel))
-        return not bool(host.exceeds(grams, self.limit).any())
+        # Neither the square of a tiny limit nor that of a huge one is a number.
+        grams = host.gram(self.layer.matrices(kernel) / self.limit)
+        return not bool(host.exceeds(grams, 1.0).any())
 
     def _info(
-        self, before: float | None, after: float, gap: float, rounds: int, cuts: LayerCuts
+        self, before: float, after: float, gap: float, rounds: int, cuts: LayerCuts
     ) -> ProjectionInfo:
         like = self.problem.given.w
         norm_before, norm_after, relative = (
             arrays.constant(np.asarray(v), like)
-            for v in (math.nan if before is None else before * self.scale, after * self.scale, gap)
+            for v in (before * self.scale, after * self.scale, gap)
         )
         state = cuts.state(like) if len(cuts) else {}
         return ProjectionInfo(norm_before, norm_after, relative, rounds, state)
@@ -121,4 +136,8 @@ def layer_solver(problem: KernelProblem, method: str) -> LayerSolver | None:
     if method not in METHODS:
         return None
     layer = small_layer_map(problem.geometry.sizes(tuple(problem.w.shape)))
-    return None if layer is None else LayerSolver(problem, layer)
+    if layer is None:
+        return None
+    solver = LayerSolver(problem, layer)
+    # No norm is less than an entry.
+    return solver if np.abs(solver.kernel).max() <= _FARTHEST * solver.limit else None

@@ -9,10 +9,19 @@ import numpy as np
 from specops import arrays
 from specops.arrays import host
 from specops.errors import StateError
+from specops.linalg.block_krylov import krylov_triplets
 from specops.linalg.nonnegative_qp import nonnegative_qp
 from specops.projections.kernels.layer_map import LayerMap
 from specops.typing import Array, State
 
+MOST_AT_ONCE = 64
+"""Cuts at most from one look at a kernel: a choice, of those that are active in the end."""
+_KRYLOV_FROM = 256
+"""Smaller side above which leading triplets come from a block Krylov space: at 1024² that takes 0.1
+s and eigenvectors 0.33 s, at 512² 0.02 and 0.05."""
+_WIDTH, _DEPTH = 16, 10
+"""Of that space: a kernel of 64² channels on 4² points took 8 rounds and 1.5 s at 0.9·σ₁; with a
+depth of 6 norms are too low by 0.3 %, of which certificates have to be taken back."""
 _KEYS = ("group", "left", "right", "weight")
 
 
@@ -123,15 +132,43 @@ class LayerCuts:
         return cls.of(layer, group.astype(np.int64), left, right, weight)
 
 
-def above(layer: LayerMap, matrices: np.ndarray, limit: float, most: int) -> tuple[float, LayerCuts]:
-    """(σ₁, cuts by the largest singular values above the limit, whose weights are those)."""
-    values, vectors = np.linalg.eigh(host.gram(matrices))
-    largest = float(np.sqrt(max(values.max(), 0.0)))
-    group, position = np.nonzero(values > limit**2)
-    order = np.argsort(-values[group, position], kind="stable")[:most]
-    group, position = group[order], position[order]
-    left, right, sigma = _pairs(matrices, vectors, group, position)
-    return largest, LayerCuts.of(layer, group, left, right, sigma)
+def above(layer: LayerMap, matrices: np.ndarray, limit: float) -> tuple[float, LayerCuts]:
+    """(a lower bound of σ₁, cuts by the largest singular values above the limit).
+
+    The weights are those values; at most `MOST_AT_ONCE`. Of large matrices the bound is within
+    1 % as a rule, of others σ₁ itself.
+    """
+    if min(layer.shape) > _KRYLOV_FROM:
+        group, left, sigma, right = _leading(layer, matrices, limit)
+        largest = float(sigma.max())
+    else:
+        values, vectors = np.linalg.eigh(host.gram(matrices))
+        largest = float(np.sqrt(max(values.max(), 0.0)))
+        group, position = np.nonzero(values > limit**2)
+        left, right, sigma = _pairs(matrices, vectors, group, position)
+    chosen = np.argsort(-sigma, kind="stable")[:MOST_AT_ONCE]
+    chosen = chosen[sigma[chosen] > limit]
+    return largest, LayerCuts.of(layer, group[chosen], left[chosen], right[chosen], sigma[chosen])
+
+
+def norm_of(matrices: np.ndarray) -> float:
+    """The largest singular value, to double precision."""
+    values = np.linalg.eigvalsh(host.gram(matrices))
+    return float(np.sqrt(max(values.max(), 0.0)))
+
+
+def _leading(
+    layer: LayerMap, matrices: np.ndarray, limit: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(group, u, σ, v) of the leading triplets of each group, rows per triplet."""
+    noise = arrays.start_vector("layer", _WIDTH * layer.shape[1]).reshape(-1, _WIDTH)
+    parts = []
+    for group, matrix in enumerate(matrices):
+        u, sigma, v = krylov_triplets(matrix, noise, _DEPTH)
+        kept = max(1, int((sigma > limit).sum()))
+        parts.append((np.full(kept, group), u.T[:kept], sigma[:kept], _unit(v.T[:kept])))
+    group, left, sigma, right = (np.concatenate(p) for p in zip(*parts, strict=True))
+    return group, left, sigma, right
 
 
 def excess(
@@ -141,9 +178,9 @@ def excess(
     values, vectors = np.linalg.eigh(host.gram(matrices))
     sigma = np.sqrt(np.maximum(values, 0.0))
     over = np.maximum(sigma - limit, 0.0)
-    kept = (vectors * (over / np.where(over > 0, sigma, 1.0))[:, None, :]) @ vectors.conj().swapaxes(
-        -1, -2
-    )
+    kept = (
+        vectors * (over / np.where(over > 0, sigma, 1.0))[:, None, :]
+    ) @ vectors.conj().swapaxes(-1, -2)
     wide = layer.shape[0] <= layer.shape[1]
     taken = kept @ matrices if wide else matrices @ kept
     return matrices - taken, taken, over

@@ -16,16 +16,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from specops.arrays import host
 from specops.arrays.workers import one_blas_thread
-from specops.projections.kernels.layer_cuts import LayerCuts, above, excess
+from specops.projections.kernels.layer_cuts import MOST_AT_ONCE, LayerCuts, above, excess, norm_of
 from specops.projections.kernels.layer_map import LayerMap
 from specops.projections.kernels.solution import Solution, Tolerance
 
-_ADDED = 64
-"""Cuts added in one round at most, and"""
 _MOST = 256
-"""active ones from which quadratic programs give way: a choice, as 256 cuts of a kernel of 64²
+"""Active cuts from which quadratic programs give way: a choice, as 256 cuts of a kernel of 64²
 channels take 75 MB and their program as long as a decomposition of 1024²."""
 _PLANES = 10
 """Rounds of planes before ADMM: of normal kernels of 6² and 8² channels at c = 0.97 to 0.5·σ₁ all
@@ -48,8 +45,8 @@ def nearest_to_layer_ball(
     tolerance: Tolerance,
     max_rounds: int,
     planes_only: bool,
-) -> tuple[Solution, LayerCuts, float | None]:
-    """(a kernel in the ball and its certificate, cuts to start from, σ₁ of K where it was seen).
+) -> tuple[Solution, LayerCuts]:
+    """(a kernel in the ball and its certificate, cuts to start from next time).
 
     Parameters
     ----------
@@ -71,7 +68,7 @@ def nearest_to_layer_ball(
     ----------
     Kelley 1960 (cutting planes); Boyd et al. 2011 (ADMM).
     """
-    best, cuts, norm = _by_planes(
+    best, cuts = _by_planes(
         layer,
         kernel,
         limit,
@@ -81,9 +78,8 @@ def nearest_to_layer_ball(
         math.inf if planes_only else _MOST,
     )
     if planes_only or best.rounds == max_rounds or best.suffices(kernel, tolerance):
-        return best, cuts, norm
-    best, cuts = _by_admm(layer, kernel, limit, cuts, tolerance, max_rounds, best)
-    return best, cuts, norm
+        return best, cuts
+    return _by_admm(layer, kernel, limit, cuts, tolerance, max_rounds, best)
 
 
 def _by_planes(
@@ -94,24 +90,32 @@ def _by_planes(
     tolerance: Tolerance,
     max_rounds: int,
     most: float,
-) -> tuple[Solution, LayerCuts, float | None]:
-    norm, x, best = None, kernel, None
+) -> tuple[Solution, LayerCuts]:
+    x, best = kernel, None
     if len(cuts):
         cuts = cuts.solved(kernel, limit)
         x = kernel - cuts.combined(kernel)
     for rounds in range(1, max_rounds + 1):
-        top, new = above(layer, layer.matrices(x), limit, _ADDED)
-        if not len(cuts):
-            norm = top
+        top, new = above(layer, layer.matrices(x), limit)
         now = Solution.certified(kernel, x, top, limit, float(cuts.weight.sum()), rounds)
         best = now if best is None else now.better(replace(best, rounds=0))
-        if best.suffices(kernel, tolerance) or not len(new) or len(cuts) > most:
-            break
+        many = len(cuts) > most or (rounds == 1 and MOST_AT_ONCE <= len(new) < most)
+        last = many or not len(new) or rounds == max_rounds
+        if last or best.suffices(kernel, tolerance):
+            # The norm was a lower bound: what ends here has to be inside.
+            best = _scaled_inside(layer, kernel, limit, best)
+            if last or best.suffices(kernel, tolerance):
+                break
         fresh = replace(new, weight=np.zeros(len(new)))
         cuts = cuts.joined(fresh).solved(kernel, limit)
         x = kernel - cuts.combined(kernel)
     assert best is not None
-    return best, cuts, norm
+    return best, cuts
+
+
+def _scaled_inside(layer: LayerMap, kernel: np.ndarray, limit: float, found: Solution) -> Solution:
+    x = found.x * min(1.0, limit / norm_of(layer.matrices(found.x)))
+    return replace(found, x=x, primal=0.5 * float(np.sum(np.abs(kernel - x) ** 2)))
 
 
 def _by_admm(
@@ -126,31 +130,20 @@ def _by_admm(
     """From the dual point of the cuts, and on from the rounds of `best`."""
     rho = _STIFFNESS * np.count_nonzero(layer.uses) / float(layer.uses.sum())
     dual = cuts.matrices(layer) / rho
-    clipped = layer.matrices(best.x)
-    for rounds in range(best.rounds + 1, max_rounds + 1):
-        x = (kernel + rho * layer.gather(clipped - dual)) / (1.0 + rho * layer.uses)
-        image = _RELAXED * layer.matrices(x) + (1.0 - _RELAXED) * clipped
+    x, image, clipped = kernel, layer.matrices(kernel), layer.matrices(best.x)
+    first = best.rounds + 1
+    for rounds in range(first, max_rounds + 1):
+        if len(cuts) or rounds > first:
+            x = (kernel + rho * layer.gather(clipped - dual)) / (1.0 + rho * layer.uses)
+            image = _RELAXED * layer.matrices(x) + (1.0 - _RELAXED) * clipped
         clipped, dual, over = excess(layer, image + dual, limit)
-        # Either point may be the nearer one; the dual value belongs to the second.
-        second = kernel - rho * layer.gather(dual)
-        nuclear = rho * float(over.sum())
-        for point in (second, x):
-            top = _norm(layer.matrices(point))
-            now = Solution.certified(kernel, point, top, limit, nuclear, rounds)
-            if point is x:
-                now.dual = best.dual
-            best = now.better(replace(best, rounds=0))
+        # The dual value is that of another point, which is no nearer as a rule.
+        other = kernel - rho * layer.gather(dual)
+        below = Solution.certified(kernel, other, 0.0, limit, rho * float(over.sum())).dual
+        top = norm_of(layer.matrices(x))
+        now = replace(Solution.certified(kernel, x, top, limit, 0.0, rounds), dual=below)
+        best = now.better(replace(best, rounds=0))
         if best.suffices(kernel, tolerance):
             break
     # The largest parts of the dual point are where planes of a similar kernel start from.
-    weight = limit * 0.0
-    _, found = above(layer, rho * dual, weight, _ADDED)
-    return best, found
-
-
-def _norm(matrices: np.ndarray) -> float:
-    values = np.linalg.eigvalsh(host.gram(matrices))
-    return float(np.sqrt(max(values.max(), 0.0)))
-
-
-norm_of = _norm
+    return best, above(layer, rho * dual, 0.0)[1]
