@@ -9,10 +9,10 @@ import numpy as np
 from specops import arrays
 from specops.arrays import host
 from specops.linalg.inside import seen_outside
+from specops.maps.explicit import ExplicitMap, small_explicit_map
 from specops.projections.feasible import store_within
 from specops.projections.info import ProjectionInfo
 from specops.projections.kernels.layer_cuts import LayerCuts, norm_of
-from specops.projections.kernels.layer_map import LayerMap, small_layer_map
 from specops.projections.kernels.layer_nearest import nearest_to_layer_ball
 from specops.projections.kernels.problem import KernelProblem
 from specops.projections.kernels.solution import Tolerance
@@ -37,11 +37,11 @@ class LayerSolver:
     ----------
     problem : KernelProblem
         The kernel and its bound.
-    layer : LayerMap
+    layer : ExplicitMap
         Its operator.
     """
 
-    def __init__(self, problem: KernelProblem, layer: LayerMap) -> None:
+    def __init__(self, problem: KernelProblem, layer: ExplicitMap) -> None:
         given, bound = problem.given, problem.max_norm
         self.problem, self.layer, self.geometry = problem, layer, problem.geometry
         self.scale = float(arrays.to_numpy(given.scale))
@@ -135,7 +135,7 @@ def layer_solver(problem: KernelProblem, method: str) -> LayerSolver | None:
     """The solver, where the layer itself is constrained; None where a torus containing it is."""
     if method not in METHODS:
         return None
-    layer = small_layer_map(problem.geometry.sizes(tuple(problem.w.shape)))
+    layer = small_explicit_map(problem.geometry.sizes(tuple(problem.w.shape)))
     if layer is None:
         return None
     solver = LayerSolver(problem, layer)

@@ -1,4 +1,4 @@
-"""Half-spaces that contain the ball of a layer's own operator: pairs of unit vectors of its size."""
+"""Half-spaces that contain the ball of a layer's own operator, by pairs of vectors of its size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from specops.arrays import host
 from specops.errors import StateError
 from specops.linalg.block_krylov import krylov_triplets
 from specops.linalg.nonnegative_qp import nonnegative_qp
-from specops.projections.kernels.layer_map import LayerMap
+from specops.maps.explicit import ExplicitMap
 from specops.typing import Array, State
 
 MOST_AT_ONCE = 64
@@ -51,7 +51,7 @@ class LayerCuts:
     @classmethod
     def of(
         cls,
-        layer: LayerMap,
+        layer: ExplicitMap,
         group: np.ndarray,
         left: np.ndarray,
         right: np.ndarray,
@@ -61,7 +61,7 @@ class LayerCuts:
         return cls(group, left, right, weight, layer.normals(left, right))
 
     @classmethod
-    def none(cls, layer: LayerMap, dtype: np.dtype) -> LayerCuts:
+    def none(cls, layer: ExplicitMap, dtype: np.dtype) -> LayerCuts:
         """No cut at all."""
         left, right = (np.zeros((0, n), dtype) for n in layer.shape)
         return cls.of(layer, np.zeros(0, np.int64), left, right, np.zeros(0))
@@ -93,7 +93,7 @@ class LayerCuts:
         np.add.at(total, self.group, self.weight[:, None] * self.normal)
         return total.reshape(like.shape)
 
-    def matrices(self, layer: LayerMap) -> np.ndarray:
+    def matrices(self, layer: ExplicitMap) -> np.ndarray:
         """Σ weight·u vᴴ, (groups, outputs, inputs)."""
         total = np.zeros((layer.sizes.groups, *layer.shape), self.left.dtype)
         for group in np.unique(self.group):
@@ -111,7 +111,7 @@ class LayerCuts:
         }
 
     @classmethod
-    def from_state(cls, state: State, layer: LayerMap, dtype: np.dtype) -> LayerCuts:
+    def from_state(cls, state: State, layer: ExplicitMap, dtype: np.dtype) -> LayerCuts:
         """Read back what `state` made; StateError where it belongs to another geometry."""
         if set(state) != set(_KEYS) or not all(arrays.is_array(x) for x in state.values()):
             raise StateError(f"the state must hold arrays {', '.join(_KEYS)}, got {sorted(state)}")
@@ -132,7 +132,7 @@ class LayerCuts:
         return cls.of(layer, group.astype(np.int64), left, right, weight)
 
 
-def above(layer: LayerMap, matrices: np.ndarray, limit: float) -> tuple[float, LayerCuts]:
+def above(layer: ExplicitMap, matrices: np.ndarray, limit: float) -> tuple[float, LayerCuts]:
     """(a lower bound of σ₁, cuts by the largest singular values above the limit).
 
     The weights are those values; at most `MOST_AT_ONCE`. Of large matrices the bound is within
@@ -158,21 +158,21 @@ def norm_of(matrices: np.ndarray) -> float:
 
 
 def _leading(
-    layer: LayerMap, matrices: np.ndarray, limit: float
+    layer: ExplicitMap, matrices: np.ndarray, limit: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(group, u, σ, v) of the leading triplets of each group, rows per triplet."""
     noise = arrays.start_vector("layer", _WIDTH * layer.shape[1]).reshape(-1, _WIDTH)
     parts = []
-    for group, matrix in enumerate(matrices):
+    for index, matrix in enumerate(matrices):
         u, sigma, v = krylov_triplets(matrix, noise, _DEPTH)
         kept = max(1, int((sigma > limit).sum()))
-        parts.append((np.full(kept, group), u.T[:kept], sigma[:kept], _unit(v.T[:kept])))
+        parts.append((np.full(kept, index), u.T[:kept], sigma[:kept], _unit(v.T[:kept])))
     group, left, sigma, right = (np.concatenate(p) for p in zip(*parts, strict=True))
     return group, left, sigma, right
 
 
 def excess(
-    layer: LayerMap, matrices: np.ndarray, limit: float
+    layer: ExplicitMap, matrices: np.ndarray, limit: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(singular values clipped at the limit, what that takes off, by how much each value)."""
     values, vectors = np.linalg.eigh(host.gram(matrices))

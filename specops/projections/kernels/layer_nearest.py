@@ -17,8 +17,8 @@ from dataclasses import replace
 import numpy as np
 
 from specops.arrays.workers import one_blas_thread
+from specops.maps.explicit import ExplicitMap
 from specops.projections.kernels.layer_cuts import MOST_AT_ONCE, LayerCuts, above, excess, norm_of
-from specops.projections.kernels.layer_map import LayerMap
 from specops.projections.kernels.solution import Solution, Tolerance
 
 _MOST = 256
@@ -37,7 +37,7 @@ _RELAXED = 1.6
 
 @one_blas_thread()
 def nearest_to_layer_ball(
-    layer: LayerMap,
+    layer: ExplicitMap,
     kernel: np.ndarray,
     limit: float,
     cuts: LayerCuts,
@@ -50,7 +50,7 @@ def nearest_to_layer_ball(
 
     Parameters
     ----------
-    layer : LayerMap
+    layer : ExplicitMap
         A.
     kernel : array
         K, float64 or complex128, outside the ball.
@@ -61,6 +61,7 @@ def nearest_to_layer_ball(
     tolerance : Tolerance
         When to stop.
     max_rounds : int
+        Of planes and ADMM together.
     planes_only : bool
         No ADMM.
 
@@ -83,7 +84,7 @@ def nearest_to_layer_ball(
 
 
 def _by_planes(
-    layer: LayerMap,
+    layer: ExplicitMap,
     kernel: np.ndarray,
     limit: float,
     cuts: LayerCuts,
@@ -113,13 +114,15 @@ def _by_planes(
     return best, cuts
 
 
-def _scaled_inside(layer: LayerMap, kernel: np.ndarray, limit: float, found: Solution) -> Solution:
+def _scaled_inside(
+    layer: ExplicitMap, kernel: np.ndarray, limit: float, found: Solution
+) -> Solution:
     x = found.x * min(1.0, limit / norm_of(layer.matrices(found.x)))
     return replace(found, x=x, primal=0.5 * float(np.sum(np.abs(kernel - x) ** 2)))
 
 
 def _by_admm(
-    layer: LayerMap,
+    layer: ExplicitMap,
     kernel: np.ndarray,
     limit: float,
     cuts: LayerCuts,
