@@ -32,10 +32,14 @@ def project_kernel(
     """(the weight inside the ball, what happened)."""
     problem = KernelProblem.of(given, w, max_norm)
     known = isinstance(max_norm, float) or arrays.is_concrete(max_norm)
+    own = None
     if known and arrays.is_concrete(given.w):
         # Wherever the kernel lives: its blocks are small matrices, many of them.
-        solver = layer_solver(problem, method) or HostSolver(problem)
+        own = layer_solver(problem, method)
+        solver = own or HostSolver(problem)
         result, info = solver.project(method, iterations, tolerance, state, measure)
     else:
         result, info = project_traced(problem, method, iterations)
+    exact = problem.geometry.has_exact_spectrum(tuple(w.shape))
+    info.constrained = "layer" if exact or own is not None else "torus"
     return with_unread(result, w, problem.geometry), info
