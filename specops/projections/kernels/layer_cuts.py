@@ -16,7 +16,7 @@ from specops.typing import Array, State
 
 MOST_AT_ONCE = 64
 """Cuts at most from one look at a kernel: a choice, of those that are active in the end."""
-_KRYLOV_FROM = 256
+KRYLOV_FROM = 256
 """Smaller side above which leading triplets come from a block Krylov space: at 1024² that takes 0.1
 s and eigenvectors 0.33 s, at 512² 0.02 and 0.05."""
 _WIDTH, _DEPTH = 16, 10
@@ -138,7 +138,7 @@ def above(layer: ExplicitMap, matrices: np.ndarray, limit: float) -> tuple[float
     The weights are those values; at most `MOST_AT_ONCE`. Of large matrices the bound is within
     1 % as a rule, of others σ₁ itself.
     """
-    if min(layer.shape) > _KRYLOV_FROM:
+    if min(layer.shape) > KRYLOV_FROM:
         group, left, sigma, right = _leading(layer, matrices, limit)
         largest = float(sigma.max())
     else:

@@ -11,23 +11,26 @@ the ball, where planes take a handful of rounds; far from it and to a small gap 
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import numpy as np
 
 from specops.arrays.workers import one_blas_thread
 from specops.maps.explicit import ExplicitMap
-from specops.projections.kernels.layer_cuts import MOST_AT_ONCE, LayerCuts, above, excess, norm_of
+from specops.projections.kernels.layer_cuts import (
+    KRYLOV_FROM,
+    MOST_AT_ONCE,
+    LayerCuts,
+    above,
+    excess,
+    norm_of,
+)
 from specops.projections.kernels.solution import Solution, Tolerance
 
-_MOST = 256
-"""Active cuts from which quadratic programs give way: a choice, as 256 cuts of a kernel of 64²
-channels take 75 MB and their program as long as a decomposition of 1024²."""
-_PLANES = 10
-"""Rounds of planes before ADMM: of normal kernels of 6² and 8² channels at c = 0.97 to 0.5·σ₁ all
-moved within 1.1 times the nearest distance after 2 to 5, and those that reached a gap of 1e-4
-soon did in 8."""
+_MOST = 64
+"""Active cuts from which ADMM takes over: normal kernels of 2² to 8² channels and 3² taps had fewer
+at c = 0.5·σ₁, where a hundred rounds of planes led to gaps of 3e-9 to 1e-5 and of ADMM to 1e-4 to
+3e-4; those of 8² channels and 7² taps on 3² points more, where it led to 1e-10 and planes to 3e-5."""
 _STIFFNESS = 5.0
 """ρ times the mean of D: of 2, 3, 5 and 10 the one that led to a gap of 1e-4 in 16 rounds for the
 same kernels at 0.9·σ₁; at 0.5·σ₁ 10 needs half of its 60 for 1e-3, and twice as many for 1.1."""
@@ -70,13 +73,7 @@ def nearest_to_layer_ball(
     Kelley 1960 (cutting planes); Boyd et al. 2011 (ADMM).
     """
     best, cuts = _by_planes(
-        layer,
-        kernel,
-        limit,
-        cuts,
-        tolerance,
-        max_rounds if planes_only else min(max_rounds, _PLANES),
-        math.inf if planes_only else _MOST,
+        layer, kernel, limit, cuts, tolerance, max_rounds, gives_way=not planes_only
     )
     if planes_only or best.rounds == max_rounds or best.suffices(kernel, tolerance):
         return best, cuts
@@ -90,7 +87,8 @@ def _by_planes(
     cuts: LayerCuts,
     tolerance: Tolerance,
     max_rounds: int,
-    most: float,
+    *,
+    gives_way: bool,
 ) -> tuple[Solution, LayerCuts]:
     x, best = kernel, None
     if len(cuts):
@@ -100,8 +98,9 @@ def _by_planes(
         top, new = above(layer, layer.matrices(x), limit)
         now = Solution.certified(kernel, x, top, limit, float(cuts.weight.sum()), rounds)
         best = now if best is None else now.better(replace(best, rounds=0))
-        many = len(cuts) > most or (rounds == 1 and MOST_AT_ONCE <= len(new) < most)
-        last = many or not len(new) or rounds == max_rounds
+        # A large layer that is far outside shows more at once than it is looked through for.
+        hidden = rounds == 1 and len(new) == MOST_AT_ONCE and min(layer.shape) > KRYLOV_FROM
+        last = (gives_way and (hidden or len(cuts) > _MOST)) or not len(new) or rounds == max_rounds
         if last or best.suffices(kernel, tolerance):
             # The norm was a lower bound: what ends here has to be inside.
             best = _scaled_inside(layer, kernel, limit, best)
