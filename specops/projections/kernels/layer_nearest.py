@@ -30,7 +30,7 @@ from specops.projections.kernels.solution import Solution, Tolerance
 _MOST = 64
 """Active cuts from which ADMM takes over: normal kernels of 2² to 8² channels and 3² taps had fewer
 at c = 0.5·σ₁, where a hundred rounds of planes led to gaps of 3e-9 to 1e-5 and of ADMM to 1e-4 to
-3e-4; those of 8² channels and 7² taps on 3² points more, where it led to 1e-10 and planes to 3e-5."""
+3e-4; of 8² channels and 7² taps on 3² points more: ADMM led to 1e-10 there, planes to 3e-5."""
 _STIFFNESS = 5.0
 """ρ times the mean of D: of 2, 3, 5 and 10 the one that led to a gap of 1e-4 in 16 rounds for the
 same kernels at 0.9·σ₁; at 0.5·σ₁ 10 needs half of its 60 for 1e-3, and twice as many for 1.1."""
