@@ -132,23 +132,27 @@ class LayerCuts:
         return cls.of(layer, group.astype(np.int64), left, right, weight)
 
 
-def above(layer: ExplicitMap, matrices: np.ndarray, limit: float) -> tuple[float, LayerCuts]:
-    """(a lower bound of σ₁, cuts by the largest singular values above the limit).
+def above(
+    layer: ExplicitMap, matrices: np.ndarray, limit: float, *, exact: bool
+) -> tuple[float, LayerCuts, bool]:
+    """(σ₁, cuts by the largest singular values above the limit, whether they are sure).
 
-    The weights are those values; at most `MOST_AT_ONCE`. Of large matrices the bound is within
-    1 % as a rule, of others σ₁ itself.
+    The weights are those values; at most `MOST_AT_ONCE`. Unless it is to be exact, σ₁ of large
+    matrices is a lower bound, and some values may be missing.
     """
-    if min(layer.shape) > KRYLOV_FROM:
-        group, left, sigma, right = _leading(layer, matrices, limit)
-        largest = float(sigma.max())
-    else:
+    sure = exact or min(layer.shape) <= KRYLOV_FROM
+    if sure:
         values, vectors = np.linalg.eigh(host.gram(matrices))
         largest = float(np.sqrt(max(values.max(), 0.0)))
         group, position = np.nonzero(values > limit**2)
         left, right, sigma = _pairs(matrices, vectors, group, position)
+    else:
+        group, left, sigma, right = _leading(layer, matrices, limit)
+        largest = float(sigma.max())
     chosen = np.argsort(-sigma, kind="stable")[:MOST_AT_ONCE]
     chosen = chosen[sigma[chosen] > limit]
-    return largest, LayerCuts.of(layer, group[chosen], left[chosen], right[chosen], sigma[chosen])
+    cuts = LayerCuts.of(layer, group[chosen], left[chosen], right[chosen], sigma[chosen])
+    return largest, cuts, sure
 
 
 def norm_of(matrices: np.ndarray) -> float:

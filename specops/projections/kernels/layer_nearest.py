@@ -11,6 +11,7 @@ the ball, where planes take a handful of rounds; far from it and to a small gap 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +19,6 @@ import numpy as np
 from specops.arrays.workers import one_blas_thread
 from specops.maps.explicit import ExplicitMap
 from specops.projections.kernels.layer_cuts import (
-    KRYLOV_FROM,
     MOST_AT_ONCE,
     LayerCuts,
     above,
@@ -72,12 +72,12 @@ def nearest_to_layer_ball(
     ----------
     Kelley 1960 (cutting planes); Boyd et al. 2011 (ADMM).
     """
-    best, cuts = _by_planes(
+    best, cuts, gave_way = _by_planes(
         layer, kernel, limit, cuts, tolerance, max_rounds, gives_way=not planes_only
     )
-    if planes_only or best.rounds == max_rounds or best.suffices(kernel, tolerance):
-        return best, cuts
-    return _by_admm(layer, kernel, limit, cuts, tolerance, max_rounds, best)
+    if gave_way:
+        return _by_admm(layer, kernel, limit, cuts, tolerance, max_rounds, best)
+    return best, cuts
 
 
 def _by_planes(
@@ -89,35 +89,40 @@ def _by_planes(
     max_rounds: int,
     *,
     gives_way: bool,
-) -> tuple[Solution, LayerCuts]:
-    x, best = kernel, None
+) -> tuple[Solution, LayerCuts, bool]:
+    """(the best point known to be inside, the cuts of the last one, whether too many are active).
+
+    No point is known to be inside before the first is looked through for all its values.
+    """
+    x, dual, best = kernel, 0.0, Solution(kernel, math.inf, 0.0, 0)
     if len(cuts):
         cuts = cuts.solved(kernel, limit)
         x = kernel - cuts.combined(kernel)
     for rounds in range(1, max_rounds + 1):
-        top, new = above(layer, layer.matrices(x), limit)
-        now = Solution.certified(kernel, x, top, limit, float(cuts.weight.sum()), rounds)
-        best = now if best is None else now.better(replace(best, rounds=0))
-        # A large layer that is far outside shows more at once than it is looked through for.
-        hidden = rounds == 1 and len(new) == MOST_AT_ONCE and min(layer.shape) > KRYLOV_FROM
-        last = (gives_way and (hidden or len(cuts) > _MOST)) or not len(new) or rounds == max_rounds
-        if last or best.suffices(kernel, tolerance):
-            # The norm was a lower bound: what ends here has to be inside.
-            best = _scaled_inside(layer, kernel, limit, best)
-            if last or best.suffices(kernel, tolerance):
+        matrices, nuclear = layer.matrices(x), float(cuts.weight.sum())
+        for exact in (False, True):
+            top, new, sure = above(layer, matrices, limit, exact=exact)
+            now = Solution.certified(kernel, x, top, limit, nuclear, rounds)
+            now.dual = dual = max(dual, now.dual)
+            # Of a large layer that is far outside more is hidden than it is looked through for.
+            hidden = not sure and rounds == 1 and len(new) == MOST_AT_ONCE
+            many = gives_way and (hidden or len(cuts) > _MOST) and rounds < max_rounds
+            ends = not len(new) or rounds == max_rounds or now.suffices(kernel, tolerance)
+            # A lower bound of the norm ends nothing.
+            if sure or many or not ends:
                 break
+        if sure and now.primal <= best.primal:
+            best = now
+        best = replace(best, dual=dual, rounds=rounds)
+        if best.suffices(kernel, tolerance):
+            many = False
+            break
+        if many or not len(new):
+            break
         fresh = replace(new, weight=np.zeros(len(new)))
         cuts = cuts.joined(fresh).solved(kernel, limit)
         x = kernel - cuts.combined(kernel)
-    assert best is not None
-    return best, cuts
-
-
-def _scaled_inside(
-    layer: ExplicitMap, kernel: np.ndarray, limit: float, found: Solution
-) -> Solution:
-    x = found.x * min(1.0, limit / norm_of(layer.matrices(found.x)))
-    return replace(found, x=x, primal=0.5 * float(np.sum(np.abs(kernel - x) ** 2)))
+    return best, cuts, many
 
 
 def _by_admm(
@@ -132,7 +137,8 @@ def _by_admm(
     """From the dual point of the cuts, and on from the rounds of `best`."""
     rho = _STIFFNESS * np.count_nonzero(layer.uses) / float(layer.uses.sum())
     dual = cuts.matrices(layer) / rho
-    x, image, clipped = kernel, layer.matrices(kernel), layer.matrices(best.x)
+    x, image = kernel, layer.matrices(kernel)
+    clipped = layer.matrices(kernel - cuts.combined(kernel))
     first = best.rounds + 1
     for rounds in range(first, max_rounds + 1):
         if len(cuts) or rounds > first:
@@ -148,4 +154,4 @@ def _by_admm(
         if best.suffices(kernel, tolerance):
             break
     # The largest parts of the dual point are where planes of a similar kernel start from.
-    return best, above(layer, rho * dual, 0.0)[1]
+    return best, above(layer, rho * dual, 0.0, exact=True)[1]
