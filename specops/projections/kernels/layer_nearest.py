@@ -108,8 +108,13 @@ def _by_planes(
             hidden = not sure and rounds == 1 and len(new) == MOST_AT_ONCE
             many = gives_way and (hidden or len(cuts) > _MOST) and rounds < max_rounds
             ends = not len(new) or rounds == max_rounds or now.suffices(kernel, tolerance)
-            # A lower bound of the norm ends nothing.
             if sure or many or not ends:
+                break
+            # A lower bound of the norm ends nothing; the norm is cheaper than all its vectors.
+            now = Solution.certified(kernel, x, norm_of(matrices), limit, nuclear, rounds)
+            now.dual = dual
+            sure = now.suffices(kernel, tolerance)
+            if sure:
                 break
         if sure and now.primal <= best.primal:
             best = now
