@@ -93,9 +93,9 @@ class LayerSolver:
         return any(seen_outside(np, matrix, 1.0) for matrix in matrices)
 
     def _affordable(self) -> int:
-        """Rounds within `_PATIENCE`, from 20 to 100."""
+        """Rounds within `_PATIENCE`, from 20 to 400."""
         work = 25.0 * self.layer.sizes.groups * float(min(self.layer.shape)) ** 3
-        return max(20, min(100, int(_PATIENCE / work)))
+        return max(20, min(400, int(_PATIENCE / work)))
 
     def _store(self, x: np.ndarray) -> tuple[Array, np.ndarray]:
         """(the weight in its own dtype, its kernel), inside as stored."""

@@ -32,8 +32,13 @@ _MOST = 64
 at c = 0.5·σ₁, where a hundred rounds of planes led to gaps of 3e-9 to 1e-5 and of ADMM to 1e-4 to
 3e-4; of 8² channels and 7² taps on 3² points more: ADMM led to 1e-10 there, planes to 3e-5."""
 _STIFFNESS = 5.0
-"""ρ times the mean of D: of 2, 3, 5 and 10 the one that led to a gap of 1e-4 in 16 rounds for the
-same kernels at 0.9·σ₁; at 0.5·σ₁ 10 needs half of its 60 for 1e-3, and twice as many for 1.1."""
+"""ρ times the mean of D at first: of 2, 3, 5 and 10 the one that led to 1.1 times the nearest
+distance within 5 rounds at c = 0.97 to 0.25·σ₁ of the same kernels, and"""
+_STIFFER_EVERY, _STIFFEST = 15, 20.0
+"""rounds after which it doubles, up to where, times σ₁/c: at 0.17·σ₁ 400 rounds then lead to gaps of
+4e-8 and less, where 100 at 5 led to 2e-3, and each doubling up to 80 to a smaller one."""
+_PLANES = 100
+"""Rounds of planes, after which those that are slow leave off."""
 _RELAXED = 1.6
 """Over-relaxation, as Boyd et al. recommend."""
 
@@ -106,7 +111,8 @@ def _by_planes(
             now.dual = dual = max(dual, now.dual)
             # Of a large layer that is far outside more is hidden than it is looked through for.
             hidden = not sure and rounds == 1 and len(new) == MOST_AT_ONCE
-            many = gives_way and (hidden or len(cuts) > _MOST) and rounds < max_rounds
+            many = hidden or len(cuts) > _MOST or rounds == _PLANES
+            many = many and gives_way and rounds < max_rounds
             ends = not len(new) or rounds == max_rounds or now.suffices(kernel, tolerance)
             if sure or many or not ends:
                 break
@@ -140,12 +146,15 @@ def _by_admm(
     best: Solution,
 ) -> tuple[Solution, LayerCuts]:
     """From the dual point of the cuts, and on from the rounds of `best`."""
-    rho = _STIFFNESS * np.count_nonzero(layer.uses) / float(layer.uses.sum())
+    unit = np.count_nonzero(layer.uses) / float(layer.uses.sum())
+    rho, stiffest = _STIFFNESS * unit, _STIFFEST * unit * norm_of(layer.matrices(kernel)) / limit
     dual = cuts.matrices(layer) / rho
     x, image = kernel, layer.matrices(kernel)
     clipped = layer.matrices(kernel - cuts.combined(kernel))
     first = best.rounds + 1
     for rounds in range(first, max_rounds + 1):
+        if (rounds - first) % _STIFFER_EVERY == _STIFFER_EVERY - 1 and rho < stiffest:
+            rho, dual = 2.0 * rho, 0.5 * dual
         if len(cuts) or rounds > first:
             x = (kernel + rho * layer.gather(clipped - dual)) / (1.0 + rho * layer.uses)
             image = _RELAXED * layer.matrices(x) + (1.0 - _RELAXED) * clipped
