@@ -163,7 +163,7 @@ def slowly(
     maps = np.stack([oracle.conv_matrix(seen(unit, geometry), conv) for unit in units])
     a, shape = maps.reshape(w.size, -1).T, maps.shape[1:]
     gram, best, error = a.T @ a, w, np.inf
-    for stiffness in (1.0, 10.0, 0.1):
+    for stiffness in (1.0, 10.0, 0.1, 100.0):
         rho = stiffness / np.linalg.eigvalsh(gram)[-1]
         found, gap = _admm(w, a, shape, limit, rho, rounds, precision)
         if gap < error:

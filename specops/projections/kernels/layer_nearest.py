@@ -35,7 +35,7 @@ _STIFFNESS = 5.0
 """ρ times the mean of D at first: of 2, 3, 5 and 10 the one that led to 1.1 times the nearest
 distance within 5 rounds at c = 0.97 to 0.25·σ₁ of the same kernels, and"""
 _STIFFER_EVERY, _STIFFEST = 15, 20.0
-"""rounds after which it doubles, up to where, times σ₁/c: at 0.17·σ₁ 400 rounds then lead to gaps of
+"""rounds after which it doubles, up to where, times σ₁/c: at 0.17·σ₁ 400 rounds then led to gaps of
 4e-8 and less, where 100 at 5 led to 2e-3, and each doubling up to 80 to a smaller one."""
 _PLANES = 100
 """Rounds of planes, after which those that are slow leave off."""
