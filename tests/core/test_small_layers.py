@@ -54,7 +54,7 @@ def outside_of_the_torus_alone(dtype: str = "float64") -> tuple[np.ndarray, Conv
 def test_the_layers_own_norm_is_the_bound(
     eager: Backend, shape: tuple[int, ...], geometry: Conv, dtype: str
 ) -> None:
-    leave_to_others(eager, shape != ZEROS[0][0])
+    leave_to_others(eager, shape != ZEROS[0][0] or dtype == "float64")
     if not eager.doubles or "strict" in eager.name:
         pytest.skip("NumPy, torch and JAX see these")
     w = eager.array(normal(shape, 1), dtype)
@@ -73,6 +73,7 @@ def test_the_layers_own_norm_is_the_bound(
 
 
 def test_what_is_inside_stays_though_the_torus_around_is_outside(eager: Backend) -> None:
+    leave_to_others(eager)
     w, geometry, bound = outside_of_the_torus_alone("float32")
     w = eager.array(w)
     got, info = specops.project_spectral_ball(w, bound, geometry, return_info=True)
