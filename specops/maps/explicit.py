@@ -8,7 +8,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from specops.geometry import ConvSizes
+from specops import arrays
+from specops.arrays import host
+from specops.geometry import Conv, ConvSizes
+from specops.typing import Array
 
 _LARGEST_WORK = 1024.0**3
 """Rows times columns times the smaller of both, of all groups together, up to which a map counts as
@@ -68,6 +71,21 @@ class ExplicitMap:
         vh = right.conj().reshape(-1, self.sizes.columns, self.inputs).swapaxes(-1, -2)
         taps = [u[:, :, output] @ vh[:, entry, :] for output, entry in self._pairs]
         return np.stack(taps, axis=-1).reshape(len(u), math.prod(self.kernel_shape[1:]))
+
+
+def norm_of(matrices: np.ndarray) -> float:
+    """The largest singular value of stacked matrices, to double precision."""
+    values = np.linalg.eigvalsh(host.gram(matrices))
+    return float(np.sqrt(max(values.max(), 0.0)))
+
+
+def explicit_norm(w: Array, geometry: Conv, layer: ExplicitMap) -> float:
+    """‖A‖ of a finite weight whose values are known, by the explicit matrices of its layer."""
+    values = arrays.to_numpy(arrays.to_compute(arrays.namespace(w), w))
+    kernel = geometry.kernel(values.astype(np.result_type(values, np.float64)))
+    # Squares of tiny or huge entries leave the range.
+    unit = float(np.abs(kernel).max()) or 1.0
+    return unit * norm_of(layer.matrices(kernel / unit))
 
 
 def small_explicit_map(sizes: ConvSizes) -> ExplicitMap | None:

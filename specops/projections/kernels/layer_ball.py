@@ -9,10 +9,10 @@ import numpy as np
 from specops import arrays
 from specops.arrays import host
 from specops.linalg.inside import seen_outside
-from specops.maps.explicit import ExplicitMap, small_explicit_map
+from specops.maps.explicit import ExplicitMap, norm_of, small_explicit_map
 from specops.projections.feasible import store_within
 from specops.projections.info import ProjectionInfo
-from specops.projections.kernels.layer_cuts import LayerCuts, norm_of
+from specops.projections.kernels.layer_cuts import LayerCuts
 from specops.projections.kernels.layer_nearest import nearest_to_layer_ball
 from specops.projections.kernels.problem import KernelProblem
 from specops.projections.kernels.solution import Tolerance

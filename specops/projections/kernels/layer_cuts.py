@@ -155,12 +155,6 @@ def above(
     return largest, cuts, sure
 
 
-def norm_of(matrices: np.ndarray) -> float:
-    """The largest singular value, to double precision."""
-    values = np.linalg.eigvalsh(host.gram(matrices))
-    return float(np.sqrt(max(values.max(), 0.0)))
-
-
 def _leading(
     layer: ExplicitMap, matrices: np.ndarray, limit: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

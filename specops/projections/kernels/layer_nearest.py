@@ -17,13 +17,12 @@ from dataclasses import replace
 import numpy as np
 
 from specops.arrays.workers import one_blas_thread
-from specops.maps.explicit import ExplicitMap
+from specops.maps.explicit import ExplicitMap, norm_of
 from specops.projections.kernels.layer_cuts import (
     MOST_AT_ONCE,
     LayerCuts,
     above,
     excess,
-    norm_of,
 )
 from specops.projections.kernels.solution import Solution, Tolerance
 
