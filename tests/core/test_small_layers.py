@@ -13,6 +13,7 @@ from specops.errors import StateError
 from specops.linalg.block_krylov import krylov_triplets
 from specops.maps.explicit import ExplicitMap, small_explicit_map
 from specops.projections.kernels import layer_cuts
+from specops.training.report import measured_norm
 from tests import oracle
 from tests.backends import Backend, leave_to_others
 from tests.core.nearest import norm, normal, slowly, squared, torus
@@ -131,8 +132,10 @@ def test_other_methods_stay_on_the_torus_and_say_so() -> None:
 def test_large_layers_stay_on_the_torus() -> None:
     w, geometry = normal((16, 16, 3, 3), 3).astype("float32"), Conv((16, 16))
     assert small_explicit_map(geometry.sizes(w.shape)) is None
-    _, info = specops.project_spectral_ball(w, 15.0, geometry, return_info=True)
+    got, info = specops.project_spectral_ball(w, 15.0, geometry, return_info=True)
     assert info.constrained == "torus"
+    assert measured_norm(got, geometry)["norm_is"] == "upper bound"
+    assert measured_norm(got[:2, :2], geometry)["norm_is"] == "exact"
 
 
 @pytest.mark.parametrize(("shape", "geometry"), ZEROS)
