@@ -89,9 +89,8 @@ class LayerCuts:
 
     def combined(self, like: np.ndarray) -> np.ndarray:
         """Σ weight·E, a kernel."""
-        total = np.zeros((len(like), self.normal.shape[1]), like.dtype)
-        np.add.at(total, self.group, self.weight[:, None] * self.normal)
-        return total.reshape(like.shape)
+        total = (np.eye(len(like))[:, self.group] * self.weight) @ self.normal
+        return np.asarray(total.reshape(like.shape))
 
     def matrices(self, layer: ExplicitMap) -> np.ndarray:
         """Σ weight·u vᴴ, (groups, outputs, inputs)."""
