@@ -120,7 +120,7 @@ def _start(size: int, like: np.ndarray) -> np.ndarray:
 
 
 def _slice(a: np.ndarray) -> int:
-    return max(1, _SLICE_ENTRIES // a.shape[1])
+    return max(1, _SLICE_ENTRIES // int(a.shape[1]))
 
 
 def _below(a: np.ndarray, sigma: float) -> float:

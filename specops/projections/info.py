@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from specops.typing import Array
 
@@ -17,7 +18,8 @@ class ProjectionInfo:
         The constrained norm of the weight given and of the weight returned, the latter as
         stored. Shape (\\*batch,), one more axis for ``Dense(splits=...)``; NaN for matrices
         that are not finite. For a zero-padded Conv, and a circular one whose stride does not
-        divide its grid, these are norms on the torus that contains the layer. Measured from
+        divide its grid, these are the layer's own if that was constrained, and else norms on the
+        torus that contains the layer: `constrained` says which. Measured from
         below, to about 1e-4, where a single matrix has more than 2^16 entries, and
         `norm_before` also from the directions of a warm start: what is certified is that the
         weight returned is inside.
@@ -31,6 +33,9 @@ class ProjectionInfo:
         Rounds that an iterative method took; 0 if the weight was inside, 1 for a direct one.
     state : dict of str to array
         What the next call on a similar weight may start from.
+    constrained : str
+        Whose norm: "layer", the operator's own, or "torus", of a Conv the norm on a torus that
+        contains it, or on a grid that covers every size.
     """
 
     norm_before: Array
@@ -38,6 +43,7 @@ class ProjectionInfo:
     gap: Array
     iterations: int
     state: dict[str, Array] = field(default_factory=dict)
+    constrained: Literal["layer", "torus"] = "layer"
 
 
 @dataclass

@@ -12,6 +12,7 @@ from specops import arrays
 from specops.errors import StateError
 from specops.geometry import Dense, Geometry
 from specops.geometry.arguments import check_bound, non_negative
+from specops.maps.explicit import small_explicit_map
 from specops.projections import project_spectral_ball
 from specops.rules.base import Figures, Schedule, Scheduled, at, check_scheduled, measured_as
 from specops.rules.stages import WeightRule
@@ -36,6 +37,8 @@ class ClipSpectralNorm(Scheduled, WeightRule):
     otherwise. A weight found inside is not decomposed again at every firing: while the norm that
     a power step on its leading vectors gives stays below 0.9 of the bound, it is left alone.
     That estimate is a lower bound; every 100th firing, `enforce` and the first one certify.
+    A small zero-padded convolution ends at the bound, a larger one, and any in compiled code, up
+    to a few per cent below it: `project_spectral_ball` says which.
 
     Parameters
     ----------
@@ -188,7 +191,7 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         state = dict(info.state)
         if self.screen and new is weight and arrays.is_concrete(weight):
             # Inside: from here on an estimate will do for a while.
-            state |= _screening(tracked or _follow(geometry).start(weight, name), 1, weight)
+            state |= _screening(tracked or _follow(geometry, weight).start(weight, name), 1, weight)
         return new, state, figures
 
 
@@ -206,9 +209,13 @@ def _parted(state: State) -> tuple[State, State]:
     return own, tracked
 
 
-def _follow(geometry: Geometry) -> TrackedBlocks | TrackedTorus:
-    """What the projection constrains: a zero-padded layer on the torus that contains it."""
-    return TrackedBlocks(geometry) if isinstance(geometry, Dense) else TrackedTorus(geometry)
+def _follow(geometry: Geometry, weight: Array) -> TrackedBlocks | TrackedOperator | TrackedTorus:
+    """What follows the norm that the projection constrains."""
+    if isinstance(geometry, Dense):
+        return TrackedBlocks(geometry)
+    if small_explicit_map(geometry.sizes(tuple(weight.shape))) is not None:
+        return TrackedOperator(geometry)
+    return TrackedTorus(geometry)
 
 
 def _estimate(
@@ -219,11 +226,14 @@ def _estimate(
     Matrices take half a step at a firing, to one side and to the other in turn: weights move
     little in between, and large ones cost what it takes to read them.
     """
-    follow = _follow(geometry)
+    follow = _follow(geometry, weight)
     try:
         if isinstance(follow, TrackedTorus):
             return follow.estimate(weight, state)
-        state = follow.half_advance(weight, state, to_left=to_left)
+        if isinstance(follow, TrackedOperator):
+            state = follow.advance(weight, state)
+        else:
+            state = follow.half_advance(weight, state, to_left=to_left)
     except StateError:
         return None
     norms = follow.measured(state)

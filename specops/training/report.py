@@ -12,6 +12,7 @@ from typing import Any
 
 from specops import arrays
 from specops.geometry import Dense, Geometry
+from specops.maps.explicit import explicit_norm, small_explicit_map
 from specops.rules import StagedRule
 from specops.spectra import spectral_norm, spectral_norm_bounds, stable_rank
 from specops.tables import aligned, rich_table
@@ -218,6 +219,10 @@ def measured_norm(w: Any, geometry: Geometry) -> dict[str, Any]:
     xp = arrays.namespace(w)
     if not bool(arrays.all_finite(xp, w)):
         return {"norm": float("nan"), "norm_is": "not finite"}
+    if not isinstance(geometry, Dense):
+        layer = small_explicit_map(geometry.sizes(tuple(w.shape)))
+        if layer is not None:
+            return {"norm": explicit_norm(w, geometry, layer), "norm_is": "exact"}
     exact = isinstance(geometry, Dense) or geometry.has_exact_spectrum(tuple(w.shape))
     norms = spectral_norm(w, geometry) if exact else spectral_norm_bounds(w, geometry).upper
     largest = max(float(xp.max(n)) for n in (norms if isinstance(norms, tuple) else (norms,)))

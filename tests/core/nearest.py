@@ -70,6 +70,15 @@ def torus(geometry: Conv, shape: tuple[int, ...]) -> Conv:
     )
 
 
+def constrained(geometry: Conv, shape: tuple[int, ...], method: str = "auto") -> Conv:
+    """The layer whose norm a method bounds: a small one itself, or a torus in its place."""
+    if geometry.grid is None or method not in ("auto", "cutting-planes"):
+        return torus(geometry, shape)
+    sizes = geometry.sizes(shape)
+    wraps = any(span > n for span, n in zip(sizes.spans, sizes.fine, strict=True))
+    return torus(geometry, shape) if sizes.circular and wraps else geometry
+
+
 def certificate(geometry: Conv, shape: tuple[int, ...]) -> float:
     """The factor that makes a grid speak for every size."""
     if geometry.grid is not None:
@@ -78,10 +87,10 @@ def certificate(geometry: Conv, shape: tuple[int, ...]) -> float:
     return float(np.prod(np.cos(np.pi * (taps - 1) / (2 * ANY_SIZE_POINTS))))
 
 
-def matrices(w: np.ndarray, geometry: Geometry) -> list[np.ndarray]:
+def matrices(w: np.ndarray, geometry: Geometry, method: str = "auto") -> list[np.ndarray]:
     """Every matrix, or stack of matrices, whose norm is constrained."""
     if isinstance(geometry, Conv):
-        return [oracle.conv_matrix(seen(w, geometry), torus(geometry, w.shape))]
+        return [oracle.conv_matrix(seen(w, geometry), constrained(geometry, w.shape, method))]
     whole = oracle.dense_matrix(w, geometry)
     ends = np.cumsum(geometry.splits or ())[:-1]
     return np.split(whole, ends, axis=-2)
@@ -92,9 +101,10 @@ def seen(w: np.ndarray, geometry: Conv) -> np.ndarray:
     return w if geometry.grid is None else oracle.only_read(w, geometry)
 
 
-def norm(w: np.ndarray, geometry: Geometry) -> float:
+def norm(w: np.ndarray, geometry: Geometry, method: str = "auto") -> float:
     """The constrained norm: the largest of all matrices."""
-    return max(float(np.linalg.norm(m, 2, axis=(-2, -1)).max()) for m in matrices(w, geometry))
+    found = matrices(w, geometry, method)
+    return max(float(np.linalg.norm(m, 2, axis=(-2, -1)).max()) for m in found)
 
 
 def small(case: Case) -> bool:
@@ -138,16 +148,22 @@ def project(w: np.ndarray, bound: float, geometry: Geometry, **options: Any) -> 
 
 
 def slowly(
-    w: np.ndarray, geometry: Conv, bound: float, *, rounds: int = 1500, precision: float = 1e-13
+    w: np.ndarray,
+    geometry: Conv,
+    bound: float,
+    *,
+    rounds: int = 1500,
+    precision: float = 1e-13,
+    method: str = "auto",
 ) -> tuple[np.ndarray, float]:
     """(the nearest kernel, certified squared error) by ADMM on the explicit matrix."""
-    conv = torus(geometry, w.shape)
+    conv = constrained(geometry, w.shape, method)
     limit = bound * certificate(geometry, w.shape)
     units = np.eye(w.size).reshape(-1, *w.shape)
     maps = np.stack([oracle.conv_matrix(seen(unit, geometry), conv) for unit in units])
     a, shape = maps.reshape(w.size, -1).T, maps.shape[1:]
     gram, best, error = a.T @ a, w, np.inf
-    for stiffness in (1.0, 10.0, 0.1):
+    for stiffness in (1.0, 10.0, 0.1, 100.0):
         rho = stiffness / np.linalg.eigvalsh(gram)[-1]
         found, gap = _admm(w, a, shape, limit, rho, rounds, precision)
         if gap < error:

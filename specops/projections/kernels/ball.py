@@ -10,6 +10,7 @@ from specops.maps.unread import with_unread
 from specops.projections.info import ProjectionInfo
 from specops.projections.kernels.ball_on_host import HostSolver
 from specops.projections.kernels.ball_traced import project_traced
+from specops.projections.kernels.layer_ball import layer_solver
 from specops.projections.kernels.problem import KernelProblem
 from specops.projections.kernels.solution import Tolerance
 from specops.typing import Array, State
@@ -31,10 +32,14 @@ def project_kernel(
     """(the weight inside the ball, what happened)."""
     problem = KernelProblem.of(given, w, max_norm)
     known = isinstance(max_norm, float) or arrays.is_concrete(max_norm)
+    own = None
     if known and arrays.is_concrete(given.w):
         # Wherever the kernel lives: its blocks are small matrices, many of them.
-        solver = HostSolver(problem)
+        own = layer_solver(problem, method)
+        solver = own or HostSolver(problem)
         result, info = solver.project(method, iterations, tolerance, state, measure)
     else:
         result, info = project_traced(problem, method, iterations)
+    exact = problem.geometry.has_exact_spectrum(tuple(w.shape))
+    info.constrained = "layer" if exact or own is not None else "torus"
     return with_unread(result, w, problem.geometry), info

@@ -1,0 +1,110 @@
+"""A convolution as explicit matrices, one a group: linear in its kernel, with the adjoint."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import lru_cache
+
+import numpy as np
+
+from specops import arrays
+from specops.arrays import host
+from specops.geometry import Conv, ConvSizes
+from specops.typing import Array
+
+_LARGEST_WORK = 1024.0**3
+"""Rows times columns times the smaller of both, of all groups together, up to which a map counts as
+small: a choice. At 1024² eigenvectors take 0.35 s on a core of 60 GFlop/s."""
+
+
+class ExplicitMap:
+    """The map A from kernels (groups, rows, columns, *taps) to matrices (groups, outputs, inputs).
+
+    Parameters
+    ----------
+    sizes : ConvSizes
+        Of a layer of known size on whose grid no two taps of an output land on one entry, so that
+        A*A is diagonal.
+    """
+
+    def __init__(self, sizes: ConvSizes) -> None:
+        assert sizes.fine is not None
+        assert sizes.coarse is not None
+        assert sizes.lower is not None
+        self.sizes = sizes
+        self.outputs, self.inputs = math.prod(sizes.coarse), math.prod(sizes.fine)
+        self.shape = (sizes.rows * self.outputs, sizes.columns * self.inputs)
+        self.kernel_shape = (sizes.groups, sizes.rows, sizes.columns, *sizes.kernel)
+        place = np.indices(sizes.coarse).reshape(len(sizes.coarse), -1)
+        fine, lower = (np.array(n)[:, None] for n in (sizes.fine, sizes.lower))
+        first = np.array(sizes.stride)[:, None] * place - lower
+        self._pairs = []
+        for tap in itertools.product(*(range(k) for k in sizes.kernel)):
+            read = first + (np.array(sizes.dilation) * np.array(tap))[:, None]
+            read = read % fine if sizes.circular else read
+            (where,) = np.nonzero(((read >= 0) & (read < fine)).all(axis=0))
+            self._pairs.append((where, np.ravel_multi_index(tuple(read[:, where]), sizes.fine)))
+        self.uses = np.array([len(p) for p, _ in self._pairs], float).reshape(sizes.kernel)
+        """A*A: how many outputs read each tap."""
+
+    def matrices(self, kernel: np.ndarray) -> np.ndarray:
+        """A(K), (groups, *shape)."""
+        groups, rows, columns = kernel.shape[:3]
+        taps = kernel.reshape(groups, rows, columns, -1)
+        out = np.zeros((groups, rows, self.outputs, columns, self.inputs), kernel.dtype)
+        for tap, (output, entry) in enumerate(self._pairs):
+            out[:, :, output, :, entry] = taps[..., tap]
+        return out.reshape(groups, *self.shape)
+
+    def gather(self, matrices: np.ndarray) -> np.ndarray:
+        """A*(Z), a kernel."""
+        sizes = self.sizes
+        split = (-1, sizes.rows, self.outputs, sizes.columns, self.inputs)
+        z = matrices.reshape(split)
+        taps = [z[:, :, output, :, entry].sum(axis=0) for output, entry in self._pairs]
+        return np.stack(taps, axis=-1).reshape(-1, *self.kernel_shape[1:])
+
+    def normals(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """A*(u vᴴ) for pairs (N, outputs) and (N, inputs) of one group each: (N, entries)."""
+        u = left.reshape(-1, self.sizes.rows, self.outputs)
+        vh = right.conj().reshape(-1, self.sizes.columns, self.inputs).swapaxes(-1, -2)
+        taps = [u[:, :, output] @ vh[:, entry, :] for output, entry in self._pairs]
+        return np.stack(taps, axis=-1).reshape(len(u), math.prod(self.kernel_shape[1:]))
+
+
+def norm_of(matrices: np.ndarray) -> float:
+    """The largest singular value of stacked matrices, to double precision."""
+    values = np.linalg.eigvalsh(host.gram(matrices))
+    return float(np.sqrt(max(values.max(), 0.0)))
+
+
+def explicit_norm(w: Array, geometry: Conv, layer: ExplicitMap) -> float:
+    """‖A‖ of a finite weight whose values are known, by the explicit matrices of its layer."""
+    values = arrays.to_numpy(arrays.to_compute(arrays.namespace(w), w))
+    kernel = geometry.kernel(values.astype(np.result_type(values, np.float64)))
+    # Squares of tiny or huge entries leave the range.
+    unit = float(np.abs(kernel).max()) or 1.0
+    return unit * norm_of(layer.matrices(kernel / unit))
+
+
+def small_explicit_map(sizes: ConvSizes) -> ExplicitMap | None:
+    """The map of a layer that is no torus and small enough to be decomposed; None for others.
+
+    Small is, for as many inputs as outputs, 1024 of each: 64 channels on 4² points, 4 on 16².
+    """
+    if sizes.fine is None or (sizes.circular and sizes.stride_divides):
+        return None
+    rows, columns = (n // sizes.groups for n in sizes.matrix_shape())
+    if sizes.groups * float(rows) * columns * min(rows, columns) > _LARGEST_WORK:
+        return None
+    spans = zip(sizes.fine, sizes.spans, strict=True)
+    if sizes.circular and any(span > n for n, span in spans):
+        # Taps that wrap onto each other: A*A is not diagonal.
+        return None
+    return _explicit_map(sizes)
+
+
+@lru_cache(maxsize=64)
+def _explicit_map(sizes: ConvSizes) -> ExplicitMap:
+    return ExplicitMap(sizes)
