@@ -59,13 +59,13 @@ from specops.measures.margins import MarginJacobians, margins
 from specops.measures.noise import noise_sensitivity
 from specops.measures.operators import JacobianOperator, SymmetricOperator
 from specops.measures.ratios import lipschitz_ratios
+from specops.measures.reshaping import tsuzuku_alpha
 from specops.measures.sharpness import (
     SpectralDensity,
     SpectrumEnds,
     spectral_density,
     spectrum_ends,
 )
-from specops.measures.reshaping import tsuzuku_alpha
 from specops.measures.variance import ParameterVariance, parameter_variance
 
 __all__ = [

@@ -23,10 +23,13 @@ class LipschitzBound(NamedTuple):
         Its natural logarithm, which does not overflow; -inf for a constant function.
     factors : tuple of float
         What each layer contributes.
+    layers : tuple of str
+        The names of what the factors are of, where they are known.
     """
 
     log: float
     factors: tuple[float, ...]
+    layers: tuple[str, ...] = ()
 
     @property
     def value(self) -> float:
@@ -81,7 +84,7 @@ def lipschitz_upper_bound(layers: Sequence[Any]) -> LipschitzBound:
     Notes
     -----
     Not for residual networks: a skip connection adds, ``1 + Lip(branch)``; give the sum of a
-    block as one number. `specops_torch.lipschitz_upper_bound` reads a ``torch.nn.Sequential``.
+    block as one number. `specops_torch.lipschitz_upper_bound` reads a model with its branches.
 
     References
     ----------

@@ -1,0 +1,412 @@
+"""Lipschitz bounds of models with branches, against the explicit matrices of linear ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+from torch.nn import functional  # noqa: E402
+
+from specops import measures  # noqa: E402
+from specops.errors import AdapterError  # noqa: E402
+from specops_torch import jacobian_operator, lipschitz_upper_bound  # noqa: E402
+from tests.measures.test_torch import ACTIVATIONS, doubling, matrix_of, settled  # noqa: E402
+
+
+class Do(nn.Module):
+    """A function as a model."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Any) -> Any:
+        return self.function(x)
+
+
+def fixed(*shape: int) -> Any:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+MASK = torch.tensor([True, False, True, True, False, False])
+VAR = torch.linspace(0.5, 2.0, 3, dtype=torch.float64)
+# What is linear: (function, shape of a sample, whether the bound is the norm).
+LINEAR: dict[str, tuple[Callable[[Any], Any], tuple[int, ...], bool]] = {
+    "sum": (lambda x: x + 2.0 * x, (6,), True),
+    "sum, in place": (lambda x: x.clone().add_(x, alpha=-3.0), (6,), False),
+    "difference": (lambda x: torch.sub(x.flip(1), x, alpha=4), (6,), True),
+    "sum with a constant": (lambda x: fixed(6) + x - 1.0, (6,), True),
+    "broadcast sum": (lambda x: x[:, :, None] + x[:, None, :] * 0, (3,), True),
+    "concatenation": (lambda x: torch.cat([x, 2.0 * x, x[:, :2] * 0], 1), (6,), True),
+    "stack": (lambda x: torch.stack((x, -x), 2), (6,), True),
+    "pieces": (lambda x: torch.cat(x.chunk(3, 1), 1), (6,), True),
+    "sum of pieces": (lambda x: x.split(3, 1)[0] + x.split(3, 1)[1], (6,), False),
+    "choice": (lambda x: torch.where(MASK, x, 2.0 * x), (6,), False),
+    "mean": (lambda x: x.mean((2, 3)), (2, 3, 4), True),
+    "sum over an axis": (lambda x: torch.sum(x, -1), (2, 5), True),
+    "expanded": (lambda x: x[..., None].expand(-1, -1, 4), (3,), True),
+    "repeated": (lambda x: x.repeat(1, 3).reshape(x.shape[0], -1), (3,), True),
+    "scaled": (lambda x: x.mul(fixed(6)), (6,), True),
+    "scaled and repeated": (lambda x: x[..., None] * fixed(2), (3,), False),
+    "divided": (lambda x: (x / torch.tensor([2.0, -0.5, 4.0])).neg() / 3, (3,), True),
+    "slices": (lambda x: x[:, ::2, None, 1:].squeeze(2), (4, 3), True),
+    "axes": (lambda x: x.permute(0, 2, 1).contiguous().view(x.size(0), -1).float(), (4, 3), True),
+    "linear": (lambda x: functional.linear(x, fixed(3, 6), fixed(3)), (6,), True),
+    "matrix from the right": (lambda x: x @ fixed(4, 5), (3, 4), True),
+    "matrix from the left": (lambda x: torch.matmul(fixed(5, 3), x), (3, 4), True),
+    "convolution": (
+        lambda x: functional.conv2d(x, fixed(4, 1, 3, 3), None, 2, 1, groups=2),
+        (2, 5, 6),
+        False,
+    ),
+    "dilated": (lambda x: functional.conv1d(x, fixed(2, 2, 3), dilation=2), (2, 9), False),
+    "batch norm": (
+        lambda x: functional.batch_norm(x, VAR, VAR, VAR - 1.0, training=False),
+        (3, 4),
+        True,
+    ),
+    "average": (lambda x: functional.avg_pool2d(x, 3, stride=1, padding=1), (2, 4, 5), True),
+    "adaptive": (lambda x: functional.adaptive_avg_pool1d(x, 3).flatten(1), (2, 7), True),
+    "padding": (lambda x: functional.pad(x, (1, 2, -1, 0)), (2, 4, 5), True),
+    "transposed": (lambda x: x.mT @ fixed(3, 3), (3, 4), True),
+    "like another": (
+        lambda x: x[:, None].expand_as(torch.zeros_like(x).repeat(1, 3)[None]),
+        (3,),
+        True,
+    ),
+    "dropout": (lambda x: functional.dropout(x, 0.5, training=False), (3,), True),
+}
+
+
+@pytest.mark.parametrize("key", LINEAR)
+def test_rules_of_linear_functions(key: str) -> None:
+    function, shape, tight = LINEAR[key]
+    model = Do(function).double()
+    x = torch.zeros((1, *shape), dtype=torch.float64)
+    # Without parameters inputs are of the default type: one of them says which.
+    model.register_parameter("kind", nn.Parameter(x.new_zeros(())))
+    bound = lipschitz_upper_bound(model, shape).value
+    true = np.linalg.norm(
+        matrix_of(Do(lambda x: torch.cat([function(r) for r in x.split(1)])), shape), 2
+    )
+    assert true * (1 - 1e-9) <= bound
+    if tight:
+        assert bound == pytest.approx(true, rel=1e-6)
+    else:
+        assert bound <= 2.5 * true + 1e-9
+
+
+FUNCTIONS: dict[str, tuple[Callable[[Any], Any], float]] = {
+    "relu": (lambda x: functional.relu(x), 1.0),
+    "relu_": (lambda x: x.clone().relu_(), 1.0),
+    "clamp": (lambda x: x.clamp(min=0.0, max=1.0), 1.0),
+    "leaky_relu": (lambda x: functional.leaky_relu(x, -3.0), 3.0),
+    "elu": (lambda x: functional.elu(x, alpha=2.0), 2.0),
+    "celu": (lambda x: functional.celu(x, 3.0), 1.0),
+    "prelu": (lambda x: functional.prelu(x, torch.tensor([1.5], dtype=x.dtype)), 1.5),
+    "gelu": (lambda x: functional.gelu(x, approximate="tanh"), 1.1291),
+    "softplus": (lambda x: functional.softplus(x, beta=2), 1.0),
+    "hardswish": (lambda x: functional.hardswish(x), 1.5),
+    "selu": (lambda x: functional.selu(x), 1.7581),
+    "mish": (lambda x: functional.mish(x), 1.0885),
+    "hardsigmoid": (lambda x: functional.hardsigmoid(x), 1 / 6),
+    "sigmoid": (torch.sigmoid, 0.25),
+    "cos": (torch.cos, 1.0),
+    "maximum": (lambda x: torch.maximum(x, torch.zeros_like(x)), 1.0),
+}
+
+
+@pytest.mark.parametrize("key", FUNCTIONS)
+def test_rules_of_functions_of_bounded_slope(key: str) -> None:
+    function, expected = FUNCTIONS[key]
+    x = torch.linspace(-6, 6, 40001, dtype=torch.float64)
+    y = function(x)
+    steepest = float(((y[1:] - y[:-1]) / (x[1:] - x[:-1])).abs().max())
+    bound = lipschitz_upper_bound(Do(lambda x: function(x)), (3,)).value
+    assert bound == pytest.approx(expected)
+    assert steepest <= bound * (1 + 1e-9) <= steepest * 1.01
+
+
+def test_functions_and_layers_have_the_same_rules() -> None:
+    for layer in ACTIVATIONS:
+        name = {"LogSigmoid": "logsigmoid"}.get(type(layer).__name__, "")
+        if name:
+            function = getattr(functional, name)
+            found = lipschitz_upper_bound(Do(lambda x, f=function: f(x)), (3,))
+            assert found.value == lipschitz_upper_bound(layer, (3,)).value
+    for options in ((2,), (3, 1), (3, 2)):
+        one = lipschitz_upper_bound(nn.MaxPool2d(*options), (1, 8, 8))
+        two = lipschitz_upper_bound(
+            Do(lambda x, o=options: functional.max_pool2d(x, *o)), (1, 8, 8)
+        )
+        assert one.value == two.value
+
+
+@pytest.mark.parametrize(("size", "wanted"), [(7, 3), (8, 4), (5, 1), (3, 7)])
+def test_adaptive_maxima_repeat_an_entry_as_often_as_their_factor_says(
+    size: int, wanted: int
+) -> None:
+    layer = nn.AdaptiveMaxPool1d(wanted)
+    reached = 0.0
+    for at in range(size):
+        x = torch.zeros(1, 1, size)
+        x[0, 0, at] = 1.0
+        reached = max(reached, float(layer(x).norm()))
+    assert lipschitz_upper_bound(layer, (1, size)).value == pytest.approx(reached)
+
+
+class Block(nn.Module):
+    """Of a residual network: two convolutions with batch normalisation beside a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = settled(nn.BatchNorm2d(outputs), inputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, padding_mode="circular")
+        self.bn2 = settled(nn.BatchNorm2d(outputs), outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.short = nn.Sequential()
+        if stride > 1:
+            shrink = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.short = nn.Sequential(shrink, settled(nn.BatchNorm2d(outputs), 9))
+
+    def forward(self, x: Any) -> Any:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += self.short(x)
+        return self.relu(out)
+
+
+def test_residual_networks() -> None:
+    torch.manual_seed(0)
+    blocks = [Block(3, 3, 1), Block(3, 4, 2)]
+    model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).double()
+    model.train()
+    bound = lipschitz_upper_bound(model, (3, 6, 6))
+    assert model.training
+    assert bound.layers == ("0.conv1 … add", "0.relu", "1.conv1 … add", "1.relu", "2", "3", "4")
+    assert math.prod(bound.factors) == pytest.approx(bound.value)
+    for block, factor, shape in zip(blocks, bound.factors[::2], ((3, 6, 6),) * 2, strict=False):
+        middle = (block.conv1.out_channels, *(n // block.conv1.stride[0] for n in shape[1:]))
+        first = matrix_of(nn.Sequential(block.conv1, block.bn1), shape)
+        second = matrix_of(nn.Sequential(block.conv2, block.bn2), middle)
+        short = matrix_of(nn.Sequential(*block.short, nn.Identity()), shape)
+        a, b, c = (np.linalg.norm(m, 2) for m in (first, second, short))
+        # One zero-padded convolution is bounded on a torus.
+        assert a * b + c <= factor * (1 + 1e-9)
+        assert factor <= 1.1 * a * b + c * (1 + 1e-9)
+        apart = np.linalg.norm(matrix_of(block.conv1, shape), 2) * np.linalg.norm(
+            matrix_of(block.bn1, middle), 2
+        )
+        assert a < 0.9 * apart
+    x = torch.randn(3, 6, 6, dtype=torch.float64)
+    local = measures.local_lipschitz(jacobian_operator(lambda v: model.eval()(v[None])[0], x))
+    assert 0 < local.value <= bound.value
+
+
+@pytest.mark.parametrize(
+    ("layer", "norm", "shape"),
+    [
+        (nn.Linear(5, 4), nn.BatchNorm1d(4), (5,)),
+        (
+            nn.Conv1d(4, 6, 3, groups=2, padding=1, padding_mode="circular"),
+            nn.BatchNorm1d(6),
+            (4, 7),
+        ),
+        (nn.ConvTranspose1d(4, 6, 1, groups=2), nn.BatchNorm1d(6), (4, 3)),
+        (nn.ConvTranspose1d(4, 6, 3, stride=2), nn.BatchNorm1d(6), (4, 3)),
+    ],
+    ids=["linear", "grouped", "transposed and grouped", "transposed"],
+)
+def test_a_layer_and_its_batch_normalisation_are_one_map(
+    layer: nn.Module, norm: nn.Module, shape: tuple[int, ...]
+) -> None:
+    model = nn.Sequential(layer, settled(norm)).double()
+    found = lipschitz_upper_bound(model, shape)
+    true = np.linalg.norm(matrix_of(model, shape), 2)
+    assert found.layers == ("0 … 1",)
+    assert (
+        true * (1 - 1e-9)
+        <= found.value
+        <= true * (1.25 if layer.kernel_size == (3,) and not layer.padding else 1 + 1e-6)
+    )
+
+
+def test_a_normalisation_of_another_axis_is_a_map_of_its_own() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), settled(nn.BatchNorm1d(3))).double()
+    found = lipschitz_upper_bound(model, (3, 4))
+    assert found.layers == ("0", "1")
+    assert np.linalg.norm(matrix_of(model, (3, 4)), 2) <= found.value
+
+
+class Twice(nn.Module):
+    """A convolution whose output is used by its normalisation and by others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(2, 2, 1), settled(nn.BatchNorm1d(2))
+
+    def forward(self, x: Any) -> Any:
+        y = self.conv(x)
+        return torch.cat([self.norm(y), y], 1)
+
+
+def test_an_output_that_is_used_twice_is_not_absorbed() -> None:
+    model = Twice().double()
+    a, b = (np.linalg.norm(matrix_of(m, (2, 3)), 2) for m in (model.conv, model.norm))
+    found = lipschitz_upper_bound(model, (2, 3))
+    assert found.layers == ("conv", "norm … cat")
+    assert found.value == pytest.approx(a * math.hypot(b, 1.0), rel=1e-6)
+
+
+class Skip(nn.Sequential):
+    def forward(self, x: Any) -> Any:
+        return x + super().forward(x)
+
+
+def test_subclasses_that_add_and_nested_ones() -> None:
+    assert lipschitz_upper_bound(Skip(doubling()), (3,)).value == pytest.approx(3.0, rel=1e-6)
+    nested = nn.Sequential(Skip(doubling(), Skip(doubling()), nn.ReLU()), doubling())
+    assert lipschitz_upper_bound(nested, (3,)).value == pytest.approx(14.0, rel=1e-6)
+
+
+def test_products_of_bounds_do_not_overflow() -> None:
+    def grow(x: Any) -> Any:
+        y = x
+        for _ in range(40):
+            y = 1e10 * y
+        return x + y
+
+    found = lipschitz_upper_bound(Do(grow), (2,))
+    assert found.log == pytest.approx(400 * math.log(10))
+    assert found.factors == (math.inf,)
+    assert lipschitz_upper_bound(Do(lambda x: 0.0 * x + 1.0), (2,)).value == 0.0
+    constant = lipschitz_upper_bound(Do(lambda x: torch.zeros_like(x) + fixed(2)), (2,))
+    assert (constant.value, constant.layers) == (0.0, ("constant",))
+
+
+class Leaving(nn.Module):
+    """What looks at itself, and computes what nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = doubling(), nn.LayerNorm(3)
+        self.calls = 0
+
+    def forward(self, x: Any, scale: float = 2.0, mask: Any = None) -> Any:
+        self.calls += 1
+        self.last = x
+        self.norm(x) ** 2
+        y = self.linear(x)
+        return y * scale if mask is None else y * mask
+
+
+def test_nothing_is_left_behind_and_unused_branches_do_not_count() -> None:
+    model = Leaving()
+    before = {k: v for m in model.modules() for k, v in vars(m).items()}
+    assert lipschitz_upper_bound(model, (3,)).value == pytest.approx(4.0, rel=1e-6)
+    assert {k: v for m in model.modules() for k, v in vars(m).items()} == before
+    assert model.training
+
+
+class Parallel(nn.Module):
+    """Attributes that change what later calls see."""
+
+    def forward(self, x: Any) -> Any:
+        y = x.clone()
+        view = y.view(-1)
+        view.mul_(5.0)
+        return y
+
+
+def overwritten(x: Any) -> Any:
+    y = 1.0 * x
+    z = y
+    y += 5.0 * x
+    return z + 0.0 * y
+
+
+def unused(x: Any) -> Any:
+    y = 1.0 * x
+    y.mul_(5.0)
+    return y
+
+
+def rectified(x: Any) -> Any:
+    y = -x
+    return functional.relu(y, inplace=True) + y
+
+
+def branching(x: Any) -> Any:
+    return x if x.sum() > 0 else -x
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "gate": (lambda x: x * torch.sigmoid(x), "mul: a product of two values"),
+    "attention": (lambda x: x @ x.mT, "matmul: a product of two values"),
+    "sdpa": (lambda x: functional.scaled_dot_product_attention(x, x, x), "attention has no"),
+    "quotient": (lambda x: 1.0 / (1.0 + x.abs()), "truediv|rdiv"),
+    "by zero": (lambda x: x / torch.tensor([0.0, 1.0, 1.0]), "divides by zero"),
+    "layer norm": (lambda x: functional.layer_norm(x, (3,)), "layer_norm: it divides by a statist"),
+    "power": (lambda x: x**2, "pow: its slope has no bound"),
+    "indices": (lambda x: x.argmax(1).double(), "argmax: its"),
+    "maximum and where": (lambda x: x.max(1)[0], "max: its Lipschitz"),
+    "whole": (lambda x: x.to(torch.int32), "to: it gives whole"),
+    "table": (lambda x: x[:, [0, 0]], "repeat entries"),
+    "reflected": (lambda x: functional.pad(x, (1, 1), mode="reflect"), "pad: padding by reflect"),
+    "dropping": (lambda x: functional.dropout(x, 0.5), "dropout: it drops"),
+    "batch statistics": (
+        lambda x: functional.batch_norm(x, None, None, training=True),
+        "the batch",
+    ),
+    "choice by values": (lambda x: torch.where(x > 0, x, -x), "gt: |where: it chooses"),
+    "written to": (lambda x: torch.add(x, x, out=1.0 * x), "add: it writes"),
+    "two outputs": (lambda x: (x, x), "no single tensor"),
+    "data": (lambda x: x.data, "attribute 'data'"),
+    "control flow": (branching, "torch.fx cannot follow"),
+    "values": (lambda x: x * float(x.sum()), "torch.fx cannot follow"),
+    "overwritten by addition": (overwritten, "overwritten in place"),
+    "overwritten, not used": (unused, "overwritten in place"),
+    "overwritten by a view": (lambda x: Parallel()(x), "overwritten in place"),
+    "rectified in place": (rectified, "overwritten in place"),
+    "given": (lambda x: x.add_(x) + x, "overwritten in place"),
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_has_no_bound_is_refused_with_the_reason(key: str) -> None:
+    function, said = REFUSED[key]
+    shape = (2, 3) if key in ("attention", "sdpa") else (3,)
+    with pytest.raises(AdapterError, match=said):
+        lipschitz_upper_bound(Do(function), shape)
+
+
+def test_models_that_torch_fx_would_misread_are_refused() -> None:
+    class Two(nn.Module):
+        def forward(self, x: Any, y: Any) -> Any:
+            return x + y
+
+    with pytest.raises(AdapterError, match="takes y"):
+        lipschitz_upper_bound(Two(), (3,))
+    hooked = Skip(doubling())
+    hooked.register_forward_hook(lambda m, i, o: 5 * o)
+    with pytest.raises(AdapterError, match="has a hook"):
+        lipschitz_upper_bound(hooked, (3,))
+    # Inside another model it is followed.
+    inside = lipschitz_upper_bound(nn.Sequential(hooked), (3,))
+    assert inside.value == pytest.approx(15.0, rel=1e-6)
+    patched = doubling()
+    patched.forward = lambda x: 5 * x  # type: ignore[method-assign]
+    with pytest.raises(AdapterError, match="set on the object"):
+        lipschitz_upper_bound(patched, (3,))
+    with pytest.raises(AdapterError, match=r"0 \(LayerNorm\): it divides by a statistic"):
+        lipschitz_upper_bound(nn.Sequential(nn.LayerNorm(3)), (3,))
+    with pytest.raises(AdapterError, match=r"0 \(Conv1d\): .*reflect"):
+        reflected = nn.Conv1d(1, 1, 3, padding=1, padding_mode="reflect")
+        lipschitz_upper_bound(nn.Sequential(reflected), (1, 5))
