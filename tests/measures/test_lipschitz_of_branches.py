@@ -407,6 +407,6 @@ def test_models_that_torch_fx_would_misread_are_refused() -> None:
         lipschitz_upper_bound(patched, (3,))
     with pytest.raises(AdapterError, match=r"0 \(LayerNorm\): it divides by a statistic"):
         lipschitz_upper_bound(nn.Sequential(nn.LayerNorm(3)), (3,))
+    reflected = nn.Conv1d(1, 1, 3, padding=1, padding_mode="reflect")
     with pytest.raises(AdapterError, match=r"0 \(Conv1d\): .*reflect"):
-        reflected = nn.Conv1d(1, 1, 3, padding=1, padding_mode="reflect")
         lipschitz_upper_bound(nn.Sequential(reflected), (1, 5))
