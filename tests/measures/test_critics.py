@@ -104,5 +104,5 @@ def test_intra_class_fid_is_the_mean_over_the_classes() -> None:
     assert expected["cat"] != pytest.approx(expected[5])
     with pytest.raises(errors.AdapterError, match=r"same classes of both, missing: 'cat', 5"):
         specops_torch.intra_class_fid({"cat": [images]}, {5: [images]}, extractor)
-    with pytest.raises(errors.AdapterError, match="class 5: .*two images"):
+    with pytest.raises(errors.AdapterError, match=r"class 5: .*two images"):
         specops_torch.intra_class_fid({5: [images[:1]]}, {5: [images]}, extractor)

@@ -75,11 +75,7 @@ LINEAR: dict[str, tuple[Callable[[Any], Any], tuple[int, ...], bool]] = {
     "adaptive": (lambda x: functional.adaptive_avg_pool1d(x, 3).flatten(1), (2, 7), True),
     "padding": (lambda x: functional.pad(x, (1, 2, -1, 0)), (2, 4, 5), True),
     "transposed": (lambda x: x.mT @ fixed(3, 3), (3, 4), True),
-    "like another": (
-        lambda x: x[:, None].expand_as(torch.zeros_like(x).repeat(1, 3)[None]),
-        (3,),
-        True,
-    ),
+    "like another": (lambda x: x[:, None].expand_as(x[..., None].repeat(1, 1, 3)), (3,), True),
     "dropout": (lambda x: functional.dropout(x, 0.5, training=False), (3,), True),
 }
 
@@ -190,7 +186,7 @@ def test_residual_networks() -> None:
     model.train()
     bound = lipschitz_upper_bound(model, (3, 6, 6))
     assert model.training
-    assert bound.layers == ("0.conv1 … add", "0.relu", "1.conv1 … add", "1.relu", "2", "3", "4")
+    assert bound.layers == ("0.conv1 … iadd", "0.relu", "1.conv1 … iadd", "1.relu", "2", "3", "4")
     assert math.prod(bound.factors) == pytest.approx(bound.value)
     for block, factor, shape in zip(blocks, bound.factors[::2], ((3, 6, 6),) * 2, strict=False):
         middle = (block.conv1.out_channels, *(n // block.conv1.stride[0] for n in shape[1:]))
@@ -231,11 +227,9 @@ def test_a_layer_and_its_batch_normalisation_are_one_map(
     found = lipschitz_upper_bound(model, shape)
     true = np.linalg.norm(matrix_of(model, shape), 2)
     assert found.layers == ("0 … 1",)
-    assert (
-        true * (1 - 1e-9)
-        <= found.value
-        <= true * (1.25 if layer.kernel_size == (3,) and not layer.padding else 1 + 1e-6)
-    )
+    # A zero boundary is bounded on a torus.
+    slack = 1.25 if isinstance(layer, nn.ConvTranspose1d) else 1 + 1e-6
+    assert true * (1 - 1e-9) <= found.value <= true * slack
 
 
 def test_a_normalisation_of_another_axis_is_a_map_of_its_own() -> None:
@@ -273,7 +267,7 @@ class Skip(nn.Sequential):
 def test_subclasses_that_add_and_nested_ones() -> None:
     assert lipschitz_upper_bound(Skip(doubling()), (3,)).value == pytest.approx(3.0, rel=1e-6)
     nested = nn.Sequential(Skip(doubling(), Skip(doubling()), nn.ReLU()), doubling())
-    assert lipschitz_upper_bound(nested, (3,)).value == pytest.approx(14.0, rel=1e-6)
+    assert lipschitz_upper_bound(nested, (3,)).value == pytest.approx(14.0, rel=1e-5)
 
 
 def test_products_of_bounds_do_not_overflow() -> None:
@@ -315,14 +309,10 @@ def test_nothing_is_left_behind_and_unused_branches_do_not_count() -> None:
     assert model.training
 
 
-class Parallel(nn.Module):
-    """Attributes that change what later calls see."""
-
-    def forward(self, x: Any) -> Any:
-        y = x.clone()
-        view = y.view(-1)
-        view.mul_(5.0)
-        return y
+def viewed(x: Any) -> Any:
+    y = x.clone()
+    y.view(-1).mul_(5.0)
+    return y
 
 
 def overwritten(x: Any) -> Any:
@@ -335,6 +325,12 @@ def overwritten(x: Any) -> Any:
 def unused(x: Any) -> Any:
     y = 1.0 * x
     y.mul_(5.0)
+    return y
+
+
+def unseen(x: Any) -> Any:
+    y = 1.0 * x
+    y.data.mul_(5.0)
     return y
 
 
@@ -368,21 +364,23 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "choice by values": (lambda x: torch.where(x > 0, x, -x), "gt: |where: it chooses"),
     "written to": (lambda x: torch.add(x, x, out=1.0 * x), "add: it writes"),
     "two outputs": (lambda x: (x, x), "no single tensor"),
-    "data": (lambda x: x.data, "attribute 'data'"),
+    "data": (lambda x: x.data, "written to it is not seen"),
     "control flow": (branching, "torch.fx cannot follow"),
     "values": (lambda x: x * float(x.sum()), "torch.fx cannot follow"),
     "overwritten by addition": (overwritten, "overwritten in place"),
     "overwritten, not used": (unused, "overwritten in place"),
-    "overwritten by a view": (lambda x: Parallel()(x), "overwritten in place"),
+    "overwritten by a view": (viewed, "overwritten in place"),
     "rectified in place": (rectified, "overwritten in place"),
     "given": (lambda x: x.add_(x) + x, "overwritten in place"),
+    "written to through data": (unseen, "written to it is not seen"),
+    "shapes": (lambda x: x @ fixed(4, 4), r"matmul failed on a sample of zeros of shape \(3,\)"),
 }
 
 
 @pytest.mark.parametrize("key", REFUSED)
 def test_what_has_no_bound_is_refused_with_the_reason(key: str) -> None:
     function, said = REFUSED[key]
-    shape = (2, 3) if key in ("attention", "sdpa") else (3,)
+    shape = (2, 3) if key in ("attention", "sdpa", "batch statistics") else (3,)
     with pytest.raises(AdapterError, match=said):
         lipschitz_upper_bound(Do(function), shape)
 
@@ -401,6 +399,14 @@ def test_models_that_torch_fx_would_misread_are_refused() -> None:
     # Inside another model it is followed.
     inside = lipschitz_upper_bound(nn.Sequential(hooked), (3,))
     assert inside.value == pytest.approx(15.0, rel=1e-6)
+
+    class Random(nn.Sequential):
+        def forward(self, x: Any) -> Any:
+            self[0].train()
+            return super().forward(x)
+
+    with pytest.raises(AdapterError, match=r"0 \(Dropout\): the forward pass puts it"):
+        lipschitz_upper_bound(Random(nn.Dropout()), (3,))
     patched = doubling()
     patched.forward = lambda x: 5 * x  # type: ignore[method-assign]
     with pytest.raises(AdapterError, match="set on the object"):

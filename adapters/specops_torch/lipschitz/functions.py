@@ -41,27 +41,27 @@ _OF_KIND = {
 }
 
 
-def _sum(value: torch.Tensor, a: Any, b: Any, *, alpha: float = 1.0) -> float:
+def _sum(value: torch.Tensor, /, a: Any, b: Any, *, alpha: float = 1.0) -> float:
     terms = [x.log + repeats(value, x) for x in varying(a)]
     return total([*terms, *(x.log + repeats(value, x) + log(abs(alpha)) for x in varying(b))])
 
 
-def _concatenated(value: Any, parts: Any, *options: Any, **named: Any) -> float:
+def _concatenated(value: Any, /, parts: Any, *options: Any, **named: Any) -> float:
     return root_of_squares(x.log for x in varying(parts))
 
 
-def _larger(value: torch.Tensor, a: Any, b: Any) -> float:
+def _larger(value: torch.Tensor, /, a: Any, b: Any) -> float:
     """Each entry moves no further than one argument's or the other's."""
     return root_of_squares(x.log + repeats(value, x) for x in varying([a, b]))
 
 
-def _choice(value: torch.Tensor, condition: Any, a: Any, b: Any) -> float:
+def _choice(value: torch.Tensor, /, condition: Any, a: Any, b: Any) -> float:
     if any(True for _ in varying(condition)):
         raise Refused("it chooses by values that depend on the input, and may jump")
     return _larger(value, a, b)
 
 
-def _product(value: torch.Tensor, a: Any, b: Any) -> float:
+def _product(value: torch.Tensor, /, a: Any, b: Any) -> float:
     factors = [*varying(a), *varying(b)]
     if len(factors) > 1:
         raise Refused(
@@ -73,7 +73,7 @@ def _product(value: torch.Tensor, a: Any, b: Any) -> float:
     return x.log + repeats(value, x) + log(_largest(other))
 
 
-def _quotient(value: torch.Tensor, a: Any, b: Any) -> float:
+def _quotient(value: torch.Tensor, /, a: Any, b: Any) -> float:
     x = only(a)
     if any(True for _ in varying(b)):
         raise Refused("a quotient of values that depend on the input has no bounded slope")
@@ -89,19 +89,19 @@ def _largest(constant: Any) -> float:
     return abs(float(constant))
 
 
-def _repeating(value: torch.Tensor, x: Any, *options: Any, **named: Any) -> float:
+def _repeating(value: torch.Tensor, /, x: Any, *options: Any, **named: Any) -> float:
     return only(x, options, named).log + repeats(value, x)
 
 
-def _summing(value: torch.Tensor, x: Any, *options: Any, **named: Any) -> float:
+def _summing(value: torch.Tensor, /, x: Any, *options: Any, **named: Any) -> float:
     return only(x, options, named).log + 0.5 * math.log(numel(x.value) / numel(value))
 
 
-def _averaging(value: torch.Tensor, x: Any, *options: Any, **named: Any) -> float:
+def _averaging(value: torch.Tensor, /, x: Any, *options: Any, **named: Any) -> float:
     return only(x, options, named).log - 0.5 * math.log(numel(x.value) / numel(value))
 
 
-def _selection(value: Any, x: Any, index: Any) -> float:
+def _selection(value: Any, /, x: Any, index: Any) -> float:
     """Basic indices take every entry once at the most."""
     parts = index if isinstance(index, tuple) else (index,)
     for part in parts:
@@ -110,13 +110,13 @@ def _selection(value: Any, x: Any, index: Any) -> float:
     return only(x, index).log
 
 
-def _attribute(value: Any, x: Any, name: str) -> float:
+def _attribute(value: Any, /, x: Any, name: str) -> float:
     if name not in ("T", "mT", "H", "mH"):
         raise Refused(f"its attribute {name!r} is not known to bound anything")
     return only(x).log
 
 
-def _matrix_product(value: torch.Tensor, a: Any, b: Any) -> float:
+def _matrix_product(value: torch.Tensor, /, a: Any, b: Any) -> float:
     factors = [*varying(a), *varying(b)]
     if len(factors) > 1:
         return _product(value, a, b)
@@ -127,13 +127,14 @@ def _matrix_product(value: torch.Tensor, a: Any, b: Any) -> float:
     return x.log + log(_norm(matrix, Dense()))
 
 
-def _linear(value: torch.Tensor, x: Any, weight: Any, bias: Any = None) -> float:
+def _linear(value: torch.Tensor, /, x: Any, weight: Any, bias: Any = None) -> float:
     return only(x, weight, bias).log + log(_norm(weight, Dense()))
 
 
 def _convolution(count: int) -> Rule:
     def rule(
         value: torch.Tensor,
+        /,
         x: Any,
         weight: Any,
         bias: Any = None,
@@ -161,6 +162,7 @@ def _norm(weight: torch.Tensor, geometry: Any) -> float:
 
 def _batch_norm(
     value: torch.Tensor,
+    /,
     x: Any,
     mean: Any,
     var: Any,
@@ -185,15 +187,13 @@ def _dropout(
     return only(x).log
 
 
-def _padding(
-    value: Any, x: Any, pad: Any, mode: str = "constant", constant: Any = None, **named: Any
-) -> float:
+def _padding(result: Any, /, x: Any, pad: Any, mode: str = "constant", value: Any = None) -> float:
     if mode != "constant":
         raise Refused(f"padding by {mode} repeats entries, and has no rule")
-    return only(x, pad, constant, named).log
+    return only(x, pad, value).log
 
 
-def _like(value: torch.Tensor, x: Any, other: Any) -> float:
+def _like(value: torch.Tensor, /, x: Any, other: Any) -> float:
     """Of the second argument only the shape or the kind counts."""
     return x.log + repeats(value, x) if isinstance(x, Varying) else -math.inf
 
@@ -201,7 +201,7 @@ def _like(value: torch.Tensor, x: Any, other: Any) -> float:
 def _as(kind: Any, *takes: str) -> Rule:
     """The rule of a layer, for the function that takes the same options, in this order."""
 
-    def rule(value: Any, x: Any, *options: Any, **named: Any) -> float:
+    def rule(value: Any, /, x: Any, *options: Any, **named: Any) -> float:
         source = only(x, options, named)
         given = dict(zip(takes, options, strict=False)) | named
         given = {k: v for k, v in given.items() if k in takes and k != "inplace"}
@@ -212,12 +212,12 @@ def _as(kind: Any, *takes: str) -> Rule:
     return rule
 
 
-def _leaky(value: Any, x: Any, weight: Any) -> float:
+def _leaky(value: Any, /, x: Any, weight: Any) -> float:
     return only(x, weight).log + log(max(1.0, _largest(weight)))
 
 
 def _soft(kind: Any) -> Rule:
-    def rule(value: Any, x: Any, *options: Any, **named: Any) -> float:
+    def rule(value: Any, /, x: Any, *options: Any, **named: Any) -> float:
         return only(x, options, named).log + log(layers.STEEPEST[kind])
 
     return rule
@@ -244,7 +244,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("mul", "imul", "multiply"), _product),
     **dict.fromkeys(("div", "truediv", "itruediv", "divide", "true_divide"), _quotient),
     **dict.fromkeys(("matmul", "imatmul", "mm"), _matrix_product),
-    **dict.fromkeys(("expand", "broadcast_to", "repeat", "repeat_interleave", "tile"), _repeating),
+    **dict.fromkeys(("expand", "broadcast_to", "repeat", "tile"), _repeating),
     **dict.fromkeys(("expand_as", "view_as", "reshape_as", "type_as"), _like),
     **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"), _dropout),
     "feature_alpha_dropout": _dropout,

@@ -21,11 +21,10 @@ HINT = "Compute its factor, and give those of all layers to specops.measures.lip
 
 @dataclass(frozen=True)
 class Operations:
-    """A graph, the tensors in it that do not depend on the input, and the other arguments."""
+    """A graph, and the tensors in it that do not depend on the input."""
 
     graph: fx.Graph
     constants: dict[str, torch.Tensor]
-    options: dict[str, Any]
 
 
 def operations_of(model: nn.Module) -> Operations:
@@ -35,23 +34,23 @@ def operations_of(model: nn.Module) -> Operations:
     if computes_plainly(model):
         graph = fx.Graph()
         graph.output(graph.call_module("", (graph.placeholder("input"),)))
-        return Operations(graph, {}, {})
+        return Operations(graph, {})
     if "forward" in vars(model):
         raise AdapterError(
             f"{type(model).__name__} has a forward of its own, set on the object, which torch.fx "
             f"does not see. {HINT}"
         )
-    options = _options(model)
+    defaults = _defaults(model)
     try:
         with _restored(model):
-            graph = tracer.trace(model, concrete_args=options)
+            graph = tracer.trace(model, concrete_args=defaults)
     except AdapterError:
         raise
     except Exception as error:
         raise AdapterError(
             f"torch.fx cannot follow {type(model).__name__}: {str(error).splitlines()[0]}. {HINT}"
         ) from error
-    return Operations(graph, tracer.constants, options)
+    return Operations(graph, tracer.constants)
 
 
 def computes_plainly(module: nn.Module) -> bool:
@@ -69,12 +68,11 @@ def check_hooks(name: str, module: nn.Module) -> None:
         homes = (type(hook).__module__, getattr(hook, "__module__", "") or "")
         if not any(home.startswith(_OURS) for home in homes):
             raise AdapterError(
-                f"{name} ({type(module).__name__}) has a hook, {hook!r}: its Lipschitz constant "
-                f"is not known. {HINT}"
+                f"{name} has a hook, {hook!r}: its Lipschitz constant is not known. {HINT}"
             )
 
 
-def _options(model: nn.Module) -> dict[str, Any]:
+def _defaults(model: nn.Module) -> dict[str, Any]:
     """Defaults of all arguments of a forward pass but the first."""
     given = list(inspect.signature(model.forward).parameters.values())
     rest = [p for p in given[1:] if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
@@ -113,7 +111,10 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if computes_plainly(m):
-            check_hooks(module_qualified_name, m)
+            name = f"{module_qualified_name} ({type(m).__name__})"
+            check_hooks(name, m)
+            if m.training:
+                raise AdapterError(f"{name}: the forward pass puts it into training. {HINT}")
             return True
         return False
 

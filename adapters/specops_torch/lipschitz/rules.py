@@ -94,7 +94,7 @@ def root_of_squares(logs: Iterable[float]) -> float:
 def factor(constant: float) -> Rule:
     """A map of its first argument with a known constant, whatever its options."""
 
-    def rule(value: Any, x: Any, *options: Any, **named: Any) -> float:
+    def rule(value: Any, /, x: Any, *options: Any, **named: Any) -> float:
         return only(x, options, named).log + log(constant)
 
     return rule

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from specops.errors import AdapterError, GeometryError
+from specops.errors import AdapterError, GeometryError, SpecopsError
 from specops.measures import LipschitzBound
 from specops_torch.batch_norms import BATCH_NORMS, diagonal
 from specops_torch.lipschitz.functions import FUNCTIONS, METHODS, is_constant
@@ -50,6 +50,13 @@ class _Walk:
                 self._visit(node)
             except (Refused, GeometryError) as error:
                 raise AdapterError(f"{self._label(node)}: {error}. {HINT}") from None
+            except SpecopsError:
+                raise
+            except Exception as error:
+                raise AdapterError(
+                    f"{self._label(node)} failed on a sample of zeros of shape "
+                    f"{tuple(self.x.shape[1:])}: {error}"
+                ) from error
             if node not in self.logs:
                 continue
             open_nodes.add(node)
@@ -88,12 +95,10 @@ class _Walk:
             self._check_untouched(n)
         varying = [n for n in inputs if n in self.logs]
         if node.op == "placeholder":
-            first = not self.values
-            self.values[node] = self.x if first else self.operations.options.get(str(node.target))
-            if first:
-                self.logs[node] = 0.0
-            elif live and self.values[node] is None:
-                raise Refused("it is an argument that the bound does not know")
+            if self.values:
+                (self.values[node],) = node.args  # the default of another argument
+            else:
+                self.values[node], self.logs[node] = self.x, 0.0
         elif node.op == "get_attr":
             self.values[node] = self.operations.constants[str(node.target)]
         elif node.op == "call_module":
@@ -139,6 +144,8 @@ class _Walk:
     def _function(self, node: fx.Node, varying: list[fx.Node]) -> None:
         target: Any = node.target
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
+        if target is getattr and args[1] == "data":
+            raise Refused("what is written to it is not seen")
         method = node.op == "call_method"
         function = getattr(args[0], target) if method else target
         value = self.values[node] = function(*args[method:], **kwargs)
