@@ -270,6 +270,27 @@ def test_subclasses_that_add_and_nested_ones() -> None:
     assert lipschitz_upper_bound(nested, (3,)).value == pytest.approx(14.0, rel=1e-5)
 
 
+class Standardised(nn.Conv2d):
+    """Another kernel than its weight, by a method that the layer's own forward pass calls."""
+
+    def _conv_forward(self, input: Any, weight: Any, bias: Any) -> Any:
+        return super()._conv_forward(input, 5.0 * weight, bias)
+
+
+class Renamed(nn.Conv2d):
+    def extra_repr(self) -> str:
+        return "renamed"
+
+
+@pytest.mark.parametrize("kind", [Standardised, Renamed])
+def test_subclasses_of_layers_that_compute_another_weight(kind: type[nn.Conv2d]) -> None:
+    torch.manual_seed(0)
+    layer = kind(2, 3, 1, bias=False).double()
+    true = np.linalg.norm(matrix_of(layer, (2, 3, 3)), 2)
+    for model in (layer, nn.Sequential(layer)):
+        assert lipschitz_upper_bound(model, (2, 3, 3)).value == pytest.approx(true, rel=1e-6)
+
+
 def test_products_of_bounds_do_not_overflow() -> None:
     def grow(x: Any) -> Any:
         y = x

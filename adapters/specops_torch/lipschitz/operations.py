@@ -16,6 +16,8 @@ from specops.errors import AdapterError
 
 _OURS = ("specops_torch", "torch.nn.utils")
 _IN_PLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+_BESIDE_FORWARD = {"extra_repr", "reset_parameters", "reset_running_stats", "flatten_parameters"}
+"""Methods of layers that a forward pass does not call."""
 HINT = "Compute its factor, and give those of all layers to specops.measures.lipschitz_upper_bound"
 
 
@@ -55,11 +57,14 @@ def operations_of(model: nn.Module) -> Operations:
 
 def computes_plainly(module: nn.Module) -> bool:
     """Whether a module computes what its class of torch does, and nothing of its own."""
-    kinds = (k for k in type(module).__mro__ if k.__module__.startswith("torch.nn.modules."))
-    plain: Any = next(kinds, nn.Module)
-    if plain in (nn.Module, nn.Sequential):
+    kinds = type(module).__mro__
+    torchs = [k for k in kinds if k.__module__.startswith("torch.nn.modules.")]
+    plain: Any = next(iter(torchs), nn.Module)
+    if plain in (nn.Module, nn.Sequential) or "forward" in vars(module):
         return False
-    return type(module).forward is plain.forward and "forward" not in vars(module)
+    inner = {n for k in torchs if k is not nn.Module for n in vars(k) if not n.startswith("__")}
+    own = {n for k in kinds[: kinds.index(plain)] for n, v in vars(k).items() if callable(v)}
+    return not own & (inner - _BESIDE_FORWARD) and "__call__" not in own
 
 
 def check_hooks(name: str, module: nn.Module) -> None:

@@ -105,7 +105,7 @@ class _Walk:
             self._layer(node, varying)
         else:
             self._function(node, varying)
-        self.versions[node] = [t._version for t in _tensors(self.values[node])]
+        self.versions[node] = _versions(self.values[node])
 
     def _layer(self, node: fx.Node, varying: list[fx.Node]) -> None:
         layer: Any = self.model.get_submodule(str(node.target))
@@ -170,7 +170,7 @@ class _Walk:
         self.logs[node] = rule(*bound.args, **bound.kwargs)
 
     def _check_untouched(self, node: fx.Node) -> None:
-        if self.versions[node] != [t._version for t in _tensors(self.values[node])]:
+        if self.versions[node] != _versions(self.values[node]):
             raise AdapterError(
                 f"{self._label(node)}: what it gave was overwritten in place, and is used "
                 f"afterwards. {HINT}"
@@ -210,6 +210,11 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     return [t for v in value for t in _tensors(v)] if isinstance(value, tuple | list) else []
+
+
+def _versions(value: Any) -> list[int]:
+    """How often each tensor, or what it is a view of, was written to."""
+    return [0 if t.is_inference() else t._version for t in _tensors(value)]
 
 
 def _exp(x: float) -> float:
