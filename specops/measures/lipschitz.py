@@ -10,7 +10,7 @@ from specops.errors import GeometryError
 from specops.geometry.arguments import check_bound, integer, non_negative
 from specops.linalg.lanczos import Ritz, lanczos, random_start, safe_norm
 from specops.measures.operators import JacobianOperator
-from specops.spectra import spectral_norm_bounds
+from specops.spectra.bounds import norm_from_above
 from specops.typing import Array
 
 
@@ -109,7 +109,7 @@ def _factor(index: int, layer: Any) -> float:
     if not isinstance(layer, tuple | list):
         return non_negative(layer, f"layers[{index}]")
     weight, geometry = layer
-    upper = spectral_norm_bounds(weight, geometry).upper
+    upper = norm_from_above(weight, geometry)
     if isinstance(upper, tuple) or upper.ndim:
         raise GeometryError(
             f"layers[{index}] is a stack of matrices, with a norm for each: give the largest "

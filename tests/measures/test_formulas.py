@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specops import Conv, Dense, errors, measures
+from specops import Conv, Dense, errors, measures, spectral_norm_bounds
 from tests import oracle
 from tests.backends import Backend
 
@@ -167,6 +167,10 @@ def test_the_lipschitz_bound_is_the_product(rng: np.random.Generator) -> None:
     assert expected <= bound.value * (1 + 1e-12)
     assert bound.value == pytest.approx(expected, rel=1e-5)
     assert bound.factors[1::2] == (1.0, 0.25)
+    for kernel_shape, conv in CONVS.values():
+        kernel = rng.normal(size=kernel_shape)
+        upper = spectral_norm_bounds(kernel, conv).upper
+        assert measures.lipschitz_upper_bound([(kernel, conv)]).factors == (float(upper),)
     assert measures.lipschitz_upper_bound([0.0, 2.0]).value == 0.0
     assert measures.lipschitz_upper_bound([1e200] * 3).value == math.inf
     assert measures.lipschitz_upper_bound([1e200] * 3).log == pytest.approx(600 * math.log(10))
