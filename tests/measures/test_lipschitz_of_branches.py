@@ -157,6 +157,43 @@ def test_adaptive_maxima_repeat_an_entry_as_often_as_their_factor_says(
     assert lipschitz_upper_bound(layer, (1, size)).value == pytest.approx(reached)
 
 
+class Web(nn.Module):
+    """Linear operations on randomly chosen earlier values."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        rng = np.random.default_rng(seed)
+        self.steps = [
+            (int(rng.integers(5)), *map(int, rng.integers(0, i + 1, 2))) for i in range(7)
+        ]
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in self.steps)
+        self.joined = nn.Parameter(torch.randn(8, 4))
+
+    def forward(self, x: Any) -> Any:
+        values = [x]
+        for (kind, i, j), layer in zip(self.steps, self.layers, strict=True):
+            a, b = values[i], values[j]
+            made: Any = (
+                lambda a, b, f: f(a),
+                lambda a, b, f: a - 0.5 * b,
+                lambda a, b, f: torch.cat([a, b], 1) @ self.joined,
+                lambda a, b, f: torch.cat([b[:, 2:], a[:, :2]], 1) + f(b),
+                lambda a, b, f: torch.stack([a, b.flip(1)], 2).sum(2),
+            )[kind]
+            values.append(made(a, b, layer))
+        return values[-1] + values[-2]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_web_of_branches_stretches_more_than_its_bound(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = Web(seed).double()
+    bound = lipschitz_upper_bound(model, (4,))
+    true = np.linalg.norm(matrix_of(model, (4,)), 2)
+    assert 0 < true <= bound.value * (1 + 1e-9)
+    assert math.prod(bound.factors) == pytest.approx(bound.value)
+
+
 class Block(nn.Module):
     """Of a residual network: two convolutions with batch normalisation beside a shortcut."""
 
@@ -430,8 +467,18 @@ def test_models_that_torch_fx_would_misread_are_refused() -> None:
         lipschitz_upper_bound(Random(nn.Dropout()), (3,))
     patched = doubling()
     patched.forward = lambda x: 5 * x  # type: ignore[method-assign]
-    with pytest.raises(AdapterError, match="set on the object"):
-        lipschitz_upper_bound(patched, (3,))
+
+    class Times(nn.Linear):
+        def __call__(self, x: Any) -> Any:
+            return 5.0 * super().__call__(x)
+
+    times = Times(3, 3)
+    times.load_state_dict(doubling(bias=True).state_dict())
+    for model in (patched, times):
+        with pytest.raises(AdapterError, match="called in a way of its own"):
+            lipschitz_upper_bound(model, (3,))
+    # Inside another model it is followed.
+    assert lipschitz_upper_bound(nn.Sequential(times), (3,)).value == pytest.approx(10.0, rel=1e-5)
     with pytest.raises(AdapterError, match=r"0 \(LayerNorm\): it divides by a statistic"):
         lipschitz_upper_bound(nn.Sequential(nn.LayerNorm(3)), (3,))
     reflected = nn.Conv1d(1, 1, 3, padding=1, padding_mode="reflect")

@@ -32,16 +32,16 @@ class Operations:
 def operations_of(model: nn.Module) -> Operations:
     """The graph of a model; what tracing it sets on its modules is put back."""
     check_hooks(type(model).__name__, model)
+    if "forward" in vars(model) or type(model).__call__ is not nn.Module.__call__:
+        raise AdapterError(
+            f"{type(model).__name__} is called in a way of its own, which torch.fx does not see: a "
+            f"forward set on the object, or a __call__. {HINT}"
+        )
     tracer = _Tracer()
     if computes_plainly(model):
         graph = fx.Graph()
         graph.output(graph.call_module("", (graph.placeholder("input"),)))
         return Operations(graph, {})
-    if "forward" in vars(model):
-        raise AdapterError(
-            f"{type(model).__name__} has a forward of its own, set on the object, which torch.fx "
-            f"does not see. {HINT}"
-        )
     defaults = _defaults(model)
     try:
         with _restored(model):
@@ -64,7 +64,7 @@ def computes_plainly(module: nn.Module) -> bool:
         return False
     inner = {n for k in torchs if k is not nn.Module for n in vars(k) if not n.startswith("__")}
     own = {n for k in kinds[: kinds.index(plain)] for n, v in vars(k).items() if callable(v)}
-    return not own & (inner - _BESIDE_FORWARD) and "__call__" not in own
+    return not own & (inner - _BESIDE_FORWARD)
 
 
 def check_hooks(name: str, module: nn.Module) -> None:
