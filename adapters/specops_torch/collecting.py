@@ -120,7 +120,7 @@ def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
                 hook(module, ())
         computed: list[str] = []
         if parametrize.is_parametrized(module):
-            computed = list(module.parametrizations)  # type: ignore[arg-type]
+            computed = list(module.parametrizations)
         attributes: dict[str, None] = {}
         for raw in (*module._parameters, *computed):
             plain = raw.removesuffix(next((end for end in _RAW if raw.endswith(end)), ""))

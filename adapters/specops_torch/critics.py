@@ -140,14 +140,14 @@ def neural_discriminator_loss(
     steps, batch_size = integer(steps, "steps", least=1), integer(batch_size, "batch_size", least=1)
     samples = integer(samples, "samples", least=1)
     learning_rate = check_bound(learning_rate, "learning_rate")
-    if not len(real) or (torch.is_tensor(generated) and not len(generated)):
+    if not len(real) or (isinstance(generated, Tensor) and not len(generated)):
         raise AdapterError("there are no samples of one kind")
 
     def draw(count: int) -> Tensor:
-        if not torch.is_tensor(generated):
-            with torch.no_grad():
-                return generated(count).to(real)
-        return generated[torch.randint(len(generated), (count,))].to(real)
+        if isinstance(generated, Tensor):
+            return generated[torch.randint(len(generated), (count,))].to(real)
+        with torch.no_grad():
+            return generated(count).to(real)
 
     with seeded(seed), torch.enable_grad():
         critic = _critic_of_sanyal(real) if make_critic is None else make_critic()
@@ -161,13 +161,15 @@ def neural_discriminator_loss(
             loss.backward()
             optimizer.step()
         critic.eval()
-        given = torch.is_tensor(generated)
-        count = len(generated) if torch.is_tensor(generated) else samples
+        count = len(generated) if isinstance(generated, Tensor) else samples
         total = 0.0
         with torch.no_grad():
             for at in range(0, count, _AT_ONCE):
                 size = min(_AT_ONCE, count - at)
-                batch = generated[at : at + size].to(real) if given else draw(size)  # type: ignore[index]
+                if isinstance(generated, Tensor):
+                    batch = generated[at : at + size].to(real)
+                else:
+                    batch = draw(size)
                 total += float(softplus(_scores(critic, batch)).double().sum())
     return total / count
 
@@ -188,7 +190,7 @@ def _critic_of_sanyal(images: Tensor) -> nn.Module:
     for layer in layers:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+            nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers)
 
 
