@@ -14,7 +14,7 @@ from specops.errors import AdapterError
 from specops.geometry import Dense, Geometry
 from specops.training.cautions import caution
 from specops_torch.evaluation import evaluating
-from specops_torch.geometry import CONVOLUTIONS, Role, role_of
+from specops_torch.geometry import CONVOLUTIONS, role_of
 from specops_torch.sizes import SizeRecorder
 
 _RAW = ("_orig", "_g", "_v")
@@ -88,17 +88,19 @@ def weights_and_geometries(
         if w.ndim < 2 or id(raw) in tied:
             continue
         pattern = next((p for p in patterns if fnmatchcase(name, p)), None)
+        found: Geometry | None
         if pattern is not None:
             matched.add(pattern)
-            role = Role(patterns[pattern])
+            found, why = patterns[pattern], ""
         else:
             role = role_of(module, attribute, *sizes.get(id(module), ()))
-        if role.geometry is None or role.opt_in:
-            left[name] = role.opt_in or role.obstacle
+            found, why = role.geometry, role.opt_in or role.obstacle
+        if found is None or why:
+            left[name] = why
             continue
         if raw is not None:
             tied.add(id(raw))
-        for entry, part, geometry in _single(name, w.detach(), role.geometry):
+        for entry, part, geometry in _single(name, w.detach(), found):
             weights[entry], maps[entry] = part, geometry
     unmatched = [p for p in patterns if p not in matched]
     if unmatched:

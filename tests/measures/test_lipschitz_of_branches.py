@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -477,6 +478,10 @@ def test_models_that_torch_fx_would_misread_are_refused() -> None:
     for model in (patched, times):
         with pytest.raises(AdapterError, match="called in a way of its own"):
             lipschitz_upper_bound(model, (3,))
+    for model in (doubling(), nn.Sequential(doubling())):
+        # As mixed precision wraps the forward pass.
+        model.forward = functools.wraps(model.forward)(lambda x, f=model.forward: f(x))  # type: ignore[method-assign]
+        assert lipschitz_upper_bound(model, (3,)).value == pytest.approx(2.0, rel=1e-5)
     # Inside another model it is followed.
     assert lipschitz_upper_bound(nn.Sequential(times), (3,)).value == pytest.approx(10.0, rel=1e-5)
     with pytest.raises(AdapterError, match=r"0 \(LayerNorm\): it divides by a statistic"):

@@ -32,7 +32,8 @@ class Operations:
 def operations_of(model: nn.Module) -> Operations:
     """The graph of a model; what tracing it sets on its modules is put back."""
     check_hooks(type(model).__name__, model)
-    if "forward" in vars(model) or type(model).__call__ is not nn.Module.__call__:
+    called = type(model).__call__ is nn.Module.__call__
+    if not called or not _wraps(vars(model).get("forward"), type(model)):
         raise AdapterError(
             f"{type(model).__name__} is called in a way of its own, which torch.fx does not see: a "
             f"forward set on the object, or a __call__. {HINT}"
@@ -60,11 +61,17 @@ def computes_plainly(module: nn.Module) -> bool:
     kinds = type(module).__mro__
     torchs = [k for k in kinds if k.__module__.startswith("torch.nn.modules.")]
     plain: Any = next(iter(torchs), nn.Module)
-    if plain in (nn.Module, nn.Sequential) or "forward" in vars(module):
+    if plain in (nn.Module, nn.Sequential) or not _wraps(vars(module).get("forward"), plain):
         return False
     inner = {n for k in torchs if k is not nn.Module for n in vars(k) if not n.startswith("__")}
     own = {n for k in kinds[: kinds.index(plain)] for n, v in vars(k).items() if callable(v)}
     return not own & (inner - _BESIDE_FORWARD)
+
+
+def _wraps(forward: Any, kind: Any) -> bool:
+    """Whether a forward set on an object says (`functools.wraps`) that it is its class's."""
+    found = None if forward is None else inspect.unwrap(forward)
+    return found is None or getattr(found, "__func__", found) is inspect.unwrap(kind.forward)
 
 
 def check_hooks(name: str, module: nn.Module) -> None:
