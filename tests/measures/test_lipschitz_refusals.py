@@ -1,4 +1,4 @@
-"""What has no Lipschitz bound, or what torch.fx would misread, is refused with the reason."""
+"""Lipschitz bounds leave nothing behind, and what has none is refused with the reason."""
 
 from __future__ import annotations
 
@@ -15,6 +15,30 @@ from specops.errors import AdapterError  # noqa: E402
 from specops_torch import lipschitz_upper_bound  # noqa: E402
 from tests.measures.test_lipschitz_of_branches import Do, Skip, fixed  # noqa: E402
 from tests.measures.test_torch import doubling  # noqa: E402
+
+
+class Leaving(nn.Module):
+    """What looks at itself, and computes what nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = doubling(), nn.LayerNorm(3)
+        self.calls = 0
+
+    def forward(self, x: Any, scale: float = 2.0, mask: Any = None) -> Any:
+        self.calls += 1
+        self.last = x
+        self.norm(x) ** 2
+        y = self.linear(x)
+        return y * scale if mask is None else y * mask
+
+
+def test_nothing_is_left_behind_and_unused_branches_do_not_count() -> None:
+    model = Leaving()
+    before = {k: v for m in model.modules() for k, v in vars(m).items()}
+    assert lipschitz_upper_bound(model, (3,)).value == pytest.approx(4.0, rel=1e-6)
+    assert {k: v for m in model.modules() for k, v in vars(m).items()} == before
+    assert model.training
 
 
 def viewed(x: Any) -> Any:
