@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from specops.errors import AdapterError
-from specops.geometry import Conv, Geometry
+from specops.geometry import Geometry
 from specops.training.report import measured_norm
 from specops_torch.geometry import CONVOLUTIONS
 
@@ -26,6 +26,16 @@ def diagonal(name: str, layer: Any) -> torch.Tensor:
         )
     scale = torch.rsqrt(layer.running_var.detach().cpu().double() + layer.eps)
     return scale if layer.weight is None else scale * layer.weight.detach().cpu().double()
+
+
+def scaled(layer: Any, w: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """A layer's weight with its output channels multiplied, on the host in double precision."""
+    w = w.detach().cpu().double()  # not every device has double precision
+    if getattr(layer, "transposed", False):
+        groups = w.reshape(layer.groups, -1, *w.shape[1:])
+        each = factors.reshape(layer.groups, 1, -1, *[1] * (w.ndim - 2))
+        return (groups * each).reshape(w.shape)
+    return w * factors.reshape(-1, *[1] * (w.ndim - 1))
 
 
 def behind(model: nn.Module) -> dict[int, list[nn.Module]]:
@@ -52,20 +62,10 @@ def norm_with(
 
     The largest, where a layer is shared by several blocks.
     """
-    if isinstance(layer, CONVOLUTIONS):
-        transposed = isinstance(geometry, Conv) and geometry.transposed
-        if transposed and layer.groups > 1:
-            return None
-        axis = 1 if transposed else 0
-    elif isinstance(layer, nn.Linear):
-        axis = 0
-    else:
+    if not isinstance(layer, (*CONVOLUTIONS, nn.Linear)):
         return None
-    shape = [1] * w.ndim
-    shape[axis] = -1
-    w = w.detach().cpu().double()  # not every device has double precision
     norms = [
-        measured_norm(w * diagonal(type(n).__name__, n).cpu().reshape(shape), geometry)["norm"]
+        measured_norm(scaled(layer, w, diagonal(type(n).__name__, n)), geometry)["norm"]
         for n in following
     ]
     return max(norms, default=None)

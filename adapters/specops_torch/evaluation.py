@@ -1,10 +1,11 @@
-"""A module in evaluation for a while."""
+"""A module in evaluation, or a seed, for a while."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -17,3 +18,11 @@ def evaluating(module: nn.Module) -> Iterator[nn.Module]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """A seed whose generators, those of devices too, are put back afterwards."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield

@@ -1,18 +1,17 @@
-"""Scores of generative models: Inception score and FID by torchmetrics, neural divergence."""
+"""Scores of generative models by torchmetrics: Inception score and Fréchet distances."""
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from specops.errors import AdapterError
-from specops.geometry.arguments import check_bound, integer
-from specops_torch.evaluation import evaluating
+from specops.geometry.arguments import integer
+from specops_torch.evaluation import evaluating, seeded
 
 
 class InceptionScore(NamedTuple):
@@ -70,7 +69,7 @@ def inception_score(
         raise AdapterError(
             f"{count} images cannot be divided into {splits} splits: give a multiple of it"
         )
-    with _seeded(seed), warnings.catch_warnings():
+    with seeded(seed), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of a single split's deviation
         mean, deviation = metric.compute()
     return InceptionScore(float(mean), float(deviation))
@@ -113,95 +112,65 @@ def frechet_inception_distance(
     return float(metric.compute())
 
 
-def neural_divergence(
-    make_critic: Callable[[], nn.Module],
-    real: Tensor,
-    generated: Tensor,
-    *,
-    steps: int = 1000,
-    batch_size: int = 64,
-    learning_rate: float = 1e-3,
-    held_out: float = 0.5,
-    seed: int = 0,
-) -> float:
-    r"""How well a fresh critic tells generated samples from real ones that it has not seen.
+class IntraClassFID(NamedTuple):
+    """Fréchet distances of a conditional generator.
 
-    A critic f is trained on one part of both sets, and the value on the other part of
+    Attributes
+    ----------
+    mean : float
+        Over the classes: Intra-FID.
+    classes : dict of class to float
+        Of each.
+    """
 
-    .. math:: E_{real}\log s(f(x)) + E_{gen}\log(1 - s(f(x))) + 2\log 2,
+    mean: float
+    classes: dict[Any, float]
 
-    s the logistic function, is returned: about 0 where it cannot tell them apart, 2 log 2 ≈ 1.386
-    at most, negative where it has learnt by heart. Held-out real data make memorised samples
-    visible. It is a lower bound of twice the Jensen–Shannon divergence, as good as the critic.
+
+def intra_class_fid(
+    real: Mapping[Any, Iterable[Tensor]],
+    generated: Mapping[Any, Iterable[Tensor]],
+    extractor: nn.Module,
+) -> IntraClassFID:
+    r"""The mean over the classes of the Fréchet distance within each.
+
+    .. math:: \frac1{|C|}\sum_{c\in C} FID(G, c)
+
+    Unlike the distance of all images together it sees images of a wrong class, and classes
+    whose images are all alike. What else it tells, and what not, is as for
+    `frechet_inception_distance`; each class has far fewer images to estimate a covariance from.
 
     Parameters
     ----------
-    make_critic : callable
-        Makes an untrained module, batch → (n,) or (n, 1).
-    real, generated : tensor (n, ...)
-        Samples; real ones the generator was *not* trained on.
-    steps, batch_size, learning_rate
-        Of training, by Adam; each batch has so many of both kinds.
-    held_out : float
-        Share of both that the critic is judged on, in (0, 1).
-    seed : int
-        Of the critic's weights, the division and the batches.
+    real, generated : mapping of class to iterable of tensor
+        Batches of each class, of the same classes.
+    extractor : torch.nn.Module
+        Batch → features (n, d), in evaluation.
+
+    Returns
+    -------
+    IntraClassFID
 
     Raises
     ------
-    ValueError
-        A share outside (0, 1), or a count below 1.
     AdapterError
-        Too few samples for both parts.
+        Other classes in one than in the other, or none; fewer than two images of one;
+        torchmetrics is missing.
 
     References
     ----------
-    Gulrajani, Raffel & Metz 2019, with the logistic in place of the Wasserstein loss, so that
-    the value is bounded and zero means equality.
+    Miyato & Koyama 2018; Sanyal, Torr & Dokania 2020, appendix E.1.
     """
-    steps, batch_size = integer(steps, "steps", least=1), integer(batch_size, "batch_size", least=1)
-    learning_rate = check_bound(learning_rate, "learning_rate")
-    if not 0 < held_out < 1:
-        raise ValueError(f"held_out must lie between 0 and 1, got {held_out!r}")
-    with _seeded(seed), torch.enable_grad():
-        critic = make_critic().to(real.device).train()
-        parts = [_divided(x, held_out) for x in (real, generated)]
-        optimizer = torch.optim.Adam(critic.parameters(), lr=learning_rate)
-        for _ in range(steps):
-            batches = [x[torch.randint(len(x), (batch_size,))] for x, _ in parts]
-            optimizer.zero_grad()
-            (-_told_apart(critic, *batches)).backward()
-            optimizer.step()
-        with torch.no_grad():
-            return float(_told_apart(critic.eval(), *(x for _, x in parts)))
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """A seed whose generators, those of devices too, are put back afterwards."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield
-
-
-def _told_apart(critic: nn.Module, real: Tensor, generated: Tensor) -> Tensor:
-    log_sigmoid = nn.functional.logsigmoid
-    told = [critic(x) for x in (real, generated)]
-    for x, score in zip((real, generated), told, strict=True):
-        if score.numel() != len(x):
-            raise AdapterError(
-                f"a critic gives one number for each sample: got {tuple(score.shape)} for {len(x)}"
-            )
-    value = log_sigmoid(told[0]).mean() + log_sigmoid(-told[1]).mean()
-    return value + 2.0 * torch.log(torch.tensor(2.0))
-
-
-def _divided(x: Tensor, held_out: float) -> tuple[Tensor, Tensor]:
-    count = round(len(x) * held_out)
-    if not 0 < count < len(x):
-        raise AdapterError(f"{len(x)} samples are too few: held_out={held_out} leaves a part empty")
-    order = torch.randperm(len(x))
-    return x[order[count:]], x[order[:count]]
+    if set(real) != set(generated) or not real:
+        missing = sorted(map(repr, set(real) ^ set(generated)))
+        raise AdapterError(f"expected the same classes of both, missing: {', '.join(missing)}")
+    found = {}
+    for label in real:
+        try:
+            found[label] = frechet_inception_distance(real[label], generated[label], extractor)
+        except AdapterError as error:
+            raise AdapterError(f"class {label!r}: {error}") from error
+    return IntraClassFID(sum(found.values()) / len(found), found)
 
 
 class _Features(nn.Module):

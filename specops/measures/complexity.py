@@ -6,7 +6,7 @@ All in logarithms: products of norms over many layers overflow.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,9 @@ from specops.typing import Array, Namespace
 
 
 def log_spec_fro(
-    weights: Sequence[Array],
+    weights: Sequence[Array] | Mapping[str, Array],
     margin: float | Array,
-    geometries: Sequence[Geometry | None] | None = None,
+    geometries: Sequence[Geometry | None] | Mapping[str, Geometry | None] | None = None,
 ) -> float | Array:
     r"""The logarithm of Spec-Fro,
     :math:`\prod_i\|W_i\|_2^2\,\sum_i\mathrm{srank}(W_i)\,/\,\gamma^2`.
@@ -34,12 +34,12 @@ def log_spec_fro(
 
     Parameters
     ----------
-    weights : sequence of array
+    weights : sequence of array, or mapping of name to array
         Of all layers.
     margin : float or array
         γ > 0, of a sample or a percentile over samples (`margins`). Where it is not positive
         the result is inf: what is classified wrongly has no margin.
-    geometries : sequence of Dense or Conv, optional
+    geometries : sequence of Dense or Conv, or mapping by the same names; optional
         Of each weight; None is ``Dense()``. With a `Conv` norm and stable rank are the
         operator's, with ``Dense()`` those of the reshaped kernel, which papers use.
 
@@ -76,9 +76,9 @@ def log_spec_fro(
 
 
 def log_spec_l1(
-    weights: Sequence[Array],
+    weights: Sequence[Array] | Mapping[str, Array],
     margin: float | Array,
-    geometries: Sequence[Geometry | None] | None = None,
+    geometries: Sequence[Geometry | None] | Mapping[str, Geometry | None] | None = None,
 ) -> float | Array:
     r"""The logarithm of Spec-L1,
 
@@ -173,13 +173,22 @@ def _log(xp: Namespace, x: Array) -> Array:
 
 
 def _paired(
-    weights: Sequence[Array], geometries: Sequence[Geometry | None] | None
+    weights: Sequence[Array] | Mapping[str, Array],
+    geometries: Sequence[Geometry | None] | Mapping[str, Geometry | None] | None,
 ) -> list[tuple[Array, Geometry | None]]:
     if not len(weights):
         raise ValueError("weights is empty")
     geometries = [None] * len(weights) if geometries is None else geometries
     if len(geometries) != len(weights):
         raise ValueError(f"got {len(weights)} weights and {len(geometries)} geometries")
+    if isinstance(weights, Mapping):
+        if isinstance(geometries, Mapping):
+            if set(weights) != set(geometries):
+                raise ValueError("weights and geometries have different names")
+            geometries = [geometries[name] for name in weights]
+        weights = list(weights.values())
+    if isinstance(geometries, Mapping):
+        raise ValueError("geometries by name need weights by name")
     return list(zip(weights, geometries, strict=True))
 
 

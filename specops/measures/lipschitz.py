@@ -6,15 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from specops import arrays
 from specops.errors import GeometryError
 from specops.geometry.arguments import check_bound, integer, non_negative
 from specops.linalg.lanczos import Ritz, lanczos, random_start, safe_norm
 from specops.measures.operators import JacobianOperator
-from specops.measures.rows import row_norms
-from specops.spectra import spectral_norm_bounds
+from specops.spectra.bounds import norm_from_above
 from specops.typing import Array
 
 
@@ -27,10 +23,13 @@ class LipschitzBound(NamedTuple):
         Its natural logarithm, which does not overflow; -inf for a constant function.
     factors : tuple of float
         What each layer contributes.
+    layers : tuple of str
+        The names of what the factors are of, where they are known.
     """
 
     log: float
     factors: tuple[float, ...]
+    layers: tuple[str, ...] = ()
 
     @property
     def value(self) -> float:
@@ -85,7 +84,7 @@ def lipschitz_upper_bound(layers: Sequence[Any]) -> LipschitzBound:
     Notes
     -----
     Not for residual networks: a skip connection adds, ``1 + Lip(branch)``; give the sum of a
-    block as one number. `specops_torch.lipschitz_upper_bound` reads a ``torch.nn.Sequential``.
+    block as one number. `specops_torch.lipschitz_upper_bound` reads a model with its branches.
 
     References
     ----------
@@ -110,91 +109,13 @@ def _factor(index: int, layer: Any) -> float:
     if not isinstance(layer, tuple | list):
         return non_negative(layer, f"layers[{index}]")
     weight, geometry = layer
-    upper = spectral_norm_bounds(weight, geometry).upper
+    upper = norm_from_above(weight, geometry)
     if isinstance(upper, tuple) or upper.ndim:
         raise GeometryError(
             f"layers[{index}] is a stack of matrices, with a norm for each: give the largest "
             f"as a number, or the layer that is used"
         )
     return float(upper)
-
-
-def lipschitz_ratios(x: Array, y: Array, *, pairs: int = 2000, seed: int = 0) -> Array:
-    r"""How far apart outputs are, relative to inputs, over pairs: an empirical Lipschitz constant.
-
-    .. math:: \frac{\|f(x_i) - f(x_j)\|_2}{\|x_i - x_j\|_2}
-
-    Each ratio is a lower bound of the Lipschitz constant; their histogram and its 95th
-    percentile tell how the function behaves between samples, not how it can be made to behave.
-
-    Parameters
-    ----------
-    x, y : array (n, ...)
-        Inputs, and the outputs f(x). Axes after the first are flattened.
-    pairs : int
-        How many random pairs; all of them, if there are no more.
-    seed : int
-        Of the choice, which is the same on every backend.
-
-    Returns
-    -------
-    array (pairs,)
-        Fewer where inputs are equal: such pairs have no ratio.
-
-    Raises
-    ------
-    ValueError
-        Fewer than two samples, or different numbers of them.
-
-    References
-    ----------
-    Sanyal, Torr & Dokania 2020, section 5.2.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> x = np.array([[0.0], [1.0], [2.0]])
-    >>> np.sort(lipschitz_ratios(x, x ** 2)).tolist()
-    [1.0, 2.0, 3.0]
-    """
-    count = int(x.shape[0])
-    if count < 2 or int(y.shape[0]) != count:
-        raise ValueError(
-            f"x and y must hold the same samples, two or more: got shapes {tuple(x.shape)} and "
-            f"{tuple(y.shape)}"
-        )
-    pairs = integer(pairs, "pairs", least=1)
-    first, second = _pairs(count, pairs, seed)
-    xp = arrays.namespace(x)
-    apart = []
-    for values in (x, y):
-        flat = arrays.to_compute(xp, xp.reshape(values, (count, -1)))
-        parts = []
-        # In slices, so that differences of many large samples need not fit at once.
-        for at in range(0, len(first), _PAIRS_AT_ONCE):
-            i = arrays.constant(first[at : at + _PAIRS_AT_ONCE], flat)
-            j = arrays.constant(second[at : at + _PAIRS_AT_ONCE], flat)
-            parts.append(row_norms(xp.take(flat, i, axis=0) - xp.take(flat, j, axis=0)))
-        apart.append(xp.concat(parts))
-    near, far = apart
-    kept = np.flatnonzero(arrays.to_numpy(near) != 0)  # NaN stays to be seen
-    chosen = arrays.constant(kept, near)
-    return xp.take(far, chosen) / xp.take(near, chosen)
-
-
-_PAIRS_AT_ONCE = 256
-"""Pairs whose differences are held at once: a choice of memory, 256 samples' worth."""
-
-
-def _pairs(count: int, pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    total = count * (count - 1) // 2
-    if pairs >= total:
-        i, j = np.triu_indices(count, 1)
-        return i, j
-    rng = np.random.Generator(np.random.Philox(key=[seed, count]))
-    first = rng.integers(0, count, pairs)
-    second = (first + rng.integers(1, count, pairs)) % count
-    return first, second
 
 
 def local_lipschitz(

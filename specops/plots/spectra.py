@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -27,7 +27,10 @@ _MARKED = 24
 _UNEVEN = 40
 """Ratio of lengths from which the shortest spectrum would be a spike at the left."""
 
-Scale = Literal["absolute", "normalized"]
+_RATIO = r"$\sigma_i / \sigma_1$"
+Scale = Literal["absolute", "relative", "normalized"]
+SCALES: tuple[str, ...] = get_args(Scale)
+TITLES = {"absolute": "S", "relative": "Relative s", "normalized": "Normalized s"}
 
 
 def singular_values(
@@ -35,7 +38,8 @@ def singular_values(
 ) -> Axes:
     r"""Every layer's singular values by rank.
 
-    "absolute" draws :math:`\sigma_i` over the rank :math:`i`; "normalized" draws
+    "absolute" draws :math:`\sigma_i` over the rank :math:`i`, "relative"
+    :math:`\sigma_i / \sigma_1`, which shows how many values are not negligible; "normalized" draws
 
     .. math:: \sigma_i / \sigma_1 \quad\text{over}\quad i / n, \qquad i = 1, \dots, n,
 
@@ -48,9 +52,9 @@ def singular_values(
     spectra : mapping of name to array, shape (n,)
         Singular values in any order, as `specops.singular_values` gives them. Arrays of
         other libraries in host memory will do.
-    scale : {"absolute", "normalized"}
-        See above. An absolute axis is logarithmic where the positive values span more than
-        three decades, and that of the ranks where the longest spectrum has more than 40 times
+    scale : {"absolute", "relative", "normalized"}
+        See above. An axis of absolute values is logarithmic where the positive ones span more
+        than three decades, and one of ranks where the longest spectrum has more than 40 times
         as many values as the shortest.
     ax : matplotlib.axes.Axes, optional
         Where to draw; None makes a figure that pyplot does not know.
@@ -63,7 +67,7 @@ def singular_values(
     ------
     NonFiniteError, ValueError
         A spectrum that is empty, not one-dimensional, negative, NaN or infinite, or for
-        "normalized" all zero; or no spectrum at all.
+        any scale but "absolute" all zero; or no spectrum at all.
 
     Notes
     -----
@@ -73,7 +77,7 @@ def singular_values(
 
     References
     ----------
-    Sedghi, Gupta & Long 2019, figures 5 to 7 ("normalized").
+    Sedghi, Gupta & Long 2019, figures 5 ("absolute"), 6 ("relative") and 7 ("normalized").
 
     Examples
     --------
@@ -81,15 +85,15 @@ def singular_values(
     >>> ax.lines[0].get_ydata().tolist()
     [1.0, 0.5, 0.25]
     """
-    check_choice(scale, "scale", ("absolute", "normalized"))
+    check_choice(scale, "scale", SCALES)
     check_mapping(spectra, "spectra", '{"conv1": values}')
     sorted_values = {name: spectrum(s, f"layer {str(name)!r}") for name, s in spectra.items()}
-    if scale == "normalized":
+    if scale != "absolute":
         for name, s in sorted_values.items():
             check_not_zero(s, f"layer {str(name)!r}")
     ax = axes(ax, characters(list(spectra)))
     few = len(sorted_values) == 1
-    title = f"{'Normalized s' if scale == 'normalized' else 'S'}ingular values by rank"
+    title = f"{TITLES[scale]}ingular values by rank"
     handles = [
         draw_spectrum(ax, s, style, scale, marked=len(spectra) <= FEW)
         for s, style in zip(sorted_values.values(), line_styles(len(spectra)), strict=True)
@@ -115,7 +119,8 @@ def draw_spectrum(
     rank = np.arange(1, len(s) + 1)
     # A line through one value cannot be seen.
     marker = "o" if len(s) == 1 or (marked and len(s) <= _MARKED) else ""
-    x, y = (rank / len(s), s / s[0]) if scale == "normalized" else (rank, s)
+    x = rank / len(s) if scale == "normalized" else rank
+    y = s if scale == "absolute" else s / s[0]
     line: Line2D = ax.plot(x, y, marker=marker, markersize=3.0, **style)[0]
     return line
 
@@ -125,11 +130,14 @@ def finish(ax: Axes, spectra: list[np.ndarray], title: str, scale: Scale) -> Non
     if scale == "normalized":
         ax.set_xlim(0, 1.02)
         ax.set_ylim(0, 1.03)
-        label(ax, title, r"rank $i$ / number of values $n$", r"$\sigma_i / \sigma_1$")
+        label(ax, title, r"rank $i$ / number of values $n$", _RATIO)
         return
-    everything = np.concatenate(spectra)
-    below = scale_values(ax, everything)
-    title += counted(below, everything.size, "values, 0 or nearly, lie below the axis")
+    if scale == "relative":
+        ax.set_ylim(0, 1.03)
+    else:
+        everything = np.concatenate(spectra)
+        below = scale_values(ax, everything)
+        title += counted(below, everything.size, "values, 0 or nearly, lie below the axis")
     lengths = [len(s) for s in spectra]
     if max(lengths) > _UNEVEN * min(lengths):
         ax.set_xscale("log")
@@ -137,4 +145,5 @@ def finish(ax: Axes, spectra: list[np.ndarray], title: str, scale: Scale) -> Non
         # There is no rank 0.
         ax.set_xlim(0.5, max(lengths) + max(0.5, 0.02 * max(lengths)))
         ax.xaxis.set_major_locator(whole_ticks())
-    label(ax, title, r"rank $i$ (1 is the largest)", "singular value")
+    what = "singular value" if scale == "absolute" else _RATIO
+    label(ax, title, r"rank $i$ (1 is the largest)", what)

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from specops.plots.arguments import check_choice, check_mapping, spectrum
-from specops.plots.spectra import Scale, check_not_zero, draw_spectrum, finish
+from specops.plots.spectra import SCALES, TITLES, Scale, check_not_zero, draw_spectrum, finish
 from specops.plots.style import (
     DEPTH,
     FEW,
@@ -127,7 +127,7 @@ def spectrum_over_training(
         Singular values in any order, by the step at which they were measured.
     name : str
         The layer's, for the title.
-    scale : {"absolute", "normalized"}
+    scale : {"absolute", "relative", "normalized"}
         As `singular_values`.
     ax : matplotlib.axes.Axes, optional
         Where to draw; None makes a figure that pyplot does not know.
@@ -152,7 +152,7 @@ def spectrum_over_training(
     >>> [line.get_ydata().tolist() for line in ax.lines]
     [[3.0, 1.0], [2.0, 1.0]]
     """
-    check_choice(scale, "scale", ("absolute", "normalized"))
+    check_choice(scale, "scale", SCALES)
     check_mapping(snapshots, "snapshots", "{0: values, 100: values}")
     for step in snapshots:
         if not isinstance(step, Real) or not math.isfinite(step):
@@ -162,7 +162,7 @@ def spectrum_over_training(
             )
     steps = sorted(snapshots)
     spectra = [spectrum(snapshots[step], f"step {step}") for step in steps]
-    if scale == "normalized":
+    if scale != "absolute":
         for step, s in zip(steps, spectra, strict=True):
             check_not_zero(s, f"step {step}")
     ax = axes(ax, 16)
@@ -178,8 +178,7 @@ def spectrum_over_training(
         for step, s in zip(steps, spectra, strict=True)
     ]
     of = f" of {name}".replace("$", r"\$") if name else ""
-    word = "Normalized s" if scale == "normalized" else "S"
-    finish(ax, spectra, f"{word}ingular values{of} over training", scale)
+    finish(ax, spectra, f"{TITLES[scale]}ingular values{of} over training", scale)
     if len(steps) == 1:
         legend(ax, handles, [f"step {steps[0]}"])
     else:

@@ -110,6 +110,15 @@ def spectral_norm_bounds(
     return _conv_bounds(given, given.geometry, rtol, max_evaluations)
 
 
+@arrays.in_full_precision
+def norm_from_above(w: Array, geometry: Geometry | None = None) -> Array:
+    """The upper end of `spectral_norm_bounds`, without the Lanczos run that the lower may take."""
+    given = prepare(w, geometry)
+    if isinstance(given.geometry, Dense):
+        return _dense_bounds(given, given.geometry, None).upper
+    return _conv_bounds(given, given.geometry, None, 0, enclosed=False).upper
+
+
 def _dense_bounds(given: Prepared, geometry: Dense, start: Array | None) -> NormBounds:
     xp = given.xp
     pairs = []
@@ -132,8 +141,14 @@ def _dense_bounds(given: Prepared, geometry: Dense, start: Array | None) -> Norm
 
 
 def _conv_bounds(
-    given: Prepared, geometry: Conv, rtol: float | None, max_evaluations: int
+    given: Prepared,
+    geometry: Conv,
+    rtol: float | None,
+    max_evaluations: int,
+    *,
+    enclosed: bool = True,
 ) -> NormBounds:
+    """Both ends; where it need not be enclosed, of the lower one nothing is certain."""
     xp = given.xp
     kernel = geometry.kernel(given.w)
     sizes = geometry.sizes(tuple(given.w.shape))
@@ -145,7 +160,8 @@ def _conv_bounds(
         return NormBounds(given.scale * lower * (1.0 - slack), given.scale * upper * (1.0 + slack))
     on_grid = torus_norm(xp, kernel, symbol)
     lower, upper = on_grid, on_grid / certificate
-    if sizes.fine is not None and not (sizes.circular and symbol.coarse == sizes.coarse):
+    exact = sizes.fine is None or (sizes.circular and symbol.coarse == sizes.coarse)
+    if enclosed and not exact:
         lower = lanczos_norm(xp, kernel, sizes)
         if rtol is not None and not sizes.circular:
             upper = _least_torus(xp, kernel, sizes, lower, upper, rtol)

@@ -11,9 +11,10 @@ import pytest
 import specops
 
 MODULES = sorted(m.name for m in pkgutil.walk_packages(specops.__path__, "specops."))
+OF_TORCH = ("geometry", "baselines", "collecting", "jacobian_penalties", "lipschitz")
 
 
-@pytest.mark.parametrize("name", [*MODULES, "specops_torch.geometry", "specops_torch.baselines"])
+@pytest.mark.parametrize("name", [*MODULES, *(f"specops_torch.{n}" for n in OF_TORCH)])
 def test_examples(name: str) -> None:
     if name.startswith("specops_torch"):
         pytest.importorskip("torch")

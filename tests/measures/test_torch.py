@@ -117,7 +117,8 @@ def test_a_network_never_stretches_more_than_its_bound() -> None:
     model = nn.Sequential(block, nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.5), nn.Linear(36, 3))
     model.train()
     bound = specops_torch.lipschitz_upper_bound(model, (1, 6, 6))
-    assert len(bound.factors) == 7
+    assert bound.layers == ("0.0 … 0.1", "0.2", "1", "2", "3", "4")
+    assert len(bound.factors) == 6
     assert all(m.training for m in model.modules())
     x = torch.randn(40, 1, 6, 6)
     with torch.no_grad():
@@ -149,11 +150,6 @@ def test_unknown_layers_are_refused_by_name(layer: nn.Module, named: str) -> Non
     assert named in str(caught.value)
 
 
-class Residual(nn.Sequential):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + super().forward(x)
-
-
 def doubling(bias: bool = False) -> nn.Linear:
     layer = nn.Linear(3, 3, bias=bias)
     layer.weight.data = 2.0 * torch.eye(3)
@@ -164,8 +160,6 @@ def test_what_computes_something_else_is_refused() -> None:
     hooked = doubling()
     hooked.register_forward_hook(lambda m, i, o: 5 * o)
     for model in (
-        Residual(doubling()),
-        nn.Sequential(Residual(doubling())),
         nn.Sequential(hooked),
         nn.CELU(-1.0),
         nn.Softplus(1.0, threshold=0.0),

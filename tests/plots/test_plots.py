@@ -40,6 +40,7 @@ def records(count: int, figure: str = "norm_after") -> list[dict[str, Any]]:
 DRAW = {
     "singular_values": lambda n, ax: plots.singular_values(spectra(n), ax=ax),
     "normalized": lambda n, ax: plots.singular_values(spectra(n), scale="normalized", ax=ax),
+    "relative": lambda n, ax: plots.singular_values(spectra(n), scale="relative", ax=ax),
     "spectra_over_training": lambda n, ax: plots.spectra_over_training(records(n), ax=ax),
     "histogram": lambda n, ax: plots.histogram(spectra(n, 40), kind="lipschitz", ax=ax),
 }
@@ -139,6 +140,19 @@ def test_normalized_is_the_papers_definition() -> None:
     ax = plots.singular_values({"a": [1.0, 4.0, 2.0, 0.0]}, scale="normalized")
     assert ax.lines[0].get_xydata().tolist() == [[0.25, 1], [0.5, 0.5], [0.75, 0.25], [1, 0]]
     assert ax.get_xlim() == (0, 1.02)
+
+
+def test_relative_is_the_papers_other_definition() -> None:
+    values = {"a": [1.0, 4.0, 2.0, 0.0], "b": [1e-9, 3.0]}
+    ax = plots.singular_values(values, scale="relative")
+    assert ax.lines[0].get_xydata().tolist() == [[1, 1], [2, 0.5], [3, 0.25], [4, 0]]
+    assert (ax.get_yscale(), ax.get_ylim()) == ("linear", (0, 1.03))
+    assert ax.get_ylabel() == r"$\sigma_i / \sigma_1$"
+    assert "Relative singular values by rank" in ax.get_title(loc="left")
+    uneven = {"a": np.ones(2), "b": np.ones(100)}
+    assert plots.singular_values(uneven, scale="relative").get_xscale() == "log"
+    steps = plots.spectrum_over_training({1: [4, 2], 2: [5, 5]}, scale="relative")
+    assert [line.get_ydata().tolist() for line in steps.lines] == [[1, 0.5], [1, 1]]
 
 
 def test_zeros_drop_out_of_a_logarithmic_axis_and_are_counted() -> None:
@@ -342,7 +356,7 @@ def test_bad_spectra_are_refused(wrong: Any, error: type[Exception], match: str)
 
 def test_zero_layers_and_unknown_scales_are_refused() -> None:
     with pytest.raises(ValueError, match=r"layer 'fc': all singular values are 0.*absolute"):
-        plots.singular_values({"fc": [0.0]}, scale="normalized")
+        plots.singular_values({"fc": [0.0]}, scale="relative")
     with pytest.raises(ValueError, match="step 3: all singular values are 0"):
         plots.spectrum_over_training({3: [0.0]}, scale="normalized")
     for draw in (plots.singular_values, plots.spectrum_over_training):

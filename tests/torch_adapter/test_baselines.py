@@ -9,7 +9,13 @@ from torch import nn  # noqa: E402
 
 import specops  # noqa: E402
 from specops.errors import AdapterError  # noqa: E402
-from specops_torch import adversarial_loss, balance_norms, geometry_of, jacobian_penalty  # noqa: E402
+from specops_torch import (  # noqa: E402
+    adversarial_loss,
+    balance_norms,
+    geometry_of,
+    jacobian_penalty,
+    layerwise_jacobian_penalty,
+)
 
 
 @pytest.fixture
@@ -53,6 +59,76 @@ def test_its_gradient_reaches_the_parameters(model: nn.Sequential) -> None:
     assert weight.grad[2, 1].item() == pytest.approx((values[0] - values[1]) / 2 / step, rel=1e-6)
     with torch.no_grad():
         assert jacobian_penalty(model, x, projections=None).requires_grad
+
+
+def squared_layers(model: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    """Of an input, an activation behind each layer but the last: layer by layer."""
+    total = torch.zeros((), dtype=x.dtype)
+    for row in x:
+        for part in (model[:2], model[2:]):
+            total = total + torch.func.jacrev(part)(row).square().sum()
+            row = part(row)
+    return 0.5 * total / len(x)
+
+
+def test_the_layerwise_penalty_sums_the_jacobians_of_the_layers(model: nn.Sequential) -> None:
+    x = torch.randn(5, 4, dtype=torch.float64)
+    exact = layerwise_jacobian_penalty(model, x, projections=None)
+    torch.testing.assert_close(exact, squared_layers(model, x))
+    generator = torch.Generator().manual_seed(0)
+    many = layerwise_jacobian_penalty(model, x, projections=4000, generator=generator)
+    torch.testing.assert_close(many, exact, rtol=0.03, atol=0)
+    # Its gradient is that of the definition, through what enters the second layer as well.
+    exact.backward()
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    squared_layers(model, x).backward()
+    expected = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(found) == len(expected) == 3
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    # One layer alone is the whole Jacobian; without activations it is weight decay.
+    torch.testing.assert_close(
+        layerwise_jacobian_penalty(model, x, ["0"], projections=None),
+        jacobian_penalty(model, x, projections=None),
+    )
+    linear = nn.Sequential(model[0], model[2])
+    decay = 0.5 * sum(layer.weight.square().sum() for layer in linear)
+    torch.testing.assert_close(layerwise_jacobian_penalty(linear, x, projections=None), decay)
+
+
+class Beside(nn.Module):
+    """Two layers next to each other, and a skip connection around a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(3, 3, bias=False) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x)
+        y = y + self.b(y.relu_())
+        return y * self.c(x)
+
+
+def test_layers_with_branches_and_those_that_do_not_follow() -> None:
+    torch.manual_seed(0)
+    model, x = Beside().double(), torch.randn(4, 3, dtype=torch.float64)
+    y = model.a(x)
+    last = torch.stack([torch.diag(c) @ model.b.weight for c in model.c(x)])
+    first = (y > 0).double()[:, :, None] * model.a.weight
+    expected = 0.5 * (first.square().sum() + last.square().sum()) / 4
+    found = layerwise_jacobian_penalty(model, x, ["a", "b"], projections=None)
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(AdapterError, match="follow each other"):
+        layerwise_jacobian_penalty(model, x)
+    for layers, said in ((["d"], "no such modules: d"), ([], "no layers")):
+        with pytest.raises(AdapterError, match=said):
+            layerwise_jacobian_penalty(model, x, layers)
+    with pytest.raises(AdapterError, match="ran twice"):
+        layerwise_jacobian_penalty(nn.Sequential(model.a, model.a), x)
+    with pytest.raises(ValueError, match="at least 1"):
+        layerwise_jacobian_penalty(model, x, projections=0)
+    assert not model.a._forward_pre_hooks
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])

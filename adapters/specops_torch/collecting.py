@@ -1,0 +1,164 @@
+"""The weights of a model and the maps that they are, for functions on arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from specops.errors import AdapterError
+from specops.geometry import Dense, Geometry
+from specops.training.cautions import caution
+from specops_torch.evaluation import evaluating
+from specops_torch.geometry import CONVOLUTIONS, role_of
+from specops_torch.sizes import SizeRecorder
+
+_RAW = ("_orig", "_g", "_v")
+"""What torch's older reparametrisations append to the names of the parameters that they keep."""
+
+
+@torch.no_grad()
+def weights_and_geometries(
+    model: nn.Module,
+    x: Any = None,
+    *,
+    geometries: Mapping[str, Geometry] | None = None,
+) -> tuple[dict[str, torch.Tensor], dict[str, Geometry]]:
+    """Every matrix and kernel of a model, and the map that each is, by name.
+
+    What `specops.measures.log_spec_fro` and others take of a whole model, without an attachment.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Frozen parameters count as well; a tied one once.
+    x : torch.Tensor, optional
+        A batch, run through the model in evaluation, which tells the sizes that convolutions
+        work on. None: they are given for every size, of which there are bounds only.
+    geometries : mapping of pattern to Dense or Conv, optional
+        What layers cannot say, or say wrongly, by glob patterns of names, the first that
+        matches; embeddings are left out unless one is named here.
+
+    Returns
+    -------
+    weights : dict of str to torch.Tensor
+        Those in use (normalised, reparametrised), without gradients. Blocks of a fused one (gates
+        of an LSTM, attention projections) are entries of their own: ``"in_proj_weight[0]"``.
+    geometries : dict of str to Dense or Conv
+        Of each.
+
+    Raises
+    ------
+    AdapterError
+        A pattern that matches no weight, lazy parameters.
+    GeometryError
+        A geometry that does not fit its weight.
+
+    Warns
+    -----
+    CautionWarning
+        Arrays of two axes or more that are left out, by name and with the reason.
+
+    Examples
+    --------
+    >>> from specops.measures import log_spec_fro
+    >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(32, 3))
+    >>> weights, maps = weights_and_geometries(model, torch.zeros(1, 1, 6, 6))
+    >>> {name: geometry.describe() for name, geometry in maps.items()}
+    {'0.weight': 'conv 6×6, zeros', '2.weight': 'dense'}
+    >>> complexity = log_spec_fro(weights, 1.0, maps)
+    """
+    patterns = dict(geometries or {})
+    sizes = {} if x is None else _sizes(model, x)
+    weights: dict[str, torch.Tensor] = {}
+    maps: dict[str, Geometry] = {}
+    left: dict[str, str] = {}
+    matched: set[str] = set()
+    tied: set[int] = set()
+    with evaluating(model):  # or reading a weight may advance what normalises it
+        places = [(*place, getattr(*place[1:])) for place in _places(model)]
+    for name, module, attribute, w in places:
+        raw = module._parameters.get(attribute)
+        if isinstance(raw, nn.parameter.UninitializedParameter):
+            raise AdapterError(f"{name} is lazy: run one forward pass first")
+        if w.ndim < 2 or id(raw) in tied:
+            continue
+        pattern = next((p for p in patterns if fnmatchcase(name, p)), None)
+        found: Geometry | None
+        if pattern is not None:
+            matched.add(pattern)
+            found, why = patterns[pattern], ""
+        else:
+            role = role_of(module, attribute, *sizes.get(id(module), ()))
+            found, why = role.geometry, role.opt_in or role.obstacle
+        if found is None or why:
+            left[name] = why
+            continue
+        if raw is not None:
+            tied.add(id(raw))
+        for entry, part, geometry in _single(name, w.detach(), found):
+            weights[entry], maps[entry] = part, geometry
+    unmatched = [p for p in patterns if p not in matched]
+    if unmatched:
+        raise AdapterError(f"geometries names no weight: {', '.join(map(repr, unmatched))}")
+    if left:
+        listed = "; ".join(f"{name}: {why}" for name, why in left.items())
+        caution(f"left out of the model's weights, name them in geometries= to count: {listed}")
+    return weights, maps
+
+
+def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """(name, module, attribute) of every tensor that layers use as a parameter."""
+    for path, module in model.named_modules():
+        if ".parametrizations" in f".{path}":
+            continue
+        for hook in module._forward_pre_hooks.values():
+            if type(hook).__module__.startswith("torch.nn.utils."):
+                # What they put into the weight's place is of the parameters at the last forward.
+                hook(module, ())
+        computed: list[str] = []
+        if parametrize.is_parametrized(module):
+            computed = list(module.parametrizations)
+        attributes: dict[str, None] = {}
+        for raw in (*module._parameters, *computed):
+            plain = raw.removesuffix(next((end for end in _RAW if raw.endswith(end)), ""))
+            known = plain not in module._parameters and hasattr(module, plain)
+            attributes[plain if known else raw] = None
+        for attribute in attributes:
+            if isinstance(getattr(module, attribute), torch.Tensor):
+                yield f"{path}.{attribute}".lstrip("."), module, attribute
+
+
+def _single(
+    name: str, w: torch.Tensor, geometry: Geometry
+) -> Iterator[tuple[str, torch.Tensor, Geometry]]:
+    """The blocks of a fused weight; any other as it is."""
+    if isinstance(geometry, Dense) and geometry.splits is not None and not geometry.batch_axes:
+        for i, block in enumerate(geometry.blocks(w)):
+            yield f"{name}[{i}]", block, Dense()
+        return
+    yield name, w, geometry
+
+
+def _sizes(model: nn.Module, x: Any) -> dict[int, tuple[Any, Any]]:
+    """(input size, output padding) of every convolution that runs, by the id of its module."""
+    recorders: dict[int, SizeRecorder] = {}
+    handles = []
+    for module in model.modules():
+        if isinstance(module, CONVOLUTIONS):
+            recorder = recorders[id(module)] = SizeRecorder(module.padding_mode == "circular")
+            handles.append(module.register_forward_hook(recorder, with_kwargs=True))
+    try:
+        with evaluating(model):
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        key: (None if r.circular and r.varies else r.input_shape, r.output_padding)
+        for key, r in recorders.items()
+    }

@@ -1,0 +1,194 @@
+"""Penalties on Jacobians, of a whole model and of its layers, as terms of a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from specops.errors import AdapterError
+from specops_torch.geometry import CONVOLUTIONS
+
+Model = Callable[[torch.Tensor], torch.Tensor]
+
+
+def jacobian_penalty(
+    model: Model,
+    x: torch.Tensor,
+    *,
+    projections: int | None = 1,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    r"""Mean over the batch of :math:`\tfrac12\|\partial f(x)/\partial x\|_F^2`.
+
+    Estimated without bias by :math:`\tfrac K2\|J^Tv\|^2` for v uniform on the unit sphere of
+    the K outputs, or summed over all outputs.
+
+    Parameters
+    ----------
+    model : callable
+        From (N, ...) to (N, ...), each sample for itself (batch norm in training mode mixes
+        them, and then this is the gradient of the sum over the batch).
+    x : torch.Tensor
+        Shape (N, ...).
+    projections : int or None
+        Random directions, one backward pass each; None: every output, exactly.
+    generator : torch.Generator, optional
+        Of the directions.
+
+    Returns
+    -------
+    torch.Tensor
+        0-d and differentiable by the parameters: add λ times it to the loss.
+
+    Raises
+    ------
+    ValueError
+        `projections` below 1.
+
+    References
+    ----------
+    Yoshida & Miyato 2017, section 4; Hoffman, Roberts & Yaida 2019 (random projections).
+
+    Examples
+    --------
+    >>> layer = torch.nn.Linear(2, 2, bias=False)
+    >>> _ = torch.nn.init.eye_(layer.weight)
+    >>> jacobian_penalty(layer, torch.ones(3, 2), projections=None).item()
+    1.0
+    """
+    _check_projections(projections)
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return _half_squared_norm(model(x), x, projections, generator)
+
+
+def layerwise_jacobian_penalty(
+    model: nn.Module,
+    x: torch.Tensor,
+    layers: Sequence[str] | None = None,
+    *,
+    projections: int | None = 1,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    r"""Mean over the batch of :math:`\tfrac12\sum_\ell\|\partial x^\ell/\partial x^{\ell-1}\|_F^2`.
+
+    :math:`x^{\ell-1}` is what enters the ℓ-th layer and :math:`x^\ell` what enters the next, the
+    activations between them included; of the last, the model's output. Cheaper to minimise than
+    the whole Jacobian, and close to weight decay: where activations do nothing it is that.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Each sample for itself, as for `jacobian_penalty`, in its own mode.
+    x : torch.Tensor
+        Shape (N, ...).
+    layers : sequence of str, optional
+        Names of the layers, in the order in which they run; None: all linear and convolution
+        layers. With branches each derivative is along the layer that is named, what goes
+        around it held fixed.
+    projections, generator
+        As `jacobian_penalty`, for each layer.
+
+    Returns
+    -------
+    torch.Tensor
+        0-d and differentiable by the parameters: add λ times it to the loss.
+
+    Raises
+    ------
+    ValueError
+        `projections` below 1.
+    AdapterError
+        A name that the model does not know, no layers, one that did not run or ran twice, or
+        that does not feed the next.
+
+    References
+    ----------
+    Gu & Rigazio 2014; Yoshida & Miyato 2017, section 3.3.
+
+    Examples
+    --------
+    >>> layer = nn.Linear(2, 2, bias=False)
+    >>> _ = nn.init.eye_(layer.weight)
+    >>> model = nn.Sequential(layer, nn.ReLU(), nn.Linear(2, 2, bias=False))
+    >>> _ = nn.init.eye_(model[2].weight)
+    >>> layerwise_jacobian_penalty(model, torch.tensor([[1.0, -1.0]]), projections=None).item()
+    1.5
+    """
+    _check_projections(projections)
+    named = dict(model.named_modules())
+    if layers is None:
+        layers = [name for name, m in named.items() if isinstance(m, (nn.Linear, *CONVOLUTIONS))]
+    unknown = [name for name in layers if name not in named]
+    if unknown or not layers:
+        raise AdapterError(f"no such modules: {', '.join(unknown)}" if unknown else "no layers")
+    entered: dict[str, torch.Tensor] = {}
+
+    def enter(name: str) -> Any:
+        def hook(_: nn.Module, args: Any) -> Any:
+            if name in entered:
+                raise AdapterError(f"{name} ran twice: what enters it is no single x")
+            # Of its own, so that the derivative is along this layer and nothing writes to it.
+            own = args[0].clone() if args[0].requires_grad else args[0].clone().requires_grad_()
+            entered[name] = own
+            return (own, *args[1:])
+
+        return hook
+
+    handles = [named[name].register_forward_pre_hook(enter(name)) for name in layers]
+    try:
+        with torch.enable_grad():
+            output = model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = [name for name in layers if name not in entered]
+    if missing:
+        raise AdapterError(f"{', '.join(missing)} did not run")
+    points = [*entered.values(), output]
+    with torch.enable_grad():
+        terms = [
+            _half_squared_norm(after, before, projections, generator)
+            for before, after in pairwise(points)
+        ]
+        return torch.stack(terms).sum()
+
+
+def _check_projections(projections: int | None) -> None:
+    if projections is not None and projections < 1:
+        raise ValueError(f"projections must be at least 1 or None, got {projections}")
+
+
+def _half_squared_norm(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    projections: int | None,
+    generator: torch.Generator | None,
+) -> torch.Tensor:
+    """Mean over the batch of ½‖∂y/∂x‖_F², or an estimate without bias."""
+    outputs = y.reshape(len(x), -1)
+    count = outputs.shape[1]
+    total = outputs.new_zeros(())
+    if projections is None:
+        directions = torch.eye(count, dtype=outputs.dtype, device=outputs.device)
+        directions = directions[:, None, :].expand(-1, len(x), -1)
+        weight = 1.0
+    else:
+        shape = (projections, len(x), count)
+        directions = torch.randn(
+            shape, generator=generator, dtype=outputs.dtype, device=outputs.device
+        )
+        directions = directions / directions.norm(dim=-1, keepdim=True)
+        weight = count / projections
+    for v in directions:
+        (row,) = torch.autograd.grad(outputs, x, v, create_graph=True, allow_unused=True)
+        if row is None:
+            raise AdapterError(
+                "an output does not depend on its input: name layers that follow each other"
+            )
+        total = total + row.square().sum()
+    return 0.5 * weight * total / len(x)

@@ -1,0 +1,139 @@
+"""What gradients and Hessians by the weights never exceed, by the norms of the layers alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from specops import arrays
+from specops.geometry.arguments import non_negative
+from specops.typing import Array
+
+
+class GradientNormBounds(NamedTuple):
+    """Upper bounds of the norms of a network's gradients by its weights.
+
+    Attributes
+    ----------
+    layers : tuple of float or array (n,)
+        Of each layer's gradient.
+    total : float or array (n,)
+        Of the gradient by all of them: the root of the sum of squares.
+    """
+
+    layers: tuple[float | Array, ...]
+    total: float | Array
+
+
+def gradient_norm_bounds(
+    norms: Sequence[float], input_norm: float | Array, *, activations: float = 1.0
+) -> GradientNormBounds:
+    r"""Upper bounds of each layer's gradient, by the norms of all others.
+
+    .. math:: \|\nabla_{W_t} D(x)\|_F \le
+              \|x\|\,\prod_i Lip(a_i)\,\prod_{i\ne t}\|W_i\|_2
+
+    for :math:`D = a_L\circ W_L\circ\dots\circ a_1\circ W_1` with one output. Where all norms are
+    at most 1, as under spectral normalisation, that is :math:`\|x\|\prod_i Lip(a_i)`, and
+    √L times as much for the whole gradient. Measured ones are `gradient_norms`.
+
+    Parameters
+    ----------
+    norms : sequence of float
+        ‖W_i‖₂ of all layers, in any order.
+    input_norm : float or array (n,)
+        ‖x‖₂.
+    activations : float
+        :math:`\prod_i Lip(a_i)`: 1 for ReLU and an output as it is, 1/4 with a sigmoid behind.
+
+    Returns
+    -------
+    GradientNormBounds
+        In the order of the norms; inf where a bound exceeds what a float holds.
+
+    Raises
+    ------
+    ValueError
+        No norm; a number that is negative or not finite.
+
+    Notes
+    -----
+    Holds without biases, for activations that keep zero (ReLU, leaky ReLU, tanh; the last may
+    be any), and by the weight that the layer computes with: under a normalisation of the
+    forward pass not by the raw parameter. The gradient by a kernel of k taps is at most √k times
+    as large, with the operator's norms.
+
+    References
+    ----------
+    Lin, Sekar & Fanti 2021, Proposition 1 and appendix A.
+
+    Examples
+    --------
+    >>> gradient_norm_bounds([2.0, 3.0], 10.0)
+    GradientNormBounds(layers=(30.0, 20.0), total=36.05551275463989)
+    """
+    others = _products_of_others(norms)
+    factor = non_negative(activations, "activations")
+    factors = tuple(factor * n for n in others)
+    x = _checked(input_norm)
+    return GradientNormBounds(tuple(f * x for f in factors), math.hypot(*factors) * x)
+
+
+def hessian_norm_bounds(
+    norms: Sequence[float], input_norm: float | Array, *, output_curvature: float
+) -> tuple[float | Array, ...]:
+    r"""Upper bounds of each layer's Hessian, by the norms of all others.
+
+    .. math:: \|H_{W_t} D(x)\|_2 \le \|H_o\|_2\,\|x\|^2\,\prod_{i\ne t}\|W_i\|_2^2
+
+    for ReLU and leaky ReLU between the layers, with :math:`H_o` the Hessian by what the last
+    activation is applied to.
+
+    Parameters
+    ----------
+    norms, input_norm
+        As `gradient_norm_bounds`.
+    output_curvature : float
+        :math:`\|H_o\|_2`: 0 without a last activation, and never more than
+        :math:`1/(6\sqrt3)\approx 0.0963` for the sigmoid.
+
+    Returns
+    -------
+    tuple of float or array (n,)
+        Of each layer, in the order of the norms; inf where a bound exceeds what a float holds.
+
+    Raises
+    ------
+    ValueError
+        As `gradient_norm_bounds`.
+
+    Notes
+    -----
+    Of the blocks of single layers; the Hessian by all weights has others beside them. Where a
+    ReLU bends there is no second derivative.
+
+    References
+    ----------
+    Lin, Sekar & Fanti 2021, Proposition 3 (appendix D).
+
+    Examples
+    --------
+    >>> hessian_norm_bounds([2.0, 3.0], 10.0, output_curvature=0.5)
+    (450.0, 200.0)
+    """
+    curvature = non_negative(output_curvature, "output_curvature")
+    x = _checked(input_norm)
+    return tuple(curvature * n * n * x * x for n in _products_of_others(norms))
+
+
+def _checked(input_norm: float | Array) -> float | Array:
+    return input_norm if arrays.is_array(input_norm) else non_negative(input_norm, "input_norm")
+
+
+def _products_of_others(norms: Sequence[float]) -> list[float]:
+    """∏_{i ≠ t} norms[i] for every t, without a quotient, which zero and overflow would spoil."""
+    found = [non_negative(float(n), f"norms[{i}]") for i, n in enumerate(norms)]
+    if not found:
+        raise ValueError("norms is empty: give the norm of every layer")
+    return [math.prod(n for i, n in enumerate(found) if i != t) for t in range(len(found))]
