@@ -14,6 +14,7 @@ from specops.measures import lipschitz_upper_bound as product
 from specops_torch.batch_norms import BATCH_NORMS, diagonal
 from specops_torch.evaluation import evaluating
 from specops_torch.geometry import CONVOLUTIONS, geometry_of
+from specops_torch.own_forward import has_own_forward
 from specops_torch.sizes import SizeRecorder
 
 _ONE = (
@@ -105,9 +106,7 @@ def _chain(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _check_plain(name: str, module: nn.Module) -> None:
     """Raise where a module computes something else than its class of torch does."""
-    kinds = (k for k in type(module).__mro__ if k.__module__.startswith("torch.nn.modules."))
-    plain: Any = next(kinds, nn.Module)
-    own = type(module).forward is not plain.forward or "forward" in vars(module)
+    own = has_own_forward(module)
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     foreign = [
         h
