@@ -74,6 +74,7 @@ class ReportRow:
     stale: bool = False
     stable_rank: float | None = None
     rule_norm: float | None = None
+    waits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,8 @@ def _short(cell: str) -> str:
 def _cells(row: ReportRow) -> tuple[str, ...]:
     norm = _norm_text(row.norm, row.norm_is)
     shape = "×".join(map(str, row.shape)) or "scalar"
-    return (row.name, shape, row.geometry, row.rule or f"– {row.reason}", norm)
+    rule = row.rule + ("" if row.waits is None else f", not before step {row.waits}")
+    return (row.name, shape, row.geometry, rule or f"– {row.reason}", norm)
 
 
 def _norm_text(norm: float | None, norm_is: str) -> str:
