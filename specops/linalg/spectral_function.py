@@ -67,6 +67,16 @@ def spectral_function(
     return found
 
 
+def leading_pair(xp: Namespace, a: Array) -> Array:
+    """``u₁v₁ᴴ`` of stacked matrices, differentiable wherever σ₁ is not repeated."""
+
+    def function(s: Array) -> tuple[Array, Array]:
+        none = xp.zeros_like(s)
+        return xp.concat([xp.ones_like(s[..., :1]), none[..., 1:]], axis=-1), none
+
+    return spectral_function(xp, a, function)[0]
+
+
 def _expanded(
     xp: Namespace, h: Array, factors: tuple[Array, ...], function: Function
 ) -> tuple[Array, Array]:

@@ -52,7 +52,8 @@ def differences(f: Any, w: np.ndarray, m: np.ndarray, h: float = 1e-6) -> np.nda
         for step in (h, -h):
             moved = w.copy()
             moved[(slice(None), *i)] += step
-            result[(slice(None), *i)] += (f(moved) * m).sum(axis=(1, 2)) / (2 * step)
+            product = (f(moved) * m).reshape(len(w), -1).sum(axis=1)
+            result[(slice(None), *i)] += product / (2 * step)
     return result
 
 
@@ -123,6 +124,21 @@ def test_of_kernels_whose_blocks_repeat_values(boundary: str) -> None:
         # Of a multiple of the identity, as of matrices: what is antisymmetric turns.
         assert x.grad[0, 1, 1].item() == pytest.approx(1 / 3)
         assert x.grad[1, 0, 1].item() == pytest.approx(-1 / 3)
+
+
+@pytest.mark.parametrize("boundary", ["circular", "zeros"])
+def test_of_the_stable_rank_of_kernels_whose_values_repeat(boundary: str) -> None:
+    # Channels of three kinds, two of them equal.
+    kernel = np.einsum("o,oi,a->oia", [3.0, 1, 1], np.eye(3), [0.2, 1, 0.3])
+    geometry = Conv((4,), boundary=boundary, padding="same")
+    m = np.random.default_rng(1).standard_normal(kernel.shape)
+
+    def f(x: Any) -> Any:
+        return specops.project_stable_rank(x, geometry, target=2.2)
+
+    assert not np.allclose(f(kernel), kernel)
+    wanted = differences(lambda w: f(w[0])[None], kernel[None], m[None])
+    np.testing.assert_allclose(by_torch(f, kernel, m), wanted[0], atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

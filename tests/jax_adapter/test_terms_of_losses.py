@@ -16,7 +16,7 @@ import jax.numpy as jnp  # noqa: E402
 
 import specops_jax  # noqa: E402
 
-MAPS = {"w": specops.Dense(), "v": specops.Dense()}
+MAPS = {"w": specops.Dense()}
 PENALTY = specops.SpectralNormPenalty(0.5, norm="reshaped")
 
 
@@ -46,13 +46,14 @@ def test_its_vectors_advance_with_the_state_and_it_is_due_as_its_plan_says() -> 
     given = params()
     state = specops_jax.init(given, plan, MAPS)
     assert float(specops_jax.penalty(given, plan, state, MAPS)) == 0.0
-    moved = {**given, "w": given["w"][::-1] * 2.0}
-    for _ in range(40):
-        same, state = specops_jax.project_params(moved, plan, state, MAPS)
+    moved = {"w": given["w"][::-1] * 2.0}
+    same, state = specops_jax.project_params(moved, plan, state, MAPS)
     assert same["w"] is moved["w"]
-    _, state = specops_jax.project_params(moved, plan, state, MAPS)
-    found = float(specops_jax.penalty(moved, plan, state, MAPS))
-    assert found == pytest.approx(float(exact({"w": moved["w"]})), rel=1e-5)
+    first = float(specops_jax.penalty(moved, plan, state, MAPS))
+    _, after = specops_jax.project_params(moved, plan, state, MAPS)
+    assert 0.0 < first < float(exact(moved)) * (1.0 + 1e-6)
+    vectors = [s.rules["w"]["v0"] for s in (state, after)]
+    assert not np.allclose(*vectors)
 
 
 def test_what_has_no_penalty_is_refused_and_so_is_a_line_search() -> None:
@@ -89,8 +90,9 @@ def test_the_adversarial_loss_of_confident_samples() -> None:
         return specops_jax.adversarial_loss(lambda x: x @ w.T, loss, x, y, alpha=0.25)
 
     # Moved by 1 along ±e₁, where the loss is log 2.
-    assert float(of(w)) == pytest.approx(0.75 * np.log(2.0), rel=1e-5)
-    assert jnp.all(jnp.isfinite(jax.grad(of)(w)))
+    value, gradient = jax.jit(jax.value_and_grad(of))(w)
+    assert float(value) == pytest.approx(0.75 * np.log(2.0), rel=1e-5)
+    assert np.isfinite(gradient).all()
     with pytest.raises(ValueError, match="alpha"):
         specops_jax.adversarial_loss(lambda x: x, loss, x, y, alpha=2.0)
 
