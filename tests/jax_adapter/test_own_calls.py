@@ -21,11 +21,10 @@ OWN = "has a __call__ of its own"
 def refused(params: Any, found: Any, name: str, said: str = OWN) -> None:
     assert name not in found
     assert said in found.reasons[name]
+    plan = specops.Plan([(name, specops.ClipSpectralNorm(1.0))])
     with pytest.raises(PlanError, match=said):
-        specops_jax.init(params, specops.ClipSpectralNorm(1.0), found)
-    specops_jax.init(
-        params, specops.ClipSpectralNorm(1.0), found | {name: specops.Dense(out_axes=(-1,))}
-    )
+        specops_jax.init(params, plan, found)
+    specops_jax.init(params, plan, found | {name: specops.Dense(out_axes=(-1,))})
 
 
 def test_of_nnx() -> None:
@@ -39,7 +38,7 @@ def test_of_nnx() -> None:
     base = nnx.Linear(4, 4, use_bias=False, rngs=nnx.Rngs(0))
     around = nnx.LoRA(4, 2, 4, base_module=base, rngs=nnx.Rngs(0))
     found = specops_jax.geometries_of(around)
-    assert "adds a part to it" in found.reasons["base_module/kernel"]
+    refused(around, found, "base_module/kernel", "adds a part to it")
     assert list(specops_jax.geometries_of(Named(4, 4, rngs=nnx.Rngs(0)))) == ["kernel"]
 
 

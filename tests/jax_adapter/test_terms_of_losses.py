@@ -46,7 +46,7 @@ def test_its_vectors_advance_with_the_state_and_it_is_due_as_its_plan_says() -> 
     given = params()
     state = specops_jax.init(given, plan, MAPS)
     assert float(specops_jax.penalty(given, plan, state, MAPS)) == 0.0
-    moved = {"w": given["w"][::-1] * 2.0}
+    moved = {"w": given["w"][:, ::-1] * 2.0}
     same, state = specops_jax.project_params(moved, plan, state, MAPS)
     assert same["w"] is moved["w"]
     first = float(specops_jax.penalty(moved, plan, state, MAPS))
