@@ -22,11 +22,12 @@ from specops.rules import ForwardRule, GradientRule, Rule, WeightRule
 from specops.training.adapter import BaseAdapter
 from specops.training.attachment import BaseAttachment
 from specops.training.constrained import Constrained
+from specops.training.declared import override_geometries
 from specops.training.firing import NonFinitePolicy
 from specops.training.history import History, Record
 from specops.training.outcome import Outcome
 from specops.training.parameter import Parameter
-from specops.training.plan import Assignment, Plan, override_geometries
+from specops.training.plan import Assignment, Plan
 from specops.training.protocol import Attachment
 from specops.training.report import Report, ReportRow, plan_rows
 from specops.training.weight import Weight

@@ -7,6 +7,7 @@ from typing import Any
 
 from specops.geometry import Geometry
 from specops.plugins import find_adapter
+from specops.training.others import warn_of_others
 from specops.training.plan import Plan
 from specops.training.protocol import Attachment
 from specops.training.report import Report
@@ -51,10 +52,18 @@ def attach(
         No installed adapter knows the model.
     PlanError
         The plan does not fit the model.
+
+    Warns
+    -----
+    CautionWarning
+        Of most of the model's matrices no map is known, so that the plan leaves them alone; or
+        another attachment acts on one of the weights in the same stage.
     """
     adapter = find_adapter(model, optimizer)
     plan = Plan.of(rule_or_plan, every)
-    return adapter.attach(optimizer, model, plan, geometries=geometries, **options)
+    attachment = adapter.attach(optimizer, model, plan, geometries=geometries, **options)
+    warn_of_others(attachment)
+    return attachment
 
 
 def project(

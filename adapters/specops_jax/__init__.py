@@ -11,6 +11,7 @@ from typing import Any
 _HOMES = {
     "SpecopsState": "state",
     "add_penalty": "transforms",
+    "adversarial_loss": "baselines",
     "check": "functions",
     "constrain": "transforms",
     "enforce": "functions",
@@ -21,8 +22,10 @@ _HOMES = {
     "init_scales": "functions",
     "input_gradient_norms": "derivatives",
     "jacobian_operator": "derivatives",
+    "jacobian_penalty": "baselines",
     "margin_jacobians": "derivatives",
     "normalize_params": "functions",
+    "penalty": "functions",
     "project_params": "functions",
     "records": "state",
     "report": "functions",

@@ -16,6 +16,7 @@ from jax import lax
 
 from specops.arrays import cond, truth
 from specops.errors import NonFiniteError, SpecopsError
+from specops.training.plan import Plan
 from specops_jax.program import Item, Program
 from specops_jax.state import Arrays, SpecopsState, check_states, of_arrays
 
@@ -91,16 +92,21 @@ def advance(
             fine = jnp.ones((), bool)
             return {i.name: (_unchanged(i, w[i.name]), s[i.name], f[i.name], fine) for i in items}
 
-        plan = program.plan
-        due = (step - plan.start) % every == 0
-        if not always:
-            due = due & (step > plan.start)
-            due = due if plan.stop is None else due & (step < plan.stop)
+        due = is_due(program.plan, step, every, always=always)
         for name, (array, new, seen, fine) in cond(due, fire, rest).items():
             arrays[name], rules[name], figures[name] = array, new, seen
             fired[name] = jnp.where(due, step, fired[name])
             nonfinite[name] = nonfinite[name] + jnp.where(fine, 0, 1).astype(jnp.int32)
     return arrays, SpecopsState(step, rules, figures, fired, nonfinite)
+
+
+def is_due(plan: Plan, step: Any, every: int, *, always: bool = False) -> Any:
+    """`Plan.fires` for steps that may be traced; with `always` without a first and a last one."""
+    due = (step - plan.start) % every == 0
+    if always:
+        return due
+    due = due & (step > plan.start)
+    return due if plan.stop is None else due & (step < plan.stop)
 
 
 def enforced(item: Item, weight: Any) -> Any:

@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from specops.errors import AdapterError, NonFiniteError
+from specops.errors import AdapterError, NonFiniteError, PlanError
 from specops.geometry import Geometry
 from specops.training.assigned import warn_of
+from specops.training.coverage import warn_of_coverage
 from specops.training.report import Report, measured, plan_rows
-from specops_jax.firing import advance, begin, enforced
+from specops_jax.firing import advance, begin, enforced, is_due
 from specops_jax.program import Item, Program, program
 from specops_jax.state import SpecopsState, check_states, of_arrays
 
@@ -46,6 +47,7 @@ def init(params: Params, plan: Any, geometries: Geometries | None = None) -> Spe
         A constrained array holds NaN or infinity.
     """
     own, leaves, _ = program(params, plan, geometries)
+    warn_of_coverage(own.assignments)
     for item in own.items:
         warn_of(item.assignment)
     return begin(own, leaves)
@@ -57,7 +59,8 @@ def project_params(
     """Count one step and let the rules that are due act: after ``optax.apply_updates``.
 
     Rules of stage "weights" change the arrays as they are stored, half precision included;
-    vectors of forward rules advance. Nothing is done to gradients: see `add_penalty`.
+    vectors of forward rules and of penalties advance. Nothing is done to gradients: see
+    `add_penalty` and `penalty`.
 
     Parameters
     ----------
@@ -91,7 +94,7 @@ def project_params(
     batches in training mode without gradients, before evaluating: this package's README shows how.
     """
     own, leaves, structure = program(params, plan, geometries)
-    arrays, state = advance(own, leaves, state, "weights", "forward")
+    arrays, state = advance(own, leaves, state, "weights", "forward", "gradients")
     for item in own.of("weights"):
         leaves[item.index] = arrays[item.name]
     return jax.tree.unflatten(structure, leaves), state
@@ -142,6 +145,8 @@ def normalize_params(
 
     Raises
     ------
+    PlanError
+        Scales of other names than `init_scales` gives them.
     StateError
         A state of another plan, or of other parameters.
 
@@ -155,6 +160,7 @@ def normalize_params(
     state = of_arrays(state)
     check_states(own.of("forward"), leaves, state)
     step = state.step + 1
+    _check_scales(own, scales)
     for item in own.of("forward"):
         options: dict[str, Any] = {"step": step, "name": item.name}
         if scales is not None and item.forward_rule.trained_scale() is not None:
@@ -164,6 +170,61 @@ def normalize_params(
             weight, item.geometry, state.rules[item.name], **options
         )
     return jax.tree.unflatten(structure, leaves)
+
+
+def penalty(
+    params: Params, plan: Any, state: SpecopsState, geometries: Geometries | None = None
+) -> jax.Array:
+    r"""The sum of a plan's penalties, to be added to the loss: where a line search evaluates it.
+
+    Its gradient is what `add_penalty` adds. Vectors take the rule's iterations from those of the
+    state before they are used, and count as constants; the state stays as it is. Advance it once
+    per step, by `project_params`.
+
+    Parameters
+    ----------
+    params, plan, state, geometries
+        As `project_params`.
+
+    Returns
+    -------
+    jax.Array
+        0-d: :math:`\sum\tfrac\lambda2\sigma^2` over the rules of stage "gradients" that are
+        due at the next step.
+
+    Raises
+    ------
+    PlanError
+        No rule of the plan is a penalty.
+    StateError
+        A state of another plan, or of other parameters.
+
+    Examples
+    --------
+    >>> import specops
+    >>> params = {"w": jnp.diag(jnp.array([4.0, 1.0]))}
+    >>> maps = {"w": specops.Dense()}
+    >>> rule = specops.SpectralNormPenalty(0.5, norm="reshaped")
+    >>> float(penalty(params, rule, init(params, rule, maps), maps))
+    4.0
+    """
+    own, leaves, _ = program(params, plan, geometries)
+    state = of_arrays(state)
+    items = own.of("gradients")
+    if not items:
+        raise PlanError("penalty has nothing to add: no rule of the plan is of stage 'gradients'")
+    check_states(items, leaves, state)
+    step, total = state.step + 1, jnp.zeros(())
+    for item in items:
+        rule, weight = item.gradient_rule, leaves[item.index]
+        options = {"step": step, "name": item.name}
+        fixed = jax.lax.stop_gradient(weight)
+        _, moved, _ = rule.update(fixed, item.geometry, state.rules[item.name], **options)
+        value, term = rule.penalty(fixed, item.geometry, moved, **options)
+        # Its gradient is the rule's term, whatever the value is computed by.
+        value = value + jnp.sum(jnp.real(jnp.conj(term) * (weight - fixed)))
+        total = total + jnp.where(is_due(own.plan, step, item.assignment.every), value, 0.0)
+    return total
 
 
 def init_scales(
@@ -178,6 +239,19 @@ def init_scales(
             dtype = jnp.promote_types(leaves[item.index].dtype, jnp.float32)
             result[_scale_name(own, item)] = jnp.asarray(scale.initial, dtype)
     return result
+
+
+def _check_scales(own: Program, scales: Mapping[str, Any] | None) -> None:
+    if scales is None:
+        return
+    trained = [i for i in own.of("forward") if i.forward_rule.trained_scale() is not None]
+    expected = {_scale_name(own, item) for item in trained}
+    unknown, missing = sorted(set(scales) - expected), sorted(expected - set(scales))
+    if unknown or missing:
+        raise PlanError(
+            f"scales must be those that init_scales gives, {sorted(expected)}: unknown {unknown}, "
+            f"missing {missing}"
+        )
 
 
 def _scale_name(own: Program, item: Item) -> str:

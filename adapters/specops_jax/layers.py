@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from inspect import getattr_static
 from itertools import combinations
 from typing import Any
 
@@ -128,6 +129,22 @@ def transposed_convolution(
         padding=tuple((max(0, lower), max(0, upper)) for lower, upper in taken),
         layout=layout,
     )
+
+
+def as_called(layer: Any, role: Role, *kinds: type) -> Role:
+    """The role, unless a subclass of one of these layers computes by a call of its own."""
+    kind = next((k for k in kinds if isinstance(layer, k)), None)
+    if kind is None or role.geometry is None or _call(type(layer)) is _call(kind):
+        return role
+    return Role(
+        obstacle=f"{type(layer).__name__} has a __call__ of its own, so that the layer need not "
+        f"compute with this array as it is: if it does, say so by its map in geometries=",
+        opt_in=role.opt_in,
+    )
+
+
+def _call(kind: type) -> Any:
+    return getattr_static(kind, "__call__")
 
 
 def at_both(a: Role, b: Role) -> Role:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from specops.errors import AdapterError, PlanError
 from specops.geometry import Geometry
 from specops.training.assigned import Assigned
-from specops.training.plan import Assignment, Plan, override_geometries
+from specops.training.declared import override_geometries
+from specops.training.plan import Assignment, Plan
 from specops.training.weight import Weight
 from specops_jax.modules import Geometries, inspect_leaves
 from specops_jax.paths import masked_names, named_leaves

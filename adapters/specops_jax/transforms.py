@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from specops.errors import PlanError
+from specops.errors import AdapterError, PlanError
 from specops.geometry import Geometry
+from specops.training.coverage import warn_of_coverage
 from specops.training.plan import Plan
 from specops_jax.firing import advance, begin
 from specops_jax.placeholders import is_placeholder, no_params
@@ -110,12 +111,23 @@ def add_penalty(
 
     Parameters, returns and errors as `constrain`, for rules of stage "gradients". A penalty's
     vectors advance, and its term is added, at the steps that are due.
+
+    Raises
+    ------
+    AdapterError
+        In ``update`` with a line search (``optax.lbfgs``), which evaluates the loss itself and
+        would not see the penalty: add `penalty` to the loss instead.
     """
 
     def update(
         updates: Any, state: SpecopsState, params: Any = None, **extra: Any
     ) -> tuple[Any, SpecopsState]:
-        del extra
+        if extra.get("value_fn") is not None:
+            raise AdapterError(
+                "a line search evaluates value_fn, which add_penalty's gradient is not of: put "
+                "specops_jax.penalty(params, plan, state) into the loss, for value_fn and the "
+                "gradient, and leave add_penalty out of the chain"
+            )
         _need(params, "add_penalty")
         own, leaves = _program(params, params, plan, geometries, every)
         terms, state = advance(own, leaves, state, "gradients")
@@ -148,6 +160,7 @@ def _starting(
                 f"{name} has nothing to do: no rule of the plan is of stage "
                 f"{' or '.join(map(repr, stages))}. Use specops_jax.{other}"
             )
+        warn_of_coverage(own.assignments)
         return begin(own.only(*stages), leaves)
 
     return init

@@ -12,6 +12,7 @@ from specops.geometry import Geometry
 from specops.training.adapter import BaseAdapter
 from specops.training.firing import NonFinitePolicy
 from specops.training.history import Record
+from specops.training.others import warn_of_others
 from specops.training.plan import Plan
 from specops_torch.attachment import Attachment
 
@@ -70,6 +71,12 @@ def attach(
     PlanError, AdapterError, UnsupportedArrayError
         A plan that does not fit, sharded parameters, lazy or meta parameters.
 
+    Warns
+    -----
+    CautionWarning
+        Of most of the model's matrices no map is known, so that the plan leaves them alone; or
+        another attachment acts on one of the weights in the same stage.
+
     Notes
     -----
     Parameters without gradients, of other optimizers, with fewer than two axes or tied to an
@@ -88,7 +95,7 @@ def attach(
     step costs a decomposition of the weight each time. ``model.get_parameter(name)`` refuses what
     is no parameter: take it from ``named_parameters()``.
     """
-    return Attachment(
+    attachment = Attachment(
         optimizer,
         model,
         Plan.of(rule_or_plan, every),
@@ -97,3 +104,5 @@ def attach(
         history=history,
         log=log,
     )
+    warn_of_others(attachment)
+    return attachment

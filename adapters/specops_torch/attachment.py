@@ -92,6 +92,11 @@ class Attachment(BaseAttachment[Constrained]):
         else:
             c.release()
 
+    def under_rules(self) -> Sequence[Constrained]:
+        """What is kept of each weight under a rule; none once hooks are lost, or detached."""
+        lost = self._followed.has_hooks and not self._followed.calls_hooks
+        return () if lost else super().under_rules()
+
     @property
     def is_attached(self) -> bool:
         """Whether the optimizer's steps still reach this attachment."""

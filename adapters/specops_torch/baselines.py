@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from specops.measures.rows import unit_rows
+
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Model = Callable[[torch.Tensor], torch.Tensor]
 
@@ -21,7 +23,8 @@ def adversarial_loss(
 ) -> torch.Tensor:
     r""":math:`\alpha L(x) + (1-\alpha)L(x + \eta)`, :math:`\eta = \epsilon\,g/\|g\|_2`.
 
-    g is the gradient of the loss by each sample, and a constant.
+    g is the gradient of the loss by each sample, and a constant. A sample whose gradient is zero,
+    as that of a loss which has underflown is, stays where it is.
 
     Parameters
     ----------
@@ -60,7 +63,4 @@ def adversarial_loss(
         seen = x.detach().requires_grad_()
         clean = loss(model(seen), y)
         (gradient,) = torch.autograd.grad(clean, seen, retain_graph=True)
-        flat = gradient.reshape(len(x), -1)
-        lengths = flat.norm(dim=1).clamp_min(torch.finfo(flat.dtype).tiny)
-        direction = gradient / lengths.reshape(-1, *[1] * (x.ndim - 1))
-        return alpha * clean + (1.0 - alpha) * loss(model(x + epsilon * direction), y)
+        return alpha * clean + (1.0 - alpha) * loss(model(x + epsilon * unit_rows(gradient)), y)

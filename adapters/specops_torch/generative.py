@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -63,7 +64,7 @@ def inception_score(
     with warnings.catch_warnings():
         # That it keeps all logits is known, and they are few.
         warnings.simplefilter("ignore", UserWarning)
-        metric = kind(feature=_Features(classifier), splits=splits)
+        metric = kind(feature=_LogProbabilities(classifier), splits=splits)
     count = _fill(metric, images)
     if not count or -(-count // -(-count // splits)) != splits:
         raise AdapterError(
@@ -193,6 +194,20 @@ class _Features(nn.Module):
                 f"{type(module).__name__}: flatten its output"
             )
         return result
+
+
+class _LogProbabilities(_Features):
+    """Logits whose probabilities stay above zero, of which torchmetrics takes the logarithm.
+
+    By less than rounding: by the root of the least normal number.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        if not logits.dtype.is_floating_point or logits.dtype.itemsize < 4:
+            logits = logits.float()
+        least = 0.5 * math.log(torch.finfo(logits.dtype).tiny)
+        return logits.log_softmax(dim=1).clamp_min(least)
 
 
 def _metric(module: str, name: str) -> Any:

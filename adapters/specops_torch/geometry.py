@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from specops.errors import GeometryError, UnsupportedGeometryError
 from specops.geometry import Conv, Dense, Geometry
+from specops_torch.foreign_layers import foreign_role
+from specops_torch.own_forward import obstacle_of
+from specops_torch.role import Role
 
 CONVOLUTIONS = (
     nn.Conv1d,
@@ -20,15 +22,6 @@ CONVOLUTIONS = (
 )
 _GATES = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3}
 _REPARAMETRISED = ("orig", "g", "v")
-
-
-@dataclass(frozen=True)
-class Role:
-    """What a parameter is: a map, a map that only a plan that names it constrains, or not."""
-
-    geometry: Geometry | None = None
-    obstacle: str = ""
-    opt_in: str = ""
 
 
 def geometry_of(
@@ -43,8 +36,8 @@ def geometry_of(
     Parameters
     ----------
     module : torch.nn.Module
-        Linear, Conv1d/2d/3d, their transposes, Embedding, recurrent layers and cells, or
-        MultiheadAttention.
+        Linear, Conv1d/2d/3d, their transposes, Embedding, recurrent layers and cells,
+        MultiheadAttention, or of transformers Conv1D, stacked experts and routers.
     parameter : str
         Name of the parameter in the module.
     input_shape : tuple of int, optional
@@ -55,7 +48,8 @@ def geometry_of(
     Raises
     ------
     UnsupportedGeometryError
-        The layer is no linear map that specops knows, or is padded by reflection.
+        The layer is no linear map that specops knows, has a forward of its own, or is padded by
+        reflection.
 
     Examples
     --------
@@ -81,6 +75,23 @@ def role_of(
             obstacle=f"{parameter} is reparametrised (weight_norm, spectral_norm or pruning), so "
             f"it is not the layer's weight: remove the reparametrisation first"
         )
+    role = _plain_role(module, parameter, input_shape, output_padding)
+    if role is not None:
+        own = obstacle_of(module) if role.geometry is not None else ""
+        return Role(obstacle=own, opt_in=role.opt_in) if own else role
+    return foreign_role(module, parameter) or Role(
+        obstacle=f"no geometry is known for {parameter!r} of a {type(module).__name__}: pass "
+        f"it in geometries="
+    )
+
+
+def _plain_role(
+    module: nn.Module,
+    parameter: str,
+    input_shape: tuple[int, ...] | None,
+    output_padding: tuple[int, ...] | None,
+) -> Role | None:
+    """The role in a layer of torch's own; None of others."""
     if isinstance(module, CONVOLUTIONS) and parameter == "weight":
         return _convolution(module, input_shape, output_padding)
     if isinstance(module, nn.Linear) and parameter == "weight":
@@ -92,10 +103,7 @@ def role_of(
         return Role(Dense(splits=(size,) * 3) if parameter == "in_proj_weight" else Dense())
     if isinstance(module, nn.RNNBase | nn.RNNCellBase) and parameter.startswith("weight_"):
         return _recurrent(module, parameter)
-    return Role(
-        obstacle=f"no geometry is known for {parameter!r} of a {type(module).__name__}: pass it "
-        f"in geometries="
-    )
+    return None
 
 
 def _recurrent(module: Any, parameter: str) -> Role:

@@ -14,7 +14,9 @@ from specops.errors import AdapterError
 from specops.geometry import Dense
 from specops.training.parameter import Parameter
 from specops.training.weight import Weight
-from specops_torch.geometry import CONVOLUTIONS, Role, role_of
+from specops_torch.geometry import CONVOLUTIONS, role_of
+from specops_torch.own_forward import added_to
+from specops_torch.role import Role
 from specops_torch.sizes import SizeRecorder
 
 _WRAPPERS = {
@@ -75,6 +77,11 @@ class Location(Parameter):
         with torch.no_grad():
             self.parameter.copy_(value)
 
+    def identity(self) -> int | None:
+        """Of the tensor object, which modules share where weights are tied."""
+        found = self.module._parameters.get(self.attribute)
+        return None if found is None else id(found)
+
     def frozen(self) -> str:
         """A layer may be frozen after attaching."""
         return "" if self.parameter.requires_grad else _FROZEN
@@ -132,10 +139,12 @@ def locate(model: nn.Module, trained: Iterable[nn.Parameter] | None) -> list[Loc
     wrappers = _wrapped_paths(model)
     first: dict[int, Location] = {}
     result = []
-    for path, module in model.named_modules(remove_duplicate=False):
+    modules = dict(model.named_modules(remove_duplicate=False))
+    adapted = added_to(modules)
+    for path, module in modules.items():
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = _plain_name(f"{path}.{attribute}" if path else attribute, wrappers)
-            weight = _describe(name, module, attribute, parameter, held)
+            weight = _describe(name, module, attribute, parameter, held, adapted.get(path, ""))
             location = Location(weight, module, attribute)
             earlier = first.get(id(parameter))
             if earlier is None:
@@ -168,6 +177,7 @@ def _describe(
     attribute: str,
     parameter: nn.Parameter,
     held: set[int] | None,
+    adapted: str,
 ) -> Weight:
     dtype = str(parameter.dtype).removeprefix("torch.")
     if is_lazy(parameter):
@@ -184,7 +194,9 @@ def _describe(
             "is on the meta device and holds no values: materialise the model (to_empty and "
             "initialise, or load a checkpoint) before attaching"
         )
-    role = _parametrised(name) or role_of(module, attribute)
+    role = _parametrised(name) or _fused(name, role_of(module, attribute), parameter)
+    if adapted and role.geometry is not None:
+        role = Role(obstacle=adapted, opt_in=role.opt_in)
     return Weight.of(
         name,
         tuple(parameter.shape),
@@ -204,6 +216,16 @@ def why_untouched(parameter: nn.Parameter, held: set[int] | None) -> str:
     if held is not None and id(parameter) not in held:
         return "not in this optimizer"
     return ""
+
+
+def _fused(name: str, role: Role, parameter: nn.Parameter) -> Role:
+    """Of GPT-2's c_attn the two or three square maps side by side, as it uses them."""
+    if role.geometry != Dense(out_axes=(-1,)) or name.split(".")[-2:-1] != ["c_attn"]:
+        return role
+    inputs, outputs = parameter.shape
+    if outputs % inputs:
+        return role
+    return Role(Dense(out_axes=(-1,), splits=(inputs,) * (outputs // inputs)))
 
 
 def _parametrised(name: str) -> Role | None:

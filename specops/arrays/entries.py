@@ -6,7 +6,7 @@ from typing import Any
 
 from specops.arrays.dtypes import complex_dtype, dtype_name, is_complex
 from specops.arrays.libraries import library
-from specops.arrays.tracing import truth
+from specops.arrays.tracing import stop_gradient, truth
 from specops.errors import NonFiniteError
 from specops.typing import Array, Namespace
 
@@ -39,7 +39,11 @@ def magnitude(xp: Namespace, x: Array, axis: Any = None) -> Array:
 
 
 def power_below(xp: Namespace, largest: Array) -> Array:
-    """The power of two at or below positive numbers; 1 for zero and what is not finite."""
+    """The power of two at or below positive numbers; 1 for zero and what is not finite.
+
+    A constant for differentiation, as it is one between powers.
+    """
+    largest = stop_gradient(largest)
     ones = xp.ones_like(largest)
     exponent = xp.floor(xp.log2(xp.where(largest > 0, largest, ones)))
     limit = 1000.0 if dtype_name(largest.dtype) == "float64" else 120.0

@@ -66,18 +66,41 @@ class Jax(Library):
         """`jax.lax.stop_gradient`."""
         return jax.lax.stop_gradient(x)
 
-    def with_derivative(self, value: Any, surrogate: Any, x: Array) -> Array:
+    def with_derivative(self, value: Any, surrogate: Any, x: Array, *constants: Array) -> Array:
         """A function with a rule of its own."""
         if not self.is_traced(x):
-            return value(x)
+            return value(x, *constants)
         function = jax.custom_jvp(value)
-        function.defjvp(
-            lambda primals, tangents: (
-                value(*primals),
-                jax.jvp(surrogate, primals, tangents)[1],
+
+        def rule(primals: Any, tangents: Any) -> Any:
+            x, *others = primals
+            along = jax.jvp(lambda x: surrogate(x, *others), (x,), tangents[:1])[1]
+            return value(*primals), along
+
+        function.defjvp(rule)
+        return function(x, *constants)
+
+    def expanded(self, decompose: Any, expansion: Any, x: Array, *parameters: Array) -> Any:
+        """A function with a rule of its own, whose decomposition is shared."""
+
+        def value(x: Array, *parameters: Array) -> Any:
+            return expansion(None, decompose(x), *parameters)
+
+        if not any(self.is_traced(y) for y in (x, *parameters)):
+            return value(x, *parameters)
+
+        def rule(primals: Any, tangents: Any) -> Any:
+            x, *rest = primals
+            factors = decompose(x)
+            return jax.jvp(
+                lambda h, *rest: expansion(h, factors, *rest),
+                (jax.numpy.zeros_like(x), *rest),
+                tangents,
             )
-        )
-        return function(x)
+
+        function = jax.custom_jvp(value)
+        function.defjvp(rule)
+        return function(x, *parameters)
 
     def fori(self, first: int, last: int, body: Any, carry: Any) -> Any:
         """A loop that is not unrolled."""

@@ -38,6 +38,14 @@ def like(values: Array, other: Array) -> Array:
     return constant(to_numpy(values), other, complex=is_complex(other))
 
 
+def in_double(x: Array) -> Array:
+    """A concrete array in double precision: on its device, or on the host where that has none."""
+    xp, target = compat.array_namespace(x), "complex128" if is_complex(x) else "float64"
+    if not library(x).has_double(x):
+        return to_numpy(x).astype(target)
+    return xp.astype(x, getattr(xp, target))
+
+
 def zeros(shape: tuple[int, ...], like: Array) -> Array:
     """Zeros of the dtype and device of `like`."""
     return library(like).zeros(shape, like)

@@ -112,9 +112,13 @@ class Library:
         """`x` as a constant for differentiation."""
         return x
 
-    def with_derivative(self, value: Any, surrogate: Any, x: Array) -> Array:
-        """``value(x)``, which differentiates like ``surrogate(x)``."""
-        return value(x)
+    def with_derivative(self, value: Any, surrogate: Any, x: Array, *constants: Array) -> Array:
+        """``value(x, *constants)``, which differentiates by x like the surrogate."""
+        return value(x, *constants)
+
+    def expanded(self, decompose: Any, expansion: Any, x: Array, *parameters: Array) -> Any:
+        """``expansion(None, decompose(x), *parameters)``, differentiated as it says itself."""
+        return expansion(None, decompose(x), *parameters)
 
     # Control flow
 

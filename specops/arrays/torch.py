@@ -119,12 +119,22 @@ class Torch(Library):
             x = functorch.get_unwrapped(x)
         return x
 
-    def with_derivative(self, value: Any, surrogate: Any, x: Array) -> Array:
+    def with_derivative(self, value: Any, surrogate: Any, x: Array, *constants: Array) -> Array:
         """The surrogate's derivative, computed where one is asked for."""
         if not is_differentiated(x):
-            return value(x)
-        along = surrogate(x)
-        return value(self.stop_gradient(x)) + (along - along.detach())
+            return value(x, *constants)
+        along = surrogate(x, *constants)
+        return value(self.stop_gradient(x), *constants) + (along - along.detach())
+
+    def expanded(self, decompose: Any, expansion: Any, x: Array, *parameters: Array) -> Any:
+        """A function of autograd; a compiler sees the expansion about a constant instead."""
+        if not any(is_differentiated(y) for y in (x, *parameters)):
+            return expansion(None, decompose(x), *parameters)
+        fixed = self.stop_gradient(x)
+        factors = decompose(fixed)
+        if torch.compiler.is_compiling():
+            return expansion(x - fixed, factors, *parameters)
+        return _Expansion.apply(decompose, expansion, len(factors), x, *factors, *parameters)
 
     def largest_entry(self, xp: Namespace, x: Array, axis: Any, keepdims: bool) -> Array:
         """From least and greatest values, which the CPU finds twenty times faster."""
@@ -236,6 +246,51 @@ class Torch(Library):
         if a.ndim != 2 or a.shape[0] < _FACTOR_FROM or not self.is_constant_on_host(a):
             return super().has_cholesky(xp, a)
         return xp.asarray(_factors_in_place(a), device=a.device)
+
+
+class _Expansion(torch.autograd.Function):  # type: ignore[misc]
+    """`Torch.expanded`: the factors come along, so that a first derivative reuses them."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(decompose: Any, expansion: Any, count: int, x: Array, *others: Array) -> Any:
+        return expansion(None, others[:count], *others[count:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.decompose, ctx.expansion, ctx.count = inputs[:3]
+        ctx.save_for_backward(*inputs[3:])
+        ctx.save_for_forward(*inputs[3:])
+
+    @staticmethod
+    def _at(ctx: Any) -> tuple[Any, tuple[Array, ...]]:
+        """(the expansion by h and the parameters, where it is differentiated)."""
+        x, *others = ctx.saved_tensors
+        factors, parameters = others[: ctx.count], others[ctx.count :]
+        if torch.is_grad_enabled():
+            factors = ctx.decompose(x)
+        return (
+            lambda h, *rest: ctx.expansion(h, factors, *rest),
+            (torch.zeros_like(x), *parameters),
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Array) -> Any:
+        function, point = _Expansion._at(ctx)
+        _, pull = torch.func.vjp(function, *point)
+        by_x, *by_parameters = pull(cotangents)
+        return None, None, None, by_x, *([None] * ctx.count), *by_parameters
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        function, point = _Expansion._at(ctx)
+        of_x, of_parameters = tangents[3], tangents[4 + ctx.count :]
+        along = (of_x, *of_parameters)
+        known = tuple(
+            torch.zeros_like(p) if t is None else t for p, t in zip(point, along, strict=True)
+        )
+        return torch.func.jvp(function, point, known)[1]
 
 
 def is_differentiated(x: Array) -> bool:

@@ -33,12 +33,22 @@ def stop_gradient(x: Array) -> Array:
     return library(x).stop_gradient(x)
 
 
-def with_derivative(value: Any, surrogate: Any, x: Array) -> Array:
-    """``value(x)``, which differentiates like ``surrogate(x)``.
+def with_derivative(value: Any, surrogate: Any, x: Array, *constants: Array) -> Array:
+    """``value(x, *constants)``, which differentiates by x like ``surrogate(x, *constants)``.
 
     The surrogate is only computed where a derivative is asked for.
     """
-    return library(x).with_derivative(value, surrogate, x)
+    return library(x).with_derivative(value, surrogate, x, *constants)
+
+
+def expanded(decompose: Any, expansion: Any, x: Array, *parameters: Array) -> Any:
+    """``expansion(None, decompose(x), *parameters)``, differentiated as it says itself.
+
+    The derivatives are those of ``expansion(h, decompose(x), *parameters)`` by h at 0 and by the
+    parameters. They are computed where asked for, and by factors that are functions of x for
+    derivatives of a higher order.
+    """
+    return library(x).expanded(decompose, expansion, x, *parameters)
 
 
 def fori(xp: Namespace, first: int, last: int, body: Any, carry: Any) -> Any:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from specops import arrays
-from specops.arrays.solvers import svd
 from specops.linalg.soft_threshold import GRAM_RANGE, by_gram
+from specops.linalg.spectral_function import spectral_function
+from specops.linalg.value_functions import between
 from specops.typing import Array, Namespace
 
 _WARM_UP_TO = 0.25
@@ -96,10 +97,12 @@ def clip(
         excess, nuclear, squares, vectors = found
         basis = _warm_start(squares, vectors) if keep_basis and a.ndim == 2 else None
         return Clipped(a - excess, nuclear, norm=limit * squares[..., -1] ** 0.5, basis=basis)
-    u, s, vh = svd(xp, a)
-    kept = xp.where(s > limit[..., None], limit[..., None], s)
-    clipped = (u * xp.astype(kept, u.dtype)[..., None, :]) @ vh
-    return Clipped(clipped, xp.sum(s - kept, axis=-1))
+
+    def function(s: Array, limit: Array) -> tuple[Array, Array]:
+        return between(xp, s, None, limit[..., None])
+
+    clipped, s = spectral_function(xp, a, function, limit)
+    return Clipped(clipped, xp.sum(s - function(s, limit)[0], axis=-1))
 
 
 def _warm_start(squares: Array, vectors: Array) -> Array | None:

@@ -6,7 +6,9 @@ import numpy as np
 
 from specops import arrays
 from specops.arrays.gram import gram
-from specops.arrays.solvers import eigh, svd
+from specops.arrays.solvers import eigh
+from specops.linalg.spectral_function import spectral_function
+from specops.linalg.value_functions import above
 from specops.typing import Array, Namespace
 
 GRAM_RANGE = 4.0
@@ -48,11 +50,12 @@ def soft_threshold(
         largest = xp.sqrt(xp.where(squares > 0, squares, xp.zeros_like(squares))[..., -1])
         largest = xp.astype(largest, limit.dtype) * limit
         return xp.astype(result, a.dtype), xp.astype(total, limit.dtype), largest
-    u, s, vh = svd(xp, a)
-    largest = s[..., 0]
-    s = s - limit[..., None]
-    s = xp.where(s > 0, s, xp.zeros_like(s))
-    return (u * xp.astype(s, u.dtype)[..., None, :]) @ vh, xp.sum(s, axis=-1), largest
+
+    def function(s: Array, limit: Array) -> tuple[Array, Array]:
+        return above(xp, s, limit[..., None])
+
+    result, s = spectral_function(xp, a, function, limit)
+    return result, xp.sum(function(s, limit)[0], axis=-1), s[..., 0]
 
 
 def by_gram(
@@ -61,9 +64,12 @@ def by_gram(
     """(`soft_threshold`, its nuclear norm, squares, vectors) by the smaller Gram matrix.
 
     The excess is A V diag((1 − limit/σ)₊) Vᴴ. That squares the condition number: None if
-    σ₁ > reach·limit, or unknown because traced. The squares are its ascending eigenvalues, in
-    units of limit², the vectors its eigenvectors.
+    σ₁ > reach·limit, or a value is unknown or to be differentiated. The squares are its ascending
+    eigenvalues, in units of limit², the vectors its eigenvectors.
     """
+    # Eigenvectors have no derivative where values are repeated.
+    if not (arrays.is_concrete(a) and arrays.is_concrete(limit)):
+        return None
     # σ₁ is at least the largest entry; checked before anything is squared.
     if not arrays.truth(xp.all(arrays.largest_entry(xp, a, (-2, -1)) <= reach * limit)):
         return None

@@ -15,3 +15,15 @@ def row_norms(x: Array) -> Array:
     # Squares of small and of large entries leave the range of single precision.
     scale = arrays.magnitude(xp, flat, axis=-1)
     return xp.linalg.vector_norm(flat / scale, axis=-1) * scale[:, 0]
+
+
+def unit_rows(x: Array) -> Array:
+    """The samples of an array (n, ...) divided by their norms, at any scale; zeros stay zero."""
+    xp = arrays.namespace(x)
+    flat = arrays.to_compute(xp, xp.reshape(x, (x.shape[0], -1)))
+    if not flat.shape[1]:
+        return x
+    flat = flat / arrays.magnitude(xp, flat, axis=-1)
+    norms = xp.linalg.vector_norm(flat, axis=-1, keepdims=True)
+    unit = flat / xp.where(norms == 0, xp.ones_like(norms), norms)
+    return xp.reshape(xp.astype(unit, x.dtype), x.shape)

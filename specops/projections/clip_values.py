@@ -7,9 +7,10 @@ import math
 import numpy as np
 
 from specops import arrays
-from specops.arrays.solvers import svd
 from specops.geometry import Conv, Geometry
 from specops.geometry.arguments import integer
+from specops.linalg.spectral_function import spectral_function
+from specops.linalg.value_functions import between
 from specops.maps.prepare import MatrixBlock, prepare
 from specops.projections.kernels.clip_values import clip_kernel
 from specops.projections.of_values import changed_blocks
@@ -63,7 +64,7 @@ def clip_singular_values(
     Notes
     -----
     Where singular values are zero and `lower` is not, the directions that are raised are
-    arbitrary, as then the nearest matrix is not unique.
+    arbitrary, as then the nearest matrix is not unique, and neither is the derivative.
 
     References
     ----------
@@ -83,13 +84,13 @@ def clip_singular_values(
     xp = given.xp
 
     def change(block: MatrixBlock) -> Array:
-        u, s, vh = svd(xp, block.matrices)
-        # In units of the weight: bounds over its scale might overflow.
-        s = s * block.scale[..., 0]
-        s = xp.where(s < lower, xp.full_like(s, lower), s)
-        if math.isfinite(upper):
-            s = xp.where(s > upper, xp.full_like(s, upper), s)
-        return xp.astype((u * xp.astype(s, u.dtype)[..., None, :]) @ vh, w.dtype)
+        def function(s: Array, scale: Array) -> tuple[Array, Array]:
+            # In units of the weight: bounds over its scale might overflow.
+            values, slopes = between(xp, s * scale, lower, upper)
+            return values, slopes * scale
+
+        clipped, _ = spectral_function(xp, block.matrices, function, block.scale[..., 0])
+        return xp.astype(clipped, w.dtype)
 
     return changed_blocks(given, w, change)
 

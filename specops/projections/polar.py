@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 from specops import arrays
-from specops.arrays.solvers import svd
 from specops.errors import UnsupportedGeometryError
 from specops.geometry import Conv, Geometry
 from specops.linalg.polar_by_products import polar_by_products
 from specops.linalg.polar_express import suits_products
+from specops.linalg.spectral_function import spectral_function
 from specops.maps.prepare import MatrixBlock, prepare
 from specops.projections.of_values import changed_blocks
 from specops.typing import Array, Namespace
@@ -55,7 +55,8 @@ def polar_factor(w: Array, geometry: Geometry | None = None, *, method: str = "a
     Notes
     -----
     Not unique where singular values are zero: some directions are chosen, for the zero matrix
-    all of them. Where they are small the factor is as sensitive as their reciprocal.
+    all of them. Where they are small the factor is as sensitive as their reciprocal, and where
+    two of a square matrix, or one of another, are zero it has no derivative: a finite one is given.
 
     References
     ----------
@@ -101,5 +102,4 @@ def _by_products(xp: Namespace, a: Array, method: str) -> Array | None:
 
 
 def _by_svd(xp: Namespace, a: Array) -> Array:
-    u, _, vh = svd(xp, a)
-    return u @ vh
+    return spectral_function(xp, a, lambda s: (xp.ones_like(s), xp.zeros_like(s)))[0]

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from specops import arrays
-from specops.arrays.solvers import svd, svdvals
+from specops.arrays.solvers import svdvals
 from specops.errors import UnsupportedGeometryError
 from specops.geometry import Conv, Geometry
 from specops.geometry.arguments import check_bound
+from specops.linalg.spectral_function import spectral_function
+from specops.linalg.value_functions import above_for_sum
 from specops.maps.prepare import MatrixBlock, prepare
 from specops.projections.feasible import store_within
 from specops.projections.of_values import changed_blocks
 from specops.projections.spectral_ball import project_spectral_ball
-from specops.typing import Array, Namespace
+from specops.typing import Array
 
 
 @arrays.in_full_precision
@@ -78,25 +78,24 @@ def project_schatten_ball(
     xp = given.xp
 
     def norm(a: Array) -> Array:
+        a = arrays.stop_gradient(a)
         if p == 2:
-            return xp.sqrt(xp.sum(xp.abs(a) ** 2, axis=(-2, -1)))
+            return xp.linalg.matrix_norm(a)
         return xp.sum(svdvals(xp, a), axis=-1)
 
     def change(block: MatrixBlock) -> Array | None:
         a, limit = block.matrices, radius / block.scale[..., 0, 0]
-        size = norm(a)
-        within = size <= limit
+        within = norm(a) <= limit
         if arrays.truth(xp.all(within)):
             return None
         target = limit * (1.0 - 4.0 * arrays.epsilon(a.dtype))
         if p == 2:
-            factor = target / xp.where(within, xp.ones_like(size), size)
+            squares = xp.sum(xp.abs(a) ** 2, axis=(-2, -1))
+            # The root of zero has no derivative.
+            factor = target / xp.sqrt(xp.where(within, xp.ones_like(squares), squares))
             nearest = a * xp.astype(factor, a.dtype)[..., None, None]
         else:
-            u, s, vh = svd(xp, a)
-            s = s - _threshold(xp, s, target)[..., None]
-            s = xp.where(s > 0, s, xp.zeros_like(s))
-            nearest = (u * xp.astype(s, u.dtype)[..., None, :]) @ vh
+            nearest, _ = spectral_function(xp, a, lambda *x: above_for_sum(xp, *x), target)
         nearest = xp.where(within[..., None, None], a, nearest)
         return store_within(
             xp,
@@ -107,11 +106,3 @@ def project_schatten_ball(
         )
 
     return changed_blocks(given, w, change)
-
-
-def _threshold(xp: Namespace, s: Array, radius: Array) -> Array:
-    """θ with Σ max(s − θ, 0) = radius, for descending s whose sum is larger."""
-    count = arrays.constant(np.arange(1.0, s.shape[-1] + 1.0), s)
-    kept = s * count - xp.cumulative_sum(s, axis=-1) > -radius[..., None]
-    ones = xp.where(kept, xp.ones_like(s), xp.zeros_like(s))
-    return (xp.sum(s * ones, axis=-1) - radius) / xp.sum(ones, axis=-1)

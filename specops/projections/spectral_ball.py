@@ -159,8 +159,9 @@ def project_spectral_ball(
     it, which is larger than the ball on that torus: there norms and gap are those of the torus.
     While a compiler traces, matrices are decomposed by SVD and kernels get 20
     accelerated rounds, without state, and so it is with torch tensors that require gradients in
-    grad mode: project parameters under ``torch.no_grad()``. The derivative is that of the SVD,
-    which does not exist where singular values above the bound are equal.
+    grad mode: project parameters under ``torch.no_grad()``. The derivative is that of a
+    spectral function, which exists unless a singular value equals the bound; at repeated ones
+    second derivatives are NaN.
 
     References
     ----------

@@ -147,6 +147,9 @@ def _of_values(w: Array, geometry: Geometry | None, function: Any) -> Any:
 
 
 def _entropy_rank(xp: Namespace, values: Array) -> Array:
+    # Sums of the values themselves might overflow.
+    largest = xp.max(values, axis=-1, keepdims=True)
+    values = values / xp.where(largest == 0, xp.ones_like(largest), largest)
     total = xp.sum(values, axis=-1, keepdims=True)
     fraction = values / xp.where(total == 0, xp.ones_like(total), total)
     safe = xp.where(fraction == 0, xp.ones_like(fraction), fraction)

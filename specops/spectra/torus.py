@@ -91,6 +91,15 @@ def leading_vectors(
     xp: Namespace, kernel: Array, symbol: Symbol, leading: Leading
 ) -> tuple[Array, Array, Array, Array]:
     """(u, vᴴ, cos, sin) of the leading block: singular vectors, and cos θ·b and sin θ·b."""
+    block, cos, sin = leading_matrix(xp, kernel, symbol, leading)
+    u, _, vh = svd(xp, block)
+    return u[:, 0], vh[0, :], cos, sin
+
+
+def leading_matrix(
+    xp: Namespace, kernel: Array, symbol: Symbol, leading: Leading
+) -> tuple[Array, Array, Array]:
+    """(the leading block, cos θ·b, sin θ·b)."""
     angles = xp.take(arrays.constant(symbol.angles, kernel), leading.frequency, axis=0)[0, :]
     cos, sin = xp.cos(angles), xp.sin(angles)
     coefficients = xp.reshape(
@@ -101,8 +110,7 @@ def leading_vectors(
         block = arrays.complex_of(xp, cos, sin) @ own
     else:
         block = arrays.complex_of(xp, cos @ own, sin @ own)
-    u, _, vh = svd(xp, xp.reshape(block, symbol.block_shape))
-    return u[:, 0], vh[0, :], cos, sin
+    return xp.reshape(block, symbol.block_shape), cos, sin
 
 
 def host_blocks(coefficients: np.ndarray, symbol: Symbol, chunk: slice | np.ndarray) -> np.ndarray:

@@ -10,8 +10,9 @@ from specops.errors import PlanError, SpecopsError
 from specops.geometry import Dense, Geometry
 from specops.training.assigned import warn_of
 from specops.training.constrained import Constrained
+from specops.training.declared import override_geometries
 from specops.training.parameter import Parameter
-from specops.training.plan import Assignment, Plan, override_geometries
+from specops.training.plan import Assignment, Plan
 
 C = TypeVar("C", bound=Constrained[Any])
 C_co = TypeVar("C_co", bound=Constrained[Any], covariant=True)

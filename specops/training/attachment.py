@@ -14,6 +14,7 @@ from specops.rules.base import Stage
 from specops.training.assigned import check_saved, check_stage
 from specops.training.assigning import assigned
 from specops.training.constrained import Constrained
+from specops.training.coverage import warn_of_coverage
 from specops.training.firing import Firing, NonFinitePolicy, write
 from specops.training.history import History, Record
 from specops.training.outcome import Outcome
@@ -111,6 +112,8 @@ class BaseAttachment(ABC, Generic[C]):
     def assign(self) -> None:
         """Decide about every parameter; those constrained before keep their states and sizes."""
         found = assigned(self, self._geometries, self._constrained)
+        if not self._attached:
+            warn_of_coverage(found[0])
         self._assignments, self._constrained, dropped = found
         self._attached = True
         for c in dropped:
@@ -255,8 +258,20 @@ class BaseAttachment(ABC, Generic[C]):
         found = self.measured([c for c in self._constrained if c.name in acting and measure])
         for c in self._constrained:
             found.setdefault(c.name, {})["geometry"] = c.geometry.describe()
+        for a in assignments:
+            if a.rule is not None and self._is_waiting(a):
+                found.setdefault(a.weight.name, {})["waits"] = self.plan.start + a.every
         rows = [replace(row, **found.get(row.name, {})) for row in plan_rows(assignments)]
         return Report(tuple(rows))
+
+    def _is_waiting(self, a: Assignment) -> bool:
+        """Whether steps were counted, and none of them was the first at which the rule acts."""
+        assert a.rule is not None
+        return a.rule.stage != "forward" and 0 < self.steps < self.plan.start + a.every
+
+    def under_rules(self) -> Sequence[C]:
+        """What is kept of each weight under a rule; none once detached."""
+        return tuple(self._constrained) if self._attached else ()
 
     def measured(self, constrained: Sequence[C]) -> dict[str, dict[str, Any]]:
         """What a report's rows say of weights under rules, by name."""

@@ -48,6 +48,10 @@ class Parameter(ABC):
         assert geometry is not None
         return geometry
 
+    def identity(self) -> int | None:
+        """A number that two parameters share if they are one memory; None if none is known."""
+        return None
+
     def frozen(self) -> str:
         """Why nothing may act on it at present; empty if something may."""
         return ""

@@ -10,10 +10,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from specops.errors import AdapterError, GeometryError, PlanError, UnsupportedArrayError
-from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import integer
 from specops.rules import Rule, StagedRule, completed
-from specops.training.weight import Weight, check_fit, unmeasurable
+from specops.training.weight import Weight
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,11 @@ class Assignment:
     """Whether a misfit found later is a reason to skip rather than an error."""
 
 
+NO_MAP = "no geometry is known for it"
+"""Why a weight without an obstacle of its own is left alone."""
+_KINDS = ("conv", "dense", "embedding")
+
+
 @dataclass(frozen=True)
 class _Entry:
     pattern: str
@@ -35,8 +39,22 @@ class _Entry:
     every: int | None = None
 
     @property
+    def kind(self) -> str:
+        """Of maps, where the pattern begins with one: "conv:*"."""
+        head, colon, _ = self.pattern.partition(":")
+        return head if colon and head in _KINDS else ""
+
+    @property
+    def names(self) -> str:
+        """The pattern of names alone."""
+        return self.pattern.removeprefix(f"{self.kind}:") if self.kind else self.pattern
+
+    @property
     def is_bare(self) -> bool:
-        return self.pattern == "*"
+        return self.names == "*" and self.kind != "embedding"
+
+    def matches(self, weight: Weight) -> bool:
+        return self.kind in ("", weight.kind) and fnmatchcase(weight.name, self.names)
 
 
 @dataclass(frozen=True)
@@ -46,10 +64,11 @@ class Plan:
     Parameters
     ----------
     entries : sequence of (pattern, rule) or (pattern, rule, every)
-        `pattern` is matched against the parameter's path as by `fnmatch` (case matters). A
-        rule None excludes. "*" is lenient: what it cannot constrain it skips, with a reason in
-        the report, and it leaves embeddings alone; any other pattern that meets an unsupported
-        layer, or constrains nothing, is an error.
+        `pattern` is matched against the parameter's path as by `fnmatch` (case matters);
+        "conv:", "dense:" or "embedding:" before it means those of that kind of map only. A
+        rule None excludes. "*", and "conv:*" and "dense:*", are lenient: what they cannot
+        constrain they skip, with a reason in the report, and they leave embeddings alone; any
+        other pattern that meets an unsupported layer, or constrains nothing, is an error.
     every, start, stop : int
         Rules act at the steps with ``(step - start) % every == 0`` and ``start < step < stop``;
         steps are successful optimizer steps, counted from 1.
@@ -57,7 +76,8 @@ class Plan:
     Raises
     ------
     PlanError
-        An entry is not such a pair, or the numbers make no sense.
+        An entry is not such a pair, or the numbers make no sense, or no step is left at which a
+        rule acts.
 
     Examples
     --------
@@ -87,6 +107,8 @@ class Plan:
         fix(self, "_parsed", tuple(_parse(entry) for entry in self.entries))
         if not self._parsed:
             raise PlanError("the plan is empty: give it at least one (pattern, rule) pair")
+        for entry in self._parsed:
+            self._check_fires(entry)
 
     @classmethod
     def of(cls, rule_or_plan: Any, every: int | None = None) -> Plan:
@@ -128,7 +150,7 @@ class Plan:
         result = []
         for weight in weights:
             for entry, taken in zip(self._parsed, used, strict=True):
-                if fnmatchcase(weight.name, entry.pattern):
+                if entry.matches(weight):
                     taken.append(self._decide(entry, weight))
                     result.append(taken[-1])
                     break
@@ -144,7 +166,7 @@ class Plan:
         if entry.rule is None:
             return Assignment(weight, None, reason=f"excluded by {entry.pattern!r}")
         if weight.obstacle or weight.geometry is None:
-            reason = weight.obstacle or "no geometry is known for it"
+            reason = weight.obstacle or NO_MAP
             if entry.is_bare:
                 return Assignment(weight, None, reason=reason)
             raise PlanError(
@@ -165,6 +187,16 @@ class Plan:
         every = self.every if entry.every is None else entry.every
         return Assignment(weight, entry.rule, every, lenient=entry.is_bare)
 
+    def _check_fires(self, entry: _Entry) -> None:
+        every = self.every if entry.every is None else entry.every
+        if entry.rule is None or entry.rule.stage == "forward" or self.stop is None:
+            return
+        if self.start + every >= self.stop:
+            raise PlanError(
+                f"{entry.rule!r} of {entry.pattern!r} never acts: with every={every} the first "
+                f"step after start={self.start} is {self.start + every}, and stop={self.stop}"
+            )
+
     def _check_used(
         self, entry: _Entry, assignments: list[Assignment], weights: Sequence[Weight]
     ) -> None:
@@ -179,60 +211,23 @@ class Plan:
                 f"pattern {entry.pattern!r} constrains nothing. Every parameter that it matches "
                 f"was skipped ({reasons})"
             )
-        if any(fnmatchcase(name, entry.pattern) for name in names):
+        if any(entry.matches(w) for w in weights):
             raise PlanError(
                 f"pattern {entry.pattern!r} matches only parameters that an earlier pattern "
                 f"took: put it first, or drop it"
             )
-        close = difflib.get_close_matches(entry.pattern, names, n=3, cutoff=0.3) or names[:3]
-        layer = f"{entry.pattern}.*"
+        if entry.kind and any(fnmatchcase(name, entry.names) for name in names):
+            raise PlanError(
+                f"pattern {entry.pattern!r} matches no parameter: those that match "
+                f"{entry.names!r} are no {entry.kind} maps"
+            )
+        close = difflib.get_close_matches(entry.names, names, n=3, cutoff=0.3) or names[:3]
+        layer = f"{entry.names}.*"
         hint = f"; for the whole layer write {layer!r}" if fnmatch.filter(names, layer) else ""
         raise PlanError(
             f"pattern {entry.pattern!r} matches no parameter{hint}. Parameters are called "
             f"{', '.join(map(repr, close))}, …"
         )
-
-
-def override_geometries(
-    weights: Sequence[Weight],
-    geometries: Mapping[str, Geometry] | None,
-    aliases: Mapping[str, Sequence[str]] | None = None,
-) -> list[Weight]:
-    """Replace inferred geometries by the user's, the first pattern that matches winning.
-
-    `aliases` are further names of a weight (tied tensors), under which it may be meant.
-    """
-    geometries, aliases = dict(geometries or {}), aliases or {}
-    unused = set(geometries)
-    result = []
-    for weight in weights:
-        names = (weight.name, *aliases.get(weight.name, ()))
-        matching = (p for p in geometries if any(fnmatchcase(n, p) for n in names))
-        pattern = None if weight.skipped else next(matching, None)
-        if pattern is None:
-            result.append(weight)
-            continue
-        unused.discard(pattern)
-        geometry = geometries[pattern]
-        _check_fit(weight, geometry)
-        obstacle = unmeasurable(weight.dtype)
-        known = None if obstacle else geometry
-        result.append(replace(weight, geometry=known, obstacle=obstacle, opt_in=""))
-    if unused:
-        raise PlanError(
-            f"geometries names {', '.join(map(repr, sorted(unused)))}, which no parameter "
-            f"matches: parameters are called {', '.join(repr(w.name) for w in weights[:5])}, …"
-        )
-    return result
-
-
-def _check_fit(weight: Weight, geometry: Any) -> None:
-    try:
-        if not isinstance(geometry, Conv | Dense):
-            raise GeometryError(f"must be Dense(...) or Conv(...), got {geometry!r}")
-        check_fit(geometry, weight.shape)
-    except GeometryError as error:
-        raise GeometryError(f"geometries for {weight.name}: {error}") from None
 
 
 def _parse(entry: Any) -> _Entry:

@@ -58,6 +58,8 @@ class ReportRow:
     stable_rank : float or None
         Where the rule is about it: of the map that the rule means, the largest of several; of
         forward rules of the weight in use.
+    waits : int or None
+        The first step at which the rule acts, while steps were taken and none was that one.
     """
 
     name: str
@@ -72,6 +74,7 @@ class ReportRow:
     stale: bool = False
     stable_rank: float | None = None
     rule_norm: float | None = None
+    waits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,8 @@ def _short(cell: str) -> str:
 def _cells(row: ReportRow) -> tuple[str, ...]:
     norm = _norm_text(row.norm, row.norm_is)
     shape = "×".join(map(str, row.shape)) or "scalar"
-    return (row.name, shape, row.geometry, row.rule or f"– {row.reason}", norm)
+    rule = row.rule + ("" if row.waits is None else f", not before step {row.waits}")
+    return (row.name, shape, row.geometry, rule or f"– {row.reason}", norm)
 
 
 def _norm_text(norm: float | None, norm_is: str) -> str:
@@ -215,10 +219,15 @@ def measured(w: Any, geometry: Geometry, rule: StagedRule) -> dict[str, Any]:
 
 
 def measured_norm(w: Any, geometry: Geometry) -> dict[str, Any]:
-    """`norm` and `norm_is` of a row: exact where it can be, else a certified upper bound."""
+    """`norm` and `norm_is` of a row: exact where it can be, else a certified upper bound.
+
+    In double precision, so that what was stored inside a bound is not said to exceed it.
+    """
     xp = arrays.namespace(w)
     if not bool(arrays.all_finite(xp, w)):
         return {"norm": float("nan"), "norm_is": "not finite"}
+    w = arrays.in_double(arrays.to_compute(xp, w))
+    xp = arrays.namespace(w)
     if not isinstance(geometry, Dense):
         layer = small_explicit_map(geometry.sizes(tuple(w.shape)))
         if layer is not None:

@@ -40,6 +40,15 @@ class Weight:
     opt_in: str = ""
     unusable: str = ""
 
+    @property
+    def kind(self) -> str:
+        """ "conv", "dense" or "embedding", as patterns ask for them; empty if no map is known."""
+        if self.geometry is None:
+            return ""
+        if self.opt_in:
+            return "embedding"
+        return "conv" if isinstance(self.geometry, Conv) else "dense"
+
     @classmethod
     def of(
         cls,

@@ -135,6 +135,8 @@ def test_effective_rank_and_condition_number(backend: Backend) -> None:
     rank = backend.call(specops.effective_rank, w)
     assert float(rank) == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-5)
     assert float(backend.call(specops.condition_number, w)) == pytest.approx(2.0, rel=1e-5)
+    huge = backend.array((1e38 * np.eye(3)).astype(np.float32))
+    assert float(backend.call(specops.effective_rank, huge)) == pytest.approx(3.0, rel=1e-5)
     zero = backend.array(np.zeros((2, 3), np.float32))
     assert float(backend.call(specops.effective_rank, zero)) == 0.0
     assert float(backend.call(specops.condition_number, zero)) == float("inf")

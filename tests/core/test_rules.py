@@ -13,7 +13,8 @@ import pytest
 import specops
 from specops import ClipSpectralNorm, Conv, Dense, Monitor, Plan, errors
 from specops.rules import Rule
-from specops.training.plan import Weight, override_geometries
+from specops.training.declared import override_geometries
+from specops.training.plan import Weight
 from specops.training.report import Report, plan_rows
 from tests.backends import Backend
 

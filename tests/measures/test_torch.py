@@ -295,6 +295,14 @@ def test_inception_score_is_its_definition() -> None:
         specops_torch.inception_score([images[:3]], classifier, splits=4)
 
 
+def test_inception_score_of_certain_logits() -> None:
+    logits = torch.tensor([[300.0, 0, -300], [0, 300, -300]]).repeat(50, 1)
+    for given in (logits, logits.double()):
+        assert specops_torch.inception_score([given], nn.Identity(), splits=1).mean == (
+            pytest.approx(2.0, rel=1e-6)
+        )
+
+
 def test_neural_divergence_between_equal_and_distant_samples() -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 600, 2, generator=generator)

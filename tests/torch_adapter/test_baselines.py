@@ -162,6 +162,17 @@ def test_adversarial_loss_survives_a_flat_loss_and_refuses_nonsense(model: nn.Se
             adversarial_loss(model, flat, x, y, **bad)
 
 
+def test_adversarial_loss_of_confident_samples_moves_them_by_epsilon() -> None:
+    confident = nn.Linear(3, 2)
+    with torch.no_grad():
+        confident.weight.copy_(torch.tensor([[27.5, 0, 0], [-27.5, 0, 0]]))
+        confident.bias.zero_()
+    x, y = torch.tensor([[1.0, 0.3, -1], [-1, 0.2, 0.5]]), torch.tensor([0, 1])
+    got = adversarial_loss(confident, nn.functional.cross_entropy, x, y, alpha=0.0)
+    # Both have come to the border between the classes.
+    assert got.item() == pytest.approx(0.6931472, rel=1e-5)
+
+
 def test_a_sequential_network_is_balanced_in_place() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(

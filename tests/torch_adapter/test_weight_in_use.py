@@ -35,7 +35,8 @@ def attached(
     module = layer(shape[1], shape[0], bias=bias).double()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     rule = SpectralNormalization(norm="reshaped", scale=scale)
-    attachment = specops.attach(optimizer, module, rule)
+    maps = {"weight": specops.Dense()}
+    attachment = specops.attach(optimizer, module, rule, geometries=maps)
     state = attachment.state_dict()["weights"]["weight"]["state"]
     u, v = state["u0"], state["v0"]
 

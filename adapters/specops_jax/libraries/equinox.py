@@ -11,6 +11,7 @@ from specops.geometry import Dense
 from specops_jax.layers import (
     EMBEDDING,
     Role,
+    as_called,
     at_both,
     convolution,
     stacked,
@@ -68,7 +69,7 @@ def _roles(tree: Any, shapes: Shapes) -> dict[str, Role]:
     for path, layer in met:
         if isinstance(layer, kinds) and hasattr(layer.weight, "shape"):
             roles = [_role(layer, shape) for shape in shapes.get(id(layer)) or [None]]
-            role = reduce(at_both, roles)
+            role = as_called(layer, reduce(at_both, roles), *kinds)
             own = _own_ndim(layer)
             shape = tuple(layer.weight.shape)
             name = name_of((*path, jax.tree_util.GetAttrKey("weight")))

@@ -10,6 +10,7 @@ from specops.errors import AdapterError
 from specops_jax.layers import (
     EMBEDDING,
     Role,
+    as_called,
     at_both,
     convolution,
     dense,
@@ -34,13 +35,18 @@ def roles(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     if not inputs and not kwargs:
         raise AdapterError("haiku functions know their layers only when called: give the inputs")
     met: dict[str, tuple[Role, tuple[int, ...]]] = {}
+    kinds = (
+        *(hk.Linear, hk.Embed, hk.ConvND, hk.ConvNDTranspose),
+        *(hk.DepthwiseConv1D, hk.DepthwiseConv2D, hk.DepthwiseConv3D),
+    )
 
     def look(function: Any, args: Any, given: Any, context: Any) -> Any:
         layer, result = context.module, function(*args, **given)
         if context.method_name == "__call__":
             x = args[0] if args else next(iter(given.values()), None)
             own = layer.params_dict()
-            for attribute, role in _roles(layer, x).items():
+            for attribute, plain in _roles(layer, x).items():
+                role = as_called(layer, plain, *kinds)
                 name = f"{layer.module_name}/{attribute}"
                 if name in own:
                     role = at_both(met[name][0], role) if name in met else role

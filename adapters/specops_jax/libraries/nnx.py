@@ -5,10 +5,14 @@ from __future__ import annotations
 from functools import reduce
 from typing import Any
 
-from specops_jax.layers import EMBEDDING, Role, at_both, dense, stacked
+from specops_jax.layers import EMBEDDING, Role, as_called, at_both, dense, stacked
 from specops_jax.libraries.flax_layers import flax_convolution, sizes
 from specops_jax.libraries.watching import trace, watched
 
+_ADAPTED = (
+    "nnx.LoRA adds a part to it, so that it is not the layer's map: merge the parts first, or give "
+    "its own map in geometries="
+)
 Shapes = dict[str, list[tuple[int, ...] | None]]
 
 
@@ -55,7 +59,10 @@ def _roles(module: Any, shapes: Shapes) -> dict[str, Role]:
     from flax import nnx
 
     found: dict[str, Role] = {}
-    for path, layer in nnx.iter_graph(module):
+    kinds = (nnx.LinearGeneral, nnx.Linear, nnx.Embed, nnx.Conv, nnx.ConvTranspose)
+    layers = list(nnx.iter_graph(module))
+    adapted = {id(x.base_module) for _, x in layers if isinstance(x, nnx.LoRA)}
+    for path, layer in layers:
         name = _name(path)
         role, attribute = None, "kernel"
         if isinstance(layer, nnx.LinearGeneral):
@@ -71,6 +78,8 @@ def _roles(module: Any, shapes: Shapes) -> dict[str, Role]:
             met = shapes.get(name) or [None]
             role = reduce(at_both, (flax_convolution(layer, s, transposed=transposed) for s in met))
         if role is not None:
+            role = Role(obstacle=_ADAPTED) if id(layer) in adapted else role
+            role = as_called(layer, role, *kinds)
             shape, own = getattr(layer, attribute).shape, _own_shape(layer)
             role = stacked(role, own or shape, shape)
             found[f"{name}/{attribute}" if name else attribute] = role

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from inspect import getattr_static
 from typing import Any
 
 import keras
@@ -35,8 +36,31 @@ class Role:
 def roles(layer: Any, grid: tuple[int, ...] | None = None) -> Iterator[tuple[Any, Role]]:
     """The layer's own variables that stand for maps, on a grid of this size.
 
-    Subclasses of the layers below count as such; `geometries=` overrides what is wrong.
+    Subclasses count as their layers of Keras, unless they compute otherwise; `geometries=`
+    overrides what is wrong.
     """
+    own = _computes_otherwise(layer)
+    for variable, role in _roles(layer, grid):
+        if own and role.geometry is not None:
+            role = Role(obstacle=own, opt_in=role.opt_in)
+        yield variable, role
+
+
+def _computes_otherwise(layer: Any) -> str:
+    """Why a layer's arrays need not be the maps of its class of Keras; empty if they are."""
+    name, plain = type(layer).__name__, layers.Layer
+    plain = next((k for k in type(layer).__mro__ if k.__module__.startswith("keras.")), plain)
+    if getattr(layer, "lora_enabled", False):
+        return f"LoRA adds a part to the {name}'s: give its own map in geometries="
+    if getattr_static(type(layer), "call", None) is getattr_static(plain, "call", None):
+        return ""
+    return (
+        f"{name} has a call of its own, so that the layer need not compute with this array as it "
+        f"is: if it does, say so by its map in geometries="
+    )
+
+
+def _roles(layer: Any, grid: tuple[int, ...] | None) -> Iterator[tuple[Any, Role]]:
     if not layer.built:
         return
     kernel = _stored(layer, "kernel")

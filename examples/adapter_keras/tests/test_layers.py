@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
-from specops_keras.geometry import _einsum
+from specops_keras.geometry import _einsum, roles
 from specops_keras.variables import locate
 
 import specops
@@ -148,3 +148,22 @@ def test_transposed(
 def test_transposed_3d() -> None:
     layer = layers.Conv3DTranspose(2, (2, 3, 1), strides=(2, 1, 1), padding="same")
     assert_described(layer, (2, 3, 2, 2))
+
+
+def test_layers_that_compute_otherwise_are_left_alone() -> None:
+    class Doubled(layers.Dense):
+        def call(self, inputs: Any, training: Any = None) -> Any:
+            return 2 * super().call(inputs)
+
+    class Named(layers.Dense):
+        """Computes as its base."""
+
+    adapted = layers.Dense(4)
+    adapted.build((None, 4))
+    adapted.enable_lora(2)
+    for layer, said in ((Doubled(4), "a call of its own"), (adapted, "LoRA"), (Named(4), "")):
+        if not layer.built:
+            layer.build((None, 4))
+        ((_, role),) = roles(layer)
+        assert said in role.obstacle
+        assert (role.geometry is None) == bool(said)

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from specops import arrays
-from specops.arrays.solvers import svd
 from specops.errors import UnsupportedGeometryError
 from specops.geometry import Conv
+from specops.linalg.spectral_function import spectral_function
+from specops.linalg.value_functions import between
 from specops.maps.prepare import Prepared
 from specops.maps.symbol import symbol_of
 from specops.projections.kernels.support import Support
@@ -50,9 +51,8 @@ def _round(xp: Namespace, support: Support, x: Array, lower: Any, upper: Any) ->
     symbol, coefficients = support.symbol, support.coefficients(xp, x)
 
     def work(blocks: Array, chunk: slice) -> Array:
-        u, s, vh = svd(xp, blocks)
-        clipped = xp.where(s < lower, lower, xp.where(s > upper, upper, s))
-        return support.gather(xp, (u * xp.astype(clipped, u.dtype)[..., None, :]) @ vh, chunk)
+        clipped, _ = spectral_function(xp, blocks, lambda s: between(xp, s, lower, upper))
+        return support.gather(xp, clipped, chunk)
 
     parts = map_blocks(xp, symbol, coefficients, work)
     return support.per_tap(xp, sum(parts[1:], start=parts[0]))

@@ -98,6 +98,8 @@ def _combination(
     for λ = τ/(1 − τ) and its length. The multiplier is a root in [0, 1] of a function without
     poles: below the pole of ⟨x, e⟩ if ⟨x, e⟩ > 0 there, else above.
     """
+    given, given_xp = (weights, zz, ze, ee, limit), xp
+    weights, zz, ze, ee, limit = (arrays.stop_gradient(x) for x in given)
     like = zz
     if not arrays.is_traced(zz):
         weights, zz, ze, ee, limit = (
@@ -108,10 +110,7 @@ def _combination(
     d, r = weights / largest, limit / largest
 
     def at(tau: Array) -> tuple[Array, Array, Array, Array]:
-        pole = 1.0 - tau + tau * d
-        along = xp.sum(ze / pole)
-        of_z = 1.0 - r * tau * xp.sum(ee / pole)
-        return pole, along, of_z, r * tau * along
+        return _ray(xp, tau, d, r, ze, ee)
 
     def bisect(first: Array, second: Array, belongs: Any) -> Array:
         """The end of what `belongs` with `first`."""
@@ -134,11 +133,55 @@ def _combination(
         return (sign * along > 0) & (energy <= r * along**2)
 
     tau = bisect(summit, xp.where(sign > 0, zero, one), inside)
+    if not arrays.is_concrete(given[1]):
+        if xp is np:
+            tau, sign = (arrays.constant(np.asarray(x), like) for x in (tau, sign))
+        return _differentiable(given_xp, tau, sign, *given)
     pole, _, of_z, of_e = at(tau)
     factors = sign * of_z / pole, sign * of_e / pole
     if xp is np:
         return arrays.constant(factors[0], like), arrays.constant(factors[1], like)
     return factors
+
+
+def _ray(
+    xp: Namespace, tau: Array, d: Array, r: Array, ze: Array, ee: Array
+) -> tuple[Array, Array, Array, Array]:
+    """(1 + λd over 1 + λ, ⟨x, e⟩, the factors of z and e but for that divisor) at a multiplier."""
+    pole = 1.0 - tau + tau * d
+    along = xp.sum(ze / pole)
+    return pole, along, 1.0 - r * tau * xp.sum(ee / pole), r * tau * along
+
+
+def _differentiable(
+    xp: Namespace,
+    tau: Array,
+    sign: Array,
+    weights: Array,
+    zz: Array,
+    ze: Array,
+    ee: Array,
+    limit: Array,
+) -> tuple[Array, Array]:
+    """The factors at a multiplier that was found, which moves as its equation does."""
+    largest = xp.max(weights)
+    d, r = weights / largest, limit / largest
+
+    pole, along, of_z, of_e = _ray(xp, tau, d, r, ze, ee)
+    energies = d * (of_z**2 * zz + 2.0 * of_z * of_e * ze + of_e**2 * ee) / pole**2
+    excess = xp.sum(energies) - r * along**2
+    # By the multiplier: the derivatives of what stands above.
+    pole_ = d - 1.0
+    along_ = -xp.sum(ze * pole_ / pole**2)
+    of_z_ = -r * xp.sum(ee / pole) + r * tau * xp.sum(ee * pole_ / pole**2)
+    of_e_ = r * along + r * tau * along_
+    mixed = of_z_ * of_e + of_z * of_e_
+    changes = d * 2.0 * (of_z * of_z_ * zz + mixed * ze + of_e * of_e_ * ee) / pole**2
+    slope = xp.sum(changes - 2.0 * energies * pole_ / pole) - 2.0 * r * along * along_
+    step = excess / nonzero(xp, arrays.stop_gradient(slope))
+    tau = tau - (step - arrays.stop_gradient(step))
+    pole, _, of_z, of_e = _ray(xp, tau, d, r, ze, ee)
+    return sign * of_z / pole, sign * of_e / pole
 
 
 def _by_tap(factor: Array, like: Array) -> Array:

@@ -11,11 +11,12 @@ from specops.arrays.solvers import svd
 from specops.errors import StateError
 from specops.geometry import ConvSizes
 from specops.linalg.golub_kahan import largest_singular_triplet
+from specops.linalg.spectral_function import leading_pair
 from specops.maps.convolution import ConvOperator
 from specops.maps.symbol import Symbol, symbol_of
 from specops.projections.feasible_rank import nonzero, shape_of
 from specops.spectra.norms import SMALL_OPERATOR, plane_wave
-from specops.spectra.torus import leading_block, leading_vectors
+from specops.spectra.torus import leading_block, leading_matrix
 from specops.typing import Array, Namespace
 
 _NOISE = 0.05
@@ -39,7 +40,7 @@ def leading_direction(
     iterated = math.prod(operator.shape) > SMALL_OPERATOR
     _check_start(start, operator.shape[1] if iterated else None)
     if not iterated:
-        v = arrays.conjugate(xp, svd(xp, operator.to_matrix())[2][0, :])
+        v = _leading_vector(xp, operator.to_matrix())
     else:
         start = _start(xp, operator, start)
         _, _, v = largest_singular_triplet(xp, ConvOperator(kernel, sizes), start)
@@ -48,6 +49,18 @@ def leading_direction(
     u = operator.matvec(v)
     u = u / nonzero(xp, xp.linalg.vector_norm(u))
     return operator.gradient(u, v), v if iterated else None
+
+
+def _leading_vector(xp: Namespace, matrix: Array) -> Array:
+    """The right singular vector, with a derivative where other values are repeated."""
+    u, _, vh = svd(xp, arrays.stop_gradient(matrix))
+
+    def turned(matrix: Array, u: Array, _: Array) -> Array:
+        v = arrays.adjoint(xp, leading_pair(xp, matrix)) @ u
+        return v / nonzero(xp, xp.linalg.vector_norm(v))
+
+    v = arrays.conjugate(xp, vh[0, :])
+    return arrays.with_derivative(lambda matrix, u, v: v, turned, matrix, u[:, 0], v)
 
 
 def _check_start(start: Array | None, columns: int | None) -> None:
@@ -69,8 +82,8 @@ def _start(xp: Namespace, operator: ConvOperator, v: Array | None) -> Array:
 
 def _torus_direction(xp: Namespace, kernel: Array, symbol: Symbol) -> Array:
     leading = leading_block(xp, kernel, symbol)
-    u, vh, cos, sin = leading_vectors(xp, kernel, symbol, leading)
-    outer = u[:, None] * vh[None, :]
+    block, cos, sin = leading_matrix(xp, kernel, symbol, leading)
+    outer = leading_pair(xp, block)
     group = xp.take(arrays.constant(np.eye(symbol.sizes.groups), kernel), leading.group, axis=0)
     phases = arrays.complex_of(xp, cos, -sin)[:, None] * group
     e = phases[:, :, None, None] * outer

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from specops import arrays
 from specops.arrays.solvers import svdvals
 from specops.linalg.clip import clip
@@ -28,10 +26,7 @@ def project_traced(
     within = before <= limit
     if arrays.truth(xp.all(within)):
         return None, ProjectionInfo(before * unit, before * unit, xp.zeros_like(limit), 0)
-    # Equal singular values, such as a matrix inside may have, must not leak their derivative.
-    plain = xp.eye(a.shape[-2], a.shape[-1], dtype=a.dtype, device=arrays.device_of(fixed))
-    plain = plain * arrays.constant(np.arange(1.0, a.shape[-1] + 1.0), fixed)
-    found = clip(xp, xp.where(within[..., None, None], plain, a), target)
+    found = clip(xp, a, target)
     clipped = xp.where(within[..., None, None], a, found.matrices)
 
     def norm(x: Array) -> Array:

@@ -7,6 +7,7 @@ from specops.arrays.solvers import svd
 from specops.errors import StateError
 from specops.linalg.golub_kahan import largest_singular_triplet
 from specops.linalg.lobpcg import leading_triplets
+from specops.linalg.spectral_function import spectral_function
 from specops.maps.matrix import MatrixOperator
 from specops.maps.prepare import MatrixBlock
 from specops.projections.feasible_rank import Candidates, energy, nonzero, shape_of
@@ -36,13 +37,16 @@ def matrix_candidates(
     # A margin for the rounding of the products.
     eps = arrays.epsilon(a.dtype)
     reduced = limit * (1.0 - 4.0 * eps)
-    images = arrays.matmul(a, v)
+    images = arrays.matmul(arrays.stop_gradient(a), v)
     squares = xp.sum(xp.abs(images) ** 2, axis=-2)
     first = squares[..., 0]
     fits = xp.cumulative_sum(squares, axis=-1) <= (limit * first)[..., None] * (1.0 + 4.0 * eps)
-    stays = xp.sum(xp.where(fits, squares, xp.zeros_like(squares)), axis=-1)
     count = xp.sum(xp.astype(fits, xp.int32), axis=-1, dtype=xp.int32)
-    fixed = xp.where(fits[..., None, :], images, xp.zeros_like(images)) @ arrays.adjoint(xp, v)
+    stays = xp.sum(xp.where(fits, squares, xp.zeros_like(squares)), axis=-1)
+    fixed = _leading_part(xp, a, v, fits)
+    if not arrays.is_concrete(a):
+        stays = energy(xp, fixed)
+        first = energy(xp, _leading_part(xp, a, v[..., :1], fits[..., :1])) if preserve else stays
     rest = a - fixed
     room = xp.where(reduced * first > stays, reduced * first - stays, xp.zeros_like(first))
     squared_rest = energy(xp, rest)
@@ -63,6 +67,26 @@ def matrix_candidates(
     wanted = xp.sqrt(room / safe_rest)
     growth = squared_rest / nonzero(xp, first)
     return Candidates(weight, stored_rank, wanted, growth), _rank_along(xp, a, leading), count
+
+
+def _leading_part(xp: Namespace, a: Array, v: Array, stays: Array) -> Array:
+    """A V Vᴴ of the columns that stay, differentiated as the leading part of the SVD of A."""
+
+    def along(a: Array, v: Array, stays: Array) -> Array:
+        images = arrays.matmul(a, v)
+        kept = xp.where(stays[..., None, :], images, xp.zeros_like(images))
+        return kept @ arrays.adjoint(xp, v)
+
+    def leading(a: Array, v: Array, stays: Array) -> Array:
+        def function(s: Array, kept: Array) -> tuple[Array, Array]:
+            none = xp.zeros_like(s)
+            slopes = xp.concat([kept, none[..., kept.shape[-1] :]], axis=-1)
+            return slopes * s, slopes
+
+        kept = xp.astype(stays, arrays.real_dtype(xp, a.dtype))
+        return spectral_function(xp, a, function, kept)[0]
+
+    return arrays.with_derivative(along, leading, a, v, stays)
 
 
 def leading_vectors(

@@ -40,7 +40,9 @@ def project_matrices(
         a = block.matrices
         side = min(a.shape[-2:])
         limit = rank_limit(xp, ratio, target, side, a)
-        v, basis = leading_vectors(xp, a, min(max(preserve, 1), side), state.pop(name, None))
+        v, basis = leading_vectors(
+            xp, arrays.stop_gradient(a), min(max(preserve, 1), side), state.pop(name, None)
+        )
         if basis is not None:
             new_state[name] = basis
         candidates, rank, count = matrix_candidates(xp, block, v, limit, preserve)

@@ -1,0 +1,69 @@
+"""Functions of singular values for `spectral_function`: piecewise linear, with their slopes.
+
+A value that lies on a kink up to rounding counts half to either side: the derivative is then the
+mean of the two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from specops import arrays
+from specops.typing import Array, Namespace
+
+
+def between(xp: Namespace, s: Array, lower: Any, upper: Any) -> tuple[Array, Array]:
+    """(clip(σ, lower, upper), its slope); bounds broadcast with σ, None is none."""
+    value, smooth, slope = s, xp.zeros_like(s), xp.ones_like(s)
+    for bound, sign in ((lower, 1.0), (upper, -1.0)):
+        if bound is not None:
+            bound = bound + xp.zeros_like(s)
+            value = xp.where(sign * (bound - value) > 0, bound, value)
+            share = _step(xp, sign * (bound - s), s)
+            # A bound may be infinite.
+            smooth = smooth + share * xp.where(share > 0, bound, xp.zeros_like(s))
+            slope = slope - share
+    return _of_value(value, smooth + slope * s), slope
+
+
+def above(xp: Namespace, s: Array, threshold: Any) -> tuple[Array, Array]:
+    """(max(σ − threshold, 0), its slope)."""
+    kept, slope = between(xp, s, None, threshold)
+    return s - kept, 1.0 - slope
+
+
+def above_for_sum(xp: Namespace, s: Array, total: Array) -> tuple[Array, Array]:
+    """(max(σ − θ, 0), its slope), θ such that they sum to `total`; σ descend and sum to more.
+
+    References
+    ----------
+    Duchi, Shalev-Shwartz, Singer & Chandra 2008.
+    """
+    count = xp.cumulative_sum(xp.ones_like(s), axis=-1)
+    kept = s * count - xp.cumulative_sum(s, axis=-1) > -total[..., None]
+
+    def threshold(weights: Array) -> Array:
+        number = xp.sum(weights, axis=-1)
+        number = xp.where(number < 1.0, xp.ones_like(number), number)
+        return ((xp.sum(s * weights, axis=-1) - total) / number)[..., None]
+
+    ones, zeros = xp.ones_like(s), xp.zeros_like(s)
+    least = threshold(xp.where(kept, ones, zeros))
+    slope = _step(xp, s - least, s)
+    strict, wide = xp.where(slope == 1.0, ones, zeros), xp.where(slope > 0.0, ones, zeros)
+    smooth = 0.5 * sum(x * (s - threshold(x)) for x in (strict, wide))
+    return _of_value(xp.where(s > least, s - least, zeros), smooth), slope
+
+
+def _step(xp: Namespace, x: Array, s: Array) -> Array:
+    """1 where x is positive, 0 where it is negative, ½ where it is zero up to rounding of σ."""
+    rounding = (8.0 + 2.0 * s.shape[-1] ** 0.5) * arrays.epsilon(s.dtype) * s[..., :1]
+    ones = xp.ones_like(s)
+    side = xp.where(x > 0, ones, 0.0 * ones)
+    return xp.where(xp.abs(x) <= rounding, 0.5 * ones, side)
+
+
+def _of_value(value: Array, smooth: Array) -> Array:
+    """The value, which differentiates like what is smooth."""
+    value, fixed = arrays.stop_gradient(value), arrays.stop_gradient(smooth)
+    return value + (smooth - fixed)

@@ -1,0 +1,107 @@
+"""Maps that the user declares, in place of those that an adapter finds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from specops.errors import GeometryError, PlanError
+from specops.geometry import Conv, Dense, Geometry
+from specops.geometry.arguments import every_axis
+from specops.training.cautions import caution
+from specops.training.weight import Weight, check_fit, unmeasurable
+
+_FEW = 7
+"""Taps along an axis of usual kernels, at the most."""
+
+
+def override_geometries(
+    weights: Sequence[Weight],
+    geometries: Mapping[str, Geometry] | None,
+    aliases: Mapping[str, Sequence[str]] | None = None,
+) -> list[Weight]:
+    """Replace inferred geometries by the user's, the first pattern that matches winning.
+
+    `aliases` are further names of a weight (tied tensors), under which it may be meant. A kernel
+    whose map contradicts what its layer says, or its shape, is warned of.
+    """
+    geometries, aliases = dict(geometries or {}), aliases or {}
+    unused = set(geometries)
+    result = []
+    for weight in weights:
+        names = (weight.name, *aliases.get(weight.name, ()))
+        matching = (p for p in geometries if any(fnmatchcase(n, p) for n in names))
+        pattern = None if weight.skipped else next(matching, None)
+        if pattern is None:
+            result.append(weight)
+            continue
+        unused.discard(pattern)
+        geometry = geometries[pattern]
+        _check_fit(weight, geometry)
+        doubt = _contradiction(weight, geometry)
+        if doubt:
+            caution(f"geometries for {weight.name}, shape {weight.shape}: {doubt}")
+        obstacle = unmeasurable(weight.dtype)
+        known = None if obstacle else geometry
+        result.append(replace(weight, geometry=known, obstacle=obstacle, opt_in=""))
+    if unused:
+        raise PlanError(
+            f"geometries names {', '.join(map(repr, sorted(unused)))}, which no parameter "
+            f"matches: parameters are called {', '.join(repr(w.name) for w in weights[:5])}, …"
+        )
+    return result
+
+
+def _check_fit(weight: Weight, geometry: Any) -> None:
+    try:
+        if not isinstance(geometry, Conv | Dense):
+            raise GeometryError(f"must be Dense(...) or Conv(...), got {geometry!r}")
+        check_fit(geometry, weight.shape)
+    except GeometryError as error:
+        raise GeometryError(f"geometries for {weight.name}: {error}") from None
+
+
+def _contradiction(weight: Weight, geometry: Geometry) -> str:
+    """What speaks against a declared map; empty if nothing does."""
+    if not isinstance(geometry, Conv):
+        return ""
+    found, axes = weight.geometry, len(weight.shape) - 2
+    if not isinstance(found, Conv):
+        return _other_layout(weight.shape, geometry)
+    ours, theirs = (_of_layer(g, axes) for g in (found, geometry))
+    differing = [name for name in ours if ours[name] != theirs[name]]
+    if not differing:
+        return ""
+    said, known = (", ".join(f"{n}={x[n]!r}" for n in differing) for x in (theirs, ours))
+    return f"{said} is given, and its layer computes with {known}"
+
+
+def _of_layer(geometry: Conv, axes: int) -> dict[str, Any]:
+    """What a layer knows of its map; input sizes and padding are the user's to choose."""
+    return {
+        "layout": geometry.layout,
+        "transposed": geometry.transposed,
+        "groups": geometry.groups,
+        "stride": every_axis(geometry.stride, axes, "stride"),
+        "dilation": every_axis(geometry.dilation, axes, "dilation"),
+    }
+
+
+def _other_layout(shape: tuple[int, ...], geometry: Conv) -> str:
+    """Whether a layout with channels at the other end makes taps of what now are channels."""
+    axes = len(shape) - 2
+    if axes < 2:
+        return ""
+    first, last = shape[:axes], shape[-axes:]
+    taps, others = (last, first) if geometry.spatial_last else (first, last)
+    usual = len(set(others)) == 1 and others[0] % 2 == 1 and others[0] <= _FEW
+    if not usual or min(taps) <= _FEW:
+        return ""
+    sizes = ["×".join(map(str, x)) for x in (taps, others)]
+    likely = "*IO" if geometry.spatial_last else "OI*"
+    return (
+        f"with layout={geometry.layout!r} it is a kernel of {sizes[0]} taps. Of {sizes[1]} taps it "
+        f"would be with channels at the other end, layout={likely!r}"
+    )

@@ -1,0 +1,44 @@
+"""What is said of a weight on which another attachment acts already."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+from weakref import WeakSet
+
+from specops.training.attachment import BaseAttachment
+from specops.training.cautions import caution
+
+_BEGUN: WeakSet[BaseAttachment[Any]] = WeakSet()
+"""The attachments of this process."""
+
+
+def warn_of_others(attachment: Any) -> None:
+    """Warn where a rule of the same stage acts on a weight already, for another attachment."""
+    if not isinstance(attachment, BaseAttachment):
+        return
+    others = _others(attachment)
+    if others:
+        # What nobody holds any more may be in a circle still.
+        gc.collect()
+        others = _others(attachment)
+    _BEGUN.add(attachment)
+    if others:
+        name, rule = others[0]
+        more = f" (and {len(others) - 1} more weights)" if len(others) > 1 else ""
+        caution(
+            f"{name}{more} is under {rule!r} already, by another attachment, and both will act: "
+            f"detach() that one first, or give each weight one rule in one plan"
+        )
+
+
+def _others(attachment: Any) -> list[tuple[str, Any]]:
+    held = {key: c.rule for other in _BEGUN for c in other.under_rules() for key in _keys(c)}
+    mine = attachment.under_rules()
+    return [(c.name, held[key]) for c in mine for key in _keys(c) if key in held]
+
+
+def _keys(c: Any) -> list[tuple[int, str]]:
+    """Of the memory and the stage; none where an adapter does not tell memory apart."""
+    identity = c.parameter.identity()
+    return [] if identity is None else [(identity, c.stage)]
