@@ -29,7 +29,7 @@ def norm(w: np.ndarray, geometry: Any) -> float:
     return float(specops.spectral_norm_bounds(w, plain, rtol=1e-6).upper)
 
 
-def agree(found: Inspection, wanted: dict[str, float], assumed: str = "assumed") -> None:
+def agree(found: Inspection, wanted: dict[str, float]) -> None:
     """No map more or less, and none whose value differs without a word."""
     assert not found.problems
     rows = {w.name: w for w in found.measured}
@@ -40,7 +40,7 @@ def agree(found: Inspection, wanted: dict[str, float], assumed: str = "assumed")
         sigma = figures.sigma_max
         low, high = sigma if isinstance(sigma, tuple) else (sigma, sigma)
         assert value <= high * (1 + 1e-4), (name, rows[name].why)
-        if not rows[name].readings and assumed not in rows[name].why:
+        if not rows[name].readings and "group assumed" not in rows[name].why:
             assert value >= low * (1 - 1e-4), (name, rows[name].why)
             assert high <= low * 1.01, name
 
@@ -134,7 +134,7 @@ def test_flax(kind: str, tmp_path: Path) -> None:
         stem = f"MultiHeadDotProductAttention_0{dot}{name}{dot}kernel"
         wanted[stem] = norm(heads[name]["kernel"], Dense(out))
     found = specops.inspect(tmp_path / "m")
-    agree(found, wanted, assumed="group assumed")
+    agree(found, wanted)
     assert not any(w.readings for w in found.measured)
 
 

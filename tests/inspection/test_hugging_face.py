@@ -124,9 +124,17 @@ def test_every_map_is_the_modules_own(kind: str, tmp_path: Path) -> None:
     tied = [note for note in found.notes if "tie_word_embeddings" in note]
     assert len(tied) == (kind in ("GPT2", "Llama", "T5")), "those that share their table"
     rows = {w.name: w for w in found.measured}
+    # Groups of 4 behind 16 channels, where an attention of channels gives 4 as well.
+    assert sum(bool(w.readings) for w in rows.values()) <= (2 if kind == "RegNet" else 0)
     wanted = dict(truth(model))
+    convolutions = (torch.nn.Conv1d, torch.nn.Conv2d)
+    strided = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, convolutions) and set(module.stride) != {1}
+    }
     for name in rows.keys() & wanted.keys():
-        agrees(rows[name], wanted[name])
+        agrees(rows[name], wanted[name], name in strided)
     # Names that saving changes are matched by value, tied weights are stored once.
     renamed = [w for name, w in rows.items() if name not in wanted]
     rest = [value for name, value in wanted.items() if name not in rows]
@@ -138,10 +146,11 @@ def test_every_map_is_the_modules_own(kind: str, tmp_path: Path) -> None:
     assert set(rest) <= {v for n, v in wanted.items() if n in rows}, "a map that was not measured"
 
 
-def agrees(row: WeightFigures, value: float) -> None:
+def agrees(row: WeightFigures, value: float, strided: bool) -> None:
     """Of a row that does not say that it assumes something, or cannot decide."""
     low, high = ends(row)
-    assert not row.readings, row.why
+    assert len(row.readings) < 3, row.why
     assert value <= high * (1 + 1e-4), (row.name, row.why)
-    assert high <= low * 1.01
-    assert value >= low * (1 - 1e-4) or "stride 1 assumed" in row.why, (row.name, row.why)
+    assert row.readings or high <= low * 1.01
+    assumed = ("stride 1 assumed" in row.why and strided) or "group assumed" in row.why
+    assert value >= low * (1 - 1e-4) or assumed, (row.name, row.why)

@@ -38,7 +38,7 @@ def groups_of(name: str, outputs: int, inputs: int, context: Context) -> list[Gr
     if inputs == 1 and outputs > 1:
         return _one_input(name, outputs, before, context)
     if inputs > 1:
-        return [_several_inputs(name, outputs, inputs, before, context)]
+        return _several_inputs(name, outputs, inputs, before, context)
     return [Groups(1, "")]
 
 
@@ -88,20 +88,44 @@ def _has_coloured_stem(context: Context) -> bool:
 
 def _several_inputs(
     name: str, outputs: int, inputs: int, before: tuple[Kernel, ...], context: Context
-) -> Groups:
+) -> list[Groups]:
     """One group, unless what comes before has a multiple of the channels and nothing has these."""
-    given = [k for k in context.kernels if k.name != name and k.outputs == inputs]
-    vectors = (
-        s for n, s in context.shapes.items() if len(s) == 1 and block_of(n) == block_of(name)
+    given = any(k.outputs == inputs for k in before) or any(
+        k.outputs == inputs and not are_in_order(k.name, name)
+        for k in (context.kernels if context.is_sorted else ())
     )
-    if given or (inputs,) in vectors:
-        return Groups(1, "")
-    if not before:
-        return Groups(1, "" if inputs in _STEMS and not context.is_sorted else ASSUMED)
-    count, rest = divmod(before[-1].outputs, inputs)
-    if rest == 0 and count > 1 and outputs % count == 0 and before[-1].part == _part(name, context):
-        return Groups(count, f", in {count} groups by the outputs of {before[-1].name}")
-    return Groups(1, ASSUMED)
+    follows = _in_sequence(name, before)
+    if follows is not None and follows.outputs == inputs:
+        return [Groups(1, "")]
+    nearest = follows or (before[-1] if before else None)
+    grouped = []
+    if nearest is not None and nearest.part == _part(name, context):
+        count, rest = divmod(nearest.outputs, inputs)
+        if rest == 0 and count > 1 and outputs % count == 0:
+            grouped = [Groups(count, f", in {count} groups by the outputs of {nearest.name}")]
+    block = block_of(name)
+    if given or any(s == (inputs,) for n, s in context.shapes.items() if block_of(n) == block):
+        # A sequence says groups, another layer gives one group: nothing decides.
+        return [*(grouped if follows is not None else []), Groups(1, "")]
+    if grouped:
+        return grouped
+    stem = not before and inputs in _STEMS and not context.is_sorted
+    return [Groups(1, "" if stem else ASSUMED)]
+
+
+def _in_sequence(name: str, before: tuple[Kernel, ...]) -> Kernel | None:
+    """The kernel before in a numbered sequence: the same name but for one number that is less."""
+    parts = parts_of(name)
+    numbered = [i for i, part in enumerate(parts) if re.search(r"\d", part)]
+    found: list[tuple[int, Kernel]] = []
+    for kernel in before:
+        others = parts_of(kernel.name)
+        at = [i for i, (a, b) in enumerate(zip(parts, others, strict=False)) if a != b]
+        # The innermost number: others count blocks, between which other layers may stand.
+        if len(others) == len(parts) and at == numbered[-1:] and are_in_order(name, kernel.name):
+            number = re.search(r"\d+$", others[at[0]])
+            found += [(int(number[0]), kernel)] if number else []
+    return max(found, key=lambda f: f[0])[1] if found else None
 
 
 def _part(name: str, context: Context) -> str:
