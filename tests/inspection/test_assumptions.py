@@ -167,6 +167,7 @@ GATES = {"weight_hh_l0": (20, 5), "bias_hh_l0": (20,)}
         ("attn.in_proj_weight", (12, 4), {}, (4,) * 3),
         ("weight_ih_l0_reverse", (20, 6), {"weight_hh_l0_reverse": (20, 5)}, (5,) * 4),
         ("h.0.attn.c_attn.weight", (4, 12), {"h.0.attn.c_attn.bias": (12,)}, (4,) * 3),
+        ("h.0.cross.c_attn.weight", (4, 8), {"h.0.cross.c_attn.bias": (8,)}, (4,) * 2),
         ("a.qkv_proj.weight", (16, 8), {"a.o_proj.weight": (8, 8)}, (8, 4, 4)),
         ("mlp.gate_up_proj.weight", (16, 8), {}, (8, 8)),
     ],

@@ -80,8 +80,9 @@ def _fused(
     layer = parts[-1] if parts[-1].startswith("in_proj") else (parts[-2:-1] or [""])[0]
     if layer == "in_proj_weight" and rows == 3 * columns:
         return _split(3, rows, out, "query, key and value in one")
-    if layer == "c_attn" and rows == 3 * columns:
-        return _split(3, rows, out, "query, key and value in one")
+    if layer == "c_attn" and rows in (2 * columns, 3 * columns):
+        what = "query, key and value" if rows == 3 * columns else "key and value"
+        return _split(rows // columns, rows, out, f"{what} in one")
     if layer == "query_key_value":
         return _head_by_head(shape, out, context)
     if layer in ("qkv_proj", "qkv", "Wqkv", "W_pack"):
