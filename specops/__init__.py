@@ -30,6 +30,7 @@ Whole models:
     attach                  a rule, or a plan, acts during training
     project                 a rule, or a plan, acts once
     Plan                    which rule acts on which weight, and at which steps
+    inspect                 spectral figures of every weight in a checkpoint
 
 Rules after the optimizer's step:
     ClipSpectralNorm        the nearest weight with operator norm ≤ c
@@ -53,7 +54,7 @@ Besides:
     measures                what networks are judged by
     plots                   figures of spectra, norms and measures
     checkpoints             files of weights, read one tensor at a time
-    inspection              what the command ``specops inspect`` does
+    inspection              what `inspect` and the command return, print and write
     plugins                 the adapters that are installed
 
 Names are loaded when they are first used, which keeps ``import specops`` as cheap as its
@@ -68,6 +69,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from specops import errors
     from specops.geometry import Conv, Dense
+    from specops.inspection import inspect
     from specops.models import attach, project
     from specops.projections import (
         balance_norms,
@@ -125,6 +127,7 @@ __all__ = [
     "condition_number",
     "effective_rank",
     "errors",
+    "inspect",
     "linear_operator",
     "polar_factor",
     "project",
@@ -140,6 +143,7 @@ __all__ = [
 
 _HOMES = {
     "geometry": ("Conv", "Dense"),
+    "inspection": ("inspect",),
     "models": ("attach", "project"),
     "projections": (
         "balance_norms",

@@ -61,7 +61,9 @@ def rich_table(
 
     table = Table(caption=caption or None, header_style="bold")
     for header in headers:
-        table.add_column(header, justify="right" if header in right else "left", overflow="fold")
+        number = header in right  # numbers are read whole, names may be folded
+        justify: Any = "right" if number else "left"
+        table.add_column(header, justify=justify, overflow="fold", no_wrap=number)
     for row, faint in zip(rows, dim or [False] * len(rows), strict=True):
         cells = (Text(printable(cell)) for cell in row)
         table.add_row(*cells, style="dim" if faint else None)

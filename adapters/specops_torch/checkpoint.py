@@ -11,6 +11,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -69,12 +70,20 @@ class _ZipCheckpoint(Checkpoint):
         self._records = records
         self._tensors: dict[str, torch.Tensor] = {}
         entries = []
+        owners: dict[Any, str] = {}
         for name, leaf in _leaves(_load(path, "meta")):
             entry = _entry(name, leaf)
             if not entry.problem:
                 problem = self._problem(leaf)
                 known = problem in ("", _NO_NUMBERS)
-                entry = Entry(name, entry.shape if known else None, entry.dtype, problem)
+                tied = "" if problem else owners.setdefault(_place(leaf, _position(leaf)), name)
+                entry = Entry(
+                    name,
+                    entry.shape if known else None,
+                    entry.dtype,
+                    problem,
+                    same_as="" if tied == name else tied,
+                )
                 self._tensors.setdefault(name, leaf)
             entries.append(entry)
         if self._tensors and not any(map(_position, self._tensors.values())):
@@ -124,10 +133,14 @@ class _WholeCheckpoint(Checkpoint):
     def __init__(self, path: Path, format: str) -> None:
         self._tensors: dict[str, torch.Tensor] = {}
         entries = []
+        owners: dict[Any, str] = {}
         for name, leaf in _leaves(_load(path, "cpu")):
             entry = _entry(name, leaf)
             if not entry.problem and leaf.is_meta:
                 entry = Entry(name, entry.shape, entry.dtype, _NO_NUMBERS)
+            elif not entry.problem:
+                tied = owners.setdefault(_place(leaf, leaf.untyped_storage().data_ptr()), name)
+                entry = replace(entry, same_as="" if tied == name else tied)
             entries.append(entry)
             if not entry.problem:
                 self._tensors.setdefault(name, leaf)
@@ -144,6 +157,14 @@ class _WholeCheckpoint(Checkpoint):
     def close(self) -> None:
         """Let go of the tensors."""
         self._tensors.clear()
+
+
+def _place(tensor: torch.Tensor, storage: int | None) -> Any:
+    """What two names of the same numbers have in common."""
+    if not tensor.dim() or not tensor.numel():
+        return object()
+    view = tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+    return storage, *view, tensor.is_conj(), tensor.is_neg()
 
 
 def _position(tensor: torch.Tensor) -> int | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from specops.checkpoints.base import Checkpoint, explained
 from specops.checkpoints.first_bytes import head, zip_names
-from specops.errors import AdapterError
+from specops.errors import AdapterError, CheckpointError
 from specops.hookspecs import Adapter, AdapterStatus, hookimpl
 
 _SUPPORTS = "weights, gradients, forward; checkpoints; compiled models"
@@ -38,7 +38,18 @@ def specops_adapter_status() -> AdapterStatus:
 
 @hookimpl
 def specops_open_checkpoint(path: Path) -> Checkpoint | None:
-    """A reader, if the file is what torch.save writes: a zip file with a pickle, or a pickle."""
+    """A reader, if the file is what torch.save writes: a zip file with a pickle, or a pickle.
+
+    Or a folder of torch.distributed.checkpoint.
+    """
+    if path.is_dir():
+        if not (path / ".metadata").is_file():
+            return None
+        from specops_torch.distributed import DistributedCheckpoint
+
+        return DistributedCheckpoint(path)
+    if path.suffix == ".distcp":
+        raise CheckpointError(f"{path}: a shard of torch.distributed.checkpoint; name its folder")
     with explained(path):
         start = head(path, 2)
         zipped = any(name.endswith("/data.pkl") for name in zip_names(path))

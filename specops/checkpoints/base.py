@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -32,6 +32,8 @@ class Entry:
     """Why it cannot be read; empty if it can."""
     harmless: bool = False
     """Whether nothing is missing if it is not read: a plain value."""
+    same_as: str = ""
+    """Another tensor that these numbers belong to as well, as in models with tied weights."""
 
 
 class Checkpoint(ABC):
@@ -54,6 +56,13 @@ class Checkpoint(ABC):
         Whether one tensor can be read without the others in memory.
     problems : iterable of str, optional
         What is wrong with the file as a whole, though some of it can be read.
+
+    Attributes
+    ----------
+    configuration : dict
+        What the file itself says of the model's layers; empty for most formats.
+    labels : dict of str to tuple of str
+        The layers that a tensor is in by that configuration, its own first.
     """
 
     path: Path
@@ -62,6 +71,8 @@ class Checkpoint(ABC):
     streams: bool
     entries: tuple[Entry, ...]
     problems: tuple[str, ...]
+    configuration: Mapping[str, Any] = {}
+    labels: Mapping[str, tuple[str, ...]] = {}
 
     def __init__(
         self,
@@ -86,7 +97,9 @@ class Checkpoint(ABC):
                 if (name, *texts) == (entry.name, entry.dtype, entry.problem):
                     listed.append(entry)
                 else:
-                    listed.append(Entry(name, entry.shape, *texts, entry.harmless))
+                    listed.append(
+                        Entry(name, entry.shape, *texts, entry.harmless, printable(entry.same_as))
+                    )
         self.entries, self.problems = tuple(listed), tuple(map(printable, found))
 
     def read(self, name: str) -> np.ndarray[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import shutil
 import tempfile
@@ -20,6 +21,7 @@ from specops.checkpoints.room import check_disk, check_memory
 from specops.errors import CheckpointError
 
 _INSIDE = "model.weights.h5"
+_SETTINGS = "config.json"
 _HARMLESS_BYTES = 1 << 26
 """Size up to which an array is read whatever is stored of it: a choice, 64 MiB."""
 _HDF5_RATIO = 2000
@@ -55,6 +57,8 @@ class KerasCheckpoint(Checkpoint):
             self.close()
             raise
         super().__init__(path, "keras h5", entries, layout="keras", problems=problems)
+        self.configuration = _configuration(path, self._file)
+        self.labels = {entry.name: self._labels(entry.name) for entry in entries}
 
     def _list(self, h5py: Any) -> tuple[list[Entry], list[str]]:
         names: list[str] = []
@@ -63,6 +67,7 @@ class KerasCheckpoint(Checkpoint):
             self._file.visit(names.append)  # neither soft nor external links
         except Exception as error:
             problems.append(f"the list of tensors may be incomplete: {one_line(error)}")
+        self._listed = frozenset(names)
         entries = []
         for name in names:
             try:
@@ -72,6 +77,16 @@ class KerasCheckpoint(Checkpoint):
             except Exception as error:  # the others are as readable as before
                 entries.append(Entry(name, None, "", one_line(error)))
         return entries, problems
+
+    def _labels(self, name: str) -> tuple[str, ...]:
+        """The names of the layers that a tensor is in, as Keras notes them at their variables."""
+        found, parts = [], name.split("/")
+        for end in range(len(parts) - 1, 0, -1):
+            group = "/".join([*parts[:end], "vars"])
+            if group in self._listed:  # and so no link
+                label = self._file[group].attrs.get("name")
+                found += [label] if isinstance(label, str) else []
+        return tuple(found)
 
     def _read(self, entry: Entry) -> np.ndarray[Any, Any]:
         dataset = self._file[entry.name]
@@ -88,6 +103,22 @@ class KerasCheckpoint(Checkpoint):
         if self._file:
             self._file.close()
         self._source.close()
+
+
+def _configuration(path: Path, file: Any) -> dict[str, Any]:
+    """What a whole model's file says of its layers; nothing in one of weights alone."""
+    text = file.attrs.get("model_config", "")
+    if head(path).startswith(b"PK"):
+        with zipfile.ZipFile(path) as archive:
+            if _SETTINGS in archive.namelist():
+                info = archive.getinfo(_SETTINGS)
+                check_member(info, path.stat().st_size)
+                text = archive.read(info)
+    try:
+        found = json.loads(text) if isinstance(text, str | bytes) and text else {}
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _entry(name: str, dataset: Any) -> Entry:

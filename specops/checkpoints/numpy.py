@@ -10,12 +10,14 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 
 from specops.checkpoints.base import Checkpoint, Entry, layout_from, one_line
-from specops.checkpoints.dtypes import is_numeric, plain
+from specops.checkpoints.dtypes import decode, is_numeric, plain
 from specops.checkpoints.members import check_member, fill
 from specops.checkpoints.room import check_memory
 from specops.checkpoints.salvage import leading_members, open_leading
 
 _LARGEST = 2**63 - 1
+_MAGIC = b"\x93NUMPY"
+_LONGEST_LINE = 1 << 20  # bytes of settings before arrays
 
 
 class _Header(NamedTuple):
@@ -67,6 +69,78 @@ class NpyCheckpoint(Checkpoint):
     def _read(self, entry: Entry) -> np.ndarray[Any, Any]:
         with self.path.open("rb") as file:
             return self._header.read(file)
+
+
+class LeavesCheckpoint(Checkpoint):
+    """A reader of several arrays one behind the other, as ``equinox.tree_serialise_leaves`` writes.
+
+    The file has no names: they are called leaf.0, leaf.1 and so on. A line of settings may come
+    before them.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._leaves: dict[str, tuple[int, _Header]] = {}
+        entries: list[Entry] = []
+        problems = []
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            at = first_leaf(path)
+            while at < size:
+                name = f"leaf.{len(entries)}"
+                file.seek(at)
+                try:
+                    header = _header(file)
+                except Exception as error:  # those before it are as readable as before
+                    problems.append(f"truncated or damaged behind {len(entries)} arrays: {error}")
+                    break
+                begin, at = at, file.tell() + math.prod(header.shape) * header.dtype.itemsize
+                bfloat16 = header.dtype.str == "|V2"  # what NumPy makes of it
+                header = header._replace(length=header.length - begin)
+                entry = header.entry(name, min(at, size) - begin)
+                if bfloat16 and at <= size:
+                    entry = Entry(name, header.shape, "bfloat16")
+                entries.append(entry)
+                self._leaves[name] = begin, header
+        super().__init__(path, "equinox leaves", entries, layout="torch", problems=problems)
+
+    def _read(self, entry: Entry) -> np.ndarray[Any, Any]:
+        begin, header = self._leaves[entry.name]
+        with self.path.open("rb") as file:
+            file.seek(begin)
+            if entry.dtype != "bfloat16":
+                return header.read(file)
+            file.seek(begin + header.length)
+            raw = fill(file, math.prod(header.shape) * 2)
+        return decode(raw, "bfloat16").reshape(header.shape)
+
+
+def first_leaf(path: Path) -> int:
+    """Where the first of several arrays begins in a file of equinox; -1: it is none."""
+    with path.open("rb") as file:
+        start = 0
+        if file.read(1) == b"{":
+            file.seek(0)
+            start = len(file.readline(_LONGEST_LINE))
+        file.seek(start)
+        if file.read(len(_MAGIC)) != _MAGIC:
+            return -1
+        if start:
+            return start
+        file.seek(0)
+        try:
+            header = _header(file)
+        except Exception:
+            return -1
+        end = header.length + math.prod(header.shape) * header.dtype.itemsize
+        if end >= path.stat().st_size:
+            return -1
+        file.seek(end)
+        return 0 if file.read(len(_MAGIC)) == _MAGIC else -1
 
 
 class NpzCheckpoint(Checkpoint):

@@ -15,8 +15,17 @@ from specops.plugins import answers, manager
 
 _KNOWN = (
     ".safetensors, .npz, .npy, .h5 and .keras, torch's .pt, .pth, .bin and .ckpt, flax's .msgpack, "
-    "and folders of orbax or of Hugging Face shards"
+    "equinox' .eqx, and folders of orbax, torch.distributed.checkpoint or Hugging Face shards"
 )
+_OTHERS = {
+    b"GGUF": "a GGUF file, whose weights are packed for inference; export those it was made of as "
+    "safetensors (transformers: save_pretrained)",
+    b"TFL3": "a TFLite program, whose weights are folded and packed; save the Keras model it was "
+    "made of: model.save_weights('model.weights.h5')",
+    b".onnx": "an ONNX program, in which layers are fused and nameless; save the weights it was "
+    "made of: torch.save(model.state_dict(), 'model.pt')",
+}
+"""Formats that are known and not read, and what to export instead."""
 _registering = threading.Lock()
 
 
@@ -81,8 +90,13 @@ def _by_whoever_knows(path: Path) -> Checkpoint | None:
 
 
 def _unknown(path: Path, start: bytes) -> str:
+    if path.is_dir() and (path / "saved_model.pb").is_file():
+        return "a SavedModel, a program of TensorFlow; save the weights: model.save_weights(...)"
     if path.is_dir():
         return f"no checkpoint that is known is in this folder; known are {_KNOWN}"
+    for kind in (start[:4], start[4:8], path.suffix.encode()):
+        if kind in _OTHERS:
+            return _OTHERS[kind]
     if start.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer and not the weights; run git lfs pull"
     text = all(byte >= 32 or byte in b"\t\r\n" for byte in start) and start.isascii()

@@ -27,10 +27,13 @@ def _open_file(path: Path) -> Checkpoint | None:
         from specops.checkpoints.keras import KerasCheckpoint
 
         return KerasCheckpoint(path)
-    if start.startswith(b"\x93NUMPY"):
-        from specops.checkpoints.numpy import NpyCheckpoint
+    if start.startswith((b"\x93NUMPY", b"{")):
+        from specops.checkpoints.numpy import LeavesCheckpoint, NpyCheckpoint, first_leaf
 
-        return NpyCheckpoint(path)
+        if first_leaf(path) >= 0:
+            return LeavesCheckpoint(path)
+        if not start.startswith(b"{"):
+            return NpyCheckpoint(path)
     if any(name.endswith(".npy") for name in names) or (
         path.suffix == ".npz" and start.startswith(b"PK") and not names
     ):

@@ -12,7 +12,10 @@ import numpy as np
 from specops.checkpoints.base import Checkpoint, Entry, layout_from, one_line, printable
 from specops.errors import CheckpointError
 
-_SINGLE = ("model.safetensors", "pytorch_model.bin")
+_SINGLE = (
+    *("model.safetensors", "pytorch_model.bin"),
+    *("adapter_model.safetensors", "adapter_model.bin"),
+)
 _INDICES = ("*.safetensors.index.json", "pytorch_model*.bin.index.json")
 _SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}
 _LIMIT = 1 << 28  # bytes of an index

@@ -6,17 +6,19 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from specops.checkpoints import open_checkpoint
 from specops.errors import CheckpointError
-from specops.inspection.comparison import compare, records, show_comparison
+from specops.inspection.comparison import Comparison, compare, records, show_comparison
+from specops.inspection.difference import differences
 from specops.inspection.hints import Hints
 from specops.inspection.output import as_csv, as_json, show
 from specops.inspection.progress import shown_progress
-from specops.inspection.results import Inspection, upper
+from specops.inspection.results import Inspection, WeightFigures, upper
 from specops.inspection.run import inspect_checkpoint
 from specops.tables import printable
 
@@ -30,9 +32,12 @@ Tensors are read one at a time where the format allows it; pickles only as weigh
 Figures: the largest and the smallest singular value, Frobenius norm, stable and effective rank,
 condition number, and the share of directions below 1 % of the largest.
 
-Which map a tensor stands for is taken from its name and shape. Convolutions are given as the
-bracket of their operator norm over all input sizes, unless --input-size says at which size to
-measure; stride 1 is assumed unless --stride says otherwise.
+Which map a tensor stands for is taken from its name and shape, its neighbours, and the model's
+configuration in the file (Keras) or beside it (config.json, adapter_config.json). Where nothing
+decides, the row says "ambiguous" and has the value of each reading. Weight norm, spectral norm,
+pruning masks and low-rank updates (LoRA, LoHa, LoKr) are put together before they are measured.
+Convolutions are given as the bracket of their operator norm over all input sizes, unless
+--input-size says at which size to measure; stride 1 is assumed unless something says otherwise.
 """
 _EPILOG = """\
 PATTERN is that of file names, as in 'layer2.*'; the last one that matches counts.
@@ -93,10 +98,20 @@ def add_parser(commands: Any) -> None:
         "whose smaller side exceeds 2048",
     )
     parser.add_argument("--compare", metavar="OTHER", help="a second checkpoint of the same model")
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="tensors to leave alone; may be repeated",
+    )
     output = parser.add_argument_group("output (default: a table)")
     shape = output.add_mutually_exclusive_group()
     shape.add_argument("--json", action="store_true", help="JSON on standard output")
     shape.add_argument("--csv", action="store_true", help="CSV on standard output")
+    output.add_argument(
+        "-v", "--verbose", action="store_true", help="every name in the table's remarks"
+    )
     output.add_argument("--html", metavar="FILE", help="also write a page with all spectra")
     output.add_argument("--plot", metavar="FILE", help="also draw all spectra (.png, .pdf, .svg)")
     parser.set_defaults(run=run)
@@ -122,14 +137,29 @@ def run(given: argparse.Namespace) -> int:
     for inspection in (found, *([other] if other else [])):
         for problem in inspection.problems:
             _fail(f"{inspection.path}: {problem}", 1)
-    status = _write(given, found, other)
+    comparison = None
+    if other is not None:
+        comparison = compare(found, other)
+        try:
+            with shown_progress(given.method) as calls:
+                known = differences(
+                    comparison, given.checkpoint, given.compare, hints, method=given.method, **calls
+                )
+            comparison = replace(comparison, differences=known)
+        except KeyboardInterrupt:
+            found.interrupted = True
+    status = _write(given, found, other, comparison)
     if found.interrupted or (other and other.interrupted):
         return _fail("interrupted: the figures above are those of what was done", INTERRUPTED)
     return 1 if found.problems or (other and other.problems) else status
 
 
-def _write(given: argparse.Namespace, found: Inspection, other: Inspection | None) -> int:
-    comparison = None if other is None else compare(found, other)
+def _write(
+    given: argparse.Namespace,
+    found: Inspection,
+    other: Inspection | None,
+    comparison: Comparison | None,
+) -> int:
     if given.json:
         more: dict[str, Any] = {}
         if comparison is not None:
@@ -143,7 +173,7 @@ def _write(given: argparse.Namespace, found: Inspection, other: Inspection | Non
     elif given.csv:
         print(as_csv(found), end="")
     else:
-        show(found)
+        show(found, given.verbose)
         if comparison is not None:
             print()
             show_comparison(comparison)
@@ -167,9 +197,9 @@ def _plot(found: Inspection, other: Inspection | None, path: str) -> int:
     from specops import plots
 
     spectra = {
-        w.name: w.figures.spectrum
+        _labelled(w): w.figures.drawn
         for w in found.measured
-        if w.figures is not None and w.figures.spectrum is not None and w.figures.spectrum[0] > 0
+        if w.figures is not None and w.figures.drawn is not None and w.figures.drawn[0] > 0
     }
     if other is not None and found.measured and other.measured:
         norms = [{w.name: upper(w.figures) for w in i.measured} for i in (found, other)]
@@ -180,6 +210,13 @@ def _plot(found: Inspection, other: Inspection | None, path: str) -> int:
         return _fail("nothing to plot: no weight has all its singular values", 1)
     plots.save(axes, path)
     return 0
+
+
+def _labelled(weight: WeightFigures) -> str:
+    """The name, and which map's the spectrum is where it is not that of the row."""
+    f = weight.figures
+    of = f.beside_of if f is not None and f.spectrum is None else ""
+    return f"{weight.name} ({of})" if of else weight.name
 
 
 def _inspect(path: str, hints: Hints, given: argparse.Namespace) -> Inspection:
@@ -194,6 +231,7 @@ def _hints(given: argparse.Namespace) -> Hints:
         groups=_table(given.groups, "--groups", _positive),
         boundary=given.boundary,
         layout=given.layout,
+        exclude=tuple(given.exclude),
     )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from specops.inspection.figures import Figures
 from specops.inspection.hints import bare_name
-from specops.inspection.output import number_text, sigma_text
+from specops.inspection.output import figure_text, figures_record, number_text, sigma_text
 from specops.inspection.results import Inspection, WeightFigures
+from specops.inspection.spectrum import Figures
 from specops.tables import print_table, printable
 
 HEADERS = (
@@ -22,6 +23,8 @@ HEADERS = (
     "other",
     "eff. rank",
     "other eff.",
+    "σ_max of the difference",
+    "its stable rank",
 )
 
 
@@ -52,11 +55,17 @@ class Comparison:
         Measured in both.
     only_one, only_other : list of str
         Measured in one of them, and absent, of another shape, or not measured in the other.
+    paths : (str, str)
+        Of both.
+    differences : dict of str to Figures
+        Of second − first, by the name in the first, where they were asked for.
     """
 
     pairs: list[Pair]
     only_one: list[str]
     only_other: list[str]
+    paths: tuple[str, str] = ("first", "second")
+    differences: Mapping[str, Figures] = field(default_factory=dict)
 
     def rows(self) -> list[tuple[str, ...]]:
         """The pairs as text, under `HEADERS`."""
@@ -65,18 +74,22 @@ class Comparison:
             a, b = pair.one.figures, pair.other.figures
             assert a is not None
             assert b is not None
-            ranks = (a.stable_rank, b.stable_rank, a.effective_rank, b.effective_rank)
+            ranks = (
+                figure_text(f, key) for key in ("stable_rank", "effective_rank") for f in (a, b)
+            )
+            d = self.differences.get(pair.name)
+            rest = ("", "") if d is None else (sigma_text(d), figure_text(d, "stable_rank"))
             ratio = number_text(pair.ratio)
-            found.append((pair.name, sigma_text(a), sigma_text(b), ratio, *map(number_text, ranks)))
+            found.append((pair.name, sigma_text(a), sigma_text(b), ratio, *ranks, *rest))
         return found
 
     def lines(self) -> list[str]:
         """What has no partner."""
-        both = (("first", self.only_one), ("second", self.only_other))
+        labels, lists = ("first", "second"), (self.only_one, self.only_other)
         return [
-            f"measured only in the {label} (absent, of another shape, or skipped in the other): "
-            f"{', '.join(names)}"
-            for label, names in both
+            f"measured only in the {label}, {path} (absent, of another shape, or skipped in the "
+            f"other): {', '.join(names)}"
+            for label, path, names in zip(labels, self.paths, lists, strict=True)
             if names
         ]
 
@@ -102,12 +115,16 @@ def compare(one: Inspection, other: Inspection) -> Comparison:
             taken.add(partner.name)
     paired = {pair.one.name for pair in pairs}
     return Comparison(
-        pairs, [n for n in first if n not in paired], [n for n in second if n not in taken]
+        pairs,
+        [n for n in first if n not in paired],
+        [n for n in second if n not in taken],
+        (one.path, other.path),
     )
 
 
 def show_comparison(found: Comparison) -> None:
     """Print the pairs, and what has no partner."""
+    print(printable(f"{found.paths[0]} compared with {found.paths[1]} (other):"))
     print_table(HEADERS, found.rows(), right=HEADERS[1:])
     for line in found.lines():
         print(printable(line))
@@ -122,6 +139,7 @@ def records(found: Comparison) -> list[dict[str, Any]]:
             "ratio": pair.ratio,
             "stable_rank": [_of(pair.one, "stable_rank"), _of(pair.other, "stable_rank")],
             "effective_rank": [_of(pair.one, "effective_rank"), _of(pair.other, "effective_rank")],
+            "difference": figures_record(found.differences.get(pair.name)),
         }
         for pair in found.pairs
     ]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 
 from specops import arrays
-from specops.geometry import Conv, Dense, Geometry
+from specops.geometry import Conv, ConvSizes, Dense, Geometry
 from specops.inspection.large import norm_bounds
+from specops.inspection.spectrum import CIRCULAR, RESHAPED, Figures, from_values, worst
 from specops.maps.convolution import ConvOperator
 from specops.spectra import singular_values, spectral_norm, spectral_norm_bounds
 
@@ -18,8 +19,6 @@ Method = Literal["auto", "exact", "bounds"]
 BOUNDED = "certified bounds"
 LANCZOS = "by Lanczos"
 """How methods are told apart in what they say of themselves."""
-COLLAPSED_BELOW = 0.01
-"""A direction counts as collapsed below this fraction of the largest singular value."""
 _EXACT_UP_TO = 2048
 """Smaller side of a matrix up to which all its values are computed."""
 _EXPLICIT_UP_TO = {"auto": 2**22, "exact": 2**24, "bounds": 0}
@@ -30,39 +29,9 @@ _CHUNK = 2**22
 """Entries of which a triangular factor is made at once: a choice of memory, 32 MiB in double."""
 _SAFE = 1e-15
 """Entries whose squares are far from the ends of single precision."""
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What is known of one weight. None where it was not computed.
-
-    Attributes
-    ----------
-    sigma_max : float or (float, float)
-        Largest singular value, or certified lower and upper bound.
-    sigma_min : float, optional
-        The smallest of min(rows, columns).
-    frobenius : float
-        Root of the sum of squares.
-    stable_rank, effective_rank, condition_number : float, optional
-        ‖·‖_F²/σ₁², exp of the entropy of σ/Σσ, σ₁/σ_min (inf for a singular matrix).
-    collapsed : float, optional
-        Share of singular values below 1 % of the largest.
-    method : str
-        What was computed, in words.
-    spectrum : ndarray, optional
-        The singular values, descending.
-    """
-
-    sigma_max: float | tuple[float, float]
-    frobenius: float
-    method: str
-    sigma_min: float | None = None
-    stable_rank: float | None = None
-    effective_rank: float | None = None
-    condition_number: float | None = None
-    collapsed: float | None = None
-    spectrum: np.ndarray | None = None
+_TORUS_UP_TO = 2**35
+"""Multiplications for the values of the circular layer that are made without being asked: half a
+minute on two cores."""
 
 
 @arrays.in_full_precision
@@ -81,14 +50,26 @@ def takes_bounds(side: int, method: Method) -> bool:
 
 
 def _dense(w: np.ndarray, geometry: Dense, method: Method) -> Figures:
-    blocks = geometry.blocks(w)[0]
-    stack = blocks.reshape(-1, *blocks.shape[-2:])
-    if takes_bounds(min(stack.shape[1:]), method):
-        found = [_bounded(a) for a in stack]
-        return found[0] if len(found) == 1 else _worst(found)
-    if len(stack) == 1:
-        return _from_values(exact_values(stack[0]), "all singular values")
-    return _worst([_from_values(exact_values(a), "all singular values") for a in stack])
+    stacks = [b.reshape(-1, *b.shape[-2:]) for b in geometry.blocks(w)]
+    found = [_matrix(a, method) for stack in stacks for a in stack]
+    return found[0] if len(found) == 1 else worst(found)
+
+
+def _matrix(a: np.ndarray, method: Method) -> Figures:
+    if takes_bounds(min(a.shape), method):
+        return _bounded(a)
+    return from_values(exact_values(a), "all singular values")
+
+
+def product_figures(b: np.ndarray, a: np.ndarray) -> Figures:
+    """Of B·A, from the triangular factors of B and Aᵀ: no matrix larger than the rank is made."""
+    left: Any = np.linalg.qr(b, mode="r")
+    right: Any = np.linalg.qr(a.T, mode="r")
+    values = exact_values(left @ right.T)
+    zeros = min(b.shape[0], a.shape[1]) - len(values)
+    return from_values(
+        np.concatenate([values, np.zeros(max(zeros, 0))]), "all singular values, from the factors"
+    )
 
 
 def exact_values(a: np.ndarray) -> np.ndarray:
@@ -113,54 +94,6 @@ def exact_values(a: np.ndarray) -> np.ndarray:
         return np.zeros(columns)
     square /= scale
     return np.asarray(np.linalg.svd(square, compute_uv=False)) * scale
-
-
-def _from_values(values: np.ndarray, method: str, **over: Any) -> Figures:
-    """Of singular values in descending order."""
-    top, least = float(values[0]), float(values[-1])
-    # What decompositions leave of a singular matrix.
-    least = least if least > len(values) * np.finfo(float).eps * top else 0.0
-    if top == 0.0:
-        # As specops.stable_rank and its like define them for the zero matrix.
-        return Figures(0.0, 0.0, method, 0.0, 0.0, 0.0, math.inf, None, values)
-    shares = values / values.sum()
-    entropy = -float(np.sum(shares[shares > 0] * np.log(shares[shares > 0])))
-    parts: dict[str, Any] = {
-        "sigma_max": top,
-        "frobenius": top * math.sqrt(float(np.sum((values / top) ** 2))),
-        "method": method,
-        "sigma_min": least,
-        "stable_rank": float(np.sum((values / top) ** 2)),
-        "effective_rank": math.exp(entropy),
-        "condition_number": top / least if least > 0 else math.inf,
-        "collapsed": float(np.mean(values < COLLAPSED_BELOW * top)),
-        "spectrum": values,
-    }
-    return Figures(**(parts | over))
-
-
-def _worst(found: list[Figures]) -> Figures:
-    """Of a stack: extremes over its matrices, all their values together."""
-
-    def over(key: str, function: Any) -> Any:
-        values = [getattr(f, key) for f in found]
-        return None if None in values else function(values)
-
-    ends = [f.sigma_max if isinstance(f.sigma_max, tuple) else (f.sigma_max,) * 2 for f in found]
-    low, high = max(e[0] for e in ends), max(e[1] for e in ends)
-    spectra = [f.spectrum for f in found if f.spectrum is not None]
-    return Figures(
-        sigma_max=low if low == high else (low, high),
-        frobenius=math.hypot(*(f.frobenius for f in found)),
-        method=f"{len(found)} matrices: extremes over them, their mean share collapsed; "
-        f"{found[0].method}",
-        sigma_min=over("sigma_min", min),
-        stable_rank=over("stable_rank", min),
-        effective_rank=over("effective_rank", min),
-        condition_number=over("condition_number", max),
-        collapsed=over("collapsed", lambda x: float(np.mean(x))),
-        spectrum=-np.sort(-np.concatenate(spectra)) if spectra else None,
-    )
 
 
 def _bounded(a: np.ndarray) -> Figures:
@@ -189,45 +122,121 @@ def _largest(a: np.ndarray) -> float:
 
 
 def _every_size(w: np.ndarray, geometry: Conv, method: Method) -> Figures:
-    """The operator's supremum over input sizes; the rest of the reshaped kernel."""
+    """The operator's supremum over input sizes; beside it the reshaped kernel."""
+    sizes = geometry.sizes(tuple(w.shape))
+    if all(k == 1 for k in sizes.kernel):
+        return _positions(w, geometry, method, "1×1: the same matrix at every position")
+    if _apart(sizes):
+        return _positions(w, geometry, method, "patches that do not overlap: a matrix for each")
     scale = 2.0 ** math.floor(math.log2(float(np.abs(w).max(initial=0.0)) or 1.0))
-    w = w / w.dtype.type(scale)  # exact, and far from the ends of single precision
+    scaled = w / w.dtype.type(scale)  # exact, and far from the ends of single precision
     wide = np.complex128 if np.iscomplexobj(w) else np.float64
     if max(geometry.kernel(w).shape[1:3]) <= _REFINED_UP_TO and method != "bounds":
-        bounds = spectral_norm_bounds(w.astype(wide), geometry, rtol=1e-6)
+        bounds = spectral_norm_bounds(scaled.astype(wide), geometry, rtol=1e-6)
     else:
-        bounds = spectral_norm_bounds(w, geometry)
+        bounds = spectral_norm_bounds(scaled, geometry)
     reshaped = Dense(out_axes=(geometry.channel_axes[0],))
-    rest = _dense(w * w.dtype.type(scale), reshaped, method)
     return Figures(
-        **{
-            **vars(rest),
-            "sigma_max": (float(bounds.lower) * scale, float(bounds.upper) * scale),
-            "method": "σ_max: of the operator, over all input sizes; the rest: of the kernel as "
-            "a matrix outputs × (inputs·taps)",
-        }
+        (float(bounds.lower) * scale, float(bounds.upper) * scale),
+        None,
+        "σ_max of the operator, over all input sizes",
+        beside=_dense(w, reshaped, method),
+        beside_of=RESHAPED,
     )
+
+
+def _positions(w: np.ndarray, geometry: Conv, method: Method, why: str) -> Figures:
+    """Of a layer that is one matrix at every position: exact at every size."""
+    text = f"{why}; ranks and ‖·‖_F of one position"
+    groups = _at_one_position(w, geometry)
+    if takes_bounds(min(groups.shape[1:]), method):
+        found = worst([_bounded(a) for a in groups]) if len(groups) > 1 else _bounded(groups[0])
+        return replace(found, method=f"{found.method}; {text}")
+    values = np.concatenate([exact_values(a) for a in groups])
+    return from_values(-np.sort(-values), f"all singular values; {text}")
 
 
 def _sized(w: np.ndarray, geometry: Conv, method: Method) -> Figures:
     shape = tuple(w.shape)
-    rows, columns = geometry.sizes(shape).matrix_shape()
-    exact = geometry.has_exact_spectrum(shape)
+    sizes = geometry.sizes(shape)
+    rows, columns = sizes.matrix_shape()
     w = w.astype(np.complex128 if np.iscomplexobj(w) else np.float64)
-    if method != "bounds" and (exact or rows * columns <= _EXPLICIT_UP_TO[method]):
-        values = np.asarray(singular_values(w, geometry))
-        return _from_values(values, "all singular values of the operator")
+    if method != "bounds":
+        at_each = _repeated(w, geometry)
+        if at_each is not None:
+            return from_values(at_each, "all singular values of the operator")
+        if geometry.has_exact_spectrum(shape) or rows * columns <= _EXPLICIT_UP_TO[method]:
+            values = np.asarray(singular_values(w, geometry))
+            return from_values(values, "all singular values of the operator")
     frobenius = _operator_frobenius(w, geometry)
     if method == "bounds":
         bounds = spectral_norm_bounds(w, geometry)
-        ends = float(bounds.lower), float(bounds.upper)
-        sigma, method_text = ends[0], f"{BOUNDED} of the operator"
-        top: float | tuple[float, float] = ends
+        top: float | tuple[float, float] = (float(bounds.lower), float(bounds.upper))
+        sigma, text = float(bounds.lower), f"{BOUNDED} of the operator"
+        beside = None
     else:
         top = sigma = float(np.asarray(spectral_norm(w, geometry)))
-        method_text = f"σ_max of the operator {LANCZOS}"
-    rank = (frobenius / sigma) ** 2 if sigma > 0 else 0.0
-    return Figures(top, frobenius, method_text, stable_rank=rank)
+        text = f"σ_max of the operator {LANCZOS}"
+        beside = _circular(w, geometry, method)
+    return Figures(
+        top,
+        frobenius,
+        text,
+        stable_rank=(frobenius / sigma) ** 2 if sigma > 0 else 0.0,
+        beside=beside,
+        beside_of=CIRCULAR if beside is not None else "",
+        cost=_cost(rows, columns),
+    )
+
+
+def _cost(rows: int, columns: int) -> str:
+    """Of decomposing a matrix: its memory, and how long at 10¹⁰ multiplications in a second."""
+    hours = 4.0 * rows * columns * min(rows, columns) / 3.0 / 1e10 / 3600.0
+    time = f"{hours:.1f} hours" if hours > 1.0 else f"{max(60.0 * hours, 0.1):.1f} minutes"
+    reach = "within" if rows * columns <= _EXPLICIT_UP_TO["exact"] else "beyond"
+    size = rows * columns * 8 / 2**30
+    return f"{rows}×{columns}: {size:.1f} GiB and about {time}, {reach} --method exact"
+
+
+def _repeated(w: np.ndarray, geometry: Conv) -> np.ndarray | None:
+    """All values of a layer whose outputs share no input: those of its matrix at each position."""
+    sizes = geometry.sizes(tuple(w.shape))
+    assert sizes.fine is not None
+    assert sizes.coarse is not None
+    last = [(m - 1) * s for m, s in zip(sizes.coarse, sizes.stride, strict=True)]
+    inside = all(a + b <= n for a, b, n in zip(last, sizes.spans, sizes.fine, strict=True))
+    if not _apart(sizes) or any(sizes.lower or ()) or not inside:
+        return None
+    values = np.concatenate([exact_values(a) for a in _at_one_position(w, geometry)])
+    found = np.repeat(-np.sort(-values), math.prod(sizes.coarse))
+    return np.concatenate([found, np.zeros(min(sizes.matrix_shape()) - len(found))])
+
+
+def _at_one_position(w: np.ndarray, geometry: Conv) -> np.ndarray:
+    """The matrices (groups, rows, columns·taps) that act at each position."""
+    kernel = geometry.kernel(w)
+    return np.asarray(kernel.reshape(*kernel.shape[:2], -1))
+
+
+def _apart(sizes: ConvSizes) -> bool:
+    """Whether no two outputs share an input."""
+    return all(s >= span for s, span in zip(sizes.stride, sizes.spans, strict=True))
+
+
+def _circular(w: np.ndarray, geometry: Conv, method: Method) -> Figures | None:
+    """All values of the same layer with circular padding; None where they cost too much."""
+    circular = replace(geometry, boundary="circular", padding="same", output_padding=0)
+    if not circular.has_exact_spectrum(tuple(w.shape)):
+        return None
+    rows, columns = circular.sizes(tuple(w.shape)).matrix_shape()
+    kernel = geometry.kernel(w).shape
+    points = rows // (kernel[0] * kernel[1])
+    side = columns // (kernel[0] * points)
+    cost = points * kernel[0] * kernel[1] * side * min(kernel[1], side)
+    if method != "exact" and cost > _TORUS_UP_TO:
+        return None
+    values = np.asarray(singular_values(w, circular))
+    return from_values(values, "all singular values of the layer with circular padding")
 
 
 def _operator_frobenius(w: np.ndarray, geometry: Conv) -> float:

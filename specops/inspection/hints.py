@@ -1,15 +1,15 @@
-"""What a checkpoint does not say: the user's hints, and the rest of its tensors."""
+"""What a checkpoint does not say and the user knows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal
-
-from specops.checkpoints import Entry
+from typing import Any, Final, Literal
 
 _PREFIXES = ("module.", "_orig_mod.", "model.")
+OPTIONS: Final = {"input_size": "--input-size", "stride": "--stride", "groups": "--groups"}
+"""The hints that are of convolutions, and what the command calls them."""
 
 
 @dataclass
@@ -24,6 +24,8 @@ class Hints:
         Of all convolutions.
     layout : str
         "torch", "jax" or "keras": the order of a kernel's axes; "": what the file says.
+    exclude : tuple of str
+        Patterns of tensors to leave alone.
     """
 
     input_size: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -31,18 +33,48 @@ class Hints:
     groups: Mapping[str, int] = field(default_factory=dict)
     boundary: Literal["zeros", "circular"] = "zeros"
     layout: str = ""
+    exclude: tuple[str, ...] = ()
 
     def of(self, name: str, key: str) -> Any:
         """The value of the last pattern that matches; None if there is none."""
         table: Mapping[str, Any] = getattr(self, key)
-        found = [value for pattern, value in table.items() if _matches(name, pattern)]
+        found = [value for pattern, value in table.items() if matches(name, pattern)]
         return found[-1] if found else None
 
+    def given(self, name: str) -> list[str]:
+        """The options for convolutions that have a value for this name."""
+        return [option for key, option in OPTIONS.items() if self.of(name, key) is not None]
+
+    def named(self, name: str) -> list[str]:
+        """The options whose pattern means this name, not all names."""
+        return [
+            option
+            for key, option in OPTIONS.items()
+            if any(p != "*" and matches(name, p) for p in getattr(self, key))
+        ]
+
+    def meant(self, names: list[str]) -> list[tuple[str, str, list[str]]]:
+        """(option, pattern, the names it matches) of each hint that is not for all names."""
+        found = []
+        for key, option in OPTIONS.items():
+            for pattern in getattr(self, key):
+                hit = [n for n in names if matches(n, pattern)] if pattern != "*" else []
+                found += [(option, pattern, hit)] if hit else []
+        return found
+
+    def general(self) -> list[str]:
+        """The options that have a value for all convolutions."""
+        return [option for key, option in OPTIONS.items() if "*" in getattr(self, key)]
+
+    def excludes(self, name: str) -> bool:
+        """Whether the user wants to hear nothing of it."""
+        return any(matches(name, pattern) for pattern in self.exclude)
+
     def unused(self, names: list[str]) -> list[str]:
-        """Patterns that match no name."""
-        tables = (self.input_size, self.stride, self.groups)
+        """Patterns that match none of these names."""
+        tables = (self.input_size, self.stride, self.groups, self.exclude)
         patterns = {pattern for table in tables for pattern in table}
-        return sorted(p for p in patterns if not any(_matches(n, p) for n in names))
+        return sorted(p for p in patterns if not any(matches(n, p) for n in names))
 
 
 def bare_name(name: str) -> str:
@@ -56,38 +88,6 @@ def bare_name(name: str) -> str:
         name = shorter
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern of file names means this tensor, with or without a wrapper's prefix."""
     return fnmatchcase(name, pattern) or fnmatchcase(bare_name(name), pattern)
-
-
-@dataclass(frozen=True)
-class Context:
-    """What is known beside a tensor's own name and shape.
-
-    Attributes
-    ----------
-    names : frozenset of str
-        Of all tensors.
-    layout : str
-        The framework whose order of axes to assume, or "".
-    hints : Hints
-        The user's.
-    one_channel : bool
-        Whether the only kernel with one input channel sees images of one channel.
-    """
-
-    names: frozenset[str]
-    layout: str
-    hints: Hints
-    one_channel: bool
-
-    @classmethod
-    def of(cls, entries: Iterable[Entry], layout: str, hints: Hints) -> Context:
-        """Of a checkpoint's entries."""
-        entries = list(entries)
-        layout = hints.layout or layout
-        kernels = [e.shape for e in entries if e.shape is not None and len(e.shape) > 3]
-        axis = -2 if layout in ("jax", "keras") else 1
-        inputs = [shape[axis] for shape in kernels if shape[axis - 1 if axis == 1 else -1] > 1]
-        alone = inputs.count(1) == 1 and 3 not in inputs
-        return cls(frozenset(e.name for e in entries), layout, hints, alone)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from specops.inspection.configuration import Configuration
 from specops.inspection.figures import BOUNDED, LANCZOS, Method
 from specops.inspection.results import WeightFigures
+from specops.inspection.spectrum import CIRCULAR, RESHAPED
 
 _NAMED = 3
+_SPEAKERS = ("LMHeadModel", "ForCausalLM", "ForConditionalGeneration", "ForMaskedLM")
+"""Models that have a matrix of outputs."""
+_TOKENS = ("embed_tokens.weight", "wte.weight", "shared.weight", "word_embeddings.weight")
 
 
 def grouped_problems(weights: list[WeightFigures]) -> list[str]:
@@ -25,19 +30,55 @@ def grouped_problems(weights: list[WeightFigures]) -> list[str]:
 def notes_on(measured: list[WeightFigures], method: Method) -> list[str]:
     """What to know about the figures."""
     notes = []
-    if any(w.geometry.startswith(("conv any", "transposed conv any")) for w in measured):
+    ambiguous = [w.name for w in measured if w.readings]
+    if ambiguous:
+        notes.append(
+            f"ambiguous, {len(ambiguous)}: nothing in the file decides between the maps that "
+            "these may be, so σ_max has the value of each; --groups, --stride or --input-size "
+            f"decide: {_some(ambiguous)}"
+        )
+    if any(f.beside_of == RESHAPED for w in measured if (f := w.figures)):
         notes.append(
             "convolutions without an input size: σ_max is the supremum over all sizes, [lower, "
-            "upper], at stride 1 unless given, in one group unless they look depthwise; the "
-            "other figures are of the reshaped kernel"
+            "upper], at stride 1 unless known (at other strides it is no larger); figures marked "
+            "ʳ are of the kernel reshaped to a matrix, outputs × (inputs·taps), not of the "
+            "convolution"
         )
-    texts = {
-        BOUNDED: "certified bounds of σ_max alone",
-        LANCZOS: "σ_max by Lanczos at this input size, not all singular values",
-    }
-    for key, text in texts.items():
-        names = [w.name for w in measured if w.figures is not None and key in w.figures.method]
-        if names:
-            why = "asked for" if method == "bounds" else "too large: --method exact insists"
-            notes.append(f"{text} ({why}) of {len(names)}: {', '.join(names)}")
+    beside = [w.name for w in measured if (f := w.figures) and f.beside_of == CIRCULAR]
+    if beside:
+        notes.append(
+            "figures marked ᶜ are of the same layer with circular padding, whose values are known "
+            f"exactly: {_some(beside)}"
+        )
+    bounded = [w.name for w in measured if (f := w.figures) and BOUNDED in f.method]
+    if bounded:
+        why = "asked for" if method == "bounds" else "too large: --method exact decomposes them"
+        notes.append(f"certified bounds of σ_max alone ({why}) of {len(bounded)}: {_some(bounded)}")
+    large = [w for w in measured if (f := w.figures) and LANCZOS in f.method]
+    if large:
+        costs = "; ".join(f"{w.name}, {w.figures.cost}" for w in large[:_NAMED] if w.figures)
+        more = f" and {len(large) - _NAMED} more" if len(large) > _NAMED else ""
+        notes.append(
+            f"σ_max by Lanczos at this input size, not all singular values, of {len(large)}: "
+            f"their matrices are too large to decompose ({costs}{more})"
+        )
     return notes
+
+
+def tied_note(names: list[str], configuration: Configuration) -> list[str]:
+    """A remark on the matrix that a model of Hugging Face shares with its table of tokens."""
+    tied = configuration.value("tie_word_embeddings")
+    heads = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
+    kinds = configuration.value("architectures")
+    speaks = isinstance(kinds, list) and any(str(kind).endswith(_SPEAKERS) for kind in kinds)
+    if tied is not True or not speaks or any(name.endswith(heads) for name in names):
+        return []
+    tables = [name for name in names if name.endswith(_TOKENS)]
+    if len(tables) != 1:
+        return []
+    return [f"{tables[0]} is the matrix of the outputs too (tie_word_embeddings in config.json)"]
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

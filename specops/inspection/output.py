@@ -6,15 +6,17 @@ import csv
 import io
 import json
 import math
+import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import specops
-from specops.inspection.figures import Figures
 from specops.inspection.results import Inspection, WeightFigures
+from specops.inspection.spectrum import CIRCULAR, RESHAPED, Figures
 from specops.tables import print_table, printable
 
 HEADERS = (
@@ -41,6 +43,14 @@ _DROPPED_FIRST = (
     "condition",
     "σ_min",
 )
+_EQUAL = 1.0 + 5e-6
+"""A bracket whose ends agree to the digits shown is shown as one number, the upper bound."""
+_NAMES = re.compile(r"[A-Za-z_]\w*([./]\w+)+")
+"""Names of other tensors in what speaks for a map."""
+_PATTERNS = 4
+"""Kinds of names that are shown of one reason."""
+MARKS = {RESHAPED: "ʳ", CIRCULAR: "ᶜ"}
+"""Of figures that are of another map than the rest of their row."""
 _KEYS = (
     "sigma_min",
     "frobenius",
@@ -49,21 +59,10 @@ _KEYS = (
     "condition_number",
     "collapsed",
 )
-COLUMNS = (
-    "name",
-    "shape",
-    "dtype",
-    "geometry",
-    "decided",
-    "sigma_max",
-    *_KEYS,
-    "method",
-    "skipped",
-)
 
 
-def show(inspection: Inspection) -> None:
-    """Print the weights, then what was skipped, by reason."""
+def show(inspection: Inspection, verbose: bool = False) -> None:
+    """Print the weights, then what was skipped, by reason; names one by one if `verbose`."""
     listed = inspection.listed
     rows = [cells(w) for w in listed]
     kept = _columns(rows)
@@ -76,13 +75,41 @@ def show(inspection: Inspection) -> None:
     if len(kept) < len(HEADERS):
         left_out = ", ".join(h for i, h in enumerate(HEADERS) if i not in kept)
         print(_wrapped(f"no room for {left_out}: widen the terminal, or take --json or --html"))
+    shown = ", ".join if verbose else folded
+    decisions: dict[str, list[str]] = {}
     for why, names in inspection.decisions().items():
-        print(_wrapped(f"{why}: {', '.join(names)}"))
+        decisions.setdefault(why if verbose else _NAMES.sub(_pattern, why), []).extend(names)
+    for why, names in decisions.items():
+        print(_wrapped(f"{len(names)} taken as {why}: {shown(names)}"))
     for reason, names in inspection.by_reason().items():
-        print(_wrapped(f"skipped {len(names)}, {reason}: {', '.join(names)}"))
+        print(_wrapped(f"skipped {len(names)}, {reason}: {shown(names)}"))
     for note in inspection.notes:
         print(_wrapped(f"note: {note}"))
     print(summary(inspection))
+
+
+def folded(names: Sequence[str]) -> str:
+    """Patterns of names, numbers as *, with how many each stands for where it is more than one.
+
+    Where these are many kinds, patterns of the last component alone.
+    """
+    kinds = _kinds(names, lambda name: re.sub(r"\d+", "*", name))
+    if len(kinds) > _PATTERNS:
+        kinds = _kinds(names, lambda name: "*" + re.sub(r"^.*(?=[./])", "", name))
+    texts = [group[0] if len(group) == 1 else f"{p} ({len(group)})" for p, group in kinds.items()]
+    more = len(texts) - _PATTERNS
+    return ", ".join(texts[:_PATTERNS]) + (f" and {more} more kinds: -v" if more > 0 else "")
+
+
+def _pattern(found: re.Match[str]) -> str:
+    return re.sub(r"\d+", "*", found[0])
+
+
+def _kinds(names: Sequence[str], pattern: Callable[[str], str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(pattern(name), []).append(name)
+    return found
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[int]:
@@ -130,20 +157,35 @@ def cells(weight: WeightFigures) -> tuple[str, ...]:
     f = weight.figures
     if f is None:
         return (*head, f"– {weight.skipped}", *("" for _ in NUMERIC))
+    if weight.readings:
+        rows = [cells(replace(weight, readings=(), **vars(m))) for m in weight.readings]
+        columns = list(zip(*rows, strict=True))[len(head) + 1 :]
+        either = [" or ".join(dict.fromkeys(filter(None, column))) for column in columns]
+        return (*head, weight.geometry, *either)
     return (
         *head,
         weight.geometry,
         sigma_text(f),
-        *(number_text(getattr(f, key)) for key in _KEYS[:-1]),
-        "" if f.collapsed is None else f"{100 * f.collapsed:.3g} %",
+        *(figure_text(f, key) for key in _KEYS[:-1]),
+        figure_text(f, "collapsed", lambda v: "" if v is None else f"{100 * v:.3g} %"),
     )
+
+
+def figure_text(
+    f: Figures, key: str, text: Callable[[float | None], str] = lambda v: number_text(v)
+) -> str:
+    """A figure; where it is known of another map only, that one, marked."""
+    value = getattr(f, key)
+    if value is None and f.beside is not None and getattr(f.beside, key) is not None:
+        return text(getattr(f.beside, key)) + MARKS[f.beside_of]
+    return text(value)
 
 
 def sigma_text(f: Figures) -> str:
     """σ_max, or its bracket."""
     if isinstance(f.sigma_max, tuple):
         low, high = f.sigma_max
-        return f"[{low:.5g}, {high:.5g}]"
+        return f"{high:.5g}" if high <= low * _EQUAL else f"[{low:.5g}, {high:.5g}]"
     return f"{f.sigma_max:.5g}"
 
 
@@ -155,7 +197,8 @@ def number_text(value: float | None) -> str:
 def weight_record(weight: WeightFigures) -> dict[str, Any]:
     """One tensor as JSON: ``sigma_max`` a number or [lower, upper]; null: not computed.
 
-    A condition number of infinity, which JSON lacks, is "inf".
+    A condition number of infinity, which JSON lacks, is "inf". "reshaped" and "circular" have the
+    figures of another map of the same kernel, "readings" those of each map that it may be.
     """
     f = weight.figures
     record: dict[str, Any] = {
@@ -164,15 +207,29 @@ def weight_record(weight: WeightFigures) -> dict[str, Any]:
         "dtype": weight.dtype,
         "geometry": weight.geometry,
         "decided": weight.why,
-        "sigma_max": None,
+        "made_of": list(weight.sources),
+        **figures_record(f),
+        "skipped": weight.skipped,
     }
-    if f is not None:
-        record["sigma_max"] = list(f.sigma_max) if isinstance(f.sigma_max, tuple) else f.sigma_max
+    for key in (RESHAPED, CIRCULAR):
+        beside = f.beside if f is not None and f.beside_of == key else None
+        record[key] = None if beside is None else figures_record(beside)
+    record["readings"] = [
+        {"geometry": m.geometry, "decided": m.why, **figures_record(m.figures)}
+        for m in weight.readings
+    ]
+    return record
+
+
+def figures_record(f: Figures | None) -> dict[str, Any]:
+    """Figures as JSON; null: not computed."""
+    sigma = None if f is None else f.sigma_max
+    record: dict[str, Any] = {"sigma_max": list(sigma) if isinstance(sigma, tuple) else sigma}
     for key in _KEYS:
         value = None if f is None else getattr(f, key)
         record[key] = "inf" if value is not None and math.isinf(value) else value
+    record["sigma_max_of_each"] = None if f is None or not f.each else list(f.each)
     record["method"] = "" if f is None else f.method
-    record["skipped"] = weight.skipped
     return record
 
 
@@ -193,11 +250,15 @@ def as_json(inspection: Inspection, **more: Any) -> str:
 
 
 def as_csv(inspection: Inspection) -> str:
-    """One line for each tensor; a bracket as two columns, equal where σ_max is exact."""
-    columns = [c for c in COLUMNS if c != "sigma_max"]
-    columns[5:5] = ["sigma_max_lower", "sigma_max_upper"]
+    """One line for each tensor; a bracket as two columns, equal where σ_max is exact.
+
+    Figures of another map of a kernel stand in columns that begin with "reshaped" or "circular".
+    """
+    columns = ["name", "shape", "dtype", "geometry", "decided"]
+    columns += ["sigma_max_lower", "sigma_max_upper", *_KEYS, "method", "skipped"]
+    columns += [f"{of}_{key}" for of in (RESHAPED, CIRCULAR) for key in ("sigma_max", *_KEYS)]
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     for weight in inspection.weights:
         record = weight_record(weight)
@@ -205,5 +266,8 @@ def as_csv(inspection: Inspection) -> str:
         low, high = sigma if isinstance(sigma, list) else (sigma, sigma)
         record |= {"sigma_max_lower": low, "sigma_max_upper": high}
         record["shape"] = "x".join(map(str, weight.shape or ()))
+        for of in (RESHAPED, CIRCULAR):
+            beside = record.pop(of)
+            record |= {f"{of}_{key}": value for key, value in (beside or {}).items()}
         writer.writerow(record)
     return text.getvalue()

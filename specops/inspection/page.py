@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
 from html import escape
 from typing import Any
 
-import numpy as np
-
+from specops.inspection.chart import chart
 from specops.inspection.comparison import HEADERS as COMPARED
-from specops.inspection.comparison import Comparison
+from specops.inspection.comparison import Comparison, Pair
 from specops.inspection.output import HEADERS, cells, summary
 from specops.inspection.results import Inspection, WeightFigures, upper
+from specops.inspection.spectrum import CIRCULAR, RESHAPED, Figures
 
-_POINTS = 120
-"""Of a curve: more cannot be told apart at its size."""
-_WIDTH, _HEIGHT = 420, 200
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 38
+MAPS = {
+    RESHAPED: "the reshaped kernel's",
+    CIRCULAR: "those of the layer with circular padding",
+}
+"""Whose singular values are drawn, where they are not those of the row."""
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8886; --accent: #0072b2; --faint: #888; }
@@ -25,17 +27,18 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max
 h1 { font-size: 1.3rem; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left;
-  white-space: nowrap; }
+th, td { padding: .3rem .45rem; border-bottom: 1px solid var(--line); text-align: left;
+  font-size: .85rem; vertical-align: top; }
 th { position: sticky; top: 0; }
 th button { all: unset; cursor: pointer; font-weight: 600; }
 th button:focus-visible { outline: 2px solid var(--accent); }
 th[aria-sort=ascending] button::after { content: " ▲"; }
 th[aria-sort=descending] button::after { content: " ▼"; }
 td.number { text-align: right; }
-th:first-child, td:first-child { position: sticky; left: 0; background: Canvas; }
+th:first-child, td:first-child { position: sticky; left: 0; background: Canvas;
+  min-width: 11rem; max-width: 24rem; overflow-wrap: anywhere; }
 tr.skipped { color: #d55e00; }
-tr.skipped td { white-space: normal; min-width: 12rem; }
+tr.skipped td:nth-child(4) { min-width: 12rem; }
 details { margin: .6rem 0; overflow-wrap: anywhere; }
 summary { cursor: pointer; }
 .problems { border-left: 4px solid #d55e00; padding-left: .8rem; overflow-wrap: anywhere; }
@@ -49,9 +52,12 @@ svg text { fill: currentColor; font-size: 12px; }
 svg .axis { stroke: currentColor; stroke-width: 1; fill: none; }
 svg .grid { stroke: var(--line); stroke-width: 1; }
 svg .curve { stroke: var(--accent); stroke-width: 2; fill: none; }
+svg .other { stroke: #d55e00; stroke-dasharray: 5 3; }
+svg .between { stroke: #009e73; stroke-dasharray: 2 3; }
+.key { font-weight: 600; }
 a { color: inherit; }
 @media (max-width: 40rem) { body { font-size: 14px; padding: .6rem; }
-  th:first-child, td:first-child { min-width: 9rem; white-space: normal; } }
+  th:first-child, td:first-child { min-width: 9rem; } }
 """
 
 _SCRIPT = """
@@ -80,7 +86,8 @@ for (const table of document.querySelectorAll("table")) {
 
 def as_html(inspection: Inspection, comparison: Comparison | None = None) -> str:
     """The page; with a comparison, its table too."""
-    plots = "\n".join(_figure(w) for w in inspection.measured if w.figures is not None)
+    partners = {} if comparison is None else {p.one.name: p for p in comparison.pairs}
+    plots = "\n".join(_figure(w, partners.get(w.name), comparison) for w in inspection.measured)
     problems = "".join(f"<li>{escape(line)}</li>" for line in inspection.problems)
     notes = "".join(f"<p>{escape(note)}</p>" for note in inspection.notes)
     return f"""<!doctype html>
@@ -104,6 +111,7 @@ def as_html(inspection: Inspection, comparison: Comparison | None = None) -> str
 {_compared(comparison)}
 <h2>Singular values</h2>
 <p>By rank, from the largest; the scale is logarithmic where values span three decades.</p>
+{_key(comparison)}
 <div class="plots">
 {plots}
 </div>
@@ -151,9 +159,23 @@ def _compared(comparison: Comparison | None) -> str:
         for row in comparison.rows()
     )
     alone = "".join(f"<p>{escape(line)}</p>" for line in comparison.lines())
+    paths = [escape(path) for path in comparison.paths]
     return (
-        f'<h2>Compared with another</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<h2>Compared with another</h2><p>{paths[0]}, and as other {paths[1]}.</p>"
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>{alone}"
+    )
+
+
+def _key(comparison: Comparison | None) -> str:
+    """Which curve is whose."""
+    if comparison is None:
+        return ""
+    one, other = (escape(path) for path in comparison.paths)
+    return (
+        f'<p><span class="key" style="color:var(--accent)">——</span> {one}; '
+        f'<span class="key" style="color:#d55e00">– –</span> {other}; '
+        f'<span class="key" style="color:#009e73">···</span> their difference</p>'
     )
 
 
@@ -167,9 +189,8 @@ def _skipped(inspection: Inspection) -> str:
 
 
 def _breakable(name: str) -> str:
-    """Long names may go on in the next line after a dot or slash."""
-    text = escape(name)
-    return text.replace(".", ".<wbr>").replace("/", "/<wbr>")
+    """Long names may go on in the next line after a dot, slash or underscore."""
+    return re.sub(r"(?<=[./_])(?=[^./_])", "<wbr>", escape(name))
 
 
 def _row(weight: WeightFigures, kinds: list[str]) -> str:
@@ -195,17 +216,16 @@ def _values(weight: WeightFigures) -> list[Any]:
     f = weight.figures
     if f is None:
         return [*head, *[""] * (len(HEADERS) - 4)]
-    figures = (
-        upper(f),
-        f.sigma_min,
-        f.frobenius,
-        f.stable_rank,
-        f.effective_rank,
-        f.condition_number,
-        f.collapsed,
-    )
+    keys = ("sigma_min", "frobenius", "stable_rank", "effective_rank", "condition_number")
+    figures = [upper(f), *(_shown(f, key) for key in (*keys, "collapsed"))]
     # JavaScript's name for it.
     return [*head, *("" if v is None else "Infinity" if v == math.inf else v for v in figures)]
+
+
+def _shown(f: Figures, key: str) -> float | None:
+    """A figure as the table has it: of the other map where that of the row is not known."""
+    value: float | None = getattr(f, key)
+    return getattr(f.beside, key) if value is None and f.beside is not None else value
 
 
 def _anchor(name: str) -> str:
@@ -213,66 +233,23 @@ def _anchor(name: str) -> str:
 
 
 def _is_drawn(weight: WeightFigures) -> bool:
-    return weight.figures is not None and weight.figures.spectrum is not None
+    return weight.figures is not None and weight.figures.drawn is not None
 
 
-def _figure(weight: WeightFigures) -> str:
+def _figure(weight: WeightFigures, pair: Pair | None, comparison: Comparison | None) -> str:
     if not _is_drawn(weight):
         return ""
     assert weight.figures is not None
-    assert weight.figures.spectrum is not None
+    assert weight.figures.drawn is not None
     shape = "×".join(map(str, weight.shape or ()))
-    method, why = escape(weight.figures.method), escape(weight.why)
+    of = weight.figures.beside_of if weight.figures.spectrum is None else ""
+    method = escape(weight.figures.method + (f"; drawn: {MAPS[of]}" if of else ""))
+    curves = {"": weight.figures.drawn}
+    if pair is not None and comparison is not None:
+        others = {"other": pair.other.figures, "between": comparison.differences.get(pair.name)}
+        curves |= {k: f.drawn for k, f in others.items() if f is not None and f.drawn is not None}
     return (
-        f'<figure id="{escape(_anchor(weight.name))}"><figcaption>{escape(weight.name)} '
-        f"<small>{shape}, {escape(weight.geometry)} ({why}); {method}</small></figcaption>"
-        f"{_svg(weight.name, weight.figures.spectrum)}</figure>"
-    )
-
-
-def _svg(name: str, values: np.ndarray) -> str:
-    """A curve of singular values by rank."""
-    count, top = len(values), float(values[0])
-    positive = values[values > 1e-12 * top] if top > 0 else values
-    log = top > 0 and len(positive) > 1 and top > 1e3 * float(positive[-1])
-    drawn = positive if log else values
-    ranks = np.unique(np.linspace(0, len(drawn) - 1, min(_POINTS, len(drawn))).astype(int))
-    y = np.log10(drawn[ranks]) if log else drawn[ranks]
-    low = math.floor(float(y.min())) if log else 0.0
-    high = float(y.max()) if float(y.max()) > low else low + 1.0
-    across, down = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
-
-    def at(rank: Any, value: Any) -> tuple[float, float]:
-        x = _LEFT + across * (rank / (count - 1) if count > 1 else 0.5)
-        return float(x), float(_TOP + down * (1 - (value - low) / (high - low)))
-
-    points = [at(r, v) for r, v in zip(ranks, y, strict=True)]
-    path = " ".join(f"{x:.1f},{v:.1f}" for x, v in points)
-    curve = f'<polyline class="curve" points="{path}"/>'
-    if len(points) == 1:
-        x, v = points[0]
-        curve = f'<circle cx="{x:.1f}" cy="{v:.1f}" r="4" fill="var(--accent)"/>'
-    lines = []
-    for tick in np.linspace(low, high, 4):
-        _, v = at(0, tick)
-        label = f"{10**tick:.2g}" if log else f"{tick:.3g}"
-        lines.append(
-            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{v:.1f}" y2="{v:.1f}"/>'
-            f'<text x="{_LEFT - 6}" y="{v + 4:.1f}" text-anchor="end">{label}</text>'
-        )
-    bottom = _HEIGHT - _BOTTOM
-    frame = f'<path class="axis" d="M{_LEFT} {_TOP}V{bottom}H{_WIDTH - _RIGHT}"/>'
-    hidden = f", {count - len(positive)} at zero not shown" if log and len(positive) < count else ""
-    texts = (
-        f'<text x="{_LEFT}" y="{bottom + 16}" text-anchor="middle">1</text>'
-        f'<text x="{_WIDTH - _RIGHT}" y="{bottom + 16}" text-anchor="end">{count}</text>'
-        f'<text x="{(_LEFT + _WIDTH) / 2:.0f}" y="{_HEIGHT - 4}" text-anchor="middle">'
-        f"rank{hidden}</text>"
-        f'<text x="14" y="{_TOP + down / 2:.0f}" text-anchor="middle" '
-        f'transform="rotate(-90 14 {_TOP + down / 2:.0f})">σ{", log" if log else ""}</text>'
-    )
-    label = escape(f"singular values of {name}")
-    return (
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">'
-        f"{''.join(lines)}{frame}{curve}{texts}</svg>"
+        f'<figure id="{escape(_anchor(weight.name))}"><figcaption>{_breakable(weight.name)} '
+        f"<small>{shape}, {escape(weight.geometry)} ({escape(weight.why)}); {method}</small>"
+        f"</figcaption>{chart(weight.name, curves)}</figure>"
     )

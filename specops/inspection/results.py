@@ -6,27 +6,40 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from specops.inspection.figures import Figures
+from specops.inspection.spectrum import Figures
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One map that a tensor may stand for: in words, what speaks for it, and its figures."""
+
+    geometry: str
+    why: str
+    figures: Figures
 
 
 @dataclass(frozen=True)
 class WeightFigures:
-    """One tensor of a checkpoint.
+    """One tensor of a checkpoint, or a weight put together of several.
 
     Attributes
     ----------
     name, shape, dtype
         As stored; no shape where it is not known.
     geometry : str
-        The map that it is taken for, in words.
+        The map that it is taken for, in words; "ambiguous: …" where there are several readings.
     why : str
         How that was decided.
     figures : Figures, optional
-        None if it was skipped.
+        None if it was skipped. Of several readings σ_max from the least to the largest.
     skipped : str
         Why it was; empty if it was not.
     harmless : bool
         Whether nothing is missing: biases, counters.
+    sources : tuple of str
+        The tensors that it was put together of.
+    readings : tuple of Measured
+        Each map that it may be, where nothing decides between several; else empty.
     """
 
     name: str
@@ -37,6 +50,43 @@ class WeightFigures:
     figures: Figures | None = None
     skipped: str = ""
     harmless: bool = True
+    sources: tuple[str, ...] = ()
+    readings: tuple[Measured, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        shape: tuple[int, ...] | None,
+        dtype: str,
+        readings: list[Measured],
+        sources: tuple[str, ...] = (),
+    ) -> WeightFigures:
+        """Of one reading, or of several that nothing decides between."""
+        if len(readings) == 1:
+            (one,) = readings
+            return cls(name, shape, dtype, one.geometry, one.why, one.figures, sources=sources)
+        ends = [_ends(m.figures) for m in readings]
+        hull = Figures(
+            (min(low for low, _ in ends), max(high for _, high in ends)),
+            None,
+            "ambiguous: σ_max from the least to the largest of the readings",
+        )
+        return cls(
+            name,
+            shape,
+            dtype,
+            "ambiguous: " + " / ".join(m.geometry for m in readings),
+            "ambiguous: " + "; or ".join(m.why for m in readings),
+            hull,
+            sources=sources,
+            readings=tuple(readings),
+        )
+
+
+def _ends(figures: Figures) -> tuple[float, float]:
+    sigma = figures.sigma_max
+    return sigma if isinstance(sigma, tuple) else (sigma, sigma)
 
 
 @dataclass

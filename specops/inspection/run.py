@@ -10,12 +10,15 @@ import numpy as np
 
 from specops.checkpoints import Checkpoint, Entry, open_checkpoint
 from specops.errors import CheckpointError, SpecopsError
-from specops.geometry import Geometry
-from specops.inspection.assumptions import Assumption, assume
-from specops.inspection.figures import Method, figures_of
-from specops.inspection.hints import Context, Hints
-from specops.inspection.notes import grouped_problems, notes_on
-from specops.inspection.results import Inspection, WeightFigures, upper
+from specops.geometry import Conv, Geometry
+from specops.inspection.assumptions import Reading
+from specops.inspection.configuration import Configuration
+from specops.inspection.figures import Method, figures_of, product_figures
+from specops.inspection.hints import Hints
+from specops.inspection.notes import grouped_problems, notes_on, tied_note
+from specops.inspection.plan import Item, Weight, load, plan_of
+from specops.inspection.results import Inspection, Measured, WeightFigures, upper
+from specops.inspection.spectrum import Figures
 
 Progress = Callable[[int, int, str], None]
 
@@ -42,7 +45,7 @@ def inspect_checkpoint(
     progress : callable, optional
         Called with (tensors done, tensors, name of the next).
     listed : callable, optional
-        Called once with what the file lists, before the first tensor is read.
+        Called once with what there is to measure, before the first tensor is read.
 
     Returns
     -------
@@ -58,109 +61,137 @@ def inspect_checkpoint(
 
     Notes
     -----
-    Tensors are read one at a time where the format allows it. Maps are guessed from names and
-    shapes; how is in `WeightFigures.why`.
+    Tensors are read one at a time where the format allows it. Maps are guessed from names,
+    shapes, neighbours and configurations; how is in `WeightFigures.why`. Where nothing decides,
+    `WeightFigures.readings` has the figures of each map that it may be.
     """
     hints = hints or Hints()
     with open_checkpoint(path) as checkpoint:
-        entries = checkpoint.entries
-        unused = hints.unused([entry.name for entry in entries])
+        items = plan_of(checkpoint, hints)
+        unused = hints.unused([item.entry.name for item in items])
         if unused:
-            names = ", ".join(repr(e.name) for e in entries[:5])
+            names = ", ".join(repr(e.name) for e in checkpoint.entries[:5])
             raise ValueError(
                 f"no tensor matches {', '.join(map(repr, unused))}: they are called {names}, …"
             )
-        result = Inspection(str(path), checkpoint.format, len(entries))
+        result = Inspection(str(path), checkpoint.format, len(checkpoint.entries))
         result.problems += checkpoint.problems
         if not checkpoint.streams:
             result.notes.append(
                 f"{checkpoint.format} cannot be read in parts: it is in memory whole"
             )
-        context = Context.of(entries, checkpoint.layout, hints)
+        stored = [item.entry.name for item in items]
+        result.notes += tied_note(stored, Configuration.of(checkpoint))
         if listed is not None:
-            listed(entries)
+            listed([item.entry for item in items])
         try:
-            _walk(checkpoint, context, method, result, progress)
+            for index, item in enumerate(items):
+                if progress is not None:
+                    progress(index, len(items), item.entry.name)
+                result.weights.append(_row(checkpoint, item, method))
+            if progress is not None:
+                progress(len(items), len(items), "")
         except KeyboardInterrupt:
             result.interrupted = True
     result.problems += grouped_problems(result.weights)
+    result.problems += _refused(items, hints)
     result.notes += notes_on(result.measured, method)
     return result
 
 
-def _walk(
-    checkpoint: Checkpoint,
-    context: Context,
-    method: Method,
-    result: Inspection,
-    progress: Progress | None,
-) -> None:
-    for index, entry in enumerate(checkpoint.entries):
-        if progress is not None:
-            progress(index, len(checkpoint.entries), entry.name)
-        if entry.problem:
-            found = _skip(entry, entry.problem, harmless=entry.harmless)
-        else:
-            assert entry.shape is not None
-            assumed = assume(entry.name, entry.shape, entry.dtype, context)
-            found = _measured(checkpoint, entry, assumed, method)
-        result.weights.append(found)
-    if progress is not None:
-        progress(len(checkpoint.entries), len(checkpoint.entries), "")
+def _refused(items: list[Item], hints: Hints) -> list[str]:
+    """Hints for convolutions that were given where there are none."""
+    found = []
+    convolutions = any(
+        isinstance(r.geometry, Conv) for item in items for r in item.assumption.readings
+    ) or any(not item.assumption.harmless for item in items)
+    if not convolutions:
+        found += [f"{option}: refused, the file has no convolution" for option in hints.general()]
+    for option, pattern, names in hints.meant([item.entry.name for item in items]):
+        rows = [item.assumption for item in items if item.entry.name in names]
+        convolutions = any(isinstance(r.geometry, Conv) for a in rows for r in a.readings)
+        if not convolutions and all(a.harmless for a in rows):
+            taken = rows[0].why or rows[0].skipped
+            found.append(f"{option} {pattern}: refused, {names[0]!r} is no convolution ({taken})")
+    return found
 
 
-def _measured(
-    checkpoint: Checkpoint, entry: Entry, assumed: Assumption, method: Method
-) -> WeightFigures:
-    geometry = assumed.geometry
+def _row(checkpoint: Checkpoint, item: Item, method: Method) -> WeightFigures:
+    entry, assumed = item.entry, item.assumption
     small = entry.shape is not None and len(entry.shape) == 1 and "float" in entry.dtype
-    if geometry is None and not small:
-        return _skip(entry, assumed.skipped, assumed.harmless)
+    if entry.problem or not (assumed.readings or small):
+        return _skip(item, assumed.skipped, assumed.harmless)
     try:
-        w = checkpoint.read(entry.name)
-        bad = _not_finite(w)
+        w = load(checkpoint, item)
+        bad, size = _not_finite(w)
         if bad:
-            reason = f"holds NaN or infinity in {bad} of {w.size} entries"
-            return _skip(entry, reason, harmless=False, geometry=geometry, why=assumed.why)
-        if geometry is None:
-            return _skip(entry, assumed.skipped, assumed.harmless)
-        if w.dtype == np.float16:
-            w = w.astype(np.float32)
-        if assumed.shape is not None:
-            w = w.reshape(assumed.shape)
-        with np.errstate(all="ignore"):
-            figures = figures_of(w, geometry, method)
-        if not math.isfinite(upper(figures)) or not math.isfinite(figures.frobenius):
-            raise OverflowError("its figures are beyond double precision")
+            reason = f"holds NaN or infinity in {bad} of {size} entries"
+            return _skip(item, reason, harmless=False)
+        if not assumed.readings:
+            return _skip(item, assumed.skipped, assumed.harmless)
+        readings = [_measured(w, reading, method) for reading in assumed.readings]
     except CheckpointError as error:
-        return _skip(entry, str(error), harmless=False)
+        return _skip(item, str(error), harmless=False)
     except MemoryError:
-        return _skip(entry, "does not fit into memory", harmless=False)
+        return _skip(item, "does not fit into memory", harmless=False)
     except (SpecopsError, ArithmeticError, ValueError, np.linalg.LinAlgError) as error:
-        return _skip(entry, str(error), harmless=False, geometry=geometry, why=assumed.why)
+        return _skip(item, str(error), harmless=False)
+    composed = item.composed
+    how = "" if composed is None else f"; {composed.how}"
+    return WeightFigures.of(
+        entry.name,
+        entry.shape,
+        entry.dtype,
+        [Measured(m.geometry, m.why + how, m.figures) for m in readings],
+        sources=() if composed is None else composed.sources,
+    )
+
+
+def _measured(w: Weight, reading: Reading, method: Method) -> Measured:
+    with np.errstate(all="ignore"):
+        figures = measure(w, reading, method)
+    if not math.isfinite(upper(figures)) or not math.isfinite(figures.frobenius or 0.0):
+        raise OverflowError("its figures are beyond double precision")
+    return Measured(described(reading.geometry), reading.why, figures)
+
+
+def measure(w: Weight, reading: Reading, method: Method) -> Figures:
+    """The figures of a weight, in memory or as two factors, that is read in this way."""
+    if isinstance(w, tuple):
+        return product_figures(*w)
+    seen = w if reading.shape is None else w.reshape(reading.shape)
+    return figures_of(seen, reading.geometry, method)
+
+
+def described(geometry: Geometry) -> str:
+    """The geometry in a few words; of a convolution at a size, with its stride."""
+    text = geometry.describe()
+    sized = isinstance(geometry, Conv) and geometry.grid is not None
+    return f"{text}, stride 1" if sized and "stride" not in text else text
+
+
+def _skip(item: Item, reason: str, harmless: bool) -> WeightFigures:
+    entry, first = item.entry, item.assumption.readings[:1]
     return WeightFigures(
-        entry.name, entry.shape, entry.dtype, geometry.describe(), assumed.why, figures
+        entry.name,
+        entry.shape,
+        entry.dtype,
+        described(first[0].geometry) if first else "",
+        item.assumption.why,
+        None,
+        reason,
+        harmless,
     )
 
 
-def _skip(
-    entry: Entry,
-    reason: str,
-    harmless: bool,
-    geometry: Geometry | None = None,
-    why: str = "",
-) -> WeightFigures:
-    described = "" if geometry is None else geometry.describe()
-    return WeightFigures(
-        entry.name, entry.shape, entry.dtype, described, why, None, reason, harmless
-    )
-
-
-def _not_finite(w: np.ndarray) -> int:
-    """In slices: a mask of the whole would be another copy."""
-    flat = w.reshape(-1)
-    step = 2**22
-    return sum(
-        int(np.count_nonzero(~np.isfinite(flat[at : at + step])))
-        for at in range(0, flat.size, step)
-    )
+def _not_finite(w: Weight) -> tuple[int, int]:
+    """How many entries are not finite, of how many. In slices: a mask would be another copy."""
+    bad, size, step = 0, 0, 2**22
+    for part in w if isinstance(w, tuple) else (w,):
+        flat = part.reshape(-1)
+        size += flat.size
+        bad += sum(
+            int(np.count_nonzero(~np.isfinite(flat[at : at + step])))
+            for at in range(0, flat.size, step)
+        )
+    return bad, size

@@ -33,6 +33,7 @@ PUBLIC = {
     "Monitor",
     "Plan",
     "attach",
+    "inspect",
     "clip_singular_values",
     "condition_number",
     "effective_rank",

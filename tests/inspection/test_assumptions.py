@@ -8,17 +8,24 @@ import numpy as np
 import pytest
 
 from specops import Conv, Dense
-from specops.checkpoints import Entry
-from specops.inspection.assumptions import assume
-from specops.inspection.hints import Context, Hints, bare_name
+from specops.inspection.assumptions import Context, assume
+from specops.inspection.configuration import Configuration
+from specops.inspection.hints import Hints, bare_name
 
 
 def guess(
     name: str, shape: Any, dtype: str = "float32", layout: str = "torch", **hints: Any
 ) -> Any:
-    one, others = hints.pop("one", False), hints.pop("others", ())
-    context = Context(frozenset({name, *others}), layout, Hints(**hints), one)
+    """The assumption on one tensor; `before` and `others` are names and shapes around it."""
+    before, others = hints.pop("before", {}), hints.pop("others", {})
+    configuration = hints.pop("configuration", Configuration())
+    shapes = {**before, name: tuple(shape), **others}
+    context = Context(shapes, layout, Hints(**hints), configuration, layout == "torch")
     return assume(name, tuple(shape), dtype, context)
+
+
+def geometries(found: Any) -> list[Any]:
+    return [reading.geometry for reading in found.readings]
 
 
 @pytest.mark.parametrize(
@@ -41,6 +48,8 @@ def guess(
         (("attn/out/kernel", (4, 8, 16), "float32", "jax"), Dense(out_axes=(-1,))),
         (("mha/query_dense/vars/0", (16, 4, 8), "float32", "keras"), Dense(out_axes=(-2, -1))),
         (("mha/output_dense/vars/0", (4, 8, 16), "float32", "keras"), Dense(out_axes=(-1,))),
+        (("att.query.kernel.value", (16, 4, 8), "float32", "jax"), Dense(out_axes=(-2, -1))),
+        (("mha/value/kernel:0", (16, 4, 8), "float32", "keras"), Dense(out_axes=(-2, -1))),
     ],
 )
 def test_geometries(arguments: Any, geometry: Any) -> None:
@@ -56,9 +65,128 @@ def test_geometries(arguments: Any, geometry: Any) -> None:
 
 
 def test_one_channel_images_are_not_depthwise() -> None:
-    assert guess("conv1.weight", (8, 1, 3, 3), one=True).geometry == Conv(None)
-    assert guess("x.dw.weight", (8, 1, 3, 3), one=True).geometry == Conv(None, groups=8)
+    others = {"conv2.weight": (16, 8, 3, 3)}
+    assert guess("conv1.weight", (8, 1, 3, 3), others=others).geometry == Conv(None)
+    named = guess("x.dw.weight", (8, 1, 3, 3), others=others)
+    assert geometries(named) == [Conv(None, groups=8)]
     assert guess("conv1.weight", (8, 1, 3, 3), groups={"*": 1}).geometry == Conv(None)
+
+
+STEM = {"conv1.weight": (8, 3, 3, 3)}
+
+
+@pytest.mark.parametrize(
+    ("shape", "around", "groups"),
+    [
+        # Nothing gives it 8 channels, or one channel: both.
+        ((8, 1, 3, 3), {}, [8, 1]),
+        ((8, 1, 3, 3), {"others": {"b.weight": (8, 1, 3, 3), "c.weight": (4, 8, 1, 1)}}, [1]),
+        ((8, 1, 3, 3), {"before": STEM}, [8]),
+        # Audio behind something else, and a decoder's last layer.
+        ((8, 1, 9), {"before": {"enc.weight": (32, 4, 3)}}, [8, 1]),
+        ((8, 1, 3, 3), {"before": {**STEM, "a.weight": (1, 8, 3, 3)}}, [8, 1]),
+        # A multiplier, grouped as in ResNeXt, and a shortcut that is not grouped.
+        ((16, 1, 3, 3), {"before": STEM}, [8, 16, 1]),
+        ((8, 2, 3, 3), {"before": STEM}, [4]),
+        ((16, 4, 1, 1), {"before": {"a.weight": (4, 3, 3, 3), "b.weight": (8, 4, 3, 3)}}, [1]),
+    ],
+)
+def test_groups_by_the_channels_of_neighbours(
+    shape: tuple[int, ...], around: Any, groups: list[int]
+) -> None:
+    found = guess("w.weight" if len(shape) == 4 else "conv.weight", shape, **around)
+    assert geometries(found) == [Conv(None, groups=n) for n in groups]
+
+
+def test_biases_tell_transposed_layers() -> None:
+    found = guess("3.weight", (16, 1, 3, 3), others={"3.bias": (1,)})
+    assert geometries(found) == [Conv(None, transposed=True, layout="IO*")]
+    grouped = guess("3.weight", (16, 2, 3, 3), others={"3.bias": (8,)})
+    assert geometries(grouped) == [Conv(None, transposed=True, layout="IO*", groups=4)]
+    conv1d = guess("c_fc.weight", (4, 12), others={"c_fc.bias": (12,)})
+    assert geometries(conv1d) == [Dense(out_axes=(-1,))]
+
+
+def test_three_axes_are_a_stack_or_a_kernel_or_both() -> None:
+    stack, kernel = Dense((1,), batch_axes=(0,)), Conv(None)
+    assert geometries(guess("w.weight", (6, 8, 3))) == [kernel, stack]
+    assert geometries(guess("w.weight", (6, 8, 64))) == [stack, kernel]
+    assert geometries(guess("w.weight", (6, 8, 3), others={"w.bias": (6,)})) == [kernel]
+    assert geometries(guess("w.weight", (6, 8, 9), others={"w.bias": (6, 8)})) == [stack]
+    assert geometries(guess("w.weight", (6, 8, 64), stride={"w*": 2})) == [Conv(None, stride=2)]
+    scanned = guess("layers/wi/kernel", (12, 4, 8), layout="jax")
+    assert geometries(scanned) == [Dense((-1,), batch_axes=(0,))]
+    numbered = guess("layers.0.wi.kernel", (3, 4, 8), layout="jax")
+    assert geometries(numbered) == [Conv(None, layout="*IO"), Dense((-1,), batch_axes=(0,))]
+    heads = guess("layers/attn/query/kernel", (12, 16, 4, 8), layout="jax")
+    assert geometries(heads) == [Dense((-2, -1), batch_axes=(0,))]
+
+
+def test_two_sizes_imply_a_stride() -> None:
+    around = {"others": {"c2.weight": (8, 8, 3, 3)}}
+    sizes = {"input_size": {"*": (32, 32), "c2*": (16, 16)}}
+    found = guess("c1.weight", (8, 3, 3, 3), **around, **sizes)
+    assert [g.stride for g in geometries(found)] == [(2, 2), (1, 1)]
+    same = guess("c1.weight", (8, 3, 3, 3), **around, input_size={"*": (32, 32)})
+    assert [g.stride for g in geometries(same)] == [(1, 1)]
+    block = {"others": {"l.0.conv2.weight": (8, 8, 3, 3), "l.0.downsample.0.weight": (8, 3, 1, 1)}}
+    size = {"input_size": {"*": (32, 32), "*conv2*": (16, 16)}}
+    agreed = guess("l.0.conv1.weight", (8, 3, 3, 3), **block, **size)
+    assert [g.stride for g in geometries(agreed)] == [(2, 2)]
+    given = guess("c1.weight", (8, 3, 3, 3), **around, **sizes, stride={"c1*": 1})
+    assert [g.stride for g in geometries(given)] == [(1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("own", "next_one", "strides"),
+    [((16, 8), (16, 16), [2]), ((8, 8), (16, 8), [1]), ((16, 8), (32, 16), [2, 1])],
+)
+def test_channels_agree_with_a_stride_or_with_pooling(
+    own: Any, next_one: Any, strides: Any
+) -> None:
+    found = guess(
+        "c1.weight",
+        (*own, 3, 3),
+        before={"c0.weight": (8, 3, 3, 3)},
+        others={"c2.weight": (*next_one, 3, 3)},
+        input_size={"*": (32, 32), "c2*": (16, 16)},
+    )
+    assert [g.stride[0] for g in geometries(found)] == strides
+
+
+GATES = {"weight_hh_l0": (20, 5), "bias_hh_l0": (20,)}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "around", "splits"),
+    [
+        ("weight_ih_l0", (20, 6), GATES, (5,) * 4),
+        ("rnn.weight_ih_l1", (15, 6), {"rnn.weight_hh_l1": (15, 5)}, (5,) * 3),
+        ("weight_ih", (5, 6), {"weight_hh": (5, 5)}, None),
+        ("weight_hh_l0", (20, 3), {"weight_hr_l0": (3, 5)}, (5,) * 4),
+        ("attn.in_proj_weight", (12, 4), {}, (4,) * 3),
+        ("weight_ih_l0_reverse", (20, 6), {"weight_hh_l0_reverse": (20, 5)}, (5,) * 4),
+        ("h.0.attn.c_attn.weight", (4, 12), {"h.0.attn.c_attn.bias": (12,)}, (4,) * 3),
+        ("h.0.cross.c_attn.weight", (4, 8), {"h.0.cross.c_attn.bias": (8,)}, (4,) * 2),
+        ("a.qkv_proj.weight", (16, 8), {"a.o_proj.weight": (8, 8)}, (8, 4, 4)),
+        ("mlp.gate_up_proj.weight", (16, 8), {}, (8, 8)),
+    ],
+)
+def test_fused_maps_are_taken_apart(
+    name: str, shape: tuple[int, int], around: Any, splits: Any
+) -> None:
+    (geometry,) = geometries(guess(name, shape, others=around))
+    assert geometry.splits == splits
+    geometry.check(shape)
+
+
+def test_heads_of_one_matrix_are_known_by_the_configuration() -> None:
+    name = "layers.0.attention.query_key_value.weight"
+    config = Configuration("config.json", {"model_type": "gpt_neox", "num_attention_heads": 4})
+    found = guess(name, (96, 32), configuration=config)
+    assert found.shape == (4, 3, 8, 32)
+    assert geometries(found) == [Dense((0, 2), (3,), (1,))]
+    assert geometries(guess(name, (96, 32))) == [Dense()]
 
 
 @pytest.mark.parametrize(
@@ -76,6 +204,23 @@ def test_one_channel_images_are_not_depthwise() -> None:
         (("h.0.attn.bias", (1, 1, 64, 64)), "bias or mask", True),
         (("causal", (1, 1, 64, 64)), "mask or table", True),
         (("attn.query.bias", (4, 8), "float32", "jax"), "bias", True),
+        (("experts.down_proj_bias", (4, 8)), "bias", True),
+        (("attn.relative_position_bias_table", (9, 4)), "bias", True),
+        (("gru/cell/vars/2", (2, 15), "float32", "keras"), "bias", True),
+        (("gru/gru/bias:0", (2, 15), "float32", "keras"), "bias", True),
+        (("att.key.bias.value", (2, 4), "float32", "jax"), "bias", True),
+        (("layers/norm/scale", (12, 8), "float32", "jax"), "scales", True),
+        (("mixer.A_log", (16, 8)), "state space", True),
+        (("embeddings.cls_token", (1, 1, 8)), "learnt input", True),
+        (("embeddings.position_embeddings", (1, 17, 8)), "learnt input", True),
+        (("c.weight_g", (8, 1, 1)), "lengths", True),
+        (("c.parametrizations.weight.0.base", (8, 8)), "parametrisation", True),
+        (("swin.attn_mask", (4, 9, 9)), "mask", True),
+        (("rope.cos_cached", (64, 8)), "constants", True),
+        (("quantizer.codevectors", (1, 20, 8)), "learnt input", True),
+        (("time_maa_x", (1, 1, 8)), "learnt input", True),
+        (("block.layer_scale", (8, 1, 1)), "a scale", True),
+        (("optimizer_weights/adam/dense/kernel", (4, 3)), "optimizer", True),
         (("mha/query_dense/vars/1", (4, 8), "float32", "keras"), "bias", True),
         (("conv.weight", (1, 1, 25, 25, 25)), "too many", False),
         (("x", (2,) * 6), "6-d", False),
@@ -114,7 +259,8 @@ def test_hints_that_do_not_fit_are_said() -> None:
 
 
 def test_quantised_weights_are_known_by_their_scales() -> None:
-    others = ("a.weight", "a.weight_scale_inv", "q.qweight", "q.scales")
+    names = ("a.weight", "a.weight_scale_inv", "q.qweight", "q.scales")
+    others = dict.fromkeys(names, (2, 2))
     weight = guess("a.weight", (8, 8), "float8_e4m3fn", others=others)
     assert not weight.harmless
     assert "quantised" in weight.skipped
@@ -127,13 +273,8 @@ def test_quantised_weights_are_known_by_their_scales() -> None:
 
 
 def test_parts_of_reparametrised_weights_say_so() -> None:
-    others = ("c.weight_g", "c.weight_v")
-    assert "lengths" in guess("c.weight_g", (64, 1, 1, 1), others=others).skipped
-    found = guess("c.weight_v", (64, 3, 3, 3), others=others)
-    assert found.geometry == Conv(None)
-    assert "reparametrised" in found.why
-    assert "reparametrised" not in guess("c.weight_v", (64, 3, 3, 3)).why
-    original = guess("c.parametrizations.weight.original1", (64, 3))
+    assert "reparametrised" in guess("c.weight_v", (64, 3, 3, 3)).why
+    original = guess("c.parametrizations.weight.original", (64, 3))
     assert "reparametrised" in original.why
 
 
@@ -151,17 +292,10 @@ def test_transposed_convolutions_are_known_by_name(name: str, layout: str, expec
     assert "transposed by its name" in found.why
 
 
-def test_one_channel_does_not_depend_on_the_order_of_the_file() -> None:
-    def context(*shapes: tuple[int, ...]) -> bool:
-        entries = [Entry(f"w{i}", shape, "float32") for i, shape in enumerate(shapes)]
-        both = {Context.of(e, "torch", Hints()).one_channel for e in (entries, entries[::-1])}
-        assert len(both) == 1
-        return both.pop()
-
-    assert context((6, 1, 3, 3), (8, 6, 3, 3))
-    assert not context((32, 1, 3, 3), (32, 1, 3, 3), (32, 3, 3, 3))
-    assert not context((32, 1, 3, 3), (32, 3, 3, 3))
-    assert not context((8, 6, 3, 3))
+def test_files_that_sort_their_names_are_read_in_the_order_of_numbers() -> None:
+    around = {"before": {"c.10.weight": (8, 1, 3, 3)}, "others": {"c.9.weight": (8, 3, 3, 3)}}
+    found = guess("c.10.weight", (8, 1, 3, 3), layout="", **around)
+    assert geometries(found) == [Conv(None, groups=8)]
 
 
 def test_bare_names() -> None:

@@ -20,6 +20,8 @@ import pytest
 
 import specops
 from specops import cli
+from specops.inspection import figures
+from specops.inspection.output import folded
 from tests.inspection.files import model, written
 
 
@@ -289,6 +291,65 @@ def test_comparisons_are_in_the_page(path: Path, tmp_path: Path) -> None:
     text = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert "Compared with another" in text
     assert text.count("<table>") == 2
+    heading = text[text.index("Compared with another") :]
+    assert heading.index("m.safetensors") < heading.index("o.safetensors")
+    figure = text[text.index('<figure id="weight-fc') :].partition("</figure>")[0]
+    assert [figure.count(f'"curve{kind}"') for kind in ("", " other", " between")] == [1, 1, 1]
+
+
+def test_a_comparison_has_the_spectrum_of_the_difference(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = written(tmp_path / "o.safetensors", model(1), format="pt")
+    assert call(path, "--compare", other, "--json") == 0
+    pairs = {p["name"]: p for p in json.loads(capsys.readouterr().out)["comparison"]}
+    change = model(1)["fc.weight"].astype(float) - model()["fc.weight"].astype(float)
+    values = np.linalg.svd(change, compute_uv=False)
+    found = pairs["fc.weight"]["difference"]
+    assert found["sigma_max"] == pytest.approx(values[0], rel=1e-6)
+    assert found["stable_rank"] == pytest.approx(np.sum(values**2) / values[0] ** 2, rel=1e-6)
+    assert call(path, "--compare", other) == 0
+    out = capsys.readouterr().out
+    assert f"{path} compared with {other} (other):" in out
+    assert "σ_max of the difference" in out
+
+
+def test_zero_padded_layers_have_the_spectra_of_circular_ones(
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(figures._EXPLICIT_UP_TO, "auto", 10)
+    page, plot = tmp_path / "a.html", tmp_path / "a.png"
+    assert call(path, "--exclude", "fc*", "--exclude", "conv2.bias*") == 2
+    assert "no tensor matches 'conv2.bias*'" in capsys.readouterr().err
+    left_out = ("fc", "flat", "zero", "half", "experts")
+    kernels = [text for name in left_out for text in ("--exclude", f"{name}.*")]
+    status = call(path, "--input-size", "6x6", *kernels, "--html", page, "--plot", plot)
+    assert status == 0
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if line.startswith("conv2.weight"))
+    assert "conv 6×6, zeros, stride 1" in row
+    assert row.count("ᶜ") == 4
+    assert "figures marked ᶜ are of the same layer with circular padding" in " ".join(out.split())
+    assert "excluded, as asked: *.weight (5)" in " ".join(out.split())
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<svg") == 3
+    assert text.count("drawn: those of the layer with circular padding") == 3
+    assert plot.stat().st_size > 0
+    assert "within --method exact" in " ".join(out.split())
+    assert call(path, "--input-size", "6x6", *kernels, "--method", "exact", "--json") == 0
+    weights = {w["name"]: w for w in json.loads(capsys.readouterr().out)["weights"]}
+    assert weights["conv2.weight"]["method"] == "all singular values of the operator"
+
+
+def test_names_are_folded_to_patterns() -> None:
+    names = [f"layer{i}.{j}.bn.{k}" for i in (1, 2) for j in (0, 1) for k in ("weight", "bias")]
+    assert folded([*names, "fc.bias"]) == "layer*.*.bn.weight (4), layer*.*.bn.bias (4), fc.bias"
+    many = [f"{a}.{b}.{c}" for a in "abcde" for b in "xy" for c in ("weight", "bias")]
+    assert folded(many) == "*.weight (10), *.bias (10)"
+    assert folded([f"{a}.{a}" for a in "abcdef"]) == "a.a, b.b, c.c, d.d and 2 more kinds: -v"
 
 
 def test_a_reader_that_has_seen_enough(path: Path) -> None:
@@ -363,5 +424,8 @@ def test_notes_say_what_was_bounded(path: Path, capsys: pytest.CaptureFixture[st
 def test_how_maps_were_decided_is_printed(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(path) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "4-d, torch's order: taps last: conv1.weight, conv2.weight" in text
-    assert "depthwise: dw.weight" in text
+    assert "4-d, torch's order: taps last, stride 1 assumed: conv*.weight (2)" in text
+    assert call(path, "-v") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "4-d, torch's order: taps last, stride 1 assumed: conv1.weight, conv2.weight" in text
+    assert "depthwise, stride 1 assumed: dw.weight" in text

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from specops import Conv, Dense
 from specops.inspection import Hints, figures, inspect_checkpoint
-from specops.inspection.figures import COLLAPSED_BELOW, Figures, exact_values, figures_of
+from specops.inspection.figures import exact_values, figures_of
+from specops.inspection.spectrum import COLLAPSED_BELOW, Figures
 from tests import oracle
 from tests.inspection.files import model, written
 
@@ -204,6 +205,11 @@ def test_large_convolutions_at_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.sigma_max == pytest.approx(values[0], rel=1e-6)
     assert found.frobenius == pytest.approx(math.sqrt(np.sum(values**2)), rel=1e-9)
     assert found.sigma_min is None
+    circular = Conv((5, 6), boundary="circular")
+    assert found.beside_of == "circular"
+    assert found.beside is not None
+    check(found.beside, np.linalg.svd(oracle.conv_matrix(w, circular), compute_uv=False))
+    assert "120×90: 0.0 GiB and about 0.1 minutes, within --method exact" in found.cost
     low, high = figures_of(w, CONVS["zeros"], "bounds").sigma_max  # type: ignore[misc]
     assert low <= values[0] * (1 + 1e-9) <= high * (1 + 2e-9)
 
@@ -218,8 +224,42 @@ def test_convolutions_at_no_size_are_bracketed_over_all() -> None:
         assert circular <= high
     assert circular >= low * 0.98
     reshaped = np.linalg.svd(w.reshape(4, -1).astype(float), compute_uv=False)
-    check(found, reshaped, "sigma_max")
-    assert "reshaped" in found.method or "outputs × (inputs·taps)" in found.method
+    assert found.beside_of == "reshaped"
+    assert found.beside is not None
+    check(found.beside, reshaped)
+    assert found.sigma_min is found.condition_number is found.stable_rank is None
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_kernels_of_one_tap_are_exact(groups: int) -> None:
+    w = np.random.default_rng(0).normal(size=(6, 4 // groups, 1, 1))
+    blocks = [np.linalg.svd(b[:, :, 0, 0], compute_uv=False) for b in np.split(w, groups)]
+    values = np.sort(np.concatenate(blocks))[::-1]
+    check(figures_of(w, Conv(None, groups=groups)), values)
+    for stride in (1, 2):
+        geometry = Conv((4, 6), groups=groups, stride=stride)
+        sized = figures_of(w, geometry)
+        matrix = oracle.conv_matrix(w, geometry)
+        expected = np.linalg.svd(matrix, compute_uv=False)
+        assert sized.sigma_max == pytest.approx(expected[0])
+        np.testing.assert_allclose(sized.spectrum, expected, atol=1e-12)
+
+
+def test_patches_that_do_not_overlap_are_exact() -> None:
+    w = np.random.default_rng(0).normal(size=(5, 3, 2, 2))
+    values = np.linalg.svd(w.reshape(5, -1), compute_uv=False)
+    check(figures_of(w, Conv(None, stride=2)), values)
+    geometry = Conv((4, 4), stride=2, padding="valid")
+    expected = np.linalg.svd(oracle.conv_matrix(w, geometry), compute_uv=False)
+    np.testing.assert_allclose(figures_of(w, geometry).spectrum, expected, atol=1e-12)
+
+
+def test_blocks_of_a_fused_map_are_matrices_of_their_own() -> None:
+    w = np.random.default_rng(0).normal(size=(9, 4))
+    found = figures_of(w, Dense(splits=(2, 3, 4)))
+    blocks = (w[:2], w[2:5], w[5:])
+    np.testing.assert_allclose(found.each, [np.linalg.norm(b, 2) for b in blocks])
+    assert found.sigma_max == pytest.approx(max(found.each))
 
 
 def test_a_whole_file(tmp_path: Path) -> None:

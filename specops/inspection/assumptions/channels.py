@@ -1,0 +1,132 @@
+"""Groups of a kernel, judged by the channels of its neighbours."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from specops.inspection.assumptions.context import Context, Kernel, are_in_order, block_of, parts_of
+
+_DEPTHWISE: Final = ("depthwise", "dwconv", "conv_dw", "dw_conv")
+_KERAS_PLAIN: Final = re.compile(r"(^|/)conv\dd(_\d+)?/")
+"""Files of Keras name layers after their classes: one for depthwise layers is another one."""
+ASSUMED: Final = ", one group assumed"
+_STEMS: Final = (1, 3)
+"""Channels of grey and of coloured images."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A number of groups, and what speaks for it."""
+
+    count: int
+    why: str
+
+
+def groups_of(name: str, outputs: int, inputs: int, context: Context) -> list[Groups]:
+    """How many groups a kernel may have: one answer, or all that nothing decides between.
+
+    `outputs` are the channels of the axis that is never divided, `inputs` those of one group.
+    """
+    named = is_depthwise_by_name(name) or _is_of_a_state_space(name, context)
+    if named and inputs == 1:
+        return [Groups(outputs, ", by its name depthwise")]
+    before = context.before(name)
+    if context.layout == "keras" and inputs < outputs and _KERAS_PLAIN.search(name):
+        return [Groups(1, ASSUMED)]
+    if inputs == 1 and outputs > 1:
+        return _one_input(name, outputs, before, context)
+    if inputs > 1:
+        return _several_inputs(name, outputs, inputs, before, context)
+    return [Groups(1, "")]
+
+
+def is_depthwise_by_name(name: str) -> bool:
+    """Whether a name says that each channel has a filter of its own."""
+    low = name.lower()
+    return any(word in low for word in _DEPTHWISE) or "dw" in parts_of(low)
+
+
+def _is_of_a_state_space(name: str, context: Context) -> bool:
+    """The short convolution of Mamba and its like."""
+    stem = name.rpartition(".conv1d.")[0]
+    return bool(stem) and f"{stem}.A_log" in context.shapes
+
+
+def _one_input(
+    name: str, outputs: int, before: tuple[Kernel, ...], context: Context
+) -> list[Groups]:
+    """Depthwise, or a layer that sees one channel: a stem, the last of a decoder."""
+    depthwise = [Groups(outputs, "")]
+    part = _part(name, context)
+    feeding = [k for k in before if k.outputs == outputs]
+    if context.is_sorted:
+        # What the names do not put in order may come before it as well.
+        feeding += [
+            k
+            for k in context.kernels
+            if k.part == part and k.outputs == outputs and not are_in_order(k.name, name)
+        ]
+    inside = [k for k in before if k.part == part]
+    first = not inside and (len(context.kernels) > 1) and not _has_coloured_stem(context)
+    dense = first or bool(inside and inside[-1].outputs == 1)
+    if feeding and not dense:
+        return [Groups(outputs, f", depthwise: {feeding[-1].name} has as many outputs")]
+    if dense and not feeding:
+        told = "the first kernel" if first else f"{inside[-1].name} gives one channel"
+        return [Groups(1, f", of one input channel: {told}")]
+    if inside and not feeding and inside[-1].outputs > 1 and outputs % inside[-1].outputs == 0:
+        depthwise = [Groups(inside[-1].outputs, ", depthwise"), *depthwise]
+    depthwise = [Groups(g.count, f", in {g.count} groups of one channel") for g in depthwise]
+    return [*depthwise, Groups(1, ", of one input channel")]
+
+
+def _has_coloured_stem(context: Context) -> bool:
+    return any(k.inputs == 3 < k.outputs and k.axes > 1 for k in context.kernels)
+
+
+def _several_inputs(
+    name: str, outputs: int, inputs: int, before: tuple[Kernel, ...], context: Context
+) -> list[Groups]:
+    """One group, unless what comes before has a multiple of the channels and nothing has these."""
+    given = any(k.outputs == inputs for k in before) or any(
+        k.outputs == inputs and not are_in_order(k.name, name)
+        for k in (context.kernels if context.is_sorted else ())
+    )
+    follows = _in_sequence(name, before)
+    if follows is not None and follows.outputs == inputs:
+        return [Groups(1, "")]
+    nearest = follows or (before[-1] if before else None)
+    grouped = []
+    if nearest is not None and nearest.part == _part(name, context):
+        count, rest = divmod(nearest.outputs, inputs)
+        if rest == 0 and count > 1 and outputs % count == 0:
+            grouped = [Groups(count, f", in {count} groups by the outputs of {nearest.name}")]
+    block = block_of(name)
+    if given or any(s == (inputs,) for n, s in context.shapes.items() if block_of(n) == block):
+        # A sequence says groups, another layer gives one group: nothing decides.
+        return [*(grouped if follows is not None else []), Groups(1, "")]
+    if grouped:
+        return grouped
+    stem = not before and inputs in _STEMS and not context.is_sorted
+    return [Groups(1, "" if stem else ASSUMED)]
+
+
+def _in_sequence(name: str, before: tuple[Kernel, ...]) -> Kernel | None:
+    """The kernel before in a numbered sequence: the same name but for one number that is less."""
+    parts = parts_of(name)
+    numbered = [i for i, part in enumerate(parts) if re.search(r"\d", part)]
+    found: list[tuple[int, Kernel]] = []
+    for kernel in before:
+        others = parts_of(kernel.name)
+        at = [i for i, (a, b) in enumerate(zip(parts, others, strict=False)) if a != b]
+        # The innermost number: others count blocks, between which other layers may stand.
+        if len(others) == len(parts) and at == numbered[-1:] and are_in_order(name, kernel.name):
+            number = re.search(r"\d+$", others[at[0]])
+            found += [(int(number[0]), kernel)] if number else []
+    return max(found, key=lambda f: f[0])[1] if found else None
+
+
+def _part(name: str, context: Context) -> str:
+    return next((k.part for k in context.kernels if k.name == name), "")

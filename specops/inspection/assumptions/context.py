@@ -1,0 +1,181 @@
+"""What is known beside a tensor's own name and shape: the other tensors, hints, configuration."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Final
+
+from specops.checkpoints import Entry
+from specops.inspection.configuration import Configuration
+from specops.inspection.hints import Hints, bare_name
+
+LEAF: Final = "leaf."
+"""What tensors are called that a file has without names, in the order of the model."""
+
+
+ATTENTION: Final = ("query", "key", "value")
+PROJECTIONS: Final = ("out", "attention_output", "output_dense")
+"""How projections to heads, and those back from them, are called."""
+_VARIABLES: Final = r"(?:^|[./])(?:kernel|bias|scale|embedding|weight|mean|var)"
+_ENDS: Final = re.compile(rf"{_VARIABLES}(\.value)$|(:\d+)$")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A tensor with taps, seen by its channels.
+
+    Attributes
+    ----------
+    name : str
+    outputs : int
+        The channels of the axis that is never divided into groups.
+    inputs : int
+        Those of the other: of one group.
+    axes : int
+        Of taps.
+    part : str
+        The part of the model that it is in: the first component of its name.
+    """
+
+    name: str
+    outputs: int
+    inputs: int
+    axes: int
+    part: str
+
+
+@dataclass(frozen=True)
+class Context:
+    """What is known beside a tensor's own name and shape.
+
+    Attributes
+    ----------
+    shapes : dict of str to tuple of int
+        Of all tensors, in the order of the file; what is put together of others too.
+    layout : str
+        The framework whose order of axes to assume, or "".
+    hints : Hints
+        The user's.
+    configuration : Configuration
+        What the file, or one beside it, says of the model.
+    ordered : bool
+        Whether tensors are known to stand in the order of the model.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    layout: str = ""
+    hints: Hints = field(default_factory=Hints)
+    configuration: Configuration = field(default_factory=Configuration)
+    ordered: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        entries: Iterable[Entry],
+        layout: str,
+        hints: Hints,
+        configuration: Configuration,
+        ordered: bool = False,
+    ) -> Context:
+        """Of a checkpoint's entries."""
+        shapes = {e.name: e.shape for e in entries if e.shape is not None}
+        return cls(shapes, hints.layout or layout, hints, configuration, ordered)
+
+    @property
+    def taps_first(self) -> bool:
+        """Whether kernels are stored as (*taps, inputs, outputs)."""
+        return self.layout in ("jax", "keras")
+
+    def beside(self, name: str, last: str) -> str:
+        """The name of another tensor of the same layer."""
+        end = _end_of(name)
+        at = max(name.removesuffix(end).rfind(c) for c in "./") + 1
+        return name[:at] + last + end
+
+    def bias(self, name: str) -> tuple[int, ...] | None:
+        """The shape of the bias of the layer that has this weight, if it is there."""
+        last = parts_of(name)[-1]
+        if name.startswith(LEAF):
+            following = self.shapes.get(f"{LEAF}{int(last) + 1}", ())
+            return following[:1] if set(following[1:]) <= {1} and following else None
+        names = [self.beside(name, "bias"), self.beside(name, "b")]
+        if last == "0" and self.layout == "keras":
+            names.append(self.beside(name, "1"))
+        if last.startswith(("weight_", "kernel_")):
+            names.append(self.beside(name, f"bias_{last.partition('_')[2]}"))
+        return next((self.shapes[n] for n in names if n in self.shapes), None)
+
+    @cached_property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """All tensors with taps, as the network runs through them, as far as names tell."""
+        found = []
+        for name, shape in self.shapes.items():
+            if not 3 <= len(shape) <= 5 or 0 in shape or _no_kernel(name, shape):
+                continue
+            outputs, inputs = (shape[-1], shape[-2]) if self.taps_first else (shape[0], shape[1])
+            bias = self.bias(name)
+            if not self.taps_first and bias == (shape[1],) != (shape[0],):
+                outputs, inputs = inputs, outputs  # a transposed layer
+            found.append(Kernel(name, outputs, inputs, len(shape) - 2, part_of(name)))
+        if self.is_sorted:
+            found.sort(key=lambda kernel: natural(kernel.name))
+        return tuple(found)
+
+    @cached_property
+    def is_sorted(self) -> bool:
+        """Whether tensors stand in the order of their names, and not in that of the network."""
+        names = [name for name, shape in self.shapes.items() if len(shape) > 1]
+        return self.layout != "torch" or not (self.ordered or names != sorted(names))
+
+    def before(self, name: str) -> tuple[Kernel, ...]:
+        """The kernels that a signal meets before this one, as far as order or numbers tell."""
+        names = [kernel.name for kernel in self.kernels]
+        found = self.kernels[: names.index(name)] if name in names else ()
+        if self.is_sorted:
+            return tuple(kernel for kernel in found if are_in_order(kernel.name, name))
+        return found
+
+
+def parts_of(name: str) -> list[str]:
+    """The components of a name, without what flax' nnx and older Keras put behind a variable."""
+    return name.removesuffix(_end_of(name)).replace("/", ".").split(".")
+
+
+def _end_of(name: str) -> str:
+    found = _ENDS.search(name)
+    return "" if found is None else found[1] or found[2]
+
+
+def part_of(name: str) -> str:
+    """The first component of a name, if it is no number and no layer itself."""
+    parts = parts_of(bare_name(name))
+    return "" if parts[0].isdecimal() or len(parts) < 3 else parts[0]
+
+
+def block_of(name: str) -> str:
+    """What tensors of one block have in common: a name up to its last number."""
+    parts = parts_of(name)
+    at = [i for i, part in enumerate(parts[:-1]) if part.isdecimal()]
+    return ".".join(parts[: at[-1] + 1]) if at else ""
+
+
+def are_in_order(one: str, other: str) -> bool:
+    """Whether numbers say which of two names comes first."""
+    pairs = zip(parts_of(one), parts_of(other), strict=False)
+    a, b = next(((a, b) for a, b in pairs if a != b), ("", ""))
+    return re.sub(r"\d+$", "", a) == re.sub(r"\d+$", "", b)
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """What sorts layer.10 behind layer.9."""
+    return [(int(t), "") if t.isdecimal() else (-1, t) for t in re.split(r"(\d+)", name)]
+
+
+def _no_kernel(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of three axes or more has no taps: experts, biases along channels."""
+    parts = parts_of(name.lower())
+    attends = any(p.startswith(ATTENTION) or p in PROJECTIONS for p in parts) and len(shape) == 3
+    return "expert" in name.lower() or "bias" in parts[-1] or set(shape[1:]) == {1} or attends

@@ -1,0 +1,143 @@
+"""Which convolution a kernel of a checkpoint is taken for."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any, Final, Literal
+
+from specops.errors import GeometryError
+from specops.geometry import Conv
+from specops.inspection.assumptions.channels import Groups, groups_of, is_depthwise_by_name
+from specops.inspection.assumptions.context import Context, parts_of
+from specops.inspection.assumptions.reading import Assumption, Reading
+from specops.inspection.assumptions.stacks import WIDEST_TAP
+from specops.inspection.assumptions.strides import strides_of
+
+_MOST_FREQUENCIES: Final = 2**20
+"""Of a grid on which the supremum over all sizes is bracketed."""
+_TRANSPOSED: Final = ("transpose", "deconv", "upconv")
+Layout = Literal["OI*", "IO*", "*IO", "*OI"]
+
+
+def kernel(name: str, shape: tuple[int, ...], context: Context) -> Assumption:
+    """The convolutions that a tensor of three to five axes may stand for."""
+    first, order = _order(shape, context.layout)
+    taps = shape[:-2] if first else shape[2:]
+    channels = shape[-2:] if first else shape[:2]
+    wide = "×".join(map(str, taps))
+    if max(taps) > WIDEST_TAP and max(channels) == 1 and not context.hints.given(name):
+        return Assumption(skipped=f"{wide} and no channels: a mask or table")
+    size = context.hints.of(name, "input_size")
+    if size is not None and len(size) == 1:
+        size = size * len(taps)
+    if size is not None and len(size) != len(taps):
+        given = "×".join(map(str, size))
+        reason = f"--input-size {given} has {len(size)} axes, the kernel {len(taps)} spatial ones"
+        return Assumption(skipped=reason, harmless=False)
+    points = math.prod(max(16, 8 * (k - 1)) if k > 1 else 1 for k in taps)
+    if size is None and points > _MOST_FREQUENCIES:
+        reason = f"{wide} taps are too many to bracket at all sizes: --input-size"
+        return Assumption(skipped=reason, harmless=False)
+    transposed, how = _transposed(name, channels, first, context)
+    layout: Layout = "*IO" if first else "OI*"
+    if transposed:
+        layout = {"keras": "*OI", "jax": "*IO"}.get(context.layout, "IO*")  # type: ignore[assignment]
+    seen, groups = _groups(name, shape, channels, first, layout, context)
+    told = context.configuration.layer(name)
+    readings = []
+    for group, stride in itertools.product(groups, strides_of(name, taps, context)):
+        note = how + group.why + stride.why
+        padding, padded = _padding(taps, size, first, transposed, name, context)
+        if padded:
+            note += padded
+        try:
+            geometry = Conv(
+                size,
+                stride=stride.value,
+                dilation=told.dilation if told is not None else 1,
+                groups=group.count,
+                padding=padding,
+                boundary=context.hints.boundary,
+                layout=layout,
+                transposed=transposed,
+            )
+            geometry.sizes(seen or shape)
+        except GeometryError as error:
+            return Assumption(skipped=str(error), harmless=False)
+        readings.append(Reading(geometry, f"{len(shape)}-d, {order}{note}", seen))
+    return Assumption.of(*readings)
+
+
+def _order(shape: tuple[int, ...], layout: str) -> tuple[bool, str]:
+    """(whether the taps come first, how that was decided)."""
+    if layout in ("jax", "keras"):
+        return True, f"{layout}'s order: taps first"
+    if layout == "torch":
+        return False, "torch's order: taps last"
+    if max(shape[:-2]) <= WIDEST_TAP < max(shape[-2:]) or min(shape[-2:]) > max(shape[:-2]):
+        return True, "taps first, by their sizes"
+    return False, "taps last, by their sizes"
+
+
+def _transposed(
+    name: str, channels: tuple[int, ...], first: bool, context: Context
+) -> tuple[bool, str]:
+    told = context.configuration.layer(name)
+    if told is not None and told.transposed:
+        return True, f", transposed by {context.configuration.source}"
+    if any(word in name.lower() for word in _TRANSPOSED):
+        return True, ", transposed by its name"
+    bias = context.bias(name)
+    if first or bias is None or len(bias) != 1 or bias[0] == channels[0]:
+        return False, ""
+    fits = bias[0] % channels[1] == 0
+    return fits, f", transposed: its bias has {bias[0]} entries" if fits else ""
+
+
+def _padding(
+    taps: tuple[int, ...],
+    size: Any,
+    first: bool,
+    transposed: bool,
+    name: str,
+    context: Context,
+) -> tuple[Any, str]:
+    told = context.configuration.layer(name)
+    if size is None or context.hints.boundary != "zeros":
+        return "same", ""
+    if told is not None and told.padding is not None:
+        return told.padding, f", padding {told.padding} by {context.configuration.source}"
+    if not first and not transposed and all(k % 2 for k in taps):
+        # torch pads both sides alike at strides too
+        return tuple(k // 2 for k in taps), ", zeros of half a kernel around"
+    return "same", ""
+
+
+def _groups(
+    name: str,
+    shape: tuple[int, ...],
+    channels: tuple[int, ...],
+    first: bool,
+    layout: Layout,
+    context: Context,
+) -> tuple[tuple[int, ...] | None, list[Groups]]:
+    """(the shape to see it in, how many groups it may have)."""
+    given = context.hints.of(name, "groups")
+    if given is not None:
+        return None, [Groups(given, f", {given} groups as given")]
+    told = context.configuration.layer(name)
+    inputs, outputs = channels if first else channels[::-1]
+    separable = "separable" in name.lower() and parts_of(name)[-1] in ("0", "depthwise_kernel")
+    depthwise = told is not None and told.depthwise
+    if context.layout == "keras" and (depthwise or is_depthwise_by_name(name) or separable):
+        # (*taps, channels, multiplier), where outputs of a channel stand together.
+        seen = (*shape[:-2], 1, inputs * outputs)
+        return seen, [Groups(inputs, ", depthwise: (taps, channels, multiplier)")]
+    if told is not None and told.groups:
+        return None, [Groups(told.groups, f", groups by {context.configuration.source}")]
+    bias = context.bias(name)
+    if layout == "IO*" and bias is not None and bias[0] % channels[1] == 0:
+        count = bias[0] // channels[1]
+        return None, [Groups(count, f", {count} groups by its bias" if count > 1 else "")]
+    return None, groups_of(name, outputs, inputs, context)

@@ -1,0 +1,106 @@
+"""Tensors that stand for no linear map, or for one that is not that of the numbers stored."""
+
+from __future__ import annotations
+
+from specops.inspection.assumptions.context import ATTENTION, LEAF, Context, parts_of
+from specops.inspection.assumptions.reading import Assumption
+
+_INDICES = ("int64", "bool")
+_OPTIMIZERS = {
+    *("optimizer", "optimizer_weights", "opt_state"),
+    *("optimizer_state", "optimizer_states"),
+}
+_WEIGHTS = {"weight", "kernel", "qweight", "qzeros", "weight_packed", "0"}
+_SCALES = ("_scale", "_scale_inv", ".scales", ".scale", ".weight_scale", ".absmax")
+_STATE_SPACE = {"a_log", "a_logs", "dt_bias"}
+_LEARNT_INPUTS = ("token", "position_embedding", "pos_embed", "_embed", "query_tokens", "latents")
+_BUFFERS = {
+    *("inv_freq", "freqs_cis", "cos_cached", "sin_cached", "relative_coords_table"),
+    *("time_decay", "time_first", "time_faaaa"),
+}
+_TABLES_OF_BIASES = ("bias_table", "position_bias", "rel_pos_h", "rel_pos_w")
+
+
+def no_map(name: str, shape: tuple[int, ...], dtype: str, context: Context) -> Assumption | None:
+    """Why a tensor is not measured; None if it may be a map."""
+    parts = parts_of(name)
+    last = parts[-1].lower()
+    if 0 in shape:
+        return Assumption(skipped="empty")
+    if set(parts) & _OPTIMIZERS:
+        return Assumption(skipped="of the optimizer's state")
+    if len(shape) < 2:
+        return Assumption(skipped="a scalar" if not shape else "1-d: a bias or scale, no matrix")
+    if dtype in _INDICES:
+        return Assumption(skipped=f"{dtype}: indices or flags, no weights")
+    quantised = _quantised(name, parts[-1], dtype, context)
+    if quantised is not None:
+        return quantised
+    if len(shape) > 5:
+        return Assumption(skipped=f"{len(shape)}-d: no layer that is known", harmless=False)
+    if _is_bias(name, shape, parts, context):
+        return Assumption(skipped="a bias or mask, no matrix")
+    if last in _STATE_SPACE:
+        return Assumption(skipped="logarithms or steps of a state space, no matrix")
+    if last in ("scale", "gamma", "beta", "running_mean", "running_var", "mean", "var"):
+        return Assumption(skipped="scales or statistics of layers, no matrix")
+    if last in ("weight_g", "original0", "lora_magnitude_vector", "dora_scale"):
+        return Assumption(skipped="the lengths of a normalised weight, no matrix")
+    if "parametrizations" in parts and any(p.isdecimal() for p in parts[-2:]):
+        return Assumption(skipped="a part of a parametrisation, no weight")
+    if last in _WEIGHTS:
+        return None
+    if last in _BUFFERS or "mask" in last:
+        return Assumption(skipped="a mask or table of constants, no map")
+    named = any(word in last for word in _LEARNT_INPUTS)
+    if shape[0] == 1 and (named or (len(shape) == 3 and context.layout == "torch")):
+        return Assumption(skipped="a learnt input, no map")
+    if len(shape) > 2 and sum(n > 1 for n in shape) < 2:
+        return Assumption(skipped="a scale along one axis, no matrix")
+    return None
+
+
+def _quantised(name: str, last: str, dtype: str, context: Context) -> Assumption | None:
+    others = set(context.shapes) - {name}
+    if dtype.startswith("float8_e8m0") or (
+        name.endswith(_SCALES) and any(_bare(name) in (n, _bare(n)) for n in others)
+    ):
+        return Assumption(skipped="scales of a quantised weight")
+    scaled = any(name + end in others for end in ("_scale", "_scale_inv"))
+    packed = "int" in dtype or dtype in ("bits8", "opaque")
+    if scaled or (packed and last in _WEIGHTS):
+        reason = f"{dtype}: quantised or packed, its map is not that of the numbers stored"
+        return Assumption(
+            skipped=f"{reason}; dequantise the model first (transformers: model.dequantize()) and "
+            "save it again",
+            harmless=False,
+        )
+    return Assumption(skipped=f"{dtype}: no weights") if packed else None
+
+
+def _bare(name: str) -> str:
+    """A weight's name without what marks its scales."""
+    for end in _SCALES:
+        if name.endswith(end):
+            name = name.removesuffix(end)
+    return name.removesuffix(".weight").removesuffix(".qweight")
+
+
+def _is_bias(name: str, shape: tuple[int, ...], parts: list[str], context: Context) -> bool:
+    last = parts[-1].lower()
+    words = last.split("_")
+    if last == "b" or "bias" in words or any(word in last for word in _TABLES_OF_BIASES):
+        return True
+    if name.startswith(LEAF):
+        before = context.shapes.get(f"{LEAF}{int(last) - 1}", ())
+        return len(before) == len(shape) + 1 and before[0] == shape[0] and set(shape[1:]) == {1}
+    if context.layout != "keras":
+        return False
+    # Keras numbers the variables of a layer: the bias comes last.
+    recurrent = last == "2" and any("cell" in part for part in parts)
+    return recurrent or (last == "1" and is_attention(parts))
+
+
+def is_attention(parts: list[str]) -> bool:
+    """Whether a name is of a query, key or value."""
+    return any(p.startswith(ATTENTION) for p in parts)

@@ -1,0 +1,66 @@
+"""What a tensor may be taken for: one reading, several that nothing decides between, or none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from specops.geometry import Geometry
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One map that a tensor may stand for.
+
+    Attributes
+    ----------
+    geometry : Dense or Conv
+    why : str
+        What speaks for it.
+    shape : tuple of int, optional
+        To see the tensor in, where the geometry needs another one.
+    """
+
+    geometry: Geometry
+    why: str
+    shape: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """What a tensor is taken for.
+
+    Attributes
+    ----------
+    readings : tuple of Reading
+        One; several where nothing decides between them, the likeliest first; none if it is not
+        measured.
+    skipped : str
+        Why it is not measured.
+    harmless : bool
+        Whether nothing is missing: biases, counters.
+    """
+
+    readings: tuple[Reading, ...] = ()
+    skipped: str = ""
+    harmless: bool = True
+
+    @classmethod
+    def of(cls, *readings: Reading) -> Assumption:
+        """These readings, without those that only repeat a map."""
+        found = {(r.geometry, r.shape): r for r in reversed(readings)}
+        return cls(tuple(found[key] for key in reversed(found)))
+
+    @property
+    def geometry(self) -> Geometry | None:
+        """Of the likeliest reading."""
+        return self.readings[0].geometry if self.readings else None
+
+    @property
+    def why(self) -> str:
+        """Of the likeliest reading."""
+        return self.readings[0].why if self.readings else ""
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Of the likeliest reading."""
+        return self.readings[0].shape if self.readings else None

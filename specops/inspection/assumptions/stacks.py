@@ -1,0 +1,81 @@
+"""Tensors of three axes and more without taps: heads, experts, layers stacked by scan."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Final, Literal
+
+from specops.geometry import Dense
+from specops.inspection.assumptions.context import PROJECTIONS, Context, parts_of
+from specops.inspection.assumptions.no_maps import is_attention
+from specops.inspection.assumptions.reading import Reading
+
+WIDEST_TAP: Final = 31
+"""Kernels rarely reach further."""
+_STACKED: Final = {"layers", "blocks", "stack", "stacked", "scan", "scanned", "repeated", "vmap"}
+Verdict = Literal["stack", "kernel", ""]
+
+
+def heads(name: str, shape: tuple[int, ...], context: Context) -> Reading | None:
+    """A projection of attention by heads, as flax and Keras have them, stacked or not."""
+    parts = parts_of(name)
+    if not context.taps_first or parts[-1] not in ("kernel", "0") or len(shape) not in (3, 4):
+        return None
+    batch = (0,) if len(shape) == 4 else ()
+    if len(shape) == 4 and not _stacked_by_name(parts, context):
+        return None
+    why = "an attention projection by heads" + (f", {shape[0]} layers of it" if batch else "")
+    if is_attention(parts):
+        return Reading(Dense(out_axes=(-2, -1), batch_axes=batch), why)
+    if any(p in PROJECTIONS for p in parts):
+        return Reading(Dense(out_axes=(-1,), batch_axes=batch), why)
+    return None
+
+
+def stack_or_kernel(
+    name: str, shape: tuple[int, ...], context: Context
+) -> tuple[Verdict, str, str]:
+    """Whether three axes are matrices or channels with taps; "": nothing decides.
+
+    Returns
+    -------
+    tuple of str
+        The verdict, what speaks for a stack, and what speaks for a kernel.
+    """
+    parts, low = parts_of(name), name.lower()
+    tapped = shape[0] if context.taps_first else shape[-1]
+    wide = f"{tapped} is too wide for a kernel" if tapped > WIDEST_TAP else ""
+    if context.hints.named(name):
+        return "kernel", "", ""
+    if "expert" in low:
+        return "stack", "named experts", ""
+    if "conv" in low:
+        return "kernel", "", ""
+    many = _stacked_by_name(parts, context)
+    if many:
+        return "stack", f"{many!r} without a number, as scan stacks layers", ""
+    if context.hints.given(name):
+        return "kernel", "", ""
+    bias = context.bias(name)
+    channels = shape[-1:] if context.taps_first else shape[:2]
+    if bias is not None and len(bias) == 1 and bias[0] in channels:
+        return "kernel", "", ""
+    if bias is not None and len(bias) == 2 and bias[0] == shape[0] and bias[1] in shape[1:]:
+        return "stack", f"its bias has {bias[0]} rows", ""
+    return "", wide or "nothing tells it from a kernel", "nothing tells it from a stack"
+
+
+def stack(why: str, context: Context) -> Reading:
+    """The matrices along the first axis."""
+    out = -1 if context.taps_first else 1
+    return Reading(Dense(out_axes=(out,), batch_axes=(0,)), f"3-d, a stack of matrices: {why}")
+
+
+def _stacked_by_name(parts: list[str], context: Context) -> str:
+    """The word for many layers that no number of one of them follows."""
+    if context.layout == "keras":
+        return ""  # its files have a group "layers", numbered or not
+    for part, follower in pairwise(parts):
+        if part in _STACKED and not follower.isdecimal() and len(parts) > 2:
+            return part
+    return ""

@@ -1,0 +1,173 @@
+"""What a checkpoint's own configuration says of its layers: Keras' and that of Hugging Face."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from specops.checkpoints import Checkpoint
+
+_LIMIT: Final = 1 << 24  # bytes of a file of settings
+_GATES: Final = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3, "SimpleRNN": 1}
+_DEPTHWISE_PARTS: Final = ("0", "depthwise_kernel")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is known of the layer that a tensor belongs to.
+
+    Attributes
+    ----------
+    kind : str
+        Its class.
+    stride, dilation, padding
+        Of a convolution, as `specops.Conv` takes them; None where nothing is said.
+    groups : int
+        0 where nothing is said.
+    depthwise, transposed : bool
+    gates : int
+        Blocks of a recurrent layer, 0 for other layers.
+    """
+
+    kind: str
+    stride: int | tuple[int, ...] | None = None
+    dilation: int | tuple[int, ...] = 1
+    padding: Any = None
+    groups: int = 0
+    depthwise: bool = False
+    transposed: bool = False
+    gates: int = 0
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """The settings of a model.
+
+    Attributes
+    ----------
+    source : str
+        Where they stand.
+    values : dict
+        Of Hugging Face: what config.json holds.
+    layers : dict of str to dict
+        Of Keras: the configuration of each layer, by its name.
+    adapter : dict
+        Of peft: what adapter_config.json holds.
+    labels : dict of str to tuple of str
+        Of Keras: the names of the layers that a tensor is in, its own first.
+    """
+
+    source: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    adapter: Mapping[str, Any] = field(default_factory=dict)
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Configuration:
+        """Of a checkpoint: in it, or in a file of a known name beside it."""
+        if checkpoint.configuration:
+            layers = {str(c.get("name")): found for found in _keras_layers(checkpoint.configuration)
+                      for c in [found.get("config", {})]}  # fmt: skip
+            return cls("the file's Keras configuration", layers=layers, labels=checkpoint.labels)
+        folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+        values = _settings(folder / "config.json")
+        return cls(
+            "config.json",
+            values=values if "model_type" in values else {},
+            adapter=_settings(folder / "adapter_config.json"),
+        )
+
+    def value(self, key: str) -> Any:
+        """A setting of Hugging Face; of a model in parts, that of the part that has it."""
+        if key in self.values:
+            return self.values[key]
+        found = [
+            inner[key] for inner in self.values.values() if isinstance(inner, dict) and key in inner
+        ]
+        return found[0] if len(found) == 1 else None
+
+    def layer(self, name: str) -> Layer | None:
+        """What is said of the layer that a tensor belongs to; None: nothing."""
+        if self.values:
+            return _of_hugging_face(name, self)
+        parts = name.split("/")
+        for label in (*self.labels.get(name, ()), *reversed(parts[:-1])):
+            if label in self.layers:
+                return _of_keras(parts[-1].partition(":")[0], self.layers[label])
+        return None
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _LIMIT:
+            return {}
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _keras_layers(config: Any) -> Iterator[Mapping[str, Any]]:
+    """The configurations of all layers, those inside of others too."""
+    pending = [config]
+    while pending:
+        thing = pending.pop()
+        if isinstance(thing, dict):
+            if isinstance(thing.get("config"), dict) and "class_name" in thing:
+                yield thing
+            pending += thing.values()
+        elif isinstance(thing, list):
+            pending += thing
+
+
+def _of_keras(last: str, layer: Mapping[str, Any]) -> Layer | None:
+    kind, config = str(layer.get("class_name")), layer["config"]
+    if kind in _GATES:
+        recurrent = last in ("0", "1", "kernel", "recurrent_kernel")
+        return Layer(kind, gates=_GATES[kind] if recurrent else 0)
+    if "Conv" not in kind:
+        return Layer(kind)
+    separable, depthwise = "Separable" in kind, kind.startswith("Depthwise")
+    pointwise = separable and last not in _DEPTHWISE_PARTS
+    if pointwise:
+        return Layer(kind, stride=1, groups=1)
+    padding = config.get("padding")
+    return Layer(
+        kind,
+        stride=_numbers(config.get("strides"), 1),
+        dilation=_numbers(config.get("dilation_rate"), 1),
+        padding=padding if padding in ("same", "valid") else None,
+        groups=config["groups"] if isinstance(config.get("groups"), int) else 0,
+        depthwise=depthwise or separable,
+        transposed="Transpose" in kind,
+    )
+
+
+def _numbers(given: Any, otherwise: int) -> int | tuple[int, ...]:
+    if isinstance(given, int):
+        return given
+    if isinstance(given, list | tuple) and given and all(isinstance(n, int) for n in given):
+        return tuple(given)
+    return otherwise
+
+
+def _of_hugging_face(name: str, configuration: Configuration) -> Layer | None:
+    """What is known of the convolutions of some models."""
+    value = configuration.value
+    extractor = re.search(r"feature_extractor\.conv_layers\.(\d+)\.", name)
+    strides = value("conv_stride")
+    if extractor and isinstance(strides, list) and int(extractor[1]) < len(strides):
+        return Layer("Conv1d", stride=strides[int(extractor[1])], groups=1, padding="valid")
+    groups = value("num_conv_pos_embedding_groups")
+    if "pos_conv_embed" in name and isinstance(groups, int):
+        return Layer("Conv1d", stride=1, groups=groups)
+    patch = value("patch_size")
+    if re.search(r"patch_embed\w*\.(projection|proj)|patch_embedding\.", name):
+        size = _numbers(patch, 0)
+        return Layer("patches", stride=size, groups=1, padding="valid") if size else None
+    return None

@@ -1,0 +1,88 @@
+"""`inspect`: the command's work as a function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any, Literal
+
+from specops.inspection.figures import Method
+from specops.inspection.hints import Hints
+from specops.inspection.results import Inspection
+from specops.inspection.run import inspect_checkpoint
+
+
+def inspect(
+    path: str | PathLike[str],
+    *,
+    input_size: int | tuple[int, ...] | Mapping[str, int | tuple[int, ...]] | None = None,
+    stride: int | Mapping[str, int] | None = None,
+    groups: int | Mapping[str, int] | None = None,
+    boundary: Literal["zeros", "circular"] = "zeros",
+    layout: Literal["torch", "jax", "keras", ""] = "",
+    method: Method = "auto",
+    exclude: Sequence[str] = (),
+) -> Inspection:
+    """The spectral figures of every weight in a checkpoint, as ``specops inspect`` has them.
+
+    Parameters
+    ----------
+    path : path
+        Of a file or folder: safetensors, torch, torch.distributed.checkpoint, NumPy, Keras, flax,
+        equinox, orbax, Hugging Face.
+    input_size, stride, groups : value, or dict of str to value, optional
+        Of convolutions: of all, or by patterns of names, of which the last that matches counts.
+        Without an input size the norm is that of the supremum over all sizes.
+    boundary : "zeros" or "circular"
+        Of convolutions with an input size.
+    layout : str
+        The order of a kernel's axes, where the file does not tell.
+    method : "auto", "exact" or "bounds"
+        As of the command.
+    exclude : sequence of str
+        Patterns of tensors to leave alone.
+
+    Returns
+    -------
+    Inspection
+        Its ``measured`` is a list of `specops.inspection.WeightFigures`, each with ``name``,
+        ``geometry``, ``why`` and ``figures``: ``sigma_max``, a number or (lower, upper),
+        ``stable_rank``, ``spectrum`` and so on. Weights that may be several maps have them in
+        ``readings``. `specops.inspection.show` prints it, ``as_json`` and ``as_html`` write it,
+        ``compare`` matches two.
+
+    Raises
+    ------
+    CheckpointError
+        The file cannot be read at all. What cannot be read of it is in ``problems``.
+    ValueError
+        A pattern matches no tensor.
+
+    Examples
+    --------
+    >>> import tempfile, numpy as np
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     np.savez(f"{folder}/model.npz", weight=np.diag([3.0, 4.0]))
+    ...     (found,) = inspect(f"{folder}/model.npz").measured
+    >>> found.name, found.figures.sigma_max, found.figures.stable_rank
+    ('weight', 4.0, 1.5625)
+    """
+    hints = Hints(
+        input_size={k: _size(v) for k, v in _table(input_size).items()},
+        stride=_table(stride),
+        groups=_table(groups),
+        boundary=boundary,
+        layout=layout,
+        exclude=tuple(exclude),
+    )
+    return inspect_checkpoint(path, hints, method=method)
+
+
+def _table(given: Any) -> dict[str, Any]:
+    if given is None:
+        return {}
+    return dict(given) if isinstance(given, Mapping) else {"*": given}
+
+
+def _size(given: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (given,) if isinstance(given, int) else tuple(given)

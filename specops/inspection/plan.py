@@ -1,0 +1,84 @@
+"""What there is to measure in a checkpoint: its tensors, and weights put together of several."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from specops.checkpoints import Checkpoint, Entry
+from specops.inspection.assumptions import Assumption, Context, assume
+from specops.inspection.composed import Composed, find_composed
+from specops.inspection.configuration import Configuration
+from specops.inspection.hints import Hints
+
+_IN_ORDER = ("torch", "equinox")
+"""Formats whose tensors stand in the order in which a model has them."""
+EXCLUDED = "excluded, as asked"
+Weight = np.ndarray | tuple[np.ndarray, np.ndarray]
+"""An array, or two factors whose product it is."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row of an inspection before it is measured.
+
+    Attributes
+    ----------
+    entry : Entry
+        Of the tensor, or of what is put together.
+    assumption : Assumption
+        What it is taken for.
+    composed : Composed, optional
+        How it is put together.
+    """
+
+    entry: Entry
+    assumption: Assumption
+    composed: Composed | None = None
+
+
+def plan_of(checkpoint: Checkpoint, hints: Hints) -> list[Item]:
+    """The rows of an inspection, in the order of the file."""
+    configuration = Configuration.of(checkpoint)
+    kept = tuple(e for e in checkpoint.entries if not hints.excludes(e.name))
+    composed = find_composed(kept, configuration)
+    whole = {c.sources[0]: c for c in composed}
+    belongs = {source: c.name for c in composed for source in c.sources}
+    listed: list[tuple[Entry, Composed | None]] = []
+    for entry in checkpoint.entries:
+        if entry.name in whole:
+            c = whole[entry.name]
+            listed.append((Entry(c.name, c.shape, entry.dtype), c))
+        listed.append((entry, None))
+    weights = [e for e, c in listed if c is not None or e.name not in belongs]
+    ordered = checkpoint.format.startswith(_IN_ORDER)
+    context = Context.of(weights, checkpoint.layout, hints, configuration, ordered)
+    return [Item(e, _assumed(e, c, belongs, context), c) for e, c in listed]
+
+
+def _assumed(
+    entry: Entry, composed: Composed | None, belongs: dict[str, str], context: Context
+) -> Assumption:
+    if entry.problem:
+        return Assumption(skipped=entry.problem, harmless=entry.harmless)
+    if composed is None:
+        if context.hints.excludes(entry.name):
+            return Assumption(skipped=EXCLUDED)
+        if entry.name in belongs:
+            return Assumption(skipped=f"a part of {belongs[entry.name]}")
+        if entry.same_as:
+            return Assumption(skipped=f"tied: the same tensor as {entry.same_as}")
+    assert entry.shape is not None
+    return assume(entry.name, entry.shape, entry.dtype, context)
+
+
+def load(checkpoint: Checkpoint, item: Item) -> Any:
+    """The weight of a row, in memory; a low-rank one as its two factors."""
+    if item.composed is None:
+        w = checkpoint.read(item.entry.name)
+        return w.astype(np.float32) if w.dtype == np.float16 else w
+    tensors = {name: checkpoint.read(name) for name in item.composed.sources}
+    with np.errstate(all="ignore"):
+        return item.composed.make(tensors)

@@ -1,0 +1,117 @@
+"""What is known of one weight, from its singular values or without them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+COLLAPSED_BELOW = 0.01
+"""A direction counts as collapsed below this fraction of the largest singular value."""
+RESHAPED, CIRCULAR = "reshaped", "circular"
+"""What other map the figures beside a convolution's norm are of."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is known of one weight. None where it was not computed.
+
+    All of one map: the one that `beside` has is another one.
+
+    Attributes
+    ----------
+    sigma_max : float or (float, float)
+        Largest singular value, or certified lower and upper bound.
+    frobenius : float, optional
+        Root of the sum of squares.
+    method : str
+        What was computed, in words.
+    sigma_min : float, optional
+        The smallest of min(rows, columns).
+    stable_rank, effective_rank, condition_number : float, optional
+        ‖·‖_F²/σ₁², exp of the entropy of σ/Σσ, σ₁/σ_min (inf for a singular matrix).
+    collapsed : float, optional
+        Share of singular values below 1 % of the largest.
+    spectrum : ndarray, optional
+        The singular values, descending.
+    each : tuple of float
+        The largest singular value of each matrix of a stack or of blocks.
+    beside : Figures, optional
+        Of another map of the same kernel, where those of the convolution are not known.
+    beside_of : "reshaped", "circular" or ""
+        Which: the kernel as a matrix outputs × (inputs·taps), or the layer with circular
+        padding.
+    cost : str
+        What all singular values would have taken, where they were not computed.
+    """
+
+    sigma_max: float | tuple[float, float]
+    frobenius: float | None
+    method: str
+    sigma_min: float | None = None
+    stable_rank: float | None = None
+    effective_rank: float | None = None
+    condition_number: float | None = None
+    collapsed: float | None = None
+    spectrum: np.ndarray | None = None
+    each: tuple[float, ...] = ()
+    beside: Figures | None = None
+    beside_of: str = ""
+    cost: str = ""
+
+    @property
+    def drawn(self) -> np.ndarray | None:
+        """The spectrum to draw: its own, else that of the map beside it."""
+        if self.spectrum is None and self.beside is not None:
+            return self.beside.spectrum
+        return self.spectrum
+
+
+def from_values(values: np.ndarray, method: str) -> Figures:
+    """Of singular values in descending order."""
+    top, least = float(values[0]), float(values[-1])
+    # What decompositions leave of a singular matrix.
+    least = least if least > len(values) * np.finfo(float).eps * top else 0.0
+    if top == 0.0:
+        # As specops.stable_rank and its like define them for the zero matrix.
+        return Figures(0.0, 0.0, method, 0.0, 0.0, 0.0, math.inf, None, values)
+    shares = values / values.sum()
+    entropy = -float(np.sum(shares[shares > 0] * np.log(shares[shares > 0])))
+    return Figures(
+        sigma_max=top,
+        frobenius=top * math.sqrt(float(np.sum((values / top) ** 2))),
+        method=method,
+        sigma_min=least,
+        stable_rank=float(np.sum((values / top) ** 2)),
+        effective_rank=math.exp(entropy),
+        condition_number=top / least if least > 0 else math.inf,
+        collapsed=float(np.mean(values < COLLAPSED_BELOW * top)),
+        spectrum=values,
+    )
+
+
+def worst(found: list[Figures]) -> Figures:
+    """Of a stack: extremes over its matrices, all their values together."""
+
+    def over(key: str, function: Any) -> Any:
+        values = [getattr(f, key) for f in found]
+        return None if None in values else function(values)
+
+    ends = [f.sigma_max if isinstance(f.sigma_max, tuple) else (f.sigma_max,) * 2 for f in found]
+    low, high = max(e[0] for e in ends), max(e[1] for e in ends)
+    spectra = [f.spectrum for f in found if f.spectrum is not None]
+    return Figures(
+        sigma_max=low if low == high else (low, high),
+        frobenius=math.hypot(*(f.frobenius or 0.0 for f in found)),
+        method=f"{len(found)} matrices: extremes over them, their mean share collapsed; "
+        f"{found[0].method}",
+        sigma_min=over("sigma_min", min),
+        stable_rank=over("stable_rank", min),
+        effective_rank=over("effective_rank", min),
+        condition_number=over("condition_number", max),
+        collapsed=over("collapsed", lambda x: float(np.mean(x))),
+        spectrum=-np.sort(-np.concatenate(spectra)) if spectra else None,
+        each=tuple(e[1] for e in ends),
+    )

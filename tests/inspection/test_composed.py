@@ -1,0 +1,207 @@
+"""Weights that a file holds in several tensors, against what the layers compute with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import specops
+from specops import Conv
+from tests.inspection.files import written
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape: int) -> np.ndarray:
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+def rows(path: Path, tensors: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """The measured rows of a file with these tensors."""
+    found = specops.inspect(written(path / "m.safetensors", tensors, format="pt"), **options)
+    assert not found.problems
+    return {w.name: w for w in found.measured}
+
+
+def top(w: np.ndarray) -> float:
+    return float(np.linalg.norm(np.asarray(w, float), 2))
+
+
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("dim", [0, 1, 2, None])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weight_norm_of_any_axis(old: bool, dim: int | None, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    utils = torch.nn.utils if old else torch.nn.utils.parametrizations
+    layer = utils.weight_norm(torch.nn.Conv1d(4, 6, 5), dim=dim)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(1.5)
+        layer(torch.zeros(1, 4, 9))  # the old style computes the weight in the forward pass
+    tensors = {f"conv.{k}": v.detach().numpy() for k, v in layer.state_dict().items()}
+    found = rows(tmp_path, tensors)
+    assert list(found) == ["conv.weight"]
+    wanted = specops.spectral_norm_bounds(
+        layer.weight.detach().double().numpy(), Conv(None), rtol=1e-6
+    )
+    _, upper = found["conv.weight"].figures.sigma_max
+    assert upper == pytest.approx(float(wanted.upper), rel=1e-3)
+    assert "weight norm" in found["conv.weight"].why
+    assert len(found["conv.weight"].sources) == 2
+
+
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_spectral_norm_is_divided_by_what_is_stored(
+    old: bool, transposed: bool, tmp_path: Path
+) -> None:
+    torch = pytest.importorskip("torch")
+    utils = torch.nn.utils if old else torch.nn.utils.parametrizations
+    kind = torch.nn.ConvTranspose1d if transposed else torch.nn.Conv1d
+    layer = utils.spectral_norm(kind(4, 6, 1))
+    layer.eval()
+    tensors = {k: v.detach().numpy() for k, v in layer.state_dict().items()}
+    found = rows(tmp_path, tensors)
+    assert list(found) == ["weight"]
+    images = layer(torch.eye(4)[:, :, None])[:, :, 0] - layer.bias
+    wanted = top(images.detach().numpy())
+    assert found["weight"].figures.sigma_max == pytest.approx(wanted, rel=1e-5)
+
+
+def test_tensors_that_only_sound_like_a_pair_are_left_apart(tmp_path: Path) -> None:
+    found = rows(tmp_path, {"to_v": normal(4, 4), "to_g": normal(4, 4), "b_v": normal(3, 4)})
+    assert set(found) == {"to_v", "to_g", "b_v"}
+
+
+def test_pruned_weights_are_seen_with_their_masks(tmp_path: Path) -> None:
+    w, mask = normal(5, 7), (normal(5, 7) > 0).astype(np.float32)
+    found = rows(tmp_path, {"fc.weight_orig": w, "fc.weight_mask": mask})
+    assert found["fc.weight"].figures.sigma_max == pytest.approx(top(w * mask), rel=1e-6)
+
+
+A, B = normal(3, 8), normal(6, 3)
+ALPHA = {"alpha": np.array(6.0, np.float32)}
+K = normal(3, 4, 3, 3)
+UPDATES = {
+    "peft": ({"lora_A.weight": A, "lora_B.weight": B}, B @ A),
+    "an adapter of peft": ({"lora_A.default.weight": A, "lora_B.default.weight": B}, B @ A),
+    "an embedding of peft": ({"lora_embedding_A": A, "lora_embedding_B": B}, B @ A),
+    "kohya": ({"lora_down.weight": A, "lora_up.weight": B, **ALPHA}, 2 * B @ A),
+    "LoHa": (
+        {"hada_w1_a": B, "hada_w1_b": A, "hada_w2_a": 2 * B, "hada_w2_b": A[:, ::-1], **ALPHA},
+        2 * (B @ A) * (2 * B @ A[:, ::-1]),
+    ),
+    "LoKr": (
+        {"lokr_w1": B[:2], "lokr_w2_a": B, "lokr_w2_b": A, **ALPHA},
+        2 * np.kron(B[:2], B @ A),
+    ),
+    "LoKr, whole": ({"lokr_w1": B[:2], "lokr_w2": A, **ALPHA}, np.kron(B[:2], A)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UPDATES)
+def test_low_rank_updates(kind: str, tmp_path: Path) -> None:
+    parts, matrix = UPDATES[kind]
+    found = rows(tmp_path, {f"unet.to_q.{k}": np.ascontiguousarray(v) for k, v in parts.items()})
+    (row,) = found.values()
+    assert row.name == "unet.to_q (update)"
+    assert row.shape == matrix.shape
+    values = np.linalg.svd(matrix.astype(float), compute_uv=False)
+    np.testing.assert_allclose(row.figures.spectrum, values, atol=1e-5 * values[0])
+    assert ("α/3" in row.why) is ("alpha" in parts and kind != "LoKr, whole")
+
+
+def test_the_scale_of_peft_stands_beside_the_file(tmp_path: Path) -> None:
+    settings = {"lora_alpha": 12, "alpha_pattern": {"v": 24}, "use_rslora": False}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    both = {f"{n}.lora_{x}.weight": w for n in ("m.q", "m.v") for x, w in (("A", A), ("B", B))}
+    written(tmp_path / "adapter_model.safetensors", both, format="pt")
+    folder = {w.name: w for w in specops.inspect(tmp_path).measured}
+    found = rows(tmp_path, both)
+    assert set(folder) == set(found)
+    assert found["m.q (update)"].figures.sigma_max == pytest.approx(4 * top(B @ A), rel=1e-5)
+    assert found["m.v (update)"].figures.sigma_max == pytest.approx(8 * top(B @ A), rel=1e-5)
+
+
+def test_updates_of_convolutions(tmp_path: Path) -> None:
+    up = normal(6, 3, 1, 1)
+    kernel = np.tensordot(up[:, :, 0, 0], K, axes=1)
+    (row,) = rows(tmp_path, {"c.lora_down.weight": K, "c.lora_up.weight": up}).values()
+    geometry = Conv((8, 8), boundary="circular")
+    sized = rows(
+        tmp_path,
+        {"c.lora_down.weight": K, "c.lora_up.weight": up},
+        input_size=8,
+        boundary="circular",
+    )
+    wanted = float(specops.spectral_norm(kernel.astype(float), geometry))
+    assert sized["c (update)"].figures.sigma_max == pytest.approx(wanted, rel=1e-6)
+    assert row.shape == kernel.shape
+
+
+def test_differences_of_updates_are_products_too(tmp_path: Path) -> None:
+    from specops.inspection import compare, differences
+
+    paths = []
+    for i, scale in enumerate((1.0, 3.0)):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        tensors = {
+            "q.lora_A.weight": A,
+            "q.lora_B.weight": np.float32(scale) * B,
+            "w": normal(3, 4),
+        }
+        paths.append(written(folder / "m.safetensors", tensors))
+    one, other = map(specops.inspect, paths)
+    found = differences(compare(one, other), *paths)
+    assert found["q (update)"].sigma_max == pytest.approx(2 * top(B @ A), rel=1e-5)
+    assert set(found) == {"q (update)", "w"}
+
+
+def test_tied_weights_are_measured_once(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    head, table = torch.nn.Linear(4, 9, bias=False), torch.nn.Embedding(9, 4)
+    head.weight = table.weight
+    model = torch.nn.ModuleDict({"table": table, "head": head})
+    torch.save({**model.state_dict(), "part": table.weight.detach()[:5]}, tmp_path / "m.pt")
+    found = {w.name: w for w in specops.inspect(tmp_path / "m.pt").weights}
+    assert found["table.weight"].figures is not None
+    assert found["head.weight"].skipped == "tied: the same tensor as table.weight"
+    assert found["part"].figures is not None
+
+
+def test_hints_are_obeyed_or_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "m.safetensors", {"fc.weight": normal(4, 5), "c.weight": K})
+    found = specops.inspect(path, stride={"*": 2, "fc*": 2})
+    (problem,) = found.problems
+    assert problem.startswith("--stride fc*: refused, 'fc.weight' is no convolution")
+    assert {w.name: w.geometry for w in found.measured}["c.weight"].endswith("stride 2")
+    only = written(tmp_path / "n.safetensors", {"fc.weight": normal(4, 5)})
+    assert specops.inspect(only, groups=4).problems == [
+        "--groups: refused, the file has no convolution"
+    ]
+    (problem,) = specops.inspect(path, input_size={"c*": (8, 8, 8)}).problems
+    assert "--input-size 8×8×8 has 3 axes, the kernel 2 spatial ones" in problem
+    vector = {"ln.weight": normal(4), "c.weight": K}
+    found = specops.inspect(written(tmp_path / "v.safetensors", vector), groups={"ln*": 2})
+    assert "'ln.weight' is no convolution (1-d" in found.problems[0]
+    excluded = specops.inspect(path, exclude=["fc*"])
+    assert [w.name for w in excluded.measured] == ["c.weight"]
+    with pytest.raises(ValueError, match="no tensor matches 'nothing'"):
+        specops.inspect(path, exclude=["nothing"])
+
+
+def test_ambiguous_rows_have_both_values(tmp_path: Path) -> None:
+    w = normal(6, 5, 3)
+    (row,) = rows(tmp_path, {"w": w}).values()
+    assert row.geometry.startswith("ambiguous: conv any size, zeros / dense, stacked")
+    kernel, stack = row.readings
+    assert stack.figures.sigma_max == pytest.approx(max(map(top, w)), rel=1e-6)
+    low, high = row.figures.sigma_max
+    assert low == pytest.approx(min(kernel.figures.sigma_max[0], stack.figures.sigma_max))
+    assert high == pytest.approx(max(kernel.figures.sigma_max[1], stack.figures.sigma_max))
