@@ -77,7 +77,10 @@ def in_full_precision(function: Callable[P, R]) -> Callable[P, R]:
 
         def run() -> R:
             first = args[0] if args else next(iter(kwargs.values()), None)
-            shape = getattr(first, "shape", ())
+            try:
+                shape = getattr(first, "shape", ())
+            except RuntimeError:  # of a lazy layer's weight, which the function refuses
+                shape = ()
             sized = isinstance(shape, tuple) and all(isinstance(n, int) for n in shape)
             if compiling or not sized or not workers.is_small(shape):
                 return function(*args, **kwargs)

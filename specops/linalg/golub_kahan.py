@@ -94,9 +94,9 @@ def _leading_vector(
     operator = kind(data, sizes)
     blocks, _, columns = start.shape
     eps = arrays.epsilon(start.dtype)
-    # A basis of the whole space needs no restart.
-    size, between = (_BASIS, _BETWEEN) if columns > _BASIS else (columns, columns)
-    limit = max_steps if columns > _BASIS else columns
+    # A basis of the whole space needs no restart: vectors beyond it are zeros.
+    size, between = min(_BASIS, -(-columns // _BETWEEN) * _BETWEEN), _BETWEEN
+    limit = max_steps if columns > _BASIS else size
     staged = arrays.is_staged(start)
 
     def advanced(state: _State) -> _State:
