@@ -257,10 +257,10 @@ def _estimate(
     return _seen(follow, state), state
 
 
-def _seen(follow: TrackedBlocks, state: State) -> Array:
+def _seen(follow: TrackedBlocks | TrackedOperator, state: State) -> Array:
     """The norms that the latest step gave; those of split blocks along a last axis."""
-    norms = follow.measured(state)
-    split = follow.geometry.splits is not None
+    norms, geometry = follow.measured(state), follow.geometry
+    split = isinstance(geometry, Dense) and geometry.splits is not None
     return arrays.namespace(norms[0]).stack(norms, axis=-1) if split else norms[0]
 
 
