@@ -323,3 +323,13 @@ def test_accelerate_steps_the_optimizer_inside(capsys: pytest.CaptureFixture[str
     assert "15 steps" in capsys.readouterr().out
     assert was_at_work(attachment)
     assert max(norms_of_recipe(model)) <= 1.0 + 1e-4
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+def test_distributed_alone() -> None:
+    """Without torchrun it is the only process; on two ranks: tests/torch_adapter/distributed."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        pytest.skip("older fully_shard needs streams of a device")
+    _, attachment, losses = load("train_distributed").main(["--quick"])
+    assert attachment.steps == 10
+    assert losses[-1] < losses[0]

@@ -60,7 +60,7 @@ def test_programs_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_every_use_has_a_program() -> None:
     assert {name: len(blocks) for name, blocks in PROGRAMS.items()} == {
         "README.md": 3,
-        "adapters/specops_torch/README.md": 5,
+        "adapters/specops_torch/README.md": 6,
         "adapters/specops_jax/README.md": 3,
         "adapters/specops_cupy/README.md": 1,
     }

@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from specops_torch.jacobian_penalties import jacobian_penalty, layerwise_jacobian_penalty
     from specops_torch.lipschitz import lipschitz_upper_bound
     from specops_torch.margins import margin_jacobians
+    from specops_torch.stateful import Stateful
 
 __all__ = [
     "Attachment",
+    "Stateful",
     "adversarial_loss",
     "attach",
     "balance_norms",
@@ -64,6 +66,7 @@ _HOMES = {
     "jacobian_penalties": ("jacobian_penalty", "layerwise_jacobian_penalty"),
     "lipschitz": ("lipschitz_upper_bound",),
     "margins": ("margin_jacobians",),
+    "stateful": ("Stateful",),
 }
 
 

@@ -69,7 +69,8 @@ def attach(
     Raises
     ------
     PlanError, AdapterError, UnsupportedArrayError
-        A plan that does not fit, sharded parameters, lazy or meta parameters.
+        A plan that does not fit, lazy or meta parameters, parameters that hide the matrices they
+        are parts of (FSDP1, ZeRO-3, Megatron's shards).
 
     Warns
     -----
@@ -82,6 +83,9 @@ def attach(
     Parameters without gradients, of other optimizers, with fewer than two axes or tied to an
     earlier one are left alone and listed in the report; freezing a layer or adding a parameter
     group later is noticed at the next step. Project before averaging (EMA).
+
+    Of sharded parameters (`fully_shard`, DTensors) the logical matrices are constrained. Every rank
+    attaches, after sharding, and calls what needs their numbers: steps, `enforce`, `report`.
 
     Batch normalisation keeps running statistics of the weights that training batches have met.
     Where rules have since moved those by more than a hundredth, the report calls them stale and

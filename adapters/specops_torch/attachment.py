@@ -18,10 +18,14 @@ from specops_torch.batch_norms import behind
 from specops_torch.constrained import Constrained
 from specops_torch.firing import add_terms, check_ran, stepped, with_gradient
 from specops_torch.liveness import Liveness
+from specops_torch.location import Location
 from specops_torch.optimizer_hooks import Followed, overflowed
-from specops_torch.parameters import Location, locate
-from specops_torch.penalised import searching, with_penalty
+from specops_torch.parameters import locate
+from specops_torch.penalised import refuse_parts, searching, with_penalty
 from specops_torch.scales import Scales
+from specops_torch.sharded import ShardedLocation, reshard, settle
+from specops_torch.sharded_constrained import ShardedConstrained
+from specops_torch.sharded_firing import ShardedFiring, measured
 from specops_torch.stale_statistics import Statistics, relative_change
 
 _NEEDS = {"weights": "update", "gradients": "penalty", "forward": "apply"}
@@ -50,6 +54,8 @@ class Attachment(BaseAttachment[Constrained]):
         self._model, self._followed = model, Followed(optimizer)
         self._scales, self._liveness = Scales(), Liveness()
         self._statistics = Statistics(model)
+        self._firing = ShardedFiring(self._firing.on_nonfinite, self._statistics.are_kept)
+        self._groups: dict[Any, Any] = {}
         try:
             self.assign()
         except BaseException:
@@ -69,7 +75,8 @@ class Attachment(BaseAttachment[Constrained]):
 
     def constrain(self, parameter: Location, assignment: Assignment) -> Constrained:
         """What is kept of a weight that a rule is to act on."""
-        return Constrained(parameter, assignment)
+        kind = ShardedConstrained if isinstance(parameter, ShardedLocation) else Constrained
+        return kind(parameter, assignment)
 
     def check_rule(self, rule: Any) -> None:
         """Raise `AdapterError` if the rule has not what its stage needs here."""
@@ -78,6 +85,7 @@ class Attachment(BaseAttachment[Constrained]):
     def assign(self) -> None:
         """Decide about every parameter; those constrained before keep their state and sizes."""
         super().assign()
+        settle([c.location for c in self._constrained], self._groups)
         for c in self._constrained:
             c.schedule(self.steps + 1)
         self._scales.give(self._constrained, self._followed.optimizer)
@@ -169,12 +177,17 @@ class Attachment(BaseAttachment[Constrained]):
 
     def write(self, outcomes: Sequence[Outcome[Constrained]]) -> None:
         """Write new weights, keep the states of rules, and remember how far weights went."""
-        self._went(
-            (o.constrained, o.weight, o.array)
-            for o in outcomes
-            if o.changes_weight and o.array is not None
-        )
+        changed = [o for o in outcomes if o.changes_weight and o.array is not None]
+        self._went((o.constrained, o.weight, o.array) for o in changed)
         super().write(outcomes)
+        sharded = (o.constrained.location for o in changed)
+        if any(isinstance(x, ShardedLocation) and x.is_stale for x in sharded):
+            reshard(self._model)
+
+    def _fold(self) -> None:
+        super()._fold()
+        if any(isinstance(c, ShardedConstrained) for c in self._constrained):
+            reshard(self._model)
 
     def caution(self, act: str, *, stacklevel: int = 1) -> None:
         """Warn where batch normalisation evaluates with statistics of other weights."""
@@ -197,18 +210,21 @@ class Attachment(BaseAttachment[Constrained]):
         look whether a weight was written to. Everything else is noticed at the next use.
         """
         for c in self._constrained:
-            if c.in_use is not None:
+            if isinstance(c, ShardedConstrained) and c.in_use is not None:
+                c.in_use.forget()
+            elif c.in_use is not None:
                 c.in_use.measure(c.location.parameter)
 
     def measured(self, constrained: Sequence[Constrained]) -> dict[str, dict[str, Any]]:
         """What a report says of weights, and of them with the batch normalisation behind them."""
         normalized = behind(self._model) if constrained else {}
         stale = set(self._statistics.stale().values()) if normalized else set()
-        found = {}
-        for c in constrained:
+
+        def measure(c: Constrained) -> dict[str, Any]:
             following = normalized.get(id(c.location.module), [])
-            found[c.name] = {**c.norm(following), "stale": not stale.isdisjoint(following)}
-        return found
+            return {**c.norm(following), "stale": not stale.isdisjoint(following)}
+
+        return measured(constrained, measure)
 
     def state_dict(self) -> dict[str, Any]:
         """Steps, sizes, scales and rule states by parameter name: what a resumed run needs."""
@@ -256,7 +272,9 @@ class Attachment(BaseAttachment[Constrained]):
             return
         changes: dict[nn.Module, torch.Tensor] = {}
         for c, before, after in moves:
-            change, module = relative_change(before, after), c.location.module
+            known = c.moved if isinstance(c, ShardedConstrained) else None
+            change = relative_change(before, after) if known is None else known
+            module = c.location.module
             changes[module] = torch.maximum(change, changes.get(module, change))
         self._statistics.changed(changes)
 
@@ -294,6 +312,7 @@ class Attachment(BaseAttachment[Constrained]):
         if self._followed.has_changed():
             self.assign()
         check_ran(self._constrained)
+        self._scales.average()
         for c in self._constrained:
             c.refuse_sharded(self._model)
             # What is written from now to the end of the step is the step.
@@ -303,6 +322,7 @@ class Attachment(BaseAttachment[Constrained]):
         # The first argument is the optimizer.
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is not None:
+            refuse_parts(due)
             wrapped = searching(closure, self._constrained)
             if due:
                 # The closure will erase what is added now.

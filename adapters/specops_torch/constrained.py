@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from specops.errors import NonFiniteError
+from specops.errors import AdapterError, NonFiniteError
 from specops.geometry import Dense, Geometry
 from specops.training import constrained as training
 from specops.training.outcome import Outcome
@@ -21,8 +21,10 @@ from specops_torch.batch_norms import norm_with
 from specops_torch.fast_paths import DTYPES, advanced
 from specops_torch.fused import row_blocks
 from specops_torch.in_use import InUse
-from specops_torch.parameters import Location, refuse_sharded, refuse_sharded_model
+from specops_torch.location import Location
 from specops_torch.reading import answer_plainly, read_through
+from specops_torch.sharded import is_fully_sharded
+from specops_torch.unrecognised import refuse_sharded
 
 
 class Constrained(training.Constrained[Location]):
@@ -47,6 +49,7 @@ class Constrained(training.Constrained[Location]):
         self._seen: tuple[Any, int] | None = None
         self._fitting: Geometry | None = None
         self._blocks: tuple[Geometry, int] | None = None
+        self._whole: Any = location.parameter
 
     @property
     def location(self) -> Location:
@@ -96,10 +99,18 @@ class Constrained(training.Constrained[Location]):
         super().release()
 
     def refuse_sharded(self, model: nn.Module) -> None:
-        """Raise if the parameter is, or in the next forward pass will be, a part of a matrix."""
-        refuse_sharded(self.name, self.location.parameter)
-        if self.in_use is not None and self.in_use.is_replaced(self.location.parameter):
-            refuse_sharded_model(model)
+        """Raise if the parameter is, or in forward passes will be, a part of a matrix since."""
+        parameter = self.location.parameter
+        if parameter is self._whole:
+            return
+        refuse_sharded(self.name, parameter)
+        if any(map(is_fully_sharded, model.modules())):
+            # Between forward passes it may be brought together, and is no parameter then.
+            raise AdapterError(
+                f"{self.name} is sharded (fully_shard) since it was attached: shard first, then "
+                f"make the optimizer, then attach"
+            )
+        self._whole = parameter
 
     # Firing
 
@@ -132,7 +143,7 @@ class Constrained(training.Constrained[Location]):
         state = (None if forgotten else self.state) or {}
         vectors = self.stage == "forward" or self.adds_in_place(geometry)
         if vectors and self.count_blocks(geometry) == 1:
-            fast = advanced(rule, self.name, self.location.parameter, geometry, state, step)
+            fast = advanced(rule, self.name, weight, geometry, state, step)
             if fast is not None:
                 return weight, *fast
         geometry = self.sized
@@ -144,10 +155,12 @@ class Constrained(training.Constrained[Location]):
             term = weight
         else:
             term, state, figures = rule.update(weight, geometry, state, step=step, name=self.name)
-        if weight.is_cpu:
-            # Where it costs no wait for a device; else the loss will tell.
-            _check_finite(figures)
-        return term, state, figures
+        return term, state, self.checked(figures) if weight.is_cpu else figures
+
+    def checked(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """Figures, if they are finite: where it costs no wait for a device; else losses tell."""
+        _check_finite(figures)
+        return figures
 
     def keep(self, outcome: Outcome[Any]) -> None:
         """Store what a firing gave."""
@@ -186,19 +199,29 @@ class Constrained(training.Constrained[Location]):
 
     def prepare(self) -> None:
         """Let every layer that holds the weight use the one that the rule gives."""
-        location = self.location
-        lenient = self.assignment.lenient
-        self.in_use = InUse(self.rule, self.name, self.geometry, location.recorder, lenient=lenient)
+        in_use = self.make_in_use()
         # The norm of a convolution's operator waits for the size of its first input.
         if not self.needs_size:
             # A weight that is not finite is met at its first step, by the user's policy.
-            self.in_use.measure(location.parameter)
+            in_use.measure(self.location.parameter)
+        self.read_through(in_use)
+
+    def make_in_use(self) -> InUse:
+        """The weight in use, of which nothing is known yet."""
+        location = self.location
+        lenient = self.assignment.lenient
+        self.in_use = InUse(self.rule, self.name, self.geometry, location.recorder, lenient=lenient)
+        return self.in_use
+
+    def read_through(self, in_use: InUse) -> None:
+        """Let every layer that holds the weight answer with the one in use."""
+        location = self.location
         for holder, attribute in location.holders():
-            read_through(holder, attribute, self.in_use)
+            read_through(holder, attribute, in_use)
             self.answering.append((holder, attribute))
             if location.recorder is not None and self.rule.needs_input_size():
                 self.handles.append(
-                    holder.register_forward_pre_hook(FirstSize(self.in_use), with_kwargs=True)
+                    holder.register_forward_pre_hook(FirstSize(in_use), with_kwargs=True)
                 )
         # Gradients that are there already were not made under the rule.
         self.see(location.parameter.grad)

@@ -9,7 +9,9 @@ import torch
 
 from specops.errors import AdapterError
 from specops.training.outcome import Outcome
+from specops_torch.collectives import highest
 from specops_torch.constrained import Constrained
+from specops_torch.sharded_constrained import ShardedConstrained
 
 
 def with_gradient(due: Sequence[Constrained]) -> list[Constrained]:
@@ -33,8 +35,11 @@ def with_gradient(due: Sequence[Constrained]) -> list[Constrained]:
 def add_terms(outcomes: Sequence[Outcome[Constrained]], scale: torch.Tensor | None) -> None:
     """Add what rules of stage "gradients" gave, scaled like the loss."""
     for o in outcomes:
-        if o.array is not None:
-            _add(o.constrained, o.array, o.state, o.record["step"], scale)
+        c, step = o.constrained, o.record["step"]
+        if o.array is not None and isinstance(c, ShardedConstrained):
+            c.add_term(step, None if o.array is o.weight else o.array, o.state, scale)
+        elif o.array is not None:
+            _add(c, o.array, o.state, step, scale)
         o.constrained.keep(o)
 
 
@@ -46,7 +51,13 @@ def check_ran(constrained: Sequence[Constrained]) -> None:
         gradient = c.location.parameter.grad
         if gradient is None or c.has_seen(gradient):
             continue
-        if bool(gradient.any()):
+        if isinstance(c, ShardedConstrained):
+            layout = c.location.known
+            own = int(bool(gradient.to_local().any()))
+            (used,) = highest([own], layout.group, layout.device)
+        else:
+            used = int(bool(gradient.any()))
+        if used:
             raise AdapterError(
                 f"{c.name} has a gradient, but the forward of its layer was not called since "
                 f"the last step: something else uses the weight, and {c.rule!r} did not act on "

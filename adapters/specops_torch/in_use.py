@@ -65,6 +65,9 @@ class InUse:
         """Whether steps have changed the weight since its vectors were advanced."""
         self.searching = False
         """Whether an optimizer evaluates a closure: what it writes in between are its steps."""
+        self.sharded = False
+        """Whether the parameter is a DTensor, which layers meet brought together."""
+        self._loaded = False
         self._own: torch.Tensor | None = None
         self._written: tuple[int, int] | None = None
         self._copied: tuple[float, ...] | None = None
@@ -74,7 +77,8 @@ class InUse:
     def __getstate__(self) -> dict[str, Any]:
         own = self._own
         fresh = own is not None and self._written == _written(own)
-        copied = _fingerprint(own) if own is not None and fresh else self._copied
+        whole = own is not None and fresh and not self.sharded
+        copied = _fingerprint(own) if whole else self._copied
         return {
             **self.__dict__,
             "searching": False,
@@ -89,13 +93,13 @@ class InUse:
 
     def __call__(self, raw: torch.Tensor) -> torch.Tensor:
         """The weight in use."""
-        self.ran = True
         compiling = torch.compiler.is_compiling()
         plain = compiling or (type(raw) is nn.Parameter and not raw.is_meta)
         if not plain and (raw.is_meta or hasattr(raw, "device_mesh")):
             # Of one nothing but the shape is known; the other is a part of the weight, which
             # engines look at between forward passes, and which a step refuses by name.
             return raw
+        self.ran = True
         if not compiling:
             self._clear_scale(raw)
         device = raw.device.type
@@ -121,7 +125,7 @@ class InUse:
         if not self._is_own(raw):
             state = self._measured(raw)
             return raw if state is None else self._applied(raw, state)
-        if self._written != _written(raw):
+        if self._written != _written(self._source(raw)):
             self._look(raw)
         state = self.state
         if state is None:
@@ -161,7 +165,13 @@ class InUse:
     def _follow(self) -> Tracked | None:
         return self.rule.tracked(self.geometry)  # type: ignore[no-any-return]
 
+    def _source(self, raw: torch.Tensor) -> torch.Tensor:
+        """The parameter whose writes count: the sharded one of one that was brought together."""
+        return self._own if self.sharded and self._own is not None else raw
+
     def _is_own(self, raw: torch.Tensor) -> bool:
+        if self.sharded:
+            return type(raw) is nn.Parameter
         if self._own is None:
             # A model that was copied: its layer's parameter is the first that is met.
             if not isinstance(raw, nn.Parameter):
@@ -174,8 +184,10 @@ class InUse:
     def _look(self, raw: torch.Tensor) -> None:
         """The parameter is not as it was when the vectors were found or advanced."""
         stepping = self.searching and self.state is not None and not self.forgotten
-        if stepping or (self.state is not None and self._follow is None):
-            self.drifting, self._written = True, _written(raw)
+        if self._loaded and not self.forgotten and self._fits(raw, self.state):
+            self._loaded, self._written = False, _written(self._source(raw))
+        elif stepping or (self.state is not None and self._follow is None):
+            self.drifting, self._written = True, _written(self._source(raw))
         elif self._written is None and self._copied and self._copied == _fingerprint(raw):
             # It was copied together with the vectors, and not written to since.
             self._written, self._copied = _written(raw), None
@@ -187,12 +199,23 @@ class InUse:
         """Find the leading pairs of the parameter as it is."""
         state = self._measured(raw)
         if state is not None:
-            self.take(state, raw)
+            self.take(state, self._source(raw))
+
+    def wait_for(self, own: torch.Tensor) -> None:
+        """Measure when the layer first meets a sharded parameter brought together."""
+        self.take(None, own)
+        self.sharded, self._written = True, None
+
+    def of_whole(self, whole: torch.Tensor) -> torch.Tensor:
+        """The weight in use of a sharded parameter that was brought together."""
+        if self._written != _written(self._source(whole)):
+            self._look(whole)
+        return whole if self.state is None else self._plain(whole, self.state)
 
     def take(self, state: State | None, raw: torch.Tensor) -> None:
         """Use vectors that were advanced on the parameter as it is."""
         self._own, self.state, self.drifting = raw, state, False
-        self._written, self._copied = _written(raw), None
+        self._written, self._copied, self._loaded = _written(raw), None, False
 
     def is_fresh(self, raw: torch.Tensor) -> bool:
         """Whether the vectors are of the parameter as it is, steps in between included."""
@@ -221,7 +244,10 @@ class InUse:
         """Use vectors of a checkpoint, if they are of the parameter as it is."""
         self.take(state, raw)
         self.drifting = drifting
-        if state is not None and not drifting and not self._fits(raw, state):
+        if self.sharded:
+            # Of which the whole is known in the next forward pass.
+            self._loaded, self._written = state is not None, None
+        elif state is not None and not drifting and not self._fits(raw, state):
             self.forget()
 
     def _fits(self, raw: torch.Tensor, state: State | None) -> bool:
@@ -238,7 +264,7 @@ class InUse:
         try:
             with torch.inference_mode(False), torch.no_grad():
                 weight = raw.detach()
-                if weight.is_inference() or not self._is_own(raw):
+                if weight.is_inference() or self.sharded or not self._is_own(raw):
                     # A view for NumPy would pin memory that is somebody else's.
                     weight = weight.clone()
                 state: State = self.rule.init(weight, self.geometry, self.name)
@@ -253,6 +279,10 @@ class InUse:
 
 def _written(raw: torch.Tensor) -> tuple[int, int]:
     """What changes when a parameter is written to, cast or moved."""
+    if hasattr(raw, "device_mesh"):
+        with torch.no_grad():
+            # Optimizers write to the one, checkpoints to the other.
+            return raw._version, raw.to_local()._version
     return 0 if raw.is_inference() else raw._version, raw.data_ptr()
 
 

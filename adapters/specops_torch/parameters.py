@@ -3,130 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
-import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from specops.errors import AdapterError
 from specops.geometry import Dense
-from specops.training.parameter import Parameter
 from specops.training.weight import Weight
-from specops_torch.geometry import CONVOLUTIONS, role_of
+from specops_torch.geometry import role_of
+from specops_torch.location import FROZEN, Location
 from specops_torch.own_forward import added_to
+from specops_torch.pieces import is_sharded
 from specops_torch.role import Role
-from specops_torch.sizes import SizeRecorder
+from specops_torch.sharded import ShardedLocation, is_fully_sharded, reshard
+from specops_torch.unrecognised import refuse_unrecognised
 
 _WRAPPERS = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
     "OptimizedModule": "_orig_mod",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
 }
-_FROZEN = "frozen (requires_grad=False)"
-
-
-@dataclass
-class Location(Parameter):
-    """A parameter as a module's attribute, so that replaced tensors are found again."""
-
-    weight: Weight
-    module: nn.Module
-    attribute: str
-    recorder: SizeRecorder | None = None
-    others: list[nn.Module] = field(default_factory=list, repr=False)
-    """Modules that hold the same tensor."""
-    aliases: list[str] = field(default_factory=list, repr=False)
-    """Their names for it."""
-    handles: list[Any] = field(default_factory=list, repr=False)
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The parameter as it is now."""
-        found = self.module._parameters.get(self.attribute)
-        if found is None:
-            raise AdapterError(
-                f"{self.weight.name} is no parameter any more: it was reparametrised or removed "
-                f"after attaching. Detach, and attach again"
-            )
-        return found
-
-    def holders(self) -> list[tuple[nn.Module, str]]:
-        """Every module that holds the tensor, and its name for it."""
-        parameter = self.parameter
-        modules = {id(m): m for m in (self.module, *self.others)}
-        return [
-            (module, attribute)
-            for module in modules.values()
-            for attribute, own in module._parameters.items()
-            if own is parameter
-        ]
-
-    def is_held_by(self, model: nn.Module) -> bool:
-        """Whether the model still has the module, and that a parameter of the name."""
-        held = any(m is self.module for m in model.modules())
-        return held and self.module._parameters.get(self.attribute) is not None
-
-    def read(self) -> torch.Tensor:
-        """Its values."""
-        return self.parameter.detach()
-
-    def write(self, value: torch.Tensor) -> None:
-        """In place."""
-        with torch.no_grad():
-            self.parameter.copy_(value)
-
-    def identity(self) -> int | None:
-        """Of the tensor object, which modules share where weights are tied."""
-        found = self.module._parameters.get(self.attribute)
-        return None if found is None else id(found)
-
-    def frozen(self) -> str:
-        """A layer may be frozen after attaching."""
-        return "" if self.parameter.requires_grad else _FROZEN
-
-    @property
-    def learns_size(self) -> bool:  # type: ignore[override]
-        """Whether it is a convolution whose geometry was not declared."""
-        return isinstance(self.module, CONVOLUTIONS) and not self.declared
-
-    def watch(self) -> None:
-        """Record the sizes that a convolution sees until `unwatch`: inputs may grow."""
-        if self.learns_size and self.recorder is None:
-            self.recorder = SizeRecorder(self.module.padding_mode == "circular")
-            for module in {id(m): m for m in (self.module, *self.others)}.values():
-                hook = module.register_forward_hook(self.recorder, with_kwargs=True)
-                self.handles.append(hook)
-
-    def unwatch(self) -> None:
-        """Remove the hooks."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
-
-    def geometry(self) -> Any:
-        """The geometry now: at the recorded size where there is one."""
-        if self.recorder is None:
-            return self.weight.geometry
-        return self.recorder.geometry(self.module)
-
-    def sizes(self) -> Any:
-        """What the recorder knows."""
-        return None if self.recorder is None else self.recorder.state()
-
-    def see(self, sizes: Any) -> None:
-        """Take over what a recorder knew."""
-        if self.recorder is not None and sizes is not None:
-            self.recorder.load(sizes)
-
-    def saved(self, value: torch.Tensor) -> torch.Tensor:
-        """A copy where it is."""
-        return value.clone()
-
-    def restored(self, value: torch.Tensor) -> torch.Tensor:
-        """A copy on the parameter's device."""
-        return value.to(self.parameter.device, copy=True)
 
 
 def locate(model: nn.Module, trained: Iterable[nn.Parameter] | None) -> list[Location]:
@@ -134,8 +31,9 @@ def locate(model: nn.Module, trained: Iterable[nn.Parameter] | None) -> list[Loc
 
     `trained` are the optimizer's parameters; None stands for all.
     """
-    refuse_sharded_model(model)
-    held = None if trained is None else {id(p) for p in trained}
+    refuse_unrecognised(model)
+    together = _fully_sharded(model)
+    trained_ids = None if trained is None else {id(p) for p in trained}
     wrappers = _wrapped_paths(model)
     first: dict[int, Location] = {}
     result = []
@@ -144,8 +42,13 @@ def locate(model: nn.Module, trained: Iterable[nn.Parameter] | None) -> list[Loc
     for path, module in modules.items():
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = _plain_name(f"{path}.{attribute}" if path else attribute, wrappers)
-            weight = _describe(name, module, attribute, parameter, held, adapted.get(path, ""))
-            location = Location(weight, module, attribute)
+            about = adapted.get(path, "")
+            weight = _describe(name, module, attribute, parameter, trained_ids, about)
+            if is_sharded(parameter):
+                location: Location = ShardedLocation(weight, module, attribute, held=parameter)
+                location.is_brought_together = id(module) in together  # type: ignore[attr-defined]
+            else:
+                location = Location(weight, module, attribute)
             earlier = first.get(id(parameter))
             if earlier is None:
                 first[id(parameter)] = location
@@ -155,12 +58,21 @@ def locate(model: nn.Module, trained: Iterable[nn.Parameter] | None) -> list[Loc
     return result
 
 
+def _fully_sharded(model: nn.Module) -> set[int]:
+    """The modules whose parameters `fully_shard` brings together for forward passes."""
+    roots = [module for module in model.modules() if is_fully_sharded(module)]
+    if roots:
+        reshard(model)
+    return {id(module) for root in roots for module in root.modules()}
+
+
 def _wrapped_paths(model: nn.Module) -> set[str]:
-    """Paths of modules that only stand inside a wrapper (DDP, torch.compile)."""
+    """Paths of modules that only stand inside a wrapper (DDP, torch.compile, checkpointing)."""
     return {
-        f"{path}.{_WRAPPERS[type(module).__name__]}".removeprefix(".")
+        f"{path}.{_WRAPPERS[kind.__name__]}".removeprefix(".")
         for path, module in model.named_modules(remove_duplicate=False)
-        if type(module).__name__ in _WRAPPERS
+        for kind in type(module).__mro__  # `fully_shard` makes subclasses
+        if kind.__name__ in _WRAPPERS
     }
 
 
@@ -212,7 +124,7 @@ def _describe(
 def why_untouched(parameter: nn.Parameter, held: set[int] | None) -> str:
     """Why a matrix of the model is not this attachment's to change; empty if it is."""
     if not parameter.requires_grad:
-        return _FROZEN
+        return FROZEN
     if held is not None and id(parameter) not in held:
         return "not in this optimizer"
     return ""
@@ -261,30 +173,3 @@ def _tie(earlier: Location, location: Location) -> Location:
 
 def _is_plain_map(weight: Weight) -> bool:
     return weight.geometry is not None and not weight.opt_in
-
-
-def refuse_sharded_model(model: nn.Module) -> None:
-    """Raise if parameters are, or between forward passes will be, parts of matrices only."""
-    for path, module in model.named_modules():
-        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
-            name = next((n for n, _ in module.named_parameters(prefix=path)), path)
-            raise AdapterError(
-                f"{name} is sharded (fully_shard). Sharded parameters are not supported yet; "
-                f"detach before fully_shard"
-            )
-        if type(module).__name__ == "FullyShardedDataParallel":
-            raise AdapterError(
-                f"{path or 'the model'} is wrapped in FSDP1, which hides the shapes of its "
-                f"parameters: attach before wrapping is no help, use fully_shard or DDP"
-            )
-    for name, parameter in model.named_parameters():
-        refuse_sharded(name, parameter)
-
-
-def refuse_sharded(name: str, parameter: nn.Parameter) -> None:
-    """Raise if a parameter is a part of a matrix only."""
-    if type(parameter) is not nn.Parameter and hasattr(parameter, "device_mesh"):
-        raise AdapterError(
-            f"{name} is sharded (DTensor): its local part is not the matrix. Sharded parameters "
-            f"are not supported yet; detach before fully_shard"
-        )

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from specops.errors import SpecopsError
+from specops.errors import AdapterError, SpecopsError
 from specops.training.outcome import Outcome
 from specops_torch.constrained import Constrained
+from specops_torch.sharded_constrained import ShardedConstrained
 
 
 def searching(closure: Callable[[], Any], constrained: Sequence[Constrained]) -> Callable[[], Any]:
@@ -29,6 +30,16 @@ def searching(closure: Callable[[], Any], constrained: Sequence[Constrained]) ->
                 in_use.searching = False
 
     return wrapped if uses else closure
+
+
+def refuse_parts(due: Sequence[Constrained]) -> None:
+    """Raise if a penalty is due of a weight that no rank holds as a whole."""
+    for c in due:
+        if isinstance(c, ShardedConstrained):
+            raise AdapterError(
+                f"{c.name}: closures see a penalty as one function, which is not known part by "
+                f"part of sharded weights: step without a closure"
+            )
 
 
 def with_penalty(

@@ -10,7 +10,10 @@ from torch import nn
 
 from specops.errors import AdapterError
 from specops.training.cautions import caution
+from specops_torch.collectives import added
 from specops_torch.constrained import Constrained
+from specops_torch.pieces import Layout
+from specops_torch.sharded_constrained import ShardedConstrained
 
 _GROUP = "specops scales"
 
@@ -21,6 +24,8 @@ class Scales:
     def __init__(self) -> None:
         self.parameters: dict[str, nn.Parameter] = {}
         self._rules: list[Any] = []
+        self._layout: Layout | None = None
+        """Of sharded layers, whose ranks meet different batches."""
 
     def give(self, constrained: Sequence[Constrained], optimizer: Any) -> None:
         """Make what is missing, hand it to the layers and to the optimizer."""
@@ -43,8 +48,10 @@ class Scales:
             users.setdefault(key, []).append(c)
         for sharing in users.values():
             for c in sharing:
+                if isinstance(c, ShardedConstrained):
+                    self._layout = c.location.layout
                 c.in_use.sharing = [o.location.parameter for o in sharing]
-        if new and _is_distributed():
+        if new and self._layout is None and _is_distributed():
             caution(
                 f"{len(new)} trainable scales are no parameters of the model, so that DDP does not "
                 f"average their gradients: all-reduce those of attachment.scales before each step, "
@@ -66,6 +73,17 @@ class Scales:
             if named:
                 group["params"] = [(f"{_GROUP}.{i}", p) for i, p in enumerate(new)]
             optimizer.add_param_group(group)
+
+    def average(self) -> None:
+        """Gradients over the ranks, as `fully_shard` does those of layers."""
+        given = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if self._layout is None or not given:
+            return
+        ranks = len(self._layout.pieces)
+        for own, total in zip(
+            given, added(given, self._layout.group, self._layout.device), strict=True
+        ):
+            own.copy_(total / ranks)
 
     def _shared(self, rule: Any) -> str:
         if rule not in self._rules:

@@ -88,6 +88,10 @@ class Dense:
         """Raise `GeometryError` if an array of this shape does not have this geometry."""
         _check(self, tuple(shape))
 
+    def axes(self, ndim: int) -> tuple[tuple[int, ...], ...]:
+        """(batch, out, in) as non-negative axes of an array with so many."""
+        return _axes(self, (1,) * ndim)
+
     def blocks(self, w: Array) -> tuple[Array, ...]:
         """The matrices, one array of shape (*batch, rows, columns) per block of `splits`."""
         self.check(w.shape)

@@ -16,7 +16,14 @@ from specops.maps.explicit import small_explicit_map
 from specops.projections import project_spectral_ball
 from specops.rules.base import Figures, Schedule, Scheduled, at, check_scheduled, measured_as
 from specops.rules.stages import WeightRule
-from specops.tracking import TrackedBlocks, TrackedOperator, TrackedTorus, check_norm, vectors
+from specops.tracking import (
+    Steps,
+    TrackedBlocks,
+    TrackedOperator,
+    TrackedTorus,
+    check_norm,
+    vectors,
+)
 from specops.typing import Array, State
 
 _CLEARLY = 0.9
@@ -118,6 +125,17 @@ class ClipSpectralNorm(Scheduled, WeightRule):
             if firings or self._is_inside(weight, bound, geometry):
                 return weight, own | _screening(tracked, firings, weight), figures
         return self._certified(weight, geometry, own, seen and seen[1], bound, name)
+
+    def by_products(
+        self, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
+    ) -> Steps[tuple[State, Figures] | None] | None:
+        """A firing that an estimate decides, of matrices."""
+        bound = check_bound(at(self.max_norm, step, name, geometry), "max_norm")
+        geometry = self.view(geometry)
+        own, tracked = _parted(state)
+        if not tracked or not isinstance(geometry, Dense):
+            return None
+        return _screened(geometry, own, tracked, int(arrays.to_numpy(state[_FIRINGS])), bound)
 
     def enforce(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
@@ -236,9 +254,27 @@ def _estimate(
             state = follow.half_advance(weight, state, to_left=to_left)
     except StateError:
         return None
-    norms = follow.measured(state)
+    return _seen(follow, state), state
+
+
+def _seen(follow: TrackedBlocks | TrackedOperator, state: State) -> Array:
+    """The norms that the latest step gave; those of split blocks along a last axis."""
+    norms, geometry = follow.measured(state), follow.geometry
     split = isinstance(geometry, Dense) and geometry.splits is not None
-    return (arrays.namespace(weight).stack(norms, axis=-1) if split else norms[0]), state
+    return arrays.namespace(norms[0]).stack(norms, axis=-1) if split else norms[0]
+
+
+def _screened(
+    geometry: Dense, own: State, tracked: State, firings: int, bound: Any
+) -> Steps[tuple[State, Figures] | None]:
+    """`update` where the estimate is clearly inside and no certificate is due; else None."""
+    follow = TrackedBlocks(geometry)
+    tracked = yield from follow.half_advance_by_products(tracked, to_left=firings % 2 == 0)
+    norm = _seen(follow, tracked)
+    firings = (firings + 1) % _CERTIFY_EVERY
+    if not firings or not _below(norm, _CLEARLY * bound):
+        return None
+    return own | _screening(tracked, firings, norm), {"norm_before": norm, "norm_after": norm}
 
 
 def _below(norms: Array, bound: Any) -> bool:

@@ -17,7 +17,7 @@ from specops.rules.base import Figures, Schedule, Scheduled, at, check_scheduled
 from specops.rules.normalizations import check_ratio, limit_stable_rank, normalize, stable_ranks
 from specops.rules.scale import TrainableScale
 from specops.rules.stages import Formula, ForwardRule
-from specops.tracking import Norm, Tracked, check_norm, track
+from specops.tracking import Norm, Steps, Tracked, TrackedBlocks, check_norm, track
 from specops.typing import Array, State
 
 RANKS = ("rank_before", "rank_after")
@@ -54,9 +54,28 @@ class _Tracking(Scheduled, ForwardRule):
             state = follow.advance(weight, state, self.iterations)
         except StateError:
             state = follow.start(weight, name)
-        norms = follow.measured(state)
-        xp = arrays.namespace(weight)
-        return weight, state, {"norm": xp.stack(norms, axis=-1) if len(norms) > 1 else norms[0]}
+        return weight, state, {"norm": _norm(follow, state)}
+
+    def by_products(
+        self, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
+    ) -> Steps[tuple[State, Figures] | None] | None:
+        """Of matrices."""
+        follow = self.tracked(geometry)
+        if not state or not isinstance(follow, TrackedBlocks):
+            return None
+        return _advanced(follow, state, self.iterations)
+
+
+def _norm(follow: Tracked, state: State) -> Array:
+    norms = follow.measured(state)
+    return arrays.namespace(norms[0]).stack(norms, axis=-1) if len(norms) > 1 else norms[0]
+
+
+def _advanced(
+    follow: TrackedBlocks, state: State, iterations: int
+) -> Steps[tuple[State, Figures] | None]:
+    state = yield from follow.advance_by_products(state, iterations)
+    return state, {"norm": _norm(follow, state)}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from specops.geometry import Geometry
 from specops.geometry.arguments import check_bound, integer
 from specops.rules.base import Figures, Schedule, Scheduled, at, check_scheduled
 from specops.rules.stages import Formula, GradientRule
-from specops.tracking import Norm, Tracked, check_norm, track
+from specops.tracking import Norm, Steps, Tracked, TrackedBlocks, check_norm, track
 from specops.typing import Array, Namespace, State
 
 
@@ -100,12 +100,29 @@ class SpectralNormPenalty(Scheduled, GradientRule):
             state = follow.advance(weight, state, self.iterations)
         except StateError:
             state = follow.start(weight, name)
+        return state, self._figures(follow, state, self.strength_at(step, name, geometry))
+
+    def by_products(
+        self, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
+    ) -> Steps[tuple[State, Figures] | None] | None:
+        """Of matrices."""
+        follow = self.tracked(geometry)
+        if not state or not isinstance(follow, TrackedBlocks):
+            return None
+        return self._advanced(follow, state, self.strength_at(step, name, geometry))
+
+    def _advanced(
+        self, follow: TrackedBlocks, state: State, strength: Any
+    ) -> Steps[tuple[State, Figures] | None]:
+        state = yield from follow.advance_by_products(state, self.iterations)
+        return state, self._figures(follow, state, strength)
+
+    def _figures(self, follow: Tracked, state: State, strength: Any) -> Figures:
         norms = follow.measured(state)
-        xp = arrays.namespace(weight)
-        strength = self.strength_at(step, name, geometry)
+        xp = arrays.namespace(norms[0])
         norm = xp.stack(norms, axis=-1) if len(norms) > 1 else norms[0]
         value = 0.5 * strength * sum(xp.sum(n * n) for n in norms)
-        return state, {"norm": norm, "penalty": value}
+        return {"norm": norm, "penalty": value}
 
     def strength_at(self, step: int, name: str, geometry: Geometry) -> Any:
         """λ at this step."""

@@ -15,7 +15,7 @@ from specops import arrays
 from specops.geometry import Geometry
 from specops.rules.base import Figures, Rule, Stage
 from specops.rules.scale import TrainableScale
-from specops.tracking import Tracked
+from specops.tracking import Steps, Tracked
 from specops.typing import Array, State
 
 Formula = Literal["", "normalized", "rank limited", "penalty"]
@@ -24,6 +24,8 @@ _COMPUTING = (
     *("arguments", "fixed_scale", "strength_at", "penalty"),
 )
 """The methods that a `formula` stands for."""
+_FIRING = ("init", "update", "advance", "tracked", "view", "strength_at")
+"""The methods that `by_products` stands for."""
 
 
 class _AnyStage(Rule, Protocol):
@@ -42,9 +44,10 @@ class _AnyStage(Rule, Protocol):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        knows = next(base for base in cls.__mro__ if "formula" in vars(base))
-        if any(getattr(cls, m, None) is not getattr(knows, m, None) for m in _COMPUTING):
+        if _differs(cls, "formula", _COMPUTING):
             cls.formula = ""
+        if _differs(cls, "by_products", _FIRING):
+            cls.by_products = _AnyStage.by_products  # type: ignore[method-assign]
 
     def obstacle(self, geometry: Geometry) -> str:
         """Why the rule cannot act on such a map; "" if it can."""
@@ -75,9 +78,28 @@ class _AnyStage(Rule, Protocol):
         """
         return True
 
+    def by_products(
+        self, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
+    ) -> Steps[tuple[State, Figures] | None] | None:
+        """One firing of a weight of which no device holds more than a part.
+
+        A computation that asks for products of the weight with vectors, and returns the new state
+        and the figures of a firing that leaves the weight as it is; None where it takes the
+        weight itself after all. None instead of a computation: it always does.
+
+        A subclass for which a method that takes part is another one has none, unless it says so.
+        """
+        return None
+
     def watch(self, weight: Array, geometry: Geometry, name: str) -> State:
         """The state before the first firing of a compiled loop: keys and shapes stay."""
         return self.init(weight, geometry, name)
+
+
+def _differs(cls: type, member: str, methods: tuple[str, ...]) -> bool:
+    """Whether one of the methods is not that of the class which has the member."""
+    knows = next(base for base in cls.__mro__ if member in vars(base))
+    return any(getattr(cls, m, None) is not getattr(knows, m, None) for m in methods)
 
 
 class WeightRule(_AnyStage, Protocol):

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from specops.geometry import Dense, Geometry
+from specops.tracking.by_products import Steps, Wanted
 from specops.tracking.freshness import is_measured
 from specops.tracking.matrices import (
     TrackedBlocks,
@@ -31,11 +32,13 @@ __all__ = [
     "Norm",
     "Pairs",
     "State",
+    "Steps",
     "Tracked",
     "TrackedBlocks",
     "TrackedKernel",
     "TrackedOperator",
     "TrackedTorus",
+    "Wanted",
     "are_alike",
     "check_norm",
     "is_measured",

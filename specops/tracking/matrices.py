@@ -9,7 +9,17 @@ from typing import Any
 
 from specops import arrays
 from specops.geometry import Conv, Dense
-from specops.tracking.power import Pairs, advanced, along, checked, half_step, inner, leading_pairs
+from specops.tracking.by_products import Steps, Wanted
+from specops.tracking.power import (
+    Pairs,
+    advanced,
+    along,
+    checked,
+    half_step,
+    half_step_by,
+    inner,
+    leading_pairs,
+)
 from specops.typing import Array, Namespace, State
 
 Step = Callable[[Any, Array, Pairs], tuple[Pairs, Array]]
@@ -41,6 +51,25 @@ class TrackedBlocks:
         return self._stepped(
             w, state, lambda xp, a, pairs: half_step(xp, a, pairs, to_left=to_left)
         )
+
+    def advance_by_products(self, state: State, rounds: int = 1) -> Steps[State]:
+        """`advance` of a weight that is known by its products with vectors alone."""
+        for _ in range(rounds):
+            state = yield from self.half_advance_by_products(state, to_left=True)
+            state = yield from self.half_advance_by_products(state, to_left=False)
+        return state
+
+    def half_advance_by_products(self, state: State, *, to_left: bool) -> Steps[State]:
+        """`half_advance` of such a weight."""
+        known = [unpacked(state, j) for j in self._indices]
+        xp = arrays.namespace(known[0].u)
+        near = [(p.v, p.q) if to_left else (p.u, p.p) for p in known]
+        rows = tuple(xp.stack(pair, axis=-2) for pair in near)
+        images = yield Wanted(self.geometry, rows, to_left)
+        result: State = {}
+        for j, (pairs, image) in enumerate(zip(known, images, strict=True)):
+            result |= packed(j, *half_step_by(xp, image, pairs, to_left=to_left))
+        return result
 
     def _stepped(self, w: Array, state: State, step: Step) -> State:
         xp, w = arrays.namespace(w), arrays.stop_gradient(w)

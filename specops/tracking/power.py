@@ -150,7 +150,14 @@ def stepped_on_host(
     library's, whose threads and NumPy's slow each other down. None where numbers are so large or
     small that only the general form is right.
     """
-    products, dtype = _products(a), pairs.u.dtype
+    return steps_on_host(_products(a), pairs, steps)
+
+
+def steps_on_host(
+    products: on_host.Products, pairs: Pairs, steps: Sequence[bool]
+) -> tuple[Pairs, np.ndarray] | None:
+    """The same of a matrix that is known by its products."""
+    dtype = pairs.u.dtype
     left, right = (np.array(rows, np.float64) for rows in (pairs[0::2], pairs[1::2]))
     try:
         # As `arrays.matmul`: of lanes that BLAS does not use, and what is unusual is looked at.
@@ -182,6 +189,21 @@ def _on_host(a: Array, pairs: Pairs) -> tuple[Array, Pairs] | None:
     if a.ndim != 2 or not arrays.is_constant_on_host(a) or arrays.is_complex(a):
         return None
     return a, Pairs(*map(arrays.seen, pairs))
+
+
+def half_step_by(
+    xp: Namespace, images: Array, pairs: Pairs, *, to_left: bool
+) -> tuple[Pairs, Array]:
+    """`half_step` from the products of the matrix, (*batch, 2, ·), with both vectors of a side."""
+    seen = _on_host(images, pairs)
+    if seen is not None:
+        known = seen[0]
+        products = (lambda _: arrays.seen(known),) * 2
+        found = steps_on_host(products, seen[1], (to_left,))
+        if found is not None:
+            return _back(*found, images)
+    half = to_left_side if to_left else to_right_side
+    return half(xp, lambda *_: (images[..., 0, :], images[..., 1, :]), pairs)
 
 
 def _back(pairs: Pairs, sigma: Any, like: Array) -> tuple[Pairs, Array]:

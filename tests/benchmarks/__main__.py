@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import argparse
 
-from tests.benchmarks import busy, conv, imports, inspection, padded, project, step, training
+from tests.benchmarks import (
+    busy,
+    conv,
+    distributed,
+    imports,
+    inspection,
+    padded,
+    project,
+    step,
+    training,
+)
 from tests.benchmarks.harness import environment
 
 BENCHMARKS = {
     "busy": busy.run,
     "conv": conv.run,
+    "distributed": distributed.run,
     "import": imports.run,
     "inspect": inspection.run,
     "padded": padded.run,

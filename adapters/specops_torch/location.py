@@ -1,0 +1,119 @@
+"""A parameter of a torch model: where it is held, how it is read and written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from specops.errors import AdapterError
+from specops.training.parameter import Parameter
+from specops.training.weight import Weight
+from specops_torch.geometry import CONVOLUTIONS
+from specops_torch.sizes import SizeRecorder
+
+FROZEN = "frozen (requires_grad=False)"
+
+
+@dataclass
+class Location(Parameter):
+    """A parameter as a module's attribute, so that replaced tensors are found again."""
+
+    weight: Weight
+    module: nn.Module
+    attribute: str
+    recorder: SizeRecorder | None = None
+    others: list[nn.Module] = field(default_factory=list, repr=False)
+    """Modules that hold the same tensor."""
+    aliases: list[str] = field(default_factory=list, repr=False)
+    """Their names for it."""
+    handles: list[Any] = field(default_factory=list, repr=False)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter as it is now."""
+        found = self.module._parameters.get(self.attribute)
+        if found is None:
+            raise AdapterError(
+                f"{self.weight.name} is no parameter any more: it was reparametrised or removed "
+                f"after attaching. Detach, and attach again"
+            )
+        return found
+
+    def holders(self) -> list[tuple[nn.Module, str]]:
+        """Every module that holds the tensor, and its name for it."""
+        parameter = self.parameter
+        modules = {id(m): m for m in (self.module, *self.others)}
+        return [
+            (module, attribute)
+            for module in modules.values()
+            for attribute, own in module._parameters.items()
+            if own is parameter
+        ]
+
+    def is_held_by(self, model: nn.Module) -> bool:
+        """Whether the model still has the module, and that a parameter of the name."""
+        held = any(m is self.module for m in model.modules())
+        return held and self.module._parameters.get(self.attribute) is not None
+
+    def read(self) -> torch.Tensor:
+        """Its values."""
+        return self.parameter.detach()
+
+    def write(self, value: torch.Tensor) -> None:
+        """In place."""
+        with torch.no_grad():
+            self.parameter.copy_(value)
+
+    def identity(self) -> int | None:
+        """Of the tensor object, which modules share where weights are tied."""
+        found = self.module._parameters.get(self.attribute)
+        return None if found is None else id(found)
+
+    def frozen(self) -> str:
+        """A layer may be frozen after attaching."""
+        return "" if self.parameter.requires_grad else FROZEN
+
+    @property
+    def learns_size(self) -> bool:  # type: ignore[override]
+        """Whether it is a convolution whose geometry was not declared."""
+        return isinstance(self.module, CONVOLUTIONS) and not self.declared
+
+    def watch(self) -> None:
+        """Record the sizes that a convolution sees until `unwatch`: inputs may grow."""
+        if self.learns_size and self.recorder is None:
+            self.recorder = SizeRecorder(self.module.padding_mode == "circular")
+            for module in {id(m): m for m in (self.module, *self.others)}.values():
+                hook = module.register_forward_hook(self.recorder, with_kwargs=True)
+                self.handles.append(hook)
+
+    def unwatch(self) -> None:
+        """Remove the hooks."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def geometry(self) -> Any:
+        """The geometry now: at the recorded size where there is one."""
+        if self.recorder is None:
+            return self.weight.geometry
+        return self.recorder.geometry(self.module)
+
+    def sizes(self) -> Any:
+        """What the recorder knows."""
+        return None if self.recorder is None else self.recorder.state()
+
+    def see(self, sizes: Any) -> None:
+        """Take over what a recorder knew."""
+        if self.recorder is not None and sizes is not None:
+            self.recorder.load(sizes)
+
+    def saved(self, value: torch.Tensor) -> torch.Tensor:
+        """A copy where it is."""
+        return value.clone()
+
+    def restored(self, value: torch.Tensor) -> torch.Tensor:
+        """A copy on the parameter's device."""
+        return value.to(self.parameter.device, copy=True)

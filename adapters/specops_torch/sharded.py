@@ -1,0 +1,115 @@
+"""A weight of which every rank holds a part: read and written as the logical matrix that it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from specops.errors import AdapterError
+from specops_torch.location import Location
+from specops_torch.pieces import Layout, is_sharded, layouts
+
+
+@dataclass
+class ShardedLocation(Location):
+    """A DTensor parameter.
+
+    Its shape, and so its geometry and blocks, are those of the logical weight. `read` gives that
+    where it has been brought together (`whole`), else this rank's part; `write` takes either.
+    """
+
+    held: Any = None
+    layout: Layout | None = None
+    whole: torch.Tensor | None = field(default=None, repr=False)
+    is_brought_together: bool = False
+    """Whether `fully_shard` does so for forward passes."""
+    capacity: int = 4096
+    """Bytes that are expected of what an owner tells of it, beside its entries."""
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter that the optimizer has: between two forward passes layers may hold it
+        brought together, as `fully_shard` leaves it after an evaluation."""
+        found = self.module._parameters.get(self.attribute)
+        if is_sharded(found):
+            self.held = found
+        elif found is None:
+            return super().parameter
+        return self.held
+
+    @property
+    def known(self) -> Layout:
+        """Who holds what."""
+        assert self.layout is not None
+        return self.layout
+
+    @property
+    def local(self) -> torch.Tensor:
+        """This rank's part, sharing its memory."""
+        with torch.no_grad():
+            part: torch.Tensor = self.parameter.to_local()
+        return part
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether its layer holds a copy that was made before the latest write."""
+        return not is_sharded(self.module._parameters.get(self.attribute))
+
+    def read(self) -> torch.Tensor:
+        """The logical weight where it is at hand, else this rank's part."""
+        return self.local if self.whole is None else self.whole
+
+    def gathered(self) -> torch.Tensor:
+        """The logical weight, differentiable, by a collective of its own."""
+        whole: torch.Tensor = self.parameter.full_tensor()
+        return whole
+
+    def write(self, value: torch.Tensor) -> None:
+        """In place: of a whole weight this rank's part."""
+        own = self.known.own
+        if value.shape == self.parameter.shape:
+            value = own.take(value)
+        with torch.no_grad():
+            self.local.copy_(value.reshape(self.local.shape))
+
+    def identity(self) -> int | None:
+        """Of the parameter that the optimizer has."""
+        return id(self.parameter)
+
+    def holders(self) -> list[tuple[nn.Module, str]]:
+        """Every module that holds the tensor, and its name for it."""
+        found = super().holders()
+        return found or [(self.module, self.attribute)]
+
+
+def settle(locations: Sequence[Any], groups: dict[Any, Any]) -> None:
+    """Learn which ranks hold what of those that are new; all ranks call it alike."""
+    new = [x for x in locations if isinstance(x, ShardedLocation) and x.layout is None]
+    if not new:
+        return
+    for x in new:
+        if any(p.is_partial() for p in x.held.placements):
+            raise AdapterError(
+                f"{x.weight.name} is a sum that was not taken yet (placements "
+                f"{x.held.placements}): redistribute it to Shard or Replicate"
+            )
+    found = layouts([(x.weight.name, x.parameter) for x in new], groups)
+    for x, layout in zip(new, found, strict=True):
+        x.layout = layout
+        x.capacity += 16 * sum(x.parameter.shape)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of weights that `fully_shard` has brought together: the next forward does it anew."""
+    for module in model.modules():
+        if is_fully_sharded(module):
+            module.reshard()
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called on it."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)

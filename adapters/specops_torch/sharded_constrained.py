@@ -1,0 +1,131 @@
+"""One sharded weight under a rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from specops.errors import AdapterError
+from specops.geometry import Geometry
+from specops.tracking import TrackedBlocks
+from specops.training.plan import Assignment
+from specops_torch.constrained import Constrained
+from specops_torch.fast_paths import DTYPES
+from specops_torch.products import outer
+from specops_torch.sharded import ShardedLocation
+
+
+class ShardedConstrained(Constrained):
+    """A weight that no rank holds as a whole, except while it owns it.
+
+    States of rules are the same on all ranks; layers under a forward rule find theirs in the first
+    forward pass, which brings the weight together anyway.
+    """
+
+    advanced: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
+    """(new state, figures) of a firing by products, until it is recorded."""
+    moved: torch.Tensor | None = None
+    """How far its owner moved it last, relative to its norm, if anybody asks."""
+
+    @property
+    def location(self) -> ShardedLocation:
+        """Where it is."""
+        assert isinstance(self.parameter, ShardedLocation)
+        return self.parameter
+
+    def resume(self, parameter: Any, assignment: Assignment) -> None:
+        """Go on; with another tensor in its place, from its next forward pass on."""
+        super().resume(parameter, assignment)
+        self.location.held = parameter.held
+        if self.in_use is not None and self.in_use.is_replaced(parameter.held):
+            self.in_use.wait_for(parameter.held)
+
+    def refuse_sharded(self, model: nn.Module) -> None:
+        """It was so from the beginning."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether a firing leaves it alone on every rank, for reasons that need no numbers."""
+        return bool(self.location.frozen()) or self.needs_size
+
+    def why_not(self, weight: torch.Tensor) -> str:
+        """As ever; what was advanced by products has been looked at whole."""
+        if self.advanced is not None:
+            return self.location.frozen()
+        return super().why_not(weight)
+
+    def act(self, weight: torch.Tensor, step: int, *, certain: bool) -> Any:
+        """What products have given, or on its owner what the rule gives."""
+        if self.advanced is None:
+            return super().act(weight, step, certain=certain)
+        (state, figures), self.advanced = self.advanced, None
+        return weight, state, self.checked(figures)
+
+    def steps_by_products(self, step: int) -> Any:
+        """The computation of a firing that needs no more than products; None where it does."""
+        forgotten = self.in_use is not None and self.in_use.forgotten
+        if forgotten or self.state is None:
+            return None
+        if self.stage == "gradients" and not self.adds_in_place(self.geometry):
+            return None
+        return self.rule.by_products(self.geometry, self.state, step=step, name=self.name)
+
+    def adds_in_place(self, geometry: Geometry) -> bool:
+        """Whether each rank makes its part of a penalty's term from the vectors."""
+        if self.location.whole is not None:
+            return False
+        gradient, follow = self.location.parameter.grad, self.rule.tracked(geometry)
+        if gradient is None or gradient.dtype not in DTYPES:
+            return False
+        return self.rule.formula == "penalty" and isinstance(follow, TrackedBlocks)
+
+    def add_term(self, step: int, term: Any, state: Any, scale: torch.Tensor | None) -> None:
+        """Add to this rank's part of the gradient: `term`, a part too, or what vectors give."""
+        parameter: Any = self.location.parameter
+        gradient = parameter.grad
+        if gradient.placements != parameter.placements:
+            # Of a replicated weight each rank may have its part of a sum.
+            gradient = gradient.redistribute(parameter.device_mesh, parameter.placements)
+            parameter.grad = gradient
+        own: torch.Tensor = gradient.to_local()
+        if term is None:
+            geometry, follow = self.geometry, self.rule.tracked(self.geometry)
+            assert isinstance(follow, TrackedBlocks)
+            strength = self.gradient_rule.strength_at(step, self.name, geometry)
+            factors = [strength * sigma for sigma in follow.measured(state)]
+            term = outer(self.location, follow.geometry, follow.directions(state), factors)
+        own.add_((term if scale is None else term * scale.to(term.device)).to(own.dtype))
+
+    def prepare(self) -> None:
+        """Let every layer that holds the weight use the one that the rule gives.
+
+        Raises
+        ------
+        AdapterError
+            Layers meet parts of it in forward passes too.
+        """
+        self._refuse_parts()
+        in_use = self.make_in_use()
+        in_use.wait_for(self.location.parameter)
+        self.read_through(in_use)
+
+    def used(self, step: int = 1) -> torch.Tensor:
+        """The weight as its layers use it: of a forward rule the whole, by a collective."""
+        x = self.location
+        if self.in_use is None or not self.answering:
+            return x.read() if x.whole is not None else x.parameter
+        return self.in_use.of_whole(x.gathered() if x.whole is None else x.whole)
+
+    def _refuse_parts(self) -> None:
+        x = self.location
+        kinds = [type(p).__name__ for p in x.held.placements]
+        if kinds in (["Shard"], ["Replicate", "Shard"]) and x.is_brought_together:
+            return
+        raise AdapterError(
+            f"{self.name} is in parts during forward passes too (placements "
+            f"{x.held.placements}), and {self.rule!r} needs the whole there: use a rule on "
+            f"weights or gradients for it (ClipSpectralNorm, SpectralNormPenalty), exclude it "
+            f'with ("{self.name}", None), or shard it by fully_shard alone'
+        )

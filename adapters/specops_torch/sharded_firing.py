@@ -1,0 +1,174 @@
+"""A firing of rules on weights of which every rank holds a part.
+
+Rules that say so are first tried by products with the weights, which are sums over the ranks. What
+takes a weight itself goes to the rank that owns it. All ranks decide alike, and fail alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from specops.errors import AdapterError, SpecopsError
+from specops.training.firing import Firing, NonFinitePolicy
+from specops.training.outcome import Outcome
+from specops_torch.collectives import highest
+from specops_torch.constrained import Constrained
+from specops_torch.owners import Found, shared
+from specops_torch.products import multiplied
+from specops_torch.sharded_constrained import ShardedConstrained
+from specops_torch.stale_statistics import relative_change
+
+Measure = Callable[[Constrained], dict[str, Any]]
+_DONE, _UNDONE, _FAILED = range(3)
+
+
+class ShardedFiring(Firing[Constrained]):
+    """How rules act on weights, sharded ones among them.
+
+    Parameters
+    ----------
+    on_nonfinite : "raise", "skip" or "warn"
+        What to do about a weight that holds NaN or infinity.
+    wants_moves : callable
+        Whether anybody asks how far weights were moved.
+    """
+
+    def __init__(self, on_nonfinite: NonFinitePolicy, wants_moves: Callable[[], bool]) -> None:
+        super().__init__(on_nonfinite)
+        self._wants_moves = wants_moves
+
+    def compute(
+        self, due: Iterable[Constrained], step: int, *, certain: bool = False
+    ) -> list[Outcome[Constrained]]:
+        """Let rules act, without writing anything; with `certain`, certified where they can."""
+        due = list(due)
+        sharded = [c for c in due if isinstance(c, ShardedConstrained)]
+        if not sharded:
+            return super().compute(due, step, certain=certain)
+        active = [c for c in sharded if not c.waits]
+        rest = active if certain else _by_products(active, step)
+        found = {c.name: o for c, o in zip(rest, self._owned(rest, step, certain), strict=True)}
+        for c in due:
+            if c.name not in found:
+                (found[c.name],) = super().compute([c], step, certain=certain)
+        return [found[c.name] for c in due]
+
+    def _not_finite(self, c: Constrained, weight: Any, step: int) -> str:
+        whole = c.location.parameter if isinstance(c, ShardedConstrained) else weight
+        return super()._not_finite(c, whole, step)
+
+    def _owned(
+        self, due: Sequence[ShardedConstrained], step: int, certain: bool
+    ) -> list[Outcome[Constrained]]:
+        def work(at: int) -> Found:
+            c = due[at]
+            (outcome,) = super(ShardedFiring, self).compute([c], step, certain=certain)
+            value = outcome.array
+            if c.stage == "forward" or value is outcome.weight:
+                value = None
+            moved = None
+            if outcome.changes_weight and value is not None and self._wants_moves():
+                moved = relative_change(outcome.weight, value)
+            acted = outcome.array is not None
+            told = (acted, value is not None, outcome.state, outcome.record, c.misfit, moved)
+            return Found(value, told)
+
+        if not due:
+            return []
+        results = shared(
+            [c.location for c in due], work, values=[c.stage != "forward" for c in due]
+        )
+        return [_outcome(c, found) for c, found in zip(due, results, strict=True)]
+
+
+def measured(constrained: Sequence[Constrained], measure: Measure) -> dict[str, dict[str, Any]]:
+    """What is measured of each weight, by name; of sharded ones each by its owner."""
+    sharded = [c for c in constrained if isinstance(c, ShardedConstrained)]
+    told = shared(
+        [c.location for c in sharded],
+        lambda at: Found(None, measure(sharded[at])),
+        values=[False] * len(sharded),
+    )
+    found = {c.name: one.told for c, one in zip(sharded, told, strict=True)}
+    return {c.name: found.get(c.name) or measure(c) for c in constrained}
+
+
+def _outcome(c: ShardedConstrained, found: Found) -> Outcome[Constrained]:
+    """What the owner found, as this rank's part of it."""
+    acted, changed, state, record, c.misfit, c.moved = found.told
+    local = c.location.local
+    array = (found.value if changed else local) if acted else None
+    return Outcome(c, local, array, state, record)
+
+
+def _by_products(due: Sequence[ShardedConstrained], step: int) -> list[ShardedConstrained]:
+    """Those for which products will not do; the others are advanced.
+
+    One collective for each round of products, and one in which the ranks agree.
+    """
+    by_group: dict[int, list[ShardedConstrained]] = {}
+    for c in due:
+        by_group.setdefault(id(c.location.known.group), []).append(c)
+    undone = [name for group in by_group.values() for name in _one_group(group, step)]
+    return [c for c in due if c.name in undone]
+
+
+def _one_group(due: Sequence[ShardedConstrained], step: int) -> list[str]:
+    errors: dict[str, Exception] = {}
+    asking: dict[str, tuple[ShardedConstrained, Any, Any]] = {}
+    tried, undone = [], []
+
+    def go_on(c: ShardedConstrained, steps: Any, answer: Any) -> None:
+        """Until it asks for more, or is done."""
+        try:
+            asking[c.name] = c, steps, steps.send(answer)
+        except StopIteration as stopped:
+            c.advanced = stopped.value
+        except Exception as error:
+            errors[c.name] = error
+
+    for c in due:
+        steps = c.steps_by_products(step)
+        if steps is None:
+            undone.append(c.name)
+        else:
+            tried.append(c)
+            go_on(c, steps, None)
+    if not tried:
+        return undone
+    while asking:
+        round_, asked = list(asking.values()), [(c.location, w) for c, _, w in asking.values()]
+        asking.clear()
+        answers, failures = multiplied(asked)
+        for (c, steps, _), answer, failure in zip(round_, answers, failures, strict=True):
+            if failure is not None:
+                errors.setdefault(c.name, failure)
+            go_on(c, steps, answer)
+    mine = [
+        _FAILED if c.name in errors else _UNDONE if c.advanced is None else _DONE for c in tried
+    ]
+    layout = tried[0].location.known
+    agreed = highest(mine, layout.group, layout.device)
+    if _FAILED in agreed:
+        for c in tried:
+            c.advanced = None
+        raise _named(tried[agreed.index(_FAILED)], errors, step)
+    for c, verdict in zip(tried, agreed, strict=True):
+        if verdict == _UNDONE:
+            c.advanced = None
+            undone.append(c.name)
+    return undone
+
+
+def _named(c: ShardedConstrained, errors: dict[str, Exception], step: int) -> Exception:
+    """The error of a weight, as this rank knows it."""
+    error = errors.get(c.name)
+    if error is None:
+        return AdapterError(f"{c.name} at step {step}: {c.rule!r} failed on another rank")
+    if isinstance(error, SpecopsError):
+        named = type(error)(f"{c.name} at step {step}: {error}")
+        named.__cause__ = error
+        return named
+    error.add_note(f"while {c.rule!r} acted on {c.name} at step {step}")
+    return error

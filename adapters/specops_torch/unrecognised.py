@@ -1,0 +1,54 @@
+"""Parameters that hide the matrices they are of: refused by name, with the remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from specops.errors import AdapterError
+from specops_torch.pieces import is_sharded
+
+
+def refuse_unrecognised(model: nn.Module) -> None:
+    """Raise if parameters are parts of matrices that nothing here can tell the wholes of.
+
+    Raises
+    ------
+    AdapterError
+        FSDP1, DeepSpeed's ZeRO-3, shards of Megatron's tensor parallelism.
+    """
+    for path, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise AdapterError(
+                f"{path or 'the model'} is wrapped in FSDP1, which hides the shapes of its "
+                f"parameters: attach before wrapping is no help, use fully_shard or DDP"
+            )
+    for name, parameter in model.named_parameters():
+        reason = _hidden(parameter)
+        if reason:
+            raise AdapterError(f"{name} {reason}")
+
+
+def refuse_sharded(name: str, parameter: Any) -> None:
+    """Raise if a parameter that was whole is a part of a matrix now."""
+    if is_sharded(parameter):
+        raise AdapterError(
+            f"{name} is sharded (DTensor) since it was attached: shard first, then make the "
+            f"optimizer, then attach (here: detach, or make the attachment anew)"
+        )
+
+
+def _hidden(parameter: Any) -> str:
+    if hasattr(parameter, "ds_id") and hasattr(parameter, "ds_shape"):
+        return (
+            f"is partitioned by DeepSpeed (ZeRO-3), where a parameter is no matrix between steps "
+            f"(shape {tuple(parameter.shape)} of {tuple(parameter.ds_shape)}): use ZeRO-2, or "
+            f"fully_shard"
+        )
+    if getattr(parameter, "tensor_model_parallel", False) and not is_sharded(parameter):
+        return (
+            "is a shard of Megatron's tensor parallelism, of which the whole matrix is not known "
+            "here: make it a DTensor (torch.distributed.tensor.parallel), or train without"
+        )
+    return ""

@@ -1,0 +1,1 @@
+"""Tests that need several processes: each file of cases runs in one group of them."""

@@ -1,0 +1,222 @@
+"""Two ranks: every rule gives what it gives to one process."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import distributed as dist
+from torch.distributed.tensor import (
+    Shard,
+    distribute_module,
+    distribute_tensor,
+    init_device_mesh,
+)
+from torch.distributed.tensor.debug import CommDebugMode
+
+import specops
+from specops import (
+    ClipAndCut,
+    ClipSpectralNorm,
+    Dense,
+    Monitor,
+    NormalizeIfAbove,
+    ProjectStableRank,
+    SpectralHammer,
+    SpectralNormalization,
+    SpectralNormPenalty,
+    SpectralSoftCap,
+    StableRankNormalization,
+    TrainableScale,
+    errors,
+)
+from tests.torch_adapter.distributed.models import (
+    batch,
+    chain,
+    compare,
+    conv,
+    counted,
+    dense,
+    experts,
+    fsdp,
+    in_columns,
+    raises,
+    same,
+    step,
+    train,
+    whole,
+)
+
+
+def rules_on_weights(_: Path) -> None:
+    """Bitwise what one process gives: owners do its arithmetic."""
+    for rule in (
+        ClipSpectralNorm(1.0, screen=False),
+        NormalizeIfAbove(1.0, norm="operator"),
+        SpectralSoftCap(1.0, norm="operator"),
+        ProjectStableRank(ratio=0.5, norm="reshaped"),
+        SpectralHammer(1.0, norm="operator"),
+        Monitor(),
+    ):
+        compare(dense, fsdp, rule, 0.0)
+
+
+def rules_on_kernels(_: Path) -> None:
+    """Whose states are large."""
+    for rule in (ClipSpectralNorm(0.5), ClipAndCut(0.5)):
+        compare(conv, fsdp, rule, 0.0, steps=2)
+
+
+def a_firing_inside_moves_vectors(_: Path) -> None:
+    """Two collectives for all layers where they are decomposed, then two that are small."""
+    model = fsdp(dense())
+    attachment = specops.attach(None, model, ClipSpectralNorm(20.0))
+    with CommDebugMode() as first:
+        attachment.step()
+    assert counted(first) == {"alltoall_base_": 2}
+    before = whole(model)
+    with CommDebugMode() as later:
+        attachment.step()
+    assert counted(later) == {"allreduce_": 2}
+    same(whole(model), before, 0.0)
+    with CommDebugMode() as certain:
+        attachment.enforce()
+    assert counted(certain) == {"alltoall_base_": 2}
+
+
+def estimates_by_products(_: Path) -> None:
+    """What is inside is seen to be so by the same numbers, what leaves is projected."""
+    compare(dense, fsdp, ClipSpectralNorm(8.0), 1e-6, steps=5)
+    compare(dense, fsdp, ClipSpectralNorm(5.5), 1e-6, steps=5, rate=0.05)
+    stack = {"0.weight": Dense(out_axes=(2,), in_axes=(1,), batch_axes=(0,))}
+    compare(experts, fsdp, ClipSpectralNorm(9.0), 1e-6, steps=4, geometries=stack)
+    for axis in (1, 2):
+        place = functools.partial(fsdp, shard_placement_fn=lambda _, axis=axis: Shard(axis))
+        compare(experts, place, ClipSpectralNorm(9.0), 1e-6, steps=4, geometries=stack)
+
+
+def penalties(_: Path) -> None:
+    """Each rank adds its part of the term."""
+    compare(dense, fsdp, SpectralNormPenalty(0.05, norm="reshaped"), 1e-6)
+    for norm in ("reshaped", "operator", "bidirectional"):
+        compare(conv, fsdp, SpectralNormPenalty(0.05, norm=norm), 1e-6)
+
+
+def forward_rules(_: Path) -> None:
+    """Layers meet the whole weight, and its vectors advance with its parts."""
+    for rule in (
+        SpectralNormalization(norm="reshaped", scale=lambda step, *_: 1.0 + 0.1 * step),
+        StableRankNormalization(0.8, norm="reshaped"),
+    ):
+        compare(dense, fsdp, rule, 1e-5)
+    for norm in ("operator", "bidirectional"):
+        compare(conv, fsdp, SpectralNormalization(norm=norm), 1e-5)
+    model = fsdp(dense(), reshard_after_forward=False)
+    attachment, optimizer = train(model, SpectralNormalization(norm="reshaped"))
+    model.eval()
+    evaluated = model(batch(model)).detach()
+    step(model, optimizer)
+    assert float((model(batch(model)).detach() - evaluated).abs().max()) > 1e-3
+    for name, used in attachment.weights().items():
+        geometry = attachment.geometries()[name]
+        norms = specops.spectral_norm(used.detach(), geometry)
+        for norm in norms if isinstance(norms, tuple) else (norms,):
+            assert abs(float(norm) - 1.0) < 0.15, (name, norm)
+    wanted = model(batch(model)).detach()
+    attachment.detach(fold=True)
+    same({"": model(batch(model)).detach()}, {"": wanted}, 1e-5)
+
+
+def scales_that_are_trained(_: Path) -> None:
+    """By the mean over batches, of which each rank has its own."""
+    rule = SpectralNormalization(norm="reshaped", scale=TrainableScale(1.5))
+    plain = chain()
+    model = fsdp(copy.deepcopy(plain))
+    x = batch(plain)
+    found = []
+    for m, given in ((plain, x), (model, x.chunk(2)[dist.get_rank()])):
+        optimizer = torch.optim.SGD(m.parameters(), lr=0.1)
+        with mock.patch("specops_torch.scales._is_distributed", return_value=m is model):
+            attachment = specops.attach(optimizer, m, rule)
+        for _ in range(3):
+            optimizer.zero_grad()
+            m(given).square().mean().backward()
+            optimizer.step()
+        found.append({name: p.detach() for name, p in attachment.scales.items()})
+    same(found[1], found[0], 1e-5)
+    same(whole(model), whole(plain), 1e-5)
+    assert abs(float(found[0]["0.weight"]) - 1.5) > 1e-2
+
+
+def tensor_parallel(_: Path) -> None:
+    """Column- and row-wise: blocks and norms are those of the logical weight."""
+    for rule, tolerance in (
+        (ClipSpectralNorm(1.0), 1e-6),
+        (ClipSpectralNorm(30.0), 1e-6),
+        (SpectralNormPenalty(0.01, norm="reshaped"), 1e-6),
+    ):
+        compare(
+            chain, in_columns, rule, tolerance, geometries={"0.weight": Dense(splits=(3, 5, 4))}
+        )
+
+
+def replicated(_: Path) -> None:
+    """DTensors that every rank holds, of whose gradients each has a summand."""
+    mesh = init_device_mesh("cpu", (2,))
+    for rule in (SpectralNormPenalty(0.5, norm="reshaped"), ClipSpectralNorm(1.0)):
+        plain = chain()
+        model = distribute_module(copy.deepcopy(plain), mesh)
+        x = batch(plain)
+        for m, given in ((plain, x), (model, distribute_tensor(x, mesh, [Shard(0)]))):
+            optimizer = torch.optim.SGD(m.parameters(), lr=0.1)
+            specops.attach(optimizer, m, rule)
+            for _ in range(2):
+                optimizer.zero_grad()
+                m(given).square().mean().backward()
+                optimizer.step()
+        same(whole(model), whole(plain), 1e-6)
+
+
+def not_finite(_: Path) -> None:
+    """Seen by one rank, told on all, by the user's policy."""
+    for rule in (
+        ClipSpectralNorm(20.0),
+        NormalizeIfAbove(1.0, norm="operator"),
+        SpectralNormalization(norm="reshaped"),
+    ):
+        for policy in ("raise", "skip"):
+            model = fsdp(dense())
+            attachment = specops.attach(None, model, rule, on_nonfinite=policy)
+            with torch.no_grad():
+                model(batch(model))
+            attachment.step()
+            if dist.get_rank() == 0:
+                model[0].weight.detach().to_local()[0, 0] = float("nan")
+            before = whole(model)
+            if policy == "raise":
+                with raises(errors.NonFiniteError, "0.weight", "(8, 6)"):
+                    attachment.step()
+                for name, w in whole(model).items():
+                    assert torch.equal(w.nan_to_num(), before[name].nan_to_num()), name
+            else:
+                attachment.step()
+                (record,) = [r for r in attachment.history if r["name"] == "0.weight"][1:]
+                assert record["skipped"] == "not finite"
+
+
+RANKS = 2
+CASES = (
+    rules_on_weights,
+    rules_on_kernels,
+    a_firing_inside_moves_vectors,
+    estimates_by_products,
+    penalties,
+    forward_rules,
+    scales_that_are_trained,
+    tensor_parallel,
+    replicated,
+    not_finite,
+)

@@ -1,0 +1,249 @@
+"""Two ranks: training as people do it, and what goes wrong."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
+from torch.distributed.tensor import (
+    distribute_tensor,
+)
+
+import specops
+import specops_torch
+from specops import (
+    ClipSpectralNorm,
+    Monitor,
+    SpectralNormalization,
+    SpectralNormPenalty,
+    errors,
+)
+from tests.torch_adapter.distributed.models import (
+    RESUMED,
+    Breaking,
+    batch,
+    dense,
+    fsdp,
+    in_columns,
+    raises,
+    same,
+    train,
+    whole,
+)
+
+
+def mixed_precision_and_checkpointing(_: Path) -> None:
+    """Parameters stay as they are; layers meet them in bfloat16."""
+
+    def shard(model: nn.Module) -> nn.Module:
+        checkpoint_wrapper.apply_activation_checkpointing(
+            model, check_fn=lambda m: isinstance(m, nn.Linear)
+        )
+        return fsdp(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+
+    for rule in (ClipSpectralNorm(1.0), SpectralNormalization(norm="reshaped")):
+        model = shard(dense())
+        attachment, _ = train(model, rule, rate=0.01)
+        names = [row.name for row in attachment.report().rows]
+        assert names == [name for name, _ in dense().named_parameters()], names
+        for name, used in attachment.weights().items():
+            w = used.full_tensor() if hasattr(used, "full_tensor") else used
+            norms = specops.spectral_norm(w.detach(), attachment.geometries()[name])
+            largest = max(map(float, norms if isinstance(norms, tuple) else (norms,)))
+            assert largest < 1.1, (rule, name)
+            assert largest > 0.9 or isinstance(rule, ClipSpectralNorm)
+
+
+def accumulation(_: Path) -> None:
+    """Two halves of a batch in one step, gradients sent once."""
+    plain = dense()
+    sharded = fsdp(copy.deepcopy(plain))
+    rule, halves = ClipSpectralNorm(1.0), batch(plain).split(2)
+    for model in (plain, sharded):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        attachment = specops.attach(optimizer, model, rule)
+        for _ in range(2):
+            for i, half in enumerate(halves):
+                if model is sharded:
+                    model.set_requires_gradient_sync(i == 1)
+                model(half).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert attachment.steps == 2
+    same(whole(sharded), whole(plain), 1e-6)
+
+
+def copies_of_an_evaluation(_: Path) -> None:
+    """A layer that was left whole by an evaluation does not go on with the old weight."""
+    model = fsdp(dense(), reshard_after_forward=False)
+    attachment = specops.attach(None, model, ClipSpectralNorm(1.0))
+    with torch.no_grad():
+        before = model(batch(model))
+    attachment.enforce()
+    with torch.no_grad():
+        after = model(batch(model))
+    reference = dense()
+    specops.attach(None, reference, ClipSpectralNorm(1.0)).enforce()
+    with torch.no_grad():
+        same({"": after}, {"": reference(batch(reference))}, 1e-6)
+    assert float((before - after).abs().max()) > 1e-3
+
+
+def on_the_meta_device(_: Path) -> None:
+    """Made without numbers, sharded, filled, attached; before they are there it says so."""
+    plain = dense()
+    with torch.device("meta"):
+        model = dense()
+    fsdp(model)
+    with raises(errors.UnsupportedArrayError, "0.weight is on the meta device"):
+        specops.attach(None, model, ClipSpectralNorm(1.0))
+    model.to_empty(device="cpu")
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        p.data.copy_(distribute_tensor(q.data, p.device_mesh, p.placements))
+    for m in (plain, model):
+        train(m, ClipSpectralNorm(1.0))
+    same(whole(model), whole(plain), 0.0)
+
+
+def refused(_: Path) -> None:
+    """What cannot be right is named, with the remedy."""
+    for rule in (ClipSpectralNorm(1.0), SpectralNormalization(norm="reshaped")):
+        model = dense()
+        attachment = specops.attach(None, model, rule)
+        fsdp(model)
+        with raises(errors.AdapterError, "0.weight is sharded", "then attach"):
+            attachment.step()
+        model(batch(model))
+        with raises(errors.AdapterError, "0.weight is sharded", "then attach"):
+            attachment.step()
+        attachment.detach()
+    with raises(errors.AdapterError, "FSDP1", "fully_shard"):
+        specops.attach(None, FullyShardedDataParallel(dense(), device_id="cpu"), Monitor())
+    marks = {
+        "DeepSpeed": {"ds_id": 0, "ds_shape": (8, 6)},
+        "Megatron": {"tensor_model_parallel": 1},
+    }
+    for engine, attributes in marks.items():
+        model = dense()
+        vars(model[0].weight).update(attributes)
+        with raises(errors.AdapterError, "0.weight", engine):
+            specops.attach(None, model, Monitor())
+    model = in_columns(nn.Sequential(nn.Linear(4, 6)))
+    with raises(errors.AdapterError, "0.weight is in parts", "ClipSpectralNorm"):
+        specops.attach(None, model, SpectralNormalization(norm="reshaped"))
+    model = fsdp(dense())
+    optimizer = torch.optim.LBFGS(model.parameters())
+    specops.attach(optimizer, model, SpectralNormPenalty(0.1, norm="reshaped"))
+    with raises(errors.AdapterError, "0.weight", "closure"):
+        optimizer.step(lambda: model(batch(model)).square().mean())
+
+
+def failures_reach_all_ranks(_: Path) -> None:
+    """With the layer's name, and with all weights as they were."""
+    model = fsdp(dense())
+    before = whole(model)
+    attachment = specops.attach(None, model, Breaking())
+    with raises(ValueError, "broken") as caught:
+        attachment.step()
+    notes = " ".join(caught.value.__notes__)
+    assert "4.weight" in notes, notes
+    assert "Breaking" in notes, notes
+    attachment.detach()
+    same(whole(model), before, 0.0)
+
+    attachment = specops.attach(None, model, ClipSpectralNorm(20.0))
+    attachment.step()
+    if dist.get_rank() == 1:
+        with (
+            mock.patch("specops_torch.products._multiply", side_effect=MemoryError),
+            raises(MemoryError) as caught,
+        ):
+            attachment.step()
+        assert "acted on 0.weight" in caught.value.__notes__[0]
+    else:
+        with raises(errors.AdapterError, "0.weight", "another rank"):
+            attachment.step()
+    attachment.step()
+    attachment.detach()
+
+
+def replicas(_: Path) -> None:
+    """Every rank of DDP ends with bitwise the same, of different batches."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # which warns, of itself
+
+    for rule in (
+        ClipSpectralNorm(1.0),
+        SpectralNormalization(norm="reshaped"),
+        SpectralNormPenalty(0.1, norm="reshaped"),
+    ):
+        for zero in (False, True):
+            model = nn.parallel.DistributedDataParallel(dense())
+            if zero:
+                optimizer: torch.optim.Optimizer = ZeroRedundancyOptimizer(
+                    model.parameters(), torch.optim.SGD, lr=0.1
+                )
+            else:
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            attachment = specops.attach(optimizer, model, rule)
+            torch.manual_seed(dist.get_rank())
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(torch.randn(4, 3, 6)).square().mean().backward()
+                optimizer.step()
+            assert attachment.steps == 3
+            attachment.detach(fold=True)
+            for name, p in model.named_parameters():
+                both = [torch.empty_like(p) for _ in range(2)]
+                dist.all_gather(both, p.detach())
+                assert torch.equal(*both), (rule, zero, name)
+
+
+def saved(folder: Path) -> None:
+    """What `three` and one process load."""
+    for name, rule in RESUMED.items():
+        model = fsdp(dense())
+        attachment, _ = train(model, rule)
+        state = {"model": model.state_dict(), "rule": specops_torch.Stateful(attachment)}
+        dcp.save(state, checkpoint_id=folder / name)
+        weights = whole(model)
+        if dist.get_rank() == 0:
+            torch.save((weights, attachment.state_dict()), folder / f"{name}.pt")
+
+
+def example(_: Path) -> None:
+    """The program that users copy from, in little."""
+    place = Path(__file__).parents[3] / "examples" / "train_distributed.py"
+    spec = importlib.util.spec_from_file_location("train_distributed", place)
+    assert spec is not None
+    assert spec.loader is not None
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    options = program.parsed(["--quick", "--max-norm", "1.0"])
+    model, attachment, losses = program.train(options, torch.device("cpu"))
+    assert losses[-1] < losses[0]
+    for name, w in whole(model).items():
+        if name in attachment.geometries():
+            norms = specops.spectral_norm(w, attachment.geometries()[name])
+            assert max(map(float, norms if isinstance(norms, tuple) else (norms,))) <= 1.0 + 1e-6
+
+
+RANKS = 2
+CASES = (
+    mixed_precision_and_checkpointing,
+    accumulation,
+    copies_of_an_evaluation,
+    on_the_meta_device,
+    refused,
+    failures_reach_all_ranks,
+    replicas,
+    saved,
+    example,
+)
