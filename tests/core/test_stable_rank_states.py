@@ -152,9 +152,9 @@ def test_large_matrices_are_iterated_and_warm_starts_are_cheaper() -> None:
     def timed(**options: Any) -> tuple[float, Any, Any]:
         best = float("inf")
         for _ in range(3):
-            began = time.perf_counter()
+            began = time.process_time()
             got, info = project_stable_rank(nearby, target=10.0, return_info=True, **options)
-            best = min(best, time.perf_counter() - began)
+            best = min(best, time.process_time() - began)
         return best, got, info
 
     state = project_stable_rank(w, target=10.0, return_info=True)[1].state
@@ -162,6 +162,6 @@ def test_large_matrices_are_iterated_and_warm_starts_are_cheaper() -> None:
     _, warm, info = timed(state=state)
     np.testing.assert_allclose(warm, cold, atol=1e-3)
     assert float(info.rank_after) <= 10.0 * (1 + 1e-6)
-    began = time.perf_counter()
+    began = time.process_time()
     np.linalg.svd(nearby)
-    assert timed(state=state)[0] < 0.5 * (time.perf_counter() - began)
+    assert timed(state=state)[0] < 0.5 * (time.process_time() - began)

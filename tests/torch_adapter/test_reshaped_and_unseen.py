@@ -43,6 +43,7 @@ def test_reports_and_enforce_speak_of_the_reshaped_kernel(kind: type) -> None:
     assert "rule's norm" in str(report)
     assert "norm='reshaped'" in row.rule
     assert [r["norm_after"] for r in attachment.history] == pytest.approx([0.05] * 2, rel=1e-5)
+    attachment.detach()
     plain = specops.attach(None, model, ClipSpectralNorm(0.05)).report()
     assert "rule's norm" not in str(plain)
     assert plain["0.weight"].rule_norm is None
