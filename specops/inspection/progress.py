@@ -15,10 +15,10 @@ from specops.inspection.figures import Method, takes_bounds
 from specops.tables import printable
 
 _DECOMPOSED = 15.0
-"""Time of all singular values over that of bounds of the norm, each for its products: 1.1 s at
-2048² and 1.3 s at 4096²."""
+"""Time of all singular values over that of bounds of the norm, each for its products: an estimate,
+which the bar corrects as it goes."""
 _READ = 500.0
-"""Products in the time that an entry takes to be read and cast."""
+"""Products in the time that an entry takes to be read and cast: an estimate as well."""
 _REMEMBERED = 3600.0
 """Seconds whose speed tells the time that is left: a tensor may take minutes."""
 
