@@ -24,8 +24,8 @@ _CHUNK_BYTES = 4 * 2**20
 memory."""
 _SMALL_MATRIX, _SMALL_WEIGHT = 2**16, 2**17
 """Entries of a weight's largest matrix, and of the weight, up to which a function takes one thread.
-On two cores that other processes kept busy its functions took 2 to 35 times as long with two threads at
-256×256 and at 32 of 64×64, up to 30 times as much of the processor."""
+On two cores that other processes kept busy its functions took 2 to 35 times as long with two
+threads at 256×256 and at 32 of 64×64, up to 30 times as much of the processor."""
 _TINY = 2**12
 """Entries of a matrix below which no library was seen to use threads."""
 

@@ -21,8 +21,8 @@ _SLICE_ENTRIES = 2**20
 _SUMMED = 4096
 """Rows summed at once in single precision: so many drift by less than the margin of the factor."""
 _SINGLE_FROM = 2048
-"""Smaller side above which single precision is tried first: of 4096² it took 3.7 s of processor time
-where double took 11.2 s. A choice: smaller ones take too little for it to matter."""
+"""Smaller side above which single precision is tried first: of 4096² it took 3.7 s of processor
+time where double took 11.2 s. A choice: smaller ones take too little for it to matter."""
 _STEPS = 32
 """Of Lanczos on the Gram matrix, each half of what a step on A takes: of six normal matrices of
 2304² to 4096² the norm was at most 8e-5 too small after so many, 3e-3 after 24."""
