@@ -56,13 +56,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "scales": SCALES,
     },
     "small": {
-        "data": {"train": 4000, "test": 1000, "side": 16},
+        "data": {"train": 2000, "test": 500, "side": 8},
         "networks": "small",
         "width": 0.125,
-        "recipe": {"steps": 500, "rate_g": 1e-3, "rate_d": 1e-3, "measure_every": 100},
-        "samples": 1000,
-        "judge": {"width": 8, "epochs": 6},
-        "variants": ["none", "SN_w", "SN_conv", "BSN", "SSN 1.6", "BSSN 1.6"],
+        "recipe": {"steps": 300, "rate_g": 1e-3, "rate_d": 1e-3, "measure_every": 100},
+        "samples": 500,
+        "judge": {"width": 8, "epochs": 4},
+        "variants": ["none", "SN_w", "SN_conv", "BSN"],
         "scales": [0.5, 4.0],
     },
     "full": {

@@ -52,10 +52,10 @@ PRESETS = {
         "clips": list(CLIPS),
     },
     "small": {
-        "data": {"train": 2000, "test": 2000, "side": 16},
+        "data": {"train": 1500, "test": 2000, "side": 8},
         "network": {"depth": 8, "width": 8},
         "recipe": {"epochs": 8, "decay": 2e-4, "measure_every": 2},
-        "every": 20,
+        "every": 23,
         "rates": [0.01, 0.1, 0.3],
         "grids": [4, 8, 12],
         "channels": 8,

@@ -50,13 +50,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "methods": list(METHODS),
     },
     "small": {
-        "data": {"train": 2048, "test": 2000, "side": 16},
+        "data": {"train": 1024, "test": 1000, "side": 8},
         "width": 8,
-        "epochs": {"small": 12, "large": 24},
-        "batch": {"small": 64, "large": 1024},
+        "epochs": {"small": 8, "large": 16},
+        "batch": {"small": 64, "large": 512},
         "rate": {"small": 0.05, "large": 0.4},
-        "measure_every": 3,
-        "measured": 200,
+        "measure_every": 2,
+        "measured": 100,
         "methods": list(METHODS),
     },
     "full": {
