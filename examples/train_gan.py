@@ -37,7 +37,7 @@ def draw(images: torch.Tensor, title: str, out: Path) -> Path:
     side = int(len(images) ** 0.5)
     n = images.shape[-1]
     grid = images[: side * side, 0].reshape(side, side, n, n)
-    grid = torch.nn.functional.pad(grid, (0, 1, 0, 1), value=1.0)
+    grid = torch.nn.functional.pad(grid, (0, 1, 0, 1), value=-1.0)
     figure = Figure(figsize=(5, 5.2), layout="constrained")
     axis = figure.subplots()
     axis.imshow(grid.permute(0, 2, 1, 3).reshape(side * (n + 1), -1), cmap="gray_r")

@@ -197,13 +197,13 @@ def plot(found: list[records.Record], out: Path) -> list[Path]:
             over_time, clipping, "seconds", "test_error", ("seconds of training", "test error")
         )
         loss.legend(frameon=False, fontsize=7)
-        for axis in (loss, over_time):
-            axis.set_ylim(bottom=0)
+        loss.set_ylim(bottom=0)
+        over_time.set(xscale="log")
         of_runs = {n: runs[0]["results"]["spectra"] for n, runs in clipping.items()}
         layer = next(name for name in of_runs["none"])
         shown = {n: s[layer] for n, s in of_runs.items() if n in ("none", "operator 0.5")}
         plots.singular_values(shown, ax=spectrum)
-        spectrum.set_title(f"{layer}, sampled at 60 ranks", fontsize=8.5)
+        spectrum.set_title(f"{layer}, at 60 ranks", fontsize=8.5, loc="left")
         drawn.append(plots.save(figure, out.parent / f"sedghi_clipping_{out.name}.png"))
         figure, axes = figures.panels(2)
         for axis, scale in zip(axes, ("absolute", "normalized"), strict=True):

@@ -40,10 +40,6 @@ def bars(axis: Any, groups: Mapping[str, Sequence[float]], label: str) -> None:
         axis.plot([place] * len(values), values, "o", color="black", markersize=2.5)
     axis.set_xticks(range(len(groups)), groups, rotation=30, ha="right", fontsize=7.5)
     axis.set_ylabel(label, fontsize=8.5)
-    every = [v for values in groups.values() for v in values]
-    if every and min(every) > 0:
-        spread = max(every) - min(every) or 0.1 * max(every)
-        axis.set_ylim(bottom=max(0.0, min(every) - 0.5 * spread), top=max(every) + 0.35 * spread)
 
 
 def curves(
