@@ -98,7 +98,7 @@ def test_convolutions_have_the_rule_and_the_head_has_none(settings: Any, expecte
     network(torch.zeros(2, 1, 8, 8))
     attachment = specops.attach(optimizer, network, plan)
     assert set(attachment.weights()) == set(load("harness.networks").convolutions(network))
-    assert plan.entries[0].rule == expected
+    assert plan.entries[0][1] == expected
     attachment.detach()
 
 

@@ -131,7 +131,7 @@ CLAIMS = (
         "GAN", chain("fid", "SN", "SRN-70"),
     ),
     Claim(
-        "sanyal", "table 4", "SRN-70's images are harder to tell from real images (a smaller divergence)",
+        "sanyal", "table 4", "SRN-70's images are harder to tell from real ones (divergence)",
         "GAN", chain("neural_divergence", "SN", "SRN-70"),
     ),
     Claim("sanyal", "table 2", "The figures themselves", not_run=_GAN),
