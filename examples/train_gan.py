@@ -40,7 +40,7 @@ def draw(images: torch.Tensor, title: str, out: Path) -> Path:
     grid = torch.nn.functional.pad(grid, (0, 1, 0, 1), value=-1.0)
     figure = Figure(figsize=(5, 5.2), layout="constrained")
     axis = figure.subplots()
-    axis.imshow(grid.permute(0, 2, 1, 3).reshape(side * (n + 1), -1), cmap="gray_r")
+    axis.imshow(grid.permute(0, 2, 1, 3).reshape(side * (n + 1), -1).numpy(), cmap="gray_r")
     axis.set_axis_off()
     axis.set_title(title, fontsize=10)
     return plots.save(figure, out)

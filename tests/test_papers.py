@@ -58,24 +58,36 @@ def test_interval_is_students() -> None:
     assert math.isnan(statistics.half_interval([1.0]))
 
 
-@pytest.mark.slow
 def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
-    program = load("yoshida").PROGRAM
-    arguments = ["--quick", "--only", "large batch", "--results", str(tmp_path)]
-    threads = torch.get_num_threads()
-    first = program.main(arguments)
-    lines = (tmp_path / "yoshida.jsonl").read_text().splitlines()
-    assert len(first) == len(lines) == 4
-    (tmp_path / "yoshida.jsonl").write_text("\n".join(lines[:2]) + "\n")
-    again = program.main(arguments)
-    torch.set_num_threads(threads)
-    assert (tmp_path / "yoshida.jsonl").read_text().splitlines()[:2] == lines[:2]
-    before, after = (
-        [{k: v for k, v in r["results"].items() if "seconds" not in k and k != "curve"} for r in rs]
-        for rs in (first, again)
+    parts = load("harness.program")
+    ran: list[tuple[str, int]] = []
+
+    def run(job: Any, context: Any) -> dict[str, Any]:
+        ran.append((job.label, context.seed))
+        return {"score": len(ran) / 3, "lost": math.nan}
+
+    program = parts.Program(
+        paper="paper",
+        about="A paper.",
+        presets={"digits": {"data": {"train": 20, "test": 10}}},
+        jobs=lambda sizes: [parts.Job("e", "a"), parts.Job("e", "b", {"bound": 0.5})],
+        run=run,
+        plot=lambda found, out: [],
+        headline={"e": "score"},
     )
-    assert before == after
-    assert list(tmp_path.glob("*.png"))
+    threads, file = torch.get_num_threads(), tmp_path / "paper.jsonl"
+    arguments = ["--seeds", "2", "--results", str(tmp_path)]
+    program.main(arguments)
+    assert ran == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    lines = file.read_text().splitlines()
+    assert [json.loads(line)["results"]["lost"] for line in lines] == [None] * 4
+    file.write_text("\n".join(lines[:3]) + "\n")
+    assert len(program.main(arguments)) == 4
+    assert ran[4:] == [("b", 1)]
+    assert file.read_text().splitlines()[:3] == lines[:3]
+    assert len(program.main(["plot", *arguments])) == 4
+    torch.set_num_threads(threads)
+    assert len(ran) == 5
 
 
 @pytest.mark.parametrize(
@@ -136,7 +148,7 @@ def test_conditional_networks_play_by_every_loss(loss: str) -> None:
     before = generator.last.weight.detach().clone()
     game = adversarial.train(
         generator,
-        gan_networks.ProjectionDiscriminator(shape, 3, width=0.05),
+        gan_networks.ProjectionDiscriminator(shape, 3, width=0.25),
         torch.rand(20, *shape) * 2 - 1,
         recipe,
         labels=torch.arange(20) % 3,
@@ -176,3 +188,23 @@ def test_a_claim_is_judged_by_its_records() -> None:
     assert results.rows(claim, records(2))[0][-1] == "**not run**"
     assert results.rows(claim, [])[0][-1] == "**not run**"
     assert json.dumps(records(1))
+
+
+@pytest.mark.slow
+def test_a_gan_draws_its_samples(tmp_path: Path) -> None:
+    pytest.importorskip("torchmetrics")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(PAPERS.parent), *sys.path])
+        example = importlib.import_module("train_gan")
+    threads, out = torch.get_num_threads(), tmp_path / "samples.png"
+    game = example.main(["--quick", "--normalisation", "BSN", "--scale", "1.5", "--out", str(out)])
+    torch.set_num_threads(threads)
+    assert out.read_bytes().startswith(b"\x89PNG")
+    for w in game.attachment.weights().values():
+        norms = [float(specops.spectral_norm(m, specops.Dense())) for m in reshapings(w.detach())]
+        assert math.isclose(sum(norms) / 2, 1.5, rel_tol=0.1)
+
+
+def reshapings(w: Any) -> tuple[Any, Any]:
+    """A kernel as the matrices (out, in·k) and (in, out·k)."""
+    return w.flatten(1), w.transpose(0, 1).flatten(1)

@@ -59,7 +59,7 @@ PRESETS = {
         "rates": [0.01, 0.1, 0.3],
         "grids": [4, 8, 12],
         "channels": 8,
-        "clips": list(CLIPS),
+        "clips": [c for c in CLIPS if c != "reshaped 0.5"],
     },
     "full": {
         "data": {},

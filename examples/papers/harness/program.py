@@ -91,7 +91,7 @@ class Program:
         ]
         done = {records.key(r) for r in records.read(path)}
         plan = []
-        for seed in range(options.seeds):
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
             for job in jobs:
                 record = {
                     "paper": self.paper,
@@ -167,6 +167,7 @@ class Program:
         add("--data", type=Path, metavar="DIR", help="of .npz files, in place of the digits")
         add("--dataset", default="cifar10", help="the files DATASET*.npz of --data")
         add("--seeds", type=int, default=3, help="runs of each setting")
+        add("--first-seed", type=int, default=0, help="to divide the seeds over machines")
         add("--only", nargs="+", metavar="EXPERIMENT", help="these experiments alone")
         add("--stop-after", type=float, metavar="SECONDS", help="start no run after so long")
         add("--results", type=Path, default=RESULTS, help="folder of records and figures")
