@@ -184,7 +184,7 @@ def test_a_claim_is_judged_by_its_records() -> None:
     (row,) = results.rows(claim, records(3))
     assert row[-1] == "**reproduced**"
     assert row[3] == "score: a 2.01 ± 0.6, b 1.01 ± 0.6"
-    assert "3 seeds; h; 3.0 min" in row[2]
+    assert "3 seeds of each setting; h; 3.0 min" in row[2]
     assert results.rows(claim, records(2))[0][-1] == "**not run**"
     assert results.rows(claim, [])[0][-1] == "**not run**"
     assert json.dumps(records(1))

@@ -32,8 +32,9 @@ def ours(claim: Claim, runs: Mapping[str, Sequence[records.Record]]) -> str:
         values = [r["results"].get(metric) for r in runs.get(label, ())]
         values = [v for v in values if v is not None]
         if values:
-            error = statistics.standard_error(values)
-            text = f"{label} {statistics.mean(values):.3g} ± {error:.1g}"
+            text = f"{label} {statistics.mean(values):.3g}"
+            if len(values) > 1:
+                text += f" ± {statistics.standard_error(values):.1g}"
             by_metric.setdefault(metric, []).append(text)
     return "; ".join(f"{metric}: {', '.join(texts)}" for metric, texts in by_metric.items())
 
@@ -51,8 +52,10 @@ def rows(claim: Claim, found: Sequence[records.Record]) -> list[tuple[str, ...]]
         if not used:
             continue
         verdicts = [statistics.verdict(c.differences(runs)) for c in claim.comparisons]
+        fewest = min(len({r["seed"] for r in runs.get(label, ())}) for label in labels)
+        seeds = f"{fewest} seed" + "s" * (fewest != 1)
         ran = (
-            f"`{used[0]['command']}`; {group[1]}; {len({r['seed'] for r in used})} seeds; "
+            f"`{used[0]['command']}`; {group[1]}; {seeds} of each setting; "
             f"{', '.join(sorted({r['hardware'] for r in used}))}; "
             f"{sum(r['seconds'] for r in used) / 60:.1f} min"
         )

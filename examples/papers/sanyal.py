@@ -201,8 +201,9 @@ def plot(found: list[records.Record], out: Path) -> list[Path]:
         figures.bars(axes[0], figures.values(clean, "test_accuracy"), "test accuracy")
         for axis, decay in zip(axes[1:3], ("weight decay", "no weight decay"), strict=True):
             runs = records.by_label(found, f"random labels, {decay}")
+            axis.set_visible(bool(runs))
             figures.bars(
-                axis, figures.values(runs, "train_error"), f"error on random labels, {decay}"
+                axis, figures.values(runs, "train_error"), f"random labels: error, {decay}"
             )
         figures.bars(
             axes[3], figures.values(clean, "noise_sensitivity"), "noise sensitivity, median"
