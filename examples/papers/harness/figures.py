@@ -1,0 +1,72 @@
+"""Bars with 95 % confidence intervals, and curves with bands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from .records import Record
+from .statistics import half_interval, mean
+
+COLORS = ("#4d4d4d", "#0b6e99", "#c0392b", "#2e7d32", "#8e44ad", "#d68910", "#16a085", "#7f8c8d")
+
+
+def panels(count: int, columns: int = 2, size: tuple[float, float] = (4.2, 3.0)) -> Any:
+    """A figure with so many axes, flat."""
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    shown = axes[:count]
+    for axis in shown:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    return figure, shown
+
+
+def bars(axis: Any, groups: Mapping[str, Sequence[float]], label: str) -> None:
+    """The mean of each group, its interval, and the runs as dots."""
+    for place, (name, values) in enumerate(groups.items()):
+        color = COLORS[place % len(COLORS)]
+        axis.bar(place, mean(values), color=color, alpha=0.75, width=0.7, label=name)
+        if len(values) > 1:
+            half = half_interval(values)
+            axis.errorbar(place, mean(values), half, color="black", capsize=3, linewidth=1)
+        axis.plot([place] * len(values), values, "o", color="black", markersize=2.5)
+    axis.set_xticks(range(len(groups)), groups, rotation=30, ha="right", fontsize=7.5)
+    axis.set_ylabel(label, fontsize=8.5)
+
+
+def curves(
+    axis: Any, groups: Mapping[str, Sequence[Record]], x: str, y: str, labels: tuple[str, str]
+) -> None:
+    """The mean over runs of a curve, a band of the interval where there are several."""
+    for place, (name, records) in enumerate(groups.items()):
+        color = COLORS[place % len(COLORS)]
+        runs = [[point for point in r["results"]["curve"] if point.get(y)] for r in records]
+        length = min(map(len, runs), default=0)
+        if not length:
+            continue
+        values = np.array([[point[y] for point in run[:length]] for run in runs])
+        along = np.mean([[point[x] for point in run[:length]] for run in runs], axis=0)
+        centre = values.mean(0)
+        axis.plot(along, centre, color=color, linewidth=1.5, label=name)
+        if len(runs) > 1:
+            half = np.array([half_interval(column) for column in values.T])
+            axis.fill_between(along, centre - half, centre + half, color=color, alpha=0.12, lw=0)
+    axis.set_xlabel(labels[0], fontsize=8.5)
+    axis.set_ylabel(labels[1], fontsize=8.5)
+
+
+def values(records: Mapping[str, Sequence[Record]], metric: str) -> dict[str, list[float]]:
+    """One number of every run, by label; runs without it are left out."""
+    found = {
+        name: [r["results"][metric] for r in runs if r["results"].get(metric) is not None]
+        for name, runs in records.items()
+    }
+    return {name: numbers for name, numbers in found.items() if numbers}
