@@ -10,7 +10,7 @@ from specops import arrays
 from specops.arrays.solvers import svd
 from specops.errors import StateError
 from specops.geometry import ConvSizes
-from specops.linalg.golub_kahan import largest_singular_triplet
+from specops.linalg.golub_kahan import OF_VECTORS, largest_singular_triplet
 from specops.linalg.spectral_function import leading_pair
 from specops.maps.convolution import ConvOperator
 from specops.maps.symbol import Symbol, symbol_of
@@ -43,7 +43,8 @@ def leading_direction(
         v = _leading_vector(xp, operator.to_matrix())
     else:
         start = _start(xp, operator, start)
-        _, _, v = largest_singular_triplet(xp, ConvOperator(kernel, sizes), start)
+        tolerance = OF_VECTORS * arrays.epsilon(kernel.dtype)
+        _, _, v = largest_singular_triplet(xp, operator, start, tolerance=tolerance)
         v = v / nonzero(xp, xp.linalg.vector_norm(v))
     # The pair's own image, so that u is a unit vector whether or not v has converged.
     u = operator.matvec(v)

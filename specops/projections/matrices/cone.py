@@ -5,7 +5,7 @@ from __future__ import annotations
 from specops import arrays
 from specops.arrays.solvers import svd
 from specops.errors import StateError
-from specops.linalg.golub_kahan import largest_singular_triplet
+from specops.linalg.golub_kahan import OF_VECTORS, largest_singular_triplet
 from specops.linalg.lobpcg import leading_triplets
 from specops.linalg.spectral_function import spectral_function
 from specops.maps.matrix import MatrixOperator
@@ -130,7 +130,8 @@ def _iterate(xp: Namespace, a: Array, k: int, width: int, start: Array | None) -
     noise = xp.astype(arrays.constant(noise, a), a.dtype)
     if k == 1:
         first = noise if start is None else start + _RANDOM_PART * noise
-        _, _, v = largest_singular_triplet(xp, MatrixOperator(a), first[:, 0])
+        tolerance = OF_VECTORS * arrays.epsilon(a.dtype)
+        _, _, v = largest_singular_triplet(xp, MatrixOperator(a), first[:, 0], tolerance=tolerance)
         return (v / nonzero(xp, xp.linalg.vector_norm(v)))[:, None]
     if start is not None:
         noise = xp.concat([start, noise[:, :1]], axis=1)[:, : min(width + 1, *a.shape)]
