@@ -189,20 +189,15 @@ class Torch(Library):
 
     @contextmanager
     def one_thread(self, x: Array) -> Iterator[None]:
-        """Of torch, and of NumPy's BLAS, which sees its tensors."""
+        """Of NumPy's BLAS, which sees its tensors.
+
+        torch's own number is that of the process: threads that begin meanwhile would keep it.
+        """
         if torch.compiler.is_compiling() or x.device.type != "cpu":
             yield
             return
         with workers.one_blas_thread():
-            threads = torch.get_num_threads()
-            if threads == 1:
-                yield
-                return
-            torch.set_num_threads(1)
-            try:
-                yield
-            finally:
-                torch.set_num_threads(threads)
+            yield
 
     def row_blocks(self, a: Array) -> Array | None:
         """As many blocks as threads, or twice as many."""
@@ -290,7 +285,11 @@ class _Expansion(torch.autograd.Function):  # type: ignore[misc]
         known = tuple(
             torch.zeros_like(p) if t is None else t for p, t in zip(point, along, strict=True)
         )
-        return torch.func.jvp(function, point, known)[1]
+        # Forward mode knows no nesting: the derivative of the pullback, which is linear.
+        images, pull = torch.func.vjp(function, *point)
+        zeros = tuple(map(torch.zeros_like, images))
+        _, push = torch.func.vjp(lambda *cotangents: pull(cotangents), *zeros)
+        return push(known)
 
 
 def is_differentiated(x: Array) -> bool:

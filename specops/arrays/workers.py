@@ -30,8 +30,7 @@ _TINY = 2**12
 """Entries of a matrix below which no library was seen to use threads."""
 
 _lock = threading.Lock()
-_depth = 0
-_restore: list[tuple[Any, int]] = []
+_limited = False
 _workers = 1
 
 
@@ -45,27 +44,36 @@ def _controller(loaded: tuple[bool, ...]) -> Any:
 
 @contextmanager
 def one_blas_thread() -> Iterator[int]:
-    """One BLAS thread per caller for the duration; yields how many there were."""
-    global _depth, _restore, _workers
+    """One BLAS thread per caller for the duration; yields how many there were.
+
+    The thread that limits BLAS lifts the limit, since some libraries obey no other; for threads
+    that are inside then it ends early.
+    """
+    global _limited, _workers
     with _lock:
-        if _depth == 0:
+        mine, _limited = not _limited, True
+        if mine:
             controller = _controller(tuple(m in sys.modules for m in ("torch", "scipy")))
-            _restore = [(lib, lib.num_threads) for lib in controller.lib_controllers]
-            _workers = max((threads for _, threads in _restore), default=1)
-            for lib, threads in _restore:
-                if threads != 1:
-                    lib.set_num_threads(1)
-        _depth += 1
+            before = [(lib, lib.num_threads) for lib in controller.lib_controllers]
+            _workers = max((threads for _, threads in before), default=1)
+            _set(before, 1)
         workers = _workers
     try:
         yield workers
     finally:
-        with _lock:
-            _depth -= 1
-            if _depth == 0:
-                for lib, threads in _restore:
-                    if threads != 1:
-                        lib.set_num_threads(threads)
+        if mine:
+            with _lock:
+                _limited = False
+                _set(before, None)
+
+
+def _set(libraries: list[tuple[Any, int]], count: int | None) -> None:
+    """That many threads, or as many as there were."""
+    for lib, threads in libraries:
+        if threads != 1:
+            lib.set_num_threads(threads if count is None else count)
+            if count is None and hasattr(lib, "clear_controlling_thread"):
+                lib.clear_controlling_thread()  # other threads may limit it again
 
 
 def is_small(shape: tuple[int, ...]) -> bool:

@@ -20,10 +20,12 @@ def between(xp: Namespace, s: Array, lower: Any, upper: Any) -> tuple[Array, Arr
             bound = bound + xp.zeros_like(s)
             value = xp.where(sign * (bound - value) > 0, bound, value)
             share = _step(xp, sign * (bound - s), s)
-            # A bound may be infinite.
-            smooth = smooth + share * xp.where(share > 0, bound, xp.zeros_like(s))
+            # A bound may be infinite, and so may what is in units of the weight.
+            known = (share > 0) & xp.isfinite(bound)
+            smooth = smooth + share * xp.where(known, bound, xp.zeros_like(s))
             slope = slope - share
-    return _of_value(value, smooth + slope * s), slope
+    finite = xp.where(xp.isfinite(s), s, xp.zeros_like(s))
+    return _of_value(value, smooth + slope * finite), slope
 
 
 def above(xp: Namespace, s: Array, threshold: Any) -> tuple[Array, Array]:

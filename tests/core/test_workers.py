@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
@@ -39,7 +41,8 @@ def test_small_weights_take_one_thread(shape: tuple[int, ...], small: bool) -> N
         assert _threads() == before
 
 
-def test_torch_takes_one_thread_and_has_its_own_again() -> None:
+def test_torch_keeps_its_threads() -> None:
+    """Their number is the process's: threads that begin meanwhile would keep another."""
     torch = pytest.importorskip("torch")
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -47,14 +50,47 @@ def test_torch_takes_one_thread_and_has_its_own_again() -> None:
 
         @arrays.in_full_precision
         def fails(w: object) -> None:
-            assert torch.get_num_threads() == 1
+            assert max(_threads()) == 1
+            assert torch.get_num_threads() == 2
             raise ValueError("on purpose")
 
-        with pytest.raises(ValueError, match="purpose"):
-            fails(torch.zeros(256, 256))
+        with threadpool_limits(2, user_api="blas"):
+            outside = _threads()
+            with pytest.raises(ValueError, match="purpose"):
+                fails(torch.zeros(256, 256))
+            assert _threads() == outside
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_whoever_leaves_last_threads_are_as_before() -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def late() -> None:
+        with workers.one_blas_thread():
+            entered.set()
+            leave.wait()
+
+    before = _threads()
+    thread = threading.Thread(target=late)
+    with workers.one_blas_thread():
+        thread.start()
+        entered.wait()
+    leave.set()
+    thread.join()
+    assert _threads() == before
+    # And the next thread may limit them.
+    seen: list[int] = []
+
+    def other() -> None:
+        with workers.one_blas_thread():
+            seen.extend(_threads())
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert set(seen) == {1}
 
 
 def test_callers_inside_each_other_share_one_limit() -> None:

@@ -107,7 +107,8 @@ class LayerSolver:
             stored = self._kernel(array / given.scale)
             return arrays.constant(np.asarray(self._fits(stored)), given.w)
 
-        weight = arrays.like(self.geometry.weight(x), given.w) * given.scale
+        weight = np.ascontiguousarray(self.geometry.weight(x))
+        weight = arrays.like(weight, given.w) * given.scale
         return store_within(given.xp, weight, w.dtype, fits), stored
 
     def _kernel(self, w: Array) -> np.ndarray:
