@@ -80,7 +80,9 @@ class ConvOperator:
         found = arrays.matmul(u, arrays.adjoint(xp, seen))
         found = xp.reshape(found, (sizes.groups, sizes.rows, *sizes.kernel, sizes.columns))
         order = (0, 1, found.ndim - 1, *range(2, found.ndim - 1))
-        return xp.permute_dims(found, order)
+        found = xp.permute_dims(found, order)
+        # Laid out as a kernel: torch hands a layout on to whatever is computed from it.
+        return xp.reshape(xp.reshape(found, (-1,)), found.shape)
 
     def to_matrix(self) -> Array:
         """The explicit matrix; memory grows with its `shape`."""
