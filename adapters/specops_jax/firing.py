@@ -17,6 +17,7 @@ from jax import lax
 from specops.arrays import cond, truth
 from specops.errors import NonFiniteError, SpecopsError
 from specops.training.plan import Plan
+from specops_jax.meshes import alike, partitioned
 from specops_jax.program import Item, Program
 from specops_jax.state import Arrays, SpecopsState, check_states, of_arrays
 
@@ -119,9 +120,14 @@ def enforced(item: Item, weight: Any) -> Any:
 
 
 def _fire(items: Sequence[Item], weights: Any, states: Arrays, step: Any) -> Results:
-    layouts, weights = {}, dict(weights)
-    for item in items:
-        weights[item.name], layouts[item.name] = _gathered(weights[item.name])
+    def layouts(of: Any, whole: Any) -> Any:
+        return {item.name: (of[item.name], whole, whole, whole) for item in items}
+
+    results: Results = partitioned(partial(_fire_all, items), layouts, weights, states, step)
+    return results
+
+
+def _fire_all(items: Sequence[Item], weights: Any, states: Arrays, step: Any) -> Results:
     groups: dict[Any, list[Item]] = {}
     for item in items:
         weight = weights[item.name]
@@ -139,19 +145,7 @@ def _fire(items: Sequence[Item], weights: Any, states: Arrays, step: Any) -> Res
         found = lax.map(partial(_checked_pair, group[0], step), stack)
         for index, item in enumerate(group):
             results[item.name] = jax.tree.map(lambda x, k=index: x[k], found)
-    for name, spec in layouts.items():
-        if spec is not None:
-            array, *rest = results[name]
-            results[name] = (jax.sharding.reshard(array, spec), *rest)
-    return results
-
-
-def _gathered(weight: Any) -> tuple[Any, Any]:
-    """(the weight, whole on every device; the layout to go back to): on explicit meshes."""
-    spec = getattr(getattr(jax.typeof(weight), "sharding", None), "spec", ())
-    if not any(spec):
-        return weight, None
-    return jax.sharding.reshard(weight, jax.sharding.PartitionSpec()), spec
+    return {name: (alike(weights[name], array), *rest) for name, (array, *rest) in results.items()}
 
 
 def _checked_pair(item: Item, step: Any, given: tuple[Any, Any]) -> Any:
