@@ -95,7 +95,9 @@ def advance(
 
         due = is_due(program.plan, step, every, always=always)
         for name, (array, new, seen, fine) in cond(due, fire, rest).items():
-            arrays[name], rules[name], figures[name] = array, new, seen
+            # Not where it fires: what a branch settles is not what comes out of it.
+            arrays[name] = alike(weights[name], array)
+            rules[name], figures[name] = new, seen
             fired[name] = jnp.where(due, step, fired[name])
             nonfinite[name] = nonfinite[name] + jnp.where(fine, 0, 1).astype(jnp.int32)
     return arrays, SpecopsState(step, rules, figures, fired, nonfinite)
@@ -145,7 +147,7 @@ def _fire_all(items: Sequence[Item], weights: Any, states: Arrays, step: Any) ->
         found = lax.map(partial(_checked_pair, group[0], step), stack)
         for index, item in enumerate(group):
             results[item.name] = jax.tree.map(lambda x, k=index: x[k], found)
-    return {name: (alike(weights[name], array), *rest) for name, (array, *rest) in results.items()}
+    return results
 
 
 def _checked_pair(item: Item, step: Any, given: tuple[Any, Any]) -> Any:
