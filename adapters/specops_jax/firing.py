@@ -17,7 +17,7 @@ from jax import lax
 from specops.arrays import cond, truth
 from specops.errors import NonFiniteError, SpecopsError
 from specops.training.plan import Plan
-from specops_jax.meshes import alike, partitioned
+from specops_jax.meshes import partitioned
 from specops_jax.program import Item, Program
 from specops_jax.state import Arrays, SpecopsState, check_states, of_arrays
 
@@ -95,9 +95,7 @@ def advance(
 
         due = is_due(program.plan, step, every, always=always)
         for name, (array, new, seen, fine) in cond(due, fire, rest).items():
-            # Not where it fires: what a branch settles is not what comes out of it.
-            arrays[name] = alike(weights[name], array)
-            rules[name], figures[name] = new, seen
+            arrays[name], rules[name], figures[name] = array, new, seen
             fired[name] = jnp.where(due, step, fired[name])
             nonfinite[name] = nonfinite[name] + jnp.where(fine, 0, 1).astype(jnp.int32)
     return arrays, SpecopsState(step, rules, figures, fired, nonfinite)

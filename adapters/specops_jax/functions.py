@@ -15,7 +15,7 @@ from specops.training.assigned import warn_of
 from specops.training.coverage import warn_of_coverage
 from specops.training.report import Report, measured, plan_rows
 from specops_jax.firing import advance, begin, enforced, is_due
-from specops_jax.meshes import alike, partitioned
+from specops_jax.meshes import partitioned
 from specops_jax.program import Item, Program, program
 from specops_jax.state import SpecopsState, check_states, of_arrays
 
@@ -171,8 +171,9 @@ def normalize_params(
             if scales is not None and item.forward_rule.trained_scale() is not None:
                 options["scale"] = scales[_scale_name(own, item)]
             weight = weights[item.name]
-            new = item.forward_rule.apply(weight, item.geometry, states[item.name], **options)
-            used[item.name] = alike(weight, new)
+            used[item.name] = item.forward_rule.apply(
+                weight, item.geometry, states[item.name], **options
+            )
         return used
 
     weights = {item.name: leaves[item.index] for item in items}

@@ -1,4 +1,8 @@
-"""Sharded weights: the partitioner computes as it likes; weights stay laid out as they were."""
+"""Weights on meshes whose axes are explicit: rules compute as on automatic ones.
+
+There the partitioner decides what moves, and weights come back laid out as they went in, because a
+firing gives them back as they were where it is not due, and scales are applied where they lie.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import NamedSharding, PartitionSpec
-
-
-def alike(weight: Any, array: Any) -> Any:
-    """The array, laid out as the weight it takes the place of: on axes that the compiler decides.
-
-    Left alone it would be replicated where a decomposition was.
-    """
-    if array is weight or not isinstance(weight, jax.core.Tracer):
-        return array
-    return shard_alike(weight, array)[1]
 
 
 def partitioned(

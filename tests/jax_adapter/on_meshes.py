@@ -114,11 +114,11 @@ WAYS: dict[str, tuple[Any, Any]] = {
     "normalize_params": (normalized, specops.SpectralNormalization(norm="operator")),
 }
 CASES = {
-    "project_params": {"Auto": "both several kernel stack", "Explicit": "both stack"},
-    "constrain": {"Auto": "rows columns several stack", "Explicit": "columns kernel stack"},
-    "add_penalty": {"Auto": "replicated rows stack", "Explicit": "both stack"},
-    "penalty": {"Auto": "both", "Explicit": "rows"},
-    "normalize_params": {"Auto": "columns kernel stack", "Explicit": "replicated rows stack"},
+    "project_params": {"Auto": "several kernel stack", "Explicit": "both stack"},
+    "constrain": {"Auto": "replicated rows stack", "Explicit": "columns kernel stack"},
+    "add_penalty": {"Auto": "rows stack", "Explicit": "both"},
+    "penalty": {"Explicit": "rows"},
+    "normalize_params": {"Auto": "columns", "Explicit": "rows stack"},
 }
 """Layouts by way and kind of the mesh's axes: all of the product would be minutes of compiling."""
 
