@@ -54,7 +54,11 @@ def begin(program: Program, leaves: Sequence[Any]) -> SpecopsState:
 def _start(item: Item, weight: Any) -> dict[str, Any]:
     start = item.rule.watch
     if isinstance(weight, jax.core.Tracer):
-        state: dict[str, Any] = _act(item, partial(start, weight, item.geometry, item.name))
+        state: dict[str, Any] = partitioned(
+            lambda own: _act(item, partial(start, own[item.name], item.geometry, item.name)),
+            lambda of, whole: whole,
+            {item.name: weight},
+        )
         return state
     # On the host, where nothing has to be compiled for it.
     wide = jnp.promote_types(weight.dtype, jnp.float32)

@@ -71,14 +71,14 @@ def penalized(plan: Any, maps: Any, params: Any) -> tuple[Step, Any]:
 
 
 def added(plan: Any, maps: Any, params: Any) -> tuple[Step, Any]:
-    """`penalty` in the loss, and its gradient."""
+    """`penalty` in the loss, and its gradient; `init` compiled."""
 
     def step(params: Any, state: Any) -> Any:
         terms = jax.grad(lambda p: specops_jax.penalty(p, plan, state, maps))(params)
         params = jax.tree.map(lambda w, g: w - 0.01 * g, params, terms)
         return specops_jax.project_params(params, plan, state, maps)
 
-    return step, specops_jax.init(params, plan, maps)
+    return step, jax.jit(lambda params: specops_jax.init(params, plan, maps))(params)
 
 
 def projected(plan: Any, maps: Any, params: Any) -> tuple[Step, Any]:
@@ -114,9 +114,9 @@ WAYS: dict[str, tuple[Any, Any]] = {
     "normalize_params": (normalized, specops.SpectralNormalization(norm="operator")),
 }
 CASES = {
-    "project_params": {"Auto": "several kernel stack", "Explicit": "both stack"},
-    "constrain": {"Auto": "replicated rows stack", "Explicit": "columns kernel stack"},
-    "add_penalty": {"Auto": "rows stack", "Explicit": "both"},
+    "project_params": {"Auto": "kernel stack", "Explicit": "stack"},
+    "constrain": {"Auto": "replicated rows several stack", "Explicit": "both kernel stack"},
+    "add_penalty": {"Auto": "rows", "Explicit": "columns"},
     "penalty": {"Explicit": "rows"},
     "normalize_params": {"Auto": "columns", "Explicit": "rows stack"},
 }

@@ -42,7 +42,7 @@ def found() -> Found:
 
 def test_weights_are_those_of_one_device(found: Found) -> None:
     off = {name: result["off"] for name, result in found}
-    assert len(off) == 18
+    assert len(off) == 16
     assert {name: x for name, x in off.items() if not x <= 1e-6} == {}
 
 
@@ -59,5 +59,5 @@ def test_no_weights_move_within_an_iteration_on_a_stack(found: Found) -> None:
         for n, r in stacks.items()
     }
     assert {name: lines for name, lines in moved.items() if lines} == {}
-    split = dict(found)["project_params; both; Explicit"]
+    split = dict(found)["constrain; several; Auto"]
     assert split["collectives"]  # so that these are seen where they are
