@@ -114,9 +114,9 @@ WAYS: dict[str, tuple[Any, Any]] = {
     "normalize_params": (normalized, specops.SpectralNormalization(norm="operator")),
 }
 CASES = {
-    "project_params": {"Auto": "kernel stack", "Explicit": "stack"},
+    "project_params": {"Auto": "stack", "Explicit": "stack"},
     "constrain": {"Auto": "replicated rows several stack", "Explicit": "both kernel stack"},
-    "add_penalty": {"Auto": "rows", "Explicit": "columns"},
+    "add_penalty": {"Auto": "rows"},
     "penalty": {"Explicit": "rows"},
     "normalize_params": {"Auto": "columns", "Explicit": "rows stack"},
 }

@@ -42,7 +42,7 @@ def found() -> Found:
 
 def test_weights_are_those_of_one_device(found: Found) -> None:
     off = {name: result["off"] for name, result in found}
-    assert len(off) == 16
+    assert len(off) == 14
     assert {name: x for name, x in off.items() if not x <= 1e-6} == {}
 
 
