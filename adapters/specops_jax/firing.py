@@ -17,6 +17,7 @@ from jax import lax
 from specops.arrays import cond, truth
 from specops.errors import NonFiniteError, SpecopsError
 from specops.training.plan import Plan
+from specops_jax.meshes import partitioned
 from specops_jax.program import Item, Program
 from specops_jax.state import Arrays, SpecopsState, check_states, of_arrays
 
@@ -53,7 +54,11 @@ def begin(program: Program, leaves: Sequence[Any]) -> SpecopsState:
 def _start(item: Item, weight: Any) -> dict[str, Any]:
     start = item.rule.watch
     if isinstance(weight, jax.core.Tracer):
-        state: dict[str, Any] = _act(item, partial(start, weight, item.geometry, item.name))
+        state: dict[str, Any] = partitioned(
+            lambda own: _act(item, partial(start, own[item.name], item.geometry, item.name)),
+            lambda of, whole: whole,
+            {item.name: weight},
+        )
         return state
     # On the host, where nothing has to be compiled for it.
     wide = jnp.promote_types(weight.dtype, jnp.float32)
@@ -119,9 +124,14 @@ def enforced(item: Item, weight: Any) -> Any:
 
 
 def _fire(items: Sequence[Item], weights: Any, states: Arrays, step: Any) -> Results:
-    layouts, weights = {}, dict(weights)
-    for item in items:
-        weights[item.name], layouts[item.name] = _gathered(weights[item.name])
+    def layouts(of: Any, whole: Any) -> Any:
+        return {item.name: (of[item.name], whole, whole, whole) for item in items}
+
+    results: Results = partitioned(partial(_fire_all, items), layouts, weights, states, step)
+    return results
+
+
+def _fire_all(items: Sequence[Item], weights: Any, states: Arrays, step: Any) -> Results:
     groups: dict[Any, list[Item]] = {}
     for item in items:
         weight = weights[item.name]
@@ -139,19 +149,7 @@ def _fire(items: Sequence[Item], weights: Any, states: Arrays, step: Any) -> Res
         found = lax.map(partial(_checked_pair, group[0], step), stack)
         for index, item in enumerate(group):
             results[item.name] = jax.tree.map(lambda x, k=index: x[k], found)
-    for name, spec in layouts.items():
-        if spec is not None:
-            array, *rest = results[name]
-            results[name] = (jax.sharding.reshard(array, spec), *rest)
     return results
-
-
-def _gathered(weight: Any) -> tuple[Any, Any]:
-    """(the weight, whole on every device; the layout to go back to): on explicit meshes."""
-    spec = getattr(getattr(jax.typeof(weight), "sharding", None), "spec", ())
-    if not any(spec):
-        return weight, None
-    return jax.sharding.reshard(weight, jax.sharding.PartitionSpec()), spec
 
 
 def _checked_pair(item: Item, step: Any, given: tuple[Any, Any]) -> Any:

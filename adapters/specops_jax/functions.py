@@ -15,6 +15,7 @@ from specops.training.assigned import warn_of
 from specops.training.coverage import warn_of_coverage
 from specops.training.report import Report, measured, plan_rows
 from specops_jax.firing import advance, begin, enforced, is_due
+from specops_jax.meshes import partitioned
 from specops_jax.program import Item, Program, program
 from specops_jax.state import SpecopsState, check_states, of_arrays
 
@@ -161,14 +162,24 @@ def normalize_params(
     check_states(own.of("forward"), leaves, state)
     step = state.step + 1
     _check_scales(own, scales)
-    for item in own.of("forward"):
-        options: dict[str, Any] = {"step": step, "name": item.name}
-        if scales is not None and item.forward_rule.trained_scale() is not None:
-            options["scale"] = scales[_scale_name(own, item)]
-        weight = leaves[item.index]
-        leaves[item.index] = item.forward_rule.apply(
-            weight, item.geometry, state.rules[item.name], **options
-        )
+    items = own.of("forward")
+
+    def apply(weights: Any, states: Any, step: Any, scales: Any) -> dict[str, Any]:
+        used = {}
+        for item in items:
+            options: dict[str, Any] = {"step": step, "name": item.name}
+            if scales is not None and item.forward_rule.trained_scale() is not None:
+                options["scale"] = scales[_scale_name(own, item)]
+            weight = weights[item.name]
+            used[item.name] = item.forward_rule.apply(
+                weight, item.geometry, states[item.name], **options
+            )
+        return used
+
+    weights = {item.name: leaves[item.index] for item in items}
+    used = partitioned(apply, lambda of, whole: of, weights, state.rules, step, scales)
+    for item in items:
+        leaves[item.index] = used[item.name]
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -214,17 +225,24 @@ def penalty(
     if not items:
         raise PlanError("penalty has nothing to add: no rule of the plan is of stage 'gradients'")
     check_states(items, leaves, state)
-    step, total = state.step + 1, jnp.zeros(())
-    for item in items:
-        rule, weight = item.gradient_rule, leaves[item.index]
-        options = {"step": step, "name": item.name}
-        fixed = jax.lax.stop_gradient(weight)
-        _, moved, _ = rule.update(fixed, item.geometry, state.rules[item.name], **options)
-        value, term = rule.penalty(fixed, item.geometry, moved, **options)
-        # Its gradient is the rule's term, whatever the value is computed by.
-        value = value + jnp.sum(jnp.real(jnp.conj(term) * (weight - fixed)))
-        total = total + jnp.where(is_due(own.plan, step, item.assignment.every), value, 0.0)
-    return total
+    step = state.step + 1
+
+    def total(weights: Any, states: Any, step: Any) -> jax.Array:
+        result = jnp.zeros(())
+        for item in items:
+            rule, weight = item.gradient_rule, weights[item.name]
+            options = {"step": step, "name": item.name}
+            fixed = jax.lax.stop_gradient(weight)
+            _, moved, _ = rule.update(fixed, item.geometry, states[item.name], **options)
+            value, term = rule.penalty(fixed, item.geometry, moved, **options)
+            # Its gradient is the rule's term, whatever the value is computed by.
+            value = value + jnp.sum(jnp.real(jnp.conj(term) * (weight - fixed)))
+            result = result + jnp.where(is_due(own.plan, step, item.assignment.every), value, 0.0)
+        return result
+
+    weights = {item.name: leaves[item.index] for item in items}
+    found: jax.Array = partitioned(total, lambda of, whole: whole, weights, state.rules, step)
+    return found
 
 
 def init_scales(
