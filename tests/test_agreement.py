@@ -52,7 +52,16 @@ EAGER_ONLY = {"balance_norms"}
 STATIC = {"clip_singular_values"}
 """Its bounds are plain numbers, also where a compiler traces."""
 PROTOCOLS = (Rule, WeightRule, GradientRule, ForwardRule)
-NO_ARRAYS = {"Conv", "Dense", "Plan", "TrainableScale", "attach", "errors", "project"}
+NO_ARRAYS = {
+    "Conv",
+    "Dense",
+    "Plan",
+    "TrainableScale",
+    "attach",
+    "errors",
+    "inspect",
+    "project",
+}
 """Public names that compute nothing from arrays."""
 
 

@@ -197,17 +197,18 @@ def _restarted(
 ) -> tuple[Array, Array, int]:
     """The leading Ritz vectors of a full basis and its last vector: (basis, AᴴA in it, kept)."""
     size = inside.shape[-1] - 1
-    values, vectors = values[:, size - _KEPT :], vectors[:, :, size - _KEPT :]
+    count = min(_KEPT, size // 2)
+    values, vectors = values[:, size - count :], vectors[:, :, size - count :]
     coupled = inside[:, size - 1, size][:, None] * vectors[:, size - 1, :]
     kept = xp.concat([_combined(xp, vectors, basis), basis[:, size:, :]], axis=1)
-    diagonal = values[:, :, None] * arrays.constant(np.eye(_KEPT), inside)
+    diagonal = values[:, :, None] * arrays.constant(np.eye(count), inside)
     beside = xp.concat([coupled, xp.zeros_like(coupled[:, :1])], axis=1)
     inside = xp.concat([diagonal, coupled[:, None, :]], axis=1)
     inside = xp.concat([inside, beside[:, :, None]], axis=2)
     return (
         _grow(xp, kept, size + 1, basis.shape[2]),
         _grow(xp, inside, size + 1, size + 1),
-        _KEPT,
+        count,
     )
 
 

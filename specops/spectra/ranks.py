@@ -147,9 +147,11 @@ def _of_values(w: Array, geometry: Geometry | None, function: Any) -> Any:
 
 
 def _entropy_rank(xp: Namespace, values: Array) -> Array:
-    # Sums of the values themselves might overflow.
-    largest = xp.max(values, axis=-1, keepdims=True)
-    values = values / xp.where(largest == 0, xp.ones_like(largest), largest)
+    # Sums of the values themselves might overflow. In two steps, since compilers multiply by a
+    # reciprocal, which of the largest number is 0.
+    root = xp.sqrt(xp.max(values, axis=-1, keepdims=True))
+    root = xp.where(root == 0, xp.ones_like(root), root)
+    values = values / root / root
     total = xp.sum(values, axis=-1, keepdims=True)
     fraction = values / xp.where(total == 0, xp.ones_like(total), total)
     safe = xp.where(fraction == 0, xp.ones_like(fraction), fraction)
