@@ -89,5 +89,5 @@ class NumPy(Library):
         return host.eigh(a)
 
     def has_cholesky(self, xp: Namespace, a: Array) -> Array:
-        """In place, and in single precision where NumPy's public function takes double."""
+        """In single precision where NumPy's public function takes double."""
         return host.have_factors(a.copy())
