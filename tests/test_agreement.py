@@ -48,9 +48,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "StableRankNormalization.init": _STARTED,
 }
 EAGER_ONLY = {"balance_norms"}
+"""Its factors are Python floats."""
 OWN_BALL = {"ClipSpectralNorm", "project_spectral_ball"}
 """Operations that constrain small zero-padded layers themselves; compiled, a torus around them."""
-"""Its factors are Python floats."""
 STATIC = {"clip_singular_values"}
 """Its bounds are plain numbers, also where a compiler traces."""
 PROTOCOLS = (Rule, WeightRule, GradientRule, ForwardRule)
