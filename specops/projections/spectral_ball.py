@@ -132,7 +132,7 @@ def project_spectral_ball(
         `max_norm` or `gap_tolerance` is not positive and finite, `distance_tolerance` is
         negative, `iterations` below 1, an unknown method.
     StateError
-        A state of another geometry, or one that is not finite.
+        A state of another geometry, of a method that constrains another map, or not finite.
     GeometryError, UnsupportedGeometryError, UnsupportedArrayError, NonFiniteError
         As `specops.singular_values`.
 

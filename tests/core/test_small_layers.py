@@ -218,6 +218,20 @@ def test_where_many_cuts_are_active_admm_goes_on() -> None:
     assert own_norm(got, geometry) == pytest.approx(bound, rel=1e-6)
 
 
+def test_a_state_outlives_a_weight_that_diverges() -> None:
+    geometry, w = Conv((4, 4)), normal((3, 3, 3, 3), 2)
+    bound = 0.8 * norm(w, geometry)
+    state = specops.project_spectral_ball(w, bound, geometry, return_info=True)[1].state
+    assert state
+    far, info = specops.project_spectral_ball(
+        1e9 * w, bound, geometry, state=state, return_info=True
+    )
+    assert info.constrained == "torus"
+    assert norm(far, geometry) <= bound * (1 + 1e-12)
+    near = specops.project_spectral_ball(w, bound, geometry, state=info.state)
+    assert norm(near, geometry) <= bound * (1 + 1e-12)
+
+
 @pytest.mark.parametrize("size", [1e-300, 1e-30, 1e30, 1e300])
 def test_any_size(size: float) -> None:
     w, geometry, bound = outside_of_the_torus_alone()

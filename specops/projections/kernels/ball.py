@@ -35,7 +35,7 @@ def project_kernel(
     own = None
     if known and arrays.is_concrete(given.w):
         # Wherever the kernel lives: its blocks are small matrices, many of them.
-        own = layer_solver(problem, method)
+        own, state = layer_solver(problem, method, state)
         solver = own or HostSolver(problem)
         result, info = solver.project(method, iterations, tolerance, state, measure)
     else:

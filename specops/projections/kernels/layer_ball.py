@@ -18,7 +18,7 @@ from specops.projections.kernels.problem import KernelProblem
 from specops.projections.kernels.solution import Tolerance
 from specops.typing import Array, State
 
-METHODS = ("auto", "cutting-planes")
+_OF_LAYERS = ("auto", "cutting-planes")
 """Those of `project_spectral_ball` that constrain the layer itself."""
 _CLEARLY = 1.0 - 1e-9
 """Distance from the limit beyond which measured norms decide: far more than what eigenvalues in
@@ -132,13 +132,21 @@ class LayerSolver:
         return ProjectionInfo(norm_before, norm_after, relative, rounds, state)
 
 
-def layer_solver(problem: KernelProblem, method: str) -> LayerSolver | None:
-    """The solver, where the layer itself is constrained; None where a torus containing it is."""
-    if method not in METHODS:
-        return None
-    layer = small_explicit_map(problem.geometry.sizes(tuple(problem.w.shape)))
+def layer_solver(
+    problem: KernelProblem, method: str, state: State
+) -> tuple[LayerSolver | None, State]:
+    """(the solver, the state it starts from) where the layer itself is constrained.
+
+    (None, the state for the torus) where a torus that contains it is.
+    """
+    layer = None
+    if method in _OF_LAYERS:
+        layer = small_explicit_map(problem.geometry.sizes(tuple(problem.w.shape)))
     if layer is None:
-        return None
+        return None, state
     solver = LayerSolver(problem, layer)
     # No norm is less than an entry.
-    return solver if np.abs(solver.kernel).max() <= _FARTHEST * solver.limit else None
+    if np.abs(solver.kernel).max() <= _FARTHEST * solver.limit:
+        return solver, state
+    # What the layer's solver left when the weight was nearer is no state of another geometry.
+    return None, {} if LayerCuts.made(state) else state

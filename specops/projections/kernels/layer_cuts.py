@@ -109,10 +109,15 @@ class LayerCuts:
             for key, value in values.items()
         }
 
+    @staticmethod
+    def made(state: State) -> bool:
+        """Whether `state` was made by such cuts, of whatever layer."""
+        return set(state) == set(_KEYS) and all(arrays.is_array(x) for x in state.values())
+
     @classmethod
     def from_state(cls, state: State, layer: ExplicitMap, dtype: np.dtype) -> LayerCuts:
         """Read back what `state` made; StateError where it belongs to another geometry."""
-        if set(state) != set(_KEYS) or not all(arrays.is_array(x) for x in state.values()):
+        if not cls.made(state):
             raise StateError(f"the state must hold arrays {', '.join(_KEYS)}, got {sorted(state)}")
         group, left, right, weight = (arrays.to_numpy(state[key]) for key in _KEYS)
         (outputs, inputs), count = layer.shape, weight.shape
