@@ -28,6 +28,7 @@ from specops.arrays.entries import (
     magnitude,
     power_below,
 )
+from specops.arrays.entry import entry
 from specops.arrays.kinds import is_array, namespace
 from specops.arrays.placement import (
     by_workers,
@@ -78,6 +79,7 @@ __all__ = [
     "device_of",
     "double_dtype",
     "dtype_name",
+    "entry",
     "epsilon",
     "expanded",
     "fori",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
@@ -39,6 +40,27 @@ class Jax(Library):
         if self.is_staged(x) or {d.platform for d in x.devices()} != {"cpu"}:
             return None
         return np.asarray(x)
+
+    def is_dispatched(self, x: Any) -> bool:
+        """Whether operations on `x` run one by one, on one CPU device."""
+        if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
+            return False
+        return len(x.devices()) == 1 and self.on_host(x) is not None
+
+    def on_numpy(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """The function's value, computed from NumPy's views and put back; what it passes on stays.
+
+        As it is where a tracer is among the arguments.
+        """
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        if any(isinstance(x, jax.core.Tracer) for x in leaves):
+            return function(*args, **kwargs)
+        device = next(x for x in args if self.is_dispatched(x)).device
+        views = [np.asarray(x) if self.is_dispatched(x) else x for x in leaves]
+        given = {id(view): x for view, x in zip(views, leaves, strict=True)}
+        args, kwargs = jax.tree.unflatten(structure, views)
+        with jax.default_device(device):
+            return _put_back(function(*args, **kwargs), given)
 
     def rounded(self, xp: Namespace, x: Array, dtype: Any, bits: tuple[int, int]) -> Array:
         """Rounded also where the compiler would rather keep more."""
@@ -148,3 +170,18 @@ class Jax(Library):
 @cache
 def _jit(function: Any, static: int) -> Any:
     return jax.jit(function, static_argnums=tuple(range(static)))
+
+
+def _put_back(x: Any, given: dict[int, Any]) -> Any:
+    """Arrays of JAX for NumPy's, in containers and dataclasses too."""
+    if isinstance(x, np.ndarray | np.generic):
+        return given[id(x)] if id(x) in given else jax.numpy.array(x)
+    if isinstance(x, dict):
+        return {key: _put_back(value, given) for key, value in x.items()}
+    if isinstance(x, tuple | list):
+        parts = [_put_back(part, given) for part in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        names = [field.name for field in dataclasses.fields(x) if field.init]
+        return dataclasses.replace(x, **{n: _put_back(getattr(x, n), given) for n in names})
+    return x

@@ -34,7 +34,7 @@ _TORUS_UP_TO = 2**35
 minute on two cores."""
 
 
-@arrays.in_full_precision
+@arrays.entry
 def figures_of(w: np.ndarray, geometry: Geometry, method: Method = "auto") -> Figures:
     """The figures of a finite weight that stands for `geometry`."""
     if isinstance(geometry, Dense):

@@ -29,7 +29,7 @@ class Balanced(NamedTuple):
     factors: list[float]
 
 
-@arrays.in_full_precision
+@arrays.entry
 def balance_norms(
     weights: Sequence[Array],
     geometries: Sequence[Geometry | None] | None = None,

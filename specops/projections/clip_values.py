@@ -17,7 +17,7 @@ from specops.projections.of_values import changed_blocks
 from specops.typing import Array
 
 
-@arrays.in_full_precision
+@arrays.entry
 def clip_singular_values(
     w: Array,
     lower: float,

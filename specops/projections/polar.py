@@ -20,7 +20,7 @@ _ACCEPTED_RESIDUAL = {"float32": 1e-5, "float64": 1e-13}
 rounding, where up to 15 were measured on normal matrices of 64² to 400 × 800."""
 
 
-@arrays.in_full_precision
+@arrays.entry
 def polar_factor(w: Array, geometry: Geometry | None = None, *, method: str = "auto") -> Array:
     r"""The factor :math:`UV^H` of :math:`W = U\Sigma V^H`: all singular values made 1.
 

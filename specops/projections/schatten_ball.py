@@ -18,7 +18,7 @@ from specops.projections.spectral_ball import project_spectral_ball
 from specops.typing import Array
 
 
-@arrays.in_full_precision
+@arrays.entry
 def project_schatten_ball(
     w: Array, radius: float, geometry: Geometry | None = None, *, p: float
 ) -> Array:

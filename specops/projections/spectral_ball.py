@@ -51,7 +51,7 @@ def project_spectral_ball(
 ) -> tuple[Array, ProjectionInfo]: ...
 
 
-@arrays.in_full_precision
+@arrays.entry
 def project_spectral_ball(
     w: Array,
     max_norm: float,

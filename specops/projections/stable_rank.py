@@ -41,7 +41,7 @@ def project_stable_rank(
 ) -> tuple[Array, StableRankInfo]: ...
 
 
-@arrays.in_full_precision
+@arrays.entry
 def project_stable_rank(
     w: Array,
     geometry: Geometry | None = None,

@@ -40,7 +40,7 @@ class NormBounds:
     upper: Array
 
 
-@arrays.in_full_precision
+@arrays.entry
 def spectral_norm_bounds(
     w: Array,
     geometry: Geometry | None = None,
@@ -110,7 +110,7 @@ def spectral_norm_bounds(
     return _conv_bounds(given, given.geometry, rtol, max_evaluations)
 
 
-@arrays.in_full_precision
+@arrays.entry
 def norm_from_above(w: Array, geometry: Geometry | None = None) -> Array:
     """The upper end of `spectral_norm_bounds`, without the Lanczos run that the lower may take."""
     given = prepare(w, geometry)

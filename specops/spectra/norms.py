@@ -23,7 +23,7 @@ SMALL_OPERATOR = 2**16
 `linalg.norms` found a few products with a matrix worth more than its singular values."""
 
 
-@arrays.in_full_precision
+@arrays.entry
 def spectral_norm(w: Array, geometry: Geometry | None = None) -> Array | tuple[Array, ...]:
     r"""The operator norm :math:`\|A\|_2 = \sigma_1(A)` of the map that `w` stands for.
 

@@ -13,7 +13,7 @@ from specops.spectra.values import singular_values
 from specops.typing import Array, Namespace
 
 
-@arrays.in_full_precision
+@arrays.entry
 def stable_rank(w: Array, geometry: Geometry | None = None) -> Array | tuple[Array, ...]:
     r"""The stable rank :math:`\|A\|_F^2/\|A\|_2^2 = \sum_i\sigma_i^2/\sigma_1^2`.
 
@@ -68,7 +68,7 @@ def _ratio(xp: Namespace, squared_frobenius: Array, norm: Array) -> Array:
     return xp.where(positive, squared_frobenius / safe**2, xp.zeros_like(norm))
 
 
-@arrays.in_full_precision
+@arrays.entry
 def effective_rank(w: Array, geometry: Geometry | None = None) -> Array | tuple[Array, ...]:
     r"""The exponential of the entropy of the normalised singular values.
 
@@ -105,7 +105,7 @@ def effective_rank(w: Array, geometry: Geometry | None = None) -> Array | tuple[
     return _of_values(w, geometry, _entropy_rank)
 
 
-@arrays.in_full_precision
+@arrays.entry
 def condition_number(w: Array, geometry: Geometry | None = None) -> Array | tuple[Array, ...]:
     r"""The ratio :math:`\sigma_1/\sigma_{\min}` of the largest to the smallest singular value.
 

@@ -19,7 +19,7 @@ _DECOMPOSED_UP_TO = 2**20
 8 MiB in double precision. A choice; beyond it they are iterated."""
 
 
-@arrays.in_full_precision
+@arrays.entry
 def top_singular_triplets(
     w: Array, k: int, geometry: Geometry | None = None, *, start: Array | None = None
 ) -> tuple[Array, Array, Array]:

@@ -17,7 +17,7 @@ _LARGEST_EXPLICIT = 2**24
 precision, and as long as the SVD of 4096². A choice; its norm and bounds need no matrix."""
 
 
-@arrays.in_full_precision
+@arrays.entry
 def singular_values(w: Array, geometry: Geometry | None = None) -> Array | tuple[Array, ...]:
     r"""All singular values of the linear map that `w` stands for, in descending order.
 

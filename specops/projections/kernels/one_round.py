@@ -18,7 +18,7 @@ from specops.projections.kernels.support import Support
 from specops.typing import Array
 
 
-@arrays.in_full_precision
+@arrays.entry
 def clip_and_cut(w: Array, max_norm: Any, geometry: Conv) -> tuple[Array, Array, Array]:
     """(the kernel after one round, its norm before, its norm as stored) on the input's torus.
 

@@ -1,0 +1,32 @@
+"""What public functions of arrays do before their own work."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from specops.arrays.libraries import if_loaded
+from specops.arrays.products import in_full_precision
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def entry(function: Callable[P, R]) -> Callable[P, R]:
+    """Run `in_full_precision`, and on NumPy what JAX would dispatch operation by operation.
+
+    Outside of jit JAX compiles each operation for each new shape, which takes it seconds where
+    NumPy takes milliseconds. Arrays on one CPU device go in as views, and results come back as
+    arrays of JAX; under jit, grad and vmap, and on other devices, nothing changes.
+    """
+    whole = in_full_precision(function)
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        jax = if_loaded("jax")
+        if jax is None or not any(map(jax.is_dispatched, args)):
+            return whole(*args, **kwargs)
+        result: R = jax.on_numpy(whole, args, kwargs)
+        return result
+
+    return wrapped
