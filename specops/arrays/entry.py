@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from specops.arrays.libraries import if_loaded
 from specops.arrays.products import in_full_precision
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def entry(function: Callable[P, R]) -> Callable[P, R]:
@@ -23,10 +24,18 @@ def entry(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        jax = if_loaded("jax")
-        if jax is None or not any(map(jax.is_dispatched, args)):
+        jax = _dispatching(args)
+        if jax is None:
             return whole(*args, **kwargs)
         result: R = jax.on_numpy(whole, args, kwargs)
         return result
 
     return wrapped
+
+
+def _dispatching(args: tuple[Any, ...]) -> Any:
+    """JAX, if an argument is an array of its that operations take one by one; else None."""
+    jax, torch = if_loaded("jax"), if_loaded("torch")
+    if jax is None or (torch is not None and torch.is_compiling()):
+        return None
+    return jax if any(map(jax.is_dispatched, args)) else None

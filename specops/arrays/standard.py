@@ -51,6 +51,14 @@ class Library:
         info = compat.array_namespace(x).__array_namespace_info__()
         return np.asarray(compat.to_device(x, info.default_device()))
 
+    def is_dispatched(self, x: Any) -> bool:
+        """Whether operations on `x` run one by one, and had better not; see `entry`."""
+        return False
+
+    def on_numpy(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """The function's value, of arrays for which that is so computed from NumPy's views."""
+        return function(*args, **kwargs)
+
     def on_host(self, x: Array) -> np.ndarray | None:
         """A NumPy view of a concrete array of the CPU that carries no derivative; None if not."""
         return None

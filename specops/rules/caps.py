@@ -86,6 +86,7 @@ class NormalizeIfAbove(Cap):
            [0. , 0.5]])
     """
 
+    @arrays.entry
     def update(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:
@@ -151,6 +152,7 @@ class SpectralSoftCap(Cap):
             )
         return ""
 
+    @arrays.entry
     def update(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:

@@ -105,6 +105,7 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         watched = _prefixed(follow.start(weight, name), _WATCHED)
         return watched | {_FIRINGS: arrays.constant(np.asarray(0.0), weight)}
 
+    @arrays.entry
     def update(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:
@@ -137,6 +138,7 @@ class ClipSpectralNorm(Scheduled, WeightRule):
             return None
         return _screened(geometry, own, tracked, int(arrays.to_numpy(state[_FIRINGS])), bound)
 
+    @arrays.entry
     def enforce(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:

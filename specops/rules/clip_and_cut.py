@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from specops import arrays
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import check_bound
 from specops.projections import project_spectral_ball
@@ -78,6 +79,7 @@ class ClipAndCut(Scheduled, WeightRule):
         """Of stacks it leaves single matrices as they are."""
         return not (isinstance(geometry, Dense) and geometry.batch_axes)
 
+    @arrays.entry
     def update(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:

@@ -41,10 +41,12 @@ class _Tracking(Scheduled, ForwardRule):
         """For the operator's norm."""
         return self.norm == "operator"
 
+    @arrays.entry
     def init(self, weight: Array, geometry: Geometry, name: str) -> State:
         """The leading pairs, from a start that depends on the name alone."""
         return self.tracked(geometry).start(weight, name)
 
+    @arrays.entry
     def update(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:
@@ -258,6 +260,7 @@ class StableRankNormalization(_Tracking):
             )
         return ""
 
+    @arrays.entry
     def update(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:

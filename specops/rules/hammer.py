@@ -54,6 +54,7 @@ class SpectralHammer(Cap):
            [0., 1.]])
     """
 
+    @arrays.entry
     def init(self, weight: Array, geometry: Geometry, name: str) -> State:
         """The leading pairs."""
         return self.tracked(geometry).start(weight, name)
@@ -66,6 +67,7 @@ class SpectralHammer(Cap):
         """For the operator's norm."""
         return self.norm == "operator"
 
+    @arrays.entry
     def update(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:

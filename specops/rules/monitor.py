@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from specops import arrays
 from specops.geometry import Conv, Geometry
 from specops.rules.base import Figures, Scheduled
 from specops.rules.stages import WeightRule
@@ -23,6 +24,7 @@ class Monitor(Scheduled, WeightRule):
         """No state."""
         return {}
 
+    @arrays.entry
     def update(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:

@@ -69,6 +69,7 @@ class SpectralNormPenalty(Scheduled, GradientRule):
         check_norm(self.norm)
         integer(self.iterations, "iterations", least=1)
 
+    @arrays.entry
     def init(self, weight: Array, geometry: Geometry, name: str) -> State:
         """The leading pairs, from a start that depends on the name alone."""
         return self.tracked(geometry).start(weight, name)
@@ -81,6 +82,7 @@ class SpectralNormPenalty(Scheduled, GradientRule):
         """For the operator's norm."""
         return self.norm == "operator"
 
+    @arrays.entry
     def update(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:
@@ -91,6 +93,7 @@ class SpectralNormPenalty(Scheduled, GradientRule):
         xp, norms = arrays.namespace(weight), follow.measured(state)
         return _term(xp, weight, follow, state, norms, strength), state, figures
 
+    @arrays.entry
     def advance(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[State, Figures]:
@@ -128,6 +131,7 @@ class SpectralNormPenalty(Scheduled, GradientRule):
         """λ at this step."""
         return check_bound(at(self.strength, step, name, geometry), "strength")
 
+    @arrays.entry
     def penalty(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, Array]:

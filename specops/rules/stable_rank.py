@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
+from specops import arrays
 from specops.errors import StateError
 from specops.geometry import Geometry
 from specops.geometry.arguments import integer
@@ -71,6 +72,7 @@ class ProjectStableRank(Scheduled, WeightRule):
         """The map whose stable rank is limited."""
         return measured_as(geometry, self.norm)
 
+    @arrays.entry
     def update(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:
