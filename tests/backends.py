@@ -131,8 +131,10 @@ if os.environ.get("CI") and (lost := [name for name in REQUIRED if name in MISSI
 EVERY_CASE = "SPECOPS_CASES" in os.environ
 """Whether to spare nothing: JAX compiles each operation for each new shape, the strict library
 checks each, and both run the lines that NumPy and torch run on all cases."""
-SAMPLED = {"jax": 4, "array_api_strict-CPU_DEVICE": 4}
-"""Cases of one test that these run otherwise; the strict library's other devices see all."""
+SAMPLED = {"jax": 4, "jax-jit": 6} | {
+    f"array_api_strict-{device}": 4 for device in ("CPU_DEVICE", "device1", "no_x64")
+}
+"""Cases of one test that these run otherwise."""
 
 
 def leave_to_others(backend: Backend, when: bool = True) -> None:

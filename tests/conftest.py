@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -31,6 +32,8 @@ from tests.backends import BACKENDS, EVERY_CASE, MISSING, SAMPLED, Backend
 if "torch" in sys.modules:
     # What it says once in a process would fail whichever test comes first.
     sys.modules["torch"].set_warn_always(True)
+# Tracing makes objects by the million, few of them in cycles: by default a tenth of the time.
+gc.set_threshold(50_000, 20, 50)
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: threads of each that wait for the other's cost minutes.
     _ONE_THREAD = threadpoolctl.threadpool_limits(1, user_api="blas")
@@ -49,13 +52,17 @@ settings.load_profile("default")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, so that no worker is left alone with them at the end."""
+    """Of each half the longest first, so that no worker is left alone with them at the end."""
     for item in items:
         if _is_on_slow_backend(item) or item.path.parent.name in _SLOW_FOLDERS:
             item.add_marker(pytest.mark.slow)
     if not EVERY_CASE:
         _sample(items)
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    rest = [item for item in items if not item.get_closest_marker("slow")]
+    # Two workers begin with a half each.
+    i, j = len(slow) // 2, len(rest) // 2
+    items[:] = slow[:i] + rest[:j] + slow[i:] + rest[j:]
 
 
 def _sample(items: list[pytest.Item]) -> None:
