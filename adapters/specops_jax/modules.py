@@ -96,7 +96,7 @@ def geometries_of(module: Any, *inputs: Any, **kwargs: Any) -> Geometries:
     >>> import jax, jax.numpy as jnp
     >>> import flax.linen as nn
     >>> geometries_of(nn.Dense(3), jnp.ones((1, 2)))
-    {'kernel': Dense(out_axes=(-1,), in_axes=None, batch_axes=(), splits=None)}
+    {'kernel': Dense(out_axes=(-1,), in_axes=None, batch_axes=(), splits=None, repeats=1)}
     """
     for library in _loaded():
         if library.knows(module):

@@ -13,9 +13,11 @@ from torch.nn.utils import parametrize
 from specops.errors import AdapterError
 from specops.geometry import Dense, Geometry
 from specops.training.cautions import caution
+from specops.training.coverage import warn_of_remarks
 from specops_torch.evaluation import evaluating
-from specops_torch.geometry import CONVOLUTIONS, role_of
+from specops_torch.geometry import CONVOLUTIONS
 from specops_torch.sizes import SizeRecorder
+from specops_torch.surroundings import role_within
 
 _RAW = ("_orig", "_g", "_v")
 """What torch's older reparametrisations append to the names of the parameters that they keep."""
@@ -61,7 +63,8 @@ def weights_and_geometries(
     Warns
     -----
     CautionWarning
-        Arrays of two axes or more that are left out, by name and with the reason.
+        Arrays of two axes or more that are left out, by name and with the reason; or of which it
+        is not known how the maps that they hold lie in them.
 
     Examples
     --------
@@ -72,16 +75,18 @@ def weights_and_geometries(
     {'0.weight': 'conv 6×6, zeros', '2.weight': 'dense'}
     >>> complexity = log_spec_fro(weights, 1.0, maps)
     """
-    patterns = dict(geometries or {})
+    patterns, modules = dict(geometries or {}), dict(model.named_modules())
     sizes = {} if x is None else _sizes(model, x)
     weights: dict[str, torch.Tensor] = {}
     maps: dict[str, Geometry] = {}
     left: dict[str, str] = {}
+    remarks: list[tuple[str, str]] = []
     matched: set[str] = set()
     tied: set[int] = set()
     with evaluating(model):  # or reading a weight may advance what normalises it
-        places = [(*place, getattr(*place[1:])) for place in _places(model)]
-    for name, module, attribute, w in places:
+        places = [(*place, getattr(modules[place[0]], place[1])) for place in _places(modules)]
+    for path, attribute, w in places:
+        module, name = modules[path], f"{path}.{attribute}".lstrip(".")
         raw = module._parameters.get(attribute)
         if isinstance(raw, nn.parameter.UninitializedParameter):
             raise AdapterError(f"{name} is lazy: run one forward pass first")
@@ -93,8 +98,9 @@ def weights_and_geometries(
             matched.add(pattern)
             found, why = patterns[pattern], ""
         else:
-            role = role_of(module, attribute, *sizes.get(id(module), ()))
+            role = role_within(modules, path, attribute, tuple(w.shape), *sizes.get(id(module), ()))
             found, why = role.geometry, role.opt_in or role.obstacle
+            remarks.append((name, "" if found is None or why else role.remark))
         if found is None or why:
             left[name] = why
             continue
@@ -108,12 +114,13 @@ def weights_and_geometries(
     if left:
         listed = "; ".join(f"{name}: {why}" for name, why in left.items())
         caution(f"left out of the model's weights, name them in geometries= to count: {listed}")
+    warn_of_remarks(remarks)
     return weights, maps
 
 
-def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """(name, module, attribute) of every tensor that layers use as a parameter."""
-    for path, module in model.named_modules():
+def _places(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str]]:
+    """(path of the module, attribute) of every tensor that layers use as a parameter."""
+    for path, module in modules.items():
         if ".parametrizations" in f".{path}":
             continue
         for hook in module._forward_pre_hooks.values():
@@ -130,16 +137,18 @@ def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             attributes[plain if known else raw] = None
         for attribute in attributes:
             if isinstance(getattr(module, attribute), torch.Tensor):
-                yield f"{path}.{attribute}".lstrip("."), module, attribute
+                yield path, attribute
 
 
 def _single(
     name: str, w: torch.Tensor, geometry: Geometry
 ) -> Iterator[tuple[str, torch.Tensor, Geometry]]:
-    """The blocks of a fused weight; any other as it is."""
-    if isinstance(geometry, Dense) and geometry.splits is not None and not geometry.batch_axes:
+    """The blocks of a fused weight, stacked or not; any other as it is."""
+    if isinstance(geometry, Dense) and geometry.splits is not None:
+        stacked = tuple(range(len(geometry.batch_axes)))
+        single = Dense(out_axes=(len(stacked),), batch_axes=stacked)
         for i, block in enumerate(geometry.blocks(w)):
-            yield f"{name}[{i}]", block, Dense()
+            yield f"{name}[{i}]", block, single
         return
     yield name, w, geometry
 

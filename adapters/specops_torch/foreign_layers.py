@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from specops.geometry import Dense
+from specops.geometry.fused import Surroundings, fused_experts
 from specops_torch.role import Role
 
 _OUTPUTS_LAST = Dense(out_axes=(-1,))
@@ -27,17 +28,29 @@ def foreign_role(module: nn.Module, parameter: str) -> Role | None:
 
 
 def _experts(module: nn.Module, parameter: str, shape: tuple[int, ...]) -> Role | None:
-    """A matrix for each expert, (experts, outputs, inputs) or the other way round."""
+    """Maps of each expert, (experts, outputs, inputs) or the other way round."""
     if shape[0] != getattr(module, "num_experts", shape[0]):
         return None
-    turned = getattr(module, "is_transposed", None)
-    if turned is None:
-        hidden = getattr(module, "hidden_dim", getattr(module, "hidden_size", None))
-        at = [axis for axis in (1, 2) if shape[axis] == hidden]
-        if len(at) != 1:
-            return Role(
-                obstacle=f"which axis of the stacked experts {shape} is that of outputs is not "
-                f"known: give Dense(out_axes=(1,), batch_axes=(0,)) or out_axes=(2,) in geometries="
-            )
-        turned = at == ([2] if parameter.startswith("down") else [1])
-    return Role(Dense(out_axes=(2,) if turned else (1,), batch_axes=(0,)))
+    concatenated = getattr(module, "is_concatenated", None)
+    found = fused_experts(
+        parameter,
+        shape,
+        Surroundings(lambda key: _setting(module, key), lambda name: _shape(module, name)),
+        turned=getattr(module, "is_transposed", None),
+        alternating=None if concatenated is None else not concatenated,
+    )
+    if found is None:
+        return Role(
+            obstacle=f"which axis of the stacked experts {shape} is that of outputs is not "
+            f"known: give Dense(out_axes=(1,), batch_axes=(0,)) or out_axes=(2,) in geometries="
+        )
+    return Role(found.geometry, remark=found.doubt)
+
+
+def _setting(module: nn.Module, key: str) -> Any:
+    own = getattr(module, key, None)
+    return getattr(getattr(module, "config", None), key, None) if own is None else own
+
+
+def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
+    return tuple(getattr(getattr(module, name, None), "shape", ()))

@@ -65,7 +65,7 @@ def row_blocks(follow: Tracked | None) -> int:
     if not isinstance(follow, TrackedBlocks):
         return 0
     view = follow.geometry
-    if view.batch_axes or replace(view, splits=None) != Dense():
+    if view.batch_axes or view.repeats > 1 or replace(view, splits=None) != Dense():
         return 0
     return len(view.splits or (0,))
 

@@ -10,20 +10,13 @@ from torch.nn.parameter import is_lazy
 
 from specops.geometry import Dense
 from specops.training.weight import Weight
-from specops_torch.geometry import role_of
 from specops_torch.location import FROZEN, Location
 from specops_torch.own_forward import added_to
 from specops_torch.pieces import is_sharded
 from specops_torch.role import Role
 from specops_torch.sharded import ShardedLocation, is_fully_sharded, reshard
+from specops_torch.surroundings import WRAPPERS, role_within
 from specops_torch.unrecognised import refuse_unrecognised
-
-_WRAPPERS = {
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-    "OptimizedModule": "_orig_mod",
-    "CheckpointWrapper": "_checkpoint_wrapped_module",
-}
 
 
 def locate(model: nn.Module, trained: Iterable[nn.Parameter] | None) -> list[Location]:
@@ -42,8 +35,9 @@ def locate(model: nn.Module, trained: Iterable[nn.Parameter] | None) -> list[Loc
     for path, module in modules.items():
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = _plain_name(f"{path}.{attribute}" if path else attribute, wrappers)
-            about = adapted.get(path, "")
-            weight = _describe(name, module, attribute, parameter, trained_ids, about)
+            found = _found(modules, path, attribute, parameter)
+            role = _role(name, found, adapted.get(path, ""))
+            weight = _describe(name, parameter, role, why_untouched(parameter, trained_ids))
             if is_sharded(parameter):
                 location: Location = ShardedLocation(weight, module, attribute, held=parameter)
                 location.is_brought_together = id(module) in together  # type: ignore[attr-defined]
@@ -69,10 +63,10 @@ def _fully_sharded(model: nn.Module) -> set[int]:
 def _wrapped_paths(model: nn.Module) -> set[str]:
     """Paths of modules that only stand inside a wrapper (DDP, torch.compile, checkpointing)."""
     return {
-        f"{path}.{_WRAPPERS[kind.__name__]}".removeprefix(".")
+        f"{path}.{WRAPPERS[kind.__name__]}".removeprefix(".")
         for path, module in model.named_modules(remove_duplicate=False)
         for kind in type(module).__mro__  # `fully_shard` makes subclasses
-        if kind.__name__ in _WRAPPERS
+        if kind.__name__ in WRAPPERS
     }
 
 
@@ -83,14 +77,20 @@ def _plain_name(name: str, wrapped: set[str]) -> str:
     return ".".join(kept)
 
 
-def _describe(
-    name: str,
-    module: nn.Module,
-    attribute: str,
-    parameter: nn.Parameter,
-    held: set[int] | None,
-    adapted: str,
-) -> Weight:
+def _found(
+    modules: dict[str, nn.Module], path: str, attribute: str, parameter: nn.Parameter
+) -> Role:
+    shape = () if is_lazy(parameter) else tuple(parameter.shape)
+    return role_within(modules, path, attribute, shape)
+
+
+def _role(name: str, role: Role, adapted: str) -> Role:
+    """The role, unless the parameter is not the layer's weight or not its whole map."""
+    role = _parametrised(name) or role
+    return Role(obstacle=adapted, opt_in=role.opt_in) if adapted and role.geometry else role
+
+
+def _describe(name: str, parameter: nn.Parameter, role: Role, skipped: str) -> Weight:
     dtype = str(parameter.dtype).removeprefix("torch.")
     if is_lazy(parameter):
         return Weight(
@@ -106,18 +106,16 @@ def _describe(
             "is on the meta device and holds no values: materialise the model (to_empty and "
             "initialise, or load a checkpoint) before attaching"
         )
-    role = _parametrised(name) or _fused(name, role_of(module, attribute), parameter)
-    if adapted and role.geometry is not None:
-        role = Role(obstacle=adapted, opt_in=role.opt_in)
     return Weight.of(
         name,
         tuple(parameter.shape),
         dtype,
         role.geometry,
-        skipped=why_untouched(parameter, held),
+        skipped=skipped,
         obstacle=role.obstacle,
         opt_in=role.opt_in,
         unusable=unusable,
+        remark=role.remark,
     )
 
 
@@ -128,16 +126,6 @@ def why_untouched(parameter: nn.Parameter, held: set[int] | None) -> str:
     if held is not None and id(parameter) not in held:
         return "not in this optimizer"
     return ""
-
-
-def _fused(name: str, role: Role, parameter: nn.Parameter) -> Role:
-    """Of GPT-2's c_attn the two or three square maps side by side, as it uses them."""
-    if role.geometry != Dense(out_axes=(-1,)) or name.split(".")[-2:-1] != ["c_attn"]:
-        return role
-    inputs, outputs = parameter.shape
-    if outputs % inputs:
-        return role
-    return Role(Dense(out_axes=(-1,), splits=(inputs,) * (outputs // inputs)))
 
 
 def _parametrised(name: str) -> Role | None:

@@ -39,18 +39,26 @@ class _Cut:
 def _cut(geometry: Dense, shape: tuple[int, ...], piece: Piece, device: str) -> _Cut:
     batch, out, inn = geometry.axes(len(shape))
     stack, rows, columns = (_flat_indices(shape, piece, axes) for axes in (batch, out, inn))
+    (whole,) = _whole(geometry).matrix_shapes(shape)
+    sizes = geometry.splits or whole[:1]
+    turns, within = rows // sum(sizes), rows % sum(sizes)
     blocks, begin = [], 0
-    for size, _ in geometry.matrix_shapes(shape):
-        inside = torch.nonzero((rows >= begin) & (rows < begin + size)).flatten()
-        there = (rows[inside] - begin).to(device)
+    for size in sizes:
+        inside = torch.nonzero((within >= begin) & (within < begin + size)).flatten()
+        there = (turns[inside] * size + within[inside] - begin).to(device)
         first = int(inside[0]) if len(inside) else 0
         if torch.equal(inside, torch.arange(first, first + len(inside))):
             here: Any = slice(first, first + len(inside))
         else:
             here = inside.to(device)
-        blocks.append(_Block(here, there, size))
+        blocks.append(_Block(here, there, size * geometry.repeats))
         begin += size
     return _Cut(stack.to(device), columns.to(device), tuple(blocks))
+
+
+def _whole(geometry: Dense) -> Dense:
+    """The matrix that the blocks are laid side by side in."""
+    return replace(geometry, splits=None, repeats=1)
 
 
 def _flat_indices(shape: tuple[int, ...], piece: Piece, axes: tuple[int, ...]) -> torch.Tensor:
@@ -94,7 +102,7 @@ def outer(
     local = x.local
     if x.known.own.is_empty:
         return torch.zeros_like(local)
-    cut, whole = _cut_of(x, geometry), replace(geometry, splits=None)
+    cut, whole = _cut_of(x, geometry), _whole(geometry)
     term = torch.zeros_like(whole.blocks(local)[0], dtype=vectors[0].dtype)
     stacked = term.view(-1, *term.shape[-2:])
     us, vs = ([a.to(local.device) for a in vectors[first::2]] for first in (0, 1))
@@ -126,7 +134,7 @@ def _multiply(x: ShardedLocation, wanted: Wanted, blank: list[torch.Tensor]) -> 
     geometry, local = wanted.geometry, x.local
     cut = _cut_of(x, geometry)
     local = arrays.to_compute(arrays.namespace(local), local)
-    (matrices,) = replace(geometry, splits=None).blocks(local)
+    (matrices,) = _whole(geometry).blocks(local)
     matrices = matrices.reshape(-1, *matrices.shape[-2:])
     for block, rows, out in zip(cut.blocks, wanted.rows, blank, strict=True):
         a = matrices[:, block.here]

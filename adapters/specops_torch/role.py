@@ -14,3 +14,5 @@ class Role:
     geometry: Geometry | None = None
     obstacle: str = ""
     opt_in: str = ""
+    remark: str = ""
+    """What is to be known of the geometry: that it takes several maps for one."""

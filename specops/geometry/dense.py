@@ -9,7 +9,7 @@ from functools import lru_cache
 import array_api_compat as compat
 
 from specops.errors import GeometryError
-from specops.geometry.arguments import integers
+from specops.geometry.arguments import integer, integers
 from specops.typing import Array
 
 
@@ -32,12 +32,17 @@ class Dense:
     splits : tuple of int or None
         Sizes along the flattened output axis of blocks that are maps of their own (a fused
         query-key-value projection). Results then come as a tuple, one entry per block.
+    repeats : int
+        How many times `splits` follow one another along that axis: a block is then what is at
+        its place in each of them. GPT-NeoX stores query, key and value head by head:
+        ``Dense(splits=(width,) * 3, repeats=heads)``.
 
     Raises
     ------
     GeometryError
         If an argument is not made of integers, an axis is named twice, no output axis is
-        left, or (on use) the array does not have these axes or sizes.
+        left, there are repeats of no splits, or (on use) the array does not have these axes or
+        sizes.
 
     Notes
     -----
@@ -50,12 +55,15 @@ class Dense:
     'dense'
     >>> Dense(splits=(64, 64, 64)).describe()
     'dense, 3 blocks'
+    >>> Dense(splits=(64, 64, 64), repeats=12).describe()
+    'dense, 3 blocks in 12 turns'
     """
 
     out_axes: tuple[int, ...] = (0,)
     in_axes: tuple[int, ...] | None = None
     batch_axes: tuple[int, ...] = ()
     splits: tuple[int, ...] | None = None
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         fix = object.__setattr__
@@ -65,12 +73,15 @@ class Dense:
             fix(self, "in_axes", integers(self.in_axes, "in_axes"))
         if self.splits is not None:
             fix(self, "splits", integers(self.splits, "splits", least=1))
+        fix(self, "repeats", integer(self.repeats, "repeats", least=1))
         if not self.out_axes:
             raise GeometryError("out_axes is empty: a matrix needs an output axis")
         if self.in_axes is not None and not self.in_axes:
             raise GeometryError("in_axes is empty: a matrix needs an input axis")
         if self.splits is not None and not self.splits:
             raise GeometryError("splits is empty: pass None for a single block")
+        if self.repeats > 1 and self.splits is None:
+            raise GeometryError(f"repeats={self.repeats} of what? Give the splits that repeat")
         named = self.out_axes + (self.in_axes or ()) + self.batch_axes
         if len(set(named)) != len(named):
             raise GeometryError(f"an axis is named twice in {self}")
@@ -82,6 +93,8 @@ class Dense:
             text += ", stacked"
         if self.splits:
             text += f", {len(self.splits)} blocks"
+        if self.repeats > 1:
+            text += f" in {self.repeats} turns"
         return text
 
     def check(self, shape: tuple[int, ...]) -> None:
@@ -107,19 +120,28 @@ class Dense:
         if self.splits is None:
             return (matrix,)
         ends = [sum(self.splits[: i + 1]) for i in range(len(self.splits))]
-        return tuple(
+        if self.repeats > 1:
+            matrix = xp.reshape(matrix, (*lead, self.repeats, ends[-1], matrix.shape[-1]))
+        blocks = tuple(
             matrix[..., end - size : end, :] for end, size in zip(ends, self.splits, strict=True)
         )
+        if self.repeats == 1:
+            return blocks
+        return tuple(xp.reshape(b, (*lead, -1, b.shape[-1])) for b in blocks)
 
     def matrix_shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
         """(rows, columns) of each block of an array of this shape."""
         _, out, inn = _axes(self, tuple(shape))
         rows, columns = (math.prod([shape[a] for a in axes]) for axes in (out, inn))
-        return tuple((size, columns) for size in self.splits or (rows,))
+        return tuple((size * self.repeats, columns) for size in self.splits or (rows,))
 
     def assemble(self, blocks: tuple[Array, ...], shape: tuple[int, ...]) -> Array:
         """The array of this shape whose `blocks` these are: the inverse of `blocks`."""
         xp = compat.array_namespace(blocks[0])
+        if self.repeats > 1:
+            blocks = tuple(
+                xp.reshape(b, (*b.shape[:-2], self.repeats, -1, b.shape[-1])) for b in blocks
+            )
         matrix = blocks[0] if len(blocks) == 1 else xp.concat(blocks, axis=-2)
         order = sum(_axes(self, tuple(shape)), ())
         w = xp.reshape(matrix, tuple(shape[a] for a in order))
@@ -141,9 +163,11 @@ def _check(geometry: Dense, shape: tuple[int, ...]) -> None:
     if 0 in shape:
         raise GeometryError(f"the weight is empty: shape {shape}")
     rows = math.prod([shape[a] for a in out])
-    if geometry.splits is not None and sum(geometry.splits) != rows:
+    total = sum(geometry.splits or (rows,)) * geometry.repeats
+    if total != rows:
+        times = f" in {geometry.repeats} turns" if geometry.repeats > 1 else ""
         raise GeometryError(
-            f"splits={geometry.splits} add up to {sum(geometry.splits)}, but the output axes of "
+            f"splits={geometry.splits} add up to {total}{times}, but the output axes of "
             f"shape {shape} have {rows} entries"
         )
 

@@ -44,9 +44,10 @@ def parts_of(matrix: np.ndarray, weight: np.ndarray, geometry: Geometry) -> list
     if not isinstance(geometry, Dense) or geometry.splits is None:
         return [matrix]
     stacked = math.prod([weight.shape[a] for a in geometry.batch_axes])
-    rows = matrix.reshape(stacked, -1, matrix.shape[1])
-    if rows.shape[1] != sum(geometry.splits):
+    total = sum(geometry.splits)
+    if matrix.shape[0] != stacked * geometry.repeats * total:
         return [matrix]
+    rows = matrix.reshape(stacked * geometry.repeats, total, matrix.shape[1])
     ends = np.cumsum(geometry.splits)[:-1]
     return [part.reshape(-1, matrix.shape[1]) for part in np.split(rows, ends, axis=1)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from specops.training.cautions import caution
 from specops.training.plan import NO_MAP, Assignment
@@ -32,6 +32,17 @@ def warn_of_coverage(assignments: Sequence[Assignment]) -> None:
         f"specops.Dense(...)}}, or exclude them, ({example!r}, None) first in the plan; report() "
         f"says why of each"
     )
+
+
+def warn_of_remarks(remarks: Iterable[tuple[str, str]]) -> None:
+    """Warn once of each remark, (name, remark), on the maps of weights; empty ones are none."""
+    found: dict[str, list[str]] = {}
+    for name, remark in remarks:
+        found.setdefault(remark, []).append(name)
+    for remark in filter(None, found):
+        first, more = found[remark][0], len(found[remark]) - 1
+        beside = f" and {more} more" if more else ""
+        caution(f"{first}{beside}: {remark}. If you know, say so in geometries=")
 
 
 def _is_unknown(a: Assignment) -> bool:

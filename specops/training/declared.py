@@ -45,7 +45,8 @@ def override_geometries(
             caution(f"geometries for {weight.name}, shape {weight.shape}: {doubt}")
         obstacle = unmeasurable(weight.dtype)
         known = None if obstacle else geometry
-        result.append(replace(weight, geometry=known, obstacle=obstacle, opt_in=""))
+        weight = replace(weight, geometry=known, obstacle=obstacle, opt_in="", remark="")
+        result.append(weight)
     if unused:
         raise PlanError(
             f"geometries names {', '.join(map(repr, sorted(unused)))}, which no parameter "

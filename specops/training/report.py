@@ -17,6 +17,7 @@ from specops.rules import StagedRule
 from specops.spectra import spectral_norm, spectral_norm_bounds, stable_rank
 from specops.tables import aligned, rich_table
 from specops.training.plan import Assignment
+from specops.training.weight import Weight
 
 _WIDEST = 60
 _HEADERS = ("parameter", "shape", "geometry", "rule", "norm")
@@ -168,12 +169,17 @@ def plan_rows(assignments: Sequence[Assignment]) -> list[ReportRow]:
             name=a.weight.name,
             shape=a.weight.shape,
             dtype=a.weight.dtype,
-            geometry="" if a.weight.geometry is None else a.weight.geometry.describe(),
+            geometry=_geometry_text(a.weight),
             rule="" if a.rule is None else _rule_text(a),
             reason=a.reason,
         )
         for a in assignments
     ]
+
+
+def _geometry_text(weight: Weight) -> str:
+    text = "" if weight.geometry is None else weight.geometry.describe()
+    return f"{text}: {weight.remark}" if text and weight.remark else text
 
 
 def _rule_text(assignment: Assignment) -> str:

@@ -29,6 +29,8 @@ class Weight:
         Why only a rule that names it applies (an embedding).
     unusable : str
         Why it holds no values to constrain (lazy, meta): an error if any rule is to apply.
+    remark : str
+        What is to be known of the geometry, such as that it takes several maps for one.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Weight:
     obstacle: str = ""
     opt_in: str = ""
     unusable: str = ""
+    remark: str = ""
 
     @property
     def kind(self) -> str:
@@ -61,6 +64,7 @@ class Weight:
         obstacle: str = "",
         opt_in: str = "",
         unusable: str = "",
+        remark: str = "",
     ) -> Weight:
         """The same, where fewer than two axes, no entries or the dtype may rule it out already."""
         if len(shape) < 2:
@@ -72,7 +76,7 @@ class Weight:
         reason = unmeasurable(dtype)
         if reason:
             return cls(name, shape, dtype, obstacle=reason, unusable=unusable)
-        return cls(name, shape, dtype, geometry, "", obstacle, opt_in, unusable)
+        return cls(name, shape, dtype, geometry, "", obstacle, opt_in, unusable, remark)
 
 
 def unmeasurable(dtype: str) -> str:

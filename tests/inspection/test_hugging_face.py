@@ -13,6 +13,7 @@ import specops
 from specops.inspection import Inspection, WeightFigures
 
 torch = pytest.importorskip("torch")
+specops_torch = pytest.importorskip("specops_torch")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -43,6 +44,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "GPTNeoX": ("ForCausalLM", {**HEADS, "vocab_size": 20}),
+    "Bloom": ("ForCausalLM", {"hidden_size": 16, "n_layer": 1, "n_head": 4, "vocab_size": 20}),
+    "CodeGen": (
+        "ForCausalLM",
+        {"n_embd": 16, "n_layer": 1, "n_head": 4, "rotary_dim": 4, "vocab_size": 20},
+    ),
+    "GPTBigCode": (
+        "ForCausalLM",
+        {"n_embd": 16, "n_layer": 1, "n_head": 4, "vocab_size": 20, "multi_query": False},
+    ),
+    "GptOss": ("ForCausalLM", {**GROUPED, "num_local_experts": 2, "head_dim": 4}),
     "Phi3": ("ForCausalLM", GROUPED),
     "ConvNext": ("Model", {"num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 1]}),
     "MobileNetV2": ("Model", {"depth_multiplier": 0.1, "min_depth": 4, "image_size": 32}),
@@ -54,53 +65,69 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def matrices(name: str, module: Any) -> list[np.ndarray] | None:
+BY_HEADS = {
+    # As their forwards cut it: how many parts follow one another, and what is in each.
+    ("GPTNeoX", "query_key_value"): 4,
+    ("Bloom", "query_key_value"): 4,
+    ("GPTBigCode", "c_attn"): 4,
+    ("CodeGen", "qkv_proj"): 4,
+}
+
+
+def matrices(kind: str, name: str, module: Any) -> list[np.ndarray] | None:
     """The maps of a module that is no convolution; of fused ones each."""
     w = module.weight.detach().double().numpy()
-    kind, last = type(module).__name__, name.rpartition(".")[2]
-    if kind == "Conv1D":
+    layer, last = type(module).__name__, name.rpartition(".")[2]
+    if layer == "Conv1D":
         w = w.T
-    elif kind not in ("Linear", "Embedding", "MixtralTopKRouter"):
+    elif layer not in ("Linear", "Embedding") and not layer.endswith("TopKRouter"):
         return None
     rows, columns = w.shape
+    if (kind, last) in BY_HEADS:
+        by_heads = w.reshape(BY_HEADS[kind, last], 3, -1, columns)
+        return [by_heads[:, i].reshape(-1, columns) for i in range(3)]
     if last == "c_attn":
         return np.split(w, 3)
     if last == "gate_up_proj":
         return np.split(w, 2)
-    if last == "query_key_value":
-        by_heads = w.reshape(4, 3, -1, columns)
-        return [by_heads[:, i].reshape(-1, columns) for i in range(3)]
     if last == "qkv_proj":
         return np.split(w, [rows // 2, 3 * rows // 4])
     return [w]
 
 
-def truth(model: Any) -> Iterator[tuple[str, float]]:
-    """(name of a weight, its largest singular value) as the modules of a model compute."""
+def truth(kind: str, model: Any) -> Iterator[tuple[str, list[float]]]:
+    """(name of a weight, the norms of its maps) as the modules of a model compute."""
     for name, module in model.named_modules():
-        if hasattr(module, "gate_up_proj") and not isinstance(module.gate_up_proj, torch.nn.Module):
-            for i, both in enumerate(module.gate_up_proj.detach().double().numpy()):
-                stem = f"{name.replace('.mlp.', '.block_sparse_moe.')}.{i}"
-                yield from zip(
-                    (f"{stem}.w1.weight", f"{stem}.w3.weight"),
-                    (np.linalg.norm(w, 2) for w in np.split(both, 2)),
-                    strict=True,
-                )
-                down = module.down_proj[i].detach().double().numpy()
-                yield f"{stem}.w2.weight", np.linalg.norm(down, 2)
-            continue
-        if not isinstance(getattr(module, "weight", None), torch.Tensor) or module.weight.dim() < 2:
+        if type(module).__name__.endswith("Experts"):
+            found: dict[str, list[Any]] = {"gate_up_proj": [], "down_proj": []}
+            for both, down in zip(module.gate_up_proj, module.down_proj, strict=True):
+                up = both.detach().double().numpy()
+                halves = [up[:, ::2], up[:, 1::2]] if kind == "GptOss" else np.split(up, 2)
+                found["gate_up_proj"] += halves
+                found["down_proj"] += [down.detach().double().numpy()]
+            for parameter, maps in found.items():
+                yield f"{name}.{parameter}", [np.linalg.norm(w, 2) for w in maps]
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.dim() < 2:
             continue
         if isinstance(module, torch.nn.modules.conv._ConvNd):
-            from specops_torch import geometry_of
-
-            w = module.weight.detach().double().numpy()
-            yield f"{name}.weight", float(specops.spectral_norm_bounds(
-                w, geometry_of(module), rtol=1e-6).upper)  # fmt: skip
+            w = weight.detach().double().numpy()
+            bounds = specops.spectral_norm_bounds(w, specops_torch.geometry_of(module), rtol=1e-6)
+            yield f"{name}.weight", [float(bounds.upper)]
             continue
-        found = matrices(name, module)
-        assert found is not None, f"{name}: a {type(module).__name__}"
-        yield f"{name}.weight", max(np.linalg.norm(w, 2) for w in found)
+        found_maps = matrices(kind, name, module)
+        assert found_maps is not None, f"{name}: a {type(module).__name__}"
+        yield f"{name}.weight", [np.linalg.norm(w, 2) for w in found_maps]
+
+
+def stored(kind: str, wanted: dict[str, list[float]]) -> Iterator[tuple[str, float]]:
+    """(name in the file, the largest norm): experts of Mixtral are stored one by one."""
+    for name, norms in wanted.items():
+        if kind != "Mixtral" or ".experts." not in name:
+            yield name, max(norms)
+            continue
+        for i, norm in enumerate(norms):
+            yield f"{name}.{i}", norm
 
 
 def ends(row: WeightFigures) -> tuple[float, float]:
@@ -126,7 +153,9 @@ def test_every_map_is_the_modules_own(kind: str, tmp_path: Path) -> None:
     rows = {w.name: w for w in found.measured}
     # Groups of 4 behind 16 channels, where an attention of channels gives 4 as well.
     assert sum(bool(w.readings) for w in rows.values()) <= (2 if kind == "RegNet" else 0)
-    wanted = dict(truth(model))
+    maps = dict(truth(kind, model))
+    hook_agrees(model, maps, rows)
+    wanted = dict(stored(kind, maps))
     convolutions = (torch.nn.Conv1d, torch.nn.Conv2d)
     strided = {
         f"{name}.weight"
@@ -144,6 +173,28 @@ def test_every_map_is_the_modules_own(kind: str, tmp_path: Path) -> None:
         value = next(v for v in rest if low * (1 - 1e-4) <= v <= high * (1 + 1e-4))
         rest.remove(value)
     assert set(rest) <= {v for n, v in wanted.items() if n in rows}, "a map that was not measured"
+
+
+def hook_agrees(model: Any, wanted: dict[str, list[float]], rows: dict[str, WeightFigures]) -> None:
+    """Every map that `attach` finds, one by one, and the words for it in a row of that name."""
+    found = specops.attach(None, model, specops.Monitor()).geometries()
+    left = {
+        f"{name}.weight" for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding)
+    }
+    tied = len({id(p) for p in model.parameters()}) < len(
+        list(model.named_parameters(remove_duplicate=False))
+    )
+    missing = wanted.keys() - found.keys() - left
+    assert len(missing) <= tied, missing
+    for name, geometry in found.items():
+        if isinstance(geometry, specops.Conv):
+            continue
+        w = model.get_parameter(name).detach().double()
+        norms = specops.spectral_norm(w, geometry)
+        each = torch.cat([n.reshape(-1) for n in (norms if isinstance(norms, tuple) else (norms,))])
+        np.testing.assert_allclose(np.sort(each), np.sort(wanted[name]), rtol=1e-6, err_msg=name)
+        if name in rows:
+            assert rows[name].geometry == geometry.describe(), name
 
 
 def agrees(row: WeightFigures, value: float, strided: bool) -> None:

@@ -46,11 +46,11 @@ def _read(name: str, shape: tuple[int, ...], context: Context) -> Assumption:
         return kernel(name, shape, context)
     verdict, for_stack, for_kernel = stack_or_kernel(name, shape, context)
     if verdict == "stack":
-        return Assumption.of(stack(for_stack, context))
+        return Assumption.of(stack(name, shape, for_stack, context))
     tapped = kernel(name, shape, context)
     if verdict == "kernel" or not tapped.readings:
         return tapped
     convolutions = [Reading(r.geometry, f"{r.why}; {for_kernel}", r.shape) for r in tapped.readings]
-    stacked = stack(for_stack, context)
+    stacked = stack(name, shape, for_stack, context)
     wide = (shape[0] if context.taps_first else shape[-1]) > WIDEST_TAP
     return Assumption.of(*([stacked, *convolutions] if wide else [*convolutions, stacked]))

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Final
 
 from specops.checkpoints import Entry
+from specops.geometry.fused import Surroundings
 from specops.inspection.configuration import Configuration
 from specops.inspection.hints import Hints, bare_name
 
@@ -20,6 +21,8 @@ ATTENTION: Final = ("query", "key", "value")
 PROJECTIONS: Final = ("out", "attention_output", "output_dense")
 """How projections to heads, and those back from them, are called."""
 _VARIABLES: Final = r"(?:^|[./])(?:kernel|bias|scale|embedding|weight|mean|var)"
+_OF_LAYER: Final = re.compile(r"((?:.*[./])?)[^./]+([./][^./]+)")
+"""A name as (what leads to the layer) layer (the tensor's own part)."""
 _ENDS: Final = re.compile(rf"{_VARIABLES}(\.value)$|(:\d+)$")
 
 
@@ -94,6 +97,18 @@ class Context:
         end = _end_of(name)
         at = max(name.removesuffix(end).rfind(c) for c in "./") + 1
         return name[:at] + last + end
+
+    def around(self, name: str) -> Surroundings:
+        """What is known around a tensor: other layers of its block, or stacks beside it."""
+        end = _end_of(name)
+        of_layer = _OF_LAYER.fullmatch(name.removesuffix(end))
+
+        def beside(other: str) -> tuple[int, ...]:
+            if of_layer is None or parts_of(name)[-1] == "gate_up_proj":
+                return self.shapes.get(self.beside(name, other), ())
+            return self.shapes.get(f"{of_layer[1]}{other}{of_layer[2]}{end}", ())
+
+        return Surroundings(self.configuration.value, beside)
 
     def bias(self, name: str) -> tuple[int, ...] | None:
         """The shape of the bias of the layer that has this weight, if it is there."""

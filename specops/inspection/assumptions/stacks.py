@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Final, Literal
 
 from specops.geometry import Dense
+from specops.geometry.fused import fused_experts
 from specops.inspection.assumptions.context import PROJECTIONS, Context, parts_of
 from specops.inspection.assumptions.no_maps import is_attention
 from specops.inspection.assumptions.reading import Reading
@@ -65,8 +66,15 @@ def stack_or_kernel(
     return "", wide or "nothing tells it from a kernel", "nothing tells it from a stack"
 
 
-def stack(why: str, context: Context) -> Reading:
-    """The matrices along the first axis."""
+def stack(name: str, shape: tuple[int, ...], why: str, context: Context) -> Reading:
+    """The matrices along the first axis; of experts with what is fused taken apart."""
+    parameter = parts_of(name)[-1]
+    if parameter == "gate_up_proj":
+        found = fused_experts(parameter, shape, context.around(name))
+        doubt = "a gate and what it gates as one: nothing says which axis is that of outputs"
+        why = f"{why}; {doubt if found is None else found.why}"
+        if found is not None:
+            return Reading(found.geometry, f"3-d, a stack of matrices: {why}")
     out = -1 if context.taps_first else 1
     return Reading(Dense(out_axes=(out,), batch_axes=(0,)), f"3-d, a stack of matrices: {why}")
 

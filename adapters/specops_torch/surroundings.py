@@ -1,0 +1,77 @@
+"""The maps of fused layers: blocks that a layer alone does not know, by the model around it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from specops.geometry import Dense
+from specops.geometry.fused import Surroundings, fused
+from specops_torch.geometry import role_of
+from specops_torch.role import Role
+
+WRAPPERS = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+"""Modules that hold another one, and what they call it."""
+
+
+def role_within(
+    modules: Mapping[str, nn.Module],
+    path: str,
+    parameter: str,
+    shape: tuple[int, ...],
+    *size: Any,
+) -> Role:
+    """The role of a parameter of a model's layer; never raises.
+
+    Parameters
+    ----------
+    modules : mapping of str to torch.nn.Module
+        All modules of the model by their paths, "" the model.
+    path, parameter : str
+        Of the layer, and of its parameter.
+    shape : tuple of int
+        Of the parameter.
+    *size
+        Input shape and output padding of a convolution, as `role_of` takes them.
+    """
+    role = role_of(modules[path], parameter, *size)
+    if parameter != "weight" or role.geometry not in (Dense(), Dense(out_axes=(-1,))):
+        return role
+    assert isinstance(role.geometry, Dense)
+    block, _, layer = path.rpartition(".")
+    while layer in WRAPPERS.values():
+        block, _, layer = block.rpartition(".")
+    around = Surroundings(_settings(modules, path), _beside(modules, block))
+    found = fused(layer, shape, role.geometry.out_axes[0], around)
+    if found is None:
+        return role
+    return Role(found.geometry, opt_in=role.opt_in, remark=found.doubt)
+
+
+def _settings(modules: Mapping[str, nn.Module], path: str) -> Any:
+    """Values of the configuration of the layer, or of the nearest module around it that has one."""
+    while True:
+        config = getattr(modules.get(path), "config", None)
+        if config is not None or not path:
+            break
+        path = path.rpartition(".")[0]
+    if isinstance(config, Mapping):
+        return config.get
+    return lambda key: getattr(config, key, None)
+
+
+def _beside(modules: Mapping[str, nn.Module], block: str) -> Any:
+    """Shapes of the weights of the layers of a block."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        weight = getattr(modules.get(f"{block}.{name}".lstrip(".")), "weight", None)
+        return tuple(getattr(weight, "shape", ()))
+
+    return shape

@@ -1,0 +1,140 @@
+"""Which maps a fused layer holds, by its name, its neighbours and its model's configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from specops import Dense
+from specops.geometry.fused import Surroundings, fused, fused_experts
+
+
+def around(settings: dict[str, Any], beside: dict[str, tuple[int, ...]]) -> Surroundings:
+    return Surroundings(settings.get, lambda name: beside.get(name, ()))
+
+
+FOUR = {"num_attention_heads": 4, "hidden_size": 8}
+ONE_KEY = {"new_decoder_architecture": False, "multi_query": True}
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "settings", "beside", "splits", "repeats"),
+    [
+        ("query_key_value", (24, 8), {"model_type": "persimmon", **FOUR}, {}, (2, 2, 2), 4),
+        ("query_key_value", (12, 8), {"model_type": "falcon", **FOUR, **ONE_KEY}, {}, (8, 2, 2), 1),
+        (
+            "query_key_value",
+            (16, 8),
+            {"model_type": "falcon", **FOUR, "new_decoder_architecture": True, "num_kv_heads": 2},
+            {},
+            (4, 2, 2),
+            2,
+        ),
+        ("c_attn", (12, 8), {"model_type": "gpt_bigcode", "multi_query": True, **FOUR}, {},
+         (8, 2, 2), 1),
+        ("c_attn", (24, 8), {"model_type": "gpt_bigcode", "multi_query": False, **FOUR}, {},
+         (2, 2, 2), 4),
+        ("qkv_proj", (24, 8), {"model_type": "codegen", **FOUR}, {}, (2, 2, 2), 4),
+        ("qkv_proj", (24, 8), {"model_type": "minimax", **FOUR}, {}, (2, 2, 2), 4),
+        ("qkv_proj", (16, 8), {"num_key_value_heads": 2, **FOUR}, {}, (8, 4, 4), 1),
+        # A neighbour that contradicts the configuration is nearer: that of another part.
+        ("qkv", (16, 8), {"num_key_value_heads": 2, **FOUR}, {"proj": (8, 6)}, (6, 5, 5), 1),
+        ("qkv", (48, 8), {}, {"proj": (16, 16)}, (16, 16, 16), 1),
+        ("Wqkv", (24, 8), {}, {}, (8, 8, 8), 1),
+        ("c_attn", (16, 8), {}, {"c_proj": (8, 8)}, (8, 8), 1),
+        ("c_attn", (12, 8), {}, {"c_proj": (8, 8)}, (8, 2, 2), 1),
+        ("gate_up_proj", (12, 8), {}, {}, (6, 6), 1),
+        ("w12", (12, 8), {}, {"w3": (8, 6)}, (6, 6), 1),
+    ],
+)  # fmt: skip
+def test_blocks(
+    layer: str, shape: Any, settings: Any, beside: Any, splits: Any, repeats: int
+) -> None:
+    for out in (0, -1):
+        turn = slice(None, None, 1 if out == 0 else -1)
+        neighbours = {name: other[turn] for name, other in beside.items()}
+        found = fused(layer, shape[turn], out, around(settings, neighbours))
+        assert found is not None
+        assert found.geometry == Dense(out_axes=(out,), splits=splits, repeats=repeats)
+        assert not found.doubt
+        found.geometry.check(shape[turn])
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "settings", "beside"),
+    [
+        ("query_key_value", (24, 8), FOUR, {"dense": (8, 8)}),
+        ("query_key_value", (24, 8), {"model_type": "gpt_neox"}, {}),
+        ("query_key_value", (24, 8), {"model_type": "falcon", **FOUR}, {}),
+        (
+            "query_key_value",
+            (16, 8),
+            {"model_type": "falcon", "new_decoder_architecture": True},
+            {},
+        ),
+        ("c_attn", (24, 8), {"model_type": "gpt_bigcode", **FOUR}, {}),
+        ("qkv_proj", (24, 8), {"model_type": "minimax"}, {"o_proj": (8, 8)}),
+        ("qkv", (20, 8), {}, {}),
+        ("qkv", (21, 8), {}, {"proj": (8, 8)}),
+        ("qkv", (28, 8), {}, {"proj": (8, 8)}),
+        ("gate_up_proj", (12, 8), {}, {"down_proj": (8, 12)}),
+        ("gate_up_proj", (13, 8), {}, {}),
+    ],
+)
+def test_what_nothing_tells_apart_is_one_matrix_and_said(
+    layer: str, shape: Any, settings: Any, beside: Any
+) -> None:
+    found = fused(layer, shape, 0, around(settings, beside))
+    assert found is not None
+    assert found.geometry == Dense()
+    assert "one matrix" in found.doubt
+
+
+@pytest.mark.parametrize(("layer", "beside"), [("Wi", {}), ("w12", {"w3": (8, 12)}), ("q", {})])
+def test_other_layers_are_not_meant(layer: str, beside: Any) -> None:
+    assert fused(layer, (12, 8), 0, around({}, beside)) is None
+    assert fused("qkv", (12, 8, 1), 0, Surroundings()) is None
+
+
+def test_a_query_alone_is_one_map() -> None:
+    found = fused("c_attn", (8, 8), -1, around({}, {"c_proj": (8, 8)}))
+    assert (found.geometry, found.doubt) == (Dense(out_axes=(-1,)), "")  # type: ignore[union-attr]
+
+
+UP, DOWN = "gate_up_proj", "down_proj"
+
+
+@pytest.mark.parametrize(
+    ("parameter", "shape", "settings", "beside", "out", "splits", "repeats"),
+    [
+        (UP, (2, 8, 8), {}, {DOWN: (2, 8, 4)}, 1, (4, 4), 1),
+        (UP, (2, 8, 8), {}, {DOWN: (2, 4, 8)}, 2, (4, 4), 1),
+        (DOWN, (2, 8, 8), {}, {UP: (2, 8, 16)}, 2, None, 1),
+        # Without a gate either way round would fit.
+        ("up_proj", (2, 6, 8), {}, {DOWN: (2, 8, 6)}, None, None, 1),
+        ("up_proj", (2, 6, 8), {"hidden_size": 8}, {DOWN: (2, 8, 6)}, 1, None, 1),
+        (UP, (2, 12, 8), {"hidden_size": 8}, {}, 1, (6, 6), 1),
+        (UP, (2, 8, 12), {"hidden_size": 8, "model_type": "gpt_oss"}, {}, 2, (1, 1), 6),
+        (DOWN, (2, 12, 8), {"hidden_size": 8}, {}, 2, None, 1),
+        (UP, (2, 12, 8), {}, {}, None, None, 1),
+    ],
+)
+def test_stacked_experts(
+    parameter: str, shape: Any, settings: Any, beside: Any, out: Any, splits: Any, repeats: int
+) -> None:
+    found = fused_experts(parameter, shape, around(settings, beside))
+    if out is None:
+        assert found is None
+        return
+    assert found is not None
+    wanted = Dense(out_axes=(out,), batch_axes=(0,), splits=splits, repeats=repeats)
+    assert found.geometry == wanted
+    wanted.check(shape)
+
+
+def test_halves_that_are_none_are_said() -> None:
+    found = fused_experts(UP, (2, 7, 8), around({"hidden_size": 8}, {}))
+    assert found is not None
+    assert found.geometry == Dense(out_axes=(1,), batch_axes=(0,))
+    assert "no halves" in found.doubt
