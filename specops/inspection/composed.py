@@ -30,6 +30,8 @@ class Composed:
         In words.
     make : callable
         From the tensors, by name, to the weight; to the two factors of a low-rank matrix.
+    base : str
+        Of the sources, the one that is a weight by itself; "" where all are parts.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Composed:
     sources: tuple[str, ...]
     how: str
     make: Callable[[Tensors], np.ndarray | tuple[np.ndarray, np.ndarray]]
+    base: str = ""
 
 
 def find_composed(entries: tuple[Entry, ...], configuration: Configuration) -> list[Composed]:

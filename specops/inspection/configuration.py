@@ -26,8 +26,8 @@ class Layer:
         Its class.
     stride, dilation, padding
         Of a convolution, as `specops.Conv` takes them; None where nothing is said.
-    groups : int
-        0 where nothing is said.
+    groups, width : int
+        How many there are, or how many channels each has; 0 where nothing is said.
     depthwise, transposed : bool
     gates : int
         Blocks of a recurrent layer, 0 for other layers.
@@ -38,6 +38,7 @@ class Layer:
     dilation: int | tuple[int, ...] = 1
     padding: Any = None
     groups: int = 0
+    width: int = 0
     depthwise: bool = False
     transposed: bool = False
     gates: int = 0
@@ -166,6 +167,9 @@ def _of_hugging_face(name: str, configuration: Configuration) -> Layer | None:
     groups = value("num_conv_pos_embedding_groups")
     if "pos_conv_embed" in name and isinstance(groups, int):
         return Layer("Conv1d", stride=1, groups=groups)
+    width = value("groups_width")
+    if isinstance(width, int) and re.search(r"\.layers\.\d+\.layer\.1\.convolution\.", name):
+        return Layer("Conv2d", width=width)
     patch = value("patch_size")
     if re.search(r"patch_embed\w*\.(projection|proj)|patch_embedding\.", name):
         size = _numbers(patch, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,13 +14,9 @@ import numpy as np
 
 Tensors = Mapping[str, np.ndarray]
 Shapes = Mapping[str, tuple[int, ...]]
-Update = tuple[
-    str,
-    tuple[int, ...],
-    tuple[str, ...],
-    str,
-    Callable[[Tensors], np.ndarray | tuple[np.ndarray, np.ndarray]],
-]
+Make = Callable[[Tensors], np.ndarray | tuple[np.ndarray, np.ndarray]]
+Update = tuple[str, tuple[int, ...], tuple[str, ...], str, Make, str]
+_UNSCALED: Final = "not scaled: the file has no α"
 _PAIRS: Final = (
     # first factor, second factor: names of peft (with or without an adapter's), of kohya
     (r"\.lora_A(\.(?!weight)[^.]+)?(\.weight)?$", ".lora_B{1}{2}"),
@@ -29,7 +26,27 @@ _PAIRS: Final = (
 
 
 def find_updates(shapes: Shapes, adapter: Mapping[str, Any]) -> Iterator[Update]:
-    """(name, shape, sources, how, how to make it) of each update in a file."""
+    """(name, shape, sources, how, how to make it, base) of each update in a file.
+
+    And of each weight that has one, base + update, if the file has its base and says how much of
+    the update to add, and if it has no other: which of several is in use, no file says.
+    """
+    pairs = list(_pairs(shapes))
+    adapters = Counter(stem for stem, _, _ in pairs)
+    for stem, first, second in pairs:
+        updates = list(_lora(stem, first, second, shapes, adapter))
+        yield from updates
+        if adapters[stem] == 1:
+            yield from _merged(stem, first, updates, shapes, adapter)
+    for name in shapes:
+        for ending, make in (("hada_w1_a", _loha), ("lokr_w1", _lokr), ("lokr_w1_a", _lokr)):
+            stem, _, last = name.rpartition(".")
+            if last == ending:
+                yield from make(stem, shapes)
+
+
+def _pairs(shapes: Shapes) -> Iterator[tuple[str, str, str]]:
+    """(layer, first factor, second factor) of each product B·A."""
     for name, shape in shapes.items():
         for pattern, second in _PAIRS:
             found = re.search(pattern, name)
@@ -38,11 +55,7 @@ def find_updates(shapes: Shapes, adapter: Mapping[str, Any]) -> Iterator[Update]
             stem = name[: found.start()]
             other = stem + second.format("", found[1] or "", found[2] or "")
             if other in shapes and len(shape) >= 2:
-                yield from _lora(stem, name, other, shapes, adapter)
-        for ending, make in (("hada_w1_a", _loha), ("lokr_w1", _lokr), ("lokr_w1_a", _lokr)):
-            stem, _, last = name.rpartition(".")
-            if last == ending:
-                yield from make(stem, shapes)
+                yield stem, name, other
 
 
 def _scale(stem: str, rank: int, shapes: Shapes, adapter: Mapping[str, Any]) -> _Scale:
@@ -51,7 +64,7 @@ def _scale(stem: str, rank: int, shapes: Shapes, adapter: Mapping[str, Any]) -> 
         return _Scale(f"{stem}.alpha", rank, 1.0, f"times α/{rank}")
     alpha = _of_pattern(adapter.get("alpha_pattern"), stem, adapter.get("lora_alpha"))
     if not isinstance(alpha, int | float):
-        return _Scale("", rank, 1.0, "not scaled: the file has no α")
+        return _Scale("", rank, 1.0, _UNSCALED)
     below = math.sqrt(rank) if adapter.get("use_rslora") else rank
     return _Scale("", rank, alpha / below, f"times {alpha / below:.4g}, as adapter_config.json has")
 
@@ -96,10 +109,45 @@ def _lora(
     if middle in shapes and len(shapes[middle]) > 2:
         taps = shapes[middle][2:]
         sources = (first, second, middle, *scale.sources)
-        yield update, (b[0], a[1], *taps), sources, how, _Mid(first, second, middle, scale)
+        yield update, (b[0], a[1], *taps), sources, how, _Mid(first, second, middle, scale), ""
         return
     sources = (first, second, *scale.sources)
-    yield update, (b[0], *a[1:]), sources, how, _Lora(first, second, scale)
+    yield update, (b[0], *a[1:]), sources, how, _Lora(first, second, scale), ""
+
+
+def _merged(
+    stem: str, first: str, updates: list[Update], shapes: Shapes, adapter: Mapping[str, Any]
+) -> Iterator[Update]:
+    """base + update, the weight that the network runs."""
+    base = next((n for n in (f"{stem}.base_layer.weight", f"{stem}.weight") if n in shapes), "")
+    # Tables, and layers that store (inputs, outputs), have the update turned.
+    turned = "lora_embedding" in first or adapter.get("fan_in_fan_out") is True
+    for _, shape, sources, how, make, _ in updates:
+        fits = shapes.get(base) == (shape[::-1] if turned else shape)
+        if fits and _UNSCALED not in how and "DoRA" not in how:
+            name = f"{stem}.weight"
+            name = f"{name} (merged)" if name == base else name
+            yield (
+                name,
+                shapes[base],
+                (base, *sources),
+                f"{base} and its {how}",
+                _Merged(base, make, turned),
+                base,
+            )
+
+
+@dataclass(frozen=True)
+class _Merged:
+    base: str
+    update: Make
+    turned: bool
+
+    def __call__(self, tensors: Tensors) -> np.ndarray:
+        found = self.update(tensors)
+        update = found[0] @ found[1] if isinstance(found, tuple) else found
+        base = tensors[self.base].astype(np.float64)
+        return np.asarray(base + (update.T if self.turned else update))
 
 
 @dataclass(frozen=True)
@@ -143,7 +191,7 @@ def _loha(stem: str, shapes: Shapes) -> Iterator[Update]:
     scale = _scale(stem, rank, shapes, {})
     how = f"Hadamard product of two updates of rank {rank}, {scale.words}"
     sources = (*names, *(cores if tucker else ()), *scale.sources)
-    yield f"{stem} (update)", shape, sources, how, _Hadamard(stem, tucker, scale)
+    yield f"{stem} (update)", shape, sources, how, _Hadamard(stem, tucker, scale), ""
 
 
 @dataclass(frozen=True)
@@ -183,6 +231,7 @@ def _lokr(stem: str, shapes: Shapes) -> Iterator[Update]:
         (*first, *second, *scale.sources),
         how,
         _Kronecker(first, second, scale),
+        "",
     )
 
 

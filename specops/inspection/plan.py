@@ -12,6 +12,7 @@ from specops.inspection.assumptions import Assumption, Context, assume
 from specops.inspection.composed import Composed, find_composed
 from specops.inspection.configuration import Configuration
 from specops.inspection.hints import Hints
+from specops.inspection.results import TIED
 
 _IN_ORDER = ("torch", "equinox")
 """Formats whose tensors stand in the order in which a model has them."""
@@ -45,7 +46,8 @@ def plan_of(checkpoint: Checkpoint, hints: Hints) -> list[Item]:
     kept = tuple(e for e in checkpoint.entries if not hints.excludes(e.name))
     composed = find_composed(kept, configuration)
     whole = {c.sources[0]: c for c in composed}
-    belongs = {source: c.name for c in composed for source in c.sources}
+    # The first that is made of a tensor has it: an update, and not what it is added to.
+    belongs = {n: c.name for c in reversed(composed) for n in c.sources if n != c.base}
     listed: list[tuple[Entry, Composed | None]] = []
     for entry in checkpoint.entries:
         if entry.name in whole:
@@ -69,7 +71,7 @@ def _assumed(
         if entry.name in belongs:
             return Assumption(skipped=f"a part of {belongs[entry.name]}")
         if entry.same_as:
-            return Assumption(skipped=f"tied: the same tensor as {entry.same_as}")
+            return Assumption(skipped=f"{TIED} {entry.same_as}")
     assert entry.shape is not None
     return assume(entry.name, entry.shape, entry.dtype, context)
 

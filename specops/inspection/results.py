@@ -9,6 +9,10 @@ from typing import Any
 from specops.inspection.spectrum import Figures
 
 
+TIED = "tied: the same tensor as"
+"""How what is said of a tensor begins that another one is too."""
+
+
 @dataclass(frozen=True)
 class Measured:
     """One map that a tensor may stand for: in words, what speaks for it, and its figures."""
@@ -144,12 +148,13 @@ class Inspection:
     def totals(self) -> dict[str, Any]:
         """Counts, and the extremes over the weights that were measured."""
         found = [w for w in self.measured if w.figures is not None]
+        stored = [w for w in self.weights if not w.sources and not w.skipped.startswith(TIED)]
         largest = max(found, key=lambda w: upper(w.figures), default=None)
         return {
             "tensors": self.total,
             "measured": len(found),
             "skipped": len(self.weights) - len(found),
-            "parameters": sum(math.prod(w.shape) for w in self.weights if w.shape is not None),
+            "parameters": sum(math.prod(w.shape) for w in stored if w.shape is not None),
             "largest_sigma_max": None if largest is None else upper(largest.figures),
             "largest_sigma_max_in": None if largest is None else largest.name,
         }

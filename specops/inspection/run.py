@@ -181,6 +181,7 @@ def _skip(item: Item, reason: str, harmless: bool) -> WeightFigures:
         None,
         reason,
         harmless,
+        () if item.composed is None else item.composed.sources,
     )
 
 

@@ -69,6 +69,33 @@ def test_leaves_of_equinox_are_inspected(tmp_path: Path) -> None:
     assert found.measured[2].figures.sigma_max == pytest.approx(wanted, rel=1e-6)
 
 
+def test_gates_of_cells_are_told_by_what_follows(tmp_path: Path) -> None:
+    eqx = pytest.importorskip("equinox")
+    import jax
+
+    key = jax.random.key(0)
+    cells = [eqx.nn.GRUCell(2, 3, key=key), eqx.nn.LSTMCell(12, 4, key=key)]
+    eqx.tree_serialise_leaves(str(tmp_path / "m.eqx"), [*cells, eqx.nn.Linear(4, 16, key=key)])
+    found = specops.inspect(tmp_path / "m.eqx")
+    assert [w.geometry for w in found.measured] == [*["dense, 3 blocks"] * 2,
+                                                    *["dense, 4 blocks"] * 2, "dense"]  # fmt: skip
+    for row, w in zip(found.measured, [w for c in cells for w in (c.weight_ih, c.weight_hh)],
+                      strict=False):  # fmt: skip
+        count = len(w) // (3 if len(w) == 9 else 4)
+        each = [np.linalg.norm(b, 2) for b in np.split(np.asarray(w, float), len(w) // count)]
+        assert row.figures is not None
+        assert row.figures.each == pytest.approx(each, rel=1e-6)
+    bare = eqx.nn.LSTMCell(2, 4, use_bias=False, key=key)
+    gated = [
+        eqx.nn.Linear(*shape, use_bias=False, key=key) for shape in ((4, 16), (4, 16), (16, 4))
+    ]
+    eqx.tree_serialise_leaves(str(tmp_path / "b.eqx"), bare)
+    without = specops.inspect(tmp_path / "b.eqx").measured
+    assert [w.geometry for w in without] == ["ambiguous: dense, 4 blocks / dense"] * 2
+    eqx.tree_serialise_leaves(str(tmp_path / "g.eqx"), gated)
+    assert {w.geometry for w in specops.inspect(tmp_path / "g.eqx").measured} == {"dense"}
+
+
 @pytest.mark.parametrize(
     ("name", "start", "said"),
     [

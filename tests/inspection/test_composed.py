@@ -128,6 +128,43 @@ def test_the_scale_of_peft_stands_beside_the_file(tmp_path: Path) -> None:
     assert found["m.v (update)"].figures.sigma_max == pytest.approx(8 * top(B @ A), rel=1e-5)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_the_network_runs_is_base_and_update_where_both_are_there(
+    turned: bool, tmp_path: Path
+) -> None:
+    w, update = normal(6, 8), 2.0 * B @ A
+    base = w.T if turned else w
+    settings = {"lora_alpha": 6, "fan_in_fan_out": turned}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    tensors = {
+        "q.base_layer.weight": base,
+        "q.lora_A.default.weight": A,
+        "q.lora_B.default.weight": B,
+        "two.weight": base,
+        **{f"two.lora_{x}.{n}.weight": v for n in ("a", "b") for x, v in (("A", A), ("B", B))},
+        "other.weight": normal(6, 7),
+        "other.lora_A": A,
+        "other.lora_B": B,
+        "e.weight": normal(8, 6),
+        "e.lora_embedding_A.default": A,
+        "e.lora_embedding_B.default": B,
+    }
+    found = rows(tmp_path, tensors)
+    row = found["q.weight"]
+    assert row.figures.sigma_max == pytest.approx(top(w + update), rel=1e-6)
+    assert row.sources == tuple(list(tensors)[:3])
+    assert found["q.base_layer.weight"].figures.sigma_max == pytest.approx(top(w), rel=1e-6)
+    assert found["q (update)"].figures.sigma_max == pytest.approx(top(update), rel=1e-5)
+    table = tensors["e.weight"] + update.T
+    assert found["e.weight (merged)"].figures.sigma_max == pytest.approx(top(table), rel=1e-6)
+    # Of two adapters no file says which is in use; a base of another shape is none.
+    assert not {"two.weight (merged)", "other.weight (merged)"} & set(found)
+    (tmp_path / "adapter_config.json").unlink()
+    assert set(found) - set(rows(tmp_path, tensors)) == {"q.weight", "e.weight (merged)"}
+    total = specops.inspect(tmp_path / "m.safetensors").totals()["parameters"]
+    assert total == sum(t.size for t in tensors.values())
+
+
 def test_updates_of_convolutions(tmp_path: Path) -> None:
     up = normal(6, 3, 1, 1)
     kernel = np.tensordot(up[:, :, 0, 0], K, axes=1)

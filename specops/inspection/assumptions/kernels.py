@@ -134,8 +134,9 @@ def _groups(
         # (*taps, channels, multiplier), where outputs of a channel stand together.
         seen = (*shape[:-2], 1, inputs * outputs)
         return seen, [Groups(inputs, ", depthwise: (taps, channels, multiplier)")]
-    if told is not None and told.groups:
-        return None, [Groups(told.groups, f", groups by {context.configuration.source}")]
+    count = told.groups or (outputs // inputs if told.width == inputs else 0) if told else 0
+    if count and outputs % count == 0:
+        return None, [Groups(count, f", groups by {context.configuration.source}")]
     bias = context.bias(name)
     if layout == "IO*" and bias is not None and bias[0] % channels[1] == 0:
         count = bias[0] // channels[1]

@@ -6,7 +6,7 @@ from typing import Final
 
 from specops.geometry import Dense
 from specops.geometry.fused import fused
-from specops.inspection.assumptions.context import Context, parts_of
+from specops.inspection.assumptions.context import LEAF, Context, parts_of
 from specops.inspection.assumptions.reading import Assumption, Reading
 
 _TABLES: Final = ("embed", "wte", "wpe", "relative_attention_bias")
@@ -21,6 +21,11 @@ def matrix(name: str, shape: tuple[int, ...], context: Context) -> Assumption:
     several = _gates(name, parts, shape, out, context) or _fused(name, parts, shape, out, context)
     if several is not None:
         return Assumption.of(several)
+    unnamed = _unnamed_gates(name, out, context)
+    if unnamed is not None:
+        reading, sure = unnamed
+        whole = Reading(Dense(out_axes=(out,)), f"2-d: a matrix{how}")
+        return Assumption.of(reading) if sure else Assumption.of(reading, whole)
     low = name.lower()
     table = any(word in low for word in _TABLES) and not any(word in low for word in _NO_TABLES)
     what = "a table, one row for each entry" if table else "2-d: a matrix"
@@ -68,6 +73,31 @@ def _gates(
     if hidden and rows % hidden == 0 and rows // hidden in _GATES:
         count = rows // hidden
         return _split(count, rows, out, f"{count} gates of {hidden}, as {_GATES[count]} has them")
+    return None
+
+
+def _unnamed_gates(name: str, out: int, context: Context) -> tuple[Reading, bool] | None:
+    """(the gates, whether that is sure) of a cell of equinox in a file without names.
+
+    Both its matrices come before its biases, those of a GRU being one of all gates and another of
+    one. Layers without biases may look alike, unless what follows is a layer of as many inputs.
+    """
+    if not name.startswith(LEAF):
+        return None
+    number = int(name.removeprefix(LEAF))
+    for first in (number, number - 1):
+        one, other, bias, more = (context.shapes.get(f"{LEAF}{first + i}", ()) for i in range(4))
+        if len(one) != 2 or len(other) != 2 or one[0] != other[0] or other[0] % other[1]:
+            continue
+        rows, hidden = other
+        count = rows // hidden
+        if count not in _GATES or (len(bias) > 1 and rows in bias):
+            continue
+        sure = bias == (rows,) and (count == 4 or more == (hidden,))
+        if not sure and len(bias) == 1:
+            continue
+        found = _split(count, rows, out, f"{count} gates of {hidden}, as {_GATES[count]} has them")
+        return None if found is None else (found, sure)
     return None
 
 
