@@ -176,7 +176,7 @@ def _write(
         show(found, given.verbose)
         if comparison is not None:
             print()
-            show_comparison(comparison)
+            show_comparison(comparison, given.verbose)
     status = 0
     if given.html:
         from specops.inspection.page import as_html

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from specops.inspection.hints import bare_name
-from specops.inspection.output import figure_text, figures_record, number_text, sigma_text
+from specops.inspection.output import (
+    figure_text,
+    figures_record,
+    folded,
+    number_text,
+    show_table,
+    sigma_text,
+    wrapped,
+)
 from specops.inspection.results import Inspection, WeightFigures
 from specops.inspection.spectrum import Figures
-from specops.tables import print_table, printable
+from specops.tables import printable
 
 HEADERS = (
     "weight",
@@ -25,6 +33,15 @@ HEADERS = (
     "other eff.",
     "σ_max of the difference",
     "its stable rank",
+)
+_DROPPED_FIRST = (
+    "other eff.",
+    "eff. rank",
+    "its stable rank",
+    "other",
+    "stable rank",
+    "ratio",
+    "σ_max of the difference",
 )
 
 
@@ -57,15 +74,15 @@ class Comparison:
         Measured in one of them, and absent, of another shape, or not measured in the other.
     paths : (str, str)
         Of both.
-    differences : dict of str to Figures
-        Of second − first, by the name in the first, where they were asked for.
+    differences : dict of str to Figures, optional
+        Of second − first, by the name in the first; None where they were not asked for.
     """
 
     pairs: list[Pair]
     only_one: list[str]
     only_other: list[str]
     paths: tuple[str, str] = ("first", "second")
-    differences: Mapping[str, Figures] = field(default_factory=dict)
+    differences: Mapping[str, Figures] | None = None
 
     def rows(self) -> list[tuple[str, ...]]:
         """The pairs as text, under `HEADERS`."""
@@ -77,21 +94,36 @@ class Comparison:
             ranks = (
                 figure_text(f, key) for key in ("stable_rank", "effective_rank") for f in (a, b)
             )
-            d = self.differences.get(pair.name)
+            d = self.difference(pair)
             rest = ("", "") if d is None else (sigma_text(d), figure_text(d, "stable_rank"))
             ratio = number_text(pair.ratio)
             found.append((pair.name, sigma_text(a), sigma_text(b), ratio, *ranks, *rest))
         return found
 
-    def lines(self) -> list[str]:
-        """What has no partner."""
-        labels, lists = ("first", "second"), (self.only_one, self.only_other)
-        return [
-            f"measured only in the {label}, {path} (absent, of another shape, or skipped in the "
-            f"other): {', '.join(names)}"
-            for label, path, names in zip(labels, self.paths, lists, strict=True)
-            if names
-        ]
+    def difference(self, pair: Pair) -> Figures | None:
+        """Of second − first, where it is known."""
+        return None if self.differences is None else self.differences.get(pair.name)
+
+    def lines(self, shown: Callable[[Sequence[str]], str] = ", ".join) -> list[str]:
+        """What to know of the pairs, and what has no partner; names as `shown` puts them."""
+        known = self.differences
+        remarks = {
+            "taken for another map in the second, of which its figures are": [
+                p.name for p in self.pairs if p.one.geometry != p.other.geometry
+            ],
+            "ambiguous, so that the difference is taken for the likeliest map": [
+                p.name for p in self.pairs if p.one.readings and self.difference(p) is not None
+            ],
+            "the difference could not be measured": [
+                p.name for p in self.pairs if known is not None and p.name not in known
+            ],
+        }
+        for label, path, names in zip(
+            ("first", "second"), self.paths, (self.only_one, self.only_other), strict=True
+        ):
+            where = "absent, of another shape, or skipped in the other"
+            remarks[f"measured only in the {label}, {path} ({where})"] = names
+        return [f"{remark}: {shown(names)}" for remark, names in remarks.items() if names]
 
 
 def middle(figures: Figures) -> float:
@@ -122,12 +154,12 @@ def compare(one: Inspection, other: Inspection) -> Comparison:
     )
 
 
-def show_comparison(found: Comparison) -> None:
-    """Print the pairs, and what has no partner."""
+def show_comparison(found: Comparison, verbose: bool = False) -> None:
+    """Print the pairs, and what has no partner; names one by one if `verbose`."""
     print(printable(f"{found.paths[0]} compared with {found.paths[1]} (other):"))
-    print_table(HEADERS, found.rows(), right=HEADERS[1:])
-    for line in found.lines():
-        print(printable(line))
+    show_table(HEADERS, found.rows(), _DROPPED_FIRST, HEADERS[1:])
+    for line in found.lines(", ".join if verbose else folded):
+        print(wrapped(line))
 
 
 def records(found: Comparison) -> list[dict[str, Any]]:
@@ -139,7 +171,8 @@ def records(found: Comparison) -> list[dict[str, Any]]:
             "ratio": pair.ratio,
             "stable_rank": [_of(pair.one, "stable_rank"), _of(pair.other, "stable_rank")],
             "effective_rank": [_of(pair.one, "effective_rank"), _of(pair.other, "effective_rank")],
-            "difference": figures_record(found.differences.get(pair.name)),
+            "difference": figures_record(found.difference(pair)),
+            "geometry": [pair.one.geometry, pair.other.geometry],
         }
         for pair in found.pairs
     ]

@@ -65,26 +65,17 @@ def show(inspection: Inspection, verbose: bool = False) -> None:
     """Print the weights, then what was skipped, by reason; names one by one if `verbose`."""
     listed = inspection.listed
     rows = [cells(w) for w in listed]
-    kept = _columns(rows)
-    print_table(
-        [HEADERS[i] for i in kept],
-        [[row[i] for i in kept] for row in rows],
-        dim=[bool(w.skipped) for w in listed],
-        right=NUMERIC,
-    )
-    if len(kept) < len(HEADERS):
-        left_out = ", ".join(h for i, h in enumerate(HEADERS) if i not in kept)
-        print(_wrapped(f"no room for {left_out}: widen the terminal, or take --json or --html"))
+    show_table(HEADERS, rows, _DROPPED_FIRST, NUMERIC, [bool(w.skipped) for w in listed])
     shown = ", ".join if verbose else folded
     decisions: dict[str, list[str]] = {}
     for why, names in inspection.decisions().items():
         decisions.setdefault(why if verbose else _NAMES.sub(_pattern, why), []).extend(names)
     for why, names in decisions.items():
-        print(_wrapped(f"{len(names)} taken as {why}: {shown(names)}"))
+        print(wrapped(f"{len(names)} taken as {why}: {shown(names)}"))
     for reason, names in inspection.by_reason().items():
-        print(_wrapped(f"skipped {len(names)}, {reason}: {shown(names)}"))
+        print(wrapped(f"skipped {len(names)}, {reason}: {shown(names)}"))
     for note in inspection.notes:
-        print(_wrapped(f"note: {note}"))
+        print(wrapped(f"note: {note}"))
     print(summary(inspection))
 
 
@@ -112,21 +103,30 @@ def _kinds(names: Sequence[str], pattern: Callable[[str], str]) -> dict[str, lis
     return found
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> list[int]:
-    """Those that a terminal has room for; all of them in a file."""
-    kept = list(range(len(HEADERS)))
-    if not sys.stdout.isatty():
-        return kept
+def show_table(
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    dropped_first: Sequence[str],
+    right: Sequence[str],
+    dim: Sequence[bool] | None = None,
+) -> None:
+    """Print the columns that a terminal has room for, and which it has not; all in a file."""
+    kept = list(range(len(headers)))
     room = shutil.get_terminal_size((100, 24)).columns
-    widths = [max(len(row[i]) for row in (HEADERS, *rows)) for i in kept]
-    for header in _DROPPED_FIRST:
+    widths = [max(len(row[i]) for row in (headers, *rows)) for i in kept]
+    for header in dropped_first if sys.stdout.isatty() else ():
         if sum(widths[i] + 3 for i in kept) + 1 <= room:
             break
-        kept.remove(HEADERS.index(header))
-    return kept
+        kept.remove(headers.index(header))
+    shown = [[row[i] for i in kept] for row in rows]
+    print_table([headers[i] for i in kept], shown, dim=dim, right=right)
+    if len(kept) < len(headers):
+        left_out = ", ".join(h for i, h in enumerate(headers) if i not in kept)
+        print(wrapped(f"no room for {left_out}: widen the terminal, or take --json or --html"))
 
 
-def _wrapped(text: str) -> str:
+def wrapped(text: str) -> str:
+    """A remark on the lines of a terminal."""
     text = printable(text)
     width = shutil.get_terminal_size((100, 24)).columns
     return textwrap.fill(

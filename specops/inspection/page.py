@@ -246,7 +246,7 @@ def _figure(weight: WeightFigures, pair: Pair | None, comparison: Comparison | N
     method = escape(weight.figures.method + (f"; drawn: {MAPS[of]}" if of else ""))
     curves = {"": weight.figures.drawn}
     if pair is not None and comparison is not None:
-        others = {"other": pair.other.figures, "between": comparison.differences.get(pair.name)}
+        others = {"other": pair.other.figures, "between": comparison.difference(pair)}
         curves |= {k: f.drawn for k, f in others.items() if f is not None and f.drawn is not None}
     return (
         f'<figure id="{escape(_anchor(weight.name))}"><figcaption>{_breakable(weight.name)} '

@@ -8,7 +8,6 @@ from typing import Any
 
 from specops.inspection.spectrum import Figures
 
-
 TIED = "tied: the same tensor as"
 """How what is said of a tensor begins that another one is too."""
 

@@ -314,6 +314,28 @@ def test_a_comparison_has_the_spectrum_of_the_difference(
     assert "σ_max of the difference" in out
 
 
+def test_a_comparison_says_where_it_compares_other_maps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    tensors = {
+        "a.query_key_value.weight": rng.normal(size=(12, 4)).astype(np.float32),
+        "w": rng.normal(size=(6, 5, 3)).astype(np.float32),
+    }
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+        written(folder / "model.safetensors", tensors, format="pt")
+    config = {"model_type": "gpt_neox", "num_attention_heads": 2}
+    (one / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    call(one, "--compare", other)
+    out = " ".join(capsys.readouterr().out.split())
+    name = "a.query_key_value.weight"
+    assert f"another map in the second, of which its figures are: {name}" in out
+    assert "taken for the likeliest map: w" in out
+    assert "could not be measured" not in out
+
+
 def test_zero_padded_layers_have_the_spectra_of_circular_ones(
     path: Path,
     tmp_path: Path,

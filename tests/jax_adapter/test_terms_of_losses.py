@@ -72,6 +72,36 @@ def test_what_has_no_penalty_is_refused_and_so_is_a_line_search() -> None:
         transform.update(given, state, given, value_fn=lambda p: 0.0)
 
 
+def test_a_line_search_finds_the_penalised_optimum() -> None:
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.standard_normal(shape))[0] for shape in ((4, 3), (3, 3)))
+    target = jnp.asarray(u * [3.0, 1.0, 0.5] @ v)
+    optimizer = optax.lbfgs()
+
+    def fit(given: Any) -> Any:
+        return 0.5 * jnp.sum((given["w"] - target) ** 2)
+
+    @jax.jit
+    def step(given: Any, optimizer_state: Any, state: Any) -> Any:
+        def loss(p: Any) -> Any:
+            return fit(p) + specops_jax.penalty(p, PENALTY, state, MAPS)
+
+        value, gradient = optax.value_and_grad_from_state(loss)(given, state=optimizer_state)
+        updates, optimizer_state = optimizer.update(
+            gradient, optimizer_state, given, value=value, grad=gradient, value_fn=loss
+        )
+        given = optax.apply_updates(given, updates)
+        _, state = specops_jax.project_params(given, PENALTY, state, MAPS)
+        return given, optimizer_state, state
+
+    given = params()
+    at = given, optimizer.init(given), specops_jax.init(given, PENALTY, MAPS)
+    for _ in range(15):
+        at = step(*at)
+    # The best has σ₁ = 3/(1 + 0.5), and all else of the target.
+    assert float(fit(at[0]) + exact(at[0])) == pytest.approx(1.5, rel=1e-5)
+
+
 def test_scales_of_other_names_are_named() -> None:
     rule = specops.SpectralNormalization(norm="reshaped", scale=specops.TrainableScale())
     given = params()

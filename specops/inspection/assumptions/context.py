@@ -23,6 +23,7 @@ PROJECTIONS: Final = ("out", "attention_output", "output_dense")
 _VARIABLES: Final = r"(?:^|[./])(?:kernel|bias|scale|embedding|weight|mean|var)"
 _OF_LAYER: Final = re.compile(r"((?:.*[./])?)[^./]+([./][^./]+)")
 """A name as (what leads to the layer) layer (the tensor's own part)."""
+_NUMBERED: Final = re.compile(r"((?:.*\.)?)(\d+)\.weight")
 _ENDS: Final = re.compile(rf"{_VARIABLES}(\.value)$|(:\d+)$")
 
 
@@ -123,6 +124,21 @@ class Context:
             names.append(self.beside(name, f"bias_{last.partition('_')[2]}"))
         return next((self.shapes[n] for n in names if n in self.shapes), None)
 
+    def behind(self, name: str) -> int:
+        """The channels of a kernel's outputs, by its bias or else by the norm right behind it.
+
+        In a numbered sequence, where nothing else can stand between; 0 if nothing says.
+        """
+        bias = self.bias(name)
+        if bias is not None:
+            return bias[0] if len(bias) == 1 else 0
+        found = _NUMBERED.fullmatch(name)
+        if found is None:
+            return 0
+        norm = f"{found[1]}{int(found[2]) + 1}."
+        channels, shift = (self.shapes.get(norm + last, ()) for last in ("weight", "bias"))
+        return channels[0] if len(channels) == 1 and channels == shift else 0
+
     @cached_property
     def kernels(self) -> tuple[Kernel, ...]:
         """All tensors with taps, as the network runs through them, as far as names tell."""
@@ -131,8 +147,8 @@ class Context:
             if not 3 <= len(shape) <= 5 or 0 in shape or _no_kernel(name, shape):
                 continue
             outputs, inputs = (shape[-1], shape[-2]) if self.taps_first else (shape[0], shape[1])
-            bias = self.bias(name)
-            if not self.taps_first and bias == (shape[1],) != (shape[0],):
+            behind = 0 if self.taps_first else self.behind(name)
+            if behind == shape[1] != shape[0]:
                 outputs, inputs = inputs, outputs  # a transposed layer
             found.append(Kernel(name, outputs, inputs, len(shape) - 2, part_of(name)))
         if self.is_sorted:

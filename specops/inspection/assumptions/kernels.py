@@ -88,11 +88,11 @@ def _transposed(
         return True, f", transposed by {context.configuration.source}"
     if any(word in name.lower() for word in _TRANSPOSED):
         return True, ", transposed by its name"
-    bias = context.bias(name)
-    if first or bias is None or len(bias) != 1 or bias[0] == channels[0]:
+    behind = 0 if first else context.behind(name)
+    if not behind or behind == channels[0] or behind % channels[1]:
         return False, ""
-    fits = bias[0] % channels[1] == 0
-    return fits, f", transposed: its bias has {bias[0]} entries" if fits else ""
+    what = "the norm behind it" if context.bias(name) is None else "its bias"
+    return True, f", transposed: {what} has {behind} entries"
 
 
 def _padding(
@@ -137,8 +137,8 @@ def _groups(
     count = told.groups or (outputs // inputs if told.width == inputs else 0) if told else 0
     if count and outputs % count == 0:
         return None, [Groups(count, f", groups by {context.configuration.source}")]
-    bias = context.bias(name)
-    if layout == "IO*" and bias is not None and bias[0] % channels[1] == 0:
-        count = bias[0] // channels[1]
-        return None, [Groups(count, f", {count} groups by its bias" if count > 1 else "")]
+    behind = context.behind(name)
+    if layout == "IO*" and behind and behind % channels[1] == 0:
+        count = behind // channels[1]
+        return None, [Groups(count, f", {count} groups by what is behind" if count > 1 else "")]
     return None, groups_of(name, outputs, inputs, context)
