@@ -1,5 +1,6 @@
 """Spectral figures of the weights in a checkpoint, without the model that they belong to."""
 
+from specops.inspection.adapted import with_updates
 from specops.inspection.comparison import Comparison, compare
 from specops.inspection.difference import differences
 from specops.inspection.entry import inspect
@@ -25,4 +26,5 @@ __all__ = [
     "inspect",
     "inspect_checkpoint",
     "show",
+    "with_updates",
 ]

@@ -13,6 +13,7 @@ from typing import Any
 
 from specops.checkpoints import open_checkpoint
 from specops.errors import CheckpointError
+from specops.inspection.adapted import with_updates
 from specops.inspection.comparison import Comparison, compare, records, show_comparison
 from specops.inspection.difference import differences
 from specops.inspection.hints import Hints
@@ -35,7 +36,8 @@ condition number, and the share of directions below 1 % of the largest.
 Which map a tensor stands for is taken from its name and shape, its neighbours, and the model's
 configuration in the file (Keras) or beside it (config.json, adapter_config.json). Where nothing
 decides, the row says "ambiguous" and has the value of each reading. Weight norm, spectral norm,
-pruning masks and low-rank updates (LoRA, LoHa, LoKr) are put together before they are measured.
+pruning masks and low-rank updates (LoRA, LoHa, LoKr) are put together before they are measured,
+and updates are added to their base where it is in the file, or is compared with them.
 Convolutions are given as the bracket of their operator norm over all input sizes, unless
 --input-size says at which size to measure; stride 1 is assumed unless something says otherwise.
 """
@@ -97,7 +99,11 @@ def add_parser(commands: Any) -> None:
         help="all singular values, or certified bounds of the largest; auto: bounds for matrices "
         "whose smaller side exceeds 2048",
     )
-    parser.add_argument("--compare", metavar="OTHER", help="a second checkpoint of the same model")
+    parser.add_argument(
+        "--compare",
+        metavar="OTHER",
+        help="a second checkpoint of the same model, or low-rank updates of it",
+    )
     parser.add_argument(
         "--exclude",
         action="append",
@@ -145,7 +151,10 @@ def run(given: argparse.Namespace) -> int:
                 known = differences(
                     comparison, given.checkpoint, given.compare, hints, method=given.method, **calls
                 )
-            comparison = replace(comparison, differences=known)
+                comparison = replace(comparison, differences=known)
+                comparison = with_updates(
+                    comparison, found, other, hints, method=given.method, **calls
+                )
         except KeyboardInterrupt:
             found.interrupted = True
     status = _write(given, found, other, comparison)

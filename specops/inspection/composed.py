@@ -11,6 +11,7 @@ import numpy as np
 from specops.checkpoints import Entry
 from specops.inspection.configuration import Configuration
 from specops.inspection.low_rank import find_updates
+from specops.inspection.merged import find_merged
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -46,7 +47,9 @@ def find_composed(entries: tuple[Entry, ...], configuration: Configuration) -> l
     """All weights of a file that are computed from several of its tensors."""
     shapes = {e.name: e.shape for e in entries if e.shape is not None and not e.problem}
     found = [*_normalised(shapes), *_spectral(shapes), *_pruned(shapes)]
-    return [*found, *(Composed(*parts) for parts in find_updates(shapes, configuration.adapter))]
+    updates = list(find_updates(shapes, configuration.adapter))
+    merged = find_merged(updates, shapes, configuration.adapter)
+    return [*found, *(Composed(*u) for u in updates), *(Composed(*m) for m in merged)]
 
 
 def _normalised(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Composed]:

@@ -15,8 +15,11 @@ import numpy as np
 Tensors = Mapping[str, np.ndarray]
 Shapes = Mapping[str, tuple[int, ...]]
 Make = Callable[[Tensors], np.ndarray | tuple[np.ndarray, np.ndarray]]
-Update = tuple[str, tuple[int, ...], tuple[str, ...], str, Make, str]
-_UNSCALED: Final = "not scaled: the file has no α"
+Update = tuple[str, tuple[int, ...], tuple[str, ...], str, Make]
+UNSCALED: Final = "not scaled: the file has no α"
+DORA: Final = "; DoRA scales its sum with the base weight anew"
+UPDATE: Final = " (update)"
+"""What follows the name of a layer in that of its update."""
 _PAIRS: Final = (
     # first factor, second factor: names of peft (with or without an adapter's), of kohya
     (r"\.lora_A(\.(?!weight)[^.]+)?(\.weight)?$", ".lora_B{1}{2}"),
@@ -26,18 +29,16 @@ _PAIRS: Final = (
 
 
 def find_updates(shapes: Shapes, adapter: Mapping[str, Any]) -> Iterator[Update]:
-    """(name, shape, sources, how, how to make it, base) of each update in a file.
+    """(name, shape, sources, how, how to make it) of each update in a file.
 
-    And of each weight that has one, base + update, if the file has its base and says how much of
-    the update to add, and if it has no other: which of several is in use, no file says.
+    The only one of its layer is called by that and `UPDATE`.
     """
     pairs = list(_pairs(shapes))
     adapters = Counter(stem for stem, _, _ in pairs)
     for stem, first, second in pairs:
-        updates = list(_lora(stem, first, second, shapes, adapter))
-        yield from updates
-        if adapters[stem] == 1:
-            yield from _merged(stem, first, updates, shapes, adapter)
+        for name, *rest in _lora(stem, first, second, shapes, adapter):
+            which = f"{stem} (update by {first.removeprefix(stem).strip('.')})"
+            yield (name if adapters[stem] == 1 else which, *rest)  # type: ignore[misc]
     for name in shapes:
         for ending, make in (("hada_w1_a", _loha), ("lokr_w1", _lokr), ("lokr_w1_a", _lokr)):
             stem, _, last = name.rpartition(".")
@@ -64,7 +65,7 @@ def _scale(stem: str, rank: int, shapes: Shapes, adapter: Mapping[str, Any]) -> 
         return _Scale(f"{stem}.alpha", rank, 1.0, f"times α/{rank}")
     alpha = _of_pattern(adapter.get("alpha_pattern"), stem, adapter.get("lora_alpha"))
     if not isinstance(alpha, int | float):
-        return _Scale("", rank, 1.0, _UNSCALED)
+        return _Scale("", rank, 1.0, UNSCALED)
     below = math.sqrt(rank) if adapter.get("use_rslora") else rank
     return _Scale("", rank, alpha / below, f"times {alpha / below:.4g}, as adapter_config.json has")
 
@@ -103,51 +104,16 @@ def _lora(
     if len(b) < 2 or b[1] != rank or any(n != 1 for n in b[2:]):
         return
     scale = _scale(stem, rank, shapes, adapter)
-    update, how = f"{stem} (update)", f"low-rank update B·A of rank {rank}, {scale.words}"
+    update, how = f"{stem}{UPDATE}", f"low-rank update B·A of rank {rank}, {scale.words}"
     if f"{stem}.lora_magnitude_vector" in shapes or f"{stem}.dora_scale" in shapes:
-        how += "; DoRA scales its sum with the base weight anew"
+        how += DORA
     if middle in shapes and len(shapes[middle]) > 2:
         taps = shapes[middle][2:]
         sources = (first, second, middle, *scale.sources)
-        yield update, (b[0], a[1], *taps), sources, how, _Mid(first, second, middle, scale), ""
+        yield update, (b[0], a[1], *taps), sources, how, _Mid(first, second, middle, scale)
         return
     sources = (first, second, *scale.sources)
-    yield update, (b[0], *a[1:]), sources, how, _Lora(first, second, scale), ""
-
-
-def _merged(
-    stem: str, first: str, updates: list[Update], shapes: Shapes, adapter: Mapping[str, Any]
-) -> Iterator[Update]:
-    """base + update, the weight that the network runs."""
-    base = next((n for n in (f"{stem}.base_layer.weight", f"{stem}.weight") if n in shapes), "")
-    # Tables, and layers that store (inputs, outputs), have the update turned.
-    turned = "lora_embedding" in first or adapter.get("fan_in_fan_out") is True
-    for _, shape, sources, how, make, _ in updates:
-        fits = shapes.get(base) == (shape[::-1] if turned else shape)
-        if fits and _UNSCALED not in how and "DoRA" not in how:
-            name = f"{stem}.weight"
-            name = f"{name} (merged)" if name == base else name
-            yield (
-                name,
-                shapes[base],
-                (base, *sources),
-                f"{base} and its {how}",
-                _Merged(base, make, turned),
-                base,
-            )
-
-
-@dataclass(frozen=True)
-class _Merged:
-    base: str
-    update: Make
-    turned: bool
-
-    def __call__(self, tensors: Tensors) -> np.ndarray:
-        found = self.update(tensors)
-        update = found[0] @ found[1] if isinstance(found, tuple) else found
-        base = tensors[self.base].astype(np.float64)
-        return np.asarray(base + (update.T if self.turned else update))
+    yield update, (b[0], *a[1:]), sources, how, _Lora(first, second, scale)
 
 
 @dataclass(frozen=True)
@@ -191,7 +157,7 @@ def _loha(stem: str, shapes: Shapes) -> Iterator[Update]:
     scale = _scale(stem, rank, shapes, {})
     how = f"Hadamard product of two updates of rank {rank}, {scale.words}"
     sources = (*names, *(cores if tucker else ()), *scale.sources)
-    yield f"{stem} (update)", shape, sources, how, _Hadamard(stem, tucker, scale), ""
+    yield f"{stem}{UPDATE}", shape, sources, how, _Hadamard(stem, tucker, scale)
 
 
 @dataclass(frozen=True)
@@ -226,12 +192,11 @@ def _lokr(stem: str, shapes: Shapes) -> Iterator[Update]:
     scale = _scale(stem, rank, shapes, {}) if rank else _Scale("", 1, 1.0, "not scaled")
     how = f"Kronecker product of {one[0]}×{one[1]} and {two[0]}×{two[1]}, {scale.words}"
     yield (
-        f"{stem} (update)",
+        f"{stem}{UPDATE}",
         shape,
         (*first, *second, *scale.sources),
         how,
         _Kronecker(first, second, scale),
-        "",
     )
 
 

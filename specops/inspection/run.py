@@ -129,7 +129,7 @@ def _row(checkpoint: Checkpoint, item: Item, method: Method) -> WeightFigures:
             return _skip(item, reason, harmless=False)
         if not assumed.readings:
             return _skip(item, assumed.skipped, assumed.harmless)
-        readings = [_measured(w, reading, method) for reading in assumed.readings]
+        readings = [measured_as(w, reading, method) for reading in assumed.readings]
     except CheckpointError as error:
         return _skip(item, str(error), harmless=False)
     except MemoryError:
@@ -147,7 +147,14 @@ def _row(checkpoint: Checkpoint, item: Item, method: Method) -> WeightFigures:
     )
 
 
-def _measured(w: Weight, reading: Reading, method: Method) -> Measured:
+def measured_as(w: Weight, reading: Reading, method: Method) -> Measured:
+    """A weight as one map that it may be.
+
+    Raises
+    ------
+    OverflowError
+        A figure is beyond double precision.
+    """
     with np.errstate(all="ignore"):
         figures = measure(w, reading, method)
     if not math.isfinite(upper(figures)) or not math.isfinite(figures.frobenius or 0.0):

@@ -45,6 +45,8 @@ from tests.strategies import Case, convolutions
         (lambda: Dense(out_axes=1.0), "out_axes must be an integer"),
         (lambda: Dense(splits=()), "splits is empty"),
         (lambda: Dense(splits=(3, 0)), "splits must be at least 1"),
+        (lambda: Dense(splits=(3, 1), repeats=0), "repeats must be at least 1"),
+        (lambda: Dense(repeats=2), "repeats=2 of what"),
     ],
 )
 def test_bad_arguments(build: Any, message: str) -> None:
@@ -72,6 +74,7 @@ def test_bad_arguments(build: Any, message: str) -> None:
         ((4, 3, 2), Dense(out_axes=(0,), in_axes=(-3, 1, 2)), "exactly once"),
         ((0, 3), Dense(), "empty"),
         ((6, 3), Dense(splits=(2, 2)), "add up to 4"),
+        ((6, 3), Dense(splits=(2, 2), repeats=2), "add up to 8 in 2 turns"),
         ((6, 3), "conv", "must be Dense"),
     ],
 )
@@ -159,3 +162,10 @@ def test_dense_round_trip_on_every_backend(eager: Backend, rng: np.random.Genera
     assert [tuple(b.shape) for b in blocks] == [(2, 4, 3), (2, 6, 3)]
     back = geometry.assemble(blocks, tuple(w.shape))
     np.testing.assert_array_equal(eager.numpy(back), eager.numpy(w))
+    turns = Dense((1, 2), (3,), (0,), splits=(2, 1), repeats=5)
+    found = turns.blocks(w)
+    assert turns.matrix_shapes(tuple(w.shape)) == ((10, 2), (5, 2))
+    for block, part in zip(found, (slice(2), slice(2, 3)), strict=True):
+        wanted = eager.numpy(w)[:, :, part].reshape(2, -1, 2)
+        np.testing.assert_array_equal(eager.numpy(block), wanted)
+    np.testing.assert_array_equal(eager.numpy(turns.assemble(found, (2, 5, 3, 2))), eager.numpy(w))

@@ -184,9 +184,24 @@ def test_heads_of_one_matrix_are_known_by_the_configuration() -> None:
     name = "layers.0.attention.query_key_value.weight"
     config = Configuration("config.json", {"model_type": "gpt_neox", "num_attention_heads": 4})
     found = guess(name, (96, 32), configuration=config)
-    assert found.shape == (4, 3, 8, 32)
-    assert geometries(found) == [Dense((0, 2), (3,), (1,))]
-    assert geometries(guess(name, (96, 32))) == [Dense()]
+    assert geometries(found) == [Dense(splits=(8, 8, 8), repeats=4)]
+    unknown = guess(name, (96, 32))
+    assert geometries(unknown) == [Dense()]
+    assert "nothing says how they lie" in unknown.why
+
+
+@pytest.mark.parametrize(
+    ("shape", "down", "out"),
+    [((2, 8, 8), (2, 8, 4), 1), ((2, 8, 8), (2, 4, 8), 2), ((2, 8, 6), (), 0)],
+)
+def test_gates_of_stacked_experts_are_taken_apart(shape: Any, down: Any, out: int) -> None:
+    stem = "layers.0.mlp.experts."
+    found = guess(f"{stem}gate_up_proj", shape, others={f"{stem}down_proj": down} if down else {})
+    if out:
+        assert geometries(found) == [Dense((out,), batch_axes=(0,), splits=(4, 4))]
+    else:
+        assert geometries(found) == [Dense((1,), batch_axes=(0,))]
+        assert "nothing says which axis" in found.why
 
 
 @pytest.mark.parametrize(

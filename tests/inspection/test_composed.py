@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,10 +160,40 @@ def test_what_the_network_runs_is_base_and_update_where_both_are_there(
     assert found["e.weight (merged)"].figures.sigma_max == pytest.approx(top(table), rel=1e-6)
     # Of two adapters no file says which is in use; a base of another shape is none.
     assert not {"two.weight (merged)", "other.weight (merged)"} & set(found)
+    assert {f"two (update by lora_A.{n}.weight)" for n in "ab"} < set(found)
     (tmp_path / "adapter_config.json").unlink()
     assert set(found) - set(rows(tmp_path, tensors)) == {"q.weight", "e.weight (merged)"}
     total = specops.inspect(tmp_path / "m.safetensors").totals()["parameters"]
     assert total == sum(t.size for t in tensors.values())
+
+
+def test_updates_beside_the_checkpoint_that_they_are_of(tmp_path: Path) -> None:
+    from specops.inspection import compare, differences, with_updates
+
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    w = {name: normal(6, 8) for name in ("model.q.weight", "model.v.weight", "model.o.weight")}
+    both = {
+        f"base_model.model.model.{n}.lora_{x}.weight": v
+        for n in "qvx"
+        for x, v in (("A", A), ("B", B))
+    }
+    both["base_model.model.model.v.lora_magnitude_vector"] = normal(6)
+    for folder, tensors in ((base, w), (adapter, both)):
+        folder.mkdir()
+        written(folder / "m.safetensors", tensors, format="pt")
+    (adapter / "adapter_config.json").write_text('{"lora_alpha": 6}', encoding="utf-8")
+    paths = base / "m.safetensors", adapter / "m.safetensors"
+    one, other = map(specops.inspect, paths)
+    found = compare(one, other)
+    found = replace(found, differences=differences(found, *paths))
+    found = with_updates(found, one, other)
+    (pair,) = found.pairs
+    assert pair.name == "model.q.weight"
+    wanted = np.linalg.svd(w[pair.name] + 2.0 * B @ A, compute_uv=False)
+    np.testing.assert_allclose(pair.other.figures.spectrum, wanted, rtol=1e-5)
+    assert found.differences[pair.name].sigma_max == pytest.approx(2 * top(B @ A), rel=1e-5)
+    assert found.only_one == ["model.v.weight", "model.o.weight"]
+    assert [n.rpartition(".")[2] for n in found.only_other] == ["v (update)", "x (update)"]
 
 
 def test_updates_of_convolutions(tmp_path: Path) -> None:

@@ -89,6 +89,10 @@ def test_splits_are_blocks_of_rows_of_each_matrix() -> None:
     first, second = parts_of(matrix, w, geometry)
     np.testing.assert_array_equal(first, matrix[[0, 1, 2, 5, 6, 7]])
     np.testing.assert_array_equal(second, matrix[[3, 4, 8, 9]])
+    turns = Dense(splits=(1, 2), repeats=2)
+    first, second = parts_of(matrix[:6], np.empty((6, 6)), turns)
+    np.testing.assert_array_equal(first, matrix[[0, 3]])
+    np.testing.assert_array_equal(second, matrix[[1, 2, 4, 5]])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,7 +62,7 @@ def test_of_transformers_are_constrained() -> None:
     maps = attachment.geometries()
     assert maps["h.0.c_attn.weight"] == Dense(out_axes=(-1,), splits=(4, 4, 4))
     assert maps["h.0.c_fc.weight"] == Dense(out_axes=(-1,))
-    assert maps["h.0.experts.gate_up_proj"] == Dense(out_axes=(1,), batch_axes=(0,))
+    assert maps["h.0.experts.gate_up_proj"] == Dense((1,), batch_axes=(0,), splits=(3, 3))
     assert maps["h.0.gate.weight"] == Dense()
     assert len(maps) == 5
     attachment.enforce()
@@ -72,13 +74,80 @@ def test_of_transformers_are_constrained() -> None:
 
 def test_which_axis_of_experts_is_that_of_outputs() -> None:
     last = Dense(out_axes=(2,), batch_axes=(0,))
-    for name in ("gate_up_proj", "down_proj"):
-        assert specops_torch.geometry_of(TinyExperts(True), name) == last
-        with pytest.raises(specops.errors.SpecopsError, match="which axis"):
-            specops_torch.geometry_of(TinyExperts(None, hidden=4, inner=4), "down_proj")
-    said = TinyExperts(None, hidden=4, inner=4)
-    said.is_transposed = True
-    assert specops_torch.geometry_of(said, "down_proj") == last
+    for name, splits in (("gate_up_proj", (3, 3)), ("down_proj", None)):
+        found = specops_torch.geometry_of(TinyExperts(True), name)
+        assert found == replace(last, splits=splits)
+    square = TinyExperts(None, hidden=4, inner=4)
+    assert specops_torch.geometry_of(square, "down_proj") == Dense((1,), batch_axes=(0,))
+    del square.gate_up_proj
+    with pytest.raises(specops.errors.SpecopsError, match="which axis"):
+        specops_torch.geometry_of(square, "down_proj")
+    square.is_transposed = True
+    assert specops_torch.geometry_of(square, "down_proj") == last
+    alternating = TinyExperts(True)
+    alternating.is_concatenated = False
+    found = specops_torch.geometry_of(alternating, "gate_up_proj")
+    assert found == replace(last, splits=(1, 1), repeats=3)
+
+
+class Attention(nn.Module):
+    def __init__(self, **layers: tuple[int, int]) -> None:
+        super().__init__()
+        for name, (outputs, inputs) in layers.items():
+            self.add_module(name, nn.Linear(inputs, outputs, bias=False))
+
+
+def test_heads_are_counted_by_the_configuration_around_a_layer() -> None:
+    heads = {"num_attention_heads": 2, "hidden_size": 6}
+    model = nn.ModuleDict(
+        {
+            "neox": Attention(query_key_value=(18, 6)),
+            "grouped": Attention(qkv_proj=(12, 6), o_proj=(6, 6)),
+            "compiled": Attention(c_attn=(18, 6), c_proj=(6, 6)),
+        }
+    )
+    model["neox"].config = SimpleNamespace(model_type="gpt_neox", **heads)
+    model["grouped"].config = {**heads, "num_key_value_heads": 1}
+    model["compiled"].c_attn = torch.compile(model["compiled"].c_attn)
+    rule = specops.SpectralNormalization(norm="reshaped")
+    attachment = specops.attach(None, model, specops.Plan([("*.c_proj.*", None), ("*", rule)]))
+    maps = attachment.geometries()
+    assert maps["neox.query_key_value.weight"] == Dense(splits=(3, 3, 3), repeats=2)
+    assert maps["grouped.qkv_proj.weight"] == Dense(splits=(6, 3, 3))
+    assert maps["compiled.c_attn.weight"] == Dense(splits=(6, 6, 6))
+    for _ in range(30):
+        attachment.step()
+    used = attachment.weights()["neox.query_key_value.weight"].detach()
+    for i in range(3):
+        block = used.reshape(2, 3, 3, 6)[:, i].reshape(6, 6)
+        assert float(torch.linalg.matrix_norm(block, 2)) == pytest.approx(1.0, abs=1e-4)
+    attachment.detach()
+    weights, single = specops_torch.weights_and_geometries(model)
+    first = weights["neox.query_key_value.weight[0]"]
+    raw = model["neox"].query_key_value.weight.detach()
+    assert torch.equal(first, raw.reshape(2, 3, 3, 6)[:, 0].reshape(6, 6))
+    assert set(single.values()) == {Dense()}
+    assert sum(name.startswith("grouped.qkv_proj") for name in weights) == 3
+
+
+def test_what_no_configuration_tells_apart_is_said_once() -> None:
+    layers = [Attention(query_key_value=(18, 6)) for _ in range(3)]
+    model = nn.ModuleList(layers)
+    name = "0.query_key_value.weight"
+    with pytest.warns(CautionWarning, match=f"{name} and 2 more: .*one matrix") as seen:
+        attachment = specops.attach(None, model, CLIP)
+    assert len(seen) == 1
+    assert attachment.geometries()[name] == Dense()
+    assert "one matrix" in attachment.report()[name].geometry
+    attachment.detach()
+    with pytest.warns(CautionWarning, match="and 2 more"):
+        specops_torch.weights_and_geometries(model)
+    told = {"*": Dense(splits=(3, 3, 3), repeats=2)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        specops.attach(None, model, CLIP, geometries=told).detach()
+        specops_torch.weights_and_geometries(model, geometries=told)
+        specops.attach(None, model, specops.Plan([("1.*", None), ("[02].*", None)]))
 
 
 class Own(nn.Module):

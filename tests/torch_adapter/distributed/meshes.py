@@ -48,7 +48,7 @@ def two_axes(_: Path) -> None:
         kinds.update(type(p).__name__ for w in model.parameters() for p in w.placements)
         return model
 
-    blocks = {"0.weight": Dense(splits=(3, 5, 4))}
+    blocks = {"0.weight": Dense(splits=(3, 1, 2), repeats=2)}
     for rule in (
         ClipSpectralNorm(1.0),
         ClipSpectralNorm(30.0),
