@@ -20,7 +20,7 @@ from specops.training.history import History, Record
 from specops.training.outcome import Outcome
 from specops.training.parameter import Parameter
 from specops.training.plan import Assignment, Plan
-from specops.training.report import Report, plan_rows
+from specops.training.report import Report, geometry_text, plan_rows
 from specops.typing import Array
 
 C = TypeVar("C", bound=Constrained[Any])
@@ -259,7 +259,8 @@ class BaseAttachment(ABC, Generic[C]):
         acting = {a.weight.name for a in assignments if a.rule is not None}
         found = self.measured([c for c in self._constrained if c.name in acting and measure])
         for c in self._constrained:
-            found.setdefault(c.name, {})["geometry"] = c.geometry.describe()
+            text = geometry_text(c.geometry, c.assignment.weight.remark)
+            found.setdefault(c.name, {})["geometry"] = text
         for a in assignments:
             if a.rule is not None and self._is_waiting(a):
                 found.setdefault(a.weight.name, {})["waits"] = self.plan.start + a.every

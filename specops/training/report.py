@@ -17,7 +17,6 @@ from specops.rules import StagedRule
 from specops.spectra import spectral_norm, spectral_norm_bounds, stable_rank
 from specops.tables import aligned, rich_table
 from specops.training.plan import Assignment
-from specops.training.weight import Weight
 
 _WIDEST = 60
 _HEADERS = ("parameter", "shape", "geometry", "rule", "norm")
@@ -169,7 +168,7 @@ def plan_rows(assignments: Sequence[Assignment]) -> list[ReportRow]:
             name=a.weight.name,
             shape=a.weight.shape,
             dtype=a.weight.dtype,
-            geometry=_geometry_text(a.weight),
+            geometry=geometry_text(a.weight.geometry, a.weight.remark),
             rule="" if a.rule is None else _rule_text(a),
             reason=a.reason,
         )
@@ -177,9 +176,10 @@ def plan_rows(assignments: Sequence[Assignment]) -> list[ReportRow]:
     ]
 
 
-def _geometry_text(weight: Weight) -> str:
-    text = "" if weight.geometry is None else weight.geometry.describe()
-    return f"{text}: {weight.remark}" if text and weight.remark else text
+def geometry_text(geometry: Geometry | None, remark: str) -> str:
+    """A map in words, and what is to be known of it."""
+    text = "" if geometry is None else geometry.describe()
+    return f"{text}: {remark}" if text and remark else text
 
 
 def _rule_text(assignment: Assignment) -> str:

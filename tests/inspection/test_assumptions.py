@@ -180,6 +180,14 @@ def test_fused_maps_are_taken_apart(
     geometry.check(shape)
 
 
+@pytest.mark.parametrize("gates", [3, 4, 1])
+def test_gates_of_cells_of_nnx(gates: int) -> None:
+    names = [f"cell.dense_{x}.kernel.value" for x in "ih"]
+    shapes = [(6, 5 * gates), (5, 5 * gates)]
+    found = guess(names[0], shapes[0], layout="jax", others={names[1]: shapes[1]})
+    assert geometries(found) == [Dense((-1,), splits=(5,) * gates if gates > 1 else None)]
+
+
 def test_heads_of_one_matrix_are_known_by_the_configuration() -> None:
     name = "layers.0.attention.query_key_value.weight"
     config = Configuration("config.json", {"model_type": "gpt_neox", "num_attention_heads": 4})

@@ -103,18 +103,18 @@ def test_heads_are_counted_by_the_configuration_around_a_layer() -> None:
         {
             "neox": Attention(query_key_value=(18, 6)),
             "grouped": Attention(qkv_proj=(12, 6), o_proj=(6, 6)),
-            "compiled": Attention(c_attn=(18, 6), c_proj=(6, 6)),
+            "wrapped": Attention(c_attn=(18, 6), c_proj=(6, 6)),
         }
     )
     model["neox"].config = SimpleNamespace(model_type="gpt_neox", **heads)
     model["grouped"].config = {**heads, "num_key_value_heads": 1}
-    model["compiled"].c_attn = torch.compile(model["compiled"].c_attn)
+    model["wrapped"].c_attn = nn.DataParallel(model["wrapped"].c_attn)
     rule = specops.SpectralNormalization(norm="reshaped")
     attachment = specops.attach(None, model, specops.Plan([("*.c_proj.*", None), ("*", rule)]))
     maps = attachment.geometries()
     assert maps["neox.query_key_value.weight"] == Dense(splits=(3, 3, 3), repeats=2)
     assert maps["grouped.qkv_proj.weight"] == Dense(splits=(6, 3, 3))
-    assert maps["compiled.c_attn.weight"] == Dense(splits=(6, 6, 6))
+    assert maps["wrapped.c_attn.weight"] == Dense(splits=(6, 6, 6))
     for _ in range(30):
         attachment.step()
     used = attachment.weights()["neox.query_key_value.weight"].detach()

@@ -71,7 +71,9 @@ def _one_input(
     inside = [k for k in before if k.part == part]
     first = not inside and (len(context.kernels) > 1) and not _has_coloured_stem(context)
     dense = first or bool(inside and inside[-1].outputs == 1)
-    if feeding and not dense:
+    # Behind transposed layers it may be one that gives a single channel.
+    either = bool(feeding) and feeding[-1].turned and not context.behind(name)
+    if feeding and not dense and not either:
         return [Groups(outputs, f", depthwise: {feeding[-1].name} has as many outputs")]
     if dense and not feeding:
         told = "the first kernel" if first else f"{inside[-1].name} gives one channel"

@@ -38,6 +38,8 @@ class Kernel:
         The channels of the axis that is never divided into groups.
     inputs : int
         Those of the other: of one group.
+    turned : bool
+        Whether what is behind it says that it is stored the other way round: transposed.
     axes : int
         Of taps.
     part : str
@@ -47,6 +49,7 @@ class Kernel:
     name: str
     outputs: int
     inputs: int
+    turned: bool
     axes: int
     part: str
 
@@ -148,9 +151,10 @@ class Context:
                 continue
             outputs, inputs = (shape[-1], shape[-2]) if self.taps_first else (shape[0], shape[1])
             behind = 0 if self.taps_first else self.behind(name)
-            if behind == shape[1] != shape[0]:
-                outputs, inputs = inputs, outputs  # a transposed layer
-            found.append(Kernel(name, outputs, inputs, len(shape) - 2, part_of(name)))
+            turned = behind == shape[1] != shape[0]
+            if turned:
+                outputs, inputs = inputs, outputs
+            found.append(Kernel(name, outputs, inputs, turned, len(shape) - 2, part_of(name)))
         if self.is_sorted:
             found.sort(key=lambda kernel: natural(kernel.name))
         return tuple(found)

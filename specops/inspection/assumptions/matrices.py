@@ -65,6 +65,9 @@ def _gates(
             hidden = context.shapes[context.beside(name, "weight_hr" + end)][1]
         elif bias and bias[0] % 4 == 0:
             return None  # a recurrent matrix is missing: nothing tells gates from a plain layer
+    elif parts[-2:-1] in (["dense_i"], ["dense_h"]):  # cells of flax' nnx
+        recurrent = context.around(name).beside("dense_h")
+        hidden = recurrent[0] if len(recurrent) == 2 and context.taps_first else 0
     elif any(word in part.lower() for word in ("lstm", "gru", "cell") for part in parts):
         last = {"kernel": "recurrent_kernel", "0": "1"}.get(parts[-1], parts[-1])
         recurrent = context.shapes.get(context.beside(name, last), ())
