@@ -35,8 +35,10 @@ def locate(model: nn.Module, trained: Iterable[nn.Parameter] | None) -> list[Loc
     for path, module in modules.items():
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = _plain_name(f"{path}.{attribute}" if path else attribute, wrappers)
-            found = _found(modules, path, attribute, parameter)
-            role = _role(name, found, adapted.get(path, ""))
+            role = Role()
+            if not is_lazy(parameter):
+                found = role_within(modules, path, attribute, tuple(parameter.shape))
+                role = _role(name, found, adapted.get(path, ""))
             weight = _describe(name, parameter, role, why_untouched(parameter, trained_ids))
             if is_sharded(parameter):
                 location: Location = ShardedLocation(weight, module, attribute, held=parameter)
@@ -75,13 +77,6 @@ def _plain_name(name: str, wrapped: set[str]) -> str:
     parts = name.split(".")
     kept = [p for i, p in enumerate(parts) if ".".join(parts[: i + 1]) not in wrapped]
     return ".".join(kept)
-
-
-def _found(
-    modules: dict[str, nn.Module], path: str, attribute: str, parameter: nn.Parameter
-) -> Role:
-    shape = () if is_lazy(parameter) else tuple(parameter.shape)
-    return role_within(modules, path, attribute, shape)
 
 
 def _role(name: str, role: Role, adapted: str) -> Role:

@@ -42,7 +42,7 @@ Convolutions are given as the bracket of their operator norm over all input size
 --input-size says at which size to measure; stride 1 is assumed unless something says otherwise.
 """
 _EPILOG = """\
-PATTERN is that of file names, as in 'layer2.*'; the last one that matches counts.
+PATTERN is that of file names, as in 'block2.*'; the last one that matches counts.
 Exit status: 0; 1 if a file or a tensor could not be measured that should have been, with a
 line for each on standard error; 2 for wrong arguments; 130 after Ctrl-C.
 """
@@ -64,7 +64,7 @@ def add_parser(commands: Any) -> None:
         action="append",
         default=[],
         metavar="[PATTERN=]HxW",
-        help="what convolutions see: 32x32, or 'layer2.*=16x16'; may be repeated",
+        help="what convolutions see: 32x32, or 'block2.*=16x16'; may be repeated",
     )
     known.add_argument(
         "--stride",

@@ -31,7 +31,7 @@ HEADERS = (
     "other",
     "eff. rank",
     "other eff.",
-    "σ_max of the difference",
+    "difference σ_max",
     "its stable rank",
 )
 _DROPPED_FIRST = (
@@ -41,7 +41,7 @@ _DROPPED_FIRST = (
     "other",
     "stable rank",
     "ratio",
-    "σ_max of the difference",
+    "difference σ_max",
 )
 
 

@@ -76,7 +76,7 @@ def show(inspection: Inspection, verbose: bool = False) -> None:
         print(wrapped(f"skipped {len(names)}, {reason}: {shown(names)}"))
     for note in inspection.notes:
         print(wrapped(f"note: {note}"))
-    print(summary(inspection))
+    print(wrapped(summary(inspection)))
 
 
 def folded(names: Sequence[str]) -> str:
