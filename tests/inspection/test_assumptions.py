@@ -180,6 +180,15 @@ def test_fused_maps_are_taken_apart(
     geometry.check(shape)
 
 
+def test_groups_of_regnet_are_in_its_configuration() -> None:
+    name = "encoder.stages.1.layers.0.layer.1.convolution.weight"
+    told = Configuration("config.json", {"model_type": "regnet", "groups_width": 4})
+    (geometry,) = geometries(guess(name, (16, 4, 3, 3), configuration=told))
+    assert geometry.groups == 4
+    (geometry,) = geometries(guess(name, (2, 2, 3, 3), configuration=told))
+    assert geometry.groups == 1
+
+
 @pytest.mark.parametrize("gates", [3, 4, 1])
 def test_gates_of_cells_of_nnx(gates: int) -> None:
     names = [f"cell.dense_{x}.kernel.value" for x in "ih"]

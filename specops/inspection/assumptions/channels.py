@@ -91,6 +91,31 @@ def _has_coloured_stem(context: Context) -> bool:
 def _several_inputs(
     name: str, outputs: int, inputs: int, before: tuple[Kernel, ...], context: Context
 ) -> list[Groups]:
+    """As `_alone` has it, and where that is not sure as the same layer of all other blocks is."""
+    found = _alone(name, outputs, inputs, before, context)
+    if len(found) == 1:
+        return found
+    alike = [
+        k
+        for k in context.kernels
+        if k.name != name
+        and (k.outputs, k.inputs) == (outputs, inputs)
+        and _without_numbers(k.name) == _without_numbers(name)
+    ]
+    others = [_alone(k.name, outputs, inputs, context.before(k.name), context) for k in alike]
+    counts = {groups[0].count for groups in others if len(groups) == 1}
+    if counts != {found[0].count}:
+        return found
+    return [Groups(found[0].count, f"{found[0].why}, as in the blocks beside it")]
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
+def _alone(
+    name: str, outputs: int, inputs: int, before: tuple[Kernel, ...], context: Context
+) -> list[Groups]:
     """One group, unless what comes before has a multiple of the channels and nothing has these."""
     given = any(k.outputs == inputs for k in before) or any(
         k.outputs == inputs and not are_in_order(k.name, name)
