@@ -62,7 +62,7 @@ LAWS = {
 GEOMETRIES: dict[str, tuple[tuple[int, ...], Geometry]] = {
     "dense": ((5, 4), Dense()),
     "stack": ((2, 5, 4), Dense(out_axes=(1,), batch_axes=(0,))),
-    "blocks": ((7, 4), Dense(splits=(5, 2))),
+    "blocks": ((2, 6, 4), Dense((1,), batch_axes=(0,), splits=(2, 1), repeats=2)),
     "circular": ((4, 2, 3, 3), Conv((6, 4), stride=2, groups=2, boundary="circular")),
     "zeros": ((3, 3, 4), Conv((7,), layout="*IO")),
     "transposed": ((3, 4, 3), Conv((4,), transposed=True, stride=2, padding=1, layout="IO*")),
