@@ -219,6 +219,9 @@ def _by_sizes(layer: str, rows: int, columns: int, out: int, around: Surrounding
         count = rows // columns
         return (columns,) * count, 1, "key and value in one" if count == 2 else "a query alone"
     rest, odd = divmod(rows - queries, 2) if queries else divmod(rows, 3)
-    if odd or not 0 < rest <= (queries or columns) or (not queries and rest != columns):
+    # Fewer keys than queries: of heads that share them. Where there are more or fewer queries than
+    # inputs too, it may as well be the values that the layer behind has for inputs.
+    thirds = rest == (queries or columns)
+    if odd or not (thirds or (0 < rest < queries == columns)):
         return None
     return (queries or rest, rest, rest), 1, f"{_THREE} in one"

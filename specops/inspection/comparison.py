@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from specops.inspection.hints import bare_name
+from specops.inspection.low_rank import UPDATE
 from specops.inspection.output import (
     figure_text,
     figures_record,
@@ -113,6 +114,9 @@ class Comparison:
             ],
             "ambiguous, so that the difference is taken for the likeliest map": [
                 p.name for p in self.pairs if p.one.readings and self.difference(p) is not None
+            ],
+            "updates, added to what they are of if that is the first and they the second": [
+                name for name in self.only_one if name.endswith(UPDATE)
             ],
             "the difference could not be measured": [
                 p.name for p in self.pairs if known is not None and p.name not in known

@@ -112,12 +112,14 @@ def show_table(
 ) -> None:
     """Print the columns that a terminal has room for, and which it has not; all in a file."""
     kept = list(range(len(headers)))
-    room = shutil.get_terminal_size((100, 24)).columns
-    widths = [max(len(row[i]) for row in (headers, *rows)) for i in kept]
-    for header in dropped_first if sys.stdout.isatty() else ():
-        if sum(widths[i] + 3 for i in kept) + 1 <= room:
-            break
-        kept.remove(headers.index(header))
+    if sys.stdout.isatty():
+        widths = [max(len(row[i]) for row in (headers, *rows)) + 3 for i in kept]
+        room = shutil.get_terminal_size((100, 24)).columns - 1
+        kept = [i for i in kept if headers[i] not in dropped_first]
+        for i in map(headers.index, reversed(dropped_first)):
+            if sum(widths[k] for k in kept) + widths[i] <= room:
+                kept.append(i)
+        kept.sort()
     shown = [[row[i] for i in kept] for row in rows]
     print_table([headers[i] for i in kept], shown, dim=dim, right=right)
     if len(kept) < len(headers):

@@ -38,8 +38,6 @@ ONE_KEY = {"new_decoder_architecture": False, "multi_query": True}
         ("qkv_proj", (24, 8), {"model_type": "codegen", **FOUR}, {}, (2, 2, 2), 4),
         ("qkv_proj", (24, 8), {"model_type": "minimax", **FOUR}, {}, (2, 2, 2), 4),
         ("qkv_proj", (16, 8), {"num_key_value_heads": 2, **FOUR}, {}, (8, 4, 4), 1),
-        # A neighbour that contradicts the configuration is nearer: that of another part.
-        ("qkv", (16, 8), {"num_key_value_heads": 2, **FOUR}, {"proj": (8, 6)}, (6, 5, 5), 1),
         ("qkv", (48, 8), {}, {"proj": (16, 16)}, (16, 16, 16), 1),
         ("Wqkv", (24, 8), {}, {}, (8, 8, 8), 1),
         ("c_attn", (16, 8), {}, {"c_proj": (8, 8)}, (8, 8), 1),
@@ -76,6 +74,9 @@ def test_blocks(
         ("c_attn", (24, 8), {"model_type": "gpt_bigcode", **FOUR}, {}),
         ("qkv_proj", (24, 8), {"model_type": "minimax"}, {"o_proj": (8, 8)}),
         ("qkv", (20, 8), {}, {}),
+        # The configuration of another part, and values of another width than keys.
+        ("qkv", (16, 8), {"num_key_value_heads": 2, **FOUR}, {"proj": (8, 6)}),
+        ("qkv", (24, 8), {}, {"proj": (8, 16)}),
         ("qkv", (21, 8), {}, {"proj": (8, 8)}),
         ("qkv", (28, 8), {}, {"proj": (8, 8)}),
         ("gate_up_proj", (12, 8), {}, {"down_proj": (8, 12)}),

@@ -193,6 +193,7 @@ def test_updates_beside_the_checkpoint_that_they_are_of(tmp_path: Path) -> None:
     np.testing.assert_allclose(pair.other.figures.spectrum, wanted, rtol=1e-5)
     assert found.differences[pair.name].sigma_max == pytest.approx(2 * top(B @ A), rel=1e-5)
     assert found.only_one == ["model.v.weight", "model.o.weight"]
+    assert "added to what they are of" in " ".join(compare(other, one).lines())
     assert [n.rpartition(".")[2] for n in found.only_other] == ["v (update)", "x (update)"]
 
 
