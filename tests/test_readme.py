@@ -80,7 +80,7 @@ def test_commands_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     rng = np.random.default_rng(0)
     kernels = {
         f"{name}.weight": rng.standard_normal((4, 2, 3, 3)).astype(np.float32)
-        for name in ("layer1.conv", "layer2.conv")
+        for name in ("block1.conv", "block2.conv")
     }
     monkeypatch.chdir(tmp_path)
     save_file(kernels, "model.safetensors")
