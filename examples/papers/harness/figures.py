@@ -42,6 +42,19 @@ def bars(axis: Any, groups: Mapping[str, Sequence[float]], label: str) -> None:
     axis.set_ylabel(label, fontsize=8.5)
 
 
+def line(
+    axis: Any, x: Sequence[float], groups: Sequence[Sequence[float]], name: str, place: int
+) -> None:
+    """The mean of the group at each x and its interval; of logarithms where the axis has them."""
+    logarithmic = axis.get_yscale() == "log"
+    samples = [np.log(group) if logarithmic else np.asarray(group) for group in groups]
+    centre = np.array([mean(sample) for sample in samples])
+    half = np.array([half_interval(sample) for sample in samples])
+    ends = [np.exp(v) if logarithmic else v for v in (centre - half, centre, centre + half)]
+    error = np.nan_to_num(np.diff(ends, axis=0))
+    axis.errorbar(x, ends[1], error, color=COLORS[place % len(COLORS)], label=name, capsize=3)
+
+
 def curves(
     axis: Any, groups: Mapping[str, Sequence[Record]], x: str, y: str, labels: tuple[str, str]
 ) -> None:
