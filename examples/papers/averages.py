@@ -38,7 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "data": {"train": 200, "test": 100},
         "width": 16,
         "depths": [8],
-        "recipe": {"epochs": 2, "batch": 50, "rate": 1e-3},
+        "recipe": {"epochs": 1, "batch": 50, "rate": 1e-3},
         "decay": 0.9,
     },
     "digits": {

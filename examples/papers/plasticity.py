@@ -27,7 +27,8 @@ from specops import plots
 
 METHODS: dict[str, dict[str, Any]] = {
     "none": {},
-    "decay": {"decay": 0.01},
+    "decay 0.1": {"decay": 0.1},
+    "decay 1": {"decay": 1.0},
     "spectral": {"strength": 0.01},
 }
 TASKS = {
@@ -38,33 +39,37 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
         "data": {"train": 100, "test": 50},
         "network": {"width": 16, "depth": 3},
-        "tasks": 3,
-        "recipe": {"epochs": 2, "batch": 50, "rate": 1e-3},
+        "tasks": 2,
+        "recipe": {"epochs": 2, "batch": 50, "rate": 3e-3},
+        "methods": ["none", "spectral"],
     },
     "digits": {
-        "data": {"train": 500},
+        "data": {"train": 200},
         "network": {"width": 64, "depth": 4},
         "tasks": 30,
-        "recipe": {"epochs": 20, "batch": 50, "rate": 1e-3},
+        "recipe": {"epochs": 50, "batch": 50, "rate": 3e-3},
+        "methods": list(METHODS),
     },
     "small": {
-        "data": {"train": 500, "test": 500, "side": 8},
+        "data": {"train": 200, "test": 500, "side": 8},
         "network": {"width": 64, "depth": 4},
         "tasks": 30,
-        "recipe": {"epochs": 20, "batch": 50, "rate": 1e-3},
+        "recipe": {"epochs": 50, "batch": 50, "rate": 3e-3},
+        "methods": list(METHODS),
     },
     "full": {
         "data": {"train": 12800},
         "network": {"width": 256, "depth": 4},
         "tasks": 200,
         "recipe": {"epochs": 20, "batch": 128, "rate": 1e-3},
+        "methods": list(METHODS),
     },
 }
 
 
 def jobs(sizes: Mapping[str, Any]) -> list[Job]:
     """Every method on both kinds of tasks."""
-    return [Job(tasks, name, method) for tasks in TASKS for name, method in METHODS.items()]
+    return [Job(tasks, name, METHODS[name]) for tasks in TASKS for name in sizes["methods"]]
 
 
 def run(job: Job, context: Context) -> dict[str, Any]:
