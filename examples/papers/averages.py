@@ -154,9 +154,11 @@ def plot(found: list[records.Record], out: Path) -> list[Path]:
     axes[0].minorticks_off()
     axes[0].set_xlabel("layers", fontsize=8.5)
     axes[0].set_ylabel("relative error of the average's outputs", fontsize=8.5)
-    axes[0].legend(frameon=False, fontsize=7)
     deepest = list(by_depth.values())[-1]
-    figures.curves(axes[1], deepest, "epoch", "error", ("epoch", f"the same, {depths[-1]} layers"))
+    figures.curves(
+        axes[1], deepest, "epoch", "error", ("epoch", f"the same with {depths[-1]} layers")
+    )
+    axes[1].legend(frameon=False, fontsize=7, loc="center right")
     axes[1].set(yscale="log")
     for place, runs in enumerate(deepest.values()):
         for shift, loss in ((-0.2, "exact_loss"), (0.2, "average_loss")):
@@ -164,8 +166,8 @@ def plot(found: list[records.Record], out: Path) -> list[Path]:
             style = {"alpha": 0.75 if shift > 0 else 0.35, "width": 0.36}
             axes[2].bar(place + shift, figures.mean(values), color=figures.COLORS[place], **style)
     axes[2].set(yscale="log")
-    axes[2].set_xticks(range(len(deepest)), deepest, rotation=15, ha="right", fontsize=7)
-    axes[2].set_ylabel("test loss: normalised exactly (pale), as is", fontsize=8.5)
+    axes[2].set_xticks(range(len(deepest)), deepest, rotation=15, ha="right", fontsize=7.5)
+    axes[2].set_ylabel(f"test loss, {depths[-1]} layers (pale: exact norms)", fontsize=8.5)
     return [plots.save(figure, out.parent / f"averages_{out.name}.png")]
 
 
