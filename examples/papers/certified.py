@@ -121,17 +121,20 @@ def plot(found: list[records.Record], out: Path) -> list[Path]:
     figure, (plane, certified, both) = figures.panels(3, columns=3, size=(3.8, 3.1))
     for place, (name, points) in enumerate(runs.items()):
         x, y = ([r["results"][k] for r in points] for k in ("lipschitz", "test_accuracy"))
-        plane.plot(x, y, "o", color=figures.COLORS[place], markersize=4, label=name)
+        style = ("o", 4) if name.startswith("cap") else ("s", 5.5)
+        plane.plot(x, y, style[0], markersize=style[1], color=figures.COLORS[place], label=name)
     plane.set(xscale="log")
     plane.set_xlabel("certified Lipschitz bound", fontsize=8.5)
     plane.set_ylabel("test accuracy", fontsize=8.5)
     plane.legend(frameon=False, fontsize=7)
-    label = f"accuracy certified within {RADIUS:.2f}"
+    label = f"share certainly right within {RADIUS:.2f}"
     figures.bars(certified, figures.values(runs, "certified_accuracy"), label)
-    figures.bars(both, figures.values(runs, "lipschitz"), "bound; crosses: ‖Jacobian‖, largest")
+    figures.bars(
+        both, figures.values(runs, "lipschitz"), "certified bound; ×: largest ‖Jacobian‖ met"
+    )
     for place, points in enumerate(runs.values()):
         values = [r["results"]["local_lipschitz"] for r in points]
-        both.plot([place] * len(values), values, "x", color=figures.COLORS[2], markersize=5)
+        both.plot([place] * len(values), values, "x", color="black", markersize=5)
     both.set(yscale="log")
     return [plots.save(figure, out.parent / f"certified_{out.name}.png")]
 

@@ -28,7 +28,7 @@ import specops
 from specops import plots
 
 RISE, FALL, GROWTH = 1.1, 0.25, 3.0
-"""Of the lowest loss so far; of the stable rank at the start; of the lowest gradient so far."""
+"""Times the lowest loss so far; the stable rank at the start; the lowest gradient so far."""
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
         "data": {"characters": 4000},
@@ -125,30 +125,31 @@ def alarms(curve: Sequence[Mapping[str, float]], steps: int) -> dict[str, float 
 
     An alarm that never rang counts as having rung after the last step.
     """
-    rise = first(curve, "loss", lambda value, lowest, _: value > RISE * lowest)
-    rank = first(curve, "rank", lambda value, _, start: value < FALL * start, start=1.0)
-    gradient = first(curve, "gradient", lambda value, lowest, _: value > GROWTH * lowest)
+    rise = first(curve, "loss", lambda value, lowest: value > RISE * lowest)
+    rang = {
+        "rank": first(curve, "rank", lambda value, _: value < FALL),
+        "gradient": first(curve, "gradient", lambda value, lowest: value > GROWTH * lowest),
+    }
     found: dict[str, float | None] = {
         "final_loss": curve[-1]["loss"],
         "lowest_rank": min(point["rank"] for point in curve),
         "loss_rose": float(rise is not None),
         "rise": rise,
     }
-    for name, rang in (("rank", rank), ("gradient", gradient)):
-        found[f"{name}_alarm"] = float(rang is not None)
-        found[f"{name}_lead"] = None if rise is None else rise - (rang or steps + 1)
+    for name, step in rang.items():
+        found[f"{name}_alarm"] = float(step is not None)
+        found[f"{name}_lead"] = None if rise is None else rise - (step or steps + 1)
     return found
 
 
 def first(
-    curve: Sequence[Mapping[str, float]], key: str, is_so: Callable[[float, float, float], bool],
-    start: float | None = None,
-) -> float | None:  # fmt: skip
-    """The step at which a figure, its lowest so far and its start first fulfil a condition."""
+    curve: Sequence[Mapping[str, float]], key: str, is_so: Callable[[float, float], bool]
+) -> float | None:
+    """The step at which a figure and its lowest so far first fulfil a condition."""
     lowest = math.inf
     for point in curve:
         lowest = min(lowest, point[key])
-        if is_so(point[key], lowest, start or curve[0][key]):
+        if is_so(point[key], lowest):
             return point["step"]
     return None
 
