@@ -100,6 +100,7 @@ def run(job: Job, context: Context) -> dict[str, Any]:
         loss.backward()
         gradients.append(float(clip_grad_norm_(network.parameters(), math.inf)))
         if not math.isfinite(loss.item() + gradients[-1]):
+            curve.append({**curve[-1], "step": step, "loss": math.inf})
             break
         optimizer.step()
         warm.step()
