@@ -24,10 +24,14 @@ FOUR = {
     "lin": ("Lin, Sekar & Fanti 2021", "Why Spectral Normalization Stabilizes GANs"),
 }
 BEYOND = {
-    "averages": "Averages of weights under spectral normalisation",
-    "early_warning": "Stable rank before the loss rises",
-    "plasticity": "Plasticity over a sequence of tasks",
-    "certified": "Accuracy against a certified Lipschitz bound",
+    "averages": "Averages of weights under spectral normalisation (NCAR/miles-credit, pull "
+    "requests 394 and 409)",
+    "early_warning": "Stable rank before the loss rises (Ren et al. 2026, *MSign*, "
+    "arXiv 2602.01734)",
+    "plasticity": "Plasticity over a sequence of tasks (Lewandowski et al. 2025, *Learning "
+    "Continually by Spectral Regularization*, ICLR)",
+    "certified": "Accuracy against a certified Lipschitz bound (Newhouse et al. 2025, *Training "
+    "Transformers with Enforced Lipschitz Constants*, arXiv 2507.13338)",
 }
 
 
