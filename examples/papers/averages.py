@@ -155,11 +155,11 @@ def plot(found: list[records.Record], out: Path) -> list[Path]:
     axes[0].set_xlabel("layers", fontsize=8.5)
     axes[0].set_ylabel("relative error of the average's outputs", fontsize=8.5)
     deepest = list(by_depth.values())[-1]
+    axes[1].set(yscale="log")
     figures.curves(
         axes[1], deepest, "epoch", "error", ("epoch", f"the same with {depths[-1]} layers")
     )
-    axes[1].legend(frameon=False, fontsize=7, loc="center right")
-    axes[1].set(yscale="log")
+    axes[1].legend(frameon=False, fontsize=7, loc="center right", bbox_to_anchor=(1, 0.32))
     for place, runs in enumerate(deepest.values()):
         for shift, loss in ((-0.2, "exact_loss"), (0.2, "average_loss")):
             values = [r["results"][loss] for r in runs]

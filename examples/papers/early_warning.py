@@ -159,20 +159,20 @@ def plot(found: list[records.Record], out: Path) -> list[Path]:
     """Loss, stable rank and gradients by step; the steps between."""
     runs = records.by_label(found, "rates")
     figure, (loss, rank, gradient, lead) = figures.panels(4)
-    figures.curves(loss, runs, "step", "loss", ("step", "loss of the same training text"))
-    figures.curves(rank, runs, "step", "rank", ("step", "stable rank, of that at the start"))
-    figures.curves(gradient, runs, "step", "gradient", ("step", "norm of the gradient"))
+    figures.curves(loss, runs, "step", "loss", ("step", "loss of a fixed part of the text"))
+    figures.curves(rank, runs, "step", "rank", ("step", "stable rank: share of that at the start"))
     gradient.set(yscale="log")
+    figures.curves(gradient, runs, "step", "gradient", ("step", "norm of the gradient"))
     loss.legend(frameon=False, fontsize=7)
     rank.axhline(FALL, color="black", linewidth=0.8, linestyle=":")
     leads = {
-        f"{name}, {which}": values
+        f"{which}, {name}": values
         for name, records_ in runs.items()
         for which in ("rank", "gradient")
         for values in figures.values({name: records_}, f"{which}_lead").values()
     }
     if leads:
-        figures.bars(lead, leads, "steps from the alarm to the rise of the loss")
+        figures.bars(lead, leads, "steps of warning (below 0: too late)")
         lead.axhline(0, color="black", linewidth=0.8)
     lead.set_visible(bool(leads))
     return [plots.save(figure, out.parent / f"early_warning_{out.name}.png")]
