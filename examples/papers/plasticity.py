@@ -124,21 +124,17 @@ def dead(network: torch.nn.Sequential, x: torch.Tensor) -> float:
 
 
 def plot(found: list[records.Record], out: Path) -> list[Path]:
-    """Accuracies by task, early against late, and norms, for both kinds of tasks."""
+    """Accuracies by task and of late tasks, and norms, for both kinds of tasks."""
     by_kind = {kind: records.by_label(found, kind) for kind in TASKS}
     by_kind = {kind: runs for kind, runs in by_kind.items() if runs}
     figure, axes = figures.panels(3 * len(by_kind), columns=3, size=(3.6, 2.9))
     for row, (kind, runs) in enumerate(by_kind.items()):
-        accuracy, both, norm = axes[3 * row : 3 * row + 3]
+        accuracy, late, norm = axes[3 * row : 3 * row + 3]
         figures.curves(accuracy, runs, "task", "accuracy", ("task", f"{kind}: training accuracy"))
-        accuracy.legend(frameon=False, fontsize=7)
-        parts = {
-            f"{name}, {part}": values
-            for name in runs
-            for part in ("early", "late")
-            for values in figures.values({name: runs[name]}, part).values()
-        }
-        figures.bars(both, parts, "first and last fifth of the tasks")
+        accuracy.legend(frameon=False, fontsize=7, loc="lower left")
+        figures.bars(late, figures.values(runs, "late"), "the same, last fifth of the tasks")
+        for axis in (accuracy, late):
+            axis.set_ylim(0, 1.05)
         figures.curves(norm, runs, "task", "largest_norm", ("task", "largest norm of a layer"))
     return [plots.save(figure, out.parent / f"plasticity_{out.name}.png")]
 
