@@ -160,10 +160,16 @@ def test_conditional_networks_play_by_every_loss(loss: str) -> None:
 
 
 def test_results_are_generated_from_the_lines() -> None:
-    """The committed table is that of the committed lines."""
+    """The committed table, and the README's summary of it, are those of the committed lines."""
     results = load("results")
     written = (PAPERS / "RESULTS.md").read_text(encoding="utf-8")
     assert results.document(results.RESULTS) == written
+    readme = (PAPERS.parents[1] / "README.md").read_text(encoding="utf-8")
+    lines = results.summary(results.RESULTS)
+    assert len(lines) == 5
+    assert "\n".join(lines) in readme
+    stale = readme.replace(lines[-1], "- Beyond the four: 99 not run")
+    assert results.renewed(stale, lines) == readme
 
 
 def test_a_claim_is_judged_by_its_records() -> None:
@@ -188,6 +194,77 @@ def test_a_claim_is_judged_by_its_records() -> None:
     assert results.rows(claim, records(2))[0][-1] == "**not run**"
     assert results.rows(claim, [])[0][-1] == "**not run**"
     assert json.dumps(records(1))
+
+
+def test_a_figure_is_compared_with_a_number_or_another() -> None:
+    comparisons = load("harness.comparisons")
+    runs = {"a": [{"seed": s, "results": {"x": x, "y": 1.0}} for s, x in enumerate((3, None, 5))]}
+    assert comparisons.Threshold("a", "x", 4).differences(runs) == [-1, 1]
+    assert comparisons.Threshold("a", "x", 4, above=False).differences(runs) == [1, -1]
+    assert comparisons.Comparison("a", "a", "x", "y", factor=2).differences(runs) == [1, 3]
+
+
+def test_an_average_is_as_far_off_as_its_vectors_are_short() -> None:
+    averages, networks = load("averages"), load("harness.networks")
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 1, 2, 2), torch.arange(5) % 3
+    average, exact = (networks.residual_mlp((1, 2, 2), 3, width=4, depth=4) for _ in range(2))
+    for layer in averages.linear_layers(average).values():
+        torch.nn.utils.parametrizations.spectral_norm(layer, n_power_iterations=200)
+    average(x)  # in training: finds the vectors
+    found = averages.compared(average, exact, x, y)
+    assert found["error"] < 1e-5
+    assert math.isclose(found["largest_norm"], 1.0, rel_tol=1e-5)
+    for name, vector in average.named_buffers():
+        if name.endswith("_u"):
+            vector.mul_(0.5)
+    found = averages.compared(average, exact, x, y)
+    assert math.isclose(found["largest_norm"], 2.0, rel_tol=1e-5)
+    assert found["error"] > 1
+
+
+def test_an_alarm_is_early_by_the_steps_to_the_rise() -> None:
+    warning = load("early_warning")
+
+    def curve(*points: tuple[float, float, float]) -> list[dict[str, float]]:
+        names = ("loss", "rank", "gradient")
+        return [
+            dict(zip(("step", *names), (10 * n, *p), strict=True)) for n, p in enumerate(points, 1)
+        ]
+
+    calm = [(2.0, 0.9, 1.0), (1.0, 0.8, 0.5)]
+    found = warning.alarms(curve(*calm, (1.05, 0.2, 1.4), (1.2, 0.3, 1.6)), steps=40)
+    assert (found["rise"], found["rank_lead"], found["gradient_lead"]) == (40, 10, 0)
+    found = warning.alarms(curve(*calm, (1.2, 0.6, 0.6)), steps=40)
+    assert (found["rank_alarm"], found["rank_lead"]) == (0.0, 30 - 41)
+    found = warning.alarms(curve(*calm), steps=40)
+    assert (found["loss_rose"], found["rank_lead"]) == (0.0, None)
+
+
+def test_a_text_is_numbered_and_cut(tmp_path: Path) -> None:
+    text = load("harness.text")
+    (tmp_path / "book1.txt").write_text("abcabcabca")
+    (tmp_path / "book2.txt").write_text("zzz")
+    words = text.load(tmp_path, "book", characters=10)
+    assert words.describe() == "book 9 train, 1 test characters"
+    x, y = words.windows("train", 4, 5, seed=0)
+    assert x.shape == y.shape == (4, 5)
+    assert torch.equal((x + 1) % 3, y)
+    assert torch.equal(words.windows("train", 4, 5, seed=0)[0], x)
+    with pytest.raises(SystemExit, match=r"no file other\*\.txt"):
+        text.load(tmp_path, "other")
+
+
+def test_classes_are_renamed_alike_for_training_and_testing() -> None:
+    data = load("harness.data")
+    labels = torch.arange(12) % 4
+    images = data.Images("images", torch.rand(12, 1, 2, 2), labels, torch.rand(12, 1, 2, 2), labels)
+    renamed = images.permuted_classes(1)
+    assert torch.equal(renamed.y_train, renamed.y_test)
+    assert not torch.equal(renamed.y_train, labels)
+    assert sorted(set(zip(labels.tolist(), renamed.y_train.tolist(), strict=True))) == sorted(
+        zip(range(4), renamed.y_train[:4].tolist(), strict=True)
+    )
 
 
 @pytest.mark.slow

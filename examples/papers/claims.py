@@ -1,59 +1,8 @@
-"""What the papers claim, as comparisons of runs."""
+"""What is claimed, as comparisons of runs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-
-from harness.records import Record
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """`larger` exceeds `factor` · `smaller`, of one figure of two settings or of one."""
-
-    larger: str
-    smaller: str
-    metric: str
-    smaller_metric: str = ""
-    factor: float = 1.0
-
-    def text(self) -> str:
-        times = "" if self.factor == 1.0 else f"{self.factor:g} × "
-        if self.larger == self.smaller:
-            return f"{self.larger}: {self.metric} > {times}{self.smaller_metric}"
-        return f"{self.metric}: {self.larger} > {times}{self.smaller}"
-
-    def differences(self, runs: Mapping[str, Sequence[Record]]) -> list[float]:
-        """Of runs with the same seed; those that are missing or not finite are left out."""
-        sides = []
-        for label, metric in (
-            (self.larger, self.metric),
-            (self.smaller, self.smaller_metric or self.metric),
-        ):
-            found = {r["seed"]: r["results"].get(metric) for r in runs.get(label, ())}
-            sides.append({seed: v for seed, v in found.items() if v is not None})
-        large, small = sides
-        return [large[s] - self.factor * small[s] for s in sorted(large.keys() & small.keys())]
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One sentence of a paper, where it stands, and what would show it."""
-
-    paper: str
-    source: str
-    text: str
-    experiment: str = ""
-    comparisons: tuple[Comparison, ...] = ()
-    not_run: str = ""
-
-
-def chain(metric: str, *labels: str) -> tuple[Comparison, ...]:
-    """Each exceeds the next."""
-    return tuple(Comparison(a, b, metric) for a, b in pairwise(labels))
-
+from harness.comparisons import Claim, Comparison, Threshold, chain
 
 _BIG = "a ResNet-32 takes 250 epochs of CIFAR-10 on a GPU: `--preset full`"
 _GAN = "10⁵ steps and more on a GPU: `--preset full`"
@@ -183,4 +132,96 @@ CLAIMS = (
     Claim("lin", "figure 9", "SN drops late in training, BSN does not", not_run=_GAN),
     Claim("lin", "table 1", "SSN and BSSN at their best scales improve on SN and BSN",
           not_run="27 scales at 400 000 steps: `--preset full`"),
+    *(
+        Claim(
+            "averages", "pull request 394", "With torch's vectors averaged along, outputs of a "
+            f"stack of {depth} are off by thousands (350 000 against 47)",
+            depth, (Threshold("torch, vectors averaged", "log10_error", 3),),
+        )
+        for depth in ("16 layers", "64 layers")
+    ),
+    *(
+        Claim(
+            "averages", "pull request 409", f"So is the loss of {depth} (0.074 to 466)",
+            depth, (Comparison("torch, vectors averaged", "torch, vectors averaged",
+                               "average_loss", "exact_loss", factor=1000),),
+        )
+        for depth in ("16 layers", "64 layers")
+    ),
+    Claim(
+        "averages", "", "With the last step's vectors, which AveragedModel keeps by default, "
+        "outputs are still off by more than a hundredth",
+        "64 layers", (Threshold("torch, vectors of the last step", "log10_error", -2),),
+    ),
+    Claim(
+        "averages", "", "Averaged under specops' normalisation they are off by less than a "
+        "thousandth",
+        "64 layers", (Threshold("specops", "log10_error", -3, above=False),),
+    ),
+    Claim(
+        "early_warning", "Ren et al., figure 1", "At a rate that is too high (0.2) the stable "
+        "rank is below a quarter of its start before the loss rises by a tenth",
+        "rates", (Threshold("rate 0.2", "rank_lead", 0),),
+    ),
+    Claim(
+        "early_warning", "", "This alarm does not ring at rates at which the loss never rises",
+        "rates", tuple(Threshold(f"rate {rate}", metric, 0.5, above=False)
+                       for rate in ("0.001", "0.01", "0.03")
+                       for metric in ("loss_rose", "rank_alarm")),
+    ),
+    Claim(
+        "early_warning", "", "It rings earlier than one on the gradient's norm (three times its "
+        "lowest)",
+        "rates", (Comparison("rate 0.2", "rate 0.2", "rank_lead", "gradient_lead"),),
+    ),
+    Claim(
+        "plasticity", "Lewandowski et al.", "Without a regulariser late tasks are fitted "
+        "worse than early ones",
+        "random labels", (Comparison("none", "none", "early", "late"),),
+    ),
+    Claim(
+        "plasticity", "Lewandowski et al.", "With a penalty on spectral norms they are not: "
+        "within a twentieth",
+        "random labels", (Comparison("spectral", "spectral", "late", "early", factor=0.95),),
+    ),
+    Claim(
+        "plasticity", "Lewandowski et al.", "Late tasks are fitted better with it than with "
+        "weight decay and without either",
+        "random labels", tuple(Comparison("spectral", other, "late")
+                               for other in ("none", "decay 0.1", "decay 1")),
+    ),
+    Claim(
+        "plasticity", "Lewandowski et al.", "The same where classes are renamed",
+        "renamed classes", tuple(Comparison("spectral", other, "late")
+                                 for other in ("none", "decay 0.1", "decay 1")),
+    ),
+    Claim(
+        "certified", "", "The certified bound is no more than the product of the caps",
+        "bounds", tuple(Comparison(f"cap {c}", f"cap {c}", "allowed", "lipschitz", factor=0.999)
+                        for c in ("0.5", "1", "2", "4")),
+    ),
+    Claim(
+        "certified", "", "A cap reaches the accuracy of no cap, within a "
+        "twentieth, at a tenth of its bound",
+        "bounds", (Comparison("cap 2", "none", "test_accuracy", factor=0.95),
+                   Comparison("none", "cap 2", "lipschitz", factor=10)),
+    ),
+    *(
+        Claim(
+            "certified", "Newhouse et al.: a better trade", f"A cap reaches the accuracy of weight "
+            f"{decay}, within a twentieth, at a lower bound",
+            "bounds", (Comparison("cap 2", decay, "test_accuracy", factor=0.95),
+                       Comparison(decay, "cap 2", "lipschitz")),
+        )
+        for decay in ("decay 0.001", "decay 0.01")
+    ),
+    Claim(
+        "certified", "", "Accuracy has a price: it falls with the cap",
+        "bounds", chain("test_accuracy", "cap 2", "cap 1", "cap 0.5"),
+    ),
+    Claim(
+        "certified", "", "More images are right within 36/255 for certain at cap 1 than without a "
+        "cap",
+        "bounds", chain("certified_accuracy", "cap 1", "none"),
+    ),
 )  # fmt: skip

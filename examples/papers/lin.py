@@ -113,9 +113,9 @@ def networks_of(
 
 def run(job: Job, context: Context) -> dict[str, Any]:
     """One run."""
-    sizes, images = context.sizes, context.images.symmetric()
+    sizes, images = context.sizes, context.data.symmetric()
     recipe = adversarial.Recipe(**sizes["recipe"])
-    judge = scores.judge_of(context.images, **sizes["judge"])
+    judge = scores.judge_of(context.data, **sizes["judge"])
     make_g, make_d = networks_of(sizes["networks"], images.shape, recipe.latent, sizes["width"])
     torch.manual_seed(context.seed)
     generator, discriminator = make_g().to(context.device), make_d().to(context.device)

@@ -109,7 +109,7 @@ def run(job: Job, context: Context) -> dict[str, Any]:
     """One run."""
     if job.experiment == "GAN":
         return run_gan(job, context)
-    settings, sizes, images = job.settings, context.sizes, context.images.standardised()
+    settings, sizes, images = job.settings, context.sizes, context.data.standardised()
     clean = job.experiment == "clean labels"
     if not clean:
         images = images.randomly_labelled(context.seed)
@@ -156,9 +156,9 @@ def complexities(trained: classify.Trained, images: Any, count: int) -> dict[str
 
 def run_gan(job: Job, context: Context) -> dict[str, Any]:
     """Scores, neural divergence, and empirical Lipschitz constants of the discriminator."""
-    sizes, images = context.sizes, context.images.symmetric()
+    sizes, images = context.sizes, context.data.symmetric()
     recipe = adversarial.Recipe(**sizes["gan"], measure_every=sizes["gan"]["steps"])
-    judge = scores.judge_of(context.images, **sizes["judge"])
+    judge = scores.judge_of(context.data, **sizes["judge"])
     width = sizes["gan_width"]
     kind = "full" if images.shape[1] % 8 == 0 and width >= 1 else "small"
     torch.manual_seed(context.seed)

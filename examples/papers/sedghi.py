@@ -95,7 +95,7 @@ def run(job: Job, context: Context) -> dict[str, Any]:
     """One run."""
     if job.experiment == "time":
         return spectrum_times(job.settings["grid"], context)
-    settings, sizes, images = job.settings, context.sizes, context.images.standardised()
+    settings, sizes, images = job.settings, context.sizes, context.data.standardised()
     torch.manual_seed(context.seed)
     network = networks.resnet(
         images.shape[0], images.classes, norm=settings["norm"], **sizes["network"]
@@ -222,10 +222,7 @@ def plot(found: list[records.Record], out: Path) -> list[Path]:
                 clip, rate = label.split(", rate ")
                 by_clip.setdefault(clip, {})[float(rate)] = values
             for place, (clip, points) in enumerate(by_clip.items()):
-                centre = [figures.mean(v) for v in points.values()]
-                half = [figures.half_interval(v) for v in points.values()]
-                color = figures.COLORS[place]
-                axis.errorbar(list(points), centre, half, color=color, label=clip, capsize=3)
+                figures.line(axis, list(points), list(points.values()), clip, place)
             axis.set(xscale="log", title=title)
             axis.set_xlabel("learning rate", fontsize=8.5)
             axis.set_ylabel("test error", fontsize=8.5)

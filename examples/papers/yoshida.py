@@ -83,7 +83,7 @@ def jobs(sizes: Mapping[str, Any]) -> list[Job]:
 
 def run(job: Job, context: Context) -> dict[str, Any]:
     """One run."""
-    settings, sizes, images = job.settings, context.sizes, context.images.standardised()
+    settings, sizes, images = job.settings, context.sizes, context.data.standardised()
     regime = job.experiment.split()[0]
     torch.manual_seed(context.seed)
     network = networks.vgg(images.shape[0], images.classes, width=sizes["width"])

@@ -21,7 +21,7 @@ from .data import Images
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: Nesterov's momentum and a step schedule."""
+    """How to train: Nesterov's momentum, or Adam, and a step schedule."""
 
     epochs: int
     batch: int = 64
@@ -37,6 +37,8 @@ class Recipe:
     """The training accuracy at which training ends."""
     settle: bool = False
     """Whether the rule acts once more after the last step."""
+    adam: bool = False
+    """Adam, with decay apart from its gradients, in place of momentum."""
 
 
 @dataclass
@@ -72,6 +74,7 @@ def train(
     seed: int = 0,
     tick: Callable[[float], None] = lambda share: None,
     observe: Callable[[nn.Module], dict[str, float]] | None = None,
+    after_step: Callable[[nn.Module], None] = lambda network: None,
 ) -> Trained:
     """Train; what `observe` gives at evaluations is put into the curve.
 
@@ -82,9 +85,11 @@ def train(
     x, y = images.x_train, images.y_train
     size = min(recipe.batch, len(x))
     steps = len(x) // size
-    optimizer = torch.optim.SGD(
-        network.parameters(), recipe.rate, momentum=0.9, nesterov=True, weight_decay=recipe.decay
-    )
+    options: dict[str, Any] = {"lr": recipe.rate, "weight_decay": recipe.decay}
+    if recipe.adam:
+        optimizer = torch.optim.AdamW(network.parameters(), **options)
+    else:
+        optimizer = torch.optim.SGD(network.parameters(), momentum=0.9, nesterov=True, **options)
     milestones = [max(1, round(share * recipe.epochs * steps)) for share in recipe.milestones]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
     network(x[:2])  # layers learn the size of their inputs
@@ -104,6 +109,7 @@ def train(
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
+            after_step(network)
             schedule.step()
             total += value.detach()
         last = epoch == recipe.epochs

@@ -31,6 +31,11 @@ class Images:
         channels, height, width = self.x_train.shape[1:]
         return channels, height, width
 
+    def describe(self) -> str:
+        """What records say: the name, the size of an image, how many there are."""
+        side = "×".join(map(str, self.shape[1:]))
+        return f"{self.name} {side}, {len(self.x_train)} train, {len(self.x_test)} test"
+
     def standardised(self) -> Images:
         """Zero mean and unit variance of each channel of the training images."""
         mean = self.x_train.mean((0, 2, 3), keepdim=True)
@@ -40,6 +45,17 @@ class Images:
     def symmetric(self) -> Images:
         """In [-1, 1], as generators with tanh make them."""
         return self._mapped(lambda x: 2 * x - 1)
+
+    def centred(self) -> Images:
+        """Zero mean of each channel of the training images; distances are those of the pixels."""
+        mean = self.x_train.mean((0, 2, 3), keepdim=True)
+        return self._mapped(lambda x: x - mean)
+
+    def permuted_classes(self, seed: int) -> Images:
+        """The same images, classes renamed at random."""
+        generator = torch.Generator().manual_seed(seed)
+        names = torch.randperm(self.classes, generator=generator).to(self.y_train.device)
+        return replace(self, y_train=names[self.y_train], y_test=names[self.y_test])
 
     def randomly_labelled(self, seed: int) -> Images:
         """The same images, the labels of training drawn uniformly."""

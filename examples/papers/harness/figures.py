@@ -42,10 +42,22 @@ def bars(axis: Any, groups: Mapping[str, Sequence[float]], label: str) -> None:
     axis.set_ylabel(label, fontsize=8.5)
 
 
+def line(
+    axis: Any, x: Sequence[float], groups: Sequence[Sequence[float]], name: str, place: int
+) -> None:
+    """The mean of the group at each x and its interval; of logarithms where the axis has them."""
+    low, centre, high = np.array([_interval(group, axis) for group in groups]).T
+    error = np.nan_to_num([centre - low, high - centre])
+    axis.errorbar(x, centre, error, color=COLORS[place % len(COLORS)], label=name, capsize=3)
+
+
 def curves(
     axis: Any, groups: Mapping[str, Sequence[Record]], x: str, y: str, labels: tuple[str, str]
 ) -> None:
-    """The mean over runs of a curve, a band of the interval where there are several."""
+    """The mean over runs of a curve, a band of the interval where there are several.
+
+    Of logarithms, as for `line`, if the axis is logarithmic already.
+    """
     for place, (name, records) in enumerate(groups.items()):
         color = COLORS[place % len(COLORS)]
         runs = [[point for point in r["results"]["curve"] if point.get(y)] for r in records]
@@ -54,13 +66,21 @@ def curves(
             continue
         values = np.array([[point[y] for point in run[:length]] for run in runs])
         along = np.mean([[point[x] for point in run[:length]] for run in runs], axis=0)
-        centre = values.mean(0)
+        low, centre, high = np.array([_interval(column, axis) for column in values.T]).T
         axis.plot(along, centre, color=color, linewidth=1.5, label=name)
         if len(runs) > 1:
-            half = np.array([half_interval(column) for column in values.T])
-            axis.fill_between(along, centre - half, centre + half, color=color, alpha=0.12, lw=0)
+            axis.fill_between(along, low, high, color=color, alpha=0.12, lw=0)
     axis.set_xlabel(labels[0], fontsize=8.5)
     axis.set_ylabel(labels[1], fontsize=8.5)
+
+
+def _interval(sample: Sequence[float], axis: Any) -> tuple[float, float, float]:
+    """Both ends of the interval and the mean between; of logarithms where the axis has them."""
+    logarithmic = axis.get_yscale() == "log"
+    sample = np.log(sample) if logarithmic else np.asarray(sample)
+    half = half_interval(sample)
+    ends = np.array([mean(sample) - half, mean(sample), mean(sample) + half])
+    return tuple(np.exp(ends) if logarithmic else ends)
 
 
 def values(records: Mapping[str, Sequence[Record]], metric: str) -> dict[str, list[float]]:

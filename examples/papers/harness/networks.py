@@ -1,6 +1,9 @@
-"""Classifiers: residual networks for CIFAR, and a VGG-like one."""
+"""Classifiers: residual networks for CIFAR, a VGG-like one, and layers without convolutions."""
 
 from __future__ import annotations
+
+import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +64,35 @@ def vgg(channels: int, classes: int, *, width: int, norm: bool = True) -> nn.Seq
         if stage < 2:
             layers.append((f"pool{stage}", nn.MaxPool2d(2)))
     return _headed(layers, inputs, classes)
+
+
+def mlp(shape: tuple[int, ...], classes: int, *, width: int, depth: int) -> nn.Sequential:
+    """So many linear layers, rectified in between."""
+    sizes = [math.prod(shape), *[width] * (depth - 1), classes]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, outputs in pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Branch(nn.Module):
+    """Two linear layers beside the identity."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(torch.relu(self.first(x)))
+
+
+def residual_mlp(shape: tuple[int, ...], classes: int, *, width: int, depth: int) -> nn.Sequential:
+    """So many linear layers, all but the first and the last in pairs beside the identity."""
+    if depth % 2:
+        raise ValueError(f"depth must be even, got {depth}")
+    branches = [Branch(width) for _ in range(depth // 2 - 1)]
+    first, last = nn.Linear(math.prod(shape), width), nn.Linear(width, classes)
+    return nn.Sequential(nn.Flatten(), first, *branches, nn.ReLU(), last)
 
 
 def _headed(layers: list[tuple[str, nn.Module]], inputs: int, classes: int) -> nn.Sequential:

@@ -1,4 +1,4 @@
-"""The command line of a paper's program: which runs are left, and its figures."""
+"""The command line of a program: which runs are left, and its figures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from . import records
-from .data import Images, load
+from .data import load
 from .statistics import mean, standard_error
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -31,11 +31,22 @@ class Job:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+class Data(Protocol):
+    """What runs are on."""
+
+    def describe(self) -> str:
+        """What records say of it; its first word goes into the names of figures."""
+
+    def to(self, device: str) -> Data:
+        """The same on another device."""
+
+
 @dataclass(frozen=True)
 class Context:
     """What a run is given beside its settings."""
 
-    images: Images
+    data: Any
+    """What the program's `load` gives."""
     sizes: Mapping[str, Any]
     seed: int
     device: str
@@ -45,17 +56,21 @@ class Context:
 
 @dataclass(frozen=True)
 class Program:
-    """A paper's program."""
+    """A program of a paper, or of a question."""
 
     paper: str
     about: str
     presets: Mapping[str, Mapping[str, Any]]
-    """Sizes by name: "quick", "digits", "small", "full"; "data" in each are `data.load`'s."""
+    """Sizes by name: "quick", "digits", "small", "full"; "data" in each are `load`'s."""
     jobs: Callable[[Mapping[str, Any]], Sequence[Job]]
     run: Callable[[Job, Context], dict[str, Any]]
     plot: Callable[[list[records.Record], Path], list[Path]]
     headline: Mapping[str, str]
     """The figure of each experiment that is printed."""
+    load: Callable[..., Data] = load
+    """Of a folder (None: what comes with a dependency), a data set's name, and sizes."""
+    dataset: str = "cifar10"
+    suffix: str = "npz"
 
     def main(self, arguments: Sequence[str] | None = None) -> list[records.Record]:
         """Run what is left, print, draw; the records of this preset."""
@@ -83,9 +98,7 @@ class Program:
     def _run(
         self, options: argparse.Namespace, sizes: Mapping[str, Any], path: Path, console: Console
     ) -> None:
-        images = load(options.data, options.dataset, **sizes["data"]).to(options.device)
-        side = "×".join(map(str, images.shape[1:]))
-        data = f"{images.name} {side}, {len(images.x_train)} train, {len(images.x_test)} test"
+        data = self.load(options.data, options.dataset, **sizes["data"]).to(options.device)
         jobs = [
             job for job in self.jobs(sizes) if not options.only or job.experiment in options.only
         ]
@@ -99,7 +112,7 @@ class Program:
                     "label": job.label,
                     "settings": job.settings,
                     "preset": options.preset,
-                    "data": data,
+                    "data": data.describe(),
                     "seed": seed,
                 }
                 if records.key(record) not in done:
@@ -116,7 +129,7 @@ class Program:
                 task = progress.add_task(name, total=1.0)
                 started = time.perf_counter()
                 context = Context(
-                    images,
+                    data,
                     sizes,
                     record["seed"],
                     options.device,
@@ -164,8 +177,14 @@ class Program:
         add("action", nargs="?", choices=("run", "plot"), default="run", help="plot: no new runs")
         add("--preset", choices=sorted(self.presets), default="digits", help="sizes")
         add("--quick", action="store_true", help="preset quick, one seed, a folder of its own")
-        add("--data", type=Path, metavar="DIR", help="of .npz files, in place of the digits")
-        add("--dataset", default="cifar10", help="the files DATASET*.npz of --data")
+        add(
+            "--data",
+            type=Path,
+            metavar="DIR",
+            help=f"of .{self.suffix} files, not the default data",
+        )
+        files = f"the files DATASET*.{self.suffix} of --data"
+        add("--dataset", default=self.dataset, help=files)
         add("--seeds", type=int, default=3, help="runs of each setting")
         add("--first-seed", type=int, default=0, help="to divide the seeds over machines")
         add("--only", nargs="+", metavar="EXPERIMENT", help="these experiments alone")
