@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import time
-from pathlib import Path
 from typing import Any
 
+import letters
+import numpy as np
 import torch
 from torch import distributed as dist
 from torch import nn
@@ -28,9 +28,9 @@ import specops
 class Transformer(nn.Module):
     """Predicts the next letter."""
 
-    def __init__(self, letters: int, size: int, layers: int, length: int) -> None:
+    def __init__(self, count: int, size: int, layers: int, length: int) -> None:
         super().__init__()
-        self.letters = nn.Embedding(letters, size)
+        self.letters = nn.Embedding(count, size)
         self.places = nn.Parameter(torch.randn(length, size) * 0.02)
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
@@ -39,7 +39,7 @@ class Transformer(nn.Module):
             for _ in range(layers)
         )
         self.norm = nn.LayerNorm(size)
-        self.head = nn.Linear(size, letters)
+        self.head = nn.Linear(size, count)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, length) letters to (batch, length, letters) logits."""
@@ -66,23 +66,12 @@ class Clock:
         self.seconds += time.perf_counter() - self._began
 
 
-def text(options: argparse.Namespace) -> str:
-    """What to learn."""
-    if options.data:
-        return Path(options.data).read_text(encoding="utf-8")
-    numbers = random.Random(0)
-    pairs = [(numbers.randrange(100), numbers.randrange(100)) for _ in range(20_000)]
-    return "".join(f"{a}+{b}={a + b}\n" for a, b in pairs)
-
-
 def train(options: argparse.Namespace, device: torch.device) -> tuple[nn.Module, Any, list[float]]:
     """(the model, what constrains it, its loss by step); and say what it cost."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
-    content = text(options)
-    letters = sorted(set(content))
-    numbers = torch.tensor([letters.index(letter) for letter in content])
-    model = Transformer(len(letters), options.size, options.layers, options.length).to(device)
+    text = letters.load(options.data)
+    model = Transformer(len(text.names), options.size, options.layers, options.length).to(device)
     mesh = init_device_mesh(device.type, (ranks,))
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
@@ -94,13 +83,10 @@ def train(options: argparse.Namespace, device: torch.device) -> tuple[nn.Module,
     attachment = specops.attach(optimizer, model, specops.ClipSpectralNorm(options.max_norm))
     optimizer.register_step_post_hook(clock.end)
 
-    generator = torch.Generator().manual_seed(rank)
+    rng = np.random.default_rng(rank)
     began = time.perf_counter()
     for step in range(options.steps):
-        starts = torch.randint(
-            len(numbers) - options.length - 1, (options.batch, 1), generator=generator
-        )
-        chosen = numbers[starts + torch.arange(options.length + 1)].to(device)
+        chosen = torch.as_tensor(text.batch(options, rng), device=device)
         optimizer.zero_grad()
         logits = model(chosen[:, :-1])
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), chosen[:, 1:].flatten())
@@ -123,19 +109,7 @@ def train(options: argparse.Namespace, device: torch.device) -> tuple[nn.Module,
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     """Options."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", metavar="FILE", help="a text to learn instead")
-    parser.add_argument("--max-norm", type=float, default=4.0)
-    parser.add_argument("--size", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=16, help="sequences of each rank")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--quick", action="store_true", help="one layer, ten steps")
-    options = parser.parse_args(arguments)
-    if options.quick:
-        options.size, options.layers, options.length, options.steps = 32, 1, 16, 10
-    return options
+    return letters.parsed(letters.parser(__doc__), arguments)
 
 
 def main(arguments: list[str] | None = None) -> tuple[nn.Module, Any, list[float]]:

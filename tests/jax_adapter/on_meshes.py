@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
 import re
 import sys
 import warnings
 from collections.abc import Callable
 from functools import cache
+from itertools import permutations
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +30,7 @@ Step = Callable[[Any, Any], Any]
 GEOMETRIES = {
     "matrix": specops.Dense(out_axes=(-1,)),
     "twin": specops.Dense(out_axes=(-1,)),
+    "tall": specops.Dense(out_axes=(-1,)),
     "stack": specops.Dense(out_axes=(-1,), batch_axes=(0,)),
     "kernel": specops.Conv((4, 4), layout="*IO"),
 }
@@ -36,6 +43,16 @@ LAYOUTS: dict[str, tuple[tuple[int, int], dict[str, P]]] = {
     "several": (EIGHT, {"matrix": P("x", "y"), "twin": P("y")}),
     "kernel": (FOUR, {"kernel": P(None, None, "y", "x")}),
     "stack": (EIGHT, {"stack": P(("x", "y"))}),
+    "all": (
+        EIGHT,
+        {
+            "matrix": P("x", "y"),
+            "twin": P("y"),
+            "stack": P(("x", "y")),
+            "tall": P(None, "x"),
+            "kernel": P(None, None, "y", "x"),
+        },
+    ),
 }
 COLLECTIVE = re.compile(
     r" (all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter)"
@@ -46,7 +63,13 @@ COLLECTIVE = re.compile(
 def weights() -> dict[str, np.ndarray]:
     """A matrix, a stack of eight and a kernel, all far outside of the unit ball."""
     rng = np.random.default_rng(0)
-    shapes = {"matrix": (8, 12), "twin": (8, 12), "stack": (8, 4, 6), "kernel": (3, 3, 4, 4)}
+    shapes = {
+        "matrix": (8, 12),
+        "twin": (8, 12),
+        "stack": (8, 4, 6),
+        "kernel": (3, 3, 4, 4),
+        "tall": (12, 8),
+    }
     return {name: rng.normal(size=shape) for name, shape in shapes.items()}
 
 
@@ -78,14 +101,17 @@ def added(plan: Any, maps: Any, params: Any) -> tuple[Step, Any]:
         params = jax.tree.map(lambda w, g: w - 0.01 * g, params, terms)
         return specops_jax.project_params(params, plan, state, maps)
 
-    return step, jax.jit(lambda params: specops_jax.init(params, plan, maps))(params)
+    compiled = jax.jit(lambda params: specops_jax.init(params, plan, maps))
+    on_mesh = any(len(w.sharding.device_set) > 1 for w in params.values())
+    return step, (compiled(params) if on_mesh else specops_jax.init(params, plan, maps))
 
 
 def projected(plan: Any, maps: Any, params: Any) -> tuple[Step, Any]:
-    """`project_params` alone."""
+    """`project_params`, and what the loss would use then."""
 
     def step(params: Any, state: Any) -> Any:
-        return specops_jax.project_params(params, plan, state, maps)
+        params, state = specops_jax.project_params(params, plan, state, maps)
+        return params, state, specops_jax.normalize_params(params, plan, state, maps)
 
     return step, specops_jax.init(params, plan, maps)
 
@@ -107,11 +133,23 @@ def normalized(plan: Any, maps: Any, params: Any) -> tuple[Step, Any]:
 
 
 WAYS: dict[str, tuple[Any, Any]] = {
-    "project_params": (projected, specops.ClipSpectralNorm(1.0)),
+    "project_params": (projected, specops.Plan([("*", specops.ClipSpectralNorm(1.0))])),
     "constrain": (constrained, specops.NormalizeIfAbove(1.0, norm="operator")),
     "add_penalty": (penalized, specops.SpectralNormPenalty(0.1, norm="operator")),
     "penalty": (added, specops.SpectralNormPenalty(0.1, norm="operator")),
     "normalize_params": (normalized, specops.SpectralNormalization(norm="operator")),
+    "a rule each": (
+        projected,
+        specops.Plan(
+            [
+                ("matrix", specops.SpectralSoftCap(1.0, norm="operator")),
+                ("twin", specops.SpectralHammer(1.0, norm="operator")),
+                ("stack", specops.ProjectStableRank(ratio=0.5, norm="operator")),
+                ("tall", specops.StableRankNormalization(0.5, norm="operator")),
+                ("kernel", specops.ClipAndCut(1.0)),
+            ]
+        ),
+    ),
 }
 CASES = {
     "project_params": {"Auto": "stack", "Explicit": "stack"},
@@ -119,6 +157,7 @@ CASES = {
     "add_penalty": {"Auto": "rows"},
     "penalty": {"Explicit": "rows"},
     "normalize_params": {"Auto": "columns", "Explicit": "rows stack"},
+    "a rule each": {"Auto": "all"},
 }
 """Layouts by way and kind of the mesh's axes: all of the product would be minutes of compiling."""
 
@@ -147,14 +186,20 @@ def case(way: str, layout: str, kind: AxisType) -> dict[str, Any]:
     expected = on_one(way, *host)
     found = [(n, w, expected[i][n]) for i, t in enumerate((params, *used)) for n, w in t.items()]
     off = max(float(np.max(np.abs(w - e)) / np.max(np.abs(e))) for _, w, e in found)
-    inside, loops = within_loops(compiled.as_text())
-    return {"off": off, "lost": sorted(set(lost)), "collectives": inside, "loops": loops}
+    text = compiled.as_text()
+    collectives = [line.strip()[:160] for line in text.splitlines() if COLLECTIVE.search(line)]
+    ends = [f"{m},{n}]" for w in host.values() for m, n in permutations(w.shape[-2:])]
+    matrices = [x for x in collectives if any(end in COLLECTIVE.split(x)[0] for end in ends)]
+    loops = within_loops(text)
+    return {"off": off, "lost": sorted(set(lost)), "matrices": matrices, "loops": loops}
 
 
 @cache
 def on_one(way: str, *names: str) -> Any:
-    """What two steps make of these weights on one device."""
+    """What two steps make of these weights on one device, or without JAX where it is simple."""
     make, plan = WAYS[way]
+    if make is projected:
+        return in_numpy(plan, *names)
     params: Any = {name: jnp.asarray(w) for name, w in weights().items() if name in names}
     step, state = make(plan, {name: GEOMETRIES[name] for name in names}, params)
     compiled = jax.jit(step)
@@ -163,8 +208,23 @@ def on_one(way: str, *names: str) -> Any:
     return jax.device_get((params, *used))
 
 
-def within_loops(text: str) -> tuple[list[str], int]:
-    """(the collectives that a compiled program runs inside of its loops, how many loops it has)."""
+def in_numpy(plan: specops.Plan, *names: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the weights after two firings, what a loss would use then)."""
+    params, used = {}, {}
+    for name in names:
+        (rule,) = (rule for pattern, rule in plan.entries if pattern in ("*", name))
+        w, geometry = weights()[name], GEOMETRIES[name]
+        state = rule.init(w, geometry, name)
+        for step in (1, 2):
+            w, state, _ = rule.update(w, geometry, state, step=step, name=name)
+        forward = rule.stage == "forward"
+        params[name] = w
+        used[name] = rule.apply(w, geometry, state, step=3, name=name) if forward else w
+    return params, used
+
+
+def within_loops(text: str) -> list[str]:
+    """The collectives that a compiled program runs inside of its loops."""
     bodies: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in text.splitlines():
@@ -181,7 +241,7 @@ def within_loops(text: str) -> tuple[list[str], int]:
             seen.add(name)
             waiting += [other for line in bodies[name] for other in called(line)]
     inside = [line.strip()[:160] for name in seen for line in bodies[name]]
-    return [line for line in inside if COLLECTIVE.search(line)], len(loops)
+    return [line for line in inside if COLLECTIVE.search(line)]
 
 
 def called(line: str) -> list[str]:
@@ -191,8 +251,25 @@ def called(line: str) -> list[str]:
     return re.findall(one, line) + [n.strip(" %") for names in several for n in names.split(",")]
 
 
+def example() -> dict[str, Any]:
+    """The program that users copy from, in little, in its own precision."""
+    place = str(Path(__file__).parents[2] / "examples")
+    with (
+        mock.patch.object(sys, "path", [place, *sys.path]),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        program = importlib.import_module("train_distributed_jax")
+        params, losses = program.main(["--quick", "--max-norm", "1.0"])
+    largest = {
+        name: float(np.max(specops.spectral_norm(np.asarray(params[name], np.float64), geometry)))
+        for name, geometry in program.MAPS.items()
+    }
+    return {"norms": largest, "losses": losses}
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
+    print(json.dumps(["example", example()]), flush=True)
     jax.config.update("jax_enable_x64", True)
     for way, by_kind in CASES.items():
         for kind, layouts in by_kind.items():
