@@ -34,6 +34,7 @@ def attach(
     on_nonfinite: NonFinitePolicy = "raise",
     history: int = 10_000,
     log: Callable[[Record], Any] | Any = None,
+    replicas: Any = None,
 ) -> Attachment:
     """Make a rule, or a plan, act on a torch model around the optimizer's steps.
 
@@ -58,6 +59,11 @@ def attach(
         Records kept.
     log : callable or SummaryWriter, optional
         As `Attachment.log_to`.
+    replicas : torch.distributed.ProcessGroup, optional
+        Whose ranks hold the same weights (DistributedDataParallel), which is checked here: rules
+        on weights share their work among them, so that each decomposes some layers and sends what
+        it finds. Steps and `enforce` then are collectives. Default: every rank does everything,
+        and waits for nobody.
 
     Returns
     -------
@@ -70,7 +76,7 @@ def attach(
     ------
     PlanError, AdapterError, UnsupportedArrayError
         A plan that does not fit, lazy or meta parameters, parameters that hide the matrices they
-        are parts of (FSDP1, ZeRO-3, Megatron's shards).
+        are parts of (FSDP1, ZeRO-3, Megatron's shards), `replicas` that are none.
 
     Warns
     -----
@@ -107,6 +113,7 @@ def attach(
         on_nonfinite=on_nonfinite,
         history=history,
         log=log,
+        replicas=replicas,
     )
     warn_of_others(attachment)
     return attachment

@@ -23,9 +23,10 @@ from specops_torch.optimizer_hooks import Followed, overflowed
 from specops_torch.parameters import locate
 from specops_torch.penalised import refuse_parts, searching, with_penalty
 from specops_torch.scales import Scales
-from specops_torch.sharded import ShardedLocation, reshard, settle
-from specops_torch.sharded_constrained import ShardedConstrained
+from specops_torch.sharded import ShardedLocation, reshard
+from specops_torch.sharded_constrained import ShardedConstrained, constrained_at, settle_all
 from specops_torch.sharded_firing import ShardedFiring, measured
+from specops_torch.shared_constrained import SharedConstrained
 from specops_torch.stale_statistics import Statistics, relative_change
 
 _NEEDS = {"weights": "update", "gradients": "penalty", "forward": "apply"}
@@ -50,6 +51,7 @@ class Attachment(BaseAttachment[Constrained]):
         geometries: Mapping[str, Geometry] | None = None,
         **options: Any,
     ) -> None:
+        self._replicas = options.pop("replicas", None)
         super().__init__(plan, geometries, **options)
         self._model, self._followed = model, Followed(optimizer)
         self._scales, self._liveness = Scales(), Liveness()
@@ -71,12 +73,11 @@ class Attachment(BaseAttachment[Constrained]):
 
     def parameters(self) -> list[Location]:
         """Every parameter of the model."""
-        return locate(self._model, self._followed.parameters)
+        return locate(self._model, self._followed.parameters, shared=self._replicas is not None)
 
     def constrain(self, parameter: Location, assignment: Assignment) -> Constrained:
         """What is kept of a weight that a rule is to act on."""
-        kind = ShardedConstrained if isinstance(parameter, ShardedLocation) else Constrained
-        return kind(parameter, assignment)
+        return constrained_at(parameter, assignment)
 
     def check_rule(self, rule: Any) -> None:
         """Raise `AdapterError` if the rule has not what its stage needs here."""
@@ -85,7 +86,7 @@ class Attachment(BaseAttachment[Constrained]):
     def assign(self) -> None:
         """Decide about every parameter; those constrained before keep their state and sizes."""
         super().assign()
-        settle([c.location for c in self._constrained], self._groups)
+        settle_all(self._constrained, self._groups, self._replicas)
         for c in self._constrained:
             c.schedule(self.steps + 1)
         self._scales.give(self._constrained, self._followed.optimizer)
@@ -272,7 +273,7 @@ class Attachment(BaseAttachment[Constrained]):
             return
         changes: dict[nn.Module, torch.Tensor] = {}
         for c, before, after in moves:
-            known = c.moved if isinstance(c, ShardedConstrained) else None
+            known = c.moved if isinstance(c, SharedConstrained) else None
             change = relative_change(before, after) if known is None else known
             module = c.location.module
             changes[module] = torch.maximum(change, changes.get(module, change))

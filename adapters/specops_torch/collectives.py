@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,6 +71,17 @@ def content_of(buffer: torch.Tensor) -> Any:
     _, length = reader.take((2,), torch.int64).tolist()
     text = reader.take((length,), torch.uint8)
     return _filled_in(pickle.loads(text.cpu().numpy().tobytes()), reader)
+
+
+@contextmanager
+def about(names: Sequence[str]) -> Iterator[None]:
+    """Name the weights in what a collective raises when another rank has ended or stays away."""
+    try:
+        yield
+    except RuntimeError as error:
+        more = f" and {len(names) - 1} more weights" if len(names) > 1 else ""
+        error.add_note(f"while the ranks worked on {names[0]}{more} together")
+        raise
 
 
 def exchanged(

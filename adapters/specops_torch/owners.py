@@ -17,6 +17,7 @@ from specops.errors import AdapterError
 from specops.geometry import Dense
 from specops_torch.collectives import (
     Reader,
+    about,
     as_bytes,
     byte_size,
     content_of,
@@ -25,7 +26,7 @@ from specops_torch.collectives import (
     message_length,
     objects,
 )
-from specops_torch.sharded import ShardedLocation
+from specops_torch.shared import SharedLocation
 
 _ROOM = 1.25
 """Times the bytes that an owner told last of a weight are kept ready for the next time: a choice.
@@ -71,7 +72,7 @@ Work = Callable[[int], Found]
 
 
 def shared(
-    locations: Sequence[ShardedLocation], work: Work, *, values: Sequence[bool]
+    locations: Sequence[SharedLocation], work: Work, *, values: Sequence[bool]
 ) -> list[Found]:
     """Let the rank that owns a weight do the work on it, and tell all ranks.
 
@@ -80,7 +81,7 @@ def shared(
 
     Parameters
     ----------
-    locations : sequence of ShardedLocation
+    locations : sequence of SharedLocation
         The same in the same order on all ranks.
     work : callable
         Of the position of a weight, whose `read` gives the whole while it runs.
@@ -114,7 +115,7 @@ def _at(work: Work, members: Sequence[int], at: int) -> Found:
     return work(members[at])
 
 
-def cost_of(x: ShardedLocation) -> float:
+def cost_of(x: SharedLocation) -> float:
     """Of decomposing its matrices; of a kernel, as of a square matrix with so many entries."""
     shape, geometry = tuple(x.parameter.shape), x.weight.geometry
     entries = math.prod(shape)
@@ -135,13 +136,14 @@ def owners_of(costs: Sequence[float], ranks: int) -> list[int]:
 
 
 def _one_group(
-    given: Sequence[ShardedLocation], work: Work, values: Sequence[bool]
+    given: Sequence[SharedLocation], work: Work, values: Sequence[bool]
 ) -> list[Found | Failed]:
     layout = given[0].known
     group, me, device = layout.group, layout.rank, layout.device
-    ranks = dist.get_world_size(group)
+    ranks, names = dist.get_world_size(group), [x.weight.name for x in given]
     owners = owners_of([cost_of(x) for x in given], ranks)
-    _gather(given, owners, ranks)
+    with about(names):
+        _gather(given, owners, ranks)
     mine: dict[int, tuple[Found | Failed, torch.Tensor]] = {}
     for i, x in enumerate(given):
         if owners[i] == me:
@@ -166,14 +168,16 @@ def _one_group(
     sizes = [0] * ranks
     for i, x in enumerate(given):
         sizes[owners[i]] += x.capacity + (_size(x, x.known.own) if values[i] else 0)
-    readers = [Reader(part) for part in exchanged(outgoing, sizes, group)]
+    with about(names):
+        readers = [Reader(part) for part in exchanged(outgoing, sizes, group)]
     texts, parts = [], []
     for i, x in enumerate(given):
         reader = readers[owners[i]]
         texts.append(reader.skip(x.capacity))
         own = x.known.own.shape
         parts.append(reader.take(own, x.parameter.dtype) if values[i] else None)
-    whole = _long_texts(texts, mine, group)
+    with about(names):
+        whole = _long_texts(texts, mine, group)
     results: list[Found | Failed] = []
     for i, x in enumerate(given):
         text = whole.get(i, texts[i])
@@ -183,7 +187,7 @@ def _one_group(
     return results
 
 
-def _gather(given: Sequence[ShardedLocation], owners: Sequence[int], ranks: int) -> None:
+def _gather(given: Sequence[SharedLocation], owners: Sequence[int], ranks: int) -> None:
     """Bring each weight together on its owner."""
     layout = given[0].known
     sources = [x.known.sources(owner) for x, owner in zip(given, owners, strict=True)]
@@ -208,7 +212,7 @@ def _gather(given: Sequence[ShardedLocation], owners: Sequence[int], ranks: int)
 
 
 def _to_rank(
-    x: ShardedLocation, rank: int, result: Found | Failed, text: torch.Tensor, value: bool
+    x: SharedLocation, rank: int, result: Found | Failed, text: torch.Tensor, value: bool
 ) -> list[torch.Tensor]:
     """What an owner sends to a rank of one weight."""
     room = text.new_zeros(max(0, x.capacity - len(text)))
@@ -233,7 +237,7 @@ def _long_texts(
     return {i: text.to(texts[i].device) for own in objects(told, group) for i, text in own.items()}
 
 
-def _size(x: ShardedLocation, piece: Any) -> int:
+def _size(x: SharedLocation, piece: Any) -> int:
     return byte_size(piece.shape, x.parameter.dtype)
 
 

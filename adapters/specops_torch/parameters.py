@@ -13,16 +13,20 @@ from specops.training.weight import Weight
 from specops_torch.location import FROZEN, Location
 from specops_torch.own_forward import added_to
 from specops_torch.pieces import is_sharded
+from specops_torch.replicated import ReplicatedLocation
 from specops_torch.role import Role
 from specops_torch.sharded import ShardedLocation, is_fully_sharded, reshard
 from specops_torch.surroundings import WRAPPERS, role_within
 from specops_torch.unrecognised import refuse_unrecognised
 
 
-def locate(model: nn.Module, trained: Iterable[nn.Parameter] | None) -> list[Location]:
+def locate(
+    model: nn.Module, trained: Iterable[nn.Parameter] | None, *, shared: bool = False
+) -> list[Location]:
     """Describe every parameter of `model`, each name once and each tensor's first name first.
 
-    `trained` are the optimizer's parameters; None stands for all.
+    `trained` are the optimizer's parameters; None stands for all. With `shared`, ranks share the
+    work on what all of them hold.
     """
     refuse_unrecognised(model)
     together = _fully_sharded(model)
@@ -44,7 +48,8 @@ def locate(model: nn.Module, trained: Iterable[nn.Parameter] | None) -> list[Loc
                 location: Location = ShardedLocation(weight, module, attribute, held=parameter)
                 location.is_brought_together = id(module) in together  # type: ignore[attr-defined]
             else:
-                location = Location(weight, module, attribute)
+                kind = ReplicatedLocation if shared else Location
+                location = kind(weight, module, attribute)
             earlier = first.get(id(parameter))
             if earlier is None:
                 first[id(parameter)] = location

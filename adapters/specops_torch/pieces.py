@@ -12,7 +12,7 @@ import torch
 from torch import distributed as dist
 
 from specops.errors import AdapterError
-from specops_torch.collectives import objects
+from specops_torch.collectives import about, objects
 
 Runs = tuple[tuple[int, int], ...]
 """Indices along one axis, in the order in which they are held: (first, one past the last) ..."""
@@ -141,7 +141,8 @@ def layouts(parameters: Sequence[tuple[str, Any]], groups: dict[Any, Any]) -> li
         for i in members:
             name, p = parameters[i]
             mine.append((name, tuple(p.shape), piece_of(p)))
-        everybody = objects(mine, group)
+        with about([name for name, _, _ in mine]):
+            everybody = objects(mine, group)
         listed = [[(name, shape) for name, shape, _ in theirs] for theirs in everybody]
         if any(names != listed[0] for names in listed):
             different = [a for a in listed[0] if any(a not in names for names in listed)]

@@ -12,9 +12,9 @@ import torch
 from specops import arrays
 from specops.geometry import Dense
 from specops.tracking import Wanted
-from specops_torch.collectives import added
+from specops_torch.collectives import about, added
 from specops_torch.pieces import Piece
-from specops_torch.sharded import ShardedLocation
+from specops_torch.shared import SharedLocation
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _flat_indices(shape: tuple[int, ...], piece: Piece, axes: tuple[int, ...]) -
 
 
 def multiplied(
-    asked: Sequence[tuple[ShardedLocation, Wanted]],
+    asked: Sequence[tuple[SharedLocation, Wanted]],
 ) -> tuple[list[tuple[torch.Tensor, ...]], list[Exception | None]]:
     """(the products that are wanted, what failed here), by one collective.
 
@@ -90,13 +90,14 @@ def multiplied(
         parts += blank
         failures.append(failure)
     layout = asked[0][0].known
-    sums = iter(added(parts, layout.group, layout.device))
+    with about([x.weight.name for x, _ in asked]):
+        sums = iter(added(parts, layout.group, layout.device))
     answers = [tuple(next(sums).to(rows.device) for rows in wanted.rows) for _, wanted in asked]
     return answers, failures
 
 
 def outer(
-    x: ShardedLocation, geometry: Dense, vectors: Sequence[torch.Tensor], factors: Sequence[Any]
+    x: SharedLocation, geometry: Dense, vectors: Sequence[torch.Tensor], factors: Sequence[Any]
 ) -> torch.Tensor:
     """This rank's part of Σ factor·uvᴴ over the blocks; `vectors` are u and v of each in turn."""
     local = x.local
@@ -115,11 +116,11 @@ def outer(
     return whole.assemble((term,), tuple(local.shape))
 
 
-def _cut_of(x: ShardedLocation, geometry: Dense) -> _Cut:
+def _cut_of(x: SharedLocation, geometry: Dense) -> _Cut:
     return _cut(geometry, tuple(x.parameter.shape), x.known.own, str(x.local.device))
 
 
-def _blank(x: ShardedLocation, wanted: Wanted) -> list[torch.Tensor]:
+def _blank(x: SharedLocation, wanted: Wanted) -> list[torch.Tensor]:
     shapes = wanted.geometry.matrix_shapes(tuple(x.parameter.shape))
     sides = [shape[0 if wanted.to_left else 1] for shape in shapes]
     device = x.local.device  # which may be the host's, with vectors elsewhere
@@ -129,7 +130,7 @@ def _blank(x: ShardedLocation, wanted: Wanted) -> list[torch.Tensor]:
     ]
 
 
-def _multiply(x: ShardedLocation, wanted: Wanted, blank: list[torch.Tensor]) -> list[torch.Tensor]:
+def _multiply(x: SharedLocation, wanted: Wanted, blank: list[torch.Tensor]) -> list[torch.Tensor]:
     """Products with this rank's part of the matrices, zeros elsewhere."""
     geometry, local = wanted.geometry, x.local
     cut = _cut_of(x, geometry)

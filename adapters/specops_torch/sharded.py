@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from specops.errors import AdapterError
-from specops_torch.location import Location
-from specops_torch.pieces import Layout, is_sharded, layouts
+from specops_torch.pieces import is_sharded, layouts
+from specops_torch.shared import SharedLocation
 
 
 @dataclass
-class ShardedLocation(Location):
+class ShardedLocation(SharedLocation):
     """A DTensor parameter.
 
-    Its shape, and so its geometry and blocks, are those of the logical weight. `read` gives that
-    where it has been brought together (`whole`), else this rank's part; `write` takes either.
+    Its shape, and so its geometry and blocks, are those of the logical weight, which `read` gives
+    where it has been brought together; `write` takes that, or this rank's part.
     """
 
     held: Any = None
-    layout: Layout | None = None
-    whole: torch.Tensor | None = field(default=None, repr=False)
     is_brought_together: bool = False
-    """Whether `fully_shard` does so for forward passes."""
-    capacity: int = 4096
-    """Bytes that are expected of what an owner tells of it, beside its entries."""
+    """Whether `fully_shard` brings it together for forward passes."""
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -42,12 +38,6 @@ class ShardedLocation(Location):
         return self.held
 
     @property
-    def known(self) -> Layout:
-        """Who holds what."""
-        assert self.layout is not None
-        return self.layout
-
-    @property
     def local(self) -> torch.Tensor:
         """This rank's part, sharing its memory."""
         with torch.no_grad():
@@ -58,10 +48,6 @@ class ShardedLocation(Location):
     def is_stale(self) -> bool:
         """Whether its layer holds a copy that was made before the latest write."""
         return not is_sharded(self.module._parameters.get(self.attribute))
-
-    def read(self) -> torch.Tensor:
-        """The logical weight where it is at hand, else this rank's part."""
-        return self.local if self.whole is None else self.whole
 
     def gathered(self) -> torch.Tensor:
         """The logical weight, differentiable, by a collective of its own."""
@@ -99,8 +85,7 @@ def settle(locations: Sequence[Any], groups: dict[Any, Any]) -> None:
             )
     found = layouts([(x.weight.name, x.parameter) for x in new], groups)
     for x, layout in zip(new, found, strict=True):
-        x.layout = layout
-        x.capacity += 16 * sum(x.parameter.shape)
+        x.learn(layout)
 
 
 def reshard(model: nn.Module) -> None:

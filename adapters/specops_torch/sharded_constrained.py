@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,21 +14,35 @@ from specops.tracking import TrackedBlocks
 from specops.training.plan import Assignment
 from specops_torch.constrained import Constrained
 from specops_torch.fast_paths import DTYPES
+from specops_torch.location import Location
 from specops_torch.products import outer
-from specops_torch.sharded import ShardedLocation
+from specops_torch.replicated import ReplicatedLocation, settle_replicas
+from specops_torch.sharded import ShardedLocation, settle
+from specops_torch.shared_constrained import SharedConstrained
 
 
-class ShardedConstrained(Constrained):
+def constrained_at(location: Location, assignment: Assignment) -> Constrained:
+    """What is kept of a weight there: on replicas only rules on weights are worth sharing."""
+    if isinstance(location, ShardedLocation):
+        return ShardedConstrained(location, assignment)
+    stage = None if assignment.rule is None else assignment.rule.stage
+    if stage == "weights" and isinstance(location, ReplicatedLocation):
+        return SharedConstrained(location, assignment)
+    return Constrained(location, assignment)
+
+
+def settle_all(constrained: Sequence[Constrained], groups: dict[Any, Any], replicas: Any) -> None:
+    """Learn which ranks hold what of those that are new; all ranks call it alike."""
+    settle([c.location for c in constrained], groups)
+    settle_replicas([c.location for c in constrained if isinstance(c, SharedConstrained)], replicas)
+
+
+class ShardedConstrained(SharedConstrained):
     """A weight that no rank holds as a whole, except while it owns it.
 
-    States of rules are the same on all ranks; layers under a forward rule find theirs in the first
-    forward pass, which brings the weight together anyway.
+    Layers under a forward rule find their states in the first forward pass, which brings the
+    weight together anyway.
     """
-
-    advanced: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
-    """(new state, figures) of a firing by products, until it is recorded."""
-    moved: torch.Tensor | None = None
-    """How far its owner moved it last, relative to its norm, if anybody asks."""
 
     @property
     def location(self) -> ShardedLocation:
@@ -45,32 +60,13 @@ class ShardedConstrained(Constrained):
     def refuse_sharded(self, model: nn.Module) -> None:
         """It was so from the beginning."""
 
-    @property
-    def waits(self) -> bool:
-        """Whether a firing leaves it alone on every rank, for reasons that need no numbers."""
-        return bool(self.location.frozen()) or self.needs_size
-
-    def why_not(self, weight: torch.Tensor) -> str:
-        """As ever; what was advanced by products has been looked at whole."""
-        if self.advanced is not None:
-            return self.location.frozen()
-        return super().why_not(weight)
-
-    def act(self, weight: torch.Tensor, step: int, *, certain: bool) -> Any:
-        """What products have given, or on its owner what the rule gives."""
-        if self.advanced is None:
-            return super().act(weight, step, certain=certain)
-        (state, figures), self.advanced = self.advanced, None
-        return weight, state, self.checked(figures)
-
     def steps_by_products(self, step: int) -> Any:
-        """The computation of a firing that needs no more than products; None where it does."""
-        forgotten = self.in_use is not None and self.in_use.forgotten
-        if forgotten or self.state is None:
+        """As ever; of penalties those whose term each rank makes of the vectors."""
+        if self.in_use is not None and self.in_use.forgotten:
             return None
         if self.stage == "gradients" and not self.adds_in_place(self.geometry):
             return None
-        return self.rule.by_products(self.geometry, self.state, step=step, name=self.name)
+        return super().steps_by_products(step)
 
     def adds_in_place(self, geometry: Geometry) -> bool:
         """Whether each rank makes its part of a penalty's term from the vectors."""

@@ -12,11 +12,12 @@ from typing import Any
 from specops.errors import AdapterError, SpecopsError
 from specops.training.firing import Firing, NonFinitePolicy
 from specops.training.outcome import Outcome
-from specops_torch.collectives import highest
+from specops_torch.collectives import about, highest
 from specops_torch.constrained import Constrained
 from specops_torch.owners import Found, shared
 from specops_torch.products import multiplied
 from specops_torch.sharded_constrained import ShardedConstrained
+from specops_torch.shared_constrained import SharedConstrained
 from specops_torch.stale_statistics import relative_change
 
 Measure = Callable[[Constrained], dict[str, Any]]
@@ -43,7 +44,7 @@ class ShardedFiring(Firing[Constrained]):
     ) -> list[Outcome[Constrained]]:
         """Let rules act, without writing anything; with `certain`, certified where they can."""
         due = list(due)
-        sharded = [c for c in due if isinstance(c, ShardedConstrained)]
+        sharded = [c for c in due if isinstance(c, SharedConstrained)]
         if not sharded:
             return super().compute(due, step, certain=certain)
         active = [c for c in sharded if not c.waits]
@@ -55,11 +56,11 @@ class ShardedFiring(Firing[Constrained]):
         return [found[c.name] for c in due]
 
     def _not_finite(self, c: Constrained, weight: Any, step: int) -> str:
-        whole = c.location.parameter if isinstance(c, ShardedConstrained) else weight
+        whole = c.location.parameter if isinstance(c, SharedConstrained) else weight
         return super()._not_finite(c, whole, step)
 
     def _owned(
-        self, due: Sequence[ShardedConstrained], step: int, certain: bool
+        self, due: Sequence[SharedConstrained], step: int, certain: bool
     ) -> list[Outcome[Constrained]]:
         def work(at: int) -> Found:
             c = due[at]
@@ -94,7 +95,7 @@ def measured(constrained: Sequence[Constrained], measure: Measure) -> dict[str, 
     return {c.name: found.get(c.name) or measure(c) for c in constrained}
 
 
-def _outcome(c: ShardedConstrained, found: Found) -> Outcome[Constrained]:
+def _outcome(c: SharedConstrained, found: Found) -> Outcome[Constrained]:
     """What the owner found, as this rank's part of it."""
     acted, changed, state, record, c.misfit, c.moved = found.told
     local = c.location.local
@@ -102,24 +103,24 @@ def _outcome(c: ShardedConstrained, found: Found) -> Outcome[Constrained]:
     return Outcome(c, local, array, state, record)
 
 
-def _by_products(due: Sequence[ShardedConstrained], step: int) -> list[ShardedConstrained]:
+def _by_products(due: Sequence[SharedConstrained], step: int) -> list[SharedConstrained]:
     """Those for which products will not do; the others are advanced.
 
     One collective for each round of products, and one in which the ranks agree.
     """
-    by_group: dict[int, list[ShardedConstrained]] = {}
+    by_group: dict[int, list[SharedConstrained]] = {}
     for c in due:
         by_group.setdefault(id(c.location.known.group), []).append(c)
     undone = [name for group in by_group.values() for name in _one_group(group, step)]
     return [c for c in due if c.name in undone]
 
 
-def _one_group(due: Sequence[ShardedConstrained], step: int) -> list[str]:
+def _one_group(due: Sequence[SharedConstrained], step: int) -> list[str]:
     errors: dict[str, Exception] = {}
-    asking: dict[str, tuple[ShardedConstrained, Any, Any]] = {}
+    asking: dict[str, tuple[SharedConstrained, Any, Any]] = {}
     tried, undone = [], []
 
-    def go_on(c: ShardedConstrained, steps: Any, answer: Any) -> None:
+    def go_on(c: SharedConstrained, steps: Any, answer: Any) -> None:
         """Until it asks for more, or is done."""
         try:
             asking[c.name] = c, steps, steps.send(answer)
@@ -149,7 +150,8 @@ def _one_group(due: Sequence[ShardedConstrained], step: int) -> list[str]:
         _FAILED if c.name in errors else _UNDONE if c.advanced is None else _DONE for c in tried
     ]
     layout = tried[0].location.known
-    agreed = highest(mine, layout.group, layout.device)
+    with about([c.name for c in tried]):
+        agreed = highest(mine, layout.group, layout.device)
     if _FAILED in agreed:
         for c in tried:
             c.advanced = None
@@ -161,7 +163,7 @@ def _one_group(due: Sequence[ShardedConstrained], step: int) -> list[str]:
     return undone
 
 
-def _named(c: ShardedConstrained, errors: dict[str, Exception], step: int) -> Exception:
+def _named(c: SharedConstrained, errors: dict[str, Exception], step: int) -> Exception:
     """The error of a weight, as this rank knows it."""
     error = errors.get(c.name)
     if error is None:

@@ -37,7 +37,7 @@ def _rank(rank: int, folder: str, repeats: int, quick: bool) -> None:
     dist.destroy_process_group()
 
 
-def _transformer(quick: bool) -> tuple[Any, Any]:
+def _transformer(quick: bool, *, sharded: bool = True) -> tuple[Any, Any]:
     import torch
     from torch import nn
     from torch.distributed.fsdp import fully_shard
@@ -49,10 +49,12 @@ def _transformer(quick: bool) -> tuple[Any, Any]:
         nn.TransformerEncoderLayer(size, 8, 4 * size, dropout=0.0, batch_first=True)
         for _ in range(depth)
     ]
-    model, mesh = nn.Sequential(*layers), init_device_mesh("cpu", (RANKS,))
-    for layer in model:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    model = nn.Sequential(*layers)
+    if sharded:
+        mesh = init_device_mesh("cpu", (RANKS,))
+        for layer in model:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
     return model, torch.randn(8, 64, size)
 
 
@@ -107,20 +109,42 @@ def _projections(rank: int, repeats: int, quick: bool) -> None:
     attachment = specops.attach(None, model, rule)
     maps = attachment.geometries()
     weights = {name: p for name, p in model.named_parameters() if name in maps}
-    kept = {name: p.detach().clone() for name, p in weights.items()}
 
     @torch.no_grad()
-    def everywhere() -> None:
+    def gathered() -> None:
         for name, p in weights.items():
             new, _, _ = rule.enforce(p.full_tensor(), maps[name], {})
             part = distribute_tensor(new, p.device_mesh, p.placements, src_data_rank=None)
             p.to_local().copy_(part.to_local())
 
+    parts = [p.to_local().detach() for p in weights.values()]
+    _in_turn(rank, "projecting all shards", repeats, parts, gathered, attachment.enforce)
+
+    (alone, _), (together, _) = (_transformer(quick, sharded=False) for _ in range(2))
+    everywhere = specops.attach(None, alone, rule).enforce
+    owned = specops.attach(None, together, rule, replicas=dist.group.WORLD).enforce
+    models = (alone, together)
+    parts = [p.detach() for m in models for name, p in m.named_parameters() if name in maps]
+    _in_turn(rank, "projecting all replicas", repeats, parts, everywhere, owned)
+
+
+def _in_turn(
+    rank: int,
+    title: str,
+    repeats: int,
+    parts: list[Any],
+    everywhere: Callable[[], None],
+    owned: Callable[[], None],
+) -> None:
+    """Time both from the same weights."""
+    from torch import distributed as dist
+
+    kept = [part.clone() for part in parts]
     times: dict[str, list[float]] = {"everywhere": [], "owned": []}
     for _ in range(max(2, repeats // 2)):
-        for name, act in (("everywhere", everywhere), ("owned", attachment.enforce)):
-            for key, p in weights.items():
-                p.to_local().detach().copy_(kept[key].to_local())
+        for name, act in (("everywhere", everywhere), ("owned", owned)):
+            for part, values in zip(parts, kept, strict=True):
+                part.copy_(values)
             dist.barrier()
             began = time.perf_counter()
             act()
@@ -128,7 +152,7 @@ def _projections(rank: int, repeats: int, quick: bool) -> None:
             times[name].append(time.perf_counter() - began)
     if rank == 0:
         a, b = (statistics.median(t) for t in times.values())
-        print(f"projecting all: everywhere {a:.2f} s, owned {b:.2f} s: {b / a:.2f}×")
+        print(f"{title}: everywhere {a:.2f} s, owned {b:.2f} s: {b / a:.2f}×")
 
 
 def _steps(rank: int, repeats: int, quick: bool) -> None:

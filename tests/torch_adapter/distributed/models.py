@@ -131,7 +131,8 @@ def counted(mode: Any) -> dict[str, int]:
 def batch(model: nn.Module) -> torch.Tensor:
     """Something that it takes, the same on every rank."""
     torch.manual_seed(1)
-    shape = (4, 2, 4, 4) if isinstance(model[0], nn.Conv2d) else (4, 3, 6)
+    first = getattr(model, "module", model)[0]
+    shape = (4, 2, 4, 4) if isinstance(first, nn.Conv2d) else (4, 3, 6)
     return torch.randn(shape)
 
 

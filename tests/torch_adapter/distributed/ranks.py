@@ -14,15 +14,27 @@ from typing import Any
 Case = Callable[[Path], None]
 _PATIENCE = 20
 """Seconds until a collective that others have left fails."""
+_PRELOADED = [
+    f"{__package__}.rules",
+    f"{__package__}.training",
+    "accelerate",
+    "lightning.pytorch.strategies",
+    "numpy.testing",
+    "specops.arrays.numpy",
+    "specops.arrays.torch",
+    "specops.models",
+    "specops_torch.adapter",
+]
+"""Once, where processes are forked from: what is there, and what most cases would import."""
 
 
 def run(cases: Sequence[Case], ranks: int, folder: Path) -> dict[str, str]:
     """What went wrong in each case, on any rank; "" where nothing did.
 
-    A case is a function of a module; processes are forked from one that has imported torch.
+    A case is a function of a module; processes are forked from one that has imported all it needs.
     """
     context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "specops", "specops_torch"])
+    context.set_forkserver_preload(_PRELOADED)
     results = context.SimpleQueue()
     given = (cases, ranks, folder, os.urandom(4).hex(), results)
     children = [context.Process(target=_rank, args=(rank, *given)) for rank in range(ranks)]
@@ -40,7 +52,7 @@ def run(cases: Sequence[Case], ranks: int, folder: Path) -> dict[str, str]:
     for name in failures:
         missing = [rank for rank in range(ranks) if (rank, name) not in ended]
         if missing:
-            failures[name] += f"ranks {missing} never came to an end"
+            failures[name] += f"ranks {missing} never came to an end\n"
     return failures
 
 

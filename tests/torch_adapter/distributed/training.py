@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
+import importlib
+import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -13,9 +15,8 @@ from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
-from torch.distributed.tensor import (
-    distribute_tensor,
-)
+from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 import specops
 import specops_torch
@@ -24,13 +25,17 @@ from specops import (
     Monitor,
     SpectralNormalization,
     SpectralNormPenalty,
+    SpectralSoftCap,
     errors,
 )
+from tests.torch_adapter.distributed import engines
 from tests.torch_adapter.distributed.models import (
     RESUMED,
     Breaking,
     batch,
+    counted,
     dense,
+    flat,
     fsdp,
     in_columns,
     raises,
@@ -206,6 +211,46 @@ def replicas(_: Path) -> None:
                 assert torch.equal(*both), (rule, zero, name)
 
 
+def owned_replicas(_: Path) -> None:
+    """With a group each rank decomposes some layers, and all end where one alone would."""
+    rules = (
+        ClipSpectralNorm(1.0, screen=False),
+        ClipSpectralNorm(8.0),
+        SpectralSoftCap(1.0, norm="operator"),
+    )
+    for rule in (*rules, SpectralNormPenalty(0.1, norm="reshaped")):
+        plain, model = dense(), nn.parallel.DistributedDataParallel(dense())
+        attachment, _ = train(model, rule, replicas=dist.group.WORLD)
+        expected, _ = train(plain, rule)
+        tolerance = 0.0 if rule in rules[:1] else 1e-6
+        same(whole(model.module), whole(plain), tolerance)
+        same(flat(attachment.history), flat(expected.history), tolerance)
+        same(flat(attachment.state_dict()), flat(expected.state_dict()), tolerance)
+        for name, p in model.named_parameters():
+            both = [torch.empty_like(p) for _ in range(2)]
+            dist.all_gather(both, p.detach())
+            assert torch.equal(*both), (rule, name)
+    attachment = specops.attach(None, dense(), rules[0], replicas=dist.group.WORLD)
+    with (
+        CommDebugMode() as firing,
+        mock.patch.object(
+            ClipSpectralNorm, "enforce", autospec=True, side_effect=ClipSpectralNorm.enforce
+        ) as done,
+    ):
+        attachment.enforce()
+    assert counted(firing) == {"alltoall_base_": 2}
+    counts: list[Any] = [None, None]
+    dist.all_gather_object(counts, done.call_count)
+    assert min(counts) > 0
+    assert sum(counts) == len(attachment.weights()), counts
+    attachment.report()  # on one rank alone, if you like
+    model = dense()
+    with torch.no_grad():
+        model[2].weight.add_(dist.get_rank())
+    with raises(errors.AdapterError, "2.weight", "no replicas"):
+        specops.attach(None, model, rules[0], replicas=dist.group.WORLD)
+
+
 def saved(folder: Path) -> None:
     """What `three` and one process load."""
     for name, rule in RESUMED.items():
@@ -220,12 +265,9 @@ def saved(folder: Path) -> None:
 
 def example(_: Path) -> None:
     """The program that users copy from, in little."""
-    place = Path(__file__).parents[3] / "examples" / "train_distributed.py"
-    spec = importlib.util.spec_from_file_location("train_distributed", place)
-    assert spec is not None
-    assert spec.loader is not None
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
+    place = Path(__file__).parents[3] / "examples"
+    with mock.patch.object(sys, "path", [str(place), *sys.path]):
+        program = importlib.import_module("train_distributed")
     options = program.parsed(["--quick", "--max-norm", "1.0"])
     model, attachment, losses = program.train(options, torch.device("cpu"))
     assert losses[-1] < losses[0]
@@ -244,6 +286,8 @@ CASES = (
     refused,
     failures_reach_all_ranks,
     replicas,
+    owned_replicas,
     saved,
     example,
+    *engines.CASES,
 )
