@@ -154,6 +154,8 @@ def main(arguments: list[str] | None = None) -> tuple[dict[str, jax.Array], list
         # Read when the first device is asked for.
         flag = f"--xla_force_host_platform_device_count={options.devices}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+        # Threads in which they wait for each other: with one a core they may do so for ever.
+        os.environ.setdefault("NPROC", str(4 * options.devices))
         jax.config.update("jax_platforms", "cpu")
     # XLA calls LAPACK for one small matrix after the other, which threads slow down a hundredfold.
     with threadpool_limits(1, user_api="blas"):
