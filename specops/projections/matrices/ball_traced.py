@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from specops import arrays
@@ -38,12 +37,12 @@ def project_traced(
 
     x = clipped * block.scale
     if dtype == a.dtype:
-        # Storing rounds nothing, and the target's margin covers the solver's rounding. What is
-        # measured outside all the same gives way once, by more than any rounding: a loop would
-        # end when all of a stack are done, which devices that share it would have to agree on.
+        # Storing rounds nothing, and the target's margin is that of the solver's rounding. What is
+        # measured outside all the same gives way once, by eight margins: a loop would end when all
+        # of a stack are done, which devices that share it would have to agree on.
         after = norm(x)
-        less = xp.ones_like(after)
-        less = xp.where(fits(after), less, less * (1.0 - math.sqrt(arrays.epsilon(dtype))))
+        less = (target / limit) ** 8 * limit / xp.where(fits(after), limit, after)
+        less = arrays.stop_gradient(xp.where(fits(after), xp.ones_like(after), less))
         stored, after = x * less[..., None, None], after * less
     else:
         stored = store_within(xp, x, dtype, lambda x: fits(norm(x)), limit.ndim)
