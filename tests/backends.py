@@ -131,10 +131,10 @@ if os.environ.get("CI") and (lost := [name for name in REQUIRED if name in MISSI
 EVERY_CASE = "SPECOPS_CASES" in os.environ
 """Whether to spare nothing: JAX compiles each operation for each new shape, the strict library
 checks each, and both run the lines that NumPy and torch run on all cases."""
-SAMPLED = {"jax": 2, "jax-jit": 6, "array_api_strict-CPU_DEVICE": 4} | {
+SAMPLED = {"jax": 2, "jax-jit": 6, "jax_eager_gradient": 3, "array_api_strict-CPU_DEVICE": 4} | {
     f"array_api_strict-{device}": 2 for device in ("device1", "no_x64")
 }
-"""Cases of one test that these run otherwise."""
+"""Cases of one test that these run otherwise: backends, and ways to differentiate."""
 
 
 def leave_to_others(backend: Backend, when: bool = True) -> None:

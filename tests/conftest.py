@@ -69,9 +69,8 @@ def _sample(items: list[pytest.Item]) -> None:
     """Leave the slow libraries a few cases of each test, from its first to its last."""
     cases: dict[tuple[str, str], list[pytest.Item]] = {}
     for item in items:
-        for backend in _backends(item):
-            if backend.name in SAMPLED:
-                cases.setdefault((item.nodeid.partition("[")[0], backend.name), []).append(item)
+        for name in SAMPLED.keys() & _names(item):
+            cases.setdefault((item.nodeid.partition("[")[0], name), []).append(item)
     for (_, name), same in cases.items():
         count = min(SAMPLED[name], len(same))
         kept = {round(i * (len(same) - 1) / max(count - 1, 1)) for i in range(count)}
@@ -97,6 +96,12 @@ _SLOW_BACKENDS = ("jax", "array_api_strict")
 def _backends(item: pytest.Item) -> list[Backend]:
     given = item.callspec.params.values() if hasattr(item, "callspec") else ()
     return [x for x in given if isinstance(x, Backend)]
+
+
+def _names(item: pytest.Item) -> set[str]:
+    """Of the backends and functions that a case is given."""
+    given = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return {x.name if isinstance(x, Backend) else getattr(x, "__name__", "") for x in given}
 
 
 def _is_on_slow_backend(item: pytest.Item) -> bool:

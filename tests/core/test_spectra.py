@@ -237,7 +237,7 @@ def test_any_size_bounds_hold_for_each_size() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_many_groups_of_similar_norm(eager: Backend, dtype: str) -> None:
     leave_to_others(eager, dtype == "float32")
-    for seed in range(1 if eager.name == "jax" else 6):  # which compiles for long
+    for seed in range(6 if eager.name in ("numpy", "torch") else 1):
         rng = np.random.default_rng(seed)
         w = rng.standard_normal((16, 1, 3, 3)).astype(dtype)
         geometry = Conv((7, 7), groups=16, padding=1)

@@ -329,7 +329,9 @@ def test_derivatives_are_zero_there(shape: tuple[int, ...], geometry: Conv) -> N
     for i, (f, g) in enumerate(zip(of_torch, of_jax, strict=True)):
         x = torch.tensor(w, requires_grad=True)
         f(x).backward()
-        slopes = x.grad.numpy(), np.asarray(jax.grad(g)(w)), np.asarray(jax.jit(jax.grad(g))(w))
+        slopes = [x.grad.numpy(), np.asarray(jax.jit(jax.grad(g))(w))]
+        if i == 0:  # all by one mechanism, whose operations are compiled one by one
+            slopes.append(np.asarray(jax.grad(g)(w)))
         for slope in slopes:
             assert np.isfinite(slope).all()
             assert np.any(np.where(read, slope, 0.0))
