@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,32 +20,64 @@ class ReplicatedLocation(SharedLocation):
     """A parameter of which every rank holds a copy."""
 
 
-def settle_replicas(locations: Sequence[Any], group: Any) -> None:
-    """Learn that all ranks have those that are new; all ranks call it alike.
+def settle_replicas(constrained: Sequence[Any], group: Any) -> None:
+    """Learn that all ranks have those that are new, under equal rules; all ranks call it alike.
 
     Raises
     ------
     AdapterError
-        On all ranks, if they have others, or other values.
+        On all ranks, if they have others, or other values, rules or intervals.
     """
-    new = [x for x in locations if isinstance(x, ReplicatedLocation) and x.layout is None]
-    if not new:
+    if group is None:
         return
-    mine = [(x.weight.name, tuple(x.parameter.shape), _digest(x.parameter)) for x in new]
-    with about([name for name, _, _ in mine]):
+    here = [c for c in constrained if isinstance(c.location, ReplicatedLocation)]
+    new = [c for c in here if c.location.layout is None]
+    mine = []
+    for c in new:
+        held, how = c.location.parameter, (_described(c.rule), c.assignment.every, repr(c.geometry))
+        mine.append((c.name, tuple(held.shape), _digest(held), how))
+    with about([c.name for c in new] or ["no weight"]):
         everybody = objects(mine, group)
+    _check_alike(everybody)
+    for c in new:
+        held = c.location.parameter
+        piece = Piece(tuple(((0, size),) for size in held.shape))
+        pieces = (piece,) * dist.get_world_size(group)
+        c.location.learn(Layout(group, dist.get_rank(group), held.device, pieces))
+
+
+def check_sizes(constrained: Sequence[Any]) -> None:
+    """Raise on all ranks if layers have seen inputs of other sizes on some of them."""
+    learning = [c for c in constrained if isinstance(c.location, ReplicatedLocation)]
+    learning = [c for c in learning if c.location.learns_size]
+    if not learning:
+        return
+    with about([c.name for c in learning]):
+        mine = [(c.name, c.location.sizes()) for c in learning]
+        everybody = objects(mine, learning[0].location.layout.group)
+    for entries in zip(*everybody, strict=True):
+        if any(entry != entries[0] for entry in entries):
+            raise AdapterError(
+                f"{entries[0][0]} has seen inputs of other sizes on other ranks "
+                f"({', '.join(str(sizes) for _, sizes in entries)}), so that ranks would constrain "
+                f"other maps: name its size in geometries="
+            )
+
+
+def _check_alike(everybody: Sequence[Any]) -> None:
     for theirs in everybody:
         if theirs != everybody[0]:
             listed = {entry[0] for entry in set(theirs) ^ set(everybody[0])} or {"their order"}
             raise AdapterError(
-                f"ranks hold no replicas, {', '.join(sorted(listed)[:5])} differ: attach after "
-                f"DistributedDataParallel has made them alike, or leave out replicas="
+                f"ranks hold no replicas under equal rules, {', '.join(sorted(listed)[:5])} "
+                f"differ: attach the same after DistributedDataParallel has made them alike, "
+                f"or leave out replicas="
             )
-    device = new[0].parameter.device
-    for x in new:
-        piece = Piece(tuple(((0, size),) for size in x.parameter.shape))
-        pieces = (piece,) * dist.get_world_size(group)
-        x.learn(Layout(group, dist.get_rank(group), device, pieces))
+
+
+def _described(rule: Any) -> str:
+    # Functions, such as schedules, lie elsewhere in each process.
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(rule))
 
 
 def _digest(parameter: torch.Tensor) -> bytes:

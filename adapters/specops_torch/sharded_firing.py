@@ -16,6 +16,7 @@ from specops_torch.collectives import about, highest
 from specops_torch.constrained import Constrained
 from specops_torch.owners import Found, shared
 from specops_torch.products import multiplied
+from specops_torch.replicated import check_sizes
 from specops_torch.sharded_constrained import ShardedConstrained
 from specops_torch.shared_constrained import SharedConstrained
 from specops_torch.stale_statistics import relative_change
@@ -47,6 +48,7 @@ class ShardedFiring(Firing[Constrained]):
         sharded = [c for c in due if isinstance(c, SharedConstrained)]
         if not sharded:
             return super().compute(due, step, certain=certain)
+        check_sizes(sharded)
         active = [c for c in sharded if not c.waits]
         rest = active if certain else _by_products(active, step)
         found = {c.name: o for c, o in zip(rest, self._owned(rest, step, certain), strict=True)}

@@ -17,25 +17,26 @@ def entry(function: Callable[P, R]) -> Callable[P, R]:
     """Run `in_full_precision`, and on NumPy what JAX would dispatch operation by operation.
 
     Outside of jit JAX compiles each operation for each new shape, which takes it seconds where
-    NumPy takes milliseconds. Arrays on one CPU device go in as views, and results come back as
-    arrays of JAX; under jit, grad and vmap, and on other devices, nothing changes.
+    NumPy takes milliseconds. Where the first array is one of JAX on one CPU device, arrays go in
+    as views, and results come back as arrays of JAX; under jit, grad and vmap, and on other
+    devices, nothing changes.
     """
     whole = in_full_precision(function)
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        jax = _dispatching(args)
-        if jax is None:
+        jax, torch = if_loaded("jax"), if_loaded("torch")
+        if jax is None or (torch is not None and torch.is_compiling()):
             return whole(*args, **kwargs)
-        result: R = jax.on_numpy(whole, args, kwargs)
+        weight = _first_array(args, kwargs)
+        if not jax.is_dispatched(weight):
+            return whole(*args, **kwargs)
+        result: R = jax.on_numpy(whole, weight, args, kwargs)
         return result
 
     return wrapped
 
 
-def _dispatching(args: tuple[Any, ...]) -> Any:
-    """JAX, if an argument is an array of its that operations take one by one; else None."""
-    jax, torch = if_loaded("jax"), if_loaded("torch")
-    if jax is None or (torch is not None and torch.is_compiling()):
-        return None
-    return jax if any(map(jax.is_dispatched, args)) else None
+def _first_array(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    given = (x for x in (*args, *kwargs.values()) if hasattr(x, "dtype"))
+    return next(given, None)

@@ -45,22 +45,28 @@ class Jax(Library):
         """Whether operations on `x` run one by one, on one CPU device."""
         if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
             return False
-        return len(x.devices()) == 1 and self.on_host(x) is not None
+        # Neither laid out over a mesh nor keys of random numbers.
+        alone = isinstance(x.sharding, jax.sharding.SingleDeviceSharding)
+        return alone and isinstance(x.dtype, np.dtype) and x.device.platform == "cpu"
 
-    def on_numpy(self, function: Any, args: Any, kwargs: Any) -> Any:
+    def on_numpy(self, function: Any, weight: Any, args: Any, kwargs: Any) -> Any:
         """The function's value, computed from NumPy's views and put back; what it passes on stays.
 
-        As it is where a tracer is among the arguments.
+        As it is where a tracer is among the arguments, or behind one of them.
         """
         leaves, structure = jax.tree.flatten((args, kwargs))
         if any(isinstance(x, jax.core.Tracer) for x in leaves):
             return function(*args, **kwargs)
-        device = next(x for x in args if self.is_dispatched(x)).device
         views = [np.asarray(x) if self.is_dispatched(x) else x for x in leaves]
         given = {id(view): x for view, x in zip(views, leaves, strict=True)}
-        args, kwargs = jax.tree.unflatten(structure, views)
-        with jax.default_device(device):
-            return _put_back(function(*args, **kwargs), given)
+        own, named = jax.tree.unflatten(structure, views)
+        try:
+            result = function(*own, **named)
+        except jax.errors.JAXTypeError:  # of a tracer that a schedule gave
+            return function(*args, **kwargs)
+        # What lies elsewhere was put there.
+        elsewhere = weight.device != jax.devices()[0]
+        return _put_back(result, given, weight.device if elsewhere else None)
 
     def rounded(self, xp: Namespace, x: Array, dtype: Any, bits: tuple[int, int]) -> Array:
         """Rounded also where the compiler would rather keep more."""
@@ -172,16 +178,18 @@ def _jit(function: Any, static: int) -> Any:
     return jax.jit(function, static_argnums=tuple(range(static)))
 
 
-def _put_back(x: Any, given: dict[int, Any]) -> Any:
+def _put_back(x: Any, given: dict[int, Any], device: Any) -> Any:
     """Arrays of JAX for NumPy's, in containers and dataclasses too."""
     if isinstance(x, np.ndarray | np.generic):
-        return given[id(x)] if id(x) in given else jax.numpy.array(x)
-    if isinstance(x, dict):
-        return {key: _put_back(value, given) for key, value in x.items()}
+        if id(x) in given:
+            return given[id(x)]
+        return jax.numpy.array(x) if device is None else jax.device_put(x, device)
+    if type(x) is dict:
+        return {key: _put_back(value, given, device) for key, value in x.items()}
     if isinstance(x, tuple | list):
-        parts = [_put_back(part, given) for part in x]
+        parts = [_put_back(part, given, device) for part in x]
         return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
         names = [field.name for field in dataclasses.fields(x) if field.init]
-        return dataclasses.replace(x, **{n: _put_back(getattr(x, n), given) for n in names})
+        return dataclasses.replace(x, **{n: _put_back(getattr(x, n), given, device) for n in names})
     return x

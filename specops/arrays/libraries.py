@@ -47,7 +47,7 @@ def library_of(xp: Namespace) -> Library:
 
 def if_loaded(module: str) -> Library | None:
     """What is known of a library that something has imported, None if nothing has."""
-    return _instance(module) if module in sys.modules else None
+    return None if sys.modules.get(module) is None else _instance(module)
 
 
 def _recognised(kind: type) -> Library:

@@ -55,7 +55,7 @@ class Library:
         """Whether operations on `x` run one by one, and had better not; see `entry`."""
         return False
 
-    def on_numpy(self, function: Any, args: Any, kwargs: Any) -> Any:
+    def on_numpy(self, function: Any, weight: Any, args: Any, kwargs: Any) -> Any:
         """The function's value, of arrays for which that is so computed from NumPy's views."""
         return function(*args, **kwargs)
 

@@ -15,16 +15,16 @@ jnp = jax.numpy
 KERNEL = Conv(padding=1, input_shape=(5, 6))
 
 
-def seen_by(x: Any, **kwargs: Any) -> tuple[Any, Any]:
+def seen_by(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
     """(the kind that a public function computes with, what comes back)."""
     kinds: list[Any] = []
 
     @arrays.entry
-    def function(x: Any, **_: Any) -> Any:
+    def function(x: Any) -> Any:
         kinds.append(type(x))
         return x
 
-    found = function(x, **kwargs)
+    found = function(*args, **kwargs)
     return kinds[0], found
 
 
@@ -67,6 +67,33 @@ def test_what_is_traced_or_mapped_stays(rng: np.random.Generator) -> None:
     assert all(issubclass(kind, jax.core.Tracer) for kind in kinds)
     # A bound, or an entry of a state, may be traced where the weight is not.
     jax.jit(lambda c: specops.project_spectral_ball(w, c))(1.0)
+
+
+def test_the_weight_decides(rng: np.random.Generator) -> None:
+    w = rng.standard_normal((3, 4))
+    for bound in (1.0, 1e3):
+        new = specops.project_spectral_ball(w, jnp.asarray(bound))
+        assert type(new) is np.ndarray
+        assert new.dtype == np.float64
+    assert seen_by(x=jnp.asarray(w))[0] is np.ndarray
+
+
+def test_a_schedule_may_give_a_tracer(rng: np.random.Generator) -> None:
+    w = jnp.asarray(rng.standard_normal((3, 4)))
+
+    def project(bound: Any) -> Any:
+        return specops.ClipSpectralNorm(lambda *_: bound).update(w, Dense(), {})[0]
+
+    np.testing.assert_allclose(jax.jit(project)(1.0), project(1.0), atol=1e-6)
+
+
+def test_layouts_and_keys_are_left_to_jax(rng: np.random.Generator) -> None:
+    w = jnp.asarray(rng.standard_normal((3, 4)))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("x",))
+    over = jax.device_put(w, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x")))
+    assert issubclass(seen_by(over)[0], jax.Array)
+    with pytest.raises(specops.errors.UnsupportedArrayError):
+        specops.spectral_norm(jax.random.key(0))
 
 
 def test_a_layer_compiles_next_to_nothing(rng: np.random.Generator) -> None:

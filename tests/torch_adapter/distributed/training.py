@@ -249,6 +249,20 @@ def owned_replicas(_: Path) -> None:
         model[2].weight.add_(dist.get_rank())
     with raises(errors.AdapterError, "2.weight", "no replicas"):
         specops.attach(None, model, rules[0], replicas=dist.group.WORLD)
+    rank = dist.get_rank()
+    for other in (ClipSpectralNorm(1.0 + rank), (rules[0], rule)[rank]):
+        with raises(errors.AdapterError, "0.weight", "equal rules"):
+            specops.attach(None, dense(), other, replicas=dist.group.WORLD)
+    scheduled = ClipSpectralNorm(lambda *_: 1.0)
+    specops.attach(None, dense(), scheduled, replicas=dist.group.WORLD).step()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1))
+    attachment = specops.attach(None, model, rules[0], replicas=dist.group.WORLD)
+    model(torch.ones(1, 2, 4, 4))
+    attachment.step()
+    model(torch.ones(1, 2, 4 + rank, 4))
+    with raises(errors.AdapterError, "0.weight", "other sizes"):
+        attachment.step()
 
 
 def saved(folder: Path) -> None:
