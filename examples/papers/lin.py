@@ -191,6 +191,8 @@ def plot(found: list[records.Record], out: Path) -> list[Path]:
             half = [figures.half_interval(v) for v in values.values()]
             axis.errorbar([float(s) for s in values], centre, half, fmt="o-", capsize=3)
             axis.set(xscale="log")
+            axis.minorticks_off()
+            axis.set_xticks([float(s) for s in values], list(values))
             axis.set_xlabel("scale of SSN", fontsize=8.5)
             axis.set_ylabel(label, fontsize=8.5)
         drawn.append(plots.save(figure, out.parent / f"lin_scales_{out.name}.png"))
