@@ -40,9 +40,11 @@ def project_traced(
         # Storing rounds nothing, and the target's margin is that of the solver's rounding. What is
         # measured outside all the same gives way once, by eight margins: a loop would end when all
         # of a stack are done, which devices that share it would have to agree on.
+        x = xp.astype(x, dtype)  # a bound may be of higher precision
         after = norm(x)
         less = (target / limit) ** 8 * limit / xp.where(fits(after), limit, after)
-        less = arrays.stop_gradient(xp.where(fits(after), xp.ones_like(after), less))
+        less = xp.where(fits(after), xp.ones_like(after), less)
+        less = xp.astype(arrays.stop_gradient(less), after.dtype)
         stored, after = x * less[..., None, None], after * less
     else:
         stored = store_within(xp, x, dtype, lambda x: fits(norm(x)), limit.ndim)
