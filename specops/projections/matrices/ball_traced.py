@@ -38,11 +38,11 @@ def project_traced(
     x = clipped * block.scale
     if dtype == a.dtype:
         # Storing rounds nothing, and the target's margin is that of the solver's rounding. What is
-        # measured outside all the same gives way once, by eight margins: a loop would end when all
+        # measured outside all the same gives way once, by two margins: a loop would end when all
         # of a stack are done, which devices that share it would have to agree on.
         x = xp.astype(x, dtype)  # a bound may be of higher precision
         after = norm(x)
-        less = (target / limit) ** 8 * limit / xp.where(fits(after), limit, after)
+        less = (target / limit) ** 2 * limit / xp.where(fits(after), limit, after)
         less = xp.where(fits(after), xp.ones_like(after), less)
         less = xp.astype(arrays.stop_gradient(less), after.dtype)
         stored, after = x * less[..., None, None], after * less
