@@ -30,7 +30,8 @@ class ProjectionInfo:
         is twice the difference of the primal and the dual objective over ‖given‖², up to
         rounding; 0 where nothing changed. Shape as the norms.
     iterations : int
-        Rounds that an iterative method took; 0 if the weight was inside, 1 for a direct one.
+        Rounds that an iterative method took; 0 if the weight was inside, 1 for a direct one. Those
+        on a sample of a convolution's frequencies, before those on all, are not counted.
     state : dict of str to array
         What the next call on a similar weight may start from.
     constrained : str

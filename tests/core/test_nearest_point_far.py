@@ -10,6 +10,10 @@ import pytest
 
 import specops
 from specops import Conv
+from specops.maps.symbol import Symbol
+from specops.projections.kernels import stabilised_planes
+from specops.projections.kernels.excess import excess
+from specops.projections.kernels.support import Support
 from tests.core.nearest import normal, squared
 
 FAR = Conv((16, 16), boundary="circular")
@@ -39,15 +43,58 @@ def test_far_weights_take_few_rounds(dtype: Any, share: float) -> None:
     assert moved <= 1.21 * nearest * (1 + 2e-3)
 
 
-def test_warm_starts_from_the_sum_of_half_spaces() -> None:
+@pytest.mark.parametrize(
+    ("geometry", "shape"),
+    [
+        (FAR, SHAPE),
+        (Conv((33,), boundary="circular"), (6, 5, 3)),
+        (Conv((32, 24), stride=2, boundary="circular"), (4, 3, 3, 3)),
+        (Conv((40, 12), dilation=(4, 1), boundary="circular"), (4, 4, 5, 2)),
+        (Conv((17, 17), groups=2, boundary="circular"), (4, 3, 3, 3)),
+    ],
+)
+def test_half_spaces_of_a_sample_hold_for_all(geometry: Conv, shape: tuple[int, ...]) -> None:
+    w = normal(shape, 3)
+    sizes = geometry.sizes(shape)
+    assert geometry.grid is not None
+    support = Support(Symbol(sizes, geometry.grid, True))
+    sample = support.sample
+    assert 0 < len(sample) <= 0.6 * len(support.symbol.frequencies)
+    x = support.coordinates(np, geometry.kernel(w))
+    limit = 0.5 * float(specops.spectral_norm(w, geometry))
+    part, whole = excess(support, x, limit, sample), excess(support, x, limit)
+    assert part.near is None
+    assert part.top <= whole.top * (1 + 1e-12)
+    assert part.nuclear == pytest.approx(whole.nuclear, rel=0.25)
+    apart = np.linalg.norm(part.direction - whole.direction)
+    assert apart <= 0.35 * np.linalg.norm(whole.direction)
+    for seed in range(20):
+        inside = normal(shape, 10 + seed) if seed else w
+        inside = inside * (limit / float(specops.spectral_norm(inside, geometry)))
+        inside = support.coordinates(np, geometry.kernel(inside))
+        for found in (part, whole):
+            reached = float(np.sum(inside * found.direction))
+            assert reached <= limit * found.nuclear * (1 + 1e-12)
+
+
+def test_warm_starts_from_the_sum_of_half_spaces(monkeypatch: pytest.MonkeyPatch) -> None:
     w = normal(SHAPE, 3)
     bound = 0.5 * norm(w)
+    looked: list[Any] = []
+
+    def counted(*arguments: Any) -> Any:
+        looked.append(arguments)
+        return excess(*arguments)
+
+    monkeypatch.setattr(stabilised_planes, "excess", counted)
     options: dict[str, Any] = {"distance_tolerance": 0.1, "return_info": True}
     far, cold = specops.project_spectral_ball(w, bound, FAR, **options)
+    looked_cold, looked[:] = len(looked), []
     assert set(cold.state) == {"direction", "nuclear", "taps"}
     near = w + 1e-2 * normal(SHAPE, 4)
     got, warm = specops.project_spectral_ball(near, bound, FAR, state=cold.state, **options)
-    assert warm.iterations <= 2 < cold.iterations
+    assert warm.iterations <= 2
+    assert 0 < len(looked) < looked_cold
     assert norm(got) <= bound * (1 + 1e-12)
     # A state of no use does no harm: another kernel, one just outside, one inside.
     other = -normal(SHAPE, 5)

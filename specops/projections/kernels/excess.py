@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from specops import arrays
-from specops.arrays import host
+from specops.arrays import host, workers
 from specops.linalg.rounding import CHOLESKY_MARGIN
 from specops.linalg.soft_threshold import soft_threshold
 from specops.projections.kernels.support import Support
-from specops.spectra.torus import map_blocks
+from specops.spectra.torus import block_bytes, host_blocks
 from specops.typing import Array, Namespace
 
 
@@ -37,24 +37,33 @@ class Excess:
     near: np.ndarray | None
 
 
-def excess(support: Support, x: np.ndarray, limit: float) -> Excess:
-    """Above the limit, in the precision of `x`."""
+def excess(
+    support: Support, x: np.ndarray, limit: float, chosen: np.ndarray | None = None
+) -> Excess:
+    """Above the limit, in the precision of `x`: of all blocks, or for the chosen frequencies.
+
+    Z is zero at the others, so that the half-space is one of all blocks in either case; `top` is
+    of those that were looked at, and sums are as if they stood for the rest.
+    """
     symbol, bound = support.symbol, np.asarray(limit, x.real.dtype)
-    counts = symbol.counts / np.prod(symbol.coarse)
+    chosen = np.arange(len(symbol.frequencies)) if chosen is None else chosen
+    shares = symbol.counts[chosen] / np.sum(symbol.counts[chosen])
+    stands_for = np.prod(symbol.coarse) / np.sum(symbol.counts[chosen])
+    coefficients = support.coefficients(np, x)
 
-    def work(blocks: np.ndarray, chunk: slice) -> tuple[np.ndarray, float, np.ndarray]:
-        z, nuclear, norms = thresholded(np, blocks, bound)
-        total = float(np.sum(counts[chunk, None] * nuclear))
-        return support.gather(np, z, chunk), total, norms
+    def work(chunk: slice) -> tuple[np.ndarray, float, np.ndarray]:
+        own = chosen[chunk]
+        z, nuclear, norms = thresholded(np, host_blocks(coefficients, symbol, own), bound)
+        return support.gather(np, z, own), float(np.sum(shares[chunk, None] * nuclear)), norms
 
-    parts = map_blocks(np, symbol, support.coefficients(np, x), work)
+    parts = workers.map_chunks(work, len(chosen), block_bytes(coefficients))
     directions, nuclear, norms = zip(*parts, strict=True)
     largest = np.concatenate(norms)
     top = max(limit, float(largest.max()))
     lowest = top * (1.0 - CHOLESKY_MARGIN[arrays.dtype_name(x.real.dtype)])
     # Blocks that were not decomposed are below the limit.
-    near = np.argwhere(largest >= lowest) if lowest > limit else None
-    direction = sum(directions[1:], start=directions[0])
+    near = np.argwhere(largest >= lowest) if lowest > limit and stands_for == 1 else None
+    direction = sum(directions[1:], start=directions[0]) * stands_for
     return Excess(direction.astype(np.result_type(direction, np.float64)), sum(nuclear), top, near)
 
 

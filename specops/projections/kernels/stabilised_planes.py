@@ -42,6 +42,9 @@ def nearest_by_half_spaces(
     inside: at one of the two alone the method is that of Kelley, which swings, or does not end
     at the nearest point.
 
+    Where there are many frequencies for the size of the kernel, neighbours say nearly the same:
+    the first rounds look at a sample of them. Their half-spaces hold for all.
+
     Parameters
     ----------
     support : Support
@@ -57,30 +60,59 @@ def nearest_by_half_spaces(
     tolerance : Tolerance
         When to stop.
     max_rounds : int
-        Decompositions of all blocks at the most.
+        Decompositions of all blocks at the most, and of the sample.
 
     References
     ----------
     Kelley 1960 (cutting planes); Ben-Ameur & Neto 2007 (queries between inside and outside).
     """
-    spaces, dual, outer = start.nearest(kernel, limit)
-    best, x = Solution(0.0 * kernel, math.inf, dual, 0), outer
-    cold = not len(spaces)
-    for rounds in range(1, max_rounds + 1):
-        now = excess(support, x.astype(precision), limit)
-        feasible = x * min(1.0, limit / now.top)
-        primal = 0.5 * float(np.sum(np.abs(kernel - feasible) ** 2))
-        if now.nuclear > 0:
-            joined = spaces.joined(now.direction, now.nuclear)
-            spaces, dual, outer = joined.nearest(kernel, limit)
-            best.dual = max(best.dual, dual)
-        if primal < best.primal:
-            scaled = now.top > limit
-            best = Solution(feasible, primal, best.dual, 0, None, now.near, scaled, best.first)
-        if rounds == 1 and cold:
-            best.first = now.top
-        best.rounds, best.cuts = rounds, spaces
-        if best.suffices(kernel, tolerance):
-            break
-        x = _OUTER * outer + (1.0 - _OUTER) * (x - support.per_tap(np, now.direction))
-    return best
+    search = _Search(support, kernel, limit, start, precision)
+    sample = support.sample
+    if len(sample):
+        search.run(tolerance, max_rounds, sample)
+    return search.run(tolerance, max_rounds)
+
+
+class _Search:
+    """The half-spaces so far, the nearest point of all, and the next query."""
+
+    def __init__(
+        self,
+        support: Support,
+        kernel: np.ndarray,
+        limit: float,
+        start: HalfSpaces,
+        precision: Any,
+    ) -> None:
+        self.support, self.kernel, self.limit = support, kernel, limit
+        self.precision = precision
+        self.spaces, self.dual, self.outer = start.nearest(kernel, limit)
+        self.x, self.cold = self.outer, not len(self.spaces)
+
+    def run(
+        self, tolerance: Tolerance, max_rounds: int, chosen: np.ndarray | None = None
+    ) -> Solution:
+        """Rounds until a point is near enough, on all frequencies or as if there were no others."""
+        kernel, limit = self.kernel, self.limit
+        best = Solution(0.0 * kernel, math.inf, self.dual, 0)
+        for rounds in range(1, max_rounds + 1):
+            x = self.x
+            now = excess(self.support, x.astype(self.precision), limit, chosen)
+            feasible = x * min(1.0, limit / now.top)
+            primal = 0.5 * float(np.sum(np.abs(kernel - feasible) ** 2))
+            if now.nuclear > 0:
+                joined = self.spaces.joined(now.direction, now.nuclear)
+                self.spaces, dual, self.outer = joined.nearest(kernel, limit)
+                self.dual = best.dual = max(best.dual, dual)
+            if primal < best.primal:
+                scaled = now.top > limit
+                best = Solution(feasible, primal, best.dual, 0, None, now.near, scaled, best.first)
+            if self.cold and chosen is None:
+                best.first = now.top
+            self.cold = False
+            best.rounds, best.cuts = rounds, self.spaces
+            inner = x - self.support.per_tap(np, now.direction)
+            self.x = _OUTER * self.outer + (1.0 - _OUTER) * inner
+            if best.suffices(kernel, tolerance):
+                break
+        return best

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,10 @@ import numpy as np
 from specops import arrays
 from specops.maps.symbol import Symbol
 from specops.typing import Array, Namespace
+
+_SAMPLED = 4
+"""Of 2, 3, 4 and 6 frequencies a period the least time in all for the layers of a ResNet-20 in
+training: two thirds of that of rounds on all frequencies. At 2 the sample says too little."""
 
 
 class Support:
@@ -49,6 +54,15 @@ class Support:
         symbol = self.symbol
         small, large = sorted(symbol.block_shape)
         return 200.0 * len(symbol.frequencies) * symbol.sizes.groups * small**2 * large
+
+    @property
+    def sample(self) -> np.ndarray:
+        """Frequencies, some for each period of the fastest wave in a block: none if nearly all."""
+        symbol = self.symbol
+        strides = [max(1, int(a.period / (_SAMPLED * max(1, *a.shifts)))) for a in symbol.axes]
+        if math.prod(strides) == 1:
+            return np.zeros(0, int)
+        return np.flatnonzero((symbol.frequencies % strides == 0).all(axis=1))
 
     def coordinates(self, xp: Namespace, kernel: Array) -> Array:
         """Of a kernel (groups, rows, columns, *taps)."""
