@@ -6,15 +6,14 @@ the other.
 
 from __future__ import annotations
 
-import itertools
 import math
-from typing import Any
 
 import array_api_compat as compat
 import numpy as np
 
 from specops import arrays
 from specops.geometry import ConvSizes
+from specops.maps.windows import windows
 from specops.typing import Array
 
 _SEEN_AT_ONCE = 2**23
@@ -32,30 +31,26 @@ class ConvOperator:
     def __init__(self, kernel: Array, sizes: ConvSizes) -> None:
         assert sizes.fine is not None
         assert sizes.coarse is not None
-        assert sizes.lower is not None
         self.xp = compat.array_namespace(kernel)
         self.data = kernel
         self.sizes = sizes
         self.shape = sizes.matrix_shape()
         self.blocks = sizes.groups
-        self._fine, self._coarse, self._lower = sizes.fine, sizes.coarse, sizes.lower
-        self._taps = list(itertools.product(*(range(k) for k in sizes.kernel)))
+        self._fine, self._coarse = sizes.fine, sizes.coarse
+        self._taps = math.prod(sizes.kernel)
+        self._windows = windows(sizes, kernel)
         # (groups, rows, taps·columns)
         matrix = self.xp.permute_dims(kernel, (0, 1, *range(3, kernel.ndim), 2))
         self._matrix = self.xp.reshape(matrix, (*kernel.shape[:2], -1))
-        self._padded = tuple(
-            max((m - 1) * s + span, n + lower)
-            for n, m, s, span, lower in zip(
-                self._fine, self._coarse, sizes.stride, sizes.spans, self._lower, strict=True
-            )
-        )
 
     def matvec(self, x: Array) -> Array:
         """A x: (..., columns of A) to (..., rows of A)."""
         xp, sizes = self.xp, self.sizes
         lead = x.shape[:-1]
         x = xp.reshape(x, (*lead, sizes.groups, sizes.columns, *self._fine))
-        return xp.reshape(arrays.matmul(self._matrix, self._seen(x)), (*lead, self.shape[0]))
+        return xp.reshape(
+            arrays.matmul(self._matrix, self._windows.seen(x)), (*lead, self.shape[0])
+        )
 
     def rmatvec(self, y: Array) -> Array:
         """Aᴴ y: (..., rows of A) to (..., columns of A)."""
@@ -63,19 +58,13 @@ class ConvOperator:
         lead = y.shape[:-1]
         y = xp.reshape(y, (*lead, sizes.groups, sizes.rows, math.prod(self._coarse)))
         parts = arrays.matmul(arrays.adjoint(xp, self._matrix), y)
-        parts = xp.reshape(
-            parts, (*lead, sizes.groups, len(self._taps), sizes.columns, *self._coarse)
-        )
-        padded = arrays.zeros((*lead, sizes.groups, sizes.columns, *self._padded), like=self.data)
-        rest = [slice(None)] * (1 + len(self._coarse))
-        for index, tap in enumerate(self._taps):
-            padded = arrays.add_at(padded, (..., *self._window(tap)), parts[(..., index, *rest)])
-        return xp.reshape(self._unpad(padded), (*lead, self.shape[1]))
+        parts = xp.reshape(parts, (*lead, sizes.groups, self._taps, sizes.columns, *self._coarse))
+        return xp.reshape(self._windows.summed(parts), (*lead, self.shape[1]))
 
     def gradient(self, u: Array, v: Array) -> Array:
         """The kernel E with ⟨K, E⟩ = ⟨u, A(K) v⟩ for every K: for each tap Σ u times conj(v)."""
         xp, sizes = self.xp, self.sizes
-        seen = self._seen(xp.reshape(v, (sizes.groups, sizes.columns, *self._fine)))
+        seen = self._windows.seen(xp.reshape(v, (sizes.groups, sizes.columns, *self._fine)))
         u = xp.reshape(u, (sizes.groups, sizes.rows, -1))
         found = arrays.matmul(u, arrays.adjoint(xp, seen))
         found = xp.reshape(found, (sizes.groups, sizes.rows, *sizes.kernel, sizes.columns))
@@ -87,7 +76,7 @@ class ConvOperator:
     def to_matrix(self) -> Array:
         """The explicit matrix; memory grows with its `shape`."""
         xp, n = self.xp, self.shape[1]
-        some = max(1, _SEEN_AT_ONCE // (len(self._taps) * n))
+        some = max(1, _SEEN_AT_ONCE // (self._taps * n))
         found = []
         for first in range(0, n, some):
             eye = arrays.constant(np.eye(min(some, n - first), n, first), self.data)
@@ -108,56 +97,3 @@ class ConvOperator:
                 uses = uses[: len(landings)]
             counts = np.multiply.outer(counts, np.array(uses, float))
         return xp.sum(xp.abs(kernel) ** 2 * arrays.constant(counts, kernel))
-
-    def _seen(self, x: Array) -> Array:
-        """What each tap sees of x (..., groups, columns, *fine): (..., taps·columns, coarse)."""
-        padded = self._pad(x)
-        axis = padded.ndim - len(self._fine) - 1
-        seen = self.xp.concat([padded[(..., *self._window(t))] for t in self._taps], axis=axis)
-        rows = len(self._taps) * self.sizes.columns
-        return self.xp.reshape(seen, (*x.shape[:axis], rows, -1))
-
-    def _window(self, tap: tuple[int, ...]) -> tuple[slice, ...]:
-        return tuple(
-            slice(d * a, d * a + (m - 1) * s + 1, s)
-            for a, d, m, s in zip(
-                tap, self.sizes.dilation, self._coarse, self.sizes.stride, strict=True
-            )
-        )
-
-    def _pad(self, x: Array) -> Array:
-        first = x.ndim - len(self._fine)
-        for t, (n, lower, size) in enumerate(
-            zip(self._fine, self._lower, self._padded, strict=True)
-        ):
-            axis = first + t
-            if self.sizes.circular:
-                index = (np.arange(size) - lower) % n
-                x = self.xp.take(x, arrays.constant(index, x), axis=axis)
-                continue
-            shape = list(x.shape)
-            pieces = []
-            for extra in (lower, size - lower - n):
-                shape[axis] = extra
-                pieces.append(arrays.zeros(tuple(shape), like=x))
-            x = self.xp.concat([pieces[0], x, pieces[1]], axis=axis)
-        return x
-
-    def _unpad(self, x: Array) -> Array:
-        first = x.ndim - len(self._fine)
-        for t, (n, lower, size) in enumerate(
-            zip(self._fine, self._lower, self._padded, strict=True)
-        ):
-            keep: list[Any] = [slice(None)] * x.ndim
-            keep[first + t] = slice(lower, lower + n)
-            inside = x[tuple(keep)]
-            if self.sizes.circular:
-                inside = self._wrap(x, first + t, n, lower, size)
-            x = inside
-        return x
-
-    def _wrap(self, x: Array, axis: int, n: int, lower: int, size: int) -> Array:
-        """Add the entries outside the grid onto those that they wrap to."""
-        landing = np.zeros((size, n))
-        landing[np.arange(size), (np.arange(size) - lower) % n] = 1.0
-        return arrays.along_axis(self.xp, x, landing, axis)

@@ -55,18 +55,20 @@ def store_within(
         fixed = arrays.stop_gradient(x)
         shift = None if offset is None else arrays.stop_gradient(offset)
 
-        def scaled_down(carry: Any) -> Any:
+        def attempt(carry: Any) -> Any:
             index, factor, inside = carry
-            step = 1.0 - eps * 2.0 ** (xp.astype(index, factor.dtype) + first)
+            exponent = xp.astype(index - 1, factor.dtype) + first
+            step = xp.where(index > 0, 1.0 - eps * 2.0**exponent, xp.ones_like(exponent))
             step = xp.where(step > 0.5, step, xp.full_like(step, 0.5))
             factor = xp.where(inside, factor, factor * step)
-            return index + 1, factor, fit(fixed, shift, factor, index + 1 >= _SCALE_ALL_FROM)
+            return index + 1, factor, fit(fixed, shift, factor, index >= _SCALE_ALL_FROM)
 
-        start = xp.asarray(0), factor, fit(fixed, shift, factor, False)
+        # The first attempt is one of the loop: what a compiler is not given twice.
+        start = xp.asarray(0), factor, xp.zeros_like(factor, dtype=xp.bool)
         index, factor, _ = arrays.while_loop(
-            xp, lambda carry: (carry[0] < _ATTEMPTS - 1) & ~xp.all(carry[2]), scaled_down, start
+            xp, lambda carry: (carry[0] < _ATTEMPTS) & ~xp.all(carry[2]), attempt, start
         )
-        return stored(x, offset, factor, index >= _SCALE_ALL_FROM)
+        return stored(x, offset, factor, index > _SCALE_ALL_FROM)
     for round_ in range(_ATTEMPTS):
         result = stored(x, offset, factor, round_ >= _SCALE_ALL_FROM)
         inside = fits(arrays.to_compute(xp, result))

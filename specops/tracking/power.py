@@ -297,10 +297,9 @@ def beside(xp: Namespace, x: Array, leading: Array, stir: float = 0.0) -> Array:
         phase = overlap / xp.astype(xp.where(usable, size, xp.ones_like(size)), overlap.dtype)
         x = x * xp.where(usable, phase, xp.ones_like(phase))[..., None] + stir * noise
     for _ in range(2):
-        along = xp.sum(arrays.conjugate(xp, leading) * x, axis=-1)
-        x, left = unit(xp, x - leading * along[..., None], xp.zeros_like(x))
-        x = xp.where((left > _NOT_ROUNDING)[..., None], x, xp.zeros_like(x))
-    return x
+        x = x - leading * xp.sum(arrays.conjugate(xp, leading) * x, axis=-1)[..., None]
+    x, left = unit(xp, x, xp.zeros_like(x))
+    return xp.where((left > _NOT_ROUNDING)[..., None], x, xp.zeros_like(x))
 
 
 def along(xp: Namespace, a: Array, u: Array, v: Array) -> Array:

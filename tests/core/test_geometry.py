@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from hypothesis import given
 
 import specops
 from specops import Conv, Dense, errors
+from specops.maps import convolution
 from specops.maps.convolution import ConvOperator
+from specops.maps.windows import GatheredWindows, SlicedWindows
 from tests import oracle
 from tests.backends import Backend
 from tests.strategies import Case, convolutions
@@ -124,8 +127,9 @@ def test_frozen_hashable_and_equal_however_written() -> None:
         assert pickle.loads(pickle.dumps(geometry)) == copy.deepcopy(geometry) == geometry
 
 
-@given(convolutions())
-def test_products_are_those_of_the_explicit_matrix_and_adjoint(case: Case) -> None:
+@pytest.mark.parametrize("kind", [SlicedWindows, GatheredWindows])
+@given(case=convolutions())
+def test_products_are_those_of_the_explicit_matrix_and_adjoint(kind: Any, case: Case) -> None:
     w = case.weight()
     matrix = oracle.conv_matrix(w, case.geometry)
     if case.geometry.transposed:
@@ -133,7 +137,9 @@ def test_products_are_those_of_the_explicit_matrix_and_adjoint(case: Case) -> No
     if w.dtype.kind == "c" and case.geometry.transposed:
         matrix = matrix.conj()
         w = w.conj()
-    operator = ConvOperator(case.geometry.kernel(w), case.geometry.sizes(w.shape))
+    sizes = case.geometry.sizes(w.shape)
+    with mock.patch.object(convolution, "windows", lambda sizes, _: kind(sizes)):
+        operator = ConvOperator(case.geometry.kernel(w), sizes)
     assert operator.shape == matrix.shape
     rng = np.random.default_rng(0)
     x, y = (rng.standard_normal((2, n)) for n in matrix.shape[::-1])
@@ -147,6 +153,9 @@ def test_products_are_those_of_the_explicit_matrix_and_adjoint(case: Case) -> No
         operator.squared_frobenius(), (np.abs(matrix) ** 2).sum(), rtol=1e-10, atol=1e-20
     )
     np.testing.assert_allclose(operator.to_matrix(), matrix, atol=1e-12)
+    found = operator.gradient(y[0], x[0])
+    expected = (np.vdot(found, operator.data), np.vdot(y[0], operator.matvec(x[0])))
+    np.testing.assert_allclose(*expected, atol=1e-9)
 
 
 @given(convolutions())

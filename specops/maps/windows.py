@@ -1,0 +1,188 @@
+"""What each tap of a convolution sees of a grid, and the adjoint: sums of what the taps give."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+
+from specops import arrays
+from specops.geometry import ConvSizes
+from specops.typing import Array
+
+_GATHERED_UP_TO = 2**20
+"""Entries of a table that a compiled program carries: a choice, 4 MiB."""
+
+
+class Windows(Protocol):
+    """The views of a grid that lie under one tap each."""
+
+    def seen(self, x: Array) -> Array:
+        """Of x (..., groups, columns, *fine): (..., groups, taps·columns, coarse)."""
+
+    def summed(self, parts: Array) -> Array:
+        """Of parts (..., groups, taps, columns, *coarse), each where its tap saw it, on the grid:
+        (..., groups, columns, *fine)."""
+
+
+def windows(sizes: ConvSizes, like: Array) -> Windows:
+    """For arrays of a library that writes to slices in place, or for a compiler."""
+    assert sizes.coarse is not None
+    entries = math.prod(sizes.kernel) * max(math.prod(sizes.coarse), math.prod(sizes.fine or ()))
+    if arrays.is_staged(like) and entries <= _GATHERED_UP_TO:
+        return GatheredWindows(sizes)
+    return SlicedWindows(sizes)
+
+
+class SlicedWindows:
+    """By strided slices of the padded grid."""
+
+    def __init__(self, sizes: ConvSizes) -> None:
+        assert sizes.fine is not None
+        assert sizes.coarse is not None
+        assert sizes.lower is not None
+        self.sizes = sizes
+        self._fine, self._coarse, self._lower = sizes.fine, sizes.coarse, sizes.lower
+        self._taps = list(itertools.product(*(range(k) for k in sizes.kernel)))
+        self._padded = tuple(
+            max((m - 1) * s + span, n + lower)
+            for n, m, s, span, lower in zip(
+                self._fine, self._coarse, sizes.stride, sizes.spans, self._lower, strict=True
+            )
+        )
+
+    def seen(self, x: Array) -> Array:
+        """As `Windows.seen`."""
+        xp, padded = arrays.namespace(x), self._pad(x)
+        axis = padded.ndim - len(self._fine) - 1
+        seen = xp.concat([padded[(..., *self._window(t))] for t in self._taps], axis=axis)
+        rows = len(self._taps) * self.sizes.columns
+        return xp.reshape(seen, (*x.shape[:axis], rows, -1))
+
+    def summed(self, parts: Array) -> Array:
+        """As `Windows.summed`."""
+        grid = len(self._coarse)
+        lead, columns = parts.shape[: parts.ndim - grid - 2], self.sizes.columns
+        padded = arrays.zeros((*lead, columns, *self._padded), like=parts)
+        rest = [slice(None)] * (1 + grid)
+        for index, tap in enumerate(self._taps):
+            padded = arrays.add_at(padded, (..., *self._window(tap)), parts[(..., index, *rest)])
+        return self._unpad(padded)
+
+    def _window(self, tap: tuple[int, ...]) -> tuple[slice, ...]:
+        return tuple(
+            slice(d * a, d * a + (m - 1) * s + 1, s)
+            for a, d, m, s in zip(
+                tap, self.sizes.dilation, self._coarse, self.sizes.stride, strict=True
+            )
+        )
+
+    def _pad(self, x: Array) -> Array:
+        first = x.ndim - len(self._fine)
+        for t, (n, lower, size) in enumerate(
+            zip(self._fine, self._lower, self._padded, strict=True)
+        ):
+            axis = first + t
+            if self.sizes.circular:
+                index = (np.arange(size) - lower) % n
+                x = arrays.namespace(x).take(x, arrays.constant(index, x), axis=axis)
+                continue
+            shape = list(x.shape)
+            pieces = []
+            for extra in (lower, size - lower - n):
+                shape[axis] = extra
+                pieces.append(arrays.zeros(tuple(shape), like=x))
+            x = arrays.namespace(x).concat([pieces[0], x, pieces[1]], axis=axis)
+        return x
+
+    def _unpad(self, x: Array) -> Array:
+        first = x.ndim - len(self._fine)
+        for t, (n, lower, size) in enumerate(
+            zip(self._fine, self._lower, self._padded, strict=True)
+        ):
+            keep: list[Any] = [slice(None)] * x.ndim
+            keep[first + t] = slice(lower, lower + n)
+            inside = x[tuple(keep)]
+            if self.sizes.circular:
+                inside = self._wrap(x, first + t, n, lower, size)
+            x = inside
+        return x
+
+    def _wrap(self, x: Array, axis: int, n: int, lower: int, size: int) -> Array:
+        """Add the entries outside the grid onto those that they wrap to."""
+        landing = np.zeros((size, n))
+        landing[np.arange(size), (np.arange(size) - lower) % n] = 1.0
+        return arrays.along_axis(arrays.namespace(x), x, landing, axis)
+
+
+class GatheredWindows:
+    """By one gather from a table: a compiler has a fifth of the work that slices give it."""
+
+    def __init__(self, sizes: ConvSizes) -> None:
+        self.sizes = sizes
+        self._reads, self._returns = _tables(sizes)
+
+    def seen(self, x: Array) -> Array:
+        """As `Windows.seen`."""
+        xp, sizes = arrays.namespace(x), self.sizes
+        lead = x.shape[: x.ndim - len(sizes.kernel) - 1]
+        found = _taken(xp.reshape(x, (*lead, sizes.columns, -1)), self._reads)
+        found = xp.reshape(found, (*lead, sizes.columns, math.prod(sizes.kernel), -1))
+        n = len(lead)
+        found = xp.permute_dims(found, (*range(n), n + 1, n, n + 2))
+        return xp.reshape(found, (*lead, sizes.columns * math.prod(sizes.kernel), -1))
+
+    def summed(self, parts: Array) -> Array:
+        """As `Windows.summed`."""
+        xp, sizes, taps = arrays.namespace(parts), self.sizes, math.prod(self.sizes.kernel)
+        assert sizes.fine is not None
+        lead = parts.shape[: parts.ndim - len(sizes.kernel) - 2]
+        n = len(lead)
+        parts = xp.reshape(parts, (*lead, taps, sizes.columns, -1))
+        parts = xp.permute_dims(parts, (*range(n), n + 1, n, n + 2))
+        found = _taken(xp.reshape(parts, (*lead, sizes.columns, -1)), self._returns)
+        found = xp.sum(xp.reshape(found, (*lead, sizes.columns, taps, -1)), axis=-2)
+        return xp.reshape(found, (*lead, sizes.columns, *sizes.fine))
+
+
+def _taken(x: Array, table: np.ndarray) -> Array:
+    """Entries of the last axis, of which one behind the last is zero."""
+    xp = arrays.namespace(x)
+    x = xp.concat([x, arrays.zeros((*x.shape[:-1], 1), like=x)], axis=-1)
+    return xp.take(x, arrays.constant(table, x), axis=-1)
+
+
+@lru_cache(maxsize=64)
+def _tables(sizes: ConvSizes) -> tuple[np.ndarray, np.ndarray]:
+    """(grid point that each tap reads for each output, output, counted through all taps, that
+    each tap returns to each grid point); where there is none, one behind the last."""
+    assert sizes.fine is not None
+    assert sizes.coarse is not None
+    assert sizes.lower is not None
+    points = np.zeros((1, 1), int)
+    inside = np.ones((1, 1), bool)
+    for n, m, s, d, k, lower in zip(
+        sizes.fine,
+        sizes.coarse,
+        sizes.stride,
+        sizes.dilation,
+        sizes.kernel,
+        sizes.lower,
+        strict=True,
+    ):
+        own = d * np.arange(k)[:, None] + s * np.arange(m) - lower
+        known = np.ones_like(own, bool) if sizes.circular else (own >= 0) & (own < n)
+        points = points[:, None, :, None] * n + (own % n)[None, :, None, :]
+        points = points.reshape(points.shape[0] * k, -1)
+        inside = inside[:, None, :, None] & known[None, :, None, :]
+        inside = inside.reshape(points.shape)
+    size, outputs = math.prod(sizes.fine), math.prod(sizes.coarse)
+    reads = np.where(inside, points, size)
+    returns = np.full((len(points), size), len(points) * outputs)
+    tap, output = np.nonzero(inside)
+    # Of one tap no two outputs read the same point.
+    returns[tap, points[inside]] = tap * outputs + output
+    return reads.ravel(), returns.ravel()
