@@ -197,27 +197,26 @@ def plot(found: list[records.Record], out: Path) -> list[Path]:
     drawn = []
     clean = records.by_label(found, "clean labels")
     if clean:
-        figure, axes = figures.panels(6, columns=3, size=(3.6, 2.9))
-        figures.bars(axes[0], figures.values(clean, "test_accuracy"), "test accuracy")
-        for axis, decay in zip(axes[1:3], ("weight decay", "no weight decay"), strict=True):
-            runs = records.by_label(found, f"random labels, {decay}")
-            axis.set_visible(bool(runs))
-            figures.bars(
-                axis, figures.values(runs, "train_error"), f"random labels: error, {decay}"
-            )
-        figures.bars(
-            axes[3], figures.values(clean, "noise_sensitivity"), "noise sensitivity, median"
-        )
-        figures.bars(
-            axes[4], figures.values(clean, "lipschitz_95"), "Lipschitz ratios, 95th percentile"
-        )
+        random = {
+            decay: records.by_label(found, f"random labels, {decay}")
+            for decay in ("weight decay", "no weight decay")
+        }
+        bars = [
+            (clean, "test_accuracy", "test accuracy"),
+            *((r, "train_error", f"random labels: error, {d}") for d, r in random.items() if r),
+            (clean, "noise_sensitivity", "noise sensitivity, median"),
+            (clean, "lipschitz_95", "Lipschitz ratios, 95th percentile"),
+        ]
+        figure, axes = figures.panels(len(bars) + 1, columns=3, size=(3.6, 2.9))
+        for axis, (runs, metric, label) in zip(axes, bars, strict=False):
+            figures.bars(axis, figures.values(runs, metric), label)
         samples = {
             name: np.concatenate([r["results"]["complexities"]["jac_norm"] for r in runs])
             for name, runs in clean.items()
         }
         samples = {name: values for name, values in samples.items() if len(values)}
         if samples:
-            plots.histogram(samples, kind="complexity", ax=axes[5], percentiles=(90,))
+            plots.histogram(samples, kind="complexity", ax=axes[-1], percentiles=(90,))
         drawn.append(plots.save(figure, out.parent / f"sanyal_classifiers_{out.name}.png"))
     gans = records.by_label(found, "GAN")
     if gans:
