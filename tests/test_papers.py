@@ -159,6 +159,19 @@ def test_conditional_networks_play_by_every_loss(loss: str) -> None:
     assert not torch.equal(before, generator.last.weight)
 
 
+@pytest.mark.parametrize(("program", "key"), [("sanyal", "gan_networks"), ("lin", "networks")])
+def test_programs_play_with_residual_networks_and_labels(program: str, key: str) -> None:
+    module, parts = load(program), load("harness.program")
+    sizes = {**module.PRESETS["quick"], key: "residual", "gan_width": 0.05, "width": 0.05}
+    assert module.PRESETS["quick"][key] == "small"
+    data = module.PROGRAM.load(None, "digits", **sizes["data"])
+    (job,) = [j for j in module.jobs(sizes) if j.label in ("SRN-50", "BSN")]
+    found = module.run(job, parts.Context(data, sizes, 0, "cpu", lambda share: None))
+    scores = {k: v for k, v in found.items() if isinstance(v, float)}
+    assert {"fid", "inception_score"} <= set(scores)
+    assert all(map(math.isfinite, scores.values())), scores
+
+
 def test_results_are_generated_from_the_lines() -> None:
     """The committed table, and the README's summary of it, are those of the committed lines."""
     results = load("results")

@@ -102,30 +102,25 @@ def rule_of(settings: Mapping[str, Any]) -> specops.SpectralNormalization | None
     return specops.SpectralNormalization(norm=settings["norm"], scale=scale)
 
 
-def networks_of(
-    kind: str, shape: tuple[int, int, int], latent: int, width: float
-) -> tuple[adversarial.Make, adversarial.Make]:
-    """What makes the generator and the discriminator."""
-    of_generator = getattr(gan_networks, f"{kind}_generator")
-    of_discriminator = getattr(gan_networks, f"{kind}_discriminator")
-    return (lambda: of_generator(shape, latent, width)), (lambda: of_discriminator(shape, width))
-
-
 def run(job: Job, context: Context) -> dict[str, Any]:
     """One run."""
     sizes, images = context.sizes, context.data.symmetric()
     recipe = adversarial.Recipe(**sizes["recipe"])
     judge = scores.judge_of(context.data, **sizes["judge"])
-    make_g, make_d = networks_of(sizes["networks"], images.shape, recipe.latent, sizes["width"])
+    makers = gan_networks.makers(
+        sizes["networks"], images.shape, recipe.latent, images.classes, sizes["width"]
+    )
+    labels = images.y_train if makers.conditional else None
     torch.manual_seed(context.seed)
-    generator, discriminator = make_g().to(context.device), make_d().to(context.device)
+    generator = makers.generator().to(context.device)
+    discriminator = makers.discriminator().to(context.device)
     curve: list[dict[str, float]] = []
     layers: list[dict[str, float]] = []
 
     def observe(step: int, game: adversarial.Game) -> None:
         generated = game.images(sizes["samples"])
-        x = images.x_train[: recipe.batch]
-        norms = adversarial.gradients_by_weights_in_use(game, make_d, x)
+        x, y = images.x_train[: recipe.batch], None if labels is None else labels[: recipe.batch]
+        norms = adversarial.gradients_by_weights_in_use(game, makers.discriminator, x, y)
         layers.append(norms)
         curve.append(
             {
@@ -137,8 +132,8 @@ def run(job: Job, context: Context) -> dict[str, Any]:
         )
 
     adversarial.train(
-        generator, discriminator, images.x_train, recipe, rule=rule_of(job.settings),
-        seed=context.seed, tick=context.tick, observe=observe,
+        generator, discriminator, images.x_train, recipe, labels=labels,
+        rule=rule_of(job.settings), seed=context.seed, tick=context.tick, observe=observe,
     )  # fmt: skip
     last = curve[-1]
     gradients = torch.tensor([p["log_gradient"] for p in curve])

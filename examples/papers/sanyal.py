@@ -29,6 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "recipe": {"epochs": 1, "batch": 50},
         "random": {"epochs": 1, "batch": 50, "rate": 0.01},
         "measured": 50,
+        "gan_networks": "small",
         "gan": {"steps": 10, "batch": 16},
         "gan_width": 0.1,
         "judge": {"width": 4, "epochs": 1},
@@ -43,6 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "recipe": {"epochs": 10, "decay": 5e-4},
         "random": {"epochs": 30, "rate": 0.01, "measure_every": 10},
         "measured": 300,
+        "gan_networks": "small",
         "gan": {"steps": 1000, "rate_g": 1e-3, "rate_d": 1e-3},
         "gan_width": 0.25,
         "judge": {"width": 8, "epochs": 15},
@@ -57,6 +59,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "recipe": {"epochs": 8, "decay": 5e-4, "measure_every": 4},
         "random": {"epochs": 10, "rate": 0.01, "measure_every": 10},
         "measured": 100,
+        "gan_networks": "small",
         "gan": {"steps": 300, "rate_g": 1e-3, "rate_d": 1e-3},
         "gan_width": 0.125,
         "judge": {"width": 8, "epochs": 4},
@@ -73,6 +76,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "random": {"epochs": 200, "batch": 128, "rate": 0.01, "measure_every": 20},
         "measured": 2000,
+        "gan_networks": "residual",
         "gan": {"steps": 100_000, "latent": 128, "n_dis": 5},
         "gan_width": 1.0,
         "judge": {"width": 64, "epochs": 50},
@@ -160,20 +164,21 @@ def run_gan(job: Job, context: Context) -> dict[str, Any]:
     recipe = adversarial.Recipe(**sizes["gan"], measure_every=sizes["gan"]["steps"])
     judge = scores.judge_of(context.data, **sizes["judge"])
     width = sizes["gan_width"]
-    kind = "full" if images.shape[1] % 8 == 0 and width >= 1 else "small"
+    makers = gan_networks.makers(
+        sizes["gan_networks"], images.shape, recipe.latent, images.classes, width
+    )
     torch.manual_seed(context.seed)
-    generator = getattr(gan_networks, f"{kind}_generator")(images.shape, recipe.latent, width)
-    make_d = getattr(gan_networks, f"{kind}_discriminator")
     game = adversarial.train(
-        generator.to(context.device), make_d(images.shape, width).to(context.device),
-        images.x_train, recipe, rule=rule_of(job.settings["ratio"]), seed=context.seed,
-        tick=context.tick,
+        makers.generator().to(context.device), makers.discriminator().to(context.device),
+        images.x_train, recipe, labels=images.y_train if makers.conditional else None,
+        rule=rule_of(job.settings["ratio"]), seed=context.seed, tick=context.tick,
     )  # fmt: skip
-    generated, real = game.images(sizes["samples"]), images.x_test
-    count = min(len(generated), len(real))
-    generated, real = generated[:count], real[:count]
+    generated, labels = game.images_and_labels(sizes["samples"])
+    count = min(len(generated), len(images.x_test))
+    generated, real = generated[:count], images.x_test[:count]
     with torch.no_grad():
-        on_real, on_fake = game.discriminator(real), game.discriminator(generated)
+        on_fake = game.discriminator(generated, *(y[:count] for y in labels))
+        on_real = game.discriminator(real, *(images.y_test[:count] for _ in labels))
     within = measures.lipschitz_ratios(real, on_real)
     other = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     apart = (real - generated[other]).flatten(1).norm(dim=1)

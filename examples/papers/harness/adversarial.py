@@ -13,7 +13,7 @@ from torch.nn.functional import relu, softplus
 import specops
 from specops import measures
 
-Make = Callable[[], nn.Module]
+from .gan_networks import Make
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,16 @@ class Game:
         return self.generator(z.to(device), *y), y
 
     @torch.no_grad()
-    def images(self, count: int, seed: int = 0) -> Tensor:
-        """Generated images alone, in evaluation."""
+    def images_and_labels(self, count: int, seed: int = 0) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As `sample`, in evaluation."""
         self.generator.eval()
-        found = self.sample(count, seed)[0]
+        found = self.sample(count, seed)
         self.generator.train()
         return found
+
+    def images(self, count: int, seed: int = 0) -> Tensor:
+        """Generated images alone, in evaluation."""
+        return self.images_and_labels(count, seed)[0]
 
 
 def train(

@@ -5,9 +5,45 @@ Those of Lin et al. are scaled by `width`, 1 being the paper's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate
+
+Make = Callable[[], nn.Module]
+
+
+class Makers(NamedTuple):
+    """What makes the networks of a game."""
+
+    generator: Make
+    discriminator: Make
+    conditional: bool
+    """Whether both take labels."""
+
+
+def makers(
+    kind: str, shape: tuple[int, int, int], latent: int, classes: int, width: float
+) -> Makers:
+    """Of kind "small" or "full", of Lin et al., or "residual", which take labels."""
+    if kind == "residual":
+        return Makers(
+            lambda: ResidualGenerator(shape, latent, classes, width),
+            lambda: ProjectionDiscriminator(shape, classes, width),
+            conditional=True,
+        )
+    networks = {
+        "small": (small_generator, small_discriminator),
+        "full": (full_generator, full_discriminator),
+    }
+    generator, discriminator = networks[kind]
+    return Makers(
+        lambda: generator(shape, latent, width),
+        lambda: discriminator(shape, width),
+        conditional=False,
+    )
 
 
 def small_generator(shape: tuple[int, int, int], latent: int, width: float) -> nn.Sequential:
