@@ -139,3 +139,34 @@ def test_a_state_of_another_dilation_is_refused() -> None:
     wide = Conv((16, 16), dilation=2, boundary="circular")
     with pytest.raises(ValueError, match="another kernel or grid"):
         specops.project_spectral_ball(w, bound, wide, state=info.state, **options)
+
+
+def test_compiled_rounds_end_where_the_distance_is_certified() -> None:
+    jax = pytest.importorskip("jax")
+    w = normal(SHAPE, 3).astype(np.float32)
+    top = norm(w.astype(float))
+
+    def project(w: Any, share: float, **options: Any) -> Any:
+        options = {"distance_tolerance": 0.1, **options}
+        new, info = specops.project_spectral_ball(w, share * top, FAR, return_info=True, **options)
+        return new, info.gap, info.iterations
+
+    static = ("iterations", "distance_tolerance")
+    compiled = jax.jit(project, static_argnums=1, static_argnames=static)
+    for share, most in ((0.25, 4), (0.5, 8), (0.9, 20)):
+        new, gap, rounds = compiled(w, share)
+        assert norm(np.asarray(new, float)) <= share * top * (1 + 1e-6)
+        moved = squared(w - np.asarray(new))
+        assert 0 < int(rounds) <= most
+        if int(rounds) < 20:
+            assert moved <= 1.21 * (moved - float(gap) * squared(w)) * (1 + 1e-3)
+    assert int(compiled(w, 0.25, iterations=8)[2]) == 8
+    assert int(compiled(w, 0.25, distance_tolerance=0.0)[2]) == 20
+    # A loop that ends early can still be differentiated, along any direction.
+    with jax.enable_x64(True):
+        x, direction = normal(SHAPE, 3), normal(SHAPE, 5)
+        value = jax.jit(lambda x: jax.numpy.vdot(direction, project(x, 0.5)[0]))
+        slope = float(np.vdot(np.asarray(jax.grad(value)(x)), x))
+        step = 1e-5
+        expected = (float(value(x * (1 + step))) - float(value(x * (1 - step)))) / (2 * step)
+    assert slope == pytest.approx(expected, rel=1e-4)

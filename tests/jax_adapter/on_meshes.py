@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import json
+import os
 import re
 import sys
 import warnings
@@ -151,6 +152,16 @@ WAYS: dict[str, tuple[Any, Any]] = {
         ),
     ),
 }
+RULES = {
+    "ClipSpectralNorm": specops.ClipSpectralNorm(1.0),
+    "SpectralSoftCap": specops.SpectralSoftCap(1.0, norm="operator"),
+    "SpectralHammer": specops.SpectralHammer(1.0, norm="operator"),
+    "ProjectStableRank": specops.ProjectStableRank(ratio=0.5, norm="operator"),
+    "StableRankNormalization": specops.StableRankNormalization(0.5, norm="operator"),
+    "SpectralNormalization": specops.SpectralNormalization(norm="operator"),
+    "NormalizeIfAbove": specops.NormalizeIfAbove(1.0, norm="operator"),
+    "ClipAndCut": specops.ClipAndCut(1.0),
+}
 CASES = {
     "project_params": {"Auto": "stack", "Explicit": "stack"},
     "constrain": {"Auto": "replicated rows several stack", "Explicit": "both kernel stack"},
@@ -159,7 +170,23 @@ CASES = {
     "normalize_params": {"Auto": "columns", "Explicit": "rows stack"},
     "a rule each": {"Auto": "all"},
 }
-"""Layouts by way and kind of the mesh's axes: all of the product would be minutes of compiling."""
+"""Layouts by way and kind of the mesh's axes: all of the product is minutes of compiling."""
+
+
+def cases() -> list[tuple[str, str, str]]:
+    """(way, layout, kind) of those above; with SPECOPS_CASES all there are, of each rule alone."""
+    if "SPECOPS_CASES" not in os.environ:
+        return [(w, x, k) for w, kinds in CASES.items() for k in kinds for x in kinds[k].split()]
+    WAYS.update({name: (projected, specops.Plan([("*", rule)])) for name, rule in RULES.items()})
+    one_kind = [name for name in LAYOUTS if name != "all"]
+    return [
+        (way, layout, kind)
+        for way in WAYS
+        for layout in (["all"] if way == "a rule each" else one_kind)
+        for kind in ("Auto", "Explicit")
+        # This one is of kernels alone.
+        if way != "ClipAndCut" or layout == "kernel"
+    ]
 
 
 def case(way: str, layout: str, kind: AxisType) -> dict[str, Any]:
@@ -174,9 +201,10 @@ def case(way: str, layout: str, kind: AxisType) -> dict[str, Any]:
     maps = {name: GEOMETRIES[name] for name in host}
     step, state = make(plan, maps, params)
     compiled = jax.jit(step).lower(params, state).compile()
-    lost = []
+    lost, given = [], compiled.input_shardings[0][1]
     for _ in range(2):
-        params, state, *used = compiled(params, state)
+        # Where states lie is the partitioner's choice; this program was compiled for one.
+        params, state, *used = compiled(params, jax.device_put(state, given))
         lost += [
             name
             for tree in (params, *used)
@@ -198,7 +226,10 @@ def case(way: str, layout: str, kind: AxisType) -> dict[str, Any]:
 def on_one(way: str, *names: str) -> Any:
     """What two steps make of these weights on one device, or without JAX where it is simple."""
     make, plan = WAYS[way]
-    if make is projected:
+    # Kernels are clipped by other methods where values are known.
+    if make is projected and not (
+        "kernel" in names and way in ("ClipSpectralNorm", "project_params")
+    ):
         return in_numpy(plan, *names)
     params: Any = {name: jnp.asarray(w) for name, w in weights().items() if name in names}
     step, state = make(plan, {name: GEOMETRIES[name] for name in names}, params)
@@ -271,9 +302,7 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     print(json.dumps(["example", example()]), flush=True)
     jax.config.update("jax_enable_x64", True)
-    for way, by_kind in CASES.items():
-        for kind, layouts in by_kind.items():
-            for layout in layouts.split():
-                names = f"{way}; {layout}; {kind}"
-                if all(part in names for part in sys.argv[1:]):
-                    print(json.dumps([names, case(way, layout, AxisType[kind])]), flush=True)
+    for way, layout, kind in cases():
+        names = f"{way}; {layout}; {kind}"
+        if all(part in names for part in sys.argv[1:]):
+            print(json.dumps([names, case(way, layout, AxisType[kind])]), flush=True)

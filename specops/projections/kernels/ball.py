@@ -39,7 +39,7 @@ def project_kernel(
         solver = own or HostSolver(problem)
         result, info = solver.project(method, iterations, tolerance, state, measure)
     else:
-        result, info = project_traced(problem, method, iterations)
+        result, info = project_traced(problem, method, iterations, tolerance)
     exact = problem.geometry.has_exact_spectrum(tuple(w.shape))
     info.constrained = "layer" if exact or own is not None else "torus"
     return with_unread(result, w, problem.geometry), info

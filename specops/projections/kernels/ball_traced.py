@@ -5,8 +5,9 @@ from __future__ import annotations
 from specops import arrays
 from specops.projections.feasible import store_within
 from specops.projections.info import ProjectionInfo
-from specops.projections.kernels.first_order import alternate, dual_gradient, largest
+from specops.projections.kernels.first_order import Dual, alternate, dual_gradient, largest
 from specops.projections.kernels.problem import KernelProblem
+from specops.projections.kernels.solution import Tolerance
 from specops.typing import Array
 
 _ROUNDS_WHEN_TRACED = {"accelerated": 20, "dykstra": 40, "alternating": 5}
@@ -15,9 +16,12 @@ further than the nearest kernel is away, five rounds of alternation 5 to 50 %.""
 
 
 def project_traced(
-    problem: KernelProblem, method: str, iterations: int | None
+    problem: KernelProblem, method: str, iterations: int | None, tolerance: Tolerance
 ) -> tuple[Array, ProjectionInfo]:
-    """(the weight inside the ball, what happened) by a fixed number of first-order rounds."""
+    """(the weight inside the ball, what happened) by first-order rounds.
+
+    As many as are asked for, or as the table says; fewer where a loose tolerance is met before.
+    """
     given, geometry, support = problem.given, problem.geometry, problem.support
     xp, w = given.xp, problem.w
     if method in ("auto", "cutting-planes"):
@@ -32,25 +36,39 @@ def project_traced(
         size = before * given.scale / problem.certificate
         return w, ProjectionInfo(size, size, xp.zeros_like(size), 0)
     x, dual = x0, xp.zeros_like(limit)
+
+    def scaled(x: Array) -> Array:
+        """Onto the ball, where it is outside."""
+        top = largest(xp, support, x)
+        one = xp.ones_like(top)
+        return x * xp.where(top > target, target / xp.where(top > 0, top, one), one)
+
     if method == "alternating":
         for _ in range(rounds):
             x = alternate(xp, support, x, target)
     else:
+
+        def bound(now: Dual) -> Array:
+            """Half the squared distance of the nearest kernel is at least this."""
+            change = x0 - now.x
+            products = xp.abs(change) ** 2 * 0.5 + xp.real(xp.conj(now.x) * change)
+            return xp.sum(products) - target * now.nuclear
+
+        def near(now: Dual) -> Array:
+            moved = 0.5 * xp.sum(xp.abs(x0 - scaled(now.x)) ** 2)
+            return moved <= (1.0 + tolerance.distance) ** 2 * bound(now)
+
         now, rounds = dual_gradient(
             xp,
             support,
             x0,
             target,
             momentum=method == "accelerated",
-            done=lambda _: None,
+            done=near if tolerance.loose and iterations is None else None,
             max_rounds=rounds,
         )
-        x, change = now.x, x0 - now.x
-        products = xp.abs(change) ** 2 * 0.5 + xp.real(xp.conj(x) * change)
-        dual = xp.sum(products) - target * now.nuclear
-    top = largest(xp, support, x)
-    one = xp.ones_like(top)
-    x = x * xp.where(top > target, target / xp.where(top > 0, top, one), one)
+        x, dual = now.x, bound(now)
+    x = scaled(x)
     result = support.kernel(xp, x)
     if support.symbol.folds:
         result = result + kernel - support.kernel(xp, x0)
