@@ -33,7 +33,9 @@ class ProjectionInfo:
         Rounds that an iterative method took; 0 if the weight was inside, 1 for a direct one. Those
         on a sample of a convolution's frequencies, before those on all, are not counted.
     state : dict of str to array
-        What the next call on a similar weight may start from.
+        What the next call on a similar weight may start from. Empty where nothing is kept: inside
+        the ball, and of a kernel so far outside that, asked for a `distance_tolerance` below 0.01,
+        an accelerated method took over.
     constrained : str
         Whose norm: "layer", the operator's own, or "torus", of a Conv the norm on a torus that
         contains it, or on a grid that covers every size.
