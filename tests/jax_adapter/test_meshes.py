@@ -61,7 +61,7 @@ def test_the_example_learns_inside_the_ball(told: Found) -> None:
 
 def test_weights_are_those_of_one_device(found: Found) -> None:
     off = {name: result["off"] for name, result in found}
-    assert len(off) == (15 if not EVERY_CASE else 176)
+    assert len(off) == (15 if not EVERY_CASE else 182)
     assert {name: x for name, x in off.items() if not x <= 1e-6} == {}
 
 
@@ -73,7 +73,7 @@ def test_stacks_are_handled_where_they_lie(found: Found) -> None:
     """No matrix moves, and nothing at all within an iteration."""
     stacks = {name: result for name, result in found if "; stack;" in name}
     assert {name: r for name, r in stacks.items() if r["matrices"] or r["loops"]} == {}
-    assert len(stacks) == (5 if not EVERY_CASE else 24)
+    assert len(stacks) == (5 if not EVERY_CASE else 26)
     split = dict(found)["constrain; several; Auto"]
     assert split["loops"]  # so that these are seen where they are
     assert split["matrices"]
