@@ -12,6 +12,7 @@ from specops.checkpoints import Entry
 from specops.geometry.fused import Surroundings
 from specops.inspection.configuration import Configuration
 from specops.inspection.hints import Hints, bare_name
+from specops.inspection.low_rank import UPDATE
 
 LEAF: Final = "leaf."
 """What tensors are called that a file has without names, in the order of the model."""
@@ -108,6 +109,8 @@ class Context:
         of_layer = _OF_LAYER.fullmatch(name.removesuffix(end))
 
         def beside(other: str) -> tuple[int, ...]:
+            if name.endswith(UPDATE):
+                return self.shapes.get(self.beside(name, other + UPDATE), ())
             if of_layer is None or parts_of(name)[-1] == "gate_up_proj":
                 return self.shapes.get(self.beside(name, other), ())
             return self.shapes.get(f"{of_layer[1]}{other}{of_layer[2]}{end}", ())

@@ -8,6 +8,7 @@ from specops.geometry import Dense
 from specops.geometry.fused import fused
 from specops.inspection.assumptions.context import LEAF, Context, parts_of
 from specops.inspection.assumptions.reading import Assumption, Reading
+from specops.inspection.low_rank import UPDATE
 
 _TABLES: Final = ("embed", "wte", "wpe", "relative_attention_bias")
 _NO_TABLES: Final = ("embed_out", "unembed")
@@ -108,7 +109,10 @@ def _fused(
     name: str, parts: list[str], shape: tuple[int, ...], out: int, context: Context
 ) -> Reading | None:
     """Query, key and value in one matrix, or a gate beside what it gates."""
-    layer = parts[-1] if parts[-1].startswith("in_proj") else (parts[-2:-1] or [""])[0]
+    if name.endswith(UPDATE):
+        layer, out = parts[-1].removesuffix(UPDATE), 0  # of a layer, outputs first
+    else:
+        layer = parts[-1] if parts[-1].startswith("in_proj") else (parts[-2:-1] or [""])[0]
     found = fused(layer, shape, out, context.around(name))
     return None if found is None else Reading(found.geometry, found.why)
 

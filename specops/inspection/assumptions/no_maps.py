@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from specops.inspection.assumptions.context import ATTENTION, LEAF, Context, parts_of
 from specops.inspection.assumptions.reading import Assumption
 
@@ -18,6 +20,13 @@ _BUFFERS = {
     *("inv_freq", "freqs_cis", "cos_cached", "sin_cached", "relative_coords_table"),
     *("time_decay", "time_first", "time_faaaa"),
 }
+_ADAPTER = re.compile(
+    r"(adamss|beft|boft|bone|c3a|deft|delora|fourierft|frod|glora|gralora|hira|hra|ia3|lily|ln_tuning"
+    r"|miss|oft|osf|peanut|poly|psoft|p?vera|randlora|road|shadow|shira|supertuning|tinylora"
+    r"|trainable_tokens|unilora|vblora|waveft|lora|hada|lokr)_"
+)
+_LOW_RANK = ("lora", "hada", "lokr")
+"""How peft's kinds of adapters begin the names of their parameters."""
 _TABLES_OF_BIASES = ("bias_table", "position_bias", "rel_pos_h", "rel_pos_w")
 
 
@@ -29,6 +38,9 @@ def no_map(name: str, shape: tuple[int, ...], dtype: str, context: Context) -> A
         return Assumption(skipped="empty")
     if set(parts) & _OPTIMIZERS:
         return Assumption(skipped="of the optimizer's state")
+    adapter = _adapter(shape, parts, context)
+    if adapter is not None:
+        return adapter
     if len(shape) < 2:
         return Assumption(skipped="a scalar" if not shape else "1-d: a bias or scale, no matrix")
     if dtype in _INDICES:
@@ -58,6 +70,18 @@ def no_map(name: str, shape: tuple[int, ...], dtype: str, context: Context) -> A
     if len(shape) > 2 and sum(n > 1 for n in shape) < 2:
         return Assumption(skipped="a scale along one axis, no matrix")
     return None
+
+
+def _adapter(shape: tuple[int, ...], parts: list[str], context: Context) -> Assumption | None:
+    """What is left of an adapter when its updates are put together."""
+    known = context.configuration.adapter or any(".base_layer." in n for n in context.shapes)
+    kind = next((m[1] for part in parts[-3:] if (m := _ADAPTER.match(part))), "") if known else ""
+    if not kind or (kind in _LOW_RANK and len(shape) < 2):
+        return None
+    reason = f"a part of an adapter ({kind}), no map by itself: merge it into the model"
+    return Assumption(
+        skipped=f"{reason} (peft: model.merge_and_unload()) and save that", harmless=False
+    )
 
 
 def _quantised(name: str, last: str, dtype: str, context: Context) -> Assumption | None:
