@@ -170,8 +170,19 @@ def _of_hugging_face(name: str, configuration: Configuration) -> Layer | None:
     width = value("groups_width")
     if isinstance(width, int) and re.search(r"\.layers\.\d+\.layer\.1\.convolution\.", name):
         return Layer("Conv2d", width=width)
-    patch = value("patch_size")
     if re.search(r"patch_embed\w*\.(projection|proj)|patch_embedding\.", name):
-        size = _numbers(patch, 0)
-        return Layer("patches", stride=size, groups=1, padding="valid") if size else None
+        return _patches(configuration)
     return None
+
+
+def _patches(configuration: Configuration) -> Layer | None:
+    """Of images: as far apart as they are wide, unless the configuration has steps of its own."""
+    value = configuration.value
+    steps = (value("frequency_stride"), value("time_stride"))
+    own = _numbers(value("patch_stride"), 0) or (_numbers(list(steps), 0) if all(steps) else 0)
+    if own:
+        return Layer("patches", stride=own, groups=1, padding=_numbers(value("patch_padding"), 0))
+    if any("stride" in key and key != "encoder_stride" for key in configuration.values):
+        return None
+    size = _numbers(value("patch_size"), 0)
+    return Layer("patches", stride=size, groups=1, padding="valid") if size else None

@@ -166,12 +166,25 @@ GATES = {"weight_hh_l0": (20, 5), "bias_hh_l0": (20,)}
         ("weight_hh_l0", (20, 3), {"weight_hr_l0": (3, 5)}, (5,) * 4),
         ("attn.in_proj_weight", (12, 4), {}, (4,) * 3),
         ("weight_ih_l0_reverse", (20, 6), {"weight_hh_l0_reverse": (20, 5)}, (5,) * 4),
-        ("h.0.attn.c_attn.weight", (4, 12), {"h.0.attn.c_attn.bias": (12,)}, (4,) * 3),
-        ("h.0.cross.c_attn.weight", (4, 8), {"h.0.cross.c_attn.bias": (8,)}, (4,) * 2),
+        (
+            "h.0.attn.c_attn.weight",
+            (4, 12),
+            {"h.0.attn.c_attn.bias": (12,), "h.0.attn.c_proj.weight": (4, 4)},
+            (4,) * 3,
+        ),
+        (
+            "h.0.cross.c_attn.weight",
+            (4, 8),
+            {"h.0.cross.c_attn.bias": (8,), "h.0.cross.q_attn.weight": (4, 4)},
+            (4,) * 2,
+        ),
+        ("b.0.mixer.x_proj.weight", (9, 6),
+         {"b.0.mixer.dt_proj.weight": (6, 1), "b.0.mixer.A_log": (6, 4)}, (1, 4, 4)),
+        ("ff.net.0.proj.weight", (12, 8), {"ff.net.2.weight": (8, 6)}, (6, 6)),
         ("a.qkv_proj.weight", (16, 8), {"a.o_proj.weight": (8, 8)}, (8, 4, 4)),
-        ("mlp.gate_up_proj.weight", (16, 8), {}, (8, 8)),
+        ("mlp.gate_up_proj.weight", (16, 8), {"mlp.down_proj.weight": (8, 8)}, (8, 8)),
     ],
-)
+)  # fmt: skip
 def test_fused_maps_are_taken_apart(
     name: str, shape: tuple[int, int], around: Any, splits: Any
 ) -> None:

@@ -255,10 +255,15 @@ def test_updates_by_names_of_kohya(tmp_path: Path) -> None:
 
 def test_updates_of_fused_layers_are_taken_apart(tmp_path: Path) -> None:
     a, b = normal(3, 8), normal(24, 3)
-    found = rows(tmp_path, {"h.c_attn.lora_A.weight": a, "h.c_attn.lora_B.weight": b})
-    (row,) = found.values()
+    behind = {"h.c_proj.lora_A.weight": a, "h.c_proj.lora_B.weight": b[:8]}
+    parts = {"h.c_attn.lora_A.weight": a, "h.c_attn.lora_B.weight": b}
     wanted = [top(part @ a) for part in np.split(b, 3)]
+    row = rows(tmp_path, {**parts, **behind})["h.c_attn (update)"]
     np.testing.assert_allclose(row.figures.each, wanted, rtol=1e-5)
+    (alone,) = rows(tmp_path, parts).values()
+    split, whole = alone.readings
+    np.testing.assert_allclose(split.figures.each, wanted, rtol=1e-5)
+    assert whole.figures.sigma_max == pytest.approx(top(b @ a), rel=1e-5)
 
 
 def test_updates_of_convolutions_in_groups(tmp_path: Path) -> None:

@@ -49,9 +49,13 @@ def is_depthwise_by_name(name: str) -> bool:
 
 
 def _is_of_a_state_space(name: str, context: Context) -> bool:
-    """The short convolution of Mamba and its like."""
+    """The short convolution of Mamba and LFM2 and their like."""
     stem = name.rpartition(".conv1d.")[0]
-    return bool(stem) and f"{stem}.A_log" in context.shapes
+    if stem and f"{stem}.A_log" in context.shapes:
+        return True
+    stem = name.rpartition(".conv.")[0]
+    behind, shape = (context.shapes.get(n, ()) for n in (f"{stem}.out_proj.weight", name))
+    return f"{stem}.in_proj.weight" in context.shapes and behind[1:] == shape[:1]
 
 
 def _one_input(

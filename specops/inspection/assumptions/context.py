@@ -113,7 +113,12 @@ class Context:
                 return self.shapes.get(self.beside(name, other + UPDATE), ())
             if of_layer is None or parts_of(name)[-1] == "gate_up_proj":
                 return self.shapes.get(self.beside(name, other), ())
-            return self.shapes.get(f"{of_layer[1]}{other}{of_layer[2]}{end}", ())
+            lead = of_layer[1]
+            while other.startswith("../"):
+                other = other.removeprefix("../")
+                lead = lead[: max(lead[:-1].rfind(c) for c in "./") + 1]
+            names = (f"{lead}{other}{of_layer[2]}{end}", f"{lead}{other}{end}")
+            return next((self.shapes[n] for n in names if n in self.shapes), ())
 
         return Surroundings(self.configuration.value, beside)
 

@@ -8,6 +8,7 @@ from typing import Any, Final, Literal
 
 from specops.errors import GeometryError
 from specops.geometry import Conv
+from specops.geometry.fused import fused_kernel
 from specops.inspection.assumptions.channels import Groups, groups_of, is_depthwise_by_name
 from specops.inspection.assumptions.context import Context, parts_of
 from specops.inspection.assumptions.reading import Assumption, Reading
@@ -65,6 +66,8 @@ def kernel(name: str, shape: tuple[int, ...], context: Context) -> Assumption:
             geometry.sizes(seen or shape)
         except GeometryError as error:
             return Assumption(skipped=str(error), harmless=False)
+        doubt = fused_kernel((parts_of(name)[-2:-1] or [""])[0])
+        note += f"; {doubt}" if doubt else ""
         readings.append(Reading(geometry, f"{len(shape)}-d, {order}{note}", seen))
     return Assumption.of(*readings)
 

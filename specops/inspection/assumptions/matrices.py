@@ -19,9 +19,12 @@ def matrix(name: str, shape: tuple[int, ...], context: Context) -> Assumption:
     """What a tensor of two axes is taken for."""
     parts = parts_of(name)
     out, how = _output_axis(name, shape, context)
-    several = _gates(name, parts, shape, out, context) or _fused(name, parts, shape, out, context)
-    if several is not None:
-        return Assumption.of(several)
+    gates = _gates(name, parts, shape, out, context)
+    if gates is not None:
+        return Assumption.of(gates)
+    several = _fused(name, parts, shape, out, context)
+    if several:
+        return Assumption.of(*several)
     unnamed = _unnamed_gates(name, out, context)
     if unnamed is not None:
         reading, sure = unnamed
@@ -107,14 +110,19 @@ def _unnamed_gates(name: str, out: int, context: Context) -> tuple[Reading, bool
 
 def _fused(
     name: str, parts: list[str], shape: tuple[int, ...], out: int, context: Context
-) -> Reading | None:
-    """Query, key and value in one matrix, or a gate beside what it gates."""
+) -> list[Reading]:
+    """The maps of a matrix that holds several, and all as one where nothing decides."""
     if name.endswith(UPDATE):
         layer, out = parts[-1].removesuffix(UPDATE), 0  # of a layer, outputs first
     else:
-        layer = parts[-1] if parts[-1].startswith("in_proj") else (parts[-2:-1] or [""])[0]
+        layer = parts[-1] if parts[-1] == "in_proj_weight" else (parts[-2:-1] or [""])[0]
     found = fused(layer, shape, out, context.around(name))
-    return None if found is None else Reading(found.geometry, found.why)
+    if found is None:
+        return []
+    whole = Reading(found.geometry, found.why)
+    if found.likely is None:
+        return [whole]
+    return [Reading(found.likely, f"{layer}: several in one, by its name alone"), whole]
 
 
 def _split(count: int, rows: int, out: int, why: str) -> Reading | None:

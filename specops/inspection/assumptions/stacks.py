@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Final, Literal
 
 from specops.geometry import Dense
-from specops.geometry.fused import fused_experts
+from specops.geometry.fused import PAIRS, fused_experts
 from specops.inspection.assumptions.context import PROJECTIONS, Context, parts_of
 from specops.inspection.assumptions.no_maps import is_attention
 from specops.inspection.assumptions.reading import Reading
@@ -50,6 +50,8 @@ def stack_or_kernel(
         return "kernel", "", ""
     if "expert" in low:
         return "stack", "named experts", ""
+    if any("moe" in part.lower().split("_") for part in parts[:-1]):
+        return "stack", "in a mixture of experts", ""
     if "conv" in low:
         return "kernel", "", ""
     many = _stacked_by_name(parts, context)
@@ -68,8 +70,9 @@ def stack_or_kernel(
 
 def stack(name: str, shape: tuple[int, ...], why: str, context: Context) -> Reading:
     """The matrices along the first axis; of experts with what is fused taken apart."""
-    parameter = parts_of(name)[-1]
-    if parameter == "gate_up_proj":
+    parts = parts_of(name)
+    parameter = parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
+    if parameter in PAIRS:
         found = fused_experts(parameter, shape, context.around(name))
         doubt = "a gate and what it gates as one: nothing says which axis is that of outputs"
         why = f"{why}; {doubt if found is None else found.why}"

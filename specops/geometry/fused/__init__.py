@@ -1,0 +1,46 @@
+"""Layers that hold several maps in one array: which blocks these are, by what layers are called.
+
+What all who meet such a layer go by, in a file or in a model: the blocks are the same. A name is
+believed where what is around the layer agrees: the sizes of its neighbours, or a configuration.
+"""
+
+from __future__ import annotations
+
+from specops.geometry.fused.attention import QUERIES, attention
+from specops.geometry.fused.experts import PAIRS, fused_experts
+from specops.geometry.fused.gated import gated
+from specops.geometry.fused.known import Fused, Shape, Surroundings
+from specops.geometry.fused.latent import latent
+from specops.geometry.fused.linear_attention import linear_attention
+from specops.geometry.fused.state_space import state_space
+
+__all__ = ["PAIRS", "Fused", "Surroundings", "fused", "fused_experts", "fused_kernel"]
+
+
+def fused(layer: str, shape: Shape, out: int, around: Surroundings) -> Fused | None:
+    """The maps that a matrix holds, by the name of its layer; None if it is no such layer.
+
+    Parameters
+    ----------
+    layer : str
+        The last part of the layer's name; of torch's MultiheadAttention that of its parameter.
+    shape : tuple of int
+        Of the matrix.
+    out : 0 or -1
+        Its axis of outputs.
+    around : Surroundings
+        What is known beside it.
+    """
+    if len(shape) != 2 or 0 in shape:
+        return None
+    rows, columns = (shape[out], shape[1 + out])
+    for kind in (attention, latent, linear_attention, state_space, gated):
+        found = kind(layer, rows, columns, out, around)
+        if found is not None:
+            return found
+    return None
+
+
+def fused_kernel(layer: str) -> str:
+    """What is to be known of a convolution of this name: that it takes several maps for one."""
+    return "query, key and value of all heads are taken for one map" if layer in QUERIES else ""
