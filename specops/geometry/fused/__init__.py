@@ -9,12 +9,22 @@ from __future__ import annotations
 from specops.geometry.fused.attention import QUERIES, attention
 from specops.geometry.fused.experts import PAIRS, fused_experts
 from specops.geometry.fused.gated import gated
+from specops.geometry.fused.gates import CELLS, gates, gates_of
 from specops.geometry.fused.known import Fused, Shape, Surroundings
 from specops.geometry.fused.latent import latent
 from specops.geometry.fused.linear_attention import linear_attention
 from specops.geometry.fused.state_space import state_space
 
-__all__ = ["PAIRS", "Fused", "Surroundings", "fused", "fused_experts", "fused_kernel"]
+__all__ = [
+    "CELLS",
+    "PAIRS",
+    "Fused",
+    "Surroundings",
+    "fused",
+    "fused_experts",
+    "fused_kernel",
+    "gates_of",
+]
 
 
 def fused(layer: str, shape: Shape, out: int, around: Surroundings) -> Fused | None:
@@ -34,7 +44,7 @@ def fused(layer: str, shape: Shape, out: int, around: Surroundings) -> Fused | N
     if len(shape) != 2 or 0 in shape:
         return None
     rows, columns = (shape[out], shape[1 + out])
-    for kind in (attention, latent, linear_attention, state_space, gated):
+    for kind in (attention, gates, latent, linear_attention, state_space, gated):
         found = kind(layer, rows, columns, out, around)
         if found is not None:
             return found
