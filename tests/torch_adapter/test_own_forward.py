@@ -47,6 +47,13 @@ class Gated(nn.GRUCell):
         return 2 * super().forward(x, h)
 
 
+class Dropping(nn.LSTM):
+    """Overrides what `forward` calls."""
+
+    def check_forward_args(self, input: Any, hidden: Any, batch_sizes: Any) -> None:
+        super().check_forward_args(2 * input, hidden, batch_sizes)
+
+
 class Named(nn.Linear):
     """A subclass that computes as its base."""
 
@@ -55,7 +62,14 @@ class Named(nn.Linear):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Standardised(4, 4, 3), lambda: Padded(4, 4, 3), Summed, lambda: Gated(4, 4)]
+    "make",
+    [
+        lambda: Standardised(4, 4, 3),
+        lambda: Padded(4, 4, 3),
+        Summed,
+        lambda: Gated(4, 4),
+        lambda: Dropping(4, 4),
+    ],
 )
 def test_are_left_alone_by_a_bare_rule_and_refused_by_name(make: Any) -> None:
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)), make())
