@@ -69,6 +69,7 @@ ONE_KEY = {"new_decoder_architecture": False, "multi_query": True}
         ("gate_up_proj", (12, 8), {}, {"down_proj": (8, 6)}, (6, 6), 1),
         ("fc1", (12, 8), {}, {"fc2": (8, 6)}, (6, 6), 1),
         ("in_proj", (12, 8), {}, {"out_proj": (8, 6)}, (6, 6), 1),
+        ("linear1", (56, 8), {}, {"linear2": (8, 40)}, (8, 8, 8, 32), 1),
         ("proj", (12, 8), {}, {"../2": (8, 6)}, (6, 6), 1),
         ("w12", (12, 8), {}, {"w3": (8, 6)}, (6, 6), 1),
     ],
@@ -155,6 +156,8 @@ def test_a_name_alone_is_not_believed(layer: str, shape: Any, likely: Any) -> No
         ("q_proj", (32, 8), {"o_proj": (8, 16)}),
         ("x_proj", (9, 16), {}),
         ("fc1", (12, 8), {"fc2": (8, 12)}),
+        ("linear1", (32, 8), {"linear2": (8, 32)}),
+        ("linear1", (32, 8), {}),
     ],
 )
 def test_projections_of_other_sizes_hold_one_map(layer: str, shape: Any, beside: Any) -> None:

@@ -60,6 +60,10 @@ MODELS = {
     "grouped 1×1": lambda: nn.Sequential(
         Conv(3, 12, 3), Conv(12, 12, 1, groups=3, bias=False), Conv(12, 12, 3, groups=12)
     ),
+    "gated": lambda: named(
+        start=nn.Conv1d(3, 8, 5), layers=nn.ModuleList(nn.Conv1d(8, 16, 3) for _ in range(2))
+    ),
+    "overlapping patches": lambda: named(patch_embed=named(proj=Conv(3, 8, 7, 4))),
     "audio": lambda: nn.Sequential(
         nn.Conv1d(1, 8, 40, 4), nn.BatchNorm1d(8), nn.Conv1d(8, 8, 3), nn.Conv1d(8, 12, 3)
     ),

@@ -23,12 +23,18 @@ _BEHIND: Final = {
 
 
 def gated(layer: str, rows: int, columns: int, out: int, around: Surroundings) -> Fused | None:
-    """The two halves where the layer behind has as many inputs as one of them has outputs."""
+    """The two halves where the layer behind has as many inputs as one of them has outputs.
+
+    Flux has an attention and a layer beside it in one; both their outputs go into the layer behind.
+    """
     if layer not in _BEHIND:
         return None
     behind = around.inputs([_BEHIND[layer]], out)
     if 2 * behind == rows:
         return Fused.of(out, (rows // 2,) * 2, "a gate and what it gates in one")
+    if layer == "linear1" and rows - behind == 2 * columns < rows - columns:
+        splits = (columns, columns, columns, rows - 3 * columns)
+        return Fused.of(out, splits, "query, key and value, and a layer beside the attention")
     if layer != "gate_up_proj":
         return None
     halves = (rows // 2,) * 2 if rows % 2 == 0 and not behind else ()

@@ -135,6 +135,9 @@ def _alone(
         if rest == 0 and count > 1 and outputs % count == 0:
             grouped = [Groups(count, f", in {count} groups by the outputs of {nearest.name}")]
     block = block_of(name)
+    if grouped and nearest is not None and (nearest.outputs, nearest.inputs) == (outputs, inputs):
+        # The same layer again, whose outputs may be halved by a gate.
+        return [*grouped, Groups(1, "")]
     if given or any(s == (inputs,) for n, s in context.shapes.items() if block_of(n) == block):
         # A sequence says groups, another layer gives one group: nothing decides.
         return [*(grouped if follows is not None else []), Groups(1, "")]
