@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from specops.geometry import Dense
-from specops.geometry.fused import Surroundings, fused
+from specops.geometry.fused import Surroundings, fused, fused_stack
 from specops_jax.layers import Role
 
 
@@ -17,10 +17,10 @@ def taken_apart(roles: Mapping[str, Role]) -> dict[str, Role]:
 
 def _split(name: str, role: Role, roles: Mapping[str, Role]) -> Role:
     geometry, shape = role.geometry, role.shape
-    if not isinstance(geometry, Dense) or len(shape) != 2 or geometry.splits is not None:
+    if not isinstance(geometry, Dense) or geometry.splits is not None:
         return role
-    (_, outputs, _), (block, layer, last) = geometry.axes(2), _parts(name)
-    if len(outputs) != 1:
+    (batch, outputs, inputs), (block, layer, last) = geometry.axes(len(shape)), _parts(name)
+    if len(outputs) != 1 or len(inputs) != 1 or batch not in ((), (0,)):
         return role
 
     def beside(other: str) -> tuple[int, ...]:
@@ -31,7 +31,9 @@ def _split(name: str, role: Role, roles: Mapping[str, Role]) -> Role:
         found = roles.get(f"{within}/{other}/{last}".lstrip("/"))
         return () if found is None else found.shape
 
-    found = fused(layer, shape, -outputs[0], Surroundings(beside=beside))
+    out = -1 if outputs[0] == len(shape) - 1 else outputs[0]
+    find = fused_stack if batch else fused
+    found = find(layer, shape, out, Surroundings(beside=beside))
     if found is None:
         return role
     return replace(role, geometry=found.geometry, remark=found.doubt)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from specops import Dense
-from specops.geometry.fused import Surroundings, fused, fused_experts
+from specops.geometry.fused import Surroundings, fused, fused_experts, fused_stack
 
 
 def around(settings: dict[str, Any], beside: dict[str, tuple[int, ...]]) -> Surroundings:
@@ -211,3 +211,17 @@ def test_halves_that_are_none_are_said() -> None:
     assert found is not None
     assert found.geometry == Dense(out_axes=(1,), batch_axes=(0,))
     assert "no halves" in found.doubt
+
+
+@pytest.mark.parametrize(("shape", "out"), [((5, 24, 8), 1), ((5, 8, 24), -1)])
+def test_stacked_layers(shape: Any, out: int) -> None:
+    near = {"proj": (5, 8, 8), "o_proj": (4, 8, 8)}
+    found = fused_stack("qkv", shape, out, around({}, near))
+    assert found is not None
+    wanted = Dense(out_axes=(out,), batch_axes=(0,), splits=(8, 8, 8))
+    assert found.geometry == wanted
+    alone = fused_stack("qkv", shape, out, around({}, {"proj": (4, 8, 8)}))
+    assert alone is not None
+    assert alone.likely == wanted
+    assert alone.geometry == Dense(out_axes=(out,), batch_axes=(0,))
+    assert fused_stack("dense", shape, out, Surroundings()) is None

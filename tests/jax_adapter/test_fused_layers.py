@@ -117,3 +117,32 @@ def test_what_nothing_tells_apart_is_one_matrix_and_said(tmp_path: Path) -> None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         specops_jax.init(params, RULE, told)
+
+
+def test_layers_stacked_by_scan(tmp_path: Path) -> None:
+    nn = pytest.importorskip("flax.linen")
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any, _: Any) -> Any:
+            q, k, v = jnp.split(nn.Dense(18, name="qkv")(x), 3, axis=-1)
+            return nn.Dense(6, name="proj")(q + k + v), None
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            scan = nn.scan(
+                Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=4
+            )
+            return scan(name="layers")(x, None)[0]
+
+    model = Net()
+    params = model.init(jax.random.key(0), X)["params"]
+    geometries = specops_jax.geometries_of(model, X)
+    wanted = Dense((-1,), batch_axes=(0,), splits=(6, 6, 6))
+    assert geometries["layers/qkv/kernel"] == wanted
+    row = saved(tmp_path, params)["layers/qkv/kernel"]
+    assert row.geometry == wanted.describe()
+    kernel = np.asarray(params["layers"]["qkv"]["kernel"], float)
+    tops = [np.linalg.norm(part, 2) for i in range(3) for part in np.split(kernel, 3, axis=2)[i]]
+    assert row.figures.each == pytest.approx(tops, rel=1e-5)

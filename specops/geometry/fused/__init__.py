@@ -23,6 +23,7 @@ __all__ = [
     "fused",
     "fused_experts",
     "fused_kernel",
+    "fused_stack",
     "gates_of",
 ]
 
@@ -49,6 +50,21 @@ def fused(layer: str, shape: Shape, out: int, around: Surroundings) -> Fused | N
         if found is not None:
             return found
     return None
+
+
+def fused_stack(layer: str, shape: Shape, out: int, around: Surroundings) -> Fused | None:
+    """The same of many layers at once: matrices stacked along the first axis.
+
+    `out` is 1 or -1; neighbours count without the first axis, where it is as long.
+    """
+
+    def beside(name: str) -> Shape:
+        found = around.beside(name)
+        return found[1:] if found[:1] == shape[:1] else ()
+
+    inner = Surroundings(around.setting, beside)
+    found = fused(layer, shape[1:], out if out < 0 else out - 1, inner)
+    return None if found is None else found.stacked()
 
 
 def fused_kernel(layer: str) -> str:

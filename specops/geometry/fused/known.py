@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from specops.geometry.dense import Dense
@@ -76,3 +76,13 @@ class Fused:
         """The whole matrix, that may be several; by its name alone these."""
         blocks = Dense(out_axes=(out,), splits=tuple(likely)) if likely else None
         return cls(Dense(out_axes=(out,)), doubt, doubt, blocks)
+
+    def stacked(self) -> Fused:
+        """The same, behind an axis along which matrices are stacked."""
+        likely = None if self.likely is None else _behind_an_axis(self.likely)
+        return replace(self, geometry=_behind_an_axis(self.geometry), likely=likely)
+
+
+def _behind_an_axis(geometry: Dense) -> Dense:
+    out = tuple(a if a < 0 else a + 1 for a in geometry.out_axes)
+    return replace(geometry, out_axes=out, batch_axes=(0,))

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Final, Literal
 
 from specops.geometry import Dense
-from specops.geometry.fused import PAIRS, fused_experts
+from specops.geometry.fused import PAIRS, fused_experts, fused_stack
 from specops.inspection.assumptions.context import PROJECTIONS, Context, parts_of
 from specops.inspection.assumptions.no_maps import is_attention
 from specops.inspection.assumptions.reading import Reading
@@ -78,7 +78,10 @@ def stack(name: str, shape: tuple[int, ...], why: str, context: Context) -> Read
         why = f"{why}; {doubt if found is None else found.why}"
         if found is not None:
             return Reading(found.geometry, f"3-d, a stack of matrices: {why}")
-    out = -1 if context.taps_first else 1
+    out, layer = -1 if context.taps_first else 1, (parts[-2:-1] or [""])[0]
+    found = fused_stack(layer, shape, out, context.around(name))
+    if found is not None:
+        return Reading(found.geometry, f"3-d, a stack of matrices: {why}; {found.why}")
     return Reading(Dense(out_axes=(out,), batch_axes=(0,)), f"3-d, a stack of matrices: {why}")
 
 
