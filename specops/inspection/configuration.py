@@ -13,6 +13,7 @@ from specops.checkpoints import Checkpoint
 
 _LIMIT: Final = 1 << 24  # bytes of a file of settings
 _GATES: Final = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3, "SimpleRNN": 1}
+_KERNELS: Final = ("0", "kernel")
 _DEPTHWISE_PARTS: Final = ("0", "depthwise_kernel")
 
 
@@ -31,6 +32,8 @@ class Layer:
     depthwise, transposed : bool
     gates : int
         Blocks of a recurrent layer, 0 for other layers.
+    equation : str
+        Of an einsum.
     """
 
     kind: str
@@ -42,6 +45,7 @@ class Layer:
     depthwise: bool = False
     transposed: bool = False
     gates: int = 0
+    equation: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,8 +135,12 @@ def _of_keras(last: str, layer: Mapping[str, Any]) -> Layer | None:
     if kind in _GATES:
         recurrent = last in ("0", "1", "kernel", "recurrent_kernel")
         return Layer(kind, gates=_GATES[kind] if recurrent else 0)
+    if kind == "EinsumDense":
+        return Layer(kind, equation=str(config.get("equation", "")) if last in _KERNELS else "")
     if "Conv" not in kind:
         return Layer(kind)
+    if kind.startswith("ConvLSTM") and last in ("1", "recurrent_kernel"):
+        return Layer(kind, stride=1, groups=1, padding="same")
     separable, depthwise = "Separable" in kind, kind.startswith("Depthwise")
     pointwise = separable and last not in _DEPTHWISE_PARTS
     if pointwise:

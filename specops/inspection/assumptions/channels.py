@@ -32,6 +32,8 @@ def groups_of(name: str, outputs: int, inputs: int, context: Context) -> list[Gr
     named = is_depthwise_by_name(name) or _is_of_a_state_space(name, context)
     if named and inputs == 1:
         return [Groups(outputs, ", by its name depthwise")]
+    if is_gated_convolution(name, context):
+        return [Groups(1, "")]
     before = context.before(name)
     if context.layout == "keras" and inputs < outputs and _KERAS_PLAIN.search(name):
         return [Groups(1, ASSUMED)]
@@ -46,6 +48,11 @@ def is_depthwise_by_name(name: str) -> bool:
     """Whether a name says that each channel has a filter of its own."""
     low = name.lower()
     return any(word in low for word in _DEPTHWISE) or "dw" in parts_of(low)
+
+
+def is_gated_convolution(name: str, context: Context) -> bool:
+    """Whether a kernel is of Keras' ConvLSTM."""
+    return context.layout == "keras" and "conv_lstm" in name.lower()
 
 
 def _is_of_a_state_space(name: str, context: Context) -> bool:

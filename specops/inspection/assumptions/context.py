@@ -18,8 +18,8 @@ LEAF: Final = "leaf."
 """What tensors are called that a file has without names, in the order of the model."""
 
 
-ATTENTION: Final = ("query", "key", "value")
-PROJECTIONS: Final = ("out", "attention_output", "output_dense")
+_ATTENTION: Final = ("query", "key", "value")
+_PROJECTIONS: Final = ("out", "attention_output", "output_dense")
 """How projections to heads, and those back from them, are called."""
 _VARIABLES: Final = r"(?:^|[./])(?:kernel|bias|scale|embedding|weight|mean|var)"
 _OF_LAYER: Final = re.compile(r"((?:.*[./])?)[^./]+([./][^./]+)")
@@ -187,6 +187,16 @@ def parts_of(name: str) -> list[str]:
     return name.removesuffix(_end_of(name)).replace("/", ".").split(".")
 
 
+def is_attention(parts: list[str]) -> bool:
+    """Whether a name is of a query, key or value."""
+    return any(p.lstrip("_").startswith(_ATTENTION) for p in parts)
+
+
+def is_behind_attention(parts: list[str]) -> bool:
+    """Whether a name is of the projection back from heads."""
+    return any(p.lstrip("_") in _PROJECTIONS for p in parts)
+
+
 def _end_of(name: str) -> str:
     found = _ENDS.search(name)
     return "" if found is None else found[1] or found[2]
@@ -220,5 +230,5 @@ def natural(name: str) -> list[tuple[int, str]]:
 def _no_kernel(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor of three axes or more has no taps: experts, biases along channels."""
     parts = parts_of(name.lower())
-    attends = any(p.startswith(ATTENTION) or p in PROJECTIONS for p in parts) and len(shape) == 3
+    attends = (is_attention(parts) or is_behind_attention(parts)) and len(shape) == 3
     return "expert" in name.lower() or "bias" in parts[-1] or set(shape[1:]) == {1} or attends

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import re
 
-from specops.inspection.assumptions.context import ATTENTION, LEAF, Context, parts_of
+from specops.inspection.assumptions.context import (
+    LEAF,
+    Context,
+    is_attention,
+    parts_of,
+)
 from specops.inspection.assumptions.reading import Assumption
 
 _INDICES = ("int64", "bool")
@@ -56,6 +61,8 @@ def no_map(name: str, shape: tuple[int, ...], dtype: str, context: Context) -> A
         return Assumption(skipped="logarithms or steps of a state space, no matrix")
     if last in ("scale", "gamma", "beta", "running_mean", "running_var", "mean", "var"):
         return Assumption(skipped="scales or statistics of layers, no matrix")
+    if last == "vector_u" or _is_of_spectral_normalization(name, shape, parts, context):
+        return Assumption(skipped="what Keras' SpectralNormalization has beside the layer's weight")
     if last in ("weight_g", "original0", "lora_magnitude_vector", "dora_scale"):
         return Assumption(skipped="the lengths of a normalised weight, no matrix")
     if "parametrizations" in parts and any(p.isdecimal() for p in parts[-2:]):
@@ -122,9 +129,15 @@ def _is_bias(name: str, shape: tuple[int, ...], parts: list[str], context: Conte
         return False
     # Keras numbers the variables of a layer: the bias comes last.
     recurrent = last == "2" and any("cell" in part for part in parts)
-    return recurrent or (last == "1" and is_attention(parts))
+    multiplied = is_attention(parts) or any(p.startswith("einsum_dense") for p in parts)
+    return recurrent or (last == "1" and multiplied)
 
 
-def is_attention(parts: list[str]) -> bool:
-    """Whether a name is of a query, key or value."""
-    return any(p.startswith(ATTENTION) for p in parts)
+def _is_of_spectral_normalization(
+    name: str, shape: tuple[int, ...], parts: list[str], context: Context
+) -> bool:
+    """Its vector, or the kernel of the layer inside once more: it normalises that one in place."""
+    if not any(p.startswith("spectral_normalization") for p in parts[-3:-2]):
+        return False
+    inner = f"{name.rpartition('vars/')[0]}layer/vars/0"
+    return inner in context.shapes and (parts[-1] == "1" or shape == context.shapes[inner])

@@ -7,8 +7,12 @@ from typing import Final, Literal
 
 from specops.geometry import Dense
 from specops.geometry.fused import PAIRS, fused_experts, fused_stack
-from specops.inspection.assumptions.context import PROJECTIONS, Context, parts_of
-from specops.inspection.assumptions.no_maps import is_attention
+from specops.inspection.assumptions.context import (
+    Context,
+    is_attention,
+    is_behind_attention,
+    parts_of,
+)
 from specops.inspection.assumptions.reading import Reading
 
 WIDEST_TAP: Final = 31
@@ -28,7 +32,7 @@ def heads(name: str, shape: tuple[int, ...], context: Context) -> Reading | None
     why = "an attention projection by heads" + (f", {shape[0]} layers of it" if batch else "")
     if is_attention(parts):
         return Reading(Dense(out_axes=(-2, -1), batch_axes=batch), why)
-    if any(p in PROJECTIONS for p in parts):
+    if is_behind_attention(parts):
         return Reading(Dense(out_axes=(-1,), batch_axes=batch), why)
     return None
 
@@ -46,7 +50,8 @@ def stack_or_kernel(
     parts, low = parts_of(name), name.lower()
     tapped = shape[0] if context.taps_first else shape[-1]
     wide = f"{tapped} is too wide for a kernel" if tapped > WIDEST_TAP else ""
-    if context.hints.named(name):
+    told = context.configuration.layer(name)
+    if context.hints.named(name) or (told is not None and told.stride is not None):
         return "kernel", "", ""
     if "expert" in low:
         return "stack", "named experts", ""
