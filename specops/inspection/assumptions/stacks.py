@@ -22,8 +22,13 @@ Verdict = Literal["stack", "kernel", ""]
 
 
 def heads(name: str, shape: tuple[int, ...], context: Context) -> Reading | None:
-    """A projection of attention by heads, as flax and Keras have them, stacked or not."""
-    parts = parts_of(name)
+    """A projection of attention by heads, as flax and Keras have them, stacked or not.
+
+    Or another layer of several axes of outputs, where its bias has them.
+    """
+    parts, bias = parts_of(name), context.bias(name)
+    if len(shape) == 3 and bias == shape[1:] and shape[0] != shape[1] and context.taps_first:
+        return Reading(Dense(out_axes=(-2, -1)), "two axes of outputs, as its bias has them")
     if not context.taps_first or parts[-1] not in ("kernel", "0") or len(shape) not in (3, 4):
         return None
     batch = (0,) if len(shape) == 4 else ()

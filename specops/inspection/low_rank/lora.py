@@ -18,6 +18,8 @@ _PAIRS: Final = (
     (r"\.lora_embedding_A(\.[^.]+)?()$", ".lora_embedding_B{1}{2}"),
     (r"\.lora_down()(\.weight)$", ".lora_up{1}{2}"),
 )
+_FLAX: Final = re.compile(r"(.+)([./])lora_a(\.value)?")
+"""Stem, what separates names, what nnx puts behind a variable."""
 _LENGTHS: Final = ("lora_magnitude_vector", "dora_scale")
 _CHANGED_BASES: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways of peft to begin an update that take it off the weight that it is of."""
@@ -31,6 +33,7 @@ def loras(shapes: Shapes, adapter: Mapping[str, Any]) -> Iterator[Update]:
     """All updates B·A of a file."""
     for layer, first, second, which in _pairs(shapes):
         yield from _lora(layer, first, second, which, shapes, adapter)
+    yield from _of_flax(shapes)
 
 
 def _pairs(shapes: Shapes) -> Iterator[tuple[str, str, str, str]]:
@@ -72,7 +75,8 @@ def _lora(
         sources,
         how,
         lora := _Lora(first, second, scale, groups),
-        of_table="lora_embedding" in first,
+        bases=_bases(layer),
+        turned="lora_embedding" in first,
         lengths=lengths,
         obstacle=scale.obstacle or _obstacle(layer, adapter),
     )
@@ -89,6 +93,30 @@ def _lora(
         sources = (*sources, values)
         update = replace(update, sources=sources, how=how, make=_Adaptive(lora, values))
     yield update
+
+
+def _bases(layer: str) -> tuple[str, ...]:
+    inside = (f"{layer}.base_layer", layer)
+    return tuple(f"{stem}.{last}" for last in ("weight", "in_proj_weight") for stem in inside)
+
+
+def _of_flax(shapes: Shapes) -> Iterator[Update]:
+    """Those of nnx.LoRA: (inputs, rank) and (rank, outputs), as they are, added to a kernel."""
+    for first, shape in shapes.items():
+        found = _FLAX.fullmatch(first)
+        if found is None:
+            continue
+        stem, dot, end = found.groups(default="")
+        second = f"{stem}{dot}lora_b{end}"
+        other = shapes.get(second, ())
+        outer = f"{stem.rpartition(dot)[0]}{dot}kernel{end}".removeprefix(dot)
+        bases = (outer, f"{stem}{dot}base_module{dot}kernel{end}")
+        base = next((shapes[n] for n in bases if n in shapes), ())
+        if len(shape) == len(other) == 2 and shape[1] == other[0] and base == (shape[0], other[1]):
+            how = f"low-rank update of rank {shape[1]}, as flax' LoRA adds it"
+            make = _Flax(first, second)
+            name, sizes = f"{stem}{UPDATE}", (other[1], shape[0])
+            yield Update(stem, name, sizes, (first, second), how, make, bases, turned=True)
 
 
 def _obstacle(layer: str, adapter: Mapping[str, Any]) -> str:
@@ -122,6 +150,16 @@ class _Lora:
             return b, a
         parts = zip(np.split(b, self.groups), np.split(a, self.groups), strict=True)
         return np.concatenate([np.tensordot(one, other, axes=1) for one, other in parts])
+
+
+@dataclass(frozen=True)
+class _Flax:
+    first: str
+    second: str
+
+    def __call__(self, tensors: Tensors) -> tuple[np.ndarray, np.ndarray]:
+        a, b = (tensors[n].astype(np.float64) for n in (self.first, self.second))
+        return b.T, a.T
 
 
 @dataclass(frozen=True)

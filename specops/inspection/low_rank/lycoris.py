@@ -59,7 +59,8 @@ def _update(
     sources = (*factors, *make.scale.sources, *((lengths,) if lengths else ()))
     obstacle = make.scale.obstacle
     name = f"{layer}{UPDATE}"
-    return Update(layer, name, shape, sources, how, make, lengths=lengths, obstacle=obstacle)
+    bases = (f"{layer}.base_layer.weight", f"{layer}.weight")
+    return Update(layer, name, shape, sources, how, make, bases, lengths=lengths, obstacle=obstacle)
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,12 @@ def find_merged(
     of several is in use, no file says.
     """
     for update in updates:
-        stem = update.layer
-        base = next((n for n in (f"{stem}.base_layer.weight", f"{stem}.weight") if n in shapes), "")
+        base = next((n for n in update.bases if n in shapes), "")
         shape = shapes.get(base, ())
         turned = is_turned(update, shape, adapter)
         if update.obstacle or not _fits(update, shape, turned):
             continue
-        name = f"{stem}.weight"
+        name = base.replace(".base_layer", "")
         name = f"{name} (merged)" if name == base else name
         how = f"{base} and its {update.how}"
         yield name, shape, (base, *update.sources), how, _Merged(base, update, turned), base
@@ -51,8 +50,8 @@ def is_turned(
     Their shapes tell; of square ones what else is known of the layer, or peft's settings, which
     are those of the last layer where there are several kinds.
     """
-    if update.of_table or len(update.shape) != 2 or len(base) != 2:
-        return update.of_table
+    if update.turned or len(update.shape) != 2 or len(base) != 2:
+        return update.turned
     if base[0] != base[1]:
         return update.shape == base[::-1]
     return outputs_last or adapter.get("fan_in_fan_out") is True

@@ -33,8 +33,10 @@ class Update:
         In words.
     make : callable
         From the tensors, by name, to the update, or to its two factors.
-    of_table : bool
-        Whether it is of an embedding, which is stored the other way round.
+    bases : tuple of str
+        Names that the weight may have in the same file.
+    turned : bool
+        Whether it is of an array that is stored the other way round: of an embedding, of flax.
     lengths : str
         The tensor with DoRA's lengths, to which the sum is scaled; "" for others.
     obstacle : str
@@ -47,6 +49,7 @@ class Update:
     sources: tuple[str, ...]
     how: str
     make: Make
-    of_table: bool = False
+    bases: tuple[str, ...] = ()
+    turned: bool = False
     lengths: str = ""
     obstacle: str = ""
