@@ -369,3 +369,12 @@ def test_ambiguous_rows_have_both_values(tmp_path: Path) -> None:
     low, high = row.figures.sigma_max
     assert low == pytest.approx(min(kernel.figures.sigma_max[0], stack.figures.sigma_max))
     assert high == pytest.approx(max(kernel.figures.sigma_max[1], stack.figures.sigma_max))
+
+
+def test_what_would_decide_is_said(tmp_path: Path) -> None:
+    tensors = {"a.qkv.weight": normal(12, 4), "w": normal(6, 5, 3)}
+    found = specops.inspect(written(tmp_path / "m.safetensors", tensors, format="pt"))
+    by_hints, by_settings = (note for note in found.notes if note.startswith("ambiguous, 1"))
+    assert by_hints.endswith("--input-size decide: w")
+    assert by_settings.endswith("decides: a.qkv.weight")
+    assert "configuration" in by_settings
