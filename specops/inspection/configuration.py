@@ -178,14 +178,18 @@ def _of_hugging_face(name: str, configuration: Configuration) -> Layer | None:
     width = value("groups_width")
     if isinstance(width, int) and re.search(r"\.layers\.\d+\.layer\.1\.convolution\.", name):
         return Layer("Conv2d", width=width)
-    if re.search(r"patch_embed\w*\.(projection|proj)|patch_embedding\.", name):
-        return _patches(configuration)
+    if re.search(r"patch_embed\w*(\.\d+)?\.(projection|proj)|patch_embedding\.", name):
+        return _patches(name, configuration)
     return None
 
 
-def _patches(configuration: Configuration) -> Layer | None:
+def _patches(name: str, configuration: Configuration) -> Layer | None:
     """Of images: as far apart as they are wide, unless the configuration has steps of its own."""
     value = configuration.value
+    stages, numbers = value("strides"), [int(n) for n in re.findall(r"\.(\d+)\.", name)]
+    if isinstance(stages, list) and len(numbers) == 1 and numbers[0] < len(stages):
+        step = _numbers(stages[numbers[0]], 0)
+        return Layer("patches", stride=step, groups=1) if step else None
     steps = (value("frequency_stride"), value("time_stride"))
     own = _numbers(value("patch_stride"), 0) or (_numbers(list(steps), 0) if all(steps) else 0)
     if own:

@@ -348,3 +348,18 @@ def test_bare_names() -> None:
     assert bare_name("models.fc") == "models.fc"
     hints = Hints(stride={"fc*": 2})
     assert hints.of("module.fc.weight", "stride") == 2
+
+
+def test_strides_of_overlapping_patches_stage_by_stage() -> None:
+    told = Configuration("config.json", values={"model_type": "glpn", "strides": [4, 2]})
+    for stage, stride in enumerate((4, 2, None)):
+        name = f"encoder.patch_embeddings.{stage}.proj.weight"
+        shapes = {"encoder.stem.weight": (8, 3)}
+        found = guess(name, (8, 3, 3, 3), others=shapes, configuration=told)
+        strides = {r.geometry.stride for r in found.readings}
+        assert strides == ({stride} if stride else {1, 3})
+
+
+def test_what_is_looked_up_is_a_table() -> None:
+    for name in ("latent_query", "encoder.position_enc", "qformer.query_tokens"):
+        assert "table" in guess(name, (64, 32)).why

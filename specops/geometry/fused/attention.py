@@ -14,7 +14,7 @@ _KEYS: Final = {"kv": ("q",), "to_kv": ("to_q",), "kv_proj": ("q_proj",), "c_att
 """Keys and values in one, and what the queries beside them are called."""
 _BACK: Final = (
     *("o_proj", "out_proj", "proj", "dense", "c_proj", "Wo", "wo", "to_out", "to_out.0"),
-    *("proj_out", "out", "../output.dense"),
+    *("proj_out", "out", "projection", "../output.dense"),
 )
 """The projection behind an attention, by its names: as many inputs as there are queries."""
 _BY_HEADS: Final = {

@@ -20,7 +20,7 @@ def state_space(
     found = _input(rows, inner, out, around) or _by_heads(rows, out, around)
     if found is not None:
         return found
-    filtered = any(len(around.beside(n)) == 3 for n in ("conv1d", "conv"))
+    filtered = any(len(around.beside(n)) > 2 for n in ("conv1d", "conv", "spatial_conv"))
     if (2 * inner == rows and not filtered) or rows == inner:
         return None  # a gate, or one map and no more
     if rows in (2 * columns, 3 * columns) or filtered:
@@ -32,8 +32,8 @@ def state_space(
 
 def _input(rows: int, inner: int, out: int, around: Surroundings) -> Fused | None:
     """By the filter of each channel that follows, and the layer behind."""
-    short, plain = (around.beside(name)[:1] for name in ("conv1d", "conv"))
-    if inner and plain == (inner,) and rows == 3 * inner:
+    short, *plain = (around.beside(name)[:1] for name in ("conv1d", "conv", "spatial_conv"))
+    if inner and (inner,) in plain and rows == 3 * inner:
         return Fused.of(out, (inner,) * 3, "two gates and an input in one")
     if not inner or not short:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Final
 
 from specops.inspection.assumptions.context import Context, Kernel, are_in_order, block_of, parts_of
@@ -84,7 +85,8 @@ def _one_input(
     dense = first or bool(inside and inside[-1].outputs == 1)
     # Behind transposed layers it may be one that gives a single channel.
     either = bool(feeding) and feeding[-1].turned and not context.behind(name)
-    if feeding and not dense and not either:
+    near = bool(before) or any(_are_of_one_block(k.name, name) for k in feeding)
+    if feeding and near and not dense and not either:
         return [Groups(outputs, f", depthwise: {feeding[-1].name} has as many outputs")]
     if dense and not feeding:
         told = "the first kernel" if first else f"{inside[-1].name} gives one channel"
@@ -93,6 +95,13 @@ def _one_input(
         depthwise = [Groups(inside[-1].outputs, ", depthwise"), *depthwise]
     depthwise = [Groups(g.count, f", in {g.count} groups of one channel") for g in depthwise]
     return [*depthwise, Groups(1, ", of one input channel")]
+
+
+def _are_of_one_block(one: str, other: str) -> bool:
+    """Whether names differ in a layer's own part alone, up to what wraps it."""
+    parts, others = parts_of(one), parts_of(other)
+    alike = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(parts, others, strict=False))))
+    return alike >= len(others) - 3
 
 
 def _has_coloured_stem(context: Context) -> bool:

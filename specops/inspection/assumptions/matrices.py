@@ -10,7 +10,10 @@ from specops.inspection.assumptions.context import LEAF, Context, parts_of
 from specops.inspection.assumptions.reading import Assumption, Reading
 from specops.inspection.low_rank import UPDATE
 
-_TABLES: Final = ("embed", "wte", "wpe", "relative_attention_bias")
+_TABLES: Final = (
+    *("embed", "wte", "wpe", "relative_attention_bias"),
+    *("pos_emb", "position_enc", "latent_query", "query_tokens", "latents"),
+)
 _NO_TABLES: Final = ("embed_out", "unembed")
 
 
