@@ -363,3 +363,8 @@ def test_strides_of_overlapping_patches_stage_by_stage() -> None:
 def test_what_is_looked_up_is_a_table() -> None:
     for name in ("latent_query", "encoder.position_enc", "qformer.query_tokens"):
         assert "table" in guess(name, (64, 32)).why
+
+
+def test_queries_keys_and_values_of_a_convolution_are_said_to_be_one_map() -> None:
+    assert "one map" in guess("mid.qkv.weight", (12, 4, 1, 1)).why
+    assert "one map" not in guess("mid.proj_out.weight", (4, 4, 1, 1)).why

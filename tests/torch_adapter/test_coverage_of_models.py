@@ -203,3 +203,11 @@ def test_what_is_printed_after_enforcing_is_inside_the_bound() -> None:
     model(torch.randn(1, 8, 8, 8))
     attachment.enforce()
     assert all(row.norm <= 1.0 for row in attachment.report().constrained)
+
+
+def test_queries_keys_and_values_of_a_convolution_are_said_to_be_one_map() -> None:
+    model = nn.ModuleDict({"qkv": nn.Conv2d(4, 12, 1), "proj_out": nn.Conv2d(4, 4, 1)})
+    with pytest.warns(CautionWarning, match=r"qkv\.weight: query, key and value .* one map"):
+        attachment = specops.attach(None, model, CLIP)
+    assert "one map" in attachment.report()["qkv.weight"].geometry
+    assert "one map" not in attachment.report()["proj_out.weight"].geometry
