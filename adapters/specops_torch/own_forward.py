@@ -53,12 +53,20 @@ def obstacle_of(module: nn.Module) -> str:
 
 
 def added_to(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """By the paths of layers that an adapter (LoRA) adds a part to, why they are not the map."""
+    """By the paths of layers that an adapter of peft changes, why they are no map."""
     return {
         f"{path}.base_layer".removeprefix("."): (
-            f"{type(module).__name__} adds lora_B·lora_A to it, so that it is not the layer's "
-            f"map: merge the parts first, or give its own map in geometries="
+            f"{type(module).__name__} {_change(module)}, so that it is not the layer's map: merge "
+            f"the parts first, or give its own map in geometries="
         )
         for path, module in modules.items()
-        if hasattr(module, "base_layer") and hasattr(module, "lora_A")
+        if hasattr(module, "base_layer") and _change(module)
     }
+
+
+def _change(module: nn.Module) -> str:
+    """What a layer of peft does to the one that it holds; "" if it is none."""
+    if hasattr(module, "lora_A"):
+        return "adds lora_B·lora_A to it"
+    parts = getattr(module, "adapter_layer_names", None)
+    return f"changes it by {', '.join(map(str, parts))}" if parts else ""
