@@ -22,6 +22,10 @@ class Role:
     geometry: Geometry | None = None
     obstacle: str = ""
     opt_in: str = ""
+    remark: str = ""
+    """What is to be known of the geometry: that it takes several maps for one."""
+    shape: tuple[int, ...] = ()
+    """Of the array."""
 
 
 def dense(batch: int = 0, outputs: int = 1) -> Role:
@@ -166,7 +170,7 @@ def stacked(role: Role, own: tuple[int, ...], found: tuple[int, ...]) -> Role:
     """The role of a stack of such kernels, as scanned and mapped layers hold them."""
     extra = len(found) - len(own)
     if extra == 0 or role.geometry is None:
-        return role
+        return replace(role, shape=found)
     # Scans and maps put their axis where they are told to.
     places = [
         kept
@@ -181,7 +185,9 @@ def stacked(role: Role, own: tuple[int, ...], found: tuple[int, ...]) -> Role:
     out, inner = role.geometry.out_axes, role.geometry.in_axes
     out = tuple(kept[a] for a in out)
     inner = inner and tuple(kept[a] for a in inner)
-    return Role(Dense(out, inner, batch_axes=batch), opt_in=role.opt_in)
+    splits, repeats = role.geometry.splits, role.geometry.repeats
+    geometry = Dense(out, inner, batch_axes=batch, splits=splits, repeats=repeats)
+    return Role(geometry, opt_in=role.opt_in, shape=found)
 
 
 def per_axis(value: Any, ndim: int) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from specops.errors import AdapterError
 from specops.geometry import Geometry
+from specops_jax.fused import taken_apart
 from specops_jax.layers import Role
 
 _LIBRARIES = {"flax.linen": "linen", "flax.nnx": "nnx", "equinox": "equinox", "haiku": "haiku"}
@@ -23,6 +24,8 @@ class Geometries(dict[str, Geometry]):
         Why other arrays have none.
     opt_in : dict of str to str
         Why some are constrained only by rules that name them.
+    remarks : dict of str to str
+        What is to be known of some: that several maps are taken for one.
     given : set of str
         Names and patterns that a user's own dict has added, by ``|``.
     """
@@ -31,14 +34,17 @@ class Geometries(dict[str, Geometry]):
         super().__init__()
         self.reasons: dict[str, str] = {}
         self.opt_in: dict[str, str] = {}
+        self.remarks: dict[str, str] = {}
         self.given: set[str] = set()
-        for name, role in (roles or {}).items():
+        for name, role in taken_apart(roles or {}).items():
             if role.geometry is not None:
                 self[name] = role.geometry
             if role.obstacle:
                 self.reasons[name] = role.obstacle
             if role.opt_in:
                 self.opt_in[name] = role.opt_in
+            if role.remark and role.geometry is not None:
+                self.remarks[name] = role.remark
 
     def __or__(self, other: Mapping[str, Geometry]) -> Geometries:  # type: ignore[override]
         """Both; what the other says of an array replaces what is said here."""
@@ -54,6 +60,7 @@ class Geometries(dict[str, Geometry]):
             self.pop(name, None)
             self.reasons.pop(name, None)
             self.opt_in.pop(name, None)
+            self.remarks.pop(name, None)
             self.given.discard(name)
         self.update(other)
         if looked is None:
@@ -61,6 +68,7 @@ class Geometries(dict[str, Geometry]):
             return self
         self.reasons.update(looked.reasons)
         self.opt_in.update(looked.opt_in)
+        self.remarks.update(looked.remarks)
         self.given.update(looked.given)
         return self
 

@@ -117,5 +117,11 @@ def _describe(name: str, leaf: Any, found: Geometries) -> Weight:
     geometry = found.get(name)
     obstacle = "" if geometry is not None else found.reasons.get(name, _NONE_KNOWN)
     return Weight(
-        name, shape, str(dtype), geometry, obstacle=obstacle, opt_in=found.opt_in.get(name, "")
+        name,
+        shape,
+        str(dtype),
+        geometry,
+        obstacle=obstacle,
+        opt_in=found.opt_in.get(name, ""),
+        remark=found.remarks.get(name, ""),
     )

@@ -243,7 +243,7 @@ def _entry(name: str, leaf: Any) -> Entry:
         return no_tensor(name, leaf, (torch.dtype, torch.device))
     dtype, shape, problem = str(leaf.dtype).removeprefix("torch."), tuple(leaf.shape), ""
     if leaf.is_quantized:
-        problem = f"quantised ({dtype})"
+        problem = f"quantised ({dtype}): save the weights that it was made of"
     elif leaf.layout != torch.strided:
         problem = f"sparse ({str(leaf.layout).removeprefix('torch.')})"
     elif leaf.is_nested:

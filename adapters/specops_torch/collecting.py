@@ -16,6 +16,7 @@ from specops.training.cautions import caution
 from specops.training.coverage import warn_of_remarks
 from specops_torch.evaluation import evaluating
 from specops_torch.geometry import CONVOLUTIONS
+from specops_torch.own_forward import added_to
 from specops_torch.sizes import SizeRecorder
 from specops_torch.surroundings import role_within
 
@@ -76,6 +77,7 @@ def weights_and_geometries(
     >>> complexity = log_spec_fro(weights, 1.0, maps)
     """
     patterns, modules = dict(geometries or {}), dict(model.named_modules())
+    adapted = added_to(modules)
     sizes = {} if x is None else _sizes(model, x)
     weights: dict[str, torch.Tensor] = {}
     maps: dict[str, Geometry] = {}
@@ -99,7 +101,7 @@ def weights_and_geometries(
             found, why = patterns[pattern], ""
         else:
             role = role_within(modules, path, attribute, tuple(w.shape), *sizes.get(id(module), ()))
-            found, why = role.geometry, role.opt_in or role.obstacle
+            found, why = role.geometry, role.opt_in or role.obstacle or adapted.get(path, "")
             remarks.append((name, "" if found is None or why else role.remark))
         if found is None or why:
             left[name] = why

@@ -8,27 +8,43 @@ from typing import Any
 
 from torch import nn
 
-_METHODS = ("forward", "_conv_forward")
+_BESIDE_FORWARD = {"extra_repr", "reset_parameters", "reset_running_stats", "flatten_parameters"}
+"""Methods of layers that a forward pass does not call."""
 
 
-def has_own_forward(module: nn.Module) -> bool:
-    """Whether a subclass, or the module itself, replaces the forward of its class of torch.
+def computes_plainly(module: nn.Module) -> bool:
+    """Whether a module computes what its class of torch does, and nothing of its own.
 
-    Not so where a wrapper says that it wraps that very forward (`functools.wraps`), as mixed
-    precision and hooks of others do.
+    Neither a subclass nor the module itself replaces a method of that class, but by a wrapper that
+    says that it wraps that very method (`functools.wraps`), as mixed precision and hooks of others
+    do.
     """
-    kinds = (k for k in type(module).__mro__ if k.__module__.startswith("torch.nn.modules."))
-    plain: Any = next(kinds, nn.Module)
-    for name in (name for name in _METHODS if hasattr(plain, name)):
-        found = inspect.unwrap(vars(module).get(name, getattr(type(module), name)))
-        if getattr(found, "__func__", found) is not inspect.unwrap(getattr(plain, name)):
-            return True
-    return False
+    kinds = [k for k in type(module).__mro__ if k.__module__.startswith("torch.nn.modules.")]
+    plain: Any = next(iter(kinds), nn.Module)
+    if plain in (nn.Module, nn.Sequential):
+        return False
+    methods = {
+        name
+        for kind in kinds
+        if kind is not nn.Module
+        for name, found in vars(kind).items()
+        if callable(found) and not name.startswith("__")
+    }
+    return all(
+        _function(vars(module).get(name, getattr(type(module), name)))
+        is _function(getattr(plain, name))
+        for name in methods - _BESIDE_FORWARD
+    )
+
+
+def _function(method: Any) -> Any:
+    found = inspect.unwrap(method)
+    return getattr(found, "__func__", found)
 
 
 def obstacle_of(module: nn.Module) -> str:
     """Why the weight of a module is not known to be its map; empty if it is."""
-    if not has_own_forward(module):
+    if computes_plainly(module):
         return ""
     return (
         f"{type(module).__name__} has a forward of its own, so that the layer need not compute "
@@ -37,12 +53,20 @@ def obstacle_of(module: nn.Module) -> str:
 
 
 def added_to(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """By the paths of layers that an adapter (LoRA) adds a part to, why they are not the map."""
+    """By the paths of layers that an adapter of peft changes, why they are no map."""
     return {
         f"{path}.base_layer".removeprefix("."): (
-            f"{type(module).__name__} adds lora_B·lora_A to it, so that it is not the layer's "
-            f"map: merge the parts first, or give its own map in geometries="
+            f"{type(module).__name__} {_change(module)}, so that it is not the layer's map: merge "
+            f"the parts first, or give its own map in geometries="
         )
         for path, module in modules.items()
-        if hasattr(module, "base_layer") and hasattr(module, "lora_A")
+        if hasattr(module, "base_layer") and _change(module)
     }
+
+
+def _change(module: nn.Module) -> str:
+    """What a layer of peft does to the one that it holds; "" if it is none."""
+    if hasattr(module, "lora_A"):
+        return "adds lora_B·lora_A to it"
+    parts = getattr(module, "adapter_layer_names", None)
+    return f"changes it by {', '.join(map(str, parts))}" if parts else ""

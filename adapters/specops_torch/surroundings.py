@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from specops.geometry import Dense
-from specops.geometry.fused import Surroundings, fused
+from specops.geometry import Conv, Dense
+from specops.geometry.fused import Surroundings, fused, fused_kernel
 from specops_torch.geometry import role_of
 from specops_torch.role import Role
 
@@ -42,12 +43,14 @@ def role_within(
         Input shape and output padding of a convolution, as `role_of` takes them.
     """
     role = role_of(modules[path], parameter, *size)
-    if parameter != "weight" or role.geometry not in (Dense(), Dense(out_axes=(-1,))):
-        return role
-    assert isinstance(role.geometry, Dense)
     block, _, layer = path.rpartition(".")
     while layer in WRAPPERS.values():
         block, _, layer = block.rpartition(".")
+    if isinstance(role.geometry, Conv):
+        return replace(role, remark=role.remark or fused_kernel(layer))
+    if parameter != "weight" or role.geometry not in (Dense(), Dense(out_axes=(-1,))):
+        return role
+    assert role.geometry is not None
     around = Surroundings(_settings(modules, path), _beside(modules, block))
     found = fused(layer, shape, role.geometry.out_axes[0], around)
     if found is None:
@@ -68,10 +71,15 @@ def _settings(modules: Mapping[str, nn.Module], path: str) -> Any:
 
 
 def _beside(modules: Mapping[str, nn.Module], block: str) -> Any:
-    """Shapes of the weights of the layers of a block."""
+    """Shapes of the weights of the layers of a block, and of its own parameters."""
 
     def shape(name: str) -> tuple[int, ...]:
-        weight = getattr(modules.get(f"{block}.{name}".lstrip(".")), "weight", None)
-        return tuple(getattr(weight, "shape", ()))
+        within = block
+        while name.startswith("../"):
+            name, within = name.removeprefix("../"), within.rpartition(".")[0]
+        layer = modules.get(f"{within}.{name}".lstrip("."))
+        found = getattr(modules.get(within), name, None) if layer is None else layer
+        tensor = found if layer is None else getattr(found, "weight", None)
+        return tuple(getattr(tensor, "shape", ()))
 
     return shape

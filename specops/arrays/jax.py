@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, MutableMapping
 from contextlib import AbstractContextManager
+from copy import copy
 from functools import cache
 from typing import Any
 
@@ -57,8 +59,8 @@ class Jax(Library):
         leaves, structure = jax.tree.flatten((args, kwargs))
         if any(isinstance(x, jax.core.Tracer) for x in leaves):
             return function(*args, **kwargs)
-        views = [np.asarray(x) if self.is_dispatched(x) else x for x in leaves]
-        given = {id(view): x for view, x in zip(views, leaves, strict=True)}
+        given: dict[int, Any] = {}
+        views = [self._view(x, given) for x in leaves]
         own, named = jax.tree.unflatten(structure, views)
         try:
             result = function(*own, **named)
@@ -67,6 +69,14 @@ class Jax(Library):
         # What lies elsewhere was put there.
         elsewhere = weight.device != jax.devices()[0]
         return _put_back(result, given, weight.device if elsewhere else None)
+
+    def _view(self, x: Any, given: dict[int, Any]) -> Any:
+        """NumPy's view, noted in `given`; of a mapping that is no tree to JAX its values'."""
+        if isinstance(x, Mapping):
+            return _like(x, {key: self._view(value, given) for key, value in x.items()})
+        view = np.asarray(x) if self.is_dispatched(x) else x
+        given[id(view)] = x
+        return view
 
     def rounded(self, xp: Namespace, x: Array, dtype: Any, bits: tuple[int, int]) -> Array:
         """Rounded also where the compiler would rather keep more."""
@@ -178,14 +188,25 @@ def _jit(function: Any, static: int) -> Any:
     return jax.jit(function, static_argnums=tuple(range(static)))
 
 
+def _like(x: Any, values: dict[Any, Any]) -> Any:
+    """A mapping of the kind of `x` with other values; `x` itself where they are its own."""
+    if all(values[key] is x[key] for key in x):
+        return x
+    if not isinstance(x, MutableMapping):
+        return type(x)(values)
+    found = copy(x)  # with whatever else it has, as defaults
+    found.update(values)
+    return found
+
+
 def _put_back(x: Any, given: dict[int, Any], device: Any) -> Any:
     """Arrays of JAX for NumPy's, in containers and dataclasses too."""
     if isinstance(x, np.ndarray | np.generic):
         if id(x) in given:
             return given[id(x)]
         return jax.numpy.array(x) if device is None else jax.device_put(x, device)
-    if type(x) is dict:
-        return {key: _put_back(value, given, device) for key, value in x.items()}
+    if isinstance(x, Mapping):
+        return _like(x, {key: _put_back(value, given, device) for key, value in x.items()})
     if isinstance(x, tuple | list):
         parts = [_put_back(part, given, device) for part in x]
         return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)

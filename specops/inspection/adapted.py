@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-import numpy as np
-
 from specops.checkpoints import Checkpoint, Entry, open_checkpoint
 from specops.errors import CheckpointError, SpecopsError
+from specops.geometry import Dense
 from specops.inspection.comparison import Comparison, Pair
 from specops.inspection.configuration import Configuration
 from specops.inspection.figures import Method
 from specops.inspection.hints import Hints, bare_name
 from specops.inspection.low_rank import UPDATE
-from specops.inspection.merged import added, can_be_added, is_turned
+from specops.inspection.low_rank.merged import added, is_turned
 from specops.inspection.plan import Item, load, plan_of
 from specops.inspection.results import Inspection, WeightFigures
 from specops.inspection.run import measured_as
+from specops.inspection.spectrum import Figures
 
-_PEFT: Final = "base_model.model."
+_KOHYA: Final = re.compile(r"(?:lora|lycoris)_(?:(?:unet|te\d?|transformer)_)?(.+)")
 
 
 def with_updates(
@@ -39,13 +40,13 @@ def with_updates(
     difference. A pair that cannot be added or measured stays apart.
     """
     hints = hints or Hints()
-    alone = set(comparison.only_one)
-    bases = {bare_name(w.name): w for w in one.measured if w.name in alone}
+    bases = {w.name: w for w in one.measured if w.name in set(comparison.only_one)}
     updates = [w for w in other.measured if w.name in set(comparison.only_other)]
-    wanted = {w.name: bases[stem] for w in updates if (stem := _base_of(w.name)) in bases}
+    wanted = {w.name: bases[found] for w in updates if (found := base_of(w.name, bases))}
     if not wanted:
         return comparison
     pairs: dict[str, Pair] = {}
+    known: dict[str, Figures] = {}
     with open_checkpoint(one.path) as first, open_checkpoint(other.path) as second:
         items = [{i.entry.name: i for i in plan_of(c, hints)} for c in (first, second)]
         adapter = Configuration.of(second).adapter
@@ -55,14 +56,13 @@ def with_updates(
             if progress is not None:
                 progress(index, len(wanted), base.name)
             try:
-                row = _sum(first, items[0][base.name], second, items[1][name], adapter, method)
+                added_up = _sum(first, items[0][base.name], second, items[1][name], adapter, method)
             except (CheckpointError, SpecopsError, ArithmeticError, ValueError, MemoryError):
                 continue
-            if row is not None:
+            if added_up is not None:
+                row, known[base.name] = added_up
                 pairs[name] = Pair(base.name, base, row)
     paired = {pair.name for pair in pairs.values()}
-    own = {w.name: w.figures for w in updates if w.figures is not None}
-    known = {pair.name: own[name] for name, pair in pairs.items()}
     return replace(
         comparison,
         pairs=[*comparison.pairs, *pairs.values()],
@@ -72,10 +72,24 @@ def with_updates(
     )
 
 
-def _base_of(name: str) -> str:
-    """The bare name of the weight that an update is of; empty if it is none."""
-    stem = bare_name(name.removesuffix(UPDATE).removeprefix(_PEFT))
-    return f"{stem}.weight" if name.endswith(UPDATE) else ""
+def base_of(name: str, bases: Iterable[str]) -> str:
+    """The name of the weight that an update is of; "" if it is of none, or it may be of several.
+
+    kohya's names have underlines for dots, and begin with the part of the model.
+    """
+    if not name.endswith(UPDATE):
+        return ""
+    layer = name.removesuffix(UPDATE)
+    bare = bare_name(layer).replace(".base_layer", "")
+    wanted = {f"{bare}.weight", f"{bare}.in_proj_weight"}
+    found = [base for base in bases if bare_name(base) in wanted]
+    kohya = _KOHYA.fullmatch(layer)
+    if not found and kohya is not None:
+        flat = {base: base.removesuffix(".weight").replace(".", "_") for base in bases}
+        found = [base for base, text in flat.items() if text == kohya[1]] or [
+            base for base, text in flat.items() if text.endswith(f"_{kohya[1]}")
+        ]
+    return found[0] if len(found) == 1 else ""
 
 
 def _sum(
@@ -85,20 +99,32 @@ def _sum(
     update: Item,
     adapter: Mapping[str, Any],
     method: Method,
-) -> WeightFigures | None:
-    """The row of a weight plus its update; None if nothing says how much of it to add."""
-    made = update.composed
-    if made is None or not can_be_added(made.how):
+) -> tuple[WeightFigures, Figures] | None:
+    """(the row of a weight plus its update, the figures of what it adds); None if it cannot be."""
+    composed = update.composed
+    made = None if composed is None else composed.update
+    if composed is None or made is None or made.obstacle:
         return None
     w = load(first, base)
     if isinstance(w, tuple):
         return None
-    total = added(np.asarray(w), load(second, update), is_turned(made.sources[0], adapter))
-    readings = [measured_as(total, reading, method) for reading in base.assumption.readings]
-    return WeightFigures.of(
+    readings = base.assumption.readings
+    geometry = readings[0].geometry
+    last = isinstance(geometry, Dense) and geometry.out_axes == (-1,)
+    tensors = {name: second.read(name) for name in made.sources}
+    total = added(w, made, tensors, is_turned(made, w.shape, adapter, last))
+    row = WeightFigures.of(
         base.entry.name,
         base.entry.shape,
         base.entry.dtype,
-        [replace(m, why=f"{m.why}; with its {made.how}") for m in readings],
+        [
+            replace(m, why=f"{m.why}; with its {composed.how}")
+            for m in (measured_as(total, reading, method) for reading in readings)
+        ],
         sources=(base.entry.name, *made.sources),
     )
+    own = update.assumption.geometry
+    same = not made.lengths and own is not None and own.describe() == geometry.describe()
+    # The factors of an update are cheaper than all of it.
+    difference = load(second, update) if same else total - w
+    return row, measured_as(difference, readings[0], method).figures

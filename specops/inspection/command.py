@@ -26,8 +26,9 @@ from specops.tables import printable
 INTERRUPTED = 130
 _PLOTTED = (".png", ".pdf", ".svg")
 _DESCRIPTION = """\
-Spectral figures of every weight in a checkpoint: safetensors, torch (.pt, .pth, .bin, .ckpt),
-.npz and .npy, Keras .weights.h5, flax msgpack, orbax folders, and sharded Hugging Face folders.
+Spectral figures of every weight in a checkpoint: safetensors, torch (.pt, .pth, .bin, .ckpt) and
+its distributed checkpoints, .npz and .npy, Keras (.keras, .h5, .weights.h5), flax msgpack,
+equinox, orbax folders, sharded Hugging Face folders, and adapters of peft and kohya.
 Tensors are read one at a time where the format allows it; pickles only as weights, never as code.
 
 Figures: the largest and the smallest singular value, Frobenius norm, stable and effective rank,
@@ -36,8 +37,8 @@ condition number, and the share of directions below 1 % of the largest.
 Which map a tensor stands for is taken from its name and shape, its neighbours, and the model's
 configuration in the file (Keras) or beside it (config.json, adapter_config.json). Where nothing
 decides, the row says "ambiguous" and has the value of each reading. Weight norm, spectral norm,
-pruning masks and low-rank updates (LoRA, LoHa, LoKr) are put together before they are measured,
-and updates are added to their base where it is in the file, or is compared with them.
+pruning masks and low-rank updates (LoRA, DoRA, AdaLoRA, LoHa, LoKr) are put together before they
+are measured, and updates are added to their base where it is in the file, or is compared with them.
 Convolutions are given as the bracket of their operator norm over all input sizes, unless
 --input-size says at which size to measure; stride 1 is assumed unless something says otherwise.
 """

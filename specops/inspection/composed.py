@@ -10,10 +10,8 @@ import numpy as np
 
 from specops.checkpoints import Entry
 from specops.inspection.configuration import Configuration
-from specops.inspection.low_rank import find_updates
-from specops.inspection.merged import find_merged
-
-Tensors = Mapping[str, np.ndarray]
+from specops.inspection.low_rank import Tensors, Update, find_updates
+from specops.inspection.low_rank.merged import find_merged
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,8 @@ class Composed:
         From the tensors, by name, to the weight; to the two factors of a low-rank matrix.
     base : str
         Of the sources, the one that is a weight by itself; "" where all are parts.
+    update : Update, optional
+        What it is where it is a low-rank update.
     """
 
     name: str
@@ -41,6 +41,15 @@ class Composed:
     how: str
     make: Callable[[Tensors], np.ndarray | tuple[np.ndarray, np.ndarray]]
     base: str = ""
+    update: Update | None = None
+
+    @classmethod
+    def of(cls, update: Update) -> Composed:
+        """A low-rank update as a weight of its own."""
+        how, obstacle = update.how, update.obstacle
+        if obstacle and obstacle not in how:
+            how += f"; {obstacle}"
+        return cls(update.name, update.shape, update.sources, how, update.make, update=update)
 
 
 def find_composed(entries: tuple[Entry, ...], configuration: Configuration) -> list[Composed]:
@@ -49,7 +58,7 @@ def find_composed(entries: tuple[Entry, ...], configuration: Configuration) -> l
     found = [*_normalised(shapes), *_spectral(shapes), *_pruned(shapes)]
     updates = list(find_updates(shapes, configuration.adapter))
     merged = find_merged(updates, shapes, configuration.adapter)
-    return [*found, *(Composed(*u) for u in updates), *(Composed(*m) for m in merged)]
+    return [*found, *map(Composed.of, updates), *(Composed(*m) for m in merged)]
 
 
 def _normalised(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Composed]:

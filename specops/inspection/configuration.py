@@ -13,6 +13,7 @@ from specops.checkpoints import Checkpoint
 
 _LIMIT: Final = 1 << 24  # bytes of a file of settings
 _GATES: Final = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3, "SimpleRNN": 1}
+_KERNELS: Final = ("0", "kernel")
 _DEPTHWISE_PARTS: Final = ("0", "depthwise_kernel")
 
 
@@ -31,6 +32,8 @@ class Layer:
     depthwise, transposed : bool
     gates : int
         Blocks of a recurrent layer, 0 for other layers.
+    equation : str
+        Of an einsum.
     """
 
     kind: str
@@ -42,6 +45,7 @@ class Layer:
     depthwise: bool = False
     transposed: bool = False
     gates: int = 0
+    equation: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,8 +135,12 @@ def _of_keras(last: str, layer: Mapping[str, Any]) -> Layer | None:
     if kind in _GATES:
         recurrent = last in ("0", "1", "kernel", "recurrent_kernel")
         return Layer(kind, gates=_GATES[kind] if recurrent else 0)
+    if kind == "EinsumDense":
+        return Layer(kind, equation=str(config.get("equation", "")) if last in _KERNELS else "")
     if "Conv" not in kind:
         return Layer(kind)
+    if kind.startswith("ConvLSTM") and last in ("1", "recurrent_kernel"):
+        return Layer(kind, stride=1, groups=1, padding="same")
     separable, depthwise = "Separable" in kind, kind.startswith("Depthwise")
     pointwise = separable and last not in _DEPTHWISE_PARTS
     if pointwise:
@@ -170,8 +178,23 @@ def _of_hugging_face(name: str, configuration: Configuration) -> Layer | None:
     width = value("groups_width")
     if isinstance(width, int) and re.search(r"\.layers\.\d+\.layer\.1\.convolution\.", name):
         return Layer("Conv2d", width=width)
-    patch = value("patch_size")
-    if re.search(r"patch_embed\w*\.(projection|proj)|patch_embedding\.", name):
-        size = _numbers(patch, 0)
-        return Layer("patches", stride=size, groups=1, padding="valid") if size else None
+    if re.search(r"patch_embed\w*(\.\d+)?\.(projection|proj)|patch_embedding\.", name):
+        return _patches(name, configuration)
     return None
+
+
+def _patches(name: str, configuration: Configuration) -> Layer | None:
+    """Of images: as far apart as they are wide, unless the configuration has steps of its own."""
+    value = configuration.value
+    stages, numbers = value("strides"), [int(n) for n in re.findall(r"\.(\d+)\.", name)]
+    if isinstance(stages, list) and len(numbers) == 1 and numbers[0] < len(stages):
+        step = _numbers(stages[numbers[0]], 0)
+        return Layer("patches", stride=step, groups=1) if step else None
+    steps = (value("frequency_stride"), value("time_stride"))
+    own = _numbers(value("patch_stride"), 0) or (_numbers(list(steps), 0) if all(steps) else 0)
+    if own:
+        return Layer("patches", stride=own, groups=1, padding=_numbers(value("patch_padding"), 0))
+    if any("stride" in key and key != "encoder_stride" for key in configuration.values):
+        return None
+    size = _numbers(value("patch_size"), 0)
+    return Layer("patches", stride=size, groups=1, padding="valid") if size else None

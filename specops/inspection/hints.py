@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Final, Literal
 
-_PREFIXES = ("module.", "_orig_mod.", "model.")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "base_model.")
 OPTIONS: Final = {"input_size": "--input-size", "stride": "--stride", "groups": "--groups"}
 """The hints that are of convolutions, and what the command calls them."""
 

@@ -30,13 +30,20 @@ def grouped_problems(weights: list[WeightFigures]) -> list[str]:
 def notes_on(measured: list[WeightFigures], method: Method) -> list[str]:
     """What to know about the figures."""
     notes = []
-    ambiguous = [w.name for w in measured if w.readings]
-    if ambiguous:
-        notes.append(
-            f"ambiguous, {len(ambiguous)}: nothing in the file decides between the maps that "
-            "these may be, so σ_max has the value of each; --groups, --stride or --input-size "
-            f"decide: {_some(ambiguous)}"
-        )
+    for convolutions, what in (
+        (True, "--groups, --stride or --input-size decide"),
+        (False, "the model's configuration beside the file, if it is put there, decides"),
+    ):
+        ambiguous = [
+            w.name
+            for w in measured
+            if w.readings and convolutions == any("conv" in r.geometry for r in w.readings)
+        ]
+        if ambiguous:
+            notes.append(
+                f"ambiguous, {len(ambiguous)}: nothing in the file decides between the maps that "
+                f"these may be, so σ_max has the value of each; {what}: {_some(ambiguous)}"
+            )
     if any(f.beside_of == RESHAPED for w in measured if (f := w.figures)):
         notes.append(
             "convolutions without an input size: σ_max is the supremum over all sizes, [lower, "

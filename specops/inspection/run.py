@@ -10,7 +10,7 @@ import numpy as np
 
 from specops.checkpoints import Checkpoint, Entry, open_checkpoint
 from specops.errors import CheckpointError, SpecopsError
-from specops.geometry import Conv, Geometry
+from specops.geometry import Conv, Dense, Geometry
 from specops.inspection.assumptions import Reading
 from specops.inspection.configuration import Configuration
 from specops.inspection.figures import Method, figures_of, product_figures
@@ -165,7 +165,8 @@ def measured_as(w: Weight, reading: Reading, method: Method) -> Measured:
 def measure(w: Weight, reading: Reading, method: Method) -> Figures:
     """The figures of a weight, in memory or as two factors, that is read in this way."""
     if isinstance(w, tuple):
-        return product_figures(*w)
+        assert isinstance(reading.geometry, Dense)
+        return product_figures(*w, reading.geometry)
     seen = w if reading.shape is None else w.reshape(reading.shape)
     return figures_of(seen, reading.geometry, method)
 

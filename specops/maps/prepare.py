@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from specops.errors import NonFiniteError, NonFiniteWarning
 from specops.geometry import Conv, Dense, Geometry, resolve_geometry
 from specops.maps.unread import without_unread
 from specops.typing import Array, Namespace
+from specops.warned import warn
 
 
 @dataclass
@@ -92,11 +92,7 @@ def _report_bad(xp: Namespace, finite: Array, shape: tuple[int, ...]) -> None:
             f"overflow in half precision, or a bad checkpoint"
         )
     where = ", ".join(str(tuple(int(i) for i in b)) if len(b) > 1 else str(int(b[0])) for b in bad)
-    warnings.warn(
-        f"matrices at batch index {where} of shape {shape} hold NaN or infinity",
-        NonFiniteWarning,
-        stacklevel=5,
-    )
+    warn(f"matrices at batch index {where} of shape {shape} hold NaN or infinity", NonFiniteWarning)
 
 
 def _items(xp: Namespace, x: Array) -> list[Any]:

@@ -14,7 +14,7 @@ from specops.rules.base import Stage
 from specops.training.assigned import check_saved, check_stage
 from specops.training.assigning import assigned
 from specops.training.constrained import Constrained
-from specops.training.coverage import warn_of_coverage, warn_of_remarks
+from specops.training.coverage import warn_of_coverage
 from specops.training.firing import Firing, NonFinitePolicy, write
 from specops.training.history import History, Record
 from specops.training.outcome import Outcome
@@ -114,8 +114,6 @@ class BaseAttachment(ABC, Generic[C]):
         found = assigned(self, self._geometries, self._constrained)
         if not self._attached:
             warn_of_coverage(found[0])
-            under_rules = (a.weight for a in found[0] if a.rule is not None)
-            warn_of_remarks((weight.name, weight.remark) for weight in under_rules)
         self._assignments, self._constrained, dropped = found
         self._attached = True
         for c in dropped:

@@ -1,22 +1,11 @@
-"""Warnings that point at the user's line, however deep in specops they are found."""
+"""What a user should know of a plan, said as a warning."""
 
 from __future__ import annotations
 
-import sys
-import warnings
-
 from specops.errors import CautionWarning
-
-_PACKAGES = ("specops", "specops_torch", "specops_jax", "specops_cupy")
+from specops.warned import warn
 
 
 def caution(message: str) -> None:
-    """Warn by a `CautionWarning`, located where these packages were called."""
-    frame, level = sys._getframe(), 1
-    while _is_ours(frame.f_globals.get("__name__", "")) and frame.f_back is not None:
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, CautionWarning, stacklevel=level)
-
-
-def _is_ours(module: str) -> bool:
-    return module.partition(".")[0] in _PACKAGES
+    """Warn by a `CautionWarning`, located where specops was called."""
+    warn(message, CautionWarning)

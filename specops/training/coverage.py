@@ -14,8 +14,10 @@ _SHOWN = 4
 def warn_of_coverage(assignments: Sequence[Assignment]) -> None:
     """Warn where of most matrices no map is known, so that a plan leaves them alone.
 
-    Those that the plan excludes, or does not name, are the user's choice.
+    Those that the plan excludes, or does not name, are the user's choice. Of those under a rule,
+    what is to be known of their maps.
     """
+    warn_of_remarks((a.weight.name, a.weight.remark) for a in assignments if a.rule is not None)
     acting = sum(a.rule is not None for a in assignments)
     left = [a.weight for a in assignments if a.rule is None and _is_unknown(a)]
     if not 0 < acting < len(left):

@@ -216,7 +216,10 @@ def test_quantised_tensors_are_listed(tmp_path: Path) -> None:
     quantised = torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8)
     torch.save({"w": torch.ones(2).half(), "q": quantised}, tmp_path / "a.pt")
     with open_checkpoint(tmp_path / "a.pt") as found:
-        assert [e.problem for e in found.entries] == ["", "quantised (qint8)"]
+        assert [e.problem for e in found.entries] == [
+            "",
+            "quantised (qint8): save the weights that it was made of",
+        ]
         assert not found.streams
         np.testing.assert_array_equal(found.read("w"), np.ones(2, np.float16))
 

@@ -135,7 +135,7 @@ def test_libraries_are_told_apart_on_one_floor() -> None:
 
 
 FLOORS = (
-    ("errors", "typing", "tables"),
+    ("errors", "typing", "tables", "warned"),
     ("arrays",),
     ("geometry",),
     ("maps",),

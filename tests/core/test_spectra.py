@@ -167,8 +167,9 @@ def test_one_bad_matrix_does_not_spoil_the_stack(eager: Backend) -> None:
     good = np.linalg.svd(w, compute_uv=False)
     w[1, 2, 2] = np.nan
     geometry = Dense(out_axes=(1,), batch_axes=(0,))
-    with pytest.warns(errors.NonFiniteWarning, match="batch index 1 "):
+    with pytest.warns(errors.NonFiniteWarning, match="batch index 1 ") as seen:
         values = eager.numpy(specops.singular_values(eager.array(w), geometry))
+    assert seen[0].filename == __file__
     assert np.isnan(values[1]).all()
     np.testing.assert_allclose(values[[0, 2]], good[[0, 2]], rtol=1e-5)
 

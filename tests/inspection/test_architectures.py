@@ -60,6 +60,10 @@ MODELS = {
     "grouped 1×1": lambda: nn.Sequential(
         Conv(3, 12, 3), Conv(12, 12, 1, groups=3, bias=False), Conv(12, 12, 3, groups=12)
     ),
+    "gated": lambda: named(
+        start=nn.Conv1d(3, 8, 5), layers=nn.ModuleList(nn.Conv1d(8, 16, 3) for _ in range(2))
+    ),
+    "overlapping patches": lambda: named(patch_embed=named(proj=Conv(3, 8, 7, 4))),
     "audio": lambda: nn.Sequential(
         nn.Conv1d(1, 8, 40, 4), nn.BatchNorm1d(8), nn.Conv1d(8, 8, 3), nn.Conv1d(8, 12, 3)
     ),
@@ -136,3 +140,14 @@ def test_two_sizes_imply_the_stride(stride: int, given: int, tmp_path: Path) -> 
     assert figures is not None
     assert figures.sigma_max == pytest.approx(wanted, rel=1e-6)
     assert f"stride {stride}" in row.geometry
+
+
+def test_what_feeds_a_stem_is_no_layer_of_another_tower(tmp_path: Path) -> None:
+    save = pytest.importorskip("safetensors.torch").save_file
+    audio = nn.Sequential(Conv(1, 16, 3), Conv(16, 16, 3, groups=16))
+    model = named(embed=named(audio=named(conv=audio), image=named(proj=Conv(3, 16, 4))))
+    save(model.state_dict(), tmp_path / "m", metadata={"format": "pt"})
+    rows = {w.name: w for w in specops.inspect(tmp_path / "m").measured}
+    stem = rows["embed.audio.conv.0.weight"]
+    agrees(stem, *truth(model, stem.name))
+    assert stem.readings

@@ -166,12 +166,25 @@ GATES = {"weight_hh_l0": (20, 5), "bias_hh_l0": (20,)}
         ("weight_hh_l0", (20, 3), {"weight_hr_l0": (3, 5)}, (5,) * 4),
         ("attn.in_proj_weight", (12, 4), {}, (4,) * 3),
         ("weight_ih_l0_reverse", (20, 6), {"weight_hh_l0_reverse": (20, 5)}, (5,) * 4),
-        ("h.0.attn.c_attn.weight", (4, 12), {"h.0.attn.c_attn.bias": (12,)}, (4,) * 3),
-        ("h.0.cross.c_attn.weight", (4, 8), {"h.0.cross.c_attn.bias": (8,)}, (4,) * 2),
+        (
+            "h.0.attn.c_attn.weight",
+            (4, 12),
+            {"h.0.attn.c_attn.bias": (12,), "h.0.attn.c_proj.weight": (4, 4)},
+            (4,) * 3,
+        ),
+        (
+            "h.0.cross.c_attn.weight",
+            (4, 8),
+            {"h.0.cross.c_attn.bias": (8,), "h.0.cross.q_attn.weight": (4, 4)},
+            (4,) * 2,
+        ),
+        ("b.0.mixer.x_proj.weight", (9, 6),
+         {"b.0.mixer.dt_proj.weight": (6, 1), "b.0.mixer.A_log": (6, 4)}, (1, 4, 4)),
+        ("ff.net.0.proj.weight", (12, 8), {"ff.net.2.weight": (8, 6)}, (6, 6)),
         ("a.qkv_proj.weight", (16, 8), {"a.o_proj.weight": (8, 8)}, (8, 4, 4)),
-        ("mlp.gate_up_proj.weight", (16, 8), {}, (8, 8)),
+        ("mlp.gate_up_proj.weight", (16, 8), {"mlp.down_proj.weight": (8, 8)}, (8, 8)),
     ],
-)
+)  # fmt: skip
 def test_fused_maps_are_taken_apart(
     name: str, shape: tuple[int, int], around: Any, splits: Any
 ) -> None:
@@ -335,3 +348,23 @@ def test_bare_names() -> None:
     assert bare_name("models.fc") == "models.fc"
     hints = Hints(stride={"fc*": 2})
     assert hints.of("module.fc.weight", "stride") == 2
+
+
+def test_strides_of_overlapping_patches_stage_by_stage() -> None:
+    told = Configuration("config.json", values={"model_type": "glpn", "strides": [4, 2]})
+    for stage, stride in enumerate((4, 2, None)):
+        name = f"encoder.patch_embeddings.{stage}.proj.weight"
+        shapes = {"encoder.stem.weight": (8, 3)}
+        found = guess(name, (8, 3, 3, 3), others=shapes, configuration=told)
+        strides = {r.geometry.stride for r in found.readings}
+        assert strides == ({stride} if stride else {1, 3})
+
+
+def test_what_is_looked_up_is_a_table() -> None:
+    for name in ("latent_query", "encoder.position_enc", "qformer.query_tokens"):
+        assert "table" in guess(name, (64, 32)).why
+
+
+def test_queries_keys_and_values_of_a_convolution_are_said_to_be_one_map() -> None:
+    assert "one map" in guess("mid.qkv.weight", (12, 4, 1, 1)).why
+    assert "one map" not in guess("mid.proj_out.weight", (4, 4, 1, 1)).why

@@ -187,14 +187,109 @@ def test_updates_beside_the_checkpoint_that_they_are_of(tmp_path: Path) -> None:
     found = compare(one, other)
     found = replace(found, differences=differences(found, *paths))
     found = with_updates(found, one, other)
-    (pair,) = found.pairs
+    pair, scaled = found.pairs
     assert pair.name == "model.q.weight"
     wanted = np.linalg.svd(w[pair.name] + 2.0 * B @ A, compute_uv=False)
     np.testing.assert_allclose(pair.other.figures.spectrum, wanted, rtol=1e-5)
     assert found.differences[pair.name].sigma_max == pytest.approx(2 * top(B @ A), rel=1e-5)
-    assert found.only_one == ["model.v.weight", "model.o.weight"]
+    lengths = both["base_model.model.model.v.lora_magnitude_vector"].astype(float)
+    total = w[scaled.name] + 2.0 * B @ A
+    total *= lengths[:, None] / np.linalg.norm(total, axis=1, keepdims=True)
+    assert scaled.other.figures.sigma_max == pytest.approx(top(total), rel=1e-6)
+    added = found.differences[scaled.name].sigma_max
+    assert added == pytest.approx(top(total - w[scaled.name]), rel=1e-6)
+    assert found.only_one == ["model.o.weight"]
     assert "added to what they are of" in " ".join(compare(other, one).lines())
-    assert [n.rpartition(".")[2] for n in found.only_other] == ["v (update)", "x (update)"]
+    assert [n.rpartition(".")[2] for n in found.only_other] == ["x (update)"]
+
+
+def test_updates_by_names_of_kohya(tmp_path: Path) -> None:
+    from specops.inspection import compare, with_updates
+
+    base, adapter = tmp_path / "base.safetensors", tmp_path / "adapter.safetensors"
+    kernel, lengths = normal(6, 4, 3, 3), normal(1, 8)
+    w = {
+        "down_blocks.0.attn_1.to_q.weight": normal(6, 8),
+        "down_blocks.0.attn_1.to_k.weight": normal(6, 8),
+        "down_blocks.0.conv_in.weight": kernel,
+        "model.mid.to_q.weight": normal(6, 8),
+        "a.twice.weight": normal(6, 8),
+        "b.twice.weight": normal(6, 8),
+    }
+    lora = {"lora_down.weight": A, "lora_up.weight": B, **ALPHA}
+    flat = normal(3, 36)
+    parts = {
+        **{f"lora_unet_down_blocks_0_attn_1_to_q.{k}": v for k, v in lora.items()},
+        **{f"lora_unet_down_blocks_0_attn_1_to_k.{k}": v for k, v in lora.items()},
+        "lora_unet_down_blocks_0_attn_1_to_k.dora_scale": lengths,
+        **{f"lora_te_mid_to_q.{k}": v for k, v in lora.items()},
+        **{f"lora_unet_twice.{k}": v for k, v in lora.items()},
+        **{
+            f"lycoris_down_blocks_0_conv_in.hada_w{i}_{x}": v
+            for i in (1, 2)
+            for x, v in (("a", B), ("b", flat))
+        },
+        "lycoris_down_blocks_0_conv_in.alpha": ALPHA["alpha"],
+    }
+    written(base, w, format="pt")
+    written(adapter, parts, format="pt")
+    one, other = map(specops.inspect, (base, adapter))
+    found = with_updates(compare(one, other), one, other)
+    figures = {pair.name: pair.other.figures for pair in found.pairs}
+    update = 2.0 * B @ A
+    first, second = (w[n] for n in list(w)[:2])
+    along = second + update
+    along = along * (lengths / np.linalg.norm(along, axis=0, keepdims=True))
+    tops = [figures.pop(n).sigma_max for n in list(w)[:2]]
+    assert tops == pytest.approx([top(first + update), top(along)], rel=1e-6)
+    merged = kernel + 2.0 * ((B @ flat) ** 2).reshape(kernel.shape)
+    bounds = specops.spectral_norm_bounds(merged.astype(float), Conv(None), rtol=1e-6)
+    assert figures.pop("down_blocks.0.conv_in.weight").sigma_max[1] == pytest.approx(
+        float(bounds.upper), rel=1e-5
+    )
+    assert figures.pop("model.mid.to_q.weight").sigma_max == pytest.approx(
+        top(w["model.mid.to_q.weight"] + update), rel=1e-6
+    )
+    assert not figures, "of two layers by that name none is taken"
+
+
+def test_updates_of_fused_layers_are_taken_apart(tmp_path: Path) -> None:
+    a, b = normal(3, 8), normal(24, 3)
+    behind = {"h.c_proj.lora_A.weight": a, "h.c_proj.lora_B.weight": b[:8]}
+    parts = {"h.c_attn.lora_A.weight": a, "h.c_attn.lora_B.weight": b}
+    wanted = [top(part @ a) for part in np.split(b, 3)]
+    row = rows(tmp_path, {**parts, **behind})["h.c_attn (update)"]
+    np.testing.assert_allclose(row.figures.each, wanted, rtol=1e-5)
+    (alone,) = rows(tmp_path, parts).values()
+    split, whole = alone.readings
+    np.testing.assert_allclose(split.figures.each, wanted, rtol=1e-5)
+    assert whole.figures.sigma_max == pytest.approx(top(b @ a), rel=1e-5)
+
+
+def test_updates_of_convolutions_in_groups(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    down, up = torch.nn.Conv2d(4, 6, 3), torch.nn.Conv2d(6, 8, 1, groups=2)
+    parts = {"c.lora_A.weight": down.weight, "c.lora_B.weight": up.weight}
+    (row,) = rows(
+        tmp_path, {k: v.detach().numpy() for k, v in parts.items()}, input_size=5
+    ).values()
+    with torch.no_grad():
+        down.bias.zero_()
+        up.bias.zero_()
+        images = torch.eye(100).reshape(100, 4, 5, 5)
+        padded = torch.nn.functional.pad(images, (1, 1, 1, 1))
+        wanted = top(up(down(padded)).flatten(1).numpy())
+    assert row.figures.sigma_max == pytest.approx(wanted, rel=1e-5)
+
+
+def test_parts_of_other_adapters_are_no_maps(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "VERA"}', encoding="utf-8")
+    tensors = {"base_model.vera_A": A, "q.vera_lambda_d": normal(3), "lm_head.weight": normal(5, 4)}
+    found = specops.inspect(written(tmp_path / "m.safetensors", tensors, format="pt"))
+    assert [w.name for w in found.measured] == ["lm_head.weight"]
+    (problem,) = found.problems
+    assert "vera_lambda_d" in problem
+    assert "merge_and_unload" in problem
 
 
 def test_updates_of_convolutions(tmp_path: Path) -> None:
@@ -274,3 +369,12 @@ def test_ambiguous_rows_have_both_values(tmp_path: Path) -> None:
     low, high = row.figures.sigma_max
     assert low == pytest.approx(min(kernel.figures.sigma_max[0], stack.figures.sigma_max))
     assert high == pytest.approx(max(kernel.figures.sigma_max[1], stack.figures.sigma_max))
+
+
+def test_what_would_decide_is_said(tmp_path: Path) -> None:
+    tensors = {"a.qkv.weight": normal(12, 4), "w": normal(6, 5, 3)}
+    found = specops.inspect(written(tmp_path / "m.safetensors", tensors, format="pt"))
+    by_hints, by_settings = (note for note in found.notes if note.startswith("ambiguous, 1"))
+    assert by_hints.endswith("--input-size decide: w")
+    assert by_settings.endswith("decides: a.qkv.weight")
+    assert "configuration" in by_settings

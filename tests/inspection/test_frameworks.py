@@ -226,3 +226,41 @@ def test_keras(tmp_path: Path) -> None:
             if exact:
                 assert max(tops) == pytest.approx(value, rel=1e-4), (kind, name, rows[0].why)
         assert len(found.measured) == 4 + 4 + 4 + 2 + 1
+
+
+@pytest.mark.parametrize("kind", ["msgpack", "orbax"])
+def test_layers_of_nnx_that_are_sums_or_have_several_axes(kind: str, tmp_path: Path) -> None:
+    nnx = pytest.importorskip("flax.nnx")
+    import jax
+
+    class Model(nnx.Module):
+        def __init__(self, rngs: Any) -> None:
+            self.inside = nnx.LoRALinear(6, 5, lora_rank=2, rngs=rngs)
+            base = nnx.Linear(6, 5, use_bias=False, rngs=rngs)
+            self.around = nnx.LoRA(6, 2, 5, base_module=base, rngs=rngs)
+            self.heads = nnx.LinearGeneral(6, (2, 4), rngs=rngs)
+
+    model = Model(nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(lambda x: rng.normal(size=x.shape).astype("f"), nnx.state(model))
+    nnx.update(model, state)
+    if kind == "msgpack":
+        serialization = pytest.importorskip("flax.serialization")
+        (tmp_path / "m").write_bytes(serialization.to_bytes(nnx.to_pure_dict(state)))
+        end, dot = "", "/"
+    else:
+        ocp = pytest.importorskip("orbax.checkpoint")
+        ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).save(tmp_path / "m", state)
+        end, dot = ".value", "."
+    rows = {w.name: w for w in specops.inspect(tmp_path / "m").measured}
+    basis = np.eye(6, dtype="f")
+    for name, layer in (
+        (f"inside{dot}kernel", model.inside),
+        (f"around{dot}base_module{dot}kernel", model.around),
+        (f"heads{dot}kernel", model.heads),
+    ):
+        images = np.asarray(layer(basis) - layer(0 * basis), float).reshape(6, -1)
+        row = rows[name + end + ("" if "heads" in name else " (merged)")]
+        assert row.figures is not None
+        assert row.figures.sigma_max == pytest.approx(np.linalg.norm(images, 2), rel=1e-4)
+    assert not any("lora_" in name for name in rows)

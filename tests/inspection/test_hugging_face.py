@@ -55,6 +55,93 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "GptOss": ("ForCausalLM", {**GROUPED, "num_local_experts": 2, "head_dim": 4}),
     "Phi3": ("ForCausalLM", GROUPED),
+    "Mamba2": (
+        "ForCausalLM",
+        {"num_heads": 4, "head_dim": 8, "state_size": 4, "n_groups": 2, "vocab_size": 20, **SMALL},
+    ),
+    "FalconMamba": ("ForCausalLM", {**SMALL, "vocab_size": 20, "state_size": 4}),
+    "Bamba": (
+        "ForCausalLM",
+        {
+            **GROUPED,
+            "num_hidden_layers": 2,
+            "attn_layer_indices": [1],
+            "mamba_n_heads": 4,
+            "mamba_d_head": 8,
+            "mamba_d_state": 4,
+            "mamba_n_groups": 1,
+        },
+    ),
+    "Lfm2": ("ForCausalLM", {**GROUPED, "num_hidden_layers": 2, "full_attn_idxs": [1]}),
+    "Deberta": ("Model", {**HEADS, "vocab_size": 20, "max_position_embeddings": 8}),
+    "DeepseekV3": (
+        "ForCausalLM",
+        {
+            **GROUPED,
+            "num_key_value_heads": 4,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 6,
+            "q_lora_rank": 5,
+            "qk_rope_head_dim": 2,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 3,
+        },
+    ),
+    "Qwen3Next": (
+        "ForCausalLM",
+        {
+            **GROUPED,
+            "num_hidden_layers": 2,
+            "head_dim": 4,
+            "num_experts": 0,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 4,
+            "linear_value_head_dim": 3,
+        },
+    ),
+    "ModernBert": ("Model", {**HEADS, "vocab_size": 20, "pad_token_id": 0}),
+    "GraniteMoeShared": (
+        "ForCausalLM",
+        {**GROUPED, "num_local_experts": 2, "shared_intermediate_size": 12},
+    ),
+    "Moonshine": (
+        "ForConditionalGeneration",
+        {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "vocab_size": 20,
+            "encoder_num_hidden_layers": 1,
+            "decoder_num_hidden_layers": 1,
+            "encoder_num_attention_heads": 4,
+            "decoder_num_attention_heads": 4,
+        },
+    ),
+    "Glm": ("ForCausalLM", {**GROUPED, "head_dim": 4}),
+    "Hiera": (
+        "Model",
+        {
+            "embed_dim": 8,
+            "image_size": [32, 32],
+            "num_heads": [1, 2],
+            "depths": [1, 1],
+            "query_stride": [2, 2],
+            "masked_unit_size": [4, 4],
+            "num_query_pool": 1,
+        },
+    ),
+    "AST": (
+        "Model",
+        {
+            **HEADS,
+            "patch_size": 4,
+            "frequency_stride": 3,
+            "time_stride": 2,
+            "max_length": 16,
+            "num_mel_bins": 16,
+        },
+    ),
     "ConvNext": ("Model", {"num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 1]}),
     "MobileNetV2": ("Model", {"depth_multiplier": 0.1, "min_depth": 4, "image_size": 32}),
     "ResNet": ("Model", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}),
@@ -65,13 +152,33 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-TIED = ("GPT2", "Llama", "T5", "Bloom", "GPTBigCode")
+TIED = ("GPT2", "Llama", "T5", "Bloom", "GPTBigCode", "Lfm2", "Moonshine")
 BY_HEADS = {
     # As their forwards cut it: how many parts follow one another, and what is in each.
     ("GPTNeoX", "query_key_value"): 4,
     ("Bloom", "query_key_value"): 4,
     ("GPTBigCode", "c_attn"): 4,
     ("CodeGen", "qkv_proj"): 4,
+    ("Deberta", "in_proj"): 4,
+}
+BLOCKS = {
+    # The sizes of what their forwards split, and how many times that follows.
+    ("Mamba", "in_proj"): ([24, 24], 1),
+    ("Mamba", "x_proj"): ([1, 4, 4], 1),
+    ("FalconMamba", "in_proj"): ([24, 24], 1),
+    ("FalconMamba", "x_proj"): ([1, 4, 4], 1),
+    ("Mamba2", "in_proj"): ([32, 32, 8, 8, 4], 1),
+    ("Bamba", "in_proj"): ([32, 32, 4, 4, 4], 1),
+    ("Lfm2", "in_proj"): ([16, 16, 16], 1),
+    ("DeepseekV3", "kv_a_proj_with_mqa"): ([6, 2], 1),
+    ("DeepseekV3", "kv_b_proj"): ([4, 3], 4),
+    ("Qwen3Next", "q_proj"): ([4, 4], 4),
+    ("Qwen3Next", "in_proj_qkvz"): ([4, 4, 6, 6], 2),
+    ("Qwen3Next", "in_proj_ba"): ([2, 2], 2),
+    ("ModernBert", "Wqkv"): ([16, 16, 16], 1),
+    ("ModernBert", "Wi"): ([24, 24], 1),
+    ("GraniteMoeShared", "input_linear"): ([12, 12], 1),
+    ("Moonshine", "fc1"): ([24, 24], 1),
 }
 
 
@@ -87,7 +194,13 @@ def matrices(kind: str, name: str, module: Any) -> list[np.ndarray] | None:
     if (kind, last) in BY_HEADS:
         by_heads = w.reshape(BY_HEADS[kind, last], 3, -1, columns)
         return [by_heads[:, i].reshape(-1, columns) for i in range(3)]
-    if last == "c_attn":
+    if (kind, last) in BLOCKS and rows == np.prod(BLOCKS[kind, last][1]) * sum(
+        BLOCKS[kind, last][0]
+    ):
+        sizes, repeats = BLOCKS[kind, last]
+        turns = w.reshape(repeats, -1, columns)
+        return [b.reshape(-1, columns) for b in np.split(turns, np.cumsum(sizes)[:-1], axis=1)]
+    if last in ("c_attn", "qkv"):
         return np.split(w, 3)
     if last == "gate_up_proj":
         return np.split(w, 2)

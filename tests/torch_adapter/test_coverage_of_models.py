@@ -53,6 +53,7 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.c_attn, self.c_fc = Conv1D(12, 4), Conv1D(8, 4)
+        self.c_proj = Conv1D(4, 4)
         self.experts, self.gate = TinyExperts(False), TinyRouter()
 
 
@@ -64,7 +65,7 @@ def test_of_transformers_are_constrained() -> None:
     assert maps["h.0.c_fc.weight"] == Dense(out_axes=(-1,))
     assert maps["h.0.experts.gate_up_proj"] == Dense((1,), batch_axes=(0,), splits=(3, 3))
     assert maps["h.0.gate.weight"] == Dense()
-    assert len(maps) == 5
+    assert len(maps) == 6
     attachment.enforce()
     block = model["h"][0]
     for part in block.c_attn.weight.detach().split(4, dim=1):
@@ -202,3 +203,11 @@ def test_what_is_printed_after_enforcing_is_inside_the_bound() -> None:
     model(torch.randn(1, 8, 8, 8))
     attachment.enforce()
     assert all(row.norm <= 1.0 for row in attachment.report().constrained)
+
+
+def test_queries_keys_and_values_of_a_convolution_are_said_to_be_one_map() -> None:
+    model = nn.ModuleDict({"qkv": nn.Conv2d(4, 12, 1), "proj_out": nn.Conv2d(4, 4, 1)})
+    with pytest.warns(CautionWarning, match=r"qkv\.weight: query, key and value .* one map"):
+        attachment = specops.attach(None, model, CLIP)
+    assert "one map" in attachment.report()["qkv.weight"].geometry
+    assert "one map" not in attachment.report()["proj_out.weight"].geometry

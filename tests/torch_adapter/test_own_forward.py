@@ -47,6 +47,13 @@ class Gated(nn.GRUCell):
         return 2 * super().forward(x, h)
 
 
+class Dropping(nn.LSTM):
+    """Overrides what `forward` calls."""
+
+    def check_forward_args(self, input: Any, hidden: Any, batch_sizes: Any) -> None:
+        super().check_forward_args(2 * input, hidden, batch_sizes)
+
+
 class Named(nn.Linear):
     """A subclass that computes as its base."""
 
@@ -55,7 +62,14 @@ class Named(nn.Linear):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Standardised(4, 4, 3), lambda: Padded(4, 4, 3), Summed, lambda: Gated(4, 4)]
+    "make",
+    [
+        lambda: Standardised(4, 4, 3),
+        lambda: Padded(4, 4, 3),
+        Summed,
+        lambda: Gated(4, 4),
+        lambda: Dropping(4, 4),
+    ],
 )
 def test_are_left_alone_by_a_bare_rule_and_refused_by_name(make: Any) -> None:
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)), make())
@@ -104,6 +118,35 @@ class Adapted(nn.Module):
 
     def forward(self, x: Any) -> Any:
         return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+class Multiplied(nn.Module):
+    """As peft wraps a layer for its other adapters."""
+
+    adapter_layer_names = ("oft_R",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer = nn.Linear(4, 4, bias=False)
+        self.oft_R = nn.ParameterDict({"default": torch.eye(4)})
+
+    def forward(self, x: Any) -> Any:
+        return self.base_layer(x @ self.oft_R["default"])
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"), [(Adapted, "adds lora_B·lora_A"), (Multiplied, "changes it by oft_R")]
+)
+def test_what_adapters_change_is_no_map(make: Any, reason: str) -> None:
+    model = nn.Sequential(make(), *(nn.Linear(4, 4) for _ in range(3)))
+    report = specops.attach(None, model, CLIP).report()
+    assert reason in report["0.base_layer.weight"].reason
+    with pytest.warns(specops.errors.CautionWarning, match=reason):
+        weights, _ = specops_torch.weights_and_geometries(model)
+    assert "0.base_layer.weight" not in weights
+    told = {"0.*": Dense()}
+    weights, _ = specops_torch.weights_and_geometries(model, geometries=told)
+    assert "0.base_layer.weight" in weights
 
 
 def test_what_lora_adds_to_is_named() -> None:

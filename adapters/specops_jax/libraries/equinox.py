@@ -63,17 +63,35 @@ def _sample(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 def _roles(tree: Any, shapes: Shapes) -> dict[str, Role]:
     import equinox as eqx
 
+    cells = (eqx.nn.LSTMCell, eqx.nn.GRUCell)
     kinds = (eqx.nn.Linear, eqx.nn.Conv, eqx.nn.ConvTranspose, eqx.nn.Embedding)
-    met = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, kinds))[0]
-    found = {}
+    met = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: isinstance(x, (*kinds, *cells))
+    )[0]
+    found: dict[str, Role] = {}
     for path, layer in met:
-        if isinstance(layer, kinds) and hasattr(layer.weight, "shape"):
+        if isinstance(layer, cells):
+            found |= _cell(path, layer, cells)
+        elif isinstance(layer, kinds) and hasattr(layer.weight, "shape"):
             roles = [_role(layer, shape) for shape in shapes.get(id(layer)) or [None]]
             role = as_called(layer, reduce(at_both, roles), *kinds)
             own = _own_ndim(layer)
             shape = tuple(layer.weight.shape)
             name = name_of((*path, jax.tree_util.GetAttrKey("weight")))
             found[name] = stacked(role, shape[len(shape) - own :], shape)
+    return found
+
+
+def _cell(path: Any, layer: Any, cells: tuple[type, ...]) -> dict[str, Role]:
+    """The matrices of a recurrent cell: a block for each gate."""
+    found = {}
+    for attribute in ("weight_ih", "weight_hh"):
+        shape = tuple(getattr(getattr(layer, attribute), "shape", ()))
+        if len(shape) >= 2:
+            count = shape[-2] // layer.hidden_size
+            geometry = Dense(out_axes=(-2,), splits=(layer.hidden_size,) * count)
+            name = name_of((*path, jax.tree_util.GetAttrKey(attribute)))
+            found[name] = stacked(as_called(layer, Role(geometry), *cells), shape[-2:], shape)
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from specops.errors import AdapterError
+from specops.geometry import Dense
 from specops_jax.layers import (
     EMBEDDING,
     Role,
@@ -38,6 +39,7 @@ def roles(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     kinds = (
         *(hk.Linear, hk.Embed, hk.ConvND, hk.ConvNDTranspose),
         *(hk.DepthwiseConv1D, hk.DepthwiseConv2D, hk.DepthwiseConv3D),
+        *(hk.LSTM, hk.GRU),
     )
 
     def look(function: Any, args: Any, given: Any, context: Any) -> Any:
@@ -73,6 +75,11 @@ def _roles(layer: Any, x: Any) -> dict[str, Role]:
 
     if isinstance(layer, hk.Linear):
         return {"w": dense()}
+    if isinstance(layer, hk.LSTM):
+        # Met after the layer inside that has the matrix, of inputs beside the state.
+        return {"linear/w": _gates(layer, 4)}
+    if isinstance(layer, hk.GRU):
+        return {"w_i": _gates(layer, 3), "w_h": _gates(layer, 3)}
     if isinstance(layer, hk.Embed):
         return {"embeddings": Role(dense().geometry, opt_in=EMBEDDING)}
     if isinstance(layer, hk.ConvND | hk.ConvNDTranspose):
@@ -124,3 +131,7 @@ def _roles(layer: Any, x: Any) -> dict[str, Role]:
             )
         }
     return {}
+
+
+def _gates(layer: Any, count: int) -> Role:
+    return Role(Dense(out_axes=(-1,), splits=(layer.hidden_size,) * count))

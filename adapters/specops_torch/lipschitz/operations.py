@@ -13,11 +13,10 @@ import torch
 from torch import fx, nn
 
 from specops.errors import AdapterError
+from specops_torch.own_forward import computes_plainly
 
 _OURS = ("specops_torch", "torch.nn.utils")
 _IN_PLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
-_BESIDE_FORWARD = {"extra_repr", "reset_parameters", "reset_running_stats", "flatten_parameters"}
-"""Methods of layers that a forward pass does not call."""
 HINT = "Compute its factor, and give those of all layers to specops.measures.lipschitz_upper_bound"
 
 
@@ -54,18 +53,6 @@ def operations_of(model: nn.Module) -> Operations:
             f"torch.fx cannot follow {type(model).__name__}: {str(error).splitlines()[0]}. {HINT}"
         ) from error
     return Operations(graph, tracer.constants)
-
-
-def computes_plainly(module: nn.Module) -> bool:
-    """Whether a module computes what its class of torch does, and nothing of its own."""
-    kinds = type(module).__mro__
-    torchs = [k for k in kinds if k.__module__.startswith("torch.nn.modules.")]
-    plain: Any = next(iter(torchs), nn.Module)
-    if plain in (nn.Module, nn.Sequential) or not _wraps(vars(module).get("forward"), plain):
-        return False
-    inner = {n for k in torchs if k is not nn.Module for n in vars(k) if not n.startswith("__")}
-    own = {n for k in kinds[: kinds.index(plain)] for n, v in vars(k).items() if callable(v)}
-    return not own & (inner - _BESIDE_FORWARD)
 
 
 def _wraps(forward: Any, kind: Any) -> bool:

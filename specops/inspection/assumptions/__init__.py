@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from specops.inspection.assumptions.context import Context
+from specops.inspection.assumptions.einsum import einsum
 from specops.inspection.assumptions.kernels import kernel
 from specops.inspection.assumptions.matrices import matrix
 from specops.inspection.assumptions.no_maps import no_map
@@ -37,6 +38,9 @@ def _is_as_stored(name: str) -> bool:
 
 
 def _read(name: str, shape: tuple[int, ...], context: Context) -> Assumption:
+    multiplied = einsum(name, shape, context)
+    if multiplied is not None:
+        return multiplied
     if len(shape) == 2:
         return matrix(name, shape, context)
     by_heads = heads(name, shape, context)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Final
 
 from specops.inspection.assumptions.context import Context, Kernel, are_in_order, block_of, parts_of
@@ -32,6 +33,8 @@ def groups_of(name: str, outputs: int, inputs: int, context: Context) -> list[Gr
     named = is_depthwise_by_name(name) or _is_of_a_state_space(name, context)
     if named and inputs == 1:
         return [Groups(outputs, ", by its name depthwise")]
+    if is_gated_convolution(name, context):
+        return [Groups(1, "")]
     before = context.before(name)
     if context.layout == "keras" and inputs < outputs and _KERAS_PLAIN.search(name):
         return [Groups(1, ASSUMED)]
@@ -48,10 +51,19 @@ def is_depthwise_by_name(name: str) -> bool:
     return any(word in low for word in _DEPTHWISE) or "dw" in parts_of(low)
 
 
+def is_gated_convolution(name: str, context: Context) -> bool:
+    """Whether a kernel is of Keras' ConvLSTM."""
+    return context.layout == "keras" and "conv_lstm" in name.lower()
+
+
 def _is_of_a_state_space(name: str, context: Context) -> bool:
-    """The short convolution of Mamba and its like."""
+    """The short convolution of Mamba and LFM2 and their like."""
     stem = name.rpartition(".conv1d.")[0]
-    return bool(stem) and f"{stem}.A_log" in context.shapes
+    if stem and f"{stem}.A_log" in context.shapes:
+        return True
+    stem = name.rpartition(".conv.")[0]
+    behind, shape = (context.shapes.get(n, ()) for n in (f"{stem}.out_proj.weight", name))
+    return f"{stem}.in_proj.weight" in context.shapes and behind[1:] == shape[:1]
 
 
 def _one_input(
@@ -73,7 +85,8 @@ def _one_input(
     dense = first or bool(inside and inside[-1].outputs == 1)
     # Behind transposed layers it may be one that gives a single channel.
     either = bool(feeding) and feeding[-1].turned and not context.behind(name)
-    if feeding and not dense and not either:
+    near = bool(before) or any(_are_of_one_block(k.name, name) for k in feeding)
+    if feeding and near and not dense and not either:
         return [Groups(outputs, f", depthwise: {feeding[-1].name} has as many outputs")]
     if dense and not feeding:
         told = "the first kernel" if first else f"{inside[-1].name} gives one channel"
@@ -82,6 +95,13 @@ def _one_input(
         depthwise = [Groups(inside[-1].outputs, ", depthwise"), *depthwise]
     depthwise = [Groups(g.count, f", in {g.count} groups of one channel") for g in depthwise]
     return [*depthwise, Groups(1, ", of one input channel")]
+
+
+def _are_of_one_block(one: str, other: str) -> bool:
+    """Whether names differ in a layer's own part alone, up to what wraps it."""
+    parts, others = parts_of(one), parts_of(other)
+    alike = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(parts, others, strict=False))))
+    return alike >= len(others) - 3
 
 
 def _has_coloured_stem(context: Context) -> bool:
@@ -131,6 +151,9 @@ def _alone(
         if rest == 0 and count > 1 and outputs % count == 0:
             grouped = [Groups(count, f", in {count} groups by the outputs of {nearest.name}")]
     block = block_of(name)
+    if grouped and nearest is not None and (nearest.outputs, nearest.inputs) == (outputs, inputs):
+        # The same layer again, whose outputs may be halved by a gate.
+        return [*grouped, Groups(1, "")]
     if given or any(s == (inputs,) for n, s in context.shapes.items() if block_of(n) == block):
         # A sequence says groups, another layer gives one group: nothing decides.
         return [*(grouped if follows is not None else []), Groups(1, "")]

@@ -12,13 +12,14 @@ from specops.checkpoints import Entry
 from specops.geometry.fused import Surroundings
 from specops.inspection.configuration import Configuration
 from specops.inspection.hints import Hints, bare_name
+from specops.inspection.low_rank import UPDATE
 
 LEAF: Final = "leaf."
 """What tensors are called that a file has without names, in the order of the model."""
 
 
-ATTENTION: Final = ("query", "key", "value")
-PROJECTIONS: Final = ("out", "attention_output", "output_dense")
+_ATTENTION: Final = ("query", "key", "value")
+_PROJECTIONS: Final = ("out", "attention_output", "output_dense")
 """How projections to heads, and those back from them, are called."""
 _VARIABLES: Final = r"(?:^|[./])(?:kernel|bias|scale|embedding|weight|mean|var)"
 _OF_LAYER: Final = re.compile(r"((?:.*[./])?)[^./]+([./][^./]+)")
@@ -108,9 +109,16 @@ class Context:
         of_layer = _OF_LAYER.fullmatch(name.removesuffix(end))
 
         def beside(other: str) -> tuple[int, ...]:
+            if name.endswith(UPDATE):
+                return self.shapes.get(self.beside(name, other + UPDATE), ())
             if of_layer is None or parts_of(name)[-1] == "gate_up_proj":
                 return self.shapes.get(self.beside(name, other), ())
-            return self.shapes.get(f"{of_layer[1]}{other}{of_layer[2]}{end}", ())
+            lead = of_layer[1]
+            while other.startswith("../"):
+                other = other.removeprefix("../")
+                lead = lead[: max(lead[:-1].rfind(c) for c in "./") + 1]
+            names = (f"{lead}{other}{of_layer[2]}{end}", f"{lead}{other}{end}")
+            return next((self.shapes[n] for n in names if n in self.shapes), ())
 
         return Surroundings(self.configuration.value, beside)
 
@@ -179,6 +187,16 @@ def parts_of(name: str) -> list[str]:
     return name.removesuffix(_end_of(name)).replace("/", ".").split(".")
 
 
+def is_attention(parts: list[str]) -> bool:
+    """Whether a name is of a query, key or value."""
+    return any(p.lstrip("_").startswith(_ATTENTION) for p in parts)
+
+
+def is_behind_attention(parts: list[str]) -> bool:
+    """Whether a name is of the projection back from heads."""
+    return any(p.lstrip("_") in _PROJECTIONS for p in parts)
+
+
 def _end_of(name: str) -> str:
     found = _ENDS.search(name)
     return "" if found is None else found[1] or found[2]
@@ -212,5 +230,5 @@ def natural(name: str) -> list[tuple[int, str]]:
 def _no_kernel(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor of three axes or more has no taps: experts, biases along channels."""
     parts = parts_of(name.lower())
-    attends = any(p.startswith(ATTENTION) or p in PROJECTIONS for p in parts) and len(shape) == 3
+    attends = (is_attention(parts) or is_behind_attention(parts)) and len(shape) == 3
     return "expert" in name.lower() or "bias" in parts[-1] or set(shape[1:]) == {1} or attends

@@ -8,7 +8,13 @@ from typing import Any, Final, Literal
 
 from specops.errors import GeometryError
 from specops.geometry import Conv
-from specops.inspection.assumptions.channels import Groups, groups_of, is_depthwise_by_name
+from specops.geometry.fused import fused_kernel
+from specops.inspection.assumptions.channels import (
+    Groups,
+    groups_of,
+    is_depthwise_by_name,
+    is_gated_convolution,
+)
 from specops.inspection.assumptions.context import Context, parts_of
 from specops.inspection.assumptions.reading import Assumption, Reading
 from specops.inspection.assumptions.stacks import WIDEST_TAP
@@ -17,6 +23,7 @@ from specops.inspection.assumptions.strides import strides_of
 _MOST_FREQUENCIES: Final = 2**20
 """Of a grid on which the supremum over all sizes is bracketed."""
 _TRANSPOSED: Final = ("transpose", "deconv", "upconv")
+_GATES: Final = "4 gates are taken for one map"
 Layout = Literal["OI*", "IO*", "*IO", "*OI"]
 
 
@@ -65,6 +72,9 @@ def kernel(name: str, shape: tuple[int, ...], context: Context) -> Assumption:
             geometry.sizes(seen or shape)
         except GeometryError as error:
             return Assumption(skipped=str(error), harmless=False)
+        doubt = fused_kernel((parts_of(name)[-2:-1] or [""])[0])
+        doubt = doubt or (_GATES if is_gated_convolution(name, context) else "")
+        note += f"; {doubt}" if doubt else ""
         readings.append(Reading(geometry, f"{len(shape)}-d, {order}{note}", seen))
     return Assumption.of(*readings)
 

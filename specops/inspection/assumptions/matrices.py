@@ -5,22 +5,28 @@ from __future__ import annotations
 from typing import Final
 
 from specops.geometry import Dense
-from specops.geometry.fused import fused
+from specops.geometry.fused import fused, gates_of
 from specops.inspection.assumptions.context import LEAF, Context, parts_of
 from specops.inspection.assumptions.reading import Assumption, Reading
+from specops.inspection.low_rank import UPDATE
 
-_TABLES: Final = ("embed", "wte", "wpe", "relative_attention_bias")
+_TABLES: Final = (
+    *("embed", "wte", "wpe", "relative_attention_bias"),
+    *("pos_emb", "position_enc", "latent_query", "query_tokens", "latents"),
+)
 _NO_TABLES: Final = ("embed_out", "unembed")
-_GATES: Final = {4: "an LSTM", 3: "a GRU"}
 
 
 def matrix(name: str, shape: tuple[int, ...], context: Context) -> Assumption:
     """What a tensor of two axes is taken for."""
     parts = parts_of(name)
     out, how = _output_axis(name, shape, context)
-    several = _gates(name, parts, shape, out, context) or _fused(name, parts, shape, out, context)
-    if several is not None:
-        return Assumption.of(several)
+    gates = _gates(name, parts, shape, out, context)
+    if gates is not None:
+        return Assumption.of(gates)
+    several = _fused(name, parts, shape, out, context)
+    if several:
+        return Assumption.of(*several)
     unnamed = _unnamed_gates(name, out, context)
     if unnamed is not None:
         reading, sure = unnamed
@@ -65,18 +71,19 @@ def _gates(
             hidden = context.shapes[context.beside(name, "weight_hr" + end)][1]
         elif bias and bias[0] % 4 == 0:
             return None  # a recurrent matrix is missing: nothing tells gates from a plain layer
-    elif parts[-2:-1] in (["dense_i"], ["dense_h"]):  # cells of flax' nnx
-        recurrent = context.around(name).beside("dense_h")
-        hidden = recurrent[0] if len(recurrent) == 2 and context.taps_first else 0
+    elif "lstm" in "".join(parts[-3:-2]) and parts[-2:] == ["linear", "w"]:  # of haiku
+        beside = rows // 4 if rows % 4 == 0 and context.bias(name) == (rows,) else 0
+        hidden = beside if shape[1 + out] > beside else 0
+    elif parts[-1] in ("w_i", "w_h") and context.taps_first:  # of haiku
+        recurrent = context.shapes.get(context.beside(name, "w_h"), ())
+        hidden = recurrent[0] if len(recurrent) == 2 else 0
     elif any(word in part.lower() for word in ("lstm", "gru", "cell") for part in parts):
         last = {"kernel": "recurrent_kernel", "0": "1"}.get(parts[-1], parts[-1])
         recurrent = context.shapes.get(context.beside(name, last), ())
         if parts[-1] in ("kernel", "recurrent_kernel", "0", "1") and len(recurrent) == 2:
             hidden = recurrent[0]
-    if hidden and rows % hidden == 0 and rows // hidden in _GATES:
-        count = rows // hidden
-        return _split(count, rows, out, f"{count} gates of {hidden}, as {_GATES[count]} has them")
-    return None
+    found = gates_of(hidden, rows, out)
+    return None if found is None else Reading(found.geometry, found.why)
 
 
 def _unnamed_gates(name: str, out: int, context: Context) -> tuple[Reading, bool] | None:
@@ -94,23 +101,31 @@ def _unnamed_gates(name: str, out: int, context: Context) -> tuple[Reading, bool
             continue
         rows, hidden = other
         count = rows // hidden
-        if count not in _GATES or (len(bias) > 1 and rows in bias):
+        found = gates_of(hidden, rows, out)
+        if found is None or (len(bias) > 1 and rows in bias):
             continue
         sure = bias == (rows,) and (count == 4 or more == (hidden,))
         if not sure and len(bias) == 1:
             continue
-        found = _split(count, rows, out, f"{count} gates of {hidden}, as {_GATES[count]} has them")
-        return None if found is None else (found, sure)
+        return Reading(found.geometry, found.why), sure
     return None
 
 
 def _fused(
     name: str, parts: list[str], shape: tuple[int, ...], out: int, context: Context
-) -> Reading | None:
-    """Query, key and value in one matrix, or a gate beside what it gates."""
-    layer = parts[-1] if parts[-1].startswith("in_proj") else (parts[-2:-1] or [""])[0]
+) -> list[Reading]:
+    """The maps of a matrix that holds several, and all as one where nothing decides."""
+    if name.endswith(UPDATE):
+        layer, out = parts[-1].removesuffix(UPDATE), 0  # of a layer, outputs first
+    else:
+        layer = parts[-1] if parts[-1] == "in_proj_weight" else (parts[-2:-1] or [""])[0]
     found = fused(layer, shape, out, context.around(name))
-    return None if found is None else Reading(found.geometry, found.why)
+    if found is None:
+        return []
+    whole = Reading(found.geometry, found.why)
+    if found.likely is None:
+        return [whole]
+    return [Reading(found.likely, f"{layer}: several in one, by its name alone"), whole]
 
 
 def _split(count: int, rows: int, out: int, why: str) -> Reading | None:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from specops.inspection.assumptions.context import ATTENTION, LEAF, Context, parts_of
+import re
+
+from specops.inspection.assumptions.context import (
+    LEAF,
+    Context,
+    is_attention,
+    parts_of,
+)
 from specops.inspection.assumptions.reading import Assumption
 
 _INDICES = ("int64", "bool")
@@ -18,6 +25,13 @@ _BUFFERS = {
     *("inv_freq", "freqs_cis", "cos_cached", "sin_cached", "relative_coords_table"),
     *("time_decay", "time_first", "time_faaaa"),
 }
+_ADAPTER = re.compile(
+    r"(adamss|beft|boft|bone|c3a|deft|delora|fourierft|frod|glora|gralora|hira|hra|ia3|lily|ln_tuning"
+    r"|miss|oft|osf|peanut|poly|psoft|p?vera|randlora|road|shadow|shira|supertuning|tinylora"
+    r"|trainable_tokens|unilora|vblora|waveft|lora|hada|lokr)_"
+)
+_LOW_RANK = ("lora", "hada", "lokr")
+"""How peft's kinds of adapters begin the names of their parameters."""
 _TABLES_OF_BIASES = ("bias_table", "position_bias", "rel_pos_h", "rel_pos_w")
 
 
@@ -29,6 +43,9 @@ def no_map(name: str, shape: tuple[int, ...], dtype: str, context: Context) -> A
         return Assumption(skipped="empty")
     if set(parts) & _OPTIMIZERS:
         return Assumption(skipped="of the optimizer's state")
+    adapter = _adapter(shape, parts, context)
+    if adapter is not None:
+        return adapter
     if len(shape) < 2:
         return Assumption(skipped="a scalar" if not shape else "1-d: a bias or scale, no matrix")
     if dtype in _INDICES:
@@ -44,6 +61,8 @@ def no_map(name: str, shape: tuple[int, ...], dtype: str, context: Context) -> A
         return Assumption(skipped="logarithms or steps of a state space, no matrix")
     if last in ("scale", "gamma", "beta", "running_mean", "running_var", "mean", "var"):
         return Assumption(skipped="scales or statistics of layers, no matrix")
+    if last == "vector_u" or _is_of_spectral_normalization(name, shape, parts, context):
+        return Assumption(skipped="what Keras' SpectralNormalization has beside the layer's weight")
     if last in ("weight_g", "original0", "lora_magnitude_vector", "dora_scale"):
         return Assumption(skipped="the lengths of a normalised weight, no matrix")
     if "parametrizations" in parts and any(p.isdecimal() for p in parts[-2:]):
@@ -58,6 +77,18 @@ def no_map(name: str, shape: tuple[int, ...], dtype: str, context: Context) -> A
     if len(shape) > 2 and sum(n > 1 for n in shape) < 2:
         return Assumption(skipped="a scale along one axis, no matrix")
     return None
+
+
+def _adapter(shape: tuple[int, ...], parts: list[str], context: Context) -> Assumption | None:
+    """What is left of an adapter when its updates are put together."""
+    known = context.configuration.adapter or any(".base_layer." in n for n in context.shapes)
+    kind = next((m[1] for part in parts[-3:] if (m := _ADAPTER.match(part))), "") if known else ""
+    if not kind or (kind in _LOW_RANK and len(shape) < 2):
+        return None
+    reason = f"a part of an adapter ({kind}), no map by itself: merge it into the model"
+    return Assumption(
+        skipped=f"{reason} (peft: model.merge_and_unload()) and save that", harmless=False
+    )
 
 
 def _quantised(name: str, last: str, dtype: str, context: Context) -> Assumption | None:
@@ -98,9 +129,15 @@ def _is_bias(name: str, shape: tuple[int, ...], parts: list[str], context: Conte
         return False
     # Keras numbers the variables of a layer: the bias comes last.
     recurrent = last == "2" and any("cell" in part for part in parts)
-    return recurrent or (last == "1" and is_attention(parts))
+    multiplied = is_attention(parts) or any(p.startswith("einsum_dense") for p in parts)
+    return recurrent or (last == "1" and multiplied)
 
 
-def is_attention(parts: list[str]) -> bool:
-    """Whether a name is of a query, key or value."""
-    return any(p.startswith(ATTENTION) for p in parts)
+def _is_of_spectral_normalization(
+    name: str, shape: tuple[int, ...], parts: list[str], context: Context
+) -> bool:
+    """Its vector, or the kernel of the layer inside once more: it normalises that one in place."""
+    if not any(p.startswith("spectral_normalization") for p in parts[-3:-2]):
+        return False
+    inner = f"{name.rpartition('vars/')[0]}layer/vars/0"
+    return inner in context.shapes and (parts[-1] == "1" or shape == context.shapes[inner])

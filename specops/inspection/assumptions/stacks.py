@@ -6,9 +6,13 @@ from itertools import pairwise
 from typing import Final, Literal
 
 from specops.geometry import Dense
-from specops.geometry.fused import fused_experts
-from specops.inspection.assumptions.context import PROJECTIONS, Context, parts_of
-from specops.inspection.assumptions.no_maps import is_attention
+from specops.geometry.fused import PAIRS, fused_experts, fused_stack
+from specops.inspection.assumptions.context import (
+    Context,
+    is_attention,
+    is_behind_attention,
+    parts_of,
+)
 from specops.inspection.assumptions.reading import Reading
 
 WIDEST_TAP: Final = 31
@@ -18,8 +22,13 @@ Verdict = Literal["stack", "kernel", ""]
 
 
 def heads(name: str, shape: tuple[int, ...], context: Context) -> Reading | None:
-    """A projection of attention by heads, as flax and Keras have them, stacked or not."""
-    parts = parts_of(name)
+    """A projection of attention by heads, as flax and Keras have them, stacked or not.
+
+    Or another layer of several axes of outputs, where its bias has them.
+    """
+    parts, bias = parts_of(name), context.bias(name)
+    if len(shape) == 3 and bias == shape[1:] and shape[0] != shape[1] and context.taps_first:
+        return Reading(Dense(out_axes=(-2, -1)), "two axes of outputs, as its bias has them")
     if not context.taps_first or parts[-1] not in ("kernel", "0") or len(shape) not in (3, 4):
         return None
     batch = (0,) if len(shape) == 4 else ()
@@ -28,7 +37,7 @@ def heads(name: str, shape: tuple[int, ...], context: Context) -> Reading | None
     why = "an attention projection by heads" + (f", {shape[0]} layers of it" if batch else "")
     if is_attention(parts):
         return Reading(Dense(out_axes=(-2, -1), batch_axes=batch), why)
-    if any(p in PROJECTIONS for p in parts):
+    if is_behind_attention(parts):
         return Reading(Dense(out_axes=(-1,), batch_axes=batch), why)
     return None
 
@@ -46,10 +55,13 @@ def stack_or_kernel(
     parts, low = parts_of(name), name.lower()
     tapped = shape[0] if context.taps_first else shape[-1]
     wide = f"{tapped} is too wide for a kernel" if tapped > WIDEST_TAP else ""
-    if context.hints.named(name):
+    told = context.configuration.layer(name)
+    if context.hints.named(name) or (told is not None and told.stride is not None):
         return "kernel", "", ""
     if "expert" in low:
         return "stack", "named experts", ""
+    if any("moe" in part.lower().split("_") for part in parts[:-1]):
+        return "stack", "in a mixture of experts", ""
     if "conv" in low:
         return "kernel", "", ""
     many = _stacked_by_name(parts, context)
@@ -68,14 +80,18 @@ def stack_or_kernel(
 
 def stack(name: str, shape: tuple[int, ...], why: str, context: Context) -> Reading:
     """The matrices along the first axis; of experts with what is fused taken apart."""
-    parameter = parts_of(name)[-1]
-    if parameter == "gate_up_proj":
+    parts = parts_of(name)
+    parameter = parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
+    if parameter in PAIRS:
         found = fused_experts(parameter, shape, context.around(name))
         doubt = "a gate and what it gates as one: nothing says which axis is that of outputs"
         why = f"{why}; {doubt if found is None else found.why}"
         if found is not None:
             return Reading(found.geometry, f"3-d, a stack of matrices: {why}")
-    out = -1 if context.taps_first else 1
+    out, layer = -1 if context.taps_first else 1, (parts[-2:-1] or [""])[0]
+    found = fused_stack(layer, shape, out, context.around(name))
+    if found is not None:
+        return Reading(found.geometry, f"3-d, a stack of matrices: {why}; {found.why}")
     return Reading(Dense(out_axes=(out,), batch_axes=(0,)), f"3-d, a stack of matrices: {why}")
 
 

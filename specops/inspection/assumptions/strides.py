@@ -34,7 +34,10 @@ def strides_of(name: str, taps: tuple[int, ...], context: Context) -> list[Strid
     low = name.lower()
     square = len(taps) > 1 and len(set(taps)) == 1 and taps[0] > 1
     if square and any(word in low for word in _PATCHES):
-        return [Stride(taps[0], f", stride {taps[0]}: patches, by its name")]
+        apart = Stride(taps[0], f", stride {taps[0]}: patches, by its name")
+        # With a middle they mostly overlap.
+        overlapping = Stride(1, ", overlapping patches at stride 1")
+        return [apart, overlapping] if taps[0] % 2 else [apart]
     size = context.hints.of(name, "input_size")
     if size is None:
         return [Stride(1, "" if max(taps) == 1 else ASSUMED)]

@@ -1,0 +1,72 @@
+"""Layers that hold several maps in one array: which blocks these are, by what layers are called.
+
+What all who meet such a layer go by, in a file or in a model: the blocks are the same. A name is
+believed where what is around the layer agrees: the sizes of its neighbours, or a configuration.
+"""
+
+from __future__ import annotations
+
+from specops.geometry.fused.attention import QUERIES, attention
+from specops.geometry.fused.experts import PAIRS, fused_experts
+from specops.geometry.fused.gated import gated
+from specops.geometry.fused.gates import CELLS, gates, gates_of
+from specops.geometry.fused.known import Fused, Shape, Surroundings
+from specops.geometry.fused.latent import latent
+from specops.geometry.fused.linear_attention import linear_attention
+from specops.geometry.fused.state_space import state_space
+
+__all__ = [
+    "CELLS",
+    "PAIRS",
+    "Fused",
+    "Surroundings",
+    "fused",
+    "fused_experts",
+    "fused_kernel",
+    "fused_stack",
+    "gates_of",
+]
+
+
+def fused(layer: str, shape: Shape, out: int, around: Surroundings) -> Fused | None:
+    """The maps that a matrix holds, by the name of its layer; None if it is no such layer.
+
+    Parameters
+    ----------
+    layer : str
+        The last part of the layer's name; of torch's MultiheadAttention that of its parameter.
+    shape : tuple of int
+        Of the matrix.
+    out : 0 or -1
+        Its axis of outputs.
+    around : Surroundings
+        What is known beside it.
+    """
+    if len(shape) != 2 or 0 in shape:
+        return None
+    rows, columns = (shape[out], shape[1 + out])
+    for kind in (attention, gates, latent, linear_attention, state_space, gated):
+        found = kind(layer, rows, columns, out, around)
+        if found is not None:
+            return found
+    return None
+
+
+def fused_stack(layer: str, shape: Shape, out: int, around: Surroundings) -> Fused | None:
+    """The same of many layers at once: matrices stacked along the first axis.
+
+    `out` is 1 or -1; neighbours count without the first axis, where it is as long.
+    """
+
+    def beside(name: str) -> Shape:
+        found = around.beside(name)
+        return found[1:] if found[:1] == shape[:1] else ()
+
+    inner = Surroundings(around.setting, beside)
+    found = fused(layer, shape[1:], out if out < 0 else out - 1, inner)
+    return None if found is None else found.stacked()
+
+
+def fused_kernel(layer: str) -> str:
+    """What is to be known of a convolution of this name: that it takes several maps for one."""
+    return "query, key and value of all heads are taken for one map" if layer in QUERIES else ""

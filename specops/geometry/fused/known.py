@@ -1,0 +1,88 @@
+"""What is known around a layer, and what is found: the maps that its array holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from specops.geometry.dense import Dense
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What is known around a layer.
+
+    Attributes
+    ----------
+    setting : callable
+        A value of the model's configuration, as models of Hugging Face call it, by its name; None
+        where it has none.
+    beside : callable
+        The shape of the weight of another layer of the same block, by its name, stored as this
+        one is, or of a parameter of the block; () where there is none. The name may lead out of
+        the block by "../".
+    """
+
+    setting: Callable[[str], Any] = lambda key: None
+    beside: Callable[[str], Shape] = lambda name: ()
+
+    def count(self, *keys: str) -> int:
+        """The first of these settings that is a positive number, 0 if none is."""
+        found = (self.setting(key) for key in keys)
+        return next((n for n in found if type(n) is int and n > 0), 0)
+
+    def inputs(self, names: Sequence[str], out: int) -> int:
+        """Of the first of these layers that is there and a matrix; 0 where none is."""
+        return next((s[1 + out] for n in names if len(s := self.beside(n)) == 2), 0)
+
+    def outputs(self, names: Sequence[str], out: int) -> int:
+        """As `inputs`."""
+        return next((s[out] for n in names if len(s := self.beside(n)) == 2), 0)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """An array that holds several maps.
+
+    Attributes
+    ----------
+    geometry : Dense
+        The maps; the whole matrix where nothing says how they lie in it.
+    why : str
+        What the maps are, and what speaks for it.
+    doubt : str
+        Why they are not told apart; empty if they are.
+    likely : Dense, optional
+        The maps as the layer's name alone has them, where nothing else speaks for these.
+    """
+
+    geometry: Dense
+    why: str
+    doubt: str = ""
+    likely: Dense | None = None
+
+    @classmethod
+    def of(cls, out: int, splits: Sequence[int], why: str, repeats: int = 1) -> Fused:
+        """Blocks of these sizes along the outputs; a single one is the whole."""
+        if len(splits) == 1:
+            return cls(Dense(out_axes=(out,)), why)
+        return cls(Dense(out_axes=(out,), splits=tuple(splits), repeats=repeats), why)
+
+    @classmethod
+    def whole(cls, out: int, doubt: str, likely: Sequence[int] = ()) -> Fused:
+        """The whole matrix, that may be several; by its name alone these."""
+        blocks = Dense(out_axes=(out,), splits=tuple(likely)) if likely else None
+        return cls(Dense(out_axes=(out,)), doubt, doubt, blocks)
+
+    def stacked(self) -> Fused:
+        """The same, behind an axis along which matrices are stacked."""
+        likely = None if self.likely is None else _behind_an_axis(self.likely)
+        return replace(self, geometry=_behind_an_axis(self.geometry), likely=likely)
+
+
+def _behind_an_axis(geometry: Dense) -> Dense:
+    out = tuple(a if a < 0 else a + 1 for a in geometry.out_axes)
+    return replace(geometry, out_axes=out, batch_axes=(0,))

@@ -1,0 +1,95 @@
+"""What an update is multiplied by: α/rank where the file, or peft's settings, have α."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from specops.inspection.low_rank.update import Shapes, Tensors
+
+UNSCALED: Final = "not scaled: the file has no α"
+_PEFT: Final = "base_model.model."
+_IN_SETTINGS: Final = "as adapter_config.json has"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A factor, and where it is from.
+
+    Attributes
+    ----------
+    alpha : str
+        The tensor that holds α, to be divided by the rank; "" where there is none.
+    rank : int
+    factor : float
+        Where no tensor holds α.
+    words : str
+    """
+
+    alpha: str
+    rank: int
+    factor: float
+    words: str
+
+    def of(self, tensors: Tensors) -> float:
+        """The factor."""
+        if not self.alpha:
+            return self.factor
+        return float(tensors[self.alpha].reshape(-1)[0]) / self.rank
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The tensors that it is computed from."""
+        return (self.alpha,) if self.alpha else ()
+
+    @property
+    def obstacle(self) -> str:
+        """Why what it multiplies cannot be added; "" if it can."""
+        return UNSCALED if self.words == UNSCALED else ""
+
+
+def scale_of(layer: str, rank: int, shapes: Shapes, adapter: Mapping[str, Any]) -> Scale:
+    """Of an update B·A."""
+    if shapes.get(f"{layer}.alpha") in ((), (1,)):
+        return Scale(f"{layer}.alpha", rank, 1.0, f"times α/{rank}")
+    alpha = _of_pattern(adapter.get("alpha_pattern"), layer, adapter.get("lora_alpha"))
+    if not isinstance(alpha, int | float):
+        return Scale("", rank, 1.0, UNSCALED)
+    below = math.sqrt(rank) if adapter.get("use_rslora") else rank
+    return Scale("", rank, alpha / below, f"times {alpha / below:.4g}, {_IN_SETTINGS}")
+
+
+def scale_of_product(layer: str, rank: int, shapes: Shapes, adapter: Mapping[str, Any]) -> Scale:
+    """Of an update by LoHa or LoKr; `rank` 0 where no tensor has it, all factors being whole."""
+    alpha = _of_pattern(adapter.get("alpha_pattern"), layer, adapter.get("alpha"))
+    told = rank_of(layer, adapter)
+    if isinstance(alpha, int | float) and told:
+        return Scale("", told, alpha / told, f"times {alpha / told:.4g}, {_IN_SETTINGS}")
+    if not rank:
+        # LyCORIS does not scale what it keeps whole.
+        return Scale("", 1, 1.0, "not scaled")
+    if shapes.get(f"{layer}.alpha") in ((), (1,)):
+        return Scale(f"{layer}.alpha", rank, 1.0, f"times α/{rank}")
+    return Scale("", rank, 1.0, UNSCALED)
+
+
+def rank_of(layer: str, adapter: Mapping[str, Any]) -> int:
+    """The rank that peft's settings give a layer; 0 where they do not."""
+    rank = _of_pattern(adapter.get("rank_pattern"), layer, adapter.get("r"))
+    return rank if type(rank) is int and rank > 0 else 0
+
+
+def _of_pattern(table: Any, layer: str, otherwise: Any) -> Any:
+    """The value of the first key that matches, as peft reads them: expressions of ends of names."""
+    if isinstance(table, dict):
+        for key, value in table.items():
+            try:
+                found = re.match(rf"(.*\.)?({key})$", layer.removeprefix(_PEFT))
+            except re.error:
+                continue
+            if found:
+                return value
+    return otherwise

@@ -1,0 +1,55 @@
+"""What is known of a low-rank update of a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+Tensors = Mapping[str, np.ndarray]
+Shapes = Mapping[str, tuple[int, ...]]
+Make = Callable[[Tensors], np.ndarray | tuple[np.ndarray, np.ndarray]]
+UPDATE: Final = " (update)"
+"""What follows the name of a layer in that of its update."""
+
+DORA: Final = "; DoRA scales its sum with the base weight anew"
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is added to a weight.
+
+    Attributes
+    ----------
+    layer, name : str
+        Of the layer whose weight it is added to, and of itself.
+    shape : tuple of int
+        (outputs, inputs, *taps); (outputs, inputs · taps) where the file does not have the taps.
+    sources : tuple of str
+        Names of the tensors that it is computed from.
+    how : str
+        In words.
+    make : callable
+        From the tensors, by name, to the update, or to its two factors.
+    bases : tuple of str
+        Names that the weight may have in the same file.
+    turned : bool
+        Whether it is of an array that is stored the other way round: of an embedding, of flax.
+    lengths : str
+        The tensor with DoRA's lengths, to which the sum is scaled; "" for others.
+    obstacle : str
+        Why it cannot be added; "" if it can.
+    """
+
+    layer: str
+    name: str
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]
+    how: str
+    make: Make
+    bases: tuple[str, ...] = ()
+    turned: bool = False
+    lengths: str = ""
+    obstacle: str = ""
