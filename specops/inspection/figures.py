@@ -199,9 +199,12 @@ def _cost(rows: int, columns: int) -> str:
     """Of decomposing a matrix: its memory, and how long at 10¹⁰ multiplications in a second."""
     hours = 4.0 * rows * columns * min(rows, columns) / 3.0 / 1e10 / 3600.0
     time = f"{hours:.1f} hours" if hours > 1.0 else f"{max(60.0 * hours, 0.1):.1f} minutes"
-    reach = "within" if rows * columns <= _EXPLICIT_UP_TO["exact"] else "beyond"
+    limit = _EXPLICIT_UP_TO["exact"]
+    reach = "which --method exact does"
+    if rows * columns > limit:
+        reach = f"more than the {limit * 8 / 2**30:.2g} GiB up to which --method exact does"
     size = rows * columns * 8 / 2**30
-    return f"{rows}×{columns}: {size:.1f} GiB and about {time}, {reach} --method exact"
+    return f"{rows}×{columns}: {size:.2g} GiB and about {time}, {reach}"
 
 
 def _repeated(w: np.ndarray, geometry: Conv) -> np.ndarray | None:

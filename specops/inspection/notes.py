@@ -44,14 +44,14 @@ def notes_on(measured: list[WeightFigures], method: Method) -> list[str]:
                 f"ambiguous, {len(ambiguous)}: nothing in the file decides between the maps that "
                 f"these may be, so σ_max has the value of each; {what}: {_some(ambiguous)}"
             )
-    if any(f.beside_of == RESHAPED for w in measured if (f := w.figures)):
+    if _beside(measured, RESHAPED):
         notes.append(
-            "convolutions without an input size: σ_max is the supremum over all sizes, [lower, "
-            "upper], at stride 1 unless known (at other strides it is no larger); figures marked "
-            "ʳ are of the kernel reshaped to a matrix, outputs × (inputs·taps), not of the "
-            "convolution"
+            "convolutions without an input size: σ_max is the supremum over all sizes, or [lower, "
+            "upper] around it, at stride 1 unless known (at other strides it is no larger); "
+            "figures marked ʳ are of the kernel reshaped to a matrix, outputs × (inputs·taps), "
+            "not of the convolution"
         )
-    beside = [w.name for w in measured if (f := w.figures) and f.beside_of == CIRCULAR]
+    beside = _beside(measured, CIRCULAR)
     if beside:
         notes.append(
             "figures marked ᶜ are of the same layer with circular padding, whose values are known "
@@ -67,9 +67,18 @@ def notes_on(measured: list[WeightFigures], method: Method) -> list[str]:
         more = f" and {len(large) - _NAMED} more" if len(large) > _NAMED else ""
         notes.append(
             f"σ_max by Lanczos at this input size, not all singular values, of {len(large)}: "
-            f"their matrices are too large to decompose ({costs}{more})"
+            f"their matrices would have to be decomposed ({costs}{more})"
         )
     return notes
+
+
+def _beside(measured: list[WeightFigures], of: str) -> list[str]:
+    """Weights with figures of that other map, of one reading at least where there are several."""
+    return [
+        w.name
+        for w in measured
+        if any(f.beside_of == of for f in (w.figures, *(r.figures for r in w.readings)) if f)
+    ]
 
 
 def tied_note(names: list[str], configuration: Configuration) -> list[str]:

@@ -11,7 +11,6 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import specops
@@ -160,7 +159,7 @@ def cells(weight: WeightFigures) -> tuple[str, ...]:
     if f is None:
         return (*head, f"– {weight.skipped}", *("" for _ in NUMERIC))
     if weight.readings:
-        rows = [cells(replace(weight, readings=(), **vars(m))) for m in weight.readings]
+        rows = [cells(reading) for reading in weight.apart()]
         columns = list(zip(*rows, strict=True))[len(head) + 1 :]
         either = [" or ".join(dict.fromkeys(filter(None, column))) for column in columns]
         return (*head, weight.geometry, *either)

@@ -87,7 +87,11 @@ for (const table of document.querySelectorAll("table")) {
 def as_html(inspection: Inspection, comparison: Comparison | None = None) -> str:
     """The page; with a comparison, its table too."""
     partners = {} if comparison is None else {p.one.name: p for p in comparison.pairs}
-    plots = "\n".join(_figure(w, partners.get(w.name), comparison) for w in inspection.measured)
+    plots = "\n".join(
+        _figure(reading, partners.get(w.name), comparison, _anchor(w.name, place))
+        for w in inspection.measured
+        for place, reading in enumerate(w.apart())
+    )
     problems = "".join(f"<li>{escape(line)}</li>" for line in inspection.problems)
     notes = "".join(f"<p>{escape(note)}</p>" for note in inspection.notes)
     return f"""<!doctype html>
@@ -199,8 +203,9 @@ def _row(weight: WeightFigures, kinds: list[str]) -> str:
     for text, value, kind in zip(cells(weight), values, kinds, strict=True):
         style = ' class="number"' if kind == "number" else ""
         shown.append(f'<td{style} data-value="{escape(str(value))}">{escape(text)}</td>')
-    if weight.figures is not None and _is_drawn(weight):
-        anchor = escape(_anchor(weight.name))
+    place = next((i for i, reading in enumerate(weight.apart()) if _is_drawn(reading)), None)
+    if place is not None:
+        anchor = escape(_anchor(weight.name, place))
         shown[0] = (
             f'<td data-value="{escape(weight.name)}">'
             f'<a href="#{anchor}">{_breakable(weight.name)}</a></td>'
@@ -228,15 +233,19 @@ def _shown(f: Figures, key: str) -> float | None:
     return getattr(f.beside, key) if value is None and f.beside is not None else value
 
 
-def _anchor(name: str) -> str:
-    return "weight-" + "".join(c if c.isalnum() else f"-{ord(c):x}-" for c in name)
+def _anchor(name: str, place: int = 0) -> str:
+    """Of a weight's drawing, or that of one of its readings."""
+    named = "".join(c if c.isalnum() else f"-{ord(c):x}-" for c in name)
+    return f"weight-{named}" + (f"--{place}" if place else "")
 
 
 def _is_drawn(weight: WeightFigures) -> bool:
     return weight.figures is not None and weight.figures.drawn is not None
 
 
-def _figure(weight: WeightFigures, pair: Pair | None, comparison: Comparison | None) -> str:
+def _figure(
+    weight: WeightFigures, pair: Pair | None, comparison: Comparison | None, anchor: str
+) -> str:
     if not _is_drawn(weight):
         return ""
     assert weight.figures is not None
@@ -249,7 +258,7 @@ def _figure(weight: WeightFigures, pair: Pair | None, comparison: Comparison | N
         others = {"other": pair.other.figures, "between": comparison.difference(pair)}
         curves |= {k: f.drawn for k, f in others.items() if f is not None and f.drawn is not None}
     return (
-        f'<figure id="{escape(_anchor(weight.name))}"><figcaption>{_breakable(weight.name)} '
+        f'<figure id="{escape(anchor)}"><figcaption>{_breakable(weight.name)} '
         f"<small>{shape}, {escape(weight.geometry)} ({escape(weight.why)}); {method}</small>"
         f"</figcaption>{chart(weight.name, curves)}</figure>"
     )

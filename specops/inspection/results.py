@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from specops.inspection.spectrum import Figures
@@ -55,6 +55,11 @@ class WeightFigures:
     harmless: bool = True
     sources: tuple[str, ...] = ()
     readings: tuple[Measured, ...] = ()
+
+    def apart(self) -> list[WeightFigures]:
+        """One for each reading, or this one."""
+        found = [replace(self, readings=(), **vars(m)) for m in self.readings]
+        return found or [self]
 
     @classmethod
     def of(

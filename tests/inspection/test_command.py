@@ -360,7 +360,7 @@ def test_zero_padded_layers_have_the_spectra_of_circular_ones(
     assert text.count("<svg") == 3
     assert text.count("drawn: those of the layer with circular padding") == 3
     assert plot.stat().st_size > 0
-    assert "within --method exact" in " ".join(out.split())
+    assert "which --method exact does" in " ".join(out.split())
     assert call(path, "--input-size", "6x6", *kernels, "--method", "exact", "--json") == 0
     weights = {w["name"]: w for w in json.loads(capsys.readouterr().out)["weights"]}
     assert weights["conv2.weight"]["method"] == "all singular values of the operator"
