@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 import specops
 from specops import Conv, errors
-from specops.rules.normalizations import limit_stable_rank
 from specops.tracking import TrackedOperator, TrackedTorus
 from tests import oracle, structured
 from tests.backends import BACKENDS, Backend, leave_to_others
@@ -369,10 +368,10 @@ def test_rules(name: str, shape: tuple[int, ...], geometry: Conv) -> None:
     matrix = oracle.conv_matrix(backend.numpy(used), geometry)
     assert np.linalg.norm(matrix, 2) == pytest.approx(1.0, rel=1e-3)
 
-    follow, limited = TrackedOperator(geometry), []
+    limit, limited = specops.StableRankNormalization(0.3, norm="operator"), []
     for w in (quiet, loud):
-        state = follow.start(w, "w")
-        limited.append(backend.numpy(limit_stable_rank(w, follow, state, 0.3)))
+        state = limit.init(w, geometry, "w")
+        limited.append(backend.numpy(limit.apply(w, geometry, state)))
     np.testing.assert_array_equal(*(np.where(read, x, 0.0) for x in limited))
 
 
