@@ -306,6 +306,7 @@ def test_a_layer_that_reads_nothing_is_zero(
         assert bits(backend.numpy(backend.call(project, given_))) == bits(w)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "geometry"), [LAYERS[i] for i in (1, 7)])
 def test_derivatives_are_zero_there(shape: tuple[int, ...], geometry: Conv) -> None:
     torch = pytest.importorskip("torch")
