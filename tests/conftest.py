@@ -105,7 +105,9 @@ def _names(item: pytest.Item) -> set[str]:
 
 
 def _is_on_slow_library(item: pytest.Item) -> bool:
-    return any(name.startswith(_SLOW_LIBRARIES) for name in _names(item))
+    given = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    named = {x for x in given if isinstance(x, str)} | _names(item)
+    return any(name.startswith(_SLOW_LIBRARIES) for name in named)
 
 
 _PARAMETERS = [pytest.param(b, id=b.name) for b in BACKENDS] + [
