@@ -70,23 +70,23 @@ def conv_matrix(w: np.ndarray, conv: Conv) -> np.ndarray:
     low = [p[0] for p in pads(conv, kernel)]
     matrix = np.zeros((outputs, *grid_out, inputs, *grid_in), dtype=np.result_type(w, np.float64))
     coarse, fine = (grid_in, grid_out) if conv.transposed else (grid_out, grid_in)
-    for f, p in itertools.product(range(full), range(part)):
-        group = f // (full // groups)
-        o, i = (f, group * part + p) if out_first else (group * part + p, f)
-        for position in itertools.product(*map(range, coarse)):
-            for tap in itertools.product(*map(range, kernel)):
-                read = [
-                    conv.stride[t] * position[t] + conv.dilation[t] * tap[t] - low[t]
-                    for t in range(len(kernel))
-                ]
-                if conv.boundary == "circular":
-                    read = [r % n for r, n in zip(read, fine, strict=True)]
-                elif any(not 0 <= r < n for r, n in zip(read, fine, strict=True)):
-                    continue
-                index: tuple[Any, ...] = (o, *position, i, *read)
-                if conv.transposed:
-                    index = (o, *read, i, *position)
-                matrix[index] += w[(f, p, *tap)]
+    f, p = np.indices((full, part))
+    beside = f // (full // groups) * part + p
+    o, i = (f, beside) if out_first else (beside, f)
+    for position in itertools.product(*map(range, coarse)):
+        for tap in itertools.product(*map(range, kernel)):
+            read = [
+                conv.stride[t] * position[t] + conv.dilation[t] * tap[t] - low[t]
+                for t in range(len(kernel))
+            ]
+            if conv.boundary == "circular":
+                read = [r % n for r, n in zip(read, fine, strict=True)]
+            elif any(not 0 <= r < n for r, n in zip(read, fine, strict=True)):
+                continue
+            index: tuple[Any, ...] = (o, *position, i, *read)
+            if conv.transposed:
+                index = (o, *read, i, *position)
+            matrix[index] += w[(f, p, *tap)]
     return matrix.reshape(outputs * int(np.prod(grid_out)), -1)
 
 

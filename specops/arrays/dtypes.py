@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,15 @@ _HALF = {"float16": (5, 10), "bfloat16": (8, 7)}
 
 def dtype_name(dtype: Any) -> str:
     """The bare name of a dtype, the same on every library: ``"float32"``."""
+    if isinstance(dtype, np.dtype):
+        return _name_in_numpy(dtype)
     return str(dtype).rsplit(".", 1)[-1].rstrip("'>")
+
+
+@lru_cache(maxsize=64)
+def _name_in_numpy(dtype: np.dtype[Any]) -> str:
+    # NumPy puts it together anew each time, which takes as long as an operation on a small array.
+    return str(dtype)
 
 
 def to_compute(xp: Namespace, w: Array) -> Array:

@@ -25,6 +25,10 @@ class Jax(Library):
         """None: JAX places arrays itself, and a tracer has no device."""
         return None
 
+    def has_double(self, x: Array) -> bool:
+        """Where JAX is configured for it; to ask a tracer for its device walks the whole trace."""
+        return bool(jax.config.jax_enable_x64)
+
     def placed(self, xp: Namespace, values: np.ndarray, like: Array) -> Array:
         """Placed by JAX."""
         return xp.asarray(values)

@@ -93,6 +93,7 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         """The map whose norm is bounded."""
         return measured_as(geometry, self.norm)
 
+    @arrays.entry
     def watch(self, weight: Array, geometry: Geometry, name: str) -> State:
         """A state whose keys and shapes stay, for compiled loops: {} where no estimate is known.
 

@@ -9,7 +9,7 @@ from specops.rules import SpectralNormalization
 from specops.testing.base import SuiteBase, advanced, changed, listed, norm_of, relative
 
 _SCALE = 0.5
-_RULE = SpectralNormalization(norm="operator", scale=_SCALE, iterations=50)
+_RULE = SpectralNormalization(norm="operator", scale=_SCALE, iterations=20)
 _STEPS = 3
 _RTOL = 0.02
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-COUNT, EACH = 16, 25 << 20
+COUNT, EACH = 16, 14 << 20
 WRITE = {
     "safetensors": "from safetensors.numpy import save_file; save_file(arrays, path)",
     "pt": "import torch; torch.save({k: torch.from_numpy(v) for k, v in arrays.items()}, path)",

@@ -231,6 +231,7 @@ _FEW = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_versions_of_the_standard_agree(name: str) -> None:
     assert kinds.OLDEST == "2023.12"

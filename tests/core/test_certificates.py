@@ -101,6 +101,7 @@ def test_scans_of_torch_tensors_are_those_of_numpy(bad: float | None, axis: Any)
     assert bool(arrays.all_finite(xp, half)) is (bad is None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", [np, torch], ids=["numpy", "torch"])
 @pytest.mark.parametrize("shape", [(1, 4_000_000), (2_000_000, 3), (30_000, 3)], ids=str)
 def test_long_rows_are_summed_without_drift(library: Any, shape: tuple[int, int]) -> None:

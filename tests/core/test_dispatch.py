@@ -107,6 +107,7 @@ def test_a_layer_compiles_next_to_nothing(rng: np.random.Generator) -> None:
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         for rule in (specops.ClipSpectralNorm(0.5), specops.Monitor()):
+            rule.watch(w, KERNEL, "w")
             state = rule.init(w, KERNEL, "w")
             for step in (1, 2):
                 _, state, _ = rule.update(w, KERNEL, state, step=step, name="w")

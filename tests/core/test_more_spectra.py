@@ -85,6 +85,7 @@ def check_triplets(
     np.testing.assert_allclose(v.conj().T @ v, eye, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("boundary", ["zeros", "circular"])
 def test_iterated_triplets_and_a_warm_start(boundary: str) -> None:
     w = np.random.default_rng(0).standard_normal((6, 5, 3, 3))

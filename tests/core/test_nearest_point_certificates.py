@@ -27,6 +27,7 @@ from tests.core.nearest import (
 from tests.strategies import Case, convolutions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["auto", "cutting-planes", "accelerated", "dykstra"])
 @pytest.mark.parametrize("complex", [False, True])
 @pytest.mark.parametrize(("shape", "geometry"), LAYERS)

@@ -59,7 +59,7 @@ def test_no_feasible_matrix_is_nearer(shape: tuple[int, int], target: float) -> 
         s[:, 1:] *= np.minimum(1.0, allowed / np.maximum(rest, 1e-300))[:, None]
         return (u * s[:, None, :]) @ vh
 
-    x = feasible(w + rng.standard_normal((400, *shape)))
+    x = feasible(w + rng.standard_normal((100, *shape)))
     best = np.linalg.norm(x - w, axis=(1, 2))
     for step in range(600):
         size = 0.5 * 0.98**step + 1e-4

@@ -191,7 +191,7 @@ def test_from_zero_to_a_norm(eager: Backend, norm: Any) -> None:
             with np.errstate(invalid="ignore"):
                 state = follow.advance(np.full(shape, np.nan), state)
         grown = weight(shape)
-        state = follow.advance(eager.array(grown, "float32"), state, 60)
+        state = follow.advance(eager.array(grown, "float32"), state, 40)
         got = flat(eager.numpy(x) for x in follow.measured(state))
         np.testing.assert_allclose(got, true_norms(grown, geometry, norm), rtol=1e-3)
 
@@ -264,7 +264,7 @@ def test_spectral_normalization(eager: Backend, norm: Any) -> None:
         norms = true_norms(host, geometry, norm)
         each = norms if isinstance(geometry, Conv) else np.repeat(norms, geometry.splits or 1)
         expected = host / each.reshape(-1, *[1] * (host.ndim - 1))
-        rule = SpectralNormalization(norm=norm, iterations=50)
+        rule = SpectralNormalization(norm=norm, iterations=20)
         got, state, figures = outcome(rule, w, geometry)
         np.testing.assert_allclose(eager.numpy(got), expected, rtol=0, atol=3e-5)
         np.testing.assert_allclose(np.ravel(eager.numpy(figures["norm"])), norms, rtol=1e-4)
@@ -360,7 +360,7 @@ def test_stable_rank_of_an_operator(shape: tuple[int, ...], conv: Conv) -> None:
 
 @every_norm
 def test_penalty(eager: Backend, norm: Any) -> None:
-    rule = SpectralNormPenalty(0.3, norm=norm, iterations=40)
+    rule = SpectralNormPenalty(0.3, norm=norm, iterations=20)
     for shape, geometry in some(eager):
         host = weight(shape)
 

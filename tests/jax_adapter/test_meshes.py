@@ -27,7 +27,8 @@ def told() -> Found:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+        "--xla_cpu_parallel_codegen_split_count=1 --xla_cpu_use_fusion_emitters=false",
         "OMP_NUM_THREADS": "1",
         "NPROC": "32",  # threads for eight devices to wait for each other in
         # No program here is met twice, and keeping them takes a third of the time.

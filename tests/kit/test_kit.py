@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 # What is wrong: in which tests it shows, and what they say.
 FLAWS: dict[str, dict[str, str]] = {

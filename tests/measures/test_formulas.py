@@ -277,15 +277,21 @@ def test_noise_sensitivity_of_a_linear_map(backend: Backend, rng: np.random.Gene
     if backend.traced:
         pytest.skip("as eager")
     a, x = LAYERS[0], rng.normal(size=(3, 4))
-    matrix = backend.array(a.T.copy(), "float32")
-    got = measures.noise_sensitivity(
-        lambda z: z @ matrix, backend.array(x, "float32"), samples=2000
-    )
-    lengths = np.linalg.norm(x, axis=1) / np.linalg.norm(x @ a.T, axis=1)
-    expected = np.sum(a**2) * lengths**2
-    np.testing.assert_allclose(backend.numpy(got), expected, rtol=0.1)
-    ranks = np.sum(a**2) / np.linalg.norm(a, 2) ** 2
-    assert backend.numpy(got).min() >= ranks * 0.9
+    matrix, given_ = (backend.array(values, "float32") for values in (a.T, x))
+
+    def found(samples: int) -> np.ndarray:
+        got = measures.noise_sensitivity(lambda z: z @ matrix, given_, samples=samples)
+        return backend.numpy(got)
+
+    # The noise is the same everywhere: on the other backends a few draws tell.
+    same = measures.noise_sensitivity(lambda z: z @ a.T, x, samples=50)
+    np.testing.assert_allclose(found(50), same, rtol=1e-5)
+    if backend.name == "numpy":
+        got = found(2000)
+        lengths = np.linalg.norm(x, axis=1) / np.linalg.norm(x @ a.T, axis=1)
+        np.testing.assert_allclose(got, np.sum(a**2) * lengths**2, rtol=0.1)
+        ranks = np.sum(a**2) / np.linalg.norm(a, 2) ** 2
+        assert got.min() >= ranks * 0.9
 
 
 def test_noise_sensitivity_by_its_definition_on_a_relu_network(rng: np.random.Generator) -> None:

@@ -381,18 +381,30 @@ def test_bad_norms_are_refused(value: Any, match: str) -> None:
             plots.norms(**arguments)
 
 
-@pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
-def test_files_are_the_same_each_time(tmp_path: Path, ending: str) -> None:
+ENDINGS = ("png", "pdf", "svg")
+
+
+@pytest.fixture(scope="module")
+def drawn_twice(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Folders that do not exist before, with files of each ending by a process of its own."""
+    place = tmp_path_factory.mktemp("drawn")
     script = (
         "import sys; from specops import plots\n"
-        "plots.save(plots.singular_values({'fc': [2.0, 1.0]}), sys.argv[1])\n"
+        "for file in sys.argv[1:]:\n"
+        "    plots.save(plots.singular_values({'fc': [2.0, 1.0]}), file)\n"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
-    files = [tmp_path / "new" / f"{seed}.{ending}" for seed in "12"]
-    for seed, file in zip("12", files, strict=True):
-        environment = {"PYTHONHASHSEED": seed, "MPLCONFIGDIR": str(tmp_path)}
-        subprocess.run([sys.executable, "-c", script, str(file)], env=environment, check=True)
-    first, second = (file.read_bytes() for file in files)
+    folders = [place / seed for seed in "12"]
+    for folder in folders:
+        environment = {"PYTHONHASHSEED": folder.name, "MPLCONFIGDIR": str(place)}
+        files = [str(folder / f"f.{ending}") for ending in ENDINGS]
+        subprocess.run([sys.executable, "-c", script, *files], env=environment, check=True)
+    return folders
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_files_are_the_same_each_time(drawn_twice: list[Path], ending: str) -> None:
+    first, second = ((folder / f"f.{ending}").read_bytes() for folder in drawn_twice)
     assert len(first) > 2000
     assert first == second
     assert not re.search(rb"Software|matplotlib\.org|CreationDate|dc:date", first)

@@ -558,6 +558,7 @@ COMPILED = {
 quietly = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 
 
+@pytest.mark.slow
 @quietly
 @pytest.mark.parametrize("rule", COMPILED.values(), ids=COMPILED)
 @new_compilers
@@ -614,6 +615,7 @@ assert torch.equal(y, 0.5 * raw.T), (y, raw)
 """
 
 
+@pytest.mark.slow
 @new_compilers
 def test_a_minimal_rule_of_others_compiles_whole() -> None:
     command = [sys.executable, "-c", MINIMAL]
@@ -621,6 +623,7 @@ def test_a_minimal_rule_of_others_compiles_whole() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @quietly
 @new_compilers
 def test_compiled_attention() -> None:
