@@ -14,6 +14,8 @@ import pytest
 import threadpoolctl
 from hypothesis import HealthCheck, settings
 
+from tests import compiling
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # For a BLAS that is loaded later, such as the one that JAX borrows from SciPy, and children.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -24,13 +26,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _COMPILED = tempfile.TemporaryDirectory()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# Each program runs once or twice: compiled without optimisations, in one piece and without the
-# passes that fuse operations, it takes a third of the time.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-    " --xla_cpu_use_fusion_emitters=false",
-)
+os.environ.setdefault("XLA_FLAGS", compiling.XLA_FLAGS)
 
 from tests.backends import BACKENDS, EVERY_CASE, MISSING, SAMPLED, Backend
 

@@ -15,6 +15,7 @@ pytest.importorskip("jax")
 pytest.importorskip("optax")
 
 pytestmark = pytest.mark.slow
+from tests import compiling  # noqa: E402
 from tests.backends import EVERY_CASE  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -27,8 +28,7 @@ def told() -> Found:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-        "--xla_cpu_parallel_codegen_split_count=1 --xla_cpu_use_fusion_emitters=false",
+        f"--xla_llvm_disable_expensive_passes=true {compiling.XLA_FLAGS}",
         "OMP_NUM_THREADS": "1",
         "NPROC": "32",  # threads for eight devices to wait for each other in
         # No program here is met twice, and keeping them takes a third of the time.
