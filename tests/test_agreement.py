@@ -23,6 +23,8 @@ from specops.rules import ForwardRule, GradientRule, Rule, WeightRule
 from tests.agreement import CASES, OPERATIONS, RULES, STARTS, Given, Operation, settled, waves
 from tests.backends import BACKENDS, Backend
 
+pytestmark = pytest.mark.slow
+
 NUMPY = BACKENDS[0]
 DEFAULT = (32.0, 32.0)
 """Largest disagreements with NumPy in the same dtype, and of float32 with float64: in ε, the

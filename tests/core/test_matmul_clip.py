@@ -434,6 +434,7 @@ def test_the_polar_factor_of_a_deficient_matrix_says_so() -> None:
     assert np.all(error > 0.9)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("how", ["vmap", "compile"])
 def test_under_the_transforms_of_torch(how: str) -> None:

@@ -141,6 +141,7 @@ def test_a_state_of_another_dilation_is_refused() -> None:
         specops.project_spectral_ball(w, bound, wide, state=info.state, **options)
 
 
+@pytest.mark.slow
 def test_compiled_rounds_end_where_the_distance_is_certified() -> None:
     jax = pytest.importorskip("jax")
     w = normal(SHAPE, 3).astype(np.float32)

@@ -125,6 +125,7 @@ def test_half_precision_holds_as_stored(
     assert norm <= 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-18, 1e18])
 @pytest.mark.parametrize(("shape", "geometry"), GEOMETRIES[:5])
 def test_extreme_scales(

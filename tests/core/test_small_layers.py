@@ -129,6 +129,7 @@ def test_other_methods_stay_on_the_torus_and_say_so() -> None:
     assert info.constrained == "layer"
 
 
+@pytest.mark.slow
 def test_large_layers_stay_on_the_torus() -> None:
     w, geometry = normal((16, 16, 3, 3), 3).astype("float32"), Conv((16, 16))
     assert small_explicit_map(geometry.sizes(w.shape)) is None

@@ -76,6 +76,7 @@ def test_of_a_stable_rank_with_two_triplets_kept() -> None:
         np.testing.assert_allclose(by_torch(f, w, m), differences(f, w, m), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("compiled", "name"), [(True, "nuclear ball"), (False, "polar")])
 def test_of_jax_against_finite_differences(compiled: bool, name: str) -> None:
     f, w, m = FUNCTIONS[name], stack((4, 3)), np.random.default_rng(1).standard_normal((5, 4, 3))

@@ -26,6 +26,8 @@ from tests.core.stable_ranks import (
 )
 from tests.strategies import Case
 
+pytestmark = pytest.mark.slow
+
 LAYERS: list[tuple[tuple[int, ...], Conv]] = [
     ((1, 1, 3), Conv((4,), stride=3, dilation=2, boundary="circular")),
     ((2, 3, 3), Conv((7,), stride=2, boundary="circular")),

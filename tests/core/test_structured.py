@@ -24,6 +24,8 @@ from tests import oracle, structured
 from tests.backends import BACKENDS, Backend, leave_to_others
 from tests.strategies import Case, convolutions
 
+pytestmark = pytest.mark.slow
+
 CASES = int(os.environ.get("SPECOPS_CASES", "200"))
 _LIBRARIES = [b for b in BACKENDS if b.name in ("numpy", "torch", "jax", "cupy", "torch-cuda")]
 

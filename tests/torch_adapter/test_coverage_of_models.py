@@ -168,6 +168,7 @@ def test_most_matrices_left_alone_are_said_once() -> None:
         optimizer.step()
 
 
+@pytest.mark.slow
 def test_two_attachments_on_one_weight_are_said() -> None:
     model = nn.Linear(3, 3)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

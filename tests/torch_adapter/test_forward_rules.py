@@ -91,6 +91,7 @@ def test_reshaped_norm_is_that_of_torchs_parametrization(
             optimizer.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["reshaped", "operator", "bidirectional"])
 @pytest.mark.parametrize("scale", [1.0, 0.7])
 @pytest.mark.parametrize(
@@ -142,6 +143,7 @@ def test_stable_rank_normalization_is_its_algorithm(ratio: float) -> None:
     assert_relative(model[5].weight.grad, w.grad, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.05, 0.2])
 def test_stable_rank_of_the_operator_in_use(ratio: float) -> None:
     model, plain, x = network().double(), network().double()[0], batch().double()
@@ -636,6 +638,7 @@ def test_compiled_attention() -> None:
     torch.testing.assert_close(compiled(x), model(x))
 
 
+@pytest.mark.slow
 @quietly
 @new_compilers
 def test_compiled_steps() -> None:
