@@ -48,8 +48,28 @@ def test_single_precision_encloses_to_a_thousandth(key: str) -> None:
 
 
 @pytest.mark.usefixtures("small_is_large")
-def test_what_few_steps_do_not_find_is_found_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_many_steps_again_go_on_from_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    factored: list[bool] = []
+    have_factors = large.host.have_factors
+
+    def counted(gram: np.ndarray) -> np.ndarray:
+        found = have_factors(gram)
+        factored.append(bool(found))
+        return found
+
+    monkeypatch.setattr(large.host, "have_factors", counted)
     monkeypatch.setattr(large, "_STEPS", 8)
+    a = np.random.default_rng(0).normal(size=(700, 600)).astype(np.float32)
+    found = large._by_single(a)
+    assert factored == [False, True]
+    assert found is not None
+    top = np.linalg.norm(a.astype(float), 2)
+    assert found.lower <= top <= found.upper <= found.lower * 1.001
+
+
+@pytest.mark.usefixtures("small_is_large")
+def test_what_few_steps_do_not_find_is_found_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large, "_STEPS", 2)
     a = np.random.default_rng(0).normal(size=(700, 600)).astype(np.float32)
     assert large._by_single(a) is None
     top = np.linalg.norm(a.astype(float), 2)
