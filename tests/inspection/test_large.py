@@ -69,7 +69,7 @@ def test_as_many_steps_again_go_on_from_the_first(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.usefixtures("small_is_large")
 def test_what_few_steps_do_not_find_is_found_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(large, "_STEPS", 2)
+    monkeypatch.setattr(large, "_ROOM", -1e-3)  # below the norm no factor is found
     a = np.random.default_rng(0).normal(size=(700, 600)).astype(np.float32)
     assert large._by_single(a) is None
     top = np.linalg.norm(a.astype(float), 2)
