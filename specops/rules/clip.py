@@ -147,7 +147,8 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         bound = check_bound(at(self.max_norm, step, name, geometry), "max_norm")
         geometry = self.view(geometry)
         own, tracked = _parted(state)
-        return self._certified(weight, geometry, own, tracked or None, bound, name)
+        # Vectors to follow are found by the next firing, if there is one.
+        return self._certified(weight, geometry, own, tracked or None, bound, name, screens=False)
 
     def refuses_nonfinite(self, geometry: Geometry) -> bool:
         """Of stacks it may leave matrices alone that an estimate finds inside."""
@@ -194,6 +195,8 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         tracked: State | None,
         bound: Any,
         name: str,
+        *,
+        screens: bool = True,
     ) -> tuple[Array, State, Figures]:
         project = partial(
             project_spectral_ball,
@@ -212,7 +215,9 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         state = dict(info.state)
         if self.screen and new is weight and arrays.is_concrete(weight):
             # Inside: from here on an estimate will do for a while.
-            state |= _screening(tracked or _follow(geometry, weight).start(weight, name), 1, weight)
+            if screens and not tracked:
+                tracked = _follow(geometry, weight).start(weight, name)
+            state |= _screening(tracked, 1, weight) if tracked else {}
         return new, state, figures
 
 
