@@ -97,7 +97,7 @@ def _ends(figures: Figures) -> tuple[float, float]:
     return sigma if isinstance(sigma, tuple) else (sigma, sigma)
 
 
-@dataclass
+@dataclass(repr=False)
 class Inspection:
     """What a checkpoint holds.
 
@@ -123,6 +123,10 @@ class Inspection:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     interrupted: bool = False
+
+    def __repr__(self) -> str:
+        count = f"{len(self.measured)} of {self.total} tensors measured"
+        return f"<Inspection of {self.path}: {count}; specops.inspection.show prints them>"
 
     @property
     def measured(self) -> list[WeightFigures]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import specops
 from specops.inspection import as_html, inspect_checkpoint
 from tests.inspection.files import model, written
 
@@ -125,3 +126,25 @@ def test_a_browser_draws_it(page: Path, tmp_path: Path) -> None:
         assert pixels[..., :3].std() > 0.02
     blue = np.abs(image.imread(shots[0])[..., :3] - np.array([0.0, 0x72 / 255, 0xB2 / 255]))
     assert (blue.max(axis=-1) < 0.05).sum() > 100
+
+
+def test_each_reading_of_an_ambiguous_weight_is_drawn(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    tensors = {
+        "block1.weight": rng.standard_normal((16, 3, 3, 3)).astype(np.float32),
+        "block2.weight": rng.standard_normal((4, 16, 3, 3)).astype(np.float32),
+    }
+    path = written(tmp_path / "m.safetensors", tensors, format="pt")
+    found = specops.inspect(path, input_size={"*": (32, 32), "block2.weight": (16, 16)})
+    first = found.measured[0]
+    assert first.geometry.startswith("ambiguous")
+    assert len(first.readings) == 2
+    text = as_html(found)
+    anchors = re.findall(r'<figure id="([^"]+)"', text)
+    assert len(anchors) == len(set(anchors)) == 3
+    assert f'href="#{anchors[0]}"' in text
+    assert all(reading.geometry in text for reading in first.readings)
+    (note,) = [note for note in found.notes if "ᶜ" in note]
+    assert "block1.weight" in note
+    assert "2 of 2 tensors measured" in repr(found)
+    assert len(repr(found)) < 300
