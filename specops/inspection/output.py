@@ -11,9 +11,9 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Any
 
-import specops
 from specops.inspection.results import Inspection, WeightFigures
 from specops.inspection.spectrum import CIRCULAR, RESHAPED, Figures
 from specops.tables import print_table, printable
@@ -237,7 +237,7 @@ def figures_record(f: Figures | None) -> dict[str, Any]:
 def as_json(inspection: Inspection, **more: Any) -> str:
     """The whole inspection."""
     document = {
-        "specops": specops.__version__,
+        "specops": version("specops"),
         "path": inspection.path,
         "format": inspection.format,
         "weights": [weight_record(w) for w in inspection.weights],
