@@ -197,7 +197,10 @@ def _like(x: Any, values: dict[Any, Any]) -> Any:
     if all(values[key] is x[key] for key in x):
         return x
     if not isinstance(x, MutableMapping):
-        return type(x)(values)
+        try:
+            return type(x)(values)
+        except TypeError:  # made of something else than a mapping
+            return values
     found = copy(x)  # with whatever else it has, as defaults
     found.update(values)
     return found

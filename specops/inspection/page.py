@@ -88,7 +88,10 @@ def as_html(inspection: Inspection, comparison: Comparison | None = None) -> str
     """The page; with a comparison, its table too."""
     partners = {} if comparison is None else {p.one.name: p for p in comparison.pairs}
     plots = "\n".join(
-        _figure(reading, partners.get(w.name), comparison, _anchor(w.name, place))
+        # What it is compared with was measured for the likeliest reading, the first.
+        _figure(
+            reading, None if place else partners.get(w.name), comparison, _anchor(w.name, place)
+        )
         for w in inspection.measured
         for place, reading in enumerate(w.apart())
     )

@@ -155,7 +155,7 @@ def _taken(x: Array, table: np.ndarray) -> Array:
     return xp.take(x, arrays.constant(table, x), axis=-1)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _tables(sizes: ConvSizes) -> tuple[np.ndarray, np.ndarray]:
     """(grid point that each tap reads for each output, output, counted through all taps, that
     each tap returns to each grid point); where there is none, one behind the last."""
@@ -185,4 +185,4 @@ def _tables(sizes: ConvSizes) -> tuple[np.ndarray, np.ndarray]:
     tap, output = np.nonzero(inside)
     # Of one tap no two outputs read the same point.
     returns[tap, points[inside]] = tap * outputs + output
-    return reads.ravel(), returns.ravel()
+    return reads.ravel().astype(np.int32), returns.ravel().astype(np.int32)

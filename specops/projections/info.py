@@ -31,7 +31,8 @@ class ProjectionInfo:
         rounding; 0 where nothing changed. Shape as the norms.
     iterations : int
         Rounds that an iterative method took; 0 if the weight was inside, 1 for a direct one. Those
-        on a sample of a convolution's frequencies, before those on all, are not counted.
+        on a sample of a convolution's frequencies, before those on all, are not counted. Of a
+        kernel that a compiler was given, an array, also where the kernel was inside.
     state : dict of str to array
         What the next call on a similar weight may start from. Empty where nothing is kept: inside
         the ball, and of a kernel so far outside that, asked for a `distance_tolerance` below 0.01,

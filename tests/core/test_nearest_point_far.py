@@ -171,3 +171,24 @@ def test_compiled_rounds_end_where_the_distance_is_certified() -> None:
         step = 1e-5
         expected = (float(value(x * (1 + step))) - float(value(x * (1 - step)))) / (2 * step)
     assert slope == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("excess_of_norm", [1e-4, 1e-3])
+def test_compiled_rounds_just_outside_go_on_until_they_are_near(excess_of_norm: float) -> None:
+    """In single precision, where what moves is near the rounding of what does not."""
+    jax = pytest.importorskip("jax")
+    w = normal((16, 16, 3, 3), 2).astype(np.float32)
+    bound = norm(w.astype(float)) * (1 - excess_of_norm)
+    best = specops.project_spectral_ball(w.astype(float), bound, FAR, gap_tolerance=1e-14)
+
+    def project(w: Any) -> Any:
+        new, info = specops.project_spectral_ball(
+            w, bound, FAR, distance_tolerance=0.1, return_info=True
+        )
+        return new, info.gap
+
+    new, gap = jax.jit(project)(w)
+    nearest = squared(w.astype(float) - best)
+    assert squared(np.asarray(new, float) - w) <= 1.21 * nearest
+    assert squared(np.asarray(new, float) - best) <= float(gap) * squared(w) * 1.01 + 1e-9

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import specops
-from specops.inspection import as_html, inspect_checkpoint
+from specops.inspection import as_html, compare, inspect_checkpoint
 from tests.inspection.files import model, written
 
 BROWSER = next(
@@ -148,3 +148,21 @@ def test_each_reading_of_an_ambiguous_weight_is_drawn(tmp_path: Path) -> None:
     assert "block1.weight" in note
     assert "2 of 2 tensors measured" in repr(found)
     assert len(repr(found)) < 300
+
+
+def test_a_difference_is_drawn_where_it_was_measured(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    one, other = (
+        specops.inspect(
+            written(
+                tmp_path / name,
+                {"x.attn.qkv.weight": rng.standard_normal((48, 16)).astype(np.float32)},
+                format="pt",
+            )
+        )
+        for name in ("a.safetensors", "b.safetensors")
+    )
+    assert len(one.measured[0].readings) == 2
+    text = as_html(one, compare(one, other))
+    assert text.count("<figure") == 2
+    assert text.split("<figure")[2].count('class="curve between"') == 0

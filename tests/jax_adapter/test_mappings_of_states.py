@@ -70,3 +70,18 @@ def test_what_is_passed_on_keeps_its_kind(kind: Any) -> None:
     assert isinstance(other["u"], jax.Array)
     assert other["k"] == 3
     assert getattr(other, "default_factory", None) is getattr(state, "default_factory", None)
+
+
+class Tagged(Frozen):
+    def __init__(self, values: Mapping[str, Any], tag: str) -> None:
+        super().__init__(values)
+        self.tag = tag
+
+
+def test_a_state_that_is_made_of_more_than_a_mapping_is_read() -> None:
+    rule = specops.SpectralNormPenalty(0.1, norm="reshaped")
+    plain = rule.init(W, specops.Dense(), "w")
+    found = rule.update(W, specops.Dense(), Tagged(plain, "mine"))
+    expected = rule.update(W, specops.Dense(), plain)
+    np.testing.assert_array_equal(found[0], expected[0])
+    assert isinstance(found[0], jax.Array)

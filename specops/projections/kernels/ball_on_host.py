@@ -203,7 +203,10 @@ class HostSolver:
 
         def done(now: Dual) -> bool:
             top, nuclear = self._measured(now.x), float(now.nuclear)
-            solution = Solution.certified(kernel, _double(now.x), top, limit, nuclear)
+            change = _double(self.support.gather(np, now.z))
+            solution = Solution.certified(
+                kernel, _double(now.x), top, limit, nuclear, change=change
+            )
             best[:] = [solution.better(best[0]) if best else solution]
             return best[0].suffices(kernel, tolerance)
 

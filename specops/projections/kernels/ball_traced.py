@@ -50,8 +50,9 @@ def project_traced(
 
         def bound(now: Dual) -> Array:
             """Half the squared distance of the nearest kernel is at least this."""
-            change = x0 - now.x
-            products = xp.abs(change) ** 2 * 0.5 + xp.real(xp.conj(now.x) * change)
+            # Not x0 - now.x: just outside the ball its rounding would be all of the distance.
+            change = support.gather(xp, now.z)
+            products = xp.real(xp.conj(x0) * change) - xp.abs(change) ** 2 * 0.5
             return xp.sum(products) - target * now.nuclear
 
         def near(now: Dual) -> Array:

@@ -76,13 +76,16 @@ class Solution:
         limit: float,
         nuclear: float,
         rounds: int = 0,
+        change: np.ndarray | None = None,
     ) -> Solution:
         """X = K − A*Z of norm `top`, scaled into the ball, and what Z of this nuclear norm bounds.
 
-        The dual objective is ½‖K − X‖² + ⟨X, K − X⟩ − c‖Z‖_*.
+        The dual objective is ⟨K, A*Z⟩ − ½‖A*Z‖² − c‖Z‖_*. `change` is A*Z where that is known
+        better than from X, whose rounding may be all of the distance.
         """
-        change = kernel - x
-        dual = 0.5 * _squared(change) + float(np.sum((x.conj() * change).real)) - limit * nuclear
+        change = kernel - x if change is None else change
+        dual = float(np.sum((kernel.conj() * change).real)) - 0.5 * _squared(change)
+        dual -= limit * nuclear
         feasible = x * min(1.0, limit / top) if top > 0 else x
         primal = 0.5 * _squared(kernel - feasible)
         return cls(feasible, primal, dual, rounds, scaled=top > limit)
