@@ -129,17 +129,23 @@ def block_bytes(coefficients: np.ndarray) -> int:
 
 
 def map_blocks(
-    xp: Namespace, symbol: Symbol, coefficients: Array, work: Callable[[Array, slice], Any]
+    xp: Namespace,
+    symbol: Symbol,
+    coefficients: Array,
+    work: Callable[[Array, Any], Any],
+    chosen: np.ndarray | None = None,
 ) -> list[Any]:
-    """``work(blocks, chunk)`` over all frequencies: by chunks on the host, else at once."""
-    count = len(symbol.frequencies)
+    """``work(blocks, which)`` over all frequencies, or those chosen: by chunks on the host, else
+    at once. `which` is a slice of them, or their indices."""
+    count = len(symbol.frequencies) if chosen is None else len(chosen)
     if arrays.by_workers(coefficients):
 
         def on_host(chunk: slice) -> Any:
-            return work(host_blocks(coefficients, symbol, chunk), chunk)
+            which = chunk if chosen is None else chosen[chunk]
+            return work(host_blocks(coefficients, symbol, which), which)
 
         return workers.map_chunks(on_host, count, block_bytes(coefficients))
-    whole = slice(0, count)
+    whole = slice(0, count) if chosen is None else chosen
     return [work(symbol.blocks(xp, coefficients, whole), whole)]
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from specops import arrays
-from specops.arrays import host, workers
+from specops.arrays import host
 from specops.linalg.rounding import CHOLESKY_MARGIN
 from specops.linalg.soft_threshold import soft_threshold
 from specops.projections.kernels.support import Support
-from specops.spectra.torus import block_bytes, host_blocks
+from specops.spectra.torus import map_blocks
 from specops.typing import Array, Namespace
 
 
@@ -46,24 +47,21 @@ def excess(
     of those that were looked at, and sums are as if they stood for the rest.
     """
     symbol, bound = support.symbol, np.asarray(limit, x.real.dtype)
-    chosen = np.arange(len(symbol.frequencies)) if chosen is None else chosen
-    shares = symbol.counts[chosen] / np.sum(symbol.counts[chosen])
-    stands_for = np.prod(symbol.coarse) / np.sum(symbol.counts[chosen])
-    coefficients = support.coefficients(np, x)
+    total = np.sum(symbol.counts if chosen is None else symbol.counts[chosen])
+    shares = symbol.counts / total
 
-    def work(chunk: slice) -> tuple[np.ndarray, float, np.ndarray]:
-        own = chosen[chunk]
-        z, nuclear, norms = thresholded(np, host_blocks(coefficients, symbol, own), bound)
-        return support.gather(np, z, own), float(np.sum(shares[chunk, None] * nuclear)), norms
+    def work(blocks: np.ndarray, which: Any) -> tuple[np.ndarray, float, np.ndarray]:
+        z, nuclear, norms = thresholded(np, blocks, bound)
+        return support.gather(np, z, which), float(np.sum(shares[which, None] * nuclear)), norms
 
-    parts = workers.map_chunks(work, len(chosen), block_bytes(coefficients))
+    parts = map_blocks(np, symbol, support.coefficients(np, x), work, chosen)
     directions, nuclear, norms = zip(*parts, strict=True)
     largest = np.concatenate(norms)
     top = max(limit, float(largest.max()))
     lowest = top * (1.0 - CHOLESKY_MARGIN[arrays.dtype_name(x.real.dtype)])
     # Blocks that were not decomposed are below the limit.
-    near = np.argwhere(largest >= lowest) if lowest > limit and stands_for == 1 else None
-    direction = sum(directions[1:], start=directions[0]) * stands_for
+    near = np.argwhere(largest >= lowest) if lowest > limit and chosen is None else None
+    direction = sum(directions[1:], start=directions[0]) * (np.prod(symbol.coarse) / total)
     return Excess(direction.astype(np.result_type(direction, np.float64)), sum(nuclear), top, near)
 
 

@@ -32,7 +32,7 @@ from specops.typing import Array, Namespace
 _CHECK_EVERY = 10
 """Rounds between two certificates, each of which takes an eighth of a round's time (64² channels
 on 32² points): so they cost about one part in eighty."""
-ASK_WHEN_TRACED = 4
+_ASK_WHEN_TRACED = 4
 """The same where values are unknown, and one takes half a round's time: normal kernels of 16² to
 64² channels were certified within a tenth of the distance after 4 rounds at c = 0.25·σ₁, 8 at 0.5
 and 12 to 20 at 0.9."""
@@ -124,10 +124,10 @@ def dual_gradient(
         return _Carry(new, z_ahead, x_ahead, following)
 
     if arrays.is_traced(kernel):
-        if done is None or not arrays.is_staged(kernel) or max_rounds % ASK_WHEN_TRACED:
+        if done is None or not arrays.is_staged(kernel) or max_rounds % _ASK_WHEN_TRACED:
             carry = arrays.fori(xp, 0, max_rounds, step, carry)
             return carry.now, max_rounds
-        return _asked(xp, step, carry, done, max_rounds // ASK_WHEN_TRACED)
+        return _asked(xp, step, carry, done, max_rounds // _ASK_WHEN_TRACED)
     rounds = 0
     while rounds < max_rounds:
         carry = step(rounds, carry)
@@ -152,8 +152,8 @@ def _asked(
         carry, rounds, enough = held
 
         def more() -> tuple[_Carry, Array, Array]:
-            following = arrays.fori(xp, 0, ASK_WHEN_TRACED, step, carry)
-            return following, rounds + ASK_WHEN_TRACED, done(following.now)
+            following = arrays.fori(xp, 0, _ASK_WHEN_TRACED, step, carry)
+            return following, rounds + _ASK_WHEN_TRACED, done(following.now)
 
         decided: tuple[_Carry, Array, Array] = arrays.cond(enough, lambda: held, more)
         return decided

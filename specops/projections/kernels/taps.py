@@ -47,26 +47,14 @@ class Taps:
 @lru_cache(maxsize=256)
 def taps_of(sizes: ConvSizes) -> Taps:
     assert sizes.fine is not None
-    assert sizes.coarse is not None
-    assert sizes.lower is not None
     fold: np.ndarray = np.ones((1, 1))
     outputs: np.ndarray = np.ones(1)
-    for n, m, s, d, k, lower in zip(
-        sizes.fine,
-        sizes.coarse,
-        sizes.stride,
-        sizes.dilation,
-        sizes.kernel,
-        sizes.lower,
-        strict=True,
-    ):
+    for n, d, uses in zip(sizes.fine, sizes.dilation, sizes.uses, strict=True):
+        own = np.eye(len(uses))
         if sizes.circular:
-            landings, landing = np.unique(d * np.arange(k) % n, return_inverse=True)
-            fold = np.kron(fold, np.eye(len(landings))[landing])
-            outputs = np.kron(outputs, np.full(len(landings), float(m)))
-        else:
-            reads = s * np.arange(m)[:, None] + d * np.arange(k) - lower
-            fold = np.kron(fold, np.eye(k))
-            outputs = np.kron(outputs, ((reads >= 0) & (reads < n)).sum(axis=0).astype(float))
+            landings, landing = np.unique(d * np.arange(len(uses)) % n, return_inverse=True)
+            own, uses = np.eye(len(landings))[landing], uses[: len(landings)]
+        fold = np.kron(fold, own)
+        outputs = np.kron(outputs, np.array(uses, float))
     sharing = fold.sum(axis=0)
     return Taps(fold / np.sqrt(sharing), outputs * sharing)
