@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 import warnings
-
-_PACKAGES = ("specops", "specops_torch", "specops_jax", "specops_cupy")
 
 
 def warn(message: str, category: type[Warning]) -> None:
     """Warn, located where these packages were called."""
-    frame, level = sys._getframe(), 1
-    while _is_ours(frame.f_globals.get("__name__", "")) and frame.f_back is not None:
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and _is_ours(frame.f_globals.get("__name__", "")):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
 
 
 def _is_ours(module: str) -> bool:
-    return module.partition(".")[0] in _PACKAGES
+    package = module.partition(".")[0]
+    return package == "specops" or package.startswith("specops_")

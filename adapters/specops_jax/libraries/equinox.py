@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from specops.geometry import Dense
+from specops.geometry.fused import gates_of
 from specops_jax.layers import (
     EMBEDDING,
     Role,
@@ -87,11 +88,11 @@ def _cell(path: Any, layer: Any, cells: tuple[type, ...]) -> dict[str, Role]:
     found = {}
     for attribute in ("weight_ih", "weight_hh"):
         shape = tuple(getattr(getattr(layer, attribute), "shape", ()))
-        if len(shape) >= 2:
-            count = shape[-2] // layer.hidden_size
-            geometry = Dense(out_axes=(-2,), splits=(layer.hidden_size,) * count)
+        gates = gates_of(layer.hidden_size, shape[-2], -2) if len(shape) >= 2 else None
+        if gates is not None:
             name = name_of((*path, jax.tree_util.GetAttrKey(attribute)))
-            found[name] = stacked(as_called(layer, Role(geometry), *cells), shape[-2:], shape)
+            role = as_called(layer, Role(gates.geometry), *cells)
+            found[name] = stacked(role, shape[-2:], shape)
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from specops.errors import AdapterError
-from specops.geometry import Dense
+from specops.geometry.fused import gates_of
 from specops_jax.layers import (
     EMBEDDING,
     Role,
@@ -134,4 +134,6 @@ def _roles(layer: Any, x: Any) -> dict[str, Role]:
 
 
 def _gates(layer: Any, count: int) -> Role:
-    return Role(Dense(out_axes=(-1,), splits=(layer.hidden_size,) * count))
+    found = gates_of(layer.hidden_size, count * layer.hidden_size, -1)
+    assert found is not None
+    return Role(found.geometry)
