@@ -100,7 +100,7 @@ def project_spectral_ball(
         feasible point, not the nearest. "auto" takes it where σ₁ > 1000c.
     iterations : int, optional
         Conv: rounds at the most (alternating: exactly). By default 100 of cutting planes, 40
-        of them with one half-space a round, 40 to 200 accelerated ones, by how much work a round
+        of them with two half-spaces a round, 40 to 200 accelerated ones, by how much work a round
         is, 200 of Dykstra; alternating until within 1 %, at most 30.
     gap_tolerance : float
         Conv: stop when ``2(primal − dual) ≤ gap_tolerance·‖K‖²``, which is `ProjectionInfo.gap`.

@@ -1,4 +1,4 @@
-"""Nearest points far outside the ball, by one half-space a round: certificates and states."""
+"""Nearest points far outside the ball, by two half-spaces a round: certificates and states."""
 
 from __future__ import annotations
 
@@ -65,16 +65,19 @@ def test_half_spaces_of_a_sample_hold_for_all(geometry: Conv, shape: tuple[int, 
     part, whole = excess(support, x, limit, sample), excess(support, x, limit)
     assert part.near is None
     assert part.top <= whole.top * (1 + 1e-12)
-    assert part.nuclear == pytest.approx(whole.nuclear, rel=0.25)
-    apart = np.linalg.norm(part.direction - whole.direction)
-    assert apart <= 0.35 * np.linalg.norm(whole.direction)
+    (direction, nuclear), alone = whole.planes
+    assert part.planes[0][1] == pytest.approx(nuclear, rel=0.25)
+    apart = np.linalg.norm(part.planes[0][0] - direction)
+    assert apart <= 0.35 * np.linalg.norm(direction)
+    # The block that is farthest out: a whole of its own, and part of that of all.
+    assert 0 < alone[1] < nuclear
+    assert 0 < np.sum(alone[0] * direction) < np.sum(direction**2)
     for seed in range(20):
         inside = normal(shape, 10 + seed) if seed else w
         inside = inside * (limit / float(specops.spectral_norm(inside, geometry)))
         inside = support.coordinates(np, geometry.kernel(inside))
-        for found in (part, whole):
-            reached = float(np.sum(inside * found.direction))
-            assert reached <= limit * found.nuclear * (1 + 1e-12)
+        for direction, nuclear in (*part.planes, *whole.planes):
+            assert np.sum(inside * direction) <= limit * nuclear * (1 + 1e-12)
 
 
 def test_warm_starts_from_the_sum_of_half_spaces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,8 +46,10 @@ precision K − A*Z has lost three of its seven digits there, as many as the gap
 _SAMPLED = 8
 """Blocks looked at before all: of 20 normal kernels of 16² channels on 16² points they gave away 8
 at σ₁ = 1.02·c, 17 at 1.1·c and all at 1.5·c."""
-_FAR = 1.25
-"""Singular values above c, per cut that is affordable, from which cuts are not begun with."""
+_FAR = {False: 1.25, True: 0.5}
+"""Singular values above c, per cut that is affordable, from which cuts are not begun with, by
+whether a distance is tolerated: at 0.9 of them 512² channels took 4 rounds of half-spaces and 4
+more of cuts before; at 0.25 a ResNet-20 in training took as long."""
 _PATIENCE = 2e12
 """Multiplications, as `Support.work` counts them, beyond which no more rounds are begun unasked: 74
 rounds of 64² channels on 32² points. A bound by reasoning, not a measurement: a minute at 3e10 of
@@ -148,7 +150,7 @@ class HostSolver:
         if method not in ("auto", "cutting-planes"):
             return self._by_dual(method, iterations, tolerance)
         many = isinstance(start, HalfSpaces) or not len(start)
-        many = many and self._above() > _FAR * most_cuts(self.support, tolerance)
+        many = many and self._above() > _FAR[tolerance.loose] * most_cuts(self.support, tolerance)
         best: Solution | None = None
         if not many:
             kernel = _double(self.x0)

@@ -27,8 +27,8 @@ def most_cuts(support: Support, tolerance: Tolerance) -> int:
 
     A dozen programs of about 30·N³ multiplications are set against a hundred rounds of a
     first-order method, a bound by reasoning: 100 cuts are always affordable, at 4e8
-    multiplications, and more than 1000 never, at 4e11. Where a distance is tolerated and one
-    half-space a round does, a tenth of a round and 20 cuts are: of that, five times as many and
+    multiplications, and more than 1000 never, at 4e11. Where a distance is tolerated and two
+    half-spaces a round do, a tenth of a round and 20 cuts are: of that, five times as many and
     none, the quickest where small layers were trained, by less than their times scattered.
     """
     rounds, least = (0.1, 20.0) if tolerance.loose else (100.0, 100.0)

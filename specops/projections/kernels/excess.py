@@ -1,7 +1,8 @@
-"""What exceeds a limit in the blocks of a convolution, and the half-space that it gives."""
+"""What exceeds a limit in the blocks of a convolution, and the half-spaces that it gives."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,9 @@ from specops.projections.kernels.support import Support
 from specops.spectra.torus import map_blocks
 from specops.typing import Array, Namespace
 
+Plane = tuple[np.ndarray, float]
+"""(A*Z, ‖Z‖_*) of one half-space."""
+
 
 @dataclass(frozen=True)
 class Excess:
@@ -22,18 +26,16 @@ class Excess:
 
     Attributes
     ----------
-    direction : array
-        A*Z, in double precision.
-    nuclear : float
-        ‖Z‖_* over the torus.
+    planes : list of (array, float)
+        A*Z in double precision and ‖Z‖_* over the torus: of all of Z, then of the block alone that
+        is farthest out, where there are several.
     top : float
         The largest singular value of the blocks, or the limit.
     near : array or None
         What `near_limit` gives for `top`, where that is known.
     """
 
-    direction: np.ndarray
-    nuclear: float
+    planes: list[Plane]
     top: float
     near: np.ndarray | None
 
@@ -47,22 +49,34 @@ def excess(
     of those that were looked at, and sums are as if they stood for the rest.
     """
     symbol, bound = support.symbol, np.asarray(limit, x.real.dtype)
-    total = np.sum(symbol.counts if chosen is None else symbol.counts[chosen])
-    shares = symbol.counts / total
+    coefficients = support.coefficients(np, x)
+    frequencies = np.arange(len(symbol.frequencies)) if chosen is None else chosen
+    total = np.sum(symbol.counts[frequencies])
+    double = np.result_type(x, np.float64)
 
     def work(blocks: np.ndarray, which: Any) -> tuple[np.ndarray, float, np.ndarray]:
         z, nuclear, norms = thresholded(np, blocks, bound)
-        return support.gather(np, z, which), float(np.sum(shares[which, None] * nuclear)), norms
+        share = float(np.sum(symbol.counts[which, None] * nuclear)) / total
+        return support.gather(np, z, which), share, norms
 
-    parts = map_blocks(np, symbol, support.coefficients(np, x), work, chosen)
+    def plane(directions: Iterable[np.ndarray], nuclear: Iterable[float]) -> Plane:
+        scale = np.prod(symbol.coarse) / total
+        return (sum(directions) * scale).astype(double), sum(nuclear)
+
+    parts = map_blocks(np, symbol, coefficients, work, chosen)
     directions, nuclear, norms = zip(*parts, strict=True)
     largest = np.concatenate(norms)
     top = max(limit, float(largest.max()))
+    planes = [plane(directions, nuclear)]
+    outside = largest.max(axis=-1)
+    if np.count_nonzero(outside > limit) > 1:
+        farthest = frequencies[[np.argmax(outside)]]
+        alone = map_blocks(np, symbol, coefficients, work, farthest)[0]
+        planes.append(plane(*([value] for value in alone[:2])))
     lowest = top * (1.0 - CHOLESKY_MARGIN[arrays.dtype_name(x.real.dtype)])
     # Blocks that were not decomposed are below the limit.
     near = np.argwhere(largest >= lowest) if lowest > limit and chosen is None else None
-    direction = sum(directions[1:], start=directions[0]) * (np.prod(symbol.coarse) / total)
-    return Excess(direction.astype(np.result_type(direction, np.float64)), sum(nuclear), top, near)
+    return Excess(planes, top, near)
 
 
 def thresholded(xp: Namespace, blocks: Array, limit: Array) -> tuple[Array, Array, Array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,12 +44,13 @@ class HalfSpaces:
     def _flat(self) -> np.ndarray:
         return self.direction.reshape(len(self), math.prod(self.direction.shape[1:]))
 
-    def joined(self, direction: np.ndarray, nuclear: float) -> HalfSpaces:
-        """With one more, of no weight."""
+    def joined(self, planes: Sequence[tuple[np.ndarray, float]]) -> HalfSpaces:
+        """With these (E, ν) too, of no weight."""
+        directions, nuclear = zip(*planes, strict=True)
         return HalfSpaces(
-            np.concatenate([self.direction, direction[None]]),
+            np.concatenate([self.direction, np.stack(directions)]),
             np.append(self.nuclear, nuclear),
-            np.append(self.weight, 0.0),
+            np.append(self.weight, np.zeros(len(planes))),
         )
 
     def inner(self, support: Support, x: np.ndarray) -> np.ndarray:

@@ -32,7 +32,7 @@ class Tolerance:
 
     @property
     def loose(self) -> bool:
-        """Whether one half-space a round takes fewer of them than acceleration."""
+        """Whether two half-spaces a round take fewer of them than acceleration."""
         return self.distance >= _LOOSE
 
 

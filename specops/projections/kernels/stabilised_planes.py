@@ -1,4 +1,4 @@
-"""The nearest kernel with operator norm at most c, by one half-space a round."""
+"""The nearest kernel with operator norm at most c, by two half-spaces a round."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def nearest_by_half_spaces(
 
     .. math:: \|A(X)\| \le c \;\Rightarrow\; \langle X, A^*Z\rangle \le c\|Z\|_*.
 
-    Each round adds that of its query Y, and the nearest point X of all so far bounds the
+    Each round adds that of its query Y, and that of the block alone that is farthest out, whose
+    excess a scaling would have to pay for; the nearest point X of all so far bounds the
     distance from below. Y scaled onto the ball is feasible. The next query lies between X,
     which is outside the ball, and the round of alternating projections from Y, which is nearly
     inside: at one of the two alone the method is that of Kelley, which swings, or does not end
@@ -100,8 +101,8 @@ class _Search:
             now = excess(self.support, x.astype(self.precision), limit, chosen)
             feasible = x * min(1.0, limit / now.top)
             primal = 0.5 * float(np.sum(np.abs(kernel - feasible) ** 2))
-            if now.nuclear > 0:
-                joined = self.spaces.joined(now.direction, now.nuclear)
+            if now.top > limit:
+                joined = self.spaces.joined(now.planes)
                 self.spaces, dual, self.outer = joined.nearest(kernel, limit)
                 self.dual = best.dual = max(best.dual, dual)
             if primal < best.primal:
@@ -111,7 +112,7 @@ class _Search:
                 best.first = now.top
             self.cold = False
             best.rounds, best.cuts = rounds, self.spaces
-            inner = x - self.support.per_tap(np, now.direction)
+            inner = x - self.support.per_tap(np, now.planes[0][0])
             self.x = _OUTER * self.outer + (1.0 - _OUTER) * inner
             if best.suffices(kernel, tolerance):
                 break
