@@ -98,15 +98,15 @@ def by_gram(
         for at in np.ndindex(a.shape[:-2]):
             result[at] = _excess(np, a[at], v[at][:, _first(np, above[at]) :], sigma[at])
     else:
-        result = _excess(xp, a, v, sigma)
+        result = _excess(xp, a, v[..., _first(xp, above) :], sigma)
     if tiny:
         result = result * xp.astype(limit, a.dtype)[..., None, None]
     return result, total, eigenvalues, v
 
 
 def _first(xp: Namespace, above: Array) -> int:
-    """Where an ascending row begins to be above."""
-    return int(xp.sum(xp.astype(~above, xp.int32), dtype=xp.int32))
+    """Where ascending rows begin to be above, the first of them."""
+    return int(xp.min(xp.sum(xp.astype(~above, xp.int32), axis=-1, dtype=xp.int32)))
 
 
 def _excess(xp: Namespace, a: Array, v: Array, sigma: Array) -> Array:
