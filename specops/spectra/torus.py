@@ -69,14 +69,15 @@ def leading_block(xp: Namespace, kernel: Array, symbol: Symbol) -> Leading:
 
 
 def leading_norm(
-    coefficients: np.ndarray, symbol: Symbol, margin: float = 0.0
+    coefficients: np.ndarray, symbol: Symbol, margin: float = 0.0, expected: float | None = None
 ) -> tuple[float, np.ndarray]:
     """(σ₁ of coefficients on the host, the blocks that may exceed σ₁·(1 − margin)).
 
-    The latter are indices (count, 2) over frequency and group.
+    The latter are indices (count, 2) over frequency and group. Near what is `expected` the search
+    costs a certificate of that, and a few blocks.
     """
     search = _HostSearch(coefficients, symbol, margin)
-    norm, _ = search.run()
+    norm, _ = search.run(expected)
     return norm, np.stack(np.divmod(search.near, symbol.sizes.groups), axis=-1)
 
 
@@ -185,9 +186,14 @@ class _HostSearch:
         if self.count * self.small**2 * self.coefficients.real.itemsize * 2 > _KEPT_GRAM_BYTES:
             self.kept = None
 
-    def run(self) -> tuple[float, int]:
+    def run(self, expected: float | None = None) -> tuple[float, int]:
         """(σ₁, index of its block over frequencies and groups)."""
         with workers.one_blas_thread():
+            if expected is not None:
+                self.near = self._above(expected * (1.0 - self.margin))
+                if len(self.near):
+                    best = int(self.near[0])
+                    return self._best(self._solve(best), best, self.near[1:])
             return self._search()
 
     def estimates(self) -> np.ndarray:
@@ -198,11 +204,19 @@ class _HostSearch:
         estimates = self.estimates()
         best = int(np.argmax(estimates))
         sigma = self._solve(best)
-        lowest = sigma * (1.0 - self.margin)
-        above = np.concatenate(self._chunks(lambda chunk: self._exceeds(chunk, lowest)))
-        self.near = np.union1d(np.flatnonzero(above), best)
-        doubtful = [int(i) for i in self.near if i != best]
-        for candidate in sorted(doubtful, key=lambda i: -estimates[i]):
+        self.near = np.union1d(self._above(sigma * (1.0 - self.margin)), best)
+        doubtful = self.near[self.near != best]
+        return self._best(sigma, best, doubtful[np.argsort(-estimates[doubtful], kind="stable")])
+
+    def _above(self, sigma: float) -> np.ndarray:
+        """Indices of blocks that may exceed it."""
+        return np.flatnonzero(
+            np.concatenate(self._chunks(lambda chunk: self._exceeds(chunk, sigma)))
+        )
+
+    def _best(self, sigma: float, best: int, doubtful: np.ndarray) -> tuple[float, int]:
+        """The largest of σ and the norms of the doubtful blocks, and its block."""
+        for candidate in map(int, doubtful):
             if host.exceeds(self._gram(candidate), sigma):
                 value = self._solve(candidate)
                 if value > sigma:

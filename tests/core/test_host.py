@@ -13,6 +13,8 @@ import threadpoolctl
 import specops
 from specops import Conv
 from specops.arrays import host, workers
+from specops.linalg.rounding import CHOLESKY_MARGIN
+from specops.maps.symbol import Symbol
 from specops.spectra import torus
 from tests import oracle
 
@@ -124,3 +126,25 @@ def test_cholesky_tells_nothing_of_no_matrices(
         monkeypatch.setattr(host, "_SINGLE", False)
     told = host.exceeds(np.zeros((0, 3, 3), np.float32), 1.0)
     assert (told.shape, told.dtype) == ((0,), bool)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("expected", [0.2, 0.9, 1.0 - 1e-9, 1.0, 1.0 + 1e-9, 1.2, 5.0])
+def test_a_norm_is_the_same_whatever_was_expected(dtype: type, expected: float) -> None:
+    w = np.random.default_rng(2).standard_normal((5, 4, 3, 3)).astype(dtype)
+    geometry = Conv((12, 10), boundary="circular")
+    symbol = Symbol(geometry.sizes(w.shape), (12, 10), True)
+    coefficients = symbol.coefficients(np, geometry.kernel(w))
+    blocks = torus.host_blocks(coefficients.astype(float), symbol, slice(None))
+    norms = np.linalg.norm(blocks, 2, axis=(-2, -1))
+    top = float(norms.max())
+    margin = CHOLESKY_MARGIN[np.dtype(dtype).name]
+    found, near = torus.leading_norm(coefficients, symbol, margin, expected * top)
+    assert found == pytest.approx(top, rel=1e-6 if dtype == np.float32 else 1e-13)
+    listed = {tuple(index) for index in near.tolist()}
+
+    def reach(share: float) -> set[tuple[int, ...]]:
+        return {tuple(index) for index in np.argwhere(norms >= share * top).tolist()}
+
+    # Every block near the norm, and near what was expected if that was below it.
+    assert reach(min(1.0, expected) * (1 - 1e-12)) <= listed <= reach(min(1.0, expected) * (1 - 2 * margin - 1e-12))

@@ -30,10 +30,15 @@ def near_limit(support: Support, x: np.ndarray, limit: float) -> np.ndarray:
     return np.argwhere(np.concatenate(parts))
 
 
-def largest_and_active(support: Support, x: np.ndarray) -> tuple[float, np.ndarray]:
-    """(the largest singular value c, what `near_limit` gives for c), in one pass."""
+def largest_and_active(
+    support: Support, x: np.ndarray, expected: float | None = None
+) -> tuple[float, np.ndarray]:
+    """(the largest singular value c, blocks of which those near c are some), in one pass.
+
+    At little more than the cost of a certificate where c is near what is expected.
+    """
     margin = CHOLESKY_MARGIN[arrays.dtype_name(x.real.dtype)]
-    return leading_norm(support.coefficients(np, x), support.symbol, margin)
+    return leading_norm(support.coefficients(np, x), support.symbol, margin, expected)
 
 
 def all_inside(support: Support, x: np.ndarray, limit: float, active: np.ndarray) -> bool:

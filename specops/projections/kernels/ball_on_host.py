@@ -88,13 +88,15 @@ class HostSolver:
         start = self._start(state)
         before = float(start.inner(self.support, x0).max(initial=0.0))
         if before <= limit:
-            outside = self._surely_outside()
-            before = self._measured(x0) if measure and not outside else math.nan
+            outside, active = self._surely_outside(), None
+            before = math.nan
+            if measure and not outside:
+                before, active = largest_and_active(self.support, x0, limit)
             if before <= limit * (1.0 - _CLEAR) or (
                 # NaN, too, is neither clearly inside nor clearly outside.
                 not outside
                 and not before > limit * (1.0 + _CLEAR)
-                and self._fits(self._exact(self.kernel))
+                and self._fits(self._exact(self.kernel), active)
             ):
                 return self.problem.w, self._info(before, before, 0.0, 0, start)
         found = self._solve(method, start, iterations, tolerance)
