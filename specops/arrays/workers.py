@@ -91,7 +91,8 @@ def map_chunks(function: Callable[[slice], Any], count: int, item_bytes: int) ->
     if count * item_bytes <= 2**16:
         return [function(slice(0, count))]
     with one_blas_thread() as workers:
-        size = max(1, min(_CHUNK_BYTES // item_bytes, -(-count // (2 * workers))))
+        pieces = 2 * workers if workers > 1 else 1
+        size = max(1, min(_CHUNK_BYTES // item_bytes, -(-count // pieces)))
         chunks = [slice(i, min(i + size, count)) for i in range(0, count, size)]
         if workers == 1 or len(chunks) == 1:
             return [function(chunk) for chunk in chunks]

@@ -151,8 +151,7 @@ class HostSolver:
             return self._alternating(iterations)
         if method not in ("auto", "cutting-planes"):
             return self._by_dual(method, iterations, tolerance)
-        many = isinstance(start, HalfSpaces) or not len(start)
-        many = many and self._above() > _FAR[tolerance.loose] * most_cuts(self.support, tolerance)
+        many = self._above() > _FAR[tolerance.loose] * most_cuts(self.support, tolerance)
         best: Solution | None = None
         if not many:
             kernel = _double(self.x0)

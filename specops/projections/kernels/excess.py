@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,30 +48,29 @@ def excess(
     of those that were looked at, and sums are as if they stood for the rest.
     """
     symbol, bound = support.symbol, np.asarray(limit, x.real.dtype)
-    coefficients = support.coefficients(np, x)
-    frequencies = np.arange(len(symbol.frequencies)) if chosen is None else chosen
-    total = np.sum(symbol.counts[frequencies])
-    double = np.result_type(x, np.float64)
+    every = np.arange(len(symbol.frequencies))
+    total = np.sum(symbol.counts if chosen is None else symbol.counts[chosen])
+    scale = np.prod(symbol.coarse) / total
 
-    def work(blocks: np.ndarray, which: Any) -> tuple[np.ndarray, float, np.ndarray]:
-        z, nuclear, norms = thresholded(np, blocks, bound)
+    def plane(z: np.ndarray, nuclear: np.ndarray, which: np.ndarray) -> Plane:
+        direction = support.gather(np, z, which) * scale
         share = float(np.sum(symbol.counts[which, None] * nuclear)) / total
-        return support.gather(np, z, which), share, norms
+        return direction.astype(np.result_type(direction, np.float64)), share
 
-    def plane(directions: Iterable[np.ndarray], nuclear: Iterable[float]) -> Plane:
-        scale = np.prod(symbol.coarse) / total
-        return (sum(directions) * scale).astype(double), sum(nuclear)
+    def work(blocks: np.ndarray, which: Any) -> tuple[Plane, Plane, np.ndarray]:
+        z, nuclear, norms = thresholded(np, blocks, bound)
+        which, first = every[which], int(np.argmax(norms.max(axis=-1)))
+        one = slice(first, first + 1)
+        return plane(z, nuclear, which), plane(z[one], nuclear[one], which[one]), norms
 
-    parts = map_blocks(np, symbol, coefficients, work, chosen)
-    directions, nuclear, norms = zip(*parts, strict=True)
+    parts = map_blocks(np, symbol, support.coefficients(np, x), work, chosen)
+    whole, alone, norms = zip(*parts, strict=True)
     largest = np.concatenate(norms)
     top = max(limit, float(largest.max()))
-    planes = [plane(directions, nuclear)]
-    outside = largest.max(axis=-1)
-    if np.count_nonzero(outside > limit) > 1:
-        farthest = frequencies[[np.argmax(outside)]]
-        alone = map_blocks(np, symbol, coefficients, work, farthest)[0]
-        planes.append(plane(*([value] for value in alone[:2])))
+    directions, shares = zip(*whole, strict=True)
+    planes = [(sum(directions[1:], start=directions[0]), sum(shares))]
+    if np.count_nonzero(largest.max(axis=-1) > limit) > 1:
+        planes.append(alone[np.argmax([norm.max() for norm in norms])])
     lowest = top * (1.0 - CHOLESKY_MARGIN[arrays.dtype_name(x.real.dtype)])
     # Blocks that were not decomposed are below the limit.
     near = np.argwhere(largest >= lowest) if lowest > limit and chosen is None else None
