@@ -147,4 +147,5 @@ def test_a_norm_is_the_same_whatever_was_expected(dtype: type, expected: float) 
         return {tuple(index) for index in np.argwhere(norms >= share * top).tolist()}
 
     # Every block near the norm, and near what was expected if that was below it.
-    assert reach(min(1.0, expected) * (1 - 1e-12)) <= listed <= reach(min(1.0, expected) * (1 - 2 * margin - 1e-12))
+    least, rounding = min(1.0, expected), 1e-12
+    assert reach(least * (1 - rounding)) <= listed <= reach(least * (1 - 2 * margin - rounding))
