@@ -15,7 +15,7 @@ from specops.maps.convolution import ConvOperator
 from specops.maps.every_size import certified_symbol
 from specops.maps.prepare import Prepared, matrix_blocks, prepare
 from specops.maps.symbol import Symbol, symbol_of
-from specops.spectra.torus import leading_block, leading_vectors
+from specops.spectra.torus import leading_block, leading_vectors, likely_block
 from specops.typing import Array, Namespace
 
 SMALL_OPERATOR = 2**16
@@ -158,7 +158,7 @@ def plane_wave(xp: Namespace, kernel: Array, sizes: ConvSizes) -> Array:
     """
     assert sizes.coarse is not None
     symbol, _ = certified_symbol(sizes, not arrays.is_complex(kernel))
-    leading = leading_block(xp, kernel, symbol)
+    leading = likely_block(xp, kernel, symbol)
     channels = leading_vectors(xp, kernel, symbol, leading)[0]
     # Outputs of a stride that the symbol replaces by 1 are that far apart on its grid.
     apart = np.array(sizes.stride) / np.array(symbol.sizes.stride)
