@@ -127,6 +127,13 @@ def eager(request: pytest.FixtureRequest) -> Backend:
     return request.param
 
 
+@pytest.fixture(autouse=True, scope="module")
+def kept() -> None:
+    """What modules leave, JAX's caches above all, is not looked at by every collection after."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seeds() -> None:
     """The weights a framework draws are the same in every test, whatever ran before it."""
