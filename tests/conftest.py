@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import threadpoolctl
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, find, settings
+from hypothesis.strategies import booleans
 
 from tests import compiling
 
@@ -125,6 +126,15 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 def eager(request: pytest.FixtureRequest) -> Backend:
     """Every array library in turn, compilers left out."""
     return request.param
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kept() -> None:
+    """What modules leave, JAX's caches above all, is not looked at by every collection after."""
+    # Hypothesis asks once who refers to its random numbers, and would find nobody that is frozen.
+    find(booleans(), bool)
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

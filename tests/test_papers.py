@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,7 @@ pytest.importorskip("rich")
 import specops  # noqa: E402
 
 PAPERS = Path(__file__).parents[1] / "examples" / "papers"
+PROGRAMS = sorted(p.stem for p in PAPERS.glob("*.py") if "PROGRAM.main()" in p.read_text("utf-8"))
 
 
 def load(name: str) -> ModuleType:
@@ -278,6 +280,25 @@ def test_classes_are_renamed_alike_for_training_and_testing() -> None:
     assert sorted(set(zip(labels.tolist(), renamed.y_train.tolist(), strict=True))) == sorted(
         zip(range(4), renamed.y_train[:4].tolist(), strict=True)
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_run_print_and_draw(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name in ("sanyal", "lin"):
+        pytest.importorskip("torchmetrics")
+    threads, program = torch.get_num_threads(), load(name).PROGRAM
+    found = program.main(["--quick", "--results", str(tmp_path)])
+    torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert len(found) == len(program.jobs(program.presets["quick"])) > 1
+    assert f"{name}: {len(found)} runs left" in printed
+    assert all(program.headline[r["experiment"]] in r["results"] for r in found)
+    figures = [Path(figure) for figure in re.findall(r"figure: (.*)", printed)]
+    assert sorted(figures) == sorted(tmp_path.glob("*.png")) != []
+    assert all(figure.read_bytes().startswith(b"\x89PNG") for figure in figures)
 
 
 @pytest.mark.slow

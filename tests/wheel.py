@@ -66,8 +66,8 @@ def main() -> None:
     """Raise if any step fails."""
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)
-        build = [sys.executable, "-m", "build", "--wheel", "--outdir", folder, str(ROOT)]
-        subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
+        build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, str(ROOT)]
+        subprocess.run(build, check=True)
         (wheel,) = where.glob("*.whl")
         venv.create(where / "empty", with_pip=True)
         python = where / "empty" / "bin" / "python"

@@ -77,7 +77,7 @@ def run(repeats: int, quick: bool) -> None:
     for dtype in ("float64",) if quick else ("float64", "float32"):
         title = f"σ₁ of zero-padded 3×3 convolutions, NumPy, {dtype}"
         results = Results(title, "ARPACK", "products, ARPACK", "ours", "ARPACK below ours")
-        for channels, n in SIZES[-1:] if quick else SIZES:
+        for channels, n in [(16, 8)] if quick else SIZES:
             for kind, kernel in kernels(channels).items():
                 _row(results, f"{channels}, {n}×{n}, {kind}", kernel.astype(dtype), n, repeats)
         results.show()

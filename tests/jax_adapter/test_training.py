@@ -151,9 +151,9 @@ def test_vmap_over_models_is_a_loop() -> None:
         state = specops_jax.init(params, plan, GEOMETRIES)
         return specops_jax.project_params(params, plan, state, GEOMETRIES)[0]
 
-    mapped = jax.vmap(project)(models)
+    mapped, alone = jax.jit(jax.vmap(project))(models), jax.jit(project)
     for index in range(3):
-        own = project(jax.tree.map(lambda x, i=index: x[i], models))
+        own = alone(jax.tree.map(lambda x, i=index: x[i], models))
         for a, b in zip(jax.tree.leaves(mapped), jax.tree.leaves(own), strict=True):
             np.testing.assert_allclose(a[index], b, atol=1e-5)
 

@@ -5,6 +5,7 @@ Not collected by name: `test_kit` runs it in a process of its own.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,8 @@ from specops.training.report import Report, measured
 from tests.kit import framework
 from tests.kit.adapter import Attachment, Kernel, TinyAdapter
 from tests.kit.tiny import Tiny, TinyTraining
+
+gc.freeze()  # What is imported is not looked at by each test that collects.
 
 
 def flawed(attachment: type[Attachment]) -> type[TinyAdapter]:
