@@ -10,7 +10,7 @@ five passes over the matrix. ``ENABLED = False`` computes everything by the rule
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -104,16 +104,25 @@ def used(
         result: torch.Tensor = rule.apply(w, geometry, state, name=name, **option)
         return result
 
-    result: torch.Tensor = _Used.apply(raw, plain, coefficients, *vectors)
+    result: torch.Tensor = _Used.apply(raw, _Known(plain, coefficients, vectors))
     return result if trained is None else result * trained.to(result.dtype)
+
+
+class _Known(NamedTuple):
+    """What is constant in one operation."""
+
+    plain: Callable[[torch.Tensor], torch.Tensor]
+    """The rule's `apply`."""
+    coefficients: Sequence[_Coefficients]
+    vectors: Sequence[torch.Tensor]
 
 
 def _along(w: torch.Tensor, vectors: Sequence[torch.Tensor]) -> float:
     """⟨u, Wv⟩, or ⟨W, G⟩ with a gradient like the weight."""
     if len(vectors) == 1:
-        return float((w * vectors[0]).sum())
+        return (w * vectors[0]).sum().item()
     u, v = vectors
-    return float(torch.dot(u, matvec(w.reshape(len(u), -1), v)))
+    return torch.dot(u, matvec(w.reshape(len(u), -1), v)).item()
 
 
 class _Coefficients(NamedTuple):
@@ -154,64 +163,60 @@ class _Used(torch.autograd.Function):
     """a·W + b·uvᵀ, block by block."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        w: torch.Tensor,
-        plain: Any,
-        coefficients: list[_Coefficients],
-        *vectors: torch.Tensor,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(w, *vectors)
-        ctx.plain, ctx.coefficients = plain, coefficients
-        if len(coefficients) == 1 and coefficients[0].b == 0.0:
-            return w * coefficients[0].a
+    def forward(ctx: Any, w: torch.Tensor, known: _Known) -> torch.Tensor:
+        ctx.save_for_backward(w)
+        ctx.known = known
+        if len(known.coefficients) == 1:
+            c = known.coefficients[0]
+            return _updated(w, c.a, known.vectors, c.b)
         used = torch.empty_like(w, memory_format=torch.contiguous_format)
-        blocks = _blocks(vectors, w.detach(), used)
-        for c, (block, out, pair) in zip(coefficients, blocks, strict=True):
-            if c.b == 0.0:
-                torch.mul(block, c.a, out=out)
-            else:
-                out.copy_(_updated(block, c.a, pair[0] * c.b, pair))
+        blocks = _blocks(known.vectors, w.detach(), used)
+        for c, (block, out, pair) in zip(known.coefficients, blocks, strict=True):
+            _updated(block, c.a, pair, c.b, out)
         return used
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Any:
-        w, *vectors = ctx.saved_tensors
+        (w,) = ctx.saved_tensors
         if torch.is_autocast_enabled(g.device.type):
             with torch.autocast(g.device.type, enabled=False):
-                gradient = _gradient(ctx, g, w, vectors)
-        else:
-            gradient = _gradient(ctx, g, w, vectors)
-        return gradient, None, None, *(None for _ in vectors)
+                return _gradient(ctx.known, g, w), None
+        return _gradient(ctx.known, g, w), None
 
 
-def _gradient(ctx: Any, g: torch.Tensor, w: torch.Tensor, vectors: Any) -> torch.Tensor:
+def _gradient(known: _Known, g: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     if torch.is_grad_enabled():
         # It is to be differentiated again.
-        (twice,) = torch.autograd.grad(ctx.plain(w), w, g, create_graph=True)
+        (twice,) = torch.autograd.grad(known.plain(w), w, g, create_graph=True)
         return twice
-    parts = []
-    for c, (block, given, pair) in zip(ctx.coefficients, _blocks(vectors, w, g), strict=True):
-        product = torch.dot(block.reshape(-1), given.reshape(-1))
-        if c.b == 0.0:
-            parts.append(_updated(given, c.a, pair[0] * (product * (-c.a / c.sigma)), pair))
-            continue
-        u, v = pair
-        along = torch.dot(u, torch.mv(given.reshape(len(u), -1), v))
-        t = 1.0 - c.b
-        turned = (product / c.sigma - along) * (-t / c.rest)
-        alpha = turned * (-c.squared / c.sigma**3) - product * (t / c.sigma**2)
-        beta = turned / c.sigma**2
-        parts.append(_updated(given, c.a, u * alpha, pair) + block * beta)
+    blocks = _blocks(known.vectors, w, g)
+    parts = [_part(c, *given) for c, given in zip(known.coefficients, blocks, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _updated(x: torch.Tensor, factor: float, left: torch.Tensor, pair: Any) -> torch.Tensor:
-    """factor·x + left vᵀ, or factor·x + left for a gradient like the weight."""
+def _part(c: _Coefficients, w: torch.Tensor, g: torch.Tensor, pair: Any) -> torch.Tensor:
+    """aG + α·uvᵀ + βW."""
+    product = torch.dot(w.reshape(-1), g.reshape(-1))
+    if c.b == 0.0:
+        return _updated(g, c.a, (pair[0] * product, *pair[1:]), -c.a / c.sigma)
+    u, v = pair
+    t, along = 1.0 - c.b, torch.dot(u, torch.mv(g.reshape(len(u), -1), v))
+    turned = torch.sub(along * (t / c.rest), product, alpha=t / (c.rest * c.sigma))
+    alpha = torch.add(turned * (-c.squared / c.sigma**3), product, alpha=-t / c.sigma**2)
+    return torch.addcmul(_updated(g, c.a, (u * alpha, v)), w, turned, value=1.0 / c.sigma**2)
+
+
+def _updated(
+    x: torch.Tensor, a: float, pair: Any, b: float = 1.0, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """a·x + b·uvᵀ, or with a gradient like the weight in place of uvᵀ."""
+    if b == 0.0:
+        return torch.mul(x, a, out=out)
     if len(pair) == 1:
-        return torch.add(left, x, alpha=factor)
-    rows = x.reshape(len(left), -1)
-    return torch.addr(rows, left, pair[1], beta=factor).view(x.shape)
+        return torch.add(x * a, pair[0], alpha=b, out=out)
+    rows = x.reshape(len(pair[0]), -1)
+    into = None if out is None else out.view(rows.shape)
+    return torch.addr(rows, *pair, beta=a, alpha=b, out=into).view(x.shape)
 
 
 def _blocks(vectors: Sequence[torch.Tensor], *tensors: torch.Tensor) -> Any:

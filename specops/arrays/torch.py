@@ -201,7 +201,7 @@ class Torch(Library):
 
     def row_blocks(self, a: Array) -> Array | None:
         """As many blocks as threads, or twice as many."""
-        if not self.is_constant_on_host(a) or a.numel() < SPLIT_FROM or not a.is_contiguous():
+        if a.numel() < SPLIT_FROM or not a.is_contiguous() or not self.is_constant_on_host(a):
             return None
         threads = torch.get_num_threads()
         count = next((c for c in (2 * threads, threads) if threads > 1 and len(a) % c == 0), 0)

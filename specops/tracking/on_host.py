@@ -46,8 +46,7 @@ def step(
     `near` holds the leading vector and the second one as rows, in double precision.
     """
     to_left, stir, reluctance, independent = side
-    far = products[0 if to_left else 1](near.astype(dtype))
-    far = far.astype(np.float64)
+    far = products[0 if to_left else 1](near.astype(dtype)).astype(np.float64)
     (aa, ab), (_, bb) = far.dot(far.T).tolist()
     least, greatest = _ORDINARY[dtype.itemsize]
     if not least < aa + bb < greatest:
@@ -56,29 +55,39 @@ def step(
     cos, sin = math.cos(angle), math.sin(angle)
     # The second vector takes the sign with which its image goes along with the first's.
     sign = math.copysign(1.0, ab)
-    turn = np.array([[cos, sin * sign], [-sin, cos * sign]])
-    near, far = turn.dot(near), turn.dot(far)
-    first, second = far
-    length = math.sqrt(first.dot(first))
-    first /= length
-    size = math.sqrt(second.dot(second))
-    if size > 0:
-        second /= size
+    turn = np.array(((cos, sin * sign), (-sin, cos * sign)))
+    far, length = _orthonormal(turn.dot(far), stir, independent)
+    return turn.dot(near), far, length
+
+
+def _orthonormal(rows: np.ndarray, stir: float, independent: float) -> tuple[np.ndarray, float]:
+    """(a unit vector along the first row and one beside it, the length of the first row).
+
+    By products of the rows with each other, which are one call.
+    """
+    noise = 0.0
     if stir:
-        noise = _noise(len(second))
+        rows = np.concatenate((rows, _noise(rows.shape[1])))
+    gram = rows.dot(rows.T).tolist()
+    length, size = math.sqrt(gram[0][0]), math.sqrt(gram[1][1])
+    own = 1.0 / size if size > 0 else 0.0
+    overlap, squared = own * gram[0][1], own * size
+    if stir:
         # Signs are arbitrary; what is mixed must not depend on them.
-        second += noise * math.copysign(stir, second.dot(noise))
-    left = 0.0
-    while left < _TWICE_IS_ENOUGH:
-        second -= first * first.dot(second)
-        left = math.sqrt(second.dot(second))
-        if left <= independent:
-            second[:] = 0.0
-            break
-        second /= left
-    return near, far, length
+        noise = math.copysign(stir, gram[1][2])
+        overlap += noise * gram[0][2]
+        squared += noise * (2.0 * own * gram[1][2] + noise)
+    overlap /= length
+    left = math.sqrt(max(squared - overlap**2, 0.0))
+    part = 1.0 / left if left > independent else 0.0
+    mix = ((1.0 / length, 0.0, 0.0), (-part * overlap / length, part * own, part * noise))
+    rows = np.array(mix)[:, : len(rows)].dot(rows)
+    if 0.0 < part and left < _TWICE_IS_ENOUGH:
+        rows, _ = _orthonormal(rows, 0.0, independent)
+    return rows, length
 
 
 @lru_cache(maxsize=256)
 def _noise(size: int) -> np.ndarray:
-    return arrays.start_vector("look-out", size)
+    """As a row."""
+    return arrays.start_vector("look-out", size)[None, :]

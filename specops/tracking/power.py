@@ -144,7 +144,7 @@ def half_step(xp: Namespace, a: Array, pairs: Pairs, *, to_left: bool) -> tuple[
 def stepped_on_host(
     a: Array, pairs: Pairs, steps: Sequence[bool]
 ) -> tuple[Pairs, np.ndarray] | None:
-    """(pairs, σ) of a real matrix on the CPU after steps to the left (True) or right.
+    """(pairs, σ) of a real matrix on the CPU after steps to the left (True) and right in turn.
 
     Vectors are NumPy's, whose calls cost a fraction; products of a large matrix are its own
     library's, whose threads and NumPy's slow each other down. None where numbers are so large or
@@ -157,19 +157,17 @@ def steps_on_host(
     products: on_host.Products, pairs: Pairs, steps: Sequence[bool]
 ) -> tuple[Pairs, np.ndarray] | None:
     """The same of a matrix that is known by its products."""
-    dtype = pairs.u.dtype
-    left, right = (np.array(rows, np.float64) for rows in (pairs[0::2], pairs[1::2]))
+    dtype, to_left = pairs.u.dtype, steps[0]
+    near = np.concatenate(pairs[1::2] if to_left else pairs[0::2], dtype=np.float64).reshape(2, -1)
     try:
         # As `arrays.matmul`: of lanes that BLAS does not use, and what is unusual is looked at.
         with np.errstate(invalid="ignore", over="ignore"):
             for to_left in steps:
-                if to_left:
-                    right, left, sigma = on_host.step(products, dtype, right, _LEFT)
-                else:
-                    left, right, sigma = on_host.step(products, dtype, left, _RIGHT)
+                side = _LEFT if to_left else _RIGHT
+                far, near, sigma = on_host.step(products, dtype, near, side)
     except on_host.Unusual:
         return None
-    (u, p), (v, q) = left.astype(dtype), right.astype(dtype)
+    (u, p), (v, q) = (x.astype(dtype) for x in ((near, far) if to_left else (far, near)))
     return Pairs(u, v, p, q), np.asarray(sigma, dtype)
 
 
