@@ -147,15 +147,15 @@ class Attachment(BaseAttachment[Constrained]):
             for c in self._owners(parameter):
                 c.steps += 1
                 self.steps = max(self.steps, c.steps)
+                c.refuse_sharded(self._model)
                 acts = c.stage != "gradients" and self.fires(c, c.steps)
                 self._act([c] if acts else [], c.steps, [c])
             return
         if self._followed.optimizer is None:
             check_ran(self._constrained)
-        changed = self._followed.has_changed()
+            for c in self._constrained:
+                c.refuse_sharded(self._model)
         self.steps += 1
-        if changed:
-            self.assign()
         due = [*self.due("weights", self.steps), *self.due("forward", self.steps)]
         stepped(self._constrained)
         self._act(due, self.steps, self._constrained)
@@ -179,7 +179,8 @@ class Attachment(BaseAttachment[Constrained]):
     def write(self, outcomes: Sequence[Outcome[Constrained]]) -> None:
         """Write new weights, keep the states of rules, and remember how far weights went."""
         changed = [o for o in outcomes if o.changes_weight and o.array is not None]
-        self._went((o.constrained, o.weight, o.array) for o in changed)
+        if changed:
+            self._went((o.constrained, o.weight, o.array) for o in changed)
         super().write(outcomes)
         sharded = (o.constrained.location for o in changed)
         if any(isinstance(x, ShardedLocation) and x.is_stale for x in sharded):
@@ -285,8 +286,6 @@ class Attachment(BaseAttachment[Constrained]):
     @in_full_precision
     def _act(self, due: list[Constrained], step: int, stepped: list[Constrained]) -> None:
         """After a step: weights first, then the vectors of what forward passes will use."""
-        for c in stepped:
-            c.refuse_sharded(self._model)
         for c in stepped:
             if c.in_use is not None:
                 c.in_use.stepped(c.location.parameter)

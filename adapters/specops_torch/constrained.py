@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import math
 import weakref
 from collections.abc import Sequence
@@ -125,7 +126,7 @@ class Constrained(training.Constrained[Location]):
             return training.UNSEEN
         if (
             self.stage == "weights"
-            and not self.weight_rule.refuses_nonfinite(self.geometry)
+            and not self.weight_rule.refuses_nonfinite(geometry)
             and not _finite(weight)
         ):
             raise NonFiniteError
@@ -296,7 +297,7 @@ def _finite(weight: torch.Tensor) -> bool:
     if weight.dtype == torch.complex32:  # which torch cannot add up
         weight = torch.view_as_real(weight)
     # The sum is one pass; where it overflows, look closer.
-    return bool(torch.isfinite(weight.sum())) or bool(torch.isfinite(weight).all())
+    return cmath.isfinite(weight.sum().item()) or bool(torch.isfinite(weight).all())
 
 
 def _check_finite(figures: dict[str, Any]) -> None:

@@ -279,7 +279,7 @@ class InUse:
 
 def _written(raw: torch.Tensor) -> tuple[int, int]:
     """What changes when a parameter is written to, cast or moved."""
-    if hasattr(raw, "device_mesh"):
+    if type(raw) is not nn.Parameter and hasattr(raw, "device_mesh"):
         with torch.no_grad():
             # Optimizers write to the one, checkpoints to the other.
             return raw._version, raw.to_local()._version

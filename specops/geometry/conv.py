@@ -123,8 +123,9 @@ class Conv:
 
     @property
     def grid(self) -> tuple[int, ...] | None:
-        """`input_shape` as a tuple."""
-        return None if self.input_shape is None else integers(self.input_shape, "input_shape")
+        """`input_shape`, which is a tuple or None once it is checked."""
+        assert not isinstance(self.input_shape, int)
+        return self.input_shape
 
     @property
     def channel_axes(self) -> tuple[int, int]:

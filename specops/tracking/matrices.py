@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from specops import arrays
@@ -208,14 +208,20 @@ class TrackedKernel(AlongGradient):
         return state
 
 
+@lru_cache(maxsize=1024)
+def _names(index: int) -> tuple[str, ...]:
+    """Of the vectors of one matrix in a state, and of its norm."""
+    return tuple(f"{key}{index}" for key in (*Pairs._fields, "sigma"))
+
+
 def packed(index: int, pairs: Pairs, sigma: Array) -> State:
     """The part of a state that is about one matrix."""
-    return {f"{key}{index}": x for key, x in pairs._asdict().items()} | {f"sigma{index}": sigma}
+    return dict(zip(_names(index), (*pairs, sigma), strict=True))
 
 
 def unpacked(state: Mapping[str, Array], index: int) -> Pairs:
     """The vectors of one matrix, as they are."""
-    return Pairs(*(state[f"{key}{index}"] for key in Pairs._fields))
+    return Pairs(*map(state.__getitem__, _names(index)[:-1]))
 
 
 def _leading(state: State, index: int, a: Array) -> tuple[Array, Array]:

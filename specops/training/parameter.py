@@ -13,6 +13,8 @@ from specops.geometry import Geometry
 from specops.training.weight import Weight
 from specops.typing import Array
 
+_NO_CONTEXT = nullcontext()
+
 
 class Parameter(ABC):
     """One parameter of a model; an adapter writes `read` and `write`, and what else it needs.
@@ -61,7 +63,7 @@ class Parameter(ABC):
 
     def context(self) -> AbstractContextManager[None]:
         """What a computation with the array has to run in (a device)."""
-        return nullcontext()
+        return _NO_CONTEXT
 
     def watch(self) -> None:  # noqa: B027 - most have none
         """A rule acts on it from now on: the place for hooks that learn sizes."""
