@@ -43,7 +43,7 @@ def advanced(
     arrays: list[Any] = [x.numpy() for x in vectors]
     if len(arrays[0]) * len(arrays[1]) != raw.numel():
         return None
-    matrix = raw.detach().reshape(len(arrays[0]), -1)
+    matrix = raw.reshape(len(arrays[0]), -1)
     found = stepped_on_host(matrix, Pairs(*arrays), (True, False) * rule.iterations)
     if found is None:
         return None

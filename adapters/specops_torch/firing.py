@@ -36,11 +36,17 @@ def add_terms(outcomes: Sequence[Outcome[Constrained]], scale: torch.Tensor | No
     """Add what rules of stage "gradients" gave, scaled like the loss."""
     for o in outcomes:
         c, step = o.constrained, o.record["step"]
+        # A term of this formula is a new array: where it was not made, the vectors give it.
+        by_vectors = o.array is o.weight and c.rule.formula == "penalty"
         if o.array is not None and isinstance(c, ShardedConstrained):
-            c.add_term(step, None if o.array is o.weight else o.array, o.state, scale)
+            c.add_term(step, None if by_vectors else o.array, o.state, scale)
+        elif by_vectors:
+            _add_dyads(c, o.state, step, scale)
         elif o.array is not None:
-            _add(c, o.array, o.state, step, scale)
-        o.constrained.keep(o)
+            gradient = c.location.parameter.grad
+            assert gradient is not None
+            gradient.add_(o.array if scale is None else o.array * scale.to(o.array.device))
+        c.keep(o)
 
 
 def check_ran(constrained: Sequence[Constrained]) -> None:
@@ -73,22 +79,18 @@ def stepped(constrained: Sequence[Constrained]) -> None:
             c.in_use.ran = False
 
 
-def _add(c: Constrained, term: torch.Tensor, state: Any, step: int, scale: Any) -> None:
-    gradient = c.location.parameter.grad
-    assert gradient is not None
-    geometry = c.geometry
-    if not c.adds_in_place(geometry):
-        gradient.add_(term if scale is None else term * scale.to(term.device))
-        return
+def _add_dyads(c: Constrained, state: Any, step: int, scale: Any) -> None:
+    """λσuvᵀ for each block of rows, which the gradient takes in place."""
+    gradient, geometry = c.location.parameter.grad, c.geometry
     strength, follow = c.gradient_rule.strength_at(step, c.name, geometry), c.rule.tracked(geometry)
+    assert gradient is not None
     assert follow is not None
     on_host = gradient.is_cpu and (scale is None or scale.is_cpu)
-    # A dyad for each block of rows, which the gradient takes in place.
     vectors = follow.directions(state)
     pairs = list(zip(vectors[::2], vectors[1::2], follow.measured(state), strict=True))
-    parts = (gradient,) if len(pairs) == 1 else gradient.split([len(u) for u, _, _ in pairs])
+    parts = (gradient,) if len(pairs) == 1 else gradient.split([u.numel() for u, _, _ in pairs])
     for part, (u, v, sigma) in zip(parts, pairs, strict=True):
-        rows = part.view(u.shape[0], -1)
+        rows = part.view(u.numel(), -1)
         if on_host:
             factor = float(strength) * sigma.item() * (1.0 if scale is None else scale.item())
             rows.addr_(u, v, alpha=factor)

@@ -122,7 +122,7 @@ def _along(w: torch.Tensor, vectors: Sequence[torch.Tensor]) -> float:
     if len(vectors) == 1:
         return (w * vectors[0]).sum().item()
     u, v = vectors
-    return torch.dot(u, matvec(w.reshape(len(u), -1), v)).item()
+    return torch.dot(u, matvec(w.reshape(u.numel(), -1), v)).item()
 
 
 class _Coefficients(NamedTuple):
@@ -145,7 +145,7 @@ def _coefficients(
         return _Coefficients(number / sigma, 0.0, sigma, 0.0, 0.0)
     plain = _Coefficients(1.0 / sigma, 0.0, sigma, 0.0, 0.0)
     u, v = vectors
-    side = min(len(u), len(v))
+    side = min(u.numel(), v.numel())
     if side == 1:
         return plain
     flat = w.reshape(-1)
@@ -189,9 +189,10 @@ def _gradient(known: _Known, g: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         # It is to be differentiated again.
         (twice,) = torch.autograd.grad(known.plain(w), w, g, create_graph=True)
         return twice
-    blocks = _blocks(known.vectors, w, g)
-    parts = [_part(c, *given) for c, given in zip(known.coefficients, blocks, strict=True)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    if len(known.coefficients) == 1:
+        return _part(known.coefficients[0], w, g, known.vectors)
+    blocks = zip(known.coefficients, _blocks(known.vectors, w, g), strict=True)
+    return torch.cat([_part(c, *given) for c, given in blocks])
 
 
 def _part(c: _Coefficients, w: torch.Tensor, g: torch.Tensor, pair: Any) -> torch.Tensor:
@@ -200,7 +201,7 @@ def _part(c: _Coefficients, w: torch.Tensor, g: torch.Tensor, pair: Any) -> torc
     if c.b == 0.0:
         return _updated(g, c.a, (pair[0] * product, *pair[1:]), -c.a / c.sigma)
     u, v = pair
-    t, along = 1.0 - c.b, torch.dot(u, torch.mv(g.reshape(len(u), -1), v))
+    t, along = 1.0 - c.b, torch.dot(u, torch.mv(g.reshape(u.numel(), -1), v))
     turned = torch.sub(along * (t / c.rest), product, alpha=t / (c.rest * c.sigma))
     alpha = torch.add(turned * (-c.squared / c.sigma**3), product, alpha=-t / c.sigma**2)
     return torch.addcmul(_updated(g, c.a, (u * alpha, v)), w, turned, value=1.0 / c.sigma**2)
@@ -214,15 +215,15 @@ def _updated(
         return torch.mul(x, a, out=out)
     if len(pair) == 1:
         return torch.add(x * a, pair[0], alpha=b, out=out)
-    rows = x.reshape(len(pair[0]), -1)
-    into = None if out is None else out.view(rows.shape)
-    return torch.addr(rows, *pair, beta=a, alpha=b, out=into).view(x.shape)
+    rows = x.reshape(pair[0].numel(), -1)
+    into = None if out is None else out.view_as(rows)
+    return torch.addr(rows, *pair, beta=a, alpha=b, out=into).view_as(x)
 
 
 def _blocks(vectors: Sequence[torch.Tensor], *tensors: torch.Tensor) -> Any:
     """(parts of the tensors, vectors) of each block of rows."""
     if len(vectors) <= 2:
         return [(*tensors, vectors)]
-    rows = [len(u) for u in vectors[::2]]
+    rows = [u.numel() for u in vectors[::2]]
     pairs = zip(vectors[::2], vectors[1::2], strict=True)
     return zip(*(x.split(rows) for x in tensors), pairs, strict=True)

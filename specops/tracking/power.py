@@ -172,7 +172,7 @@ def steps_on_host(
 
 
 def _products(a: Array) -> on_host.Products:
-    if a.shape[0] * a.shape[1] < SPLIT_FROM:
+    if math.prod(a.shape) < SPLIT_FROM:
         seen = arrays.seen(a)
         return (lambda x: x.dot(seen.T)), (lambda x: x.dot(seen))
     xp = arrays.namespace(a)
