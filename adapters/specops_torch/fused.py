@@ -120,9 +120,9 @@ class _Known(NamedTuple):
 def _along(w: torch.Tensor, vectors: Sequence[torch.Tensor]) -> float:
     """⟨u, Wv⟩, or ⟨W, G⟩ with a gradient like the weight."""
     if len(vectors) == 1:
-        return (w * vectors[0]).sum().item()
+        return float((w * vectors[0]).sum())
     u, v = vectors
-    return torch.dot(u, matvec(w.reshape(u.numel(), -1), v)).item()
+    return float(torch.dot(u, matvec(w.reshape(u.numel(), -1), v)))
 
 
 class _Coefficients(NamedTuple):

@@ -82,7 +82,7 @@ def _orthonormal(rows: np.ndarray, stir: float, independent: float) -> tuple[np.
     part = 1.0 / left if left > independent else 0.0
     mix = ((1.0 / length, 0.0, 0.0), (-part * overlap / length, part * own, part * noise))
     rows = np.array(mix)[:, : len(rows)].dot(rows)
-    if 0.0 < part and left < _TWICE_IS_ENOUGH:
+    if part > 0.0 and left < _TWICE_IS_ENOUGH:
         rows, _ = _orthonormal(rows, 0.0, independent)
     return rows, length
 

@@ -17,7 +17,17 @@ from specops.maps.convolution import ConvOperator
 from specops.maps.unread import without_unread
 from specops.spectra.norms import plane_wave
 from specops.tracking.matrices import GRADIENT, AlongGradient
-from specops.tracking.power import Pairs, beside, checked, filled, to_left_side, to_right_side, unit
+from specops.tracking.power import (
+    Pairs,
+    back,
+    beside,
+    checked,
+    filled,
+    steps_on_host,
+    to_left_side,
+    to_right_side,
+    unit,
+)
 from specops.typing import Array, Namespace, State
 
 _OPERATOR_RESIDUAL = 1e-4
@@ -57,20 +67,8 @@ class TrackedOperator(AlongGradient):
         operator = ConvOperator(kernel / scale, sizes)
         shape = (sizes.groups, operator.shape[1] // sizes.groups)
         v, q = (checked(state, key, shape, kernel) for key in "vq")
-
-        def step(v: Array, q: Array) -> tuple[Pairs, Array]:
-            image = partial(_rows, xp, operator.matvec)
-            pairs, _ = to_left_side(xp, image, Pairs(None, v, None, q))
-            return to_right_side(xp, partial(_rows, xp, operator.rmatvec), pairs)
-
-        if rounds > 1:
-
-            def right(_: Any, pair: tuple[Array, Array]) -> tuple[Array, Array]:
-                pairs, _ = step(*pair)
-                return pairs.v, pairs.q
-
-            v, q = arrays.fori(xp, 0, rounds - 1, right, (v, q))
-        pairs, sigmas = step(v, q)
+        found = _stepped_on_host(operator, v, q, rounds)
+        pairs, sigmas = self._stepped(xp, operator, v, q, rounds) if found is None else found
         index = arrays.argmax(xp, sigmas)
         leads = xp.take(arrays.constant(np.eye(sizes.groups), sigmas), index, axis=0)[0, :]
         masked = pairs.u * xp.astype(leads, pairs.u.dtype)[:, None]
@@ -83,6 +81,23 @@ class TrackedOperator(AlongGradient):
             "sigma": xp.max(sigmas) * xp.reshape(scale, ()),
         }
 
+    def _stepped(
+        self, xp: Namespace, operator: ConvOperator, v: Array, q: Array, rounds: int
+    ) -> tuple[Pairs, Array]:
+        def step(v: Array, q: Array) -> tuple[Pairs, Array]:
+            image = partial(_rows, xp, operator.matvec)
+            pairs, _ = to_left_side(xp, image, Pairs(None, v, None, q))
+            return to_right_side(xp, partial(_rows, xp, operator.rmatvec), pairs)
+
+        if rounds > 1:
+
+            def right(_: Any, pair: tuple[Array, Array]) -> tuple[Array, Array]:
+                pairs, _ = step(*pair)
+                return pairs.v, pairs.q
+
+            v, q = arrays.fori(xp, 0, rounds - 1, right, (v, q))
+        return step(v, q)
+
     def _kernel(self, xp: Namespace, w: Array) -> tuple[Array, ConvSizes]:
         w = without_unread(arrays.stop_gradient(arrays.to_compute(xp, w)), self.geometry)
         kernel = self.geometry.kernel(w)
@@ -93,6 +108,26 @@ class TrackedOperator(AlongGradient):
                 f"depends on it: run one forward pass first, or pass the geometry"
             )
         return kernel, sizes
+
+
+def _stepped_on_host(
+    operator: ConvOperator, v: Array, q: Array, rounds: int
+) -> tuple[Pairs, Array] | None:
+    """The steps of a real map of one group on the CPU, in fewer calls; None of any other."""
+    kernel = operator.data
+    if operator.blocks > 1 or arrays.is_complex(kernel) or not arrays.is_constant_on_host(kernel):
+        return None
+
+    def on_host(product: Any) -> Any:
+        return lambda x: arrays.seen(product(arrays.from_host(x, kernel)))
+
+    products = on_host(operator.matvec), on_host(operator.rmatvec)
+    near = Pairs(None, arrays.seen(v[0, :]), None, arrays.seen(q[0, :]))
+    found = steps_on_host(products, near, (True, False) * rounds)
+    if found is None:
+        return None
+    pairs, sigma = back(*found, kernel)
+    return Pairs(*(x[None, :] for x in pairs)), sigma[None]
 
 
 def _rows(xp: Namespace, product: Any, x: Array, y: Array) -> tuple[Array, Array]:

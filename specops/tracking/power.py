@@ -117,7 +117,7 @@ def advanced(xp: Namespace, a: Array, pairs: Pairs, rounds: int) -> tuple[Pairs,
     if seen is not None:
         found = stepped_on_host(*seen, (True, False) * rounds)
         if found is not None:
-            return _back(*found, a)
+            return back(*found, a)
     scale = _scale(xp, a)
     if rounds > _UNROLLED:
         both = lambda _, p: _both(xp, a, scale, Pairs(*p))[0]  # noqa: E731
@@ -134,7 +134,7 @@ def half_step(xp: Namespace, a: Array, pairs: Pairs, *, to_left: bool) -> tuple[
     if seen is not None:
         found = stepped_on_host(*seen, (to_left,))
         if found is not None:
-            return _back(*found, a)
+            return back(*found, a)
     scale = _scale(xp, a)
     half = to_left_side if to_left else to_right_side
     pairs, sigma = half(xp, _product(xp, a, scale, to_left), pairs)
@@ -156,9 +156,9 @@ def stepped_on_host(
 def steps_on_host(
     products: on_host.Products, pairs: Pairs, steps: Sequence[bool]
 ) -> tuple[Pairs, np.ndarray] | None:
-    """The same of a matrix that is known by its products."""
-    dtype, to_left = pairs.u.dtype, steps[0]
-    near = np.concatenate(pairs[1::2] if to_left else pairs[0::2], dtype=np.float64).reshape(2, -1)
+    """The same of a matrix that is known by its products; of the far side nothing is needed."""
+    given = pairs[1::2] if steps[0] else pairs[0::2]
+    dtype, near = given[0].dtype, np.concatenate(given, dtype=np.float64).reshape(2, -1)
     try:
         # As `arrays.matmul`: of lanes that BLAS does not use, and what is unusual is looked at.
         with np.errstate(invalid="ignore", over="ignore"):
@@ -167,7 +167,8 @@ def steps_on_host(
                 far, near, sigma = on_host.step(products, dtype, near, side)
     except on_host.Unusual:
         return None
-    (u, p), (v, q) = (x.astype(dtype) for x in ((near, far) if to_left else (far, near)))
+    left, right = (near, far) if steps[-1] else (far, near)
+    (u, p), (v, q) = left.astype(dtype), right.astype(dtype)
     return Pairs(u, v, p, q), np.asarray(sigma, dtype)
 
 
@@ -199,12 +200,13 @@ def half_step_by(
         products = (lambda _: arrays.seen(known),) * 2
         found = steps_on_host(products, seen[1], (to_left,))
         if found is not None:
-            return _back(*found, images)
+            return back(*found, images)
     half = to_left_side if to_left else to_right_side
     return half(xp, lambda *_: (images[..., 0, :], images[..., 1, :]), pairs)
 
 
-def _back(pairs: Pairs, sigma: Any, like: Array) -> tuple[Pairs, Array]:
+def back(pairs: Pairs, sigma: Any, like: Array) -> tuple[Pairs, Array]:
+    """What steps on the host found, in the library of `like`."""
     return Pairs(*(arrays.from_host(x, like) for x in pairs)), arrays.from_host(sigma, like)
 
 
