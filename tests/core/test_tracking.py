@@ -19,6 +19,7 @@ from specops import (
     TrainableScale,
     errors,
 )
+from specops.arrays.numpy import NumPy
 from specops.geometry import Geometry
 from specops.tracking import TrackedTorus, track
 from tests import oracle
@@ -234,6 +235,24 @@ def test_states_of_another_precision_fit(backend: Backend) -> None:
         if key[0] in "pq":
             continue  # on the look-out, so never at rest
         np.testing.assert_allclose(backend.numpy(value), start[key], rtol=0, atol=1e-5)
+
+
+@every_norm
+@pytest.mark.parametrize(("shape", "geometry"), [*DENSE, *CONVS])
+def test_steps_on_the_host_are_the_general_ones(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], geometry: Geometry, norm: Any
+) -> None:
+    follow, w = track(geometry, norm), weight(shape)
+    start = follow.start(weight(shape, 2), "w")
+    in_few_calls = follow.advance(w, start, 2)
+    monkeypatch.setattr(NumPy, "is_constant_on_host", lambda *_: False)
+    plain = follow.advance(w, start, 2)
+    assert in_few_calls.keys() == plain.keys()
+    for key, x in plain.items():
+        found = in_few_calls[key]
+        if key[0] in "pq":
+            x, found = np.abs(x), np.abs(found)  # whose signs are arbitrary
+        np.testing.assert_allclose(found, x, rtol=0, atol=1e-10)
 
 
 def test_operators_need_an_input_size() -> None:
