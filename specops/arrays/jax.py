@@ -173,6 +173,16 @@ class Jax(Library):
         """The product: this library does not warn."""
         return a @ b
 
+    def eigh(self, xp: Namespace, a: Array) -> tuple[Array, Array]:
+        """Of the lower triangle, not of a mean with the upper one."""
+        values, vectors = jax.numpy.linalg.eigh(a, symmetrize_input=False)
+        return values, vectors
+
+    def has_cholesky(self, xp: Namespace, a: Array) -> Array:
+        """By the last entry: a factor that does not exist is NaN throughout."""
+        factor = jax.numpy.linalg.cholesky(a, symmetrize_input=False)
+        return xp.isfinite(xp.real(factor[..., -1, -1]))
+
     def complex_of(self, xp: Namespace, real: Array, imag: Array, dtype: Any) -> Array:
         """In one pass."""
         return jax.lax.complex(real, imag)

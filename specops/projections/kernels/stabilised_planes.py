@@ -13,7 +13,7 @@ from specops.projections.kernels.half_spaces import HalfSpaces
 from specops.projections.kernels.solution import Solution, Tolerance
 from specops.projections.kernels.support import Support
 
-_OUTER = 0.5
+OUTER = 0.5
 """Share of the minimiser over the half-spaces in the next query: of 0.3, 0.5, 0.7 and 0.85 the best
 in its worst case, on normal kernels at c = 0.9 to 0.25·σ₁. All of it takes twice the rounds."""
 
@@ -113,7 +113,7 @@ class _Search:
             self.cold = False
             best.rounds, best.cuts = rounds, self.spaces
             inner = x - self.support.per_tap(np, now.planes[0][0])
-            self.x = _OUTER * self.outer + (1.0 - _OUTER) * inner
+            self.x = OUTER * self.outer + (1.0 - OUTER) * inner
             if best.suffices(kernel, tolerance):
                 break
         return best
