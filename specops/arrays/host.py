@@ -19,6 +19,8 @@ _GRAM_FROM = 96
 _GRAM_ASPECT = 1.5
 """Larger side over the smaller from which the Gram matrix pays at any size, as measured on the
 blocks of convolutions."""
+_BEYOND = 1e18
+"""A bound of norms whose square is a number in single precision, and whose matrices' are below."""
 _HALVE_FROM = 192
 """Side from which a complex Gram matrix is formed by halves, which saves a quarter of the
 multiplications and more: a choice against small products, as halves are then 96 and more."""
@@ -96,7 +98,7 @@ def exceeds(grams: np.ndarray, bound: float) -> np.ndarray:
     n = grams.shape[-1]
     shifted = -grams
     index = np.arange(n)
-    shifted[..., index, index] += np.asarray(bound, grams.dtype) ** 2
+    shifted[..., index, index] += np.asarray(min(bound, _BEYOND), grams.dtype) ** 2
     return ~have_factors(shifted)
 
 

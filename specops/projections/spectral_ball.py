@@ -93,7 +93,7 @@ def project_spectral_ball(
         these of larger ones, a torus that contains it: see Notes, which say what is small.
         "cutting-planes", a quadratic program over half-spaces that contain the ball: one for
         each singular value above the bound, or, where those are many and `distance_tolerance` is
-        at least 0.01, one a round for all of them; "accelerated", FISTA on the same dual, which
+        at least 0.01, two a round for all of them; "accelerated", FISTA on the same dual, which
         takes over where they are many and it is less;
         "dykstra", slower, for comparison. All three approach the nearest point and certify
         how near they are. "alternating", the two projections of Sedghi et al. in turn: a

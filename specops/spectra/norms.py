@@ -168,15 +168,15 @@ def plane_wave(xp: Namespace, kernel: Array, sizes: ConvSizes) -> Array:
     angle = 2.0 * math.pi * (turn @ arrays.constant(grid.astype(float), kernel))
     ends = np.array(sizes.coarse)[:, None] + 1
     window = arrays.constant(np.prod(np.sin(np.pi * (grid + 1) / ends), axis=0), kernel)
-    wave = xp.real(channels)[:, None] * (xp.cos(angle) * window)
-    wave = wave - xp.imag(channels)[:, None] * (xp.sin(angle) * window)
+    wave = channels[:, None] * arrays.complex_of(xp, xp.cos(angle) * window, xp.sin(angle) * window)
+    wave = wave if arrays.is_complex(kernel) else xp.real(wave)
     one_hot = arrays.constant(np.eye(sizes.groups), kernel)
     chosen = xp.take(one_hot, leading.group, axis=0)[0, :]
     wave = xp.reshape(chosen[:, None, None] * wave, (sizes.groups, -1))
     noise = arrays.start_vector("lanczos", math.prod(wave.shape)).reshape(wave.shape)
     noise = arrays.constant(noise / np.linalg.norm(noise, axis=1, keepdims=True), kernel)
-    wave = xp.reshape(wave + xp.linalg.vector_norm(wave) * noise, (-1,))
-    return xp.astype(wave, kernel.dtype) if arrays.is_complex(kernel) else wave
+    # As long as a plane wave of that window, which its real part alone need not be.
+    return xp.reshape(wave + xp.linalg.vector_norm(window) * noise, (-1,))
 
 
 def _real(xp: Namespace, x: Array) -> Array:

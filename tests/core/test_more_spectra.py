@@ -237,6 +237,17 @@ def test_supremum_between_the_grid_points() -> None:
         assert 3.0 * (1 - rtol) <= bounds.lower <= 3.0 <= bounds.upper <= 3.0 * (1 + 2 * rtol)
 
 
+@pytest.mark.parametrize("turn", [1, 1j, -1j, np.exp(0.3j)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_phase_of_a_zero_padded_kernel_changes_nothing(turn: complex, groups: int) -> None:
+    # too large to be decomposed; the real part of the leading wave may be zero
+    w = np.ones((4, 1, 3))
+    geometry = Conv((200,), groups=groups)
+    expected = float(specops.spectral_norm(w.astype(complex), geometry))
+    assert expected == pytest.approx(oracle.spectrum(w, geometry)[0], rel=1e-10)
+    assert specops.spectral_norm(turn * w, geometry) == pytest.approx(expected, rel=1e-10)
+
+
 def test_a_start_is_checked_cast_and_not_believed() -> None:
     a = np.diag([3.0, 2.0, 1.0, 0.5])
     for k, start in [(1, np.eye(4)[:, 1:2]), (2, np.eye(4)[:, 1:4])]:

@@ -161,3 +161,16 @@ def test_delta_kernels_shrink_to_their_bound(seed: int) -> None:
         got = specops.project_spectral_ball(w, 0.5, geometry, gap_tolerance=1e-12)
         factor = certificate(geometry, w.shape)
         np.testing.assert_allclose(got, 0.5 * factor * w, atol=1e-6)
+
+
+@pytest.mark.parametrize("measure", [True, False])
+@pytest.mark.parametrize(("entry", "bound"), [(1e-25, 1.0), (0.0, 1e30), (1.0, 1e20)])
+def test_a_bound_out_of_reach_is_no_overflow(entry: float, bound: float, measure: bool) -> None:
+    w = np.full((4, 4, 3, 3), entry, np.float32)
+    for geometry in (Conv((8, 8), boundary="circular"), Conv((9, 9))):
+        options = {"return_info": True, "measure_norms": measure}
+        same, info = specops.project_spectral_ball(w, bound, geometry, **options)
+        assert same is w
+        expected = float(specops.spectral_norm(w, geometry))
+        if measure and info.constrained == "layer":
+            assert float(info.norm_after) == pytest.approx(expected, rel=1e-6, abs=0.0)

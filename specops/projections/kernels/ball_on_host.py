@@ -32,7 +32,7 @@ _ROUNDS = {
 }
 """Measured on normal kernels of 8² to 16² channels and 3² taps, to a gap of 1e-4 at c = 0.9, 0.8
 and 0.5·σ₁: 2 to 3, 5 to 7 and 14 to 25 rounds of planes; 30 to 40, 50 to 80, 160 and more that are
-accelerated; 110 to 180 and over 200 of Dykstra's. One half-space a round took 12 to 32 to within
+accelerated; 110 to 180 and over 200 of Dykstra's. Half-spaces, one a round, took 12 to 32 to within
 1 to 2 % of the distance at c = 0.5 and 0.25·σ₁. The alternation was within 1 % after 19 to 30."""
 _CLOSE_ENOUGH = 1e-2
 """Excess at which the alternation stops and the final rescaling takes over: from there on it gains

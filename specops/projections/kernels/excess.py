@@ -52,25 +52,27 @@ def excess(
     total = np.sum(symbol.counts if chosen is None else symbol.counts[chosen])
     scale = np.prod(symbol.coarse) / total
 
-    def plane(z: np.ndarray, nuclear: np.ndarray, which: np.ndarray) -> Plane:
-        direction = support.gather(np, z, which) * scale
-        share = float(np.sum(symbol.counts[which, None] * nuclear)) / total
-        return direction.astype(np.result_type(direction, np.float64)), share
+    def share(nuclear: np.ndarray, which: np.ndarray) -> float:
+        return float(np.sum(symbol.counts[which, None] * nuclear) / total)
 
-    def work(blocks: np.ndarray, which: Any) -> tuple[Plane, Plane, np.ndarray]:
+    def work(blocks: np.ndarray, which: Any) -> tuple[Any, ...]:
         z, nuclear, norms = thresholded(np, blocks, bound)
         which, first = every[which], int(np.argmax(norms.max(axis=-1)))
-        one = slice(first, first + 1)
-        return plane(z, nuclear, which), plane(z[one], nuclear[one], which[one]), norms
+        # A copy: the chunk's other blocks are not kept.
+        alone = z[first : first + 1].copy(), nuclear[first : first + 1], which[first : first + 1]
+        return support.gather(np, z, which), share(nuclear, which), norms, alone
 
     parts = map_blocks(np, symbol, support.coefficients(np, x), work, chosen)
-    whole, alone, norms = zip(*parts, strict=True)
+    directions, shares, norms, alone = zip(*parts, strict=True)
     largest = np.concatenate(norms)
     top = max(limit, float(largest.max()))
-    directions, shares = zip(*whole, strict=True)
-    planes = [(sum(directions[1:], start=directions[0]), sum(shares))]
+    double = np.result_type(directions[0], np.float64)
+    direction = sum(directions[1:], start=directions[0])
+    planes = [((direction * scale).astype(double), sum(shares))]
     if np.count_nonzero(largest.max(axis=-1) > limit) > 1:
-        planes.append(alone[np.argmax([norm.max() for norm in norms])])
+        z, nuclear, which = alone[np.argmax([norm.max() for norm in norms])]
+        direction = support.gather(np, z, which)
+        planes.append(((direction * scale).astype(double), share(nuclear, which)))
     lowest = top * (1.0 - CHOLESKY_MARGIN[arrays.dtype_name(x.real.dtype)])
     # Blocks that were not decomposed are below the limit.
     near = np.argwhere(largest >= lowest) if lowest > limit and chosen is None else None
