@@ -73,16 +73,16 @@ def by_gram(
     # σ₁ is at least the largest entry; checked before anything is squared.
     if not arrays.truth(xp.all(arrays.largest_entry(xp, a, (-2, -1)) <= reach * limit)):
         return None
-    unit = xp.astype(limit, a.dtype)[..., None, None]
     tiny = not arrays.truth(xp.all(limit >= _TINY))
     if tiny:
-        a, unit, grams = a / unit, xp.ones_like(unit), None
+        a, grams = a / xp.astype(limit, a.dtype)[..., None, None], None
     if grams is not None:
         # No square of a singular value is above the largest, nor is a diagonal entry.
         diagonal = xp.real(xp.linalg.diagonal(grams))
         if not arrays.truth(xp.all(diagonal <= (reach * limit[..., None]) ** 2)):
             return None
-    eigenvalues, v = eigh(xp, (gram(xp, a) if grams is None else grams) / unit**2)
+    eigenvalues, v = eigh(xp, gram(xp, a) if grams is None else grams)
+    eigenvalues = eigenvalues if tiny else eigenvalues / limit[..., None] ** 2
     if not arrays.truth(xp.all(eigenvalues <= reach**2)):
         return None
     above = eigenvalues > 1.0
