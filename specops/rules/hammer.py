@@ -49,9 +49,8 @@ class SpectralHammer(Cap):
     >>> from specops import Dense
     >>> w = np.diag([4.0, 1.0])
     >>> rule = SpectralHammer(2.0, norm="operator")
-    >>> rule.update(w, Dense(), rule.init(w, Dense(), "w"))[0].round(6)
-    array([[2., 0.],
-           [0., 1.]])
+    >>> np.linalg.svdvals(rule.update(w, Dense(), rule.init(w, Dense(), "w"))[0]).round(6)
+    array([2., 1.])
     """
 
     @arrays.entry

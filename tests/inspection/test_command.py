@@ -228,6 +228,8 @@ def test_ctrl_c_leaves_what_was_done(tmp_path: Path) -> None:
     # After a second of processor time, however busy the machine is.
     code = (
         "import os, signal, sys; from specops.cli import main; "
+        # Which a shell has its background processes ignore.
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
         "signal.signal(signal.SIGPROF, lambda *_: os.kill(os.getpid(), signal.SIGINT)); "
         "signal.setitimer(signal.ITIMER_PROF, 1.0); sys.exit(main(sys.argv[1:]))"
     )

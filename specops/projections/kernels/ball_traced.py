@@ -37,7 +37,8 @@ def project_traced(
     xp, w = given.xp, problem.w
     kernel = geometry.kernel(given.w)
     x0 = support.coordinates(xp, kernel)
-    limit = problem.max_norm * problem.certificate / given.scale
+    # A loop carries what comes of it in the precision in which it computes.
+    limit = xp.astype(problem.max_norm * problem.certificate / given.scale, given.scale.dtype)
     target = limit * problem.margin
     finite = arrays.all_finite(xp, w)
     automatic = method in ("auto", "cutting-planes")
