@@ -156,6 +156,8 @@ class Attachment(BaseAttachment[Constrained]):
             for c in self._constrained:
                 c.refuse_sharded(self._model)
         self.steps += 1
+        if self._followed.has_changed():
+            self.assign()
         due = [*self.due("weights", self.steps), *self.due("forward", self.steps)]
         stepped(self._constrained)
         self._act(due, self.steps, self._constrained)
@@ -179,8 +181,7 @@ class Attachment(BaseAttachment[Constrained]):
     def write(self, outcomes: Sequence[Outcome[Constrained]]) -> None:
         """Write new weights, keep the states of rules, and remember how far weights went."""
         changed = [o for o in outcomes if o.changes_weight and o.array is not None]
-        if changed:
-            self._went((o.constrained, o.weight, o.array) for o in changed)
+        self._went((o.constrained, o.weight, o.array) for o in changed)
         super().write(outcomes)
         sharded = (o.constrained.location for o in changed)
         if any(isinstance(x, ShardedLocation) and x.is_stale for x in sharded):

@@ -206,6 +206,23 @@ def test_a_layer_that_was_replaced_is_let_go() -> None:
     assert not hooks(old)
 
 
+def test_what_a_later_hook_adds_is_constrained_at_that_step() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    specops.attach(optimizer, model, ClipSpectralNorm(0.1))
+
+    def add(optimizer: Any, args: Any, kwargs: Any) -> None:
+        if len(optimizer.param_groups) == 1:
+            optimizer.add_param_group({"params": list(model[1].parameters())})
+
+    optimizer.register_step_pre_hook(add)
+    model(torch.randn(3, 6)).sum().backward()
+    optimizer.step()
+    assert [float(top(layer.weight.detach())) for layer in model] == pytest.approx(
+        [0.1, 0.1], rel=1e-5
+    )
+
+
 # Checkpoints
 
 RESUMED = {
