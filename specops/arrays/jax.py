@@ -180,7 +180,7 @@ class Jax(Library):
 
     def has_cholesky(self, xp: Namespace, a: Array) -> Array:
         """By the last entry: a factor that does not exist is NaN throughout."""
-        factor = jax.numpy.linalg.cholesky(a, symmetrize_input=False)
+        factor = jax.lax.linalg.cholesky(a, symmetrize_input=False)
         return xp.isfinite(xp.real(factor[..., -1, -1]))
 
     def complex_of(self, xp: Namespace, real: Array, imag: Array, dtype: Any) -> Array:

@@ -83,9 +83,7 @@ def leading_norm(
 
 def ranked_blocks(coefficients: np.ndarray, symbol: Symbol) -> np.ndarray:
     """Indices over frequencies and groups, by falling estimates of their norms."""
-    with workers.one_blas_thread():
-        search = _HostSearch(coefficients, symbol)
-        return np.argsort(-search.estimates(), kind="stable")
+    return np.argsort(-_estimates(coefficients, symbol), kind="stable")
 
 
 def likely_block(xp: Namespace, kernel: Array, symbol: Symbol) -> Leading:
@@ -97,12 +95,17 @@ def likely_block(xp: Namespace, kernel: Array, symbol: Symbol) -> Leading:
     if on_host is None:
         return leading_block(xp, kernel, symbol)
     single = on_host.astype(np.complex64 if np.iscomplexobj(on_host) else np.float32)
-    with workers.one_blas_thread():
-        squares = _HostSearch(symbol.coefficients(np, single), symbol).estimates()
+    squares = _estimates(symbol.coefficients(np, single), symbol)
     best = np.argmax(squares, keepdims=True)
     norm = np.sqrt(squares[best], dtype=on_host.real.dtype).reshape(())
     where = np.divmod(best, symbol.sizes.groups)
     return Leading(arrays.from_host(norm, kernel), *(arrays.constant(i, kernel) for i in where))
+
+
+def _estimates(coefficients: np.ndarray, symbol: Symbol) -> np.ndarray:
+    """Of the squared norm of every block, from below."""
+    with workers.one_blas_thread():
+        return _HostSearch(coefficients, symbol).estimates()
 
 
 def leading_vectors(
