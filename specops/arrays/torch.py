@@ -189,14 +189,14 @@ class Torch(Library):
 
     @contextmanager
     def one_thread(self, x: Array) -> Iterator[None]:
-        """Of NumPy's BLAS, which sees its tensors.
+        """Of NumPy's BLAS, which sees its tensors, and of torch's own.
 
-        torch's own number is that of the process: threads that begin meanwhile would keep it.
+        Not by `torch.set_num_threads`: threads that begin meanwhile would keep that number.
         """
         if torch.compiler.is_compiling() or x.device.type != "cpu":
             yield
             return
-        with workers.one_blas_thread():
+        with workers.one_blas_thread(), workers.one_openmp_thread():
             yield
 
     def row_blocks(self, a: Array) -> Array | None:

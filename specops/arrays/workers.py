@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -25,21 +25,24 @@ memory."""
 _SMALL_MATRIX, _SMALL_WEIGHT = 2**16, 2**17
 """Entries of a weight's largest matrix, and of the weight, up to which a function takes one thread.
 On two cores that other processes kept busy its functions took 2 to 35 times as long with two
-threads at 256×256 and at 32 of 64×64, up to 30 times as much of the processor."""
-_TINY = 2**12
-"""Entries of a matrix below which no library was seen to use threads."""
+threads at 256×256 and at 32 of 64×64, up to 30 times as much of the processor; those of torch
+began threads from 4×4 on, NumPy's from 28×28 on."""
 
 _lock = threading.Lock()
 _limited = False
 _workers = 1
 
 
-@lru_cache(maxsize=4)
-def _controller(loaded: tuple[bool, ...]) -> Any:
+def _controller(user_api: str) -> Any:
+    return _controller_of(user_api, tuple(m in sys.modules for m in ("torch", "scipy")))
+
+
+@lru_cache(maxsize=8)
+def _controller_of(user_api: str, loaded: tuple[bool, ...]) -> Any:
     from threadpoolctl import ThreadpoolController
 
-    del loaded  # a library imported since then brings a BLAS of its own
-    return ThreadpoolController().select(user_api="blas")
+    del loaded  # a library imported since then brings threads of its own
+    return ThreadpoolController().select(user_api=user_api)
 
 
 @contextmanager
@@ -53,7 +56,7 @@ def one_blas_thread() -> Iterator[int]:
     with _lock:
         mine, _limited = not _limited, True
         if mine:
-            controller = _controller(tuple(m in sys.modules for m in ("torch", "scipy")))
+            controller = _controller("blas")
             before = [(lib, lib.num_threads) for lib in controller.lib_controllers]
             _workers = max((threads for _, threads in before), default=1)
             _set(before, 1)
@@ -67,6 +70,15 @@ def one_blas_thread() -> Iterator[int]:
                 _set(before, None)
 
 
+def one_openmp_thread() -> AbstractContextManager[Any]:
+    """One thread of OpenMP for the duration, in the thread that calls: each has a number of its own.
+
+    torch's operations and those of its LAPACK obey it.
+    """
+    limit: AbstractContextManager[Any] = _controller("openmp").limit(limits=1)
+    return limit
+
+
 def _set(libraries: list[tuple[Any, int]], count: int | None) -> None:
     """That many threads, or as many as there were."""
     for lib, threads in libraries:
@@ -77,13 +89,9 @@ def _set(libraries: list[tuple[Any, int]], count: int | None) -> None:
 
 
 def is_small(shape: tuple[int, ...]) -> bool:
-    """Whether what is done with a weight, or a stack of matrices, of this shape takes one thread.
-
-    Kernels are never tiny: their products are with whole grids.
-    """
+    """Whether what is done with a weight, or a stack of matrices, of this shape takes one thread."""
     matrix, entries = math.prod(sorted(shape)[-2:]), math.prod(shape)
-    tiny = len(shape) < 3 and entries < _TINY
-    return not tiny and matrix <= _SMALL_MATRIX and entries <= _SMALL_WEIGHT
+    return matrix <= _SMALL_MATRIX and entries <= _SMALL_WEIGHT
 
 
 def map_chunks(function: Callable[[slice], Any], count: int, item_bytes: int) -> list[Any]:
