@@ -12,8 +12,9 @@ from __future__ import annotations
 import math
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from typing import Any
@@ -71,7 +72,7 @@ def one_blas_thread() -> Iterator[int]:
 
 
 def one_openmp_thread() -> AbstractContextManager[Any]:
-    """One thread of OpenMP for the duration, in the thread that calls: each has a number of its own.
+    """One thread of OpenMP for the duration, in the calling thread: each has a number of its own.
 
     torch's operations and those of its LAPACK obey it.
     """
@@ -89,7 +90,7 @@ def _set(libraries: list[tuple[Any, int]], count: int | None) -> None:
 
 
 def is_small(shape: tuple[int, ...]) -> bool:
-    """Whether what is done with a weight, or a stack of matrices, of this shape takes one thread."""
+    """Whether work with a weight, or a stack of matrices, of this shape takes one thread."""
     matrix, entries = math.prod(sorted(shape)[-2:]), math.prod(shape)
     return matrix <= _SMALL_MATRIX and entries <= _SMALL_WEIGHT
 
@@ -104,5 +105,31 @@ def map_chunks(function: Callable[[slice], Any], count: int, item_bytes: int) ->
         chunks = [slice(i, min(i + size, count)) for i in range(0, count, size)]
         if workers == 1 or len(chunks) == 1:
             return [function(chunk) for chunk in chunks]
-        with ThreadPoolExecutor(min(workers, len(chunks))) as pool:
-            return list(pool.map(function, chunks))
+        return _shared(function, chunks, min(workers, len(chunks)))
+
+
+def _shared(function: Callable[[slice], Any], chunks: list[slice], workers: int) -> list[Any]:
+    """The caller takes chunks too: beside busy processes it need not wait for others to begin."""
+    results: list[Any] = [None] * len(chunks)
+    left = deque(enumerate(chunks))
+
+    def take() -> None:
+        while True:
+            try:
+                at, chunk = left.popleft()
+            except IndexError:
+                return
+            results[at] = function(chunk)
+
+    pool = ThreadPoolExecutor(workers - 1)
+    others = [pool.submit(take) for _ in range(workers - 1)]
+    try:
+        take()
+    finally:
+        left.clear()
+        begun = [other for other in others if not other.cancel()]
+        wait(begun)
+        pool.shutdown(wait=False)
+    for other in begun:
+        other.result()
+    return results

@@ -19,7 +19,7 @@ def _threads() -> list[int]:
 @pytest.mark.parametrize(
     ("shape", "small"),
     [
-        ((48, 48), False),
+        ((4, 4), True),
         ((256, 256), True),
         ((512, 512), False),
         ((32, 64, 64), True),
@@ -41,17 +41,26 @@ def test_small_weights_take_one_thread(shape: tuple[int, ...], small: bool) -> N
         assert _threads() == before
 
 
-def test_torch_keeps_its_threads() -> None:
-    """Their number is the process's: threads that begin meanwhile would keep another."""
+def test_torch_takes_one_thread_in_the_thread_that_calls() -> None:
+    """The number is that of OpenMP, which each thread has of its own: others keep theirs."""
     torch = pytest.importorskip("torch")
     before = torch.get_num_threads()
     torch.set_num_threads(2)
+    elsewhere: list[int] = []
+
+    def other() -> None:
+        torch.ones(8, 8) @ torch.ones(8, 8)
+        elsewhere.append(torch.get_num_threads())
+
     try:
 
         @arrays.in_full_precision
         def fails(w: object) -> None:
             assert max(_threads()) == 1
-            assert torch.get_num_threads() == 2
+            assert torch.get_num_threads() == 1
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
             raise ValueError("on purpose")
 
         with threadpool_limits(2, user_api="blas"):
@@ -59,6 +68,7 @@ def test_torch_keeps_its_threads() -> None:
             with pytest.raises(ValueError, match="purpose"):
                 fails(torch.zeros(256, 256))
             assert _threads() == outside
+        assert elsewhere == [2]
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -100,3 +110,44 @@ def test_callers_inside_each_other_share_one_limit() -> None:
             assert first == second == max(outside)
             assert set(_threads()) == {1}
         assert _threads() == outside
+
+
+def test_chunks_come_back_in_order_and_the_caller_takes_some() -> None:
+    with threadpool_limits(2, user_api="blas"):
+        if max(_threads()) < 2:
+            pytest.skip("BLAS has one thread")
+        threads: set[str] = set()
+        both = threading.Event()
+
+        def work(chunk: slice) -> int:
+            threads.add(threading.current_thread().name)
+            if len(threads) > 1:
+                both.set()
+            both.wait(timeout=0.2)
+            return chunk.start
+
+        starts = workers.map_chunks(work, 64, 2**16)
+        assert starts == sorted(starts)
+        assert threading.current_thread().name in threads
+        assert len(threads) == 2
+
+
+@pytest.mark.parametrize("mine", [False, True])
+def test_what_a_chunk_raises_is_raised_after_all_have_ended(mine: bool) -> None:
+    caller, running = threading.current_thread(), []
+
+    def work(chunk: slice) -> None:
+        running.append(chunk)
+        try:
+            if (threading.current_thread() is caller) == mine:
+                raise ValueError("on purpose")
+            threading.Event().wait(0.05)
+        finally:
+            running.remove(chunk)
+
+    with threadpool_limits(2, user_api="blas"):
+        if max(_threads()) < 2:
+            pytest.skip("BLAS has one thread")
+        with pytest.raises(ValueError, match="purpose"):
+            workers.map_chunks(work, 64, 2**16)
+    assert running == []
