@@ -23,6 +23,9 @@ _CHUNK_BYTES = 4 * 2**20
 """Blocks of one chunk at most, a choice of memory per worker: with chunks twice as large a pool was
 4.5 to 6.6 times as fast as torch's SVD of all blocks at once, in a sixth to a third of the
 memory."""
+_ALONE_BYTES = 2**19
+"""Of a whole stack that one thread takes: projections of small kernels were up to a third slower
+with a second one, which cost more to begin than it took off."""
 _SMALL_MATRIX, _SMALL_WEIGHT = 2**16, 2**17
 """Entries of a weight's largest matrix, and of the weight, up to which a function takes one thread.
 On two cores that other processes kept busy its functions took 2 to 35 times as long with two
@@ -97,7 +100,7 @@ def is_small(shape: tuple[int, ...]) -> bool:
 
 def map_chunks(function: Callable[[slice], Any], count: int, item_bytes: int) -> list[Any]:
     """``[function(chunk), ...]`` for slices that cover ``range(count)``, in order."""
-    if count * item_bytes <= 2**16:
+    if count * item_bytes <= _ALONE_BYTES:
         return [function(slice(0, count))]
     with one_blas_thread() as workers:
         pieces = 2 * workers if workers > 1 else 1
