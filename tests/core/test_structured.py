@@ -6,6 +6,7 @@ well-separated values and never show what nearly equal ones do to an iteration.
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -100,6 +101,33 @@ def test_norm_of_orthogonal_convolutions(
         w = scale * structured.orthogonal(rng, 8, 8, (3, 3))
         found = backend.call(lambda x: specops.spectral_norm(x, geometry), backend.array(w, dtype))
         assert abs(float(found) / scale - 1) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("channels", "points", "padding"),
+    [((4, 1), (192,), (1,)), ((4, 4), (103,), (2,)), ((4, 4), (43, 89), (7, 0))],
+)
+def test_norm_of_a_kernel_whose_leader_the_start_hardly_sees(
+    backend: Backend,
+    channels: tuple[int, int],
+    points: tuple[int, ...],
+    padding: tuple[int, ...],
+) -> None:
+    """Signs that alternate along each axis: the largest values are close, and differ in symmetry.
+
+    The map is a Kronecker product, so that its norm is the product of the factors'.
+    """
+    norm, kernel = math.sqrt(math.prod(channels)), np.ones(channels)
+    for axis, (n, p) in enumerate(zip(points, padding, strict=True)):
+        taps = (-1.0) ** np.arange((8, 2)[axis] if len(points) > 1 else 3)
+        shape = (n + 2 * p - len(taps) + 1, n + 2 * p)
+        rows = sum(t * np.eye(*shape, k=k) for k, t in enumerate(taps))
+        norm *= np.linalg.norm(rows[:, p : p + n], 2)
+        kernel = kernel[..., None] * taps
+    geometry = Conv(points, padding=padding)
+    w = backend.array(kernel, "float32")
+    found = backend.call(lambda x: specops.spectral_norm(x, geometry), w)
+    assert abs(float(found) / norm - 1) <= 1e-5
 
 
 def _operators() -> dict[str, np.ndarray]:
