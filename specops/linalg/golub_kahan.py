@@ -56,9 +56,9 @@ def largest_singular_triplet(
 
     With θ, θ₂ the leading Ritz values of AᴴA and r = ‖AᴴA v − θv‖, a block has converged when
     min(r, r²/(θ − θ₂)), by which θ is short, is below 8 units in the last place of θ and r below
-    1e-6·θ; where a `tolerance` is given, when r is below tolerance·θ. A start that hardly sees the leading
-    vector may have converged to another. Under compilers that know no loop of unknown length,
-    and vmap of torch, 32 steps run without a test.
+    1e-6·θ; where a `tolerance` is given, when r is below tolerance·θ. A start that hardly sees
+    the leading vector may have converged to another. Under compilers that know no loop of unknown
+    length, and vmap of torch, 32 steps run without a test.
 
     Parameters
     ----------
