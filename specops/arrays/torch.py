@@ -196,6 +196,8 @@ class Torch(Library):
         if torch.compiler.is_compiling() or x.device.type != "cpu":
             yield
             return
+        # A thread takes torch's number at its first operation, or when asked for it.
+        torch.get_num_threads()
         with workers.one_blas_thread(), workers.one_openmp_thread():
             yield
 

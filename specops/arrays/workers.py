@@ -10,12 +10,13 @@ was set is set again afterwards.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import Any
 
@@ -34,6 +35,7 @@ began threads from 4×4 on, NumPy's from 28×28 on."""
 
 _lock = threading.Lock()
 _limited = False
+_before: list[tuple[Any, int]] = []
 _workers = 1
 
 
@@ -56,14 +58,14 @@ def one_blas_thread() -> Iterator[int]:
     The thread that limits BLAS lifts the limit, since some libraries obey no other; for threads
     that are inside then it ends early.
     """
-    global _limited, _workers
+    global _limited, _before, _workers
     with _lock:
         mine, _limited = not _limited, True
         if mine:
             controller = _controller("blas")
-            before = [(lib, lib.num_threads) for lib in controller.lib_controllers]
-            _workers = max((threads for _, threads in before), default=1)
-            _set(before, 1)
+            _before = [(lib, lib.num_threads) for lib in controller.lib_controllers]
+            _workers = max((threads for _, threads in _before), default=1)
+            _set(_before, 1)
         workers = _workers
     try:
         yield workers
@@ -71,16 +73,35 @@ def one_blas_thread() -> Iterator[int]:
         if mine:
             with _lock:
                 _limited = False
-                _set(before, None)
+                _set(_before, None)
 
 
-def one_openmp_thread() -> AbstractContextManager[Any]:
+def _forget() -> None:
+    """In a forked child: the thread that held the lock, or the limit, is not there."""
+    global _lock, _limited
+    _lock = threading.Lock()
+    if _limited:
+        _limited = False
+        _set(_before, None)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+@contextmanager
+def one_openmp_thread() -> Iterator[None]:
     """One thread of OpenMP for the duration, in the calling thread: each has a number of its own.
 
-    torch's operations and those of its LAPACK obey it.
+    torch's operations obey it, and its LAPACK until `torch.set_num_threads` has given that a number
+    of the process.
     """
-    limit: AbstractContextManager[Any] = _controller("openmp").limit(limits=1)
-    return limit
+    before = [(lib, lib.num_threads) for lib in _controller("openmp").lib_controllers]
+    _set(before, 1)
+    try:
+        yield
+    finally:
+        _set(before, None)
 
 
 def _set(libraries: list[tuple[Any, int]], count: int | None) -> None:
@@ -122,14 +143,19 @@ def _shared(function: Callable[[slice], Any], chunks: list[slice], workers: int)
                 at, chunk = left.popleft()
             except IndexError:
                 return
-            results[at] = function(chunk)
+            try:
+                results[at] = function(chunk)
+            except BaseException:
+                left.clear()  # nobody begins another
+                raise
 
     pool = ThreadPoolExecutor(workers - 1)
-    others = [pool.submit(take) for _ in range(workers - 1)]
+    others: list[Future[None]] = []
+    with suppress(RuntimeError):  # Where no thread can begin the caller takes all.
+        others += (pool.submit(take) for _ in range(workers - 1))
     try:
         take()
     finally:
-        left.clear()
         begun = [other for other in others if not other.cancel()]
         wait(begun)
         pool.shutdown(wait=False)

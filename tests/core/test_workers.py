@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
+import specops
 from specops import arrays
 from specops.arrays import workers
 
@@ -151,3 +155,78 @@ def test_what_a_chunk_raises_is_raised_after_all_have_ended(mine: bool) -> None:
         with pytest.raises(ValueError, match="purpose"):
             workers.map_chunks(work, 64, 2**16)
     assert running == []
+
+
+def test_after_an_error_no_other_chunk_is_begun() -> None:
+    begun: list[int] = []
+
+    def work(chunk: slice) -> None:
+        begun.append(chunk.start)
+        if threading.current_thread() is not caller:
+            raise ValueError("on purpose")
+        threading.Event().wait(0.05)
+
+    caller = threading.current_thread()
+    with threadpool_limits(2, user_api="blas"):
+        if max(_threads()) < 2:
+            pytest.skip("BLAS has one thread")
+        # A hundred chunks, of which each takes the caller a twentieth of a second.
+        with pytest.raises(ValueError, match="purpose"):
+            workers.map_chunks(work, 100, workers._CHUNK_BYTES)
+    assert len(begun) < 50
+
+
+_FORKED = """
+import os, threading
+from threadpoolctl import threadpool_limits
+import numpy as np, specops
+from specops.arrays import workers
+
+threadpool_limits(2, user_api="blas")
+entered, leave = threading.Event(), threading.Event()
+
+def holds():
+    with workers.one_blas_thread() as before, workers._lock:
+        entered.set()
+        leave.wait()
+
+thread = threading.Thread(target=holds)
+thread.start()
+entered.wait()
+child = os.fork()
+if child == 0:
+    with workers.one_blas_thread() as count:
+        specops.spectral_norm(np.eye(4))
+    lib = workers._controller("blas").lib_controllers[0]
+    os._exit(0 if lib.num_threads == count else 1)
+leave.set()
+thread.join()
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_child_that_is_forked_meanwhile_is_not_limited() -> None:
+    """As workers of a loader are: the thread that holds the limit is not in the child."""
+    command = [sys.executable, "-W", "ignore", "-c", _FORKED]
+    assert subprocess.run(command, timeout=60, check=False).returncode == 0
+
+
+def test_a_thread_that_begins_with_a_small_weight_keeps_the_number_of_torch() -> None:
+    torch = pytest.importorskip("torch")
+    before, found = torch.get_num_threads(), []
+
+    def first() -> None:
+        specops.singular_values(torch.ones(64, 64))
+        torch.ones(64, 64) @ torch.ones(64, 64)
+        found.append([x["num_threads"] for x in threadpool_info() if x["user_api"] == "openmp"])
+
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            thread = threading.Thread(target=first)
+            thread.start()
+            thread.join()
+            assert set(found.pop()) <= {number}
+    finally:
+        torch.set_num_threads(before)
