@@ -57,7 +57,8 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         times as large with k taps: the bound, figures and `enforce` speak of the reshaped kernel.
     distance_tolerance : float
         Convolutions move at most ``1 + distance_tolerance`` times as far as the nearest weight
-        inside the bound is away; 0 asks for that weight itself, at three to many times the cost.
+        inside the bound is away, or end within a hundredth of their own Frobenius norm of it,
+        whichever is certified first; 0 asks for the latter alone, at three to many times the cost.
     screen : bool
         False certifies at every firing.
 

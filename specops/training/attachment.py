@@ -258,7 +258,7 @@ class BaseAttachment(ABC, Generic[C]):
         found = self.measured([c for c in self._constrained if c.name in acting and measure])
         for c in self._constrained:
             text = geometry_text(c.geometry, c.assignment.weight.remark)
-            found.setdefault(c.name, {})["geometry"] = text
+            found.setdefault(c.name, {}).update(geometry=text, idle=c.idle)
         for a in assignments:
             if a.rule is not None and self._is_waiting(a):
                 found.setdefault(a.weight.name, {})["waits"] = self.plan.start + a.every

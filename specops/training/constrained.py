@@ -61,6 +61,11 @@ class Constrained(Assigned, Generic[P]):
         """Whether the rule follows an operator whose size is not known yet."""
         return self.rule.needs_input_size() and not self.has_size
 
+    @property
+    def idle(self) -> str:
+        """Why the rule leaves the weight alone at present; a forward rule never does."""
+        return "" if self.stage == "forward" else self.parameter.frozen()
+
     def is_of(self, parameter: P, assignment: Assignment) -> bool:
         """Whether a parameter that was listed anew is this weight."""
         old, new = self.assignment.weight, assignment.weight

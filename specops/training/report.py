@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.util import find_spec
@@ -60,6 +60,8 @@ class ReportRow:
         forward rules of the weight in use.
     waits : int or None
         The first step at which the rule acts, while steps were taken and none was that one.
+    idle : str
+        Why the rule leaves the weight alone at present; empty if it does not.
     """
 
     name: str
@@ -75,6 +77,7 @@ class ReportRow:
     stable_rank: float | None = None
     rule_norm: float | None = None
     waits: int | None = None
+    idle: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,12 @@ class Report:
     """A table of parameters that prints as text, as a rich table, or as HTML."""
 
     rows: tuple[ReportRow, ...]
+
+    def __iter__(self) -> Iterator[ReportRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def __getitem__(self, name: str) -> ReportRow:
         for row in self.rows:
@@ -194,6 +203,7 @@ def _cells(row: ReportRow) -> tuple[str, ...]:
     norm = _norm_text(row.norm, row.norm_is)
     shape = "×".join(map(str, row.shape)) or "scalar"
     rule = row.rule + ("" if row.waits is None else f", not before step {row.waits}")
+    rule = f"– {row.idle}, under {rule}" if row.idle else rule
     return (row.name, shape, row.geometry, rule or f"– {row.reason}", norm)
 
 

@@ -559,7 +559,12 @@ def test_changes_after_attaching_are_noticed() -> None:
     assert float(model[0].weight[0, 0]) == 2.0
     assert float(model[1].weight.detach()[0, 0]) == pytest.approx(0.5)
     assert attachment.history[0]["skipped"].startswith("frozen")
-    assert attachment.report()["2.weight"].reason == "not in this optimizer"
+    report = attachment.report()
+    assert report["2.weight"].reason == "not in this optimizer"
+    assert report["0.weight"].idle.startswith("frozen")
+    assert "– frozen (requires_grad=False), under Clip" in str(report)
+    assert [row.name for row in report if row.idle] == ["0.weight"]
+    assert len(report) == 6
     optimizer.add_param_group({"params": list(model[2].parameters())})
     optimizer.step()
     assert float(model[2].weight.detach()[0, 0]) == pytest.approx(0.5)
