@@ -36,7 +36,7 @@ began threads from 4×4 on, NumPy's from 28×28 on."""
 _lock = threading.Lock()
 _limited = False
 _before: list[tuple[Any, int]] = []
-_workers = 1
+"""The libraries that are limited, and their numbers of threads."""
 
 
 def _controller(user_api: str) -> Any:
@@ -58,15 +58,14 @@ def one_blas_thread() -> Iterator[int]:
     The thread that limits BLAS lifts the limit, since some libraries obey no other; for threads
     that are inside then it ends early.
     """
-    global _limited, _before, _workers
+    global _limited, _before
     with _lock:
         mine, _limited = not _limited, True
         if mine:
             controller = _controller("blas")
             _before = [(lib, lib.num_threads) for lib in controller.lib_controllers]
-            _workers = max((threads for _, threads in _before), default=1)
             _set(_before, 1)
-        workers = _workers
+        workers = max((threads for _, threads in _before), default=1)
     try:
         yield workers
     finally:
@@ -121,9 +120,9 @@ def is_small(shape: tuple[int, ...]) -> bool:
 
 def map_chunks(function: Callable[[slice], Any], count: int, item_bytes: int) -> list[Any]:
     """``[function(chunk), ...]`` for slices that cover ``range(count)``, in order."""
-    if count * item_bytes <= _ALONE_BYTES:
-        return [function(slice(0, count))]
     with one_blas_thread() as workers:
+        if count * item_bytes <= _ALONE_BYTES:
+            workers = 1
         pieces = 2 * workers if workers > 1 else 1
         size = max(1, min(_CHUNK_BYTES // item_bytes, -(-count // pieces)))
         chunks = [slice(i, min(i + size, count)) for i in range(0, count, size)]
