@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -12,6 +11,7 @@ import pluggy
 from specops import hookspecs
 from specops.errors import AdapterError, PluginWarning, SpecopsError
 from specops.hookspecs import Adapter, AdapterStatus
+from specops.warned import warn
 
 _broken: dict[str, str] = {}
 
@@ -85,8 +85,4 @@ def answers(hook: str, kind: type, refusals: list[SpecopsError], **arguments: An
 
 def _report_broken(name: str, error: BaseException) -> None:
     _broken[name] = f"{type(error).__name__}: {error}"
-    warnings.warn(
-        f"the specops plugin {name!r} failed and is ignored ({_broken[name]})",
-        PluginWarning,
-        stacklevel=4,
-    )
+    warn(f"the specops plugin {name!r} failed and is ignored ({_broken[name]})", PluginWarning)

@@ -176,7 +176,7 @@ class Attachment(BaseAttachment[Constrained]):
         """
         super().enforce()
         self._liveness.seen(self._constrained)
-        self.caution("enforce()", stacklevel=3)  # past the decorator
+        self.caution("enforce()")
 
     def write(self, outcomes: Sequence[Outcome[Constrained]]) -> None:
         """Write new weights, keep the states of rules, and remember how far weights went."""
@@ -192,9 +192,9 @@ class Attachment(BaseAttachment[Constrained]):
         if any(isinstance(c, ShardedConstrained) for c in self._constrained):
             reshard(self._model)
 
-    def caution(self, act: str, *, stacklevel: int = 1) -> None:
+    def caution(self, act: str) -> None:
         """Warn where batch normalisation evaluates with statistics of other weights."""
-        self._statistics.caution(act, stacklevel + 1)
+        self._statistics.caution(act)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The constrained weights as their layers use them, by name.

@@ -79,7 +79,7 @@ def about(names: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        more = f" and {len(names) - 1} more weights" if len(names) > 1 else ""
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         error.add_note(f"while the ranks worked on {names[0]}{more} together")
         raise
 

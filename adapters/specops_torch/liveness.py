@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from specops.errors import HookLostWarning
+from specops.warned import warn
 from specops_torch.constrained import Constrained
 
 _UNSEEN = 3
@@ -29,12 +29,11 @@ class Liveness:
         unseen = [now[key] - old for key, old in self._versions.items() if key in now]
         if not unseen or min(unseen) < _UNSEEN:
             return
-        warnings.warn(
+        warn(
             f"the weights changed {min(unseen)} times since step {step}, the last that this "
             f"attachment saw: optimizers lose their hooks when they are pickled or copied. "
             f"Attach to the optimizer that steps, and load this one's state_dict()",
             HookLostWarning,
-            stacklevel=4,
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from specops.errors import CautionWarning
+from specops.training.cautions import caution
 from specops_torch.batch_norms import BATCH_NORMS
 
 _STALE = 1e-2
@@ -79,19 +78,17 @@ class Statistics:
             if module in self._missed and _has_run(module) and self._misses(module) > _STALE
         }
 
-    def caution(self, act: str, stacklevel: int) -> None:
+    def caution(self, act: str) -> None:
         """Warn of those, in one sentence."""
         names = list(self.stale())
         if not names:
             return
         more = len(names) - _NAMED
         listed = ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
-        warnings.warn(
+        caution(
             f"{act}: the running statistics of batch normalisation ({listed}) are of other "
             f"weights than the rules have left. Before evaluating or exporting, estimate them "
             f"anew: torch.optim.swa_utils.update_bn(loader, model)",
-            CautionWarning,
-            stacklevel=stacklevel + 1,
         )
 
     def _misses(self, norm: Any) -> float:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
-from specops.errors import CautionWarning
+from specops.training.cautions import caution
 
 
 class WeightInUse(torch.Tensor):
@@ -35,12 +34,10 @@ class WeightInUse(torch.Tensor):
 
     def __del__(self) -> None:
         if self.made >= 0 and self._version > self.made and self.grad_fn is None:
-            warnings.warn(
+            caution(
                 f"numbers written into a view of a weight in use (shape {tuple(self.shape)}), or "
                 f"by out=, are lost: write to the parameter, of model.named_parameters(), or "
                 f"before attaching",
-                CautionWarning,
-                stacklevel=2,
             )
 
     def __reduce_ex__(self, protocol: Any) -> Any:

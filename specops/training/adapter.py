@@ -49,5 +49,5 @@ class BaseAdapter:
         except BaseException:
             attachment.detach()
             raise
-        attachment.caution("project()", stacklevel=3)
+        attachment.caution("project()")
         return report

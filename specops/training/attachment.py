@@ -104,7 +104,7 @@ class BaseAttachment(ABC, Generic[C]):
         if not self._attached:
             raise AdapterError("this attachment is detached and does nothing: attach again")
 
-    def caution(self, act: str, *, stacklevel: int = 1) -> None:
+    def caution(self, act: str) -> None:
         """Called after `project`: an adapter warns of what still depends on the old weights."""
 
     # The plan

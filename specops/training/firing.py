@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
@@ -12,6 +11,7 @@ from specops.training.constrained import UNSEEN, Constrained
 from specops.training.outcome import Outcome
 from specops.training.weight import is_misfit
 from specops.typing import Array
+from specops.warned import warn
 
 C = TypeVar("C", bound=Constrained[Any])
 NonFinitePolicy = Literal["raise", "skip", "warn"]
@@ -76,7 +76,7 @@ class Firing(Generic[C]):
                 f"on without this one"
             ) from None
         if self.on_nonfinite == "warn":
-            warnings.warn(f"{message}; it was left as it is", NonFiniteWarning, stacklevel=2)
+            warn(f"{message}; it was left as it is", NonFiniteWarning)
         return "not finite"
 
 

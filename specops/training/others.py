@@ -25,7 +25,7 @@ def warn_of_others(attachment: Any) -> None:
     _BEGUN.add(attachment)
     if others:
         name, rule = others[0]
-        more = f" (and {len(others) - 1} more weights)" if len(others) > 1 else ""
+        more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
         caution(
             f"{name}{more} is under {rule!r} already, by another attachment, and both will act: "
             f"detach() that one first, or give each weight one rule in one plan"

@@ -277,8 +277,9 @@ def test_steps_of_another_optimizer_are_noticed(rule: Any, how: str, ask: str) -
     attachment = specops.attach(optimizer, model, rule)
     train(model, optimizer)
     train(model, taken_over(model, optimizer, how), 4)
-    with pytest.warns(errors.HookLostWarning, match="changed 4 times since step 1"):
+    with pytest.warns(errors.HookLostWarning, match="changed 4 times since step 1") as said:
         getattr(attachment, ask)()
+    assert said[0].filename == __file__
 
 
 def test_a_lost_hook_is_noticed_with_a_frozen_layer() -> None:
@@ -362,6 +363,7 @@ def test_weights_that_are_not_finite(rule: Any, policy: Any) -> None:
             fire(attachment)
             assert {r["name"] for r in attachment.history if "skipped" in r} == {"0.weight"}
     assert [w.category for w in caught] == [errors.NonFiniteWarning] * (policy == "warn")
+    assert all(w.filename == __file__ for w in caught)
     with torch.no_grad():
         model[0].weight.copy_(good)
     model.zero_grad()
