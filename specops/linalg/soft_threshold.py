@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from specops import arrays
@@ -27,23 +25,10 @@ _TINY = 1e-9
 that of an eigenvalue, is still far above 1e-38."""
 
 
-class Thresholded(NamedTuple):
-    """What soft thresholding gives of stacked matrices."""
-
-    matrices: Array
-    """``U max(Σ − limit, 0) Vᴴ``"""
-    nuclear: Array
-    """Σ max(σ − limit, 0)"""
-    largest: Array
-    """σ₁"""
-    basis: tuple[Array, Array] | None = None
-    """(squares in units of limit², ascending; the vectors of the smaller side); None by an SVD."""
-
-
 def soft_threshold(
     xp: Namespace, a: Array, limit: Array, grams: Array | None = None
-) -> Thresholded:
-    r"""Soft thresholding of the singular values of stacked matrices.
+) -> tuple[Array, Array, Array]:
+    r"""(``U max(Σ − limit, 0) Vᴴ``, its nuclear norm Σ max(σ − limit, 0), σ₁) of stacked matrices.
 
     Parameters
     ----------
@@ -61,17 +46,16 @@ def soft_threshold(
         double = a.astype(np.result_type(a, np.float64))
         found = by_gram(xp, double, limit.astype(float), _DOUBLE_GRAM_RANGE)
     if found is not None:
-        result, total, squares, v = found
+        result, total, squares, _ = found
         largest = xp.sqrt(xp.where(squares > 0, squares, xp.zeros_like(squares))[..., -1])
         largest = xp.astype(largest, limit.dtype) * limit
-        result, total = xp.astype(result, a.dtype), xp.astype(total, limit.dtype)
-        return Thresholded(result, total, largest, (squares, v))
+        return xp.astype(result, a.dtype), xp.astype(total, limit.dtype), largest
 
     def function(s: Array, limit: Array) -> tuple[Array, Array]:
         return above(xp, s, limit[..., None])
 
     result, s = spectral_function(xp, a, function, limit)
-    return Thresholded(result, xp.sum(function(s, limit)[0], axis=-1), s[..., 0])
+    return result, xp.sum(function(s, limit)[0], axis=-1), s[..., 0]
 
 
 def by_gram(

@@ -165,7 +165,7 @@ def _differentiable_half_space(
     xp: Namespace, support: Support, x: Array, limit: Array
 ) -> tuple[Array, Array, Array]:
     blocks = support.symbol.blocks(xp, support.coefficients(xp, x))
-    z, _, norms, _ = thresholded(xp, blocks, limit)[0]
+    z, _, norms = thresholded(xp, blocks, limit)
     shares = arrays.constant(_shares(support), norms)[:, None, None, None]
     excess = xp.sum(shares * (xp.real(z) ** 2 + xp.imag(z) ** 2))
     return support.gather(xp, z), excess, xp.max(norms)

@@ -10,8 +10,7 @@ import numpy as np
 from specops import arrays
 from specops.arrays import host
 from specops.linalg.rounding import CHOLESKY_MARGIN
-from specops.linalg.soft_threshold import Thresholded, soft_threshold
-from specops.projections.kernels.contraction import Leading
+from specops.linalg.soft_threshold import soft_threshold
 from specops.projections.kernels.support import Support
 from specops.spectra.torus import map_blocks
 from specops.typing import Array, Namespace
@@ -38,8 +37,6 @@ class Excess:
     planes: list[Plane]
     top: float
     near: np.ndarray | None
-    powers: np.ndarray | None
-    """`sum_of_powers` of what was looked at; None where it is not known."""
 
 
 def excess(
@@ -59,15 +56,14 @@ def excess(
         return float(np.sum(symbol.counts[which, None] * nuclear) / total)
 
     def work(blocks: np.ndarray, which: Any) -> tuple[Any, ...]:
-        (z, nuclear, norms, _), leading = thresholded(np, blocks, bound)
+        z, nuclear, norms = thresholded(np, blocks, bound)
         which, first = every[which], int(np.argmax(norms.max(axis=-1)))
         # A copy: the chunk's other blocks are not kept.
         alone = z[first : first + 1].copy(), nuclear[first : first + 1], which[first : first + 1]
-        powers = leading and leading.sum_of_powers(support, which)
-        return support.gather(np, z, which), share(nuclear, which), norms, alone, powers
+        return support.gather(np, z, which), share(nuclear, which), norms, alone
 
     parts = map_blocks(np, symbol, support.coefficients(np, x), work, chosen)
-    directions, shares, norms, alone, sums = zip(*parts, strict=True)
+    directions, shares, norms, alone = zip(*parts, strict=True)
     largest = np.concatenate(norms)
     top = max(limit, float(largest.max()))
     double = np.result_type(directions[0], np.float64)
@@ -80,17 +76,16 @@ def excess(
     lowest = top * (1.0 - CHOLESKY_MARGIN[arrays.dtype_name(x.real.dtype)])
     # Blocks that were not decomposed are below the limit.
     near = np.argwhere(largest >= lowest) if lowest > limit and chosen is None else None
-    powers = None if any(x is None for x in sums) else sum(sums[1:], start=sums[0])
-    return Excess(planes, top, near, powers)
+    return Excess(planes, top, near)
 
 
-def thresholded(xp: Namespace, blocks: Array, limit: Array) -> tuple[Thresholded, Leading | None]:
+def thresholded(xp: Namespace, blocks: Array, limit: Array) -> tuple[Array, Array, Array]:
     """`soft_threshold` for (frequencies, groups, ...) blocks; on the host only of those above.
 
-    The others' norms are then given as 0. With the singular vectors of those, where they are known.
+    The others' norms are then given as 0.
     """
     if not arrays.by_workers(blocks):
-        return soft_threshold(xp, blocks, xp.broadcast_to(limit, blocks.shape[:-2])), None
+        return soft_threshold(xp, blocks, xp.broadcast_to(limit, blocks.shape[:-2]))
     grams = host.gram(blocks)
     # No eigenvalue is below a diagonal entry: where most blocks are outside that says so.
     diagonal = np.diagonal(grams, axis1=-2, axis2=-1).real
@@ -98,21 +93,12 @@ def thresholded(xp: Namespace, blocks: Array, limit: Array) -> tuple[Thresholded
     if not chosen.all():
         chosen[~chosen] = host.exceeds(grams[~chosen], float(limit))
     if chosen.all():
-        found = soft_threshold(np, blocks, np.broadcast_to(limit, chosen.shape), grams)
-        return found, _leading(chosen, found)
+        return soft_threshold(np, blocks, np.broadcast_to(limit, chosen.shape), grams)
     result = np.zeros_like(blocks)
     nuclear, norms = np.zeros((2, *blocks.shape[:2]), limit.dtype)
-    if not chosen.any():
-        return Thresholded(result, nuclear, norms), Leading.none(chosen, blocks)
-    picked = blocks[chosen]
-    found = soft_threshold(np, picked, np.broadcast_to(limit, picked.shape[:1]), grams[chosen])
-    result[chosen], nuclear[chosen], norms[chosen] = found[:3]
-    return Thresholded(result, nuclear, norms), _leading(chosen, found)
-
-
-def _leading(chosen: np.ndarray, found: Thresholded) -> Leading | None:
-    if found.basis is None:
-        return None
-    squares, v = found.basis
-    side = v.shape[-1]
-    return Leading(chosen, squares.reshape(-1, side), v.reshape(-1, side, side))
+    if chosen.any():
+        picked = blocks[chosen]
+        bounds = np.broadcast_to(limit, picked.shape[:1])
+        found = soft_threshold(np, picked, bounds, grams[chosen])
+        result[chosen], nuclear[chosen], norms[chosen] = found
+    return result, nuclear, norms

@@ -58,7 +58,7 @@ def alternate(xp: Namespace, support: Support, x: Array, limit: Array) -> Array:
 
     def taken(blocks: Array, chunk: slice) -> Array:
         if near:
-            return support.gather(xp, thresholded(xp, blocks, limit)[0].matrices, chunk)
+            return support.gather(xp, thresholded(xp, blocks, limit)[0], chunk)
         limits = xp.broadcast_to(limit, blocks.shape[:-2])
         return support.gather(xp, clip(xp, blocks, limits).matrices, chunk)
 
@@ -172,7 +172,7 @@ def _dual_step(
 
     def work(blocks: Array, chunk: slice) -> tuple[Array, Array]:
         moved = ahead[chunk, ...] + blocks / support.most
-        return thresholded(xp, moved, limit / support.most)[0][:2]
+        return thresholded(xp, moved, limit / support.most)[:2]
 
     parts = map_blocks(xp, symbol, coefficients, work)
     z, nuclear = (xp.concat(p, axis=0) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from specops.arrays.workers import one_blas_thread
-from specops.projections.kernels.active_blocks import largest_and_active
-from specops.projections.kernels.contraction import contracted
-from specops.projections.kernels.excess import Excess, excess
+from specops.projections.kernels.excess import excess
 from specops.projections.kernels.half_spaces import HalfSpaces
 from specops.projections.kernels.solution import Solution, Tolerance
 from specops.projections.kernels.support import Support
@@ -41,7 +38,7 @@ def nearest_by_half_spaces(
 
     Each round adds that of its query Y, and that of the block alone that is farthest out, whose
     excess a scaling would have to pay for; the nearest point X of all so far bounds the
-    distance from below. Y is feasible scaled, or contracted. The next query lies between X,
+    distance from below. Y scaled onto the ball is feasible. The next query lies between X,
     which is outside the ball, and the round of alternating projections from Y, which is nearly
     inside: at one of the two alone the method is that of Kelley, which swings, or does not end
     at the nearest point.
@@ -74,7 +71,7 @@ def nearest_by_half_spaces(
     sample = support.sample
     if len(sample):
         search.run(tolerance, max_rounds, sample)
-    return search.on_sphere(search.run(tolerance, max_rounds))
+    return search.run(tolerance, max_rounds)
 
 
 class _Search:
@@ -102,12 +99,14 @@ class _Search:
         for rounds in range(1, max_rounds + 1):
             x = self.x
             now = excess(self.support, x.astype(self.precision), limit, chosen)
-            feasible, primal, scaled = self._inside(x, now)
+            feasible = x * min(1.0, limit / now.top)
+            primal = 0.5 * float(np.sum(np.abs(kernel - feasible) ** 2))
             if now.top > limit:
                 joined = self.spaces.joined(now.planes)
                 self.spaces, dual, self.outer = joined.nearest(kernel, limit)
                 self.dual = best.dual = max(best.dual, dual)
             if primal < best.primal:
+                scaled = now.top > limit
                 best = Solution(feasible, primal, best.dual, 0, None, now.near, scaled, best.first)
             if self.cold and chosen is None:
                 best.first = now.top
@@ -118,28 +117,3 @@ class _Search:
             if best.suffices(kernel, tolerance):
                 break
         return best
-
-    def on_sphere(self, found: Solution) -> Solution:
-        """What lies inside, by how much is not known yet, is scaled up, and its norm known then."""
-        if found.scaled or not found.cuts:
-            return found
-        top, near = largest_and_active(self.support, found.x.astype(self.precision), self.limit)
-        x = found.x * (self.limit / top)
-        primal = self._half_squared(x)
-        if primal > found.primal and top <= self.limit:
-            return found
-        return replace(found, x=x, primal=primal, active=near, scaled=True)
-
-    def _inside(self, x: np.ndarray, now: Excess) -> tuple[np.ndarray, float, bool]:
-        """(x in the ball by the way that moves it less, half its squared distance, if scaled)."""
-        scaled = x * min(1.0, self.limit / now.top)
-        primal = self._half_squared(scaled)
-        if now.top > self.limit and now.powers is not None:
-            other = contracted(self.support, x, now.powers)
-            shorter = self._half_squared(other)
-            if shorter < primal:
-                return other, shorter, False
-        return scaled, primal, now.top > self.limit
-
-    def _half_squared(self, x: np.ndarray) -> float:
-        return 0.5 * float(np.sum(np.abs(self.kernel - x) ** 2))
