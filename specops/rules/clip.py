@@ -59,6 +59,8 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         Convolutions move at most ``1 + distance_tolerance`` times as far as the nearest weight
         inside the bound is away, or end within a hundredth of their own Frobenius norm of it,
         whichever is certified first; 0 asks for the latter alone, at three to many times the cost.
+        What it leaves is mostly that a kernel shrinks as a whole, which adds up over firings;
+        0.25 takes a third less time in training.
     screen : bool
         False certifies at every firing.
 
