@@ -5,12 +5,9 @@ from __future__ import annotations
 import inspect
 import warnings
 
-_BETWEEN = {"contextlib", "flax", "jax", "optax", "pluggy", "torch"}
-"""Packages that call these ones in the user's name: decorators, hooks of an optimizer's step."""
-
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Warn, located where the user called these packages, or what calls them."""
+    """Warn, located where the user called these packages, or torch, whose hooks call them."""
     frame, level = inspect.currentframe(), 1
     while frame is not None and _is_passed(frame.f_globals.get("__name__", "")):
         frame, level = frame.f_back, level + 1
@@ -19,4 +16,4 @@ def warn(message: str, category: type[Warning]) -> None:
 
 def _is_passed(module: str) -> bool:
     package = module.partition(".")[0]
-    return package in _BETWEEN or package == "specops" or package.startswith("specops_")
+    return package in ("specops", "torch") or package.startswith("specops_")

@@ -392,6 +392,17 @@ def test_an_error_leaves_every_weight_and_vector_as_it_was(last: Any) -> None:
     assert all(torch.equal(now[key], value) for key, value in vectors.items())
 
 
+def test_a_warning_in_an_optimizer_s_hook_points_at_the_step() -> None:
+    model = network()
+    optimizer = sgd(model)
+    specops.attach(optimizer, model, CLIP, on_nonfinite="warn")
+    backward(model, batch())
+    spoil(model)
+    with pytest.warns(errors.NonFiniteWarning, match=r"0\.weight holds NaN") as said:
+        optimizer.step()
+    assert [w.filename for w in said] == [__file__]
+
+
 @pytest.mark.filterwarnings("ignore::specops.errors.NonFiniteWarning")
 @pytest.mark.parametrize("name", ["reshaped", "operator"])
 @pytest.mark.parametrize("policy", ["raise", "skip", "warn"])

@@ -57,7 +57,7 @@ def _fails_soon(attachment: Any, seconds: float) -> None:
     with raises(RuntimeError) as caught:
         attachment.step()
     assert time.monotonic() - began < seconds
-    assert "worked on 0.weight and 4 more" in caught.value.__notes__[-1]
+    assert "worked on 0.weight and 4 more together" in caught.value.__notes__[-1]
 
 
 def _killed(*_: Any, **__: Any) -> None:
