@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from specops.geometry import Conv, Dense, Geometry
@@ -54,6 +55,16 @@ class Scheduled:
     def is_scheduled(self) -> bool:
         """Whether any of them is."""
         return any(map(callable, vars(self).values()))
+
+    def __repr__(self) -> str:
+        given = (f"{f.name}={shown(getattr(self, f.name))}" for f in fields(self) if f.repr)  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(given)})"
+
+
+def shown(value: Any) -> str:
+    """A number, or the name of its schedule, whose address would differ from run to run."""
+    function = getattr(value, "func", value)  # of a partial one
+    return getattr(function, "__name__", repr(value)) if callable(value) else repr(value)
 
 
 def at(value: Any, step: int, name: str, geometry: Geometry) -> Any:

@@ -27,7 +27,7 @@ _CAP_ROUNDS_WHEN_TRACED = 16
 """As many as σ₁ = 64·c takes: one, and ln(64/1.3)/ln(81/62) = 14.6 rounded up."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Cap(Scheduled, WeightRule):
     """What the caps have in common. Each is a dataclass too, so that errors name it."""
 
@@ -51,7 +51,7 @@ class Cap(Scheduled, WeightRule):
         return check_bound(at(self.max_norm, step, name, geometry), "max_norm")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NormalizeIfAbove(Cap):
     r"""Scale a weight down where its norm exceeds `max_norm`: :math:`W\min(1, c/\|W\|_2)`.
 
@@ -111,7 +111,7 @@ class NormalizeIfAbove(Cap):
         return result, state, figures
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SpectralSoftCap(Cap):
     r"""Press all singular values below `max_norm` by odd polynomials of the matrix.
 

@@ -14,7 +14,7 @@ from specops.geometry import Dense, Geometry
 from specops.geometry.arguments import check_bound, non_negative
 from specops.maps.explicit import small_explicit_map
 from specops.projections import project_spectral_ball
-from specops.rules.base import Figures, Schedule, Scheduled, at, check_scheduled, measured_as
+from specops.rules.base import Figures, Schedule, Scheduled, at, check_scheduled, measured_as, shown
 from specops.rules.stages import WeightRule
 from specops.tracking import (
     Steps,
@@ -86,7 +86,7 @@ class ClipSpectralNorm(Scheduled, WeightRule):
 
     def __repr__(self) -> str:
         norm = "" if self.norm == "operator" else f", norm={self.norm!r}"
-        return f"{type(self).__name__}(max_norm={self.max_norm!r}{norm})"
+        return f"{type(self).__name__}(max_norm={shown(self.max_norm)}{norm})"
 
     def init(self, weight: Array, geometry: Geometry, name: str) -> State:
         """No state yet."""

@@ -14,7 +14,7 @@ from specops.rules.stages import WeightRule
 from specops.typing import Array, State
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ClipAndCut(Scheduled, WeightRule):
     r"""One round of clipping a convolution's singular values and cutting back: *no* bound.
 

@@ -80,7 +80,7 @@ def _advanced(
     return state, {"norm": _norm(follow, state)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SpectralNormalization(_Tracking):
     r"""Use :math:`s\,W/\sigma(W)` in the forward pass.
 
@@ -164,7 +164,7 @@ class SpectralNormalization(_Tracking):
         return check_bound(at(self.scale, step, name, geometry), "scale")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StableRankNormalization(_Tracking):
     r"""Use W/σ with its stable rank limited in the forward pass.
 

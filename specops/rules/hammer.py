@@ -18,7 +18,7 @@ _STEPS_AT_FIRING = 4
 compiler is given one by one."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SpectralHammer(Cap):
     r"""Set the largest singular value to `max_norm` where it is above; touch no other.
 

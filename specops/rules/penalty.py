@@ -15,7 +15,7 @@ from specops.tracking import Norm, Steps, Tracked, TrackedBlocks, check_norm, tr
 from specops.typing import Array, Namespace, State
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SpectralNormPenalty(Scheduled, GradientRule):
     r"""Add :math:`\tfrac\lambda2\sigma(W)^2` to the loss, by its gradient.
 

@@ -18,7 +18,7 @@ from specops.tracking import check_norm
 from specops.typing import Array, State
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ProjectStableRank(Scheduled, WeightRule):
     r"""Keep the stable rank :math:`\|W\|_F^2/\|W\|_2^2` at or below r: project if above.
 

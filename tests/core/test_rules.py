@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,30 @@ def weights() -> list[Weight]:
         Weight("odd.weight", (4, 4), "float32", obstacle="no geometry is known"),
         Weight("head.weight", (2, 4), "float32", Dense()),
     ]
+
+
+def cosine(step: int, name: str, geometry: Any) -> float:
+    return 1.0
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (ClipSpectralNorm(cosine), "ClipSpectralNorm(max_norm=cosine)"),
+        (ClipSpectralNorm(partial(cosine)), "ClipSpectralNorm(max_norm=cosine)"),
+        (
+            specops.SpectralNormPenalty(lambda *_: 0.1, norm="operator"),
+            "SpectralNormPenalty(strength=<lambda>, norm='operator', iterations=1)",
+        ),
+        (
+            specops.ProjectStableRank(target=2.0, norm="reshaped"),
+            "ProjectStableRank(ratio=None, target=2.0, preserve=0, norm='reshaped')",
+        ),
+        (Monitor(), "Monitor()"),
+    ],
+)
+def test_texts_name_schedules_and_not_their_addresses(rule: Any, text: str) -> None:
+    assert repr(rule) == text
 
 
 @pytest.mark.parametrize("rule", [CLIP, Monitor()])
