@@ -6,7 +6,7 @@ that compile times grow with the number of shapes, not of layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from specops.arrays import cond, truth
-from specops.errors import NonFiniteError, SpecopsError
+from specops.arrays import cond
 from specops.training.plan import Plan
+from specops_jax.callbacks import call_host, is_left_to_host
 from specops_jax.meshes import partitioned
+from specops_jax.one_firing import acting, checked, refuse_nonfinite, unchanged, updated
 from specops_jax.program import Item, Program
 from specops_jax.state import Arrays, SpecopsState, check_states, of_arrays
 
@@ -31,12 +32,12 @@ def begin(program: Program, leaves: Sequence[Any]) -> SpecopsState:
     known: dict[Any, Any] = {}
     for item in program.items:
         weight = leaves[item.index]
-        _refuse_nonfinite(item, weight)
+        refuse_nonfinite(item, weight)
         rules[item.name] = state = _start(item, weight)
         key = _key(item, weight)
         if key not in known:
             known[key] = jax.eval_shape(
-                lambda w, s, i=item: _update(i, w, s, jnp.int32(1))[2],
+                lambda w, s, i=item: updated(i, w, s, jnp.int32(1))[2],
                 jax.ShapeDtypeStruct(weight.shape, weight.dtype),
                 state,
             )
@@ -55,7 +56,7 @@ def _start(item: Item, weight: Any) -> dict[str, Any]:
     start = item.rule.watch
     if isinstance(weight, jax.core.Tracer):
         state: dict[str, Any] = partitioned(
-            lambda own: _act(item, partial(start, own[item.name], item.geometry, item.name)),
+            lambda own: acting(item, partial(start, own[item.name], item.geometry, item.name)),
             lambda of, whole: whole,
             {item.name: weight},
         )
@@ -63,7 +64,7 @@ def _start(item: Item, weight: Any) -> dict[str, Any]:
     # On the host, where nothing has to be compiled for it.
     wide = jnp.promote_types(weight.dtype, jnp.float32)
     host = jax.device_get(weight).astype(wide)
-    state = _act(item, partial(start, host, item.geometry, item.name))
+    state = acting(item, partial(start, host, item.geometry, item.name))
     return {key: jnp.asarray(x) for key, x in state.items()}
 
 
@@ -90,12 +91,14 @@ def advance(
         shown = {i.name: state.figures[i.name] for i in items}
         weights = {i.name: leaves[i.index] for i in items}
 
-        def fire(items: list[Item] = items, w: Any = weights, s: Any = own) -> Results:
-            return _fire(items, w, s, step)
+        def fire(
+            items: list[Item] = items, w: Any = weights, s: Any = own, f: Any = shown
+        ) -> Results:
+            return _fire(program, items, w, s, f, step)
 
         def rest(items: list[Item] = items, w: Any = weights, s: Any = own, f: Any = shown) -> Any:
             fine = jnp.ones((), bool)
-            return {i.name: (_unchanged(i, w[i.name]), s[i.name], f[i.name], fine) for i in items}
+            return {i.name: (unchanged(i, w[i.name]), s[i.name], f[i.name], fine) for i in items}
 
         due = is_due(program.plan, step, every, always=always)
         for name, (array, new, seen, fine) in cond(due, fire, rest).items():
@@ -116,18 +119,33 @@ def is_due(plan: Plan, step: Any, every: int, *, always: bool = False) -> Any:
 
 def enforced(item: Item, weight: Any) -> Any:
     """A certified firing on the host."""
-    _refuse_nonfinite(item, weight)
+    refuse_nonfinite(item, weight)
     rule, held = item.weight_rule, jax.device_get(weight)
-    state = _act(item, partial(rule.init, held, item.geometry, item.name))
-    new = _act(item, partial(rule.enforce, held, item.geometry, state, step=1, name=item.name))[0]
+    state = acting(item, partial(rule.init, held, item.geometry, item.name))
+    new = acting(item, partial(rule.enforce, held, item.geometry, state, step=1, name=item.name))[0]
     return weight if new is held else jax.device_put(new, weight.sharding)
 
 
-def _fire(items: Sequence[Item], weights: Any, states: Arrays, step: Any) -> Results:
+def _fire(
+    program: Program,
+    items: Sequence[Item],
+    weights: Any,
+    states: Arrays,
+    figures: Arrays,
+    step: Any,
+) -> Results:
     def layouts(of: Any, whole: Any) -> Any:
         return {item.name: (of[item.name], whole, whole, whole) for item in items}
 
-    results: Results = partitioned(partial(_fire_all, items), layouts, weights, states, step)
+    def fire(weights: Any, states: Arrays, figures: Arrays, step: Any) -> Results:
+        left = [i for i in items if program.on_host and is_left_to_host(i, weights[i.name])]
+        rest = [i for i in items if i not in left]
+        results = _fire_all(rest, weights, states, step)
+        if left:
+            results |= call_host(left, _fire_all, weights, states, figures, step)
+        return results
+
+    results: Results = partitioned(fire, layouts, weights, states, figures, step)
     return results
 
 
@@ -136,12 +154,14 @@ def _fire_all(items: Sequence[Item], weights: Any, states: Arrays, step: Any) ->
     for item in items:
         weight = weights[item.name]
         alone = not isinstance(weight, jax.core.Tracer)
+        if alone:
+            refuse_nonfinite(item, weight)
         groups.setdefault(item.name if alone else _key(item, weight), []).append(item)
     results: Results = {}
     for group in groups.values():
         if len(group) == 1:
             item = group[0]
-            results[item.name] = _checked(item, weights[item.name], states[item.name], step)
+            results[item.name] = checked(item, weights[item.name], states[item.name], step)
             continue
         stack = jax.tree.map(
             lambda *x: jnp.stack(x), *((weights[i.name], states[i.name]) for i in group)
@@ -153,7 +173,7 @@ def _fire_all(items: Sequence[Item], weights: Any, states: Arrays, step: Any) ->
 
 
 def _checked_pair(item: Item, step: Any, given: tuple[Any, Any]) -> Any:
-    return _checked(item, *given, step)
+    return checked(item, *given, step)
 
 
 def _key(item: Item, weight: Any) -> Any:
@@ -162,56 +182,3 @@ def _key(item: Item, weight: Any) -> Any:
         return item.name
     rule = item.rule if item.is_key else id(item.rule)
     return rule, item.geometry, weight.shape, weight.dtype
-
-
-def _checked(item: Item, weight: Any, state: Any, step: Any) -> Any:
-    """A firing that leaves weights alone that are not finite, and keeps the state's shape."""
-    fine = jnp.all(jnp.isfinite(weight))
-    _refuse_nonfinite(item, weight)
-    # Decompositions of infinities need not return.
-    safe = jnp.where(fine, weight, jnp.zeros_like(weight))
-    array, new, figures = _update(item, safe, state, step)
-    # Schedules whose values are none become NaN under a compiler.
-    fine = fine & jnp.all(jnp.isfinite(array))
-    figures = jax.tree.map(lambda x: jnp.where(fine, x, jnp.full_like(x, jnp.nan)), figures)
-    array = jnp.where(fine, array, _unchanged(item, weight))
-    same = jax.tree.structure(new) == jax.tree.structure(state) and all(
-        a.shape == b.shape and a.dtype == b.dtype
-        for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(state), strict=True)
-    )
-    if not same:
-        new = state  # a warm start whose shape depends on the values
-    new = jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, state)
-    return array, new, figures, fine
-
-
-def _update(item: Item, weight: Any, state: Any, step: Any) -> Any:
-    return _act(
-        item,
-        lambda: item.rule.update(weight, item.geometry, state, step=step, name=item.name),
-    )
-
-
-def _unchanged(item: Item, weight: Any) -> Any:
-    return jnp.zeros_like(weight) if item.rule.stage == "gradients" else weight
-
-
-def _refuse_nonfinite(item: Item, weight: Any) -> None:
-    """Raise where the values are known."""
-    if truth(jnp.all(jnp.isfinite(weight))) is False:
-        raise NonFiniteError(
-            f"{item.name} holds NaN or infinity (shape {tuple(weight.shape)}): look for a diverged "
-            f"step or an overflow in half precision. No weight was changed"
-        )
-
-
-def _act(item: Item, function: Callable[[], Any]) -> Any:
-    try:
-        return function()
-    except SpecopsError as error:
-        if item.name in str(error):
-            raise
-        raise type(error)(f"{item.name}: {error}") from error
-    except Exception as error:
-        error.add_note(f"while {item.rule!r} acted on {item.name}")
-        raise

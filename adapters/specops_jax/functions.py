@@ -55,7 +55,12 @@ def init(params: Params, plan: Any, geometries: Geometries | None = None) -> Spe
 
 
 def project_params(
-    params: Params, plan: Any, state: SpecopsState, geometries: Geometries | None = None
+    params: Params,
+    plan: Any,
+    state: SpecopsState,
+    geometries: Geometries | None = None,
+    *,
+    on_host: bool = True,
 ) -> tuple[Params, SpecopsState]:
     """Count one step and let the rules that are due act: after ``optax.apply_updates``.
 
@@ -69,6 +74,8 @@ def project_params(
         As `init`.
     state : SpecopsState
         From `init`, or from the call before.
+    on_host : bool, optional
+        As `constrain`.
 
     Returns
     -------
@@ -95,6 +102,7 @@ def project_params(
     batches in training mode without gradients, before evaluating: this package's README shows how.
     """
     own, leaves, structure = program(params, plan, geometries)
+    own = replace(own, on_host=on_host)
     arrays, state = advance(own, leaves, state, "weights", "forward", "gradients")
     for item in own.of("weights"):
         leaves[item.index] = arrays[item.name]

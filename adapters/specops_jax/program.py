@@ -49,6 +49,8 @@ class Program:
     plan: Plan
     assignments: tuple[Assignment, ...]
     items: tuple[Item, ...]
+    on_host: bool = True
+    """Whether compiled firings may be left to the host."""
 
     def of(self, *stages: str) -> tuple[Item, ...]:
         """The arrays under rules of these stages."""

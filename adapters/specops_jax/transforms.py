@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -22,7 +23,11 @@ Geometries = Mapping[str, Geometry]
 
 
 def constrain(
-    plan: Any, geometries: Geometries | None = None, *, every: int | None = None
+    plan: Any,
+    geometries: Geometries | None = None,
+    *,
+    every: int | None = None,
+    on_host: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Let a plan's rules act on what an optimizer's step leads to: last in the chain.
 
@@ -38,6 +43,13 @@ def constrain(
         See `specops_jax.init`.
     every : int, optional
         Act at every so many steps; default: the plan's own interval. Does not recompile.
+    on_host : bool, optional
+        Where the only device is a CPU, programs call `ClipSpectralNorm`, `ClipAndCut`,
+        `ProjectStableRank` and `Monitor` on the host, by ``jax.pure_callback``, which takes no
+        time to compile: results are those outside of jit, and rounds end when the values allow it.
+        False compiles these rules there too, as everywhere else: for programs that are to be
+        exported, and for JAX's persistent cache, which some versions keep of no program with
+        callbacks.
 
     Returns
     -------
@@ -87,6 +99,7 @@ def constrain(
         stepped = jax.tree.unflatten(shape, moved)
         place = [j for j, p in enumerate(held) for _ in jax.tree.leaves(p)]
         own, leaves = _program(stepped, params, plan, geometries, every)
+        own = replace(own, on_host=on_host)
         arrays, state = advance(own, leaves, state, "weights", "forward")
         for item in own.of("weights"):
             i, new = place[item.index], arrays[item.name]

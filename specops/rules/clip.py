@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -78,6 +78,7 @@ class ClipSpectralNorm(Scheduled, WeightRule):
     distance_tolerance: float = field(default=0.1, repr=False)
     screen: bool = field(default=True, repr=False)
     norm: Literal["operator", "reshaped"] = field(default="operator", kw_only=True)
+    dear_to_compile: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_scheduled(self.max_norm, "max_norm")

@@ -301,7 +301,9 @@ def test_equal_layers_share_one_body_under_an_injected_bound(
     geometries = {"*": Dense()}
     params = {str(i): parameters()["a"] for i in range(5)}
     transform = optax.inject_hyperparams(
-        lambda max_norm: specops_jax.constrain(ClipSpectralNorm(max_norm), geometries)
+        lambda max_norm: specops_jax.constrain(
+            ClipSpectralNorm(max_norm), geometries, on_host=False
+        )
     )(by_table)
     state, calls, update = transform.init(params), [], ClipSpectralNorm.update
 

@@ -1,0 +1,74 @@
+"""One firing of one rule on one array: of JAX, traced or not, or of NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from specops import arrays
+from specops.arrays import truth
+from specops.errors import NonFiniteError, SpecopsError
+from specops_jax.program import Item
+
+
+def checked(item: Item, weight: Any, state: Any, step: Any) -> tuple[Any, Any, Any, Any]:
+    """(array, state, figures, whether all was finite): left alone where it was not.
+
+    The state keeps its shape.
+    """
+    xp = arrays.namespace(weight)
+    fine = xp.all(xp.isfinite(weight))
+    # Decompositions of infinities need not return.
+    safe = xp.where(fine, weight, xp.zeros_like(weight))
+    array, new, figures = updated(item, safe, state, step)
+    # Schedules whose values are none become NaN under a compiler.
+    fine = fine & xp.all(xp.isfinite(array))
+    figures = jax.tree.map(lambda x: xp.where(fine, x, xp.full_like(x, xp.nan)), figures)
+    array = xp.where(fine, array, unchanged(item, weight))
+    same = jax.tree.structure(new) == jax.tree.structure(state) and all(
+        a.shape == b.shape and a.dtype == b.dtype
+        for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(state), strict=True)
+    )
+    if not same:
+        new = state  # a warm start whose shape depends on the values
+    new = jax.tree.map(lambda a, b: xp.where(fine, a, b), new, state)
+    return array, new, figures, fine
+
+
+def updated(item: Item, weight: Any, state: Any, step: Any) -> Any:
+    """What the rule's `update` gives."""
+    return acting(
+        item,
+        lambda: item.rule.update(weight, item.geometry, state, step=step, name=item.name),
+    )
+
+
+def unchanged(item: Item, weight: Any) -> Any:
+    """What a firing gives that does nothing."""
+    zero = item.rule.stage == "gradients"
+    return arrays.namespace(weight).zeros_like(weight) if zero else weight
+
+
+def refuse_nonfinite(item: Item, weight: Any) -> None:
+    """Raise where the values are known."""
+    if truth(jnp.all(jnp.isfinite(weight))) is False:
+        raise NonFiniteError(
+            f"{item.name} holds NaN or infinity (shape {tuple(weight.shape)}): look for a diverged "
+            f"step or an overflow in half precision. No weight was changed"
+        )
+
+
+def acting(item: Item, function: Callable[[], Any]) -> Any:
+    """The function's value; its errors name the item."""
+    try:
+        return function()
+    except SpecopsError as error:
+        if item.name in str(error):
+            raise
+        raise type(error)(f"{item.name}: {error}") from error
+    except Exception as error:
+        error.add_note(f"while {item.rule!r} acted on {item.name}")
+        raise
