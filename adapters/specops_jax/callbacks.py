@@ -35,7 +35,7 @@ def is_left_to_host(item: Item, weight: Any) -> bool:
         return False
     alone = jax.default_backend() == "cpu" and jax.device_count() == 1
     mapped = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
-    return alone and not mapped and item.weight_rule.dear_to_compile
+    return alone and not mapped and item.weight_rule.dear_to_compile(item.geometry)
 
 
 def call_host(

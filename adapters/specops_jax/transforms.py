@@ -44,12 +44,11 @@ def constrain(
     every : int, optional
         Act at every so many steps; default: the plan's own interval. Does not recompile.
     on_host : bool, optional
-        Where the only device is a CPU, programs call `ClipSpectralNorm`, `ClipAndCut`,
-        `ProjectStableRank` and `Monitor` on the host, by ``jax.pure_callback``, which takes no
-        time to compile: results are those outside of jit, and rounds end when the values allow it.
-        False compiles these rules there too, as everywhere else: for programs that are to be
-        exported, and for JAX's persistent cache, which some versions keep of no program with
-        callbacks.
+        Where the only device is a CPU, programs call `ClipSpectralNorm` of a convolution back on
+        the host (``jax.pure_callback``): with the numbers that it has outside of jit, several times
+        faster than compiled, and without the seconds that a compiler takes for each shape. False
+        compiles it there too, as everywhere else: for programs that are to be exported
+        (``jax.export``), or kept by JAX's persistent cache, where that keeps none with callbacks.
 
     Returns
     -------

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from specops import arrays
 from specops.errors import StateError
-from specops.geometry import Dense, Geometry
+from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import check_bound, non_negative
 from specops.maps.explicit import small_explicit_map
 from specops.projections import project_spectral_ball
@@ -78,7 +78,6 @@ class ClipSpectralNorm(Scheduled, WeightRule):
     distance_tolerance: float = field(default=0.1, repr=False)
     screen: bool = field(default=True, repr=False)
     norm: Literal["operator", "reshaped"] = field(default="operator", kw_only=True)
-    dear_to_compile: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_scheduled(self.max_norm, "max_norm")
@@ -157,6 +156,10 @@ class ClipSpectralNorm(Scheduled, WeightRule):
     def refuses_nonfinite(self, geometry: Geometry) -> bool:
         """Of stacks it may leave matrices alone that an estimate finds inside."""
         return not (isinstance(geometry, Dense) and geometry.batch_axes)
+
+    def dear_to_compile(self, geometry: Geometry) -> bool:
+        """Of convolutions: rounds of decompositions, which end when the values allow it."""
+        return isinstance(self.view(geometry), Conv)
 
     def _watched(
         self, weight: Array, geometry: Geometry, state: State, bound: Any

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from specops import arrays
 from specops.geometry import Conv, Dense, Geometry
@@ -64,7 +63,6 @@ class ClipAndCut(Scheduled, WeightRule):
     """
 
     max_norm: float | Schedule
-    dear_to_compile: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_scheduled(self.max_norm, "max_norm")

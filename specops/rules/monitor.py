@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from specops import arrays
 from specops.geometry import Conv, Geometry
@@ -20,8 +19,6 @@ class Monitor(Scheduled, WeightRule):
     Figures: ``spectral_norm`` and ``stable_rank``; for a convolution without input size
     ``norm_upper``, a bound for every size.
     """
-
-    dear_to_compile: ClassVar[bool] = True
 
     def init(self, weight: Array, geometry: Geometry, name: str) -> State:
         """No state."""

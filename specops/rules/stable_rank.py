@@ -56,7 +56,6 @@ class ProjectStableRank(Scheduled, WeightRule):
     preserve: int = 0
     norm: Literal["operator", "reshaped"]
     limits_stable_rank: ClassVar[bool] = True
-    dear_to_compile: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_norm(self.norm, ("operator", "reshaped"))

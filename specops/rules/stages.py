@@ -26,7 +26,7 @@ _COMPUTING = (
 """The methods that a `formula` stands for."""
 _FIRING = ("init", "update", "advance", "tracked", "view", "strength_at")
 """The methods that `by_products` stands for."""
-_DEAR = ("update", "view")
+_COMPILED = ("update", "view")
 """The methods that `dear_to_compile` speaks of."""
 
 
@@ -50,8 +50,6 @@ class _AnyStage(Rule, Protocol):
             cls.formula = ""
         if _differs(cls, "by_products", _FIRING):
             cls.by_products = _AnyStage.by_products  # type: ignore[method-assign]
-        if hasattr(cls, "dear_to_compile") and _differs(cls, "dear_to_compile", _DEAR):
-            cls.dear_to_compile = False
 
     def obstacle(self, geometry: Geometry) -> str:
         """Why the rule cannot act on such a map; "" if it can."""
@@ -110,12 +108,11 @@ class WeightRule(_AnyStage, Protocol):
     """A rule that acts on weights after the optimizer's step."""
 
     stage: ClassVar[Literal["weights"]] = "weights"
-    dear_to_compile: ClassVar[bool] = False
-    """Whether a program for a CPU had better call `update` back than compile it.
 
-    By NumPy's arrays, of which no other library is asked meanwhile. A subclass with an `update`
-    of its own is compiled, unless it says so too.
-    """
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if _differs(cls, "dear_to_compile", _COMPILED):
+            cls.dear_to_compile = WeightRule.dear_to_compile  # type: ignore[method-assign]
 
     def enforce(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
@@ -125,6 +122,14 @@ class WeightRule(_AnyStage, Protocol):
 
     def refuses_nonfinite(self, geometry: Geometry) -> bool:
         """Whether it raises `NonFiniteError` itself where any entry is NaN or infinite."""
+        return False
+
+    def dear_to_compile(self, geometry: Geometry) -> bool:
+        """Whether a program for a CPU had better call `update` back, with NumPy's arrays.
+
+        A subclass with an `update` of its own, which may compute by one library alone, is
+        compiled unless it says so too.
+        """
         return False
 
 

@@ -38,7 +38,9 @@ def named(params: Any) -> dict[str, np.ndarray]:
 class JaxTraining:
     """Three ways to call one plan: before the optimizer, in its chain, around the loss."""
 
-    def __init__(self, params: Any, rule_or_plan: Any, geometries: Any = None) -> None:
+    def __init__(
+        self, params: Any, rule_or_plan: Any, geometries: Any = None, *, on_host: bool = True
+    ) -> None:
         inferred = specops_jax.geometries_of(Net(), X)
         given = inferred if geometries is None else {**inferred, **geometries}
         self.params, self.given = params, given
@@ -49,7 +51,7 @@ class JaxTraining:
         if "gradients" in stages:
             parts.insert(0, specops_jax.add_penalty(self.plan, given))
         if stages - {"gradients"} or not stages:
-            parts.append(specops_jax.constrain(self.plan, given))
+            parts.append(specops_jax.constrain(self.plan, given, on_host=on_host))
         self.use(optax.chain(*parts))
         self.log: list[dict[str, Any]] = []
 
@@ -136,6 +138,7 @@ class TestJax(AdapterSuite):
     name = "jax"
     # There is nothing to attach to: the suite's training is the loop that users write.
     capabilities = Capabilities(supports_jit=True, in_place=False, registered=False)
+    on_host = True
 
     def model(self) -> Any:
         params = Net().init(jax.random.key(0), X)["params"]
@@ -151,7 +154,7 @@ class TestJax(AdapterSuite):
         ]
 
     def start(self, model: Any, rule_or_plan: Any, **options: Any) -> JaxTraining:
-        return JaxTraining(model, rule_or_plan, **options)
+        return JaxTraining(model, rule_or_plan, on_host=self.on_host, **options)
 
     def array(self, values: np.ndarray) -> Any:
         return jnp.asarray(values)
@@ -171,3 +174,9 @@ class TestJax(AdapterSuite):
         found = found if geometries is None else {**found, **geometries}
         state = specops_jax.init(params, rule_or_plan, found)
         return specops_jax.project_params(params, rule_or_plan, state, found)
+
+
+class TestCompiled(TestJax):
+    """The same where nothing is called back, as on every device but a single CPU."""
+
+    on_host = False

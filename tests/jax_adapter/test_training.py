@@ -18,6 +18,7 @@ import specops
 import specops_jax
 from specops import ClipSpectralNorm, Conv, Dense, Monitor, Plan
 from specops.errors import NonFiniteError, PlanError
+from specops_jax import firing
 from tests.oracle import conv_matrix
 
 optax = pytest.importorskip("optax")
@@ -30,6 +31,13 @@ GEOMETRIES = {
 CAP = 0.7
 ROOT = Path(__file__).parents[2]
 CACHE = "JAX_COMPILATION_CACHE_DIR"
+
+
+@pytest.fixture(autouse=True, params=["called back", "compiled"])
+def firings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of convolutions: as on a single CPU, and as on every other device."""
+    if request.param == "compiled":
+        monkeypatch.setattr(firing, "is_left_to_host", lambda *_: False)
 
 
 def parameters(dtype: Any = jnp.float32) -> dict[str, Any]:

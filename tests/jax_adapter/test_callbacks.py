@@ -1,0 +1,275 @@
+"""Firings of convolutions that compiled programs leave to the host, beside compiled ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+import specops
+import specops_jax
+from specops import ClipSpectralNorm, Conv, Dense
+from specops.errors import NonFiniteError, SpecopsError
+from tests.oracle import conv_matrix
+
+GEOMETRIES = {"conv": Conv((12, 12), layout="*IO"), "w": Dense()}
+CAP = 0.7
+BOTH = pytest.mark.parametrize("on_host", [True, False])
+
+
+def parameters(dtype: Any = jnp.float32) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    shapes = {"conv": (3, 3, 4, 5), "w": (4, 6)}
+    return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in shapes.items()}
+
+
+def norm(kernel: Any) -> float:
+    """Of the explicit matrix, in double precision."""
+    matrix = conv_matrix(np.asarray(kernel, np.float64), GEOMETRIES["conv"])
+    return float(np.linalg.norm(matrix, 2))
+
+
+class Projection:
+    """`project_params` of one plan, from its first state on."""
+
+    def __init__(self, rule: Any = None, params: Any = None, **options: Any) -> None:
+        self.plan = specops.Plan.of(ClipSpectralNorm(CAP) if rule is None else rule)
+        params = parameters() if params is None else params
+        self.state = specops_jax.init(params, self.plan, GEOMETRIES)
+        self.options = options
+
+    def __call__(self, params: Any, state: Any = None) -> Any:
+        state = self.state if state is None else state
+        return specops_jax.project_params(params, self.plan, state, GEOMETRIES, **self.options)
+
+
+def calls_back(function: Any, *given: Any) -> bool:
+    return "pure_callback" in str(jax.make_jaxpr(function)(*given))
+
+
+def test_a_program_gives_what_the_same_call_gives_outside_of_it() -> None:
+    params, project = parameters(), Projection()
+    assert calls_back(project, params)
+    eager, told = project(params)
+    new, found = jax.jit(project)(params)
+    np.testing.assert_array_equal(new["conv"], eager["conv"])
+    assert jax.tree.structure(found) == jax.tree.structure(told)
+    for key, figure in told.figures["conv"].items():
+        np.testing.assert_array_equal(found.figures["conv"][key], figure)
+    assert 0.9 * CAP < norm(new["conv"]) <= CAP * (1 + 1e-6)
+
+
+def test_compiled_and_called_back_it_keeps_the_same_promise() -> None:
+    params = parameters()
+    moved = {}
+    for on_host in (True, False):
+        project = Projection(on_host=on_host)
+        assert calls_back(project, params) == on_host
+        new, state = jax.jit(project)(params)
+        assert 0.9 * CAP < norm(new["conv"]) <= CAP * (1 + 1e-6)
+        assert jax.tree.structure(state) == jax.tree.structure(project.state)
+        moved[on_host] = float(jnp.linalg.norm(new["conv"] - params["conv"]))
+    assert moved[True] <= 1.1 * moved[False]
+    assert moved[False] <= 1.1 * moved[True]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "complex64"])
+def test_dtypes_stay(dtype: str) -> None:
+    params = parameters(jnp.dtype(dtype))
+    new, _ = jax.jit(Projection(params=params))(params)
+    assert new["conv"].dtype == params["conv"].dtype
+    kernel = np.asarray(new["conv"].astype(jnp.promote_types(dtype, jnp.float32)))
+    wide = kernel.astype(np.result_type(kernel, np.float64))
+    matrix = conv_matrix(wide, GEOMETRIES["conv"])
+    assert 0.9 * CAP < np.linalg.norm(matrix, 2) <= CAP * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, np.inf])
+def test_a_number_that_is_no_bound_leaves_the_kernel_alone_and_is_counted(bad: float) -> None:
+    params = parameters()
+    state = Projection().state
+
+    @jax.jit
+    def project(bound: Any) -> Any:
+        plan = specops.Plan.of(ClipSpectralNorm(bound))
+        return specops_jax.project_params(params, plan, state, GEOMETRIES)
+
+    new, after = project(jnp.float32(bad))
+    np.testing.assert_array_equal(new["conv"], params["conv"])
+    assert after.nonfinite["conv"] == 1
+    assert np.isnan(after.figures["conv"]["norm_after"])
+    for bound in (CAP, 0.5 * CAP):
+        new, after = project(jnp.float32(bound))
+        assert norm(new["conv"]) <= bound * (1 + 1e-6)
+        assert after.nonfinite["conv"] == 0
+
+
+def test_a_kernel_that_is_not_finite_is_left_alone_and_counted() -> None:
+    project = jax.jit(Projection())
+    bad = parameters()
+    bad["conv"] = bad["conv"].at[0, 0, 0, 0].set(jnp.nan)
+    new, state = project(bad)
+    np.testing.assert_array_equal(new["conv"], bad["conv"])
+    assert state.nonfinite["conv"] == 1
+    assert norm(project(parameters(), state)[0]["conv"]) <= CAP * (1 + 1e-6)
+    with pytest.raises(NonFiniteError, match="conv"):
+        specops_jax.check(state)
+
+
+def test_schedules_are_computed_by_the_program_and_never_by_the_host() -> None:
+    def bound(step: Any, name: str, geometry: Any) -> Any:
+        return jnp.where(step > 1, 0.5 * CAP, CAP)
+
+    params, project = parameters(), Projection(ClipSpectralNorm(bound))
+    assert calls_back(project, params)
+    step, state = jax.jit(project), None
+    for expected in (CAP, 0.5 * CAP):
+        params, state = step(params, state)
+        assert 0.9 * expected < norm(params["conv"]) <= expected * (1 + 1e-6)
+
+
+@BOTH
+def test_its_derivative_is_that_of_the_compiled_rounds(on_host: bool) -> None:
+    params, project = parameters(), Projection(on_host=on_host)
+    tangent = jax.tree.map(jnp.ones_like, params)
+
+    def total(params: Any) -> Any:
+        return sum(jnp.sum(x**3) for x in jax.tree.leaves(project(params)[0]))
+
+    gradient = jax.jit(jax.grad(total))(params)
+    _, along = jax.jit(lambda p: jax.jvp(total, (p,), (tangent,)))(params)
+    summed = sum(float(jnp.sum(x)) for x in jax.tree.leaves(gradient))
+    assert abs(summed - float(along)) <= 1e-4 * abs(summed)
+    compiled = jax.jit(jax.grad(lambda p: jnp.sum(Projection(on_host=False)(p)[0]["conv"] ** 3)))
+    np.testing.assert_allclose(gradient["conv"], compiled(params)["conv"], rtol=1e-4, atol=1e-6)
+
+
+def test_mapped_over_stacked_models_each_has_its_own() -> None:
+    params, project = parameters(), Projection()
+    stack = jax.tree.map(lambda x: jnp.stack([x, 2.0 * x, 0.01 * x]), params)
+    new, state = jax.jit(jax.vmap(lambda p: project(p)))(stack)
+    for index, scale in enumerate((1.0, 2.0, 0.01)):
+        alone, _ = project(jax.tree.map(lambda x, s=scale: s * x, params))
+        np.testing.assert_allclose(new["conv"][index], alone["conv"], atol=1e-6)
+    assert state.figures["conv"]["norm_before"].shape == (3,)
+
+
+def test_in_a_scan_only_the_steps_that_are_due_call() -> None:
+    rule, calls = ClipSpectralNorm(CAP), []
+
+    @dataclass(frozen=True)
+    class Counting(ClipSpectralNorm):
+        def update(self, *given: Any, **options: Any) -> Any:
+            calls.append(isinstance(given[0], np.ndarray))
+            return rule.update(*given, **options)
+
+        def dear_to_compile(self, geometry: Any) -> bool:
+            return isinstance(geometry, Conv)
+
+    params = parameters()
+    plan = specops.Plan([("conv", Counting(CAP))], every=3)
+    state = specops_jax.init(params, plan, GEOMETRIES)
+    calls.clear()
+
+    def body(carry: Any, _: Any) -> Any:
+        grown = jax.tree.map(lambda x: 1.1 * x, carry[0])
+        return specops_jax.project_params(grown, plan, carry[1], GEOMETRIES), None
+
+    (params, state), _ = jax.lax.scan(body, (params, state), length=7)
+    jax.block_until_ready(params)
+    assert calls == [True, True]
+    assert abs(norm(params["conv"]) / (1.1 * CAP) - 1.0) < 0.1
+
+
+def test_a_subclass_that_computes_otherwise_is_compiled() -> None:
+    @dataclass(frozen=True)
+    class ByJax(ClipSpectralNorm):
+        def update(self, weight: Any, *given: Any, **options: Any) -> Any:
+            half = jnp.multiply(weight, 0.5)
+            return half, {}, {"size": jnp.linalg.norm(half)}
+
+    assert not ByJax(CAP).dear_to_compile(GEOMETRIES["conv"])
+    params, project = parameters(), Projection(ByJax(CAP, screen=False))
+    assert not calls_back(project, params)
+    new, _ = jax.jit(project)(params)
+    np.testing.assert_array_equal(new["conv"], 0.5 * params["conv"])
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        ClipSpectralNorm(CAP, norm="reshaped"),
+        specops.SpectralNormPenalty(0.1, norm="operator"),
+        specops.SpectralNormalization(norm="operator"),
+        specops.SpectralHammer(CAP, norm="operator"),
+    ],
+)
+def test_what_compiles_quickly_is_compiled(rule: Any) -> None:
+    assert not calls_back(Projection(rule), parameters())
+
+
+def test_matrices_are_compiled() -> None:
+    plan = specops.Plan([("w", ClipSpectralNorm(CAP)), ("conv", None)])
+    assert not calls_back(Projection(plan), parameters())
+
+
+def test_within_shard_map_it_is_compiled() -> None:
+    mesh, spec = jax.make_mesh((1,), ("devices",)), PartitionSpec()
+    project = Projection()
+
+    @jax.jit
+    def mapped(params: Any) -> Any:
+        inner = jax.shard_map(
+            lambda p: project(p)[0], mesh=mesh, in_specs=(spec,), out_specs=spec, check_vma=False
+        )
+        return inner(params)
+
+    assert not calls_back(mapped, parameters())
+    assert norm(mapped(parameters())["conv"]) <= CAP * (1 + 1e-6)
+
+
+def test_programs_without_callbacks_are_exported() -> None:
+    params = parameters()
+
+    def exported(**options: Any) -> Any:
+        project = Projection(**options)
+        return jax.export.export(jax.jit(lambda p: project(p)[0]))(params)
+
+    with pytest.raises(NotImplementedError, match="callback"):
+        exported()
+    assert norm(exported(on_host=False).call(params)["conv"]) <= CAP * (1 + 1e-6)
+
+
+@BOTH
+def test_the_last_link_of_a_chain_passes_the_choice_on(on_host: bool) -> None:
+    optax = pytest.importorskip("optax")
+    transform = optax.chain(
+        optax.sgd(0.1),
+        specops_jax.constrain(ClipSpectralNorm(CAP), GEOMETRIES, on_host=on_host),
+    )
+    params = parameters()
+    state = transform.init(params)
+    assert calls_back(transform.update, params, state, params) == on_host
+    updates, _ = jax.jit(transform.update)(params, state, params)
+    assert norm(optax.apply_updates(params, updates)["conv"]) <= CAP * (1 + 1e-5)
+
+
+def test_an_error_on_the_host_names_the_layer() -> None:
+    @dataclass(frozen=True)
+    class Failing(ClipSpectralNorm):
+        def update(self, weight: Any, *given: Any, **options: Any) -> Any:
+            if isinstance(weight, np.ndarray):
+                raise SpecopsError("as it must")
+            return super().update(weight, *given, **options)
+
+        def dear_to_compile(self, geometry: Any) -> bool:
+            return isinstance(geometry, Conv)
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="conv: as it must"):
+        jax.block_until_ready(jax.jit(Projection(Failing(CAP)))(parameters()))
