@@ -45,8 +45,8 @@ def constrain(
         Act at every so many steps; default: the plan's own interval. Does not recompile.
     on_host : bool, optional
         Where the only device is a CPU, programs call `ClipSpectralNorm` of a convolution back on
-        the host (``jax.pure_callback``): with the numbers that it has outside of jit, several times
-        faster than compiled, and without the seconds that a compiler takes for each shape. False
+        the host (``jax.pure_callback``): with the numbers that it has outside of jit, as fast as
+        compiled or several times faster, and without seconds of compilation for each shape. False
         compiles it there too, as everywhere else: for programs that are to be exported
         (``jax.export``), or kept by JAX's persistent cache, where that keeps none with callbacks.
 

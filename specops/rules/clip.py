@@ -44,7 +44,7 @@ class ClipSpectralNorm(Scheduled, WeightRule):
     otherwise. A weight found inside is not decomposed again at every firing: while the norm that
     a power step on its leading vectors gives stays below 0.9 of the bound, it is left alone.
     That estimate is a lower bound; every 100th firing, `enforce` and the first one certify.
-    A small zero-padded convolution ends at the bound, a larger one, and any in compiled code, up
+    A small zero-padded convolution ends at the bound, a larger one, and any that is compiled, up
     to a few per cent below it: `project_spectral_ball` says which.
 
     Parameters
