@@ -8,6 +8,7 @@ object `completed` makes a rule that has them.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from types import FunctionType
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, cast
 
@@ -128,9 +129,18 @@ class WeightRule(_AnyStage, Protocol):
         """Whether a program for a CPU had better call `update` back, with NumPy's arrays.
 
         A subclass with an `update` of its own, which may compute by one library alone, is
-        compiled unless it says so too.
+        compiled unless it says so too. Its numbers that programs compute are handed over as
+        `numbers_at` and `with_numbers` say.
         """
         return False
+
+    def numbers_at(self, step: int, name: str, geometry: Geometry) -> dict[str, Any]:
+        """By name, the numbers that may be known to a running program alone."""
+        return {}
+
+    def with_numbers(self, numbers: Mapping[str, Any]) -> WeightRule:
+        """The same rule with these numbers."""
+        return self
 
 
 class GradientRule(_AnyStage, Protocol):
