@@ -5,6 +5,7 @@ Their rounds end when the values say so, and no compiler spends seconds on each 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,27 +14,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.buffer_callback import buffer_callback
 from jax.sharding import AxisType
 
-from specops_jax.one_firing import checked
+from specops_jax.one_firing import acting, checked
 from specops_jax.program import Item
 from specops_jax.state import Arrays
 
 Numbers = Mapping[str, Any]
-Structs = tuple[Any, Any, Any, Any]
-"""Shapes and dtypes of (array, state, figures, whether all was finite)."""
 
 
 def is_left_to_host(item: Item, weight: Any) -> bool:
     """Whether a program that runs on one CPU alone had better not be compiled for the rule.
 
-    Within ``shard_map`` it is: JAX 0.7.0 cannot lower a callback there.
+    Within ``shard_map`` it is: JAX 0.7.0 cannot lower every callback there.
     """
     if not isinstance(weight, jax.core.Tracer) or item.stage != "weights":
         return False
     alone = jax.default_backend() == "cpu" and jax.device_count() == 1
     mapped = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
-    return alone and not mapped and item.weight_rule.dear_to_compile(item.geometry)
+    return alone and not mapped and item.weight_rule.costly_to_compile(item.geometry)
 
 
 def call_host(
@@ -44,20 +44,22 @@ def call_host(
     figures: Arrays,
     step: Any,
 ) -> Any:
-    """`compiled(items, weights, states, step)`, but computed by the host; with its derivative.
+    """What `compiled(items, weights, states, step)` promises, computed by the host.
 
-    By name (array, state, figures, whether all was finite), in the dtypes of what is given.
+    By name (array, state, figures, whether all was finite), in the dtypes of what is given. A
+    program that asks for derivatives computes `compiled` itself.
     """
-    numbers = {i.name: i.weight_rule.numbers_at(step, i.name, i.geometry) for i in items}
-    # What the program keeps must hold no array, which may be traced: any number will do.
-    bare = [_with(item, dict.fromkeys(numbers[item.name], 1.0)) for item in items]
+    parts = [_parted(item, step) for item in items]
+    bare, numbers = [item for item, _ in parts], {item.name: found for item, found in parts}
     own: Any = {name: (weights[name], states[name]) for name in numbers}
     like = {name: (*pair, figures[name], jnp.ones((), bool)) for name, pair in own.items()}
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
 
     def by_host(*given: Any) -> Any:
-        host = partial(_fire_all, bare, structs)
-        return jax.pure_callback(host, structs, *given, vmap_method="sequential")
+        # Not `jax.pure_callback`: that puts what it is given on the device before it calls, which
+        # waits for a thread that other programs may hold until this one ends.
+        host = partial(_on_host, bare)
+        return buffer_callback(host, structs, vmap_method="sequential")(*given)
 
     def by_program(own: Any, numbers: Any, step: Any) -> Any:
         rebuilt = [_with(item, numbers[item.name]) for item in bare]
@@ -70,38 +72,39 @@ def call_host(
     return fire(own, numbers, step)
 
 
+def _parted(item: Item, step: Any) -> tuple[Item, dict[str, jax.Array]]:
+    """(the item without arrays, which may be traced, and schedules; those at this step)."""
+    rule = item.weight_rule
+    found = acting(item, partial(rule.numbers_at, step, item.name, item.geometry))
+    unknown = {key: x for key, x in found.items() if isinstance(x, jax.Array)}
+    return _with(item, found | dict.fromkeys(unknown, 1.0)), unknown
+
+
 def _with(item: Item, numbers: Numbers) -> Item:
     rule = item.weight_rule.with_numbers(numbers)
     return replace(item, assignment=replace(item.assignment, rule=rule))
 
 
-def _fire_all(
-    items: Sequence[Item],
-    structs: Mapping[str, Structs],
-    own: Any,
-    numbers: Any,
-    step: Any,
-) -> Any:
-    """On NumPy's arrays alone: JAX is not to be called from within its own programs."""
-    own, numbers, step = jax.tree.map(np.asarray, (own, numbers, step))
-    found = {}
+def _on_host(items: Sequence[Item], context: Any, out: Any, *given: Any) -> None:
+    """Fill the buffers. JAX is not to be called from within its own programs."""
+    del context
+    own, numbers, step = jax.tree.map(_view, given)
     for item in items:
-        name, (weight, state) = item.name, own[item.name]
-        found[name] = _fire(item, weight, state, numbers[name], int(step), structs[name])
-    return jax.tree.map(lambda x, s: np.asarray(x, s.dtype), found, dict(structs))
+        weight, state = own[item.name]
+        known = {key: x.item() for key, x in numbers[item.name].items()}
+        if any(map(math.isnan, known.values())):  # what a schedule gives is no bound
+            none = jax.tree.map(lambda _: math.nan, out[item.name][2])
+            found: Any = weight, state, none, False
+        else:
+            found = checked(_with(item, known), weight, state, int(step))
+        jax.tree.map(_fill, out[item.name], found)
 
 
-def _fire(
-    item: Item,
-    weight: np.ndarray,
-    state: dict[str, np.ndarray],
-    numbers: Numbers,
-    step: int,
-    structs: Structs,
-) -> tuple[Any, Any, Any, Any]:
-    try:
-        item = _with(item, {key: x.item() for key, x in numbers.items()})
-    except ValueError:  # what a schedule gives is no bound
-        figures = jax.tree.map(lambda s: np.full(s.shape, np.nan), structs[2])
-        return weight, state, figures, False
-    return checked(item, weight, state, step)
+def _view(buffer: Any) -> np.ndarray:
+    array = np.asarray(buffer)
+    array.flags.writeable = False
+    return array
+
+
+def _fill(buffer: Any, value: Any) -> None:
+    np.asarray(buffer)[...] = value

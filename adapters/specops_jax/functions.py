@@ -94,7 +94,8 @@ def project_params(
     -----
     Differentiable where the rule's own steps are: for ``ClipSpectralNorm`` of a matrix this is
     the derivative of the nearest point, for convolutions and ``SpectralHammer`` that of the
-    rounds that were run, with the vectors held fixed. Under ``shard_map`` give whole
+    compiled rounds, with the vectors held fixed; the value beside it is theirs too, whatever
+    `on_host` says. Under ``shard_map`` give whole
     (replicated) convolution kernels.
 
     Running statistics of batch normalisation (flax's ``batch_stats``) stay those of the parameters

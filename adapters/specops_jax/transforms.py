@@ -45,10 +45,11 @@ def constrain(
         Act at every so many steps; default: the plan's own interval. Does not recompile.
     on_host : bool, optional
         Where the only device is a CPU, programs call `ClipSpectralNorm` of a convolution back on
-        the host (``jax.pure_callback``): with the numbers that it has outside of jit, as fast as
-        compiled or several times faster, and without seconds of compilation for each shape. False
-        compiles it there too, as everywhere else: for programs that are to be exported
-        (``jax.export``), or kept by JAX's persistent cache, where that keeps none with callbacks.
+        the host: with the numbers that it has outside of jit, as fast as compiled or up to ten
+        times faster, and without seconds of compilation for each shape. False compiles it there
+        too, as it is on other devices, under ``shard_map`` and where a derivative is asked for:
+        for programs that are to be exported (``jax.export``), or kept by JAX's persistent cache,
+        where that keeps none with callbacks.
 
     Returns
     -------

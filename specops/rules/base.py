@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, Literal, Protocol, runtime_checkable
 
-from specops import arrays
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import check_bound
 from specops.typing import Array, State
@@ -56,19 +55,6 @@ class Scheduled:
     def is_scheduled(self) -> bool:
         """Whether any of them is."""
         return any(map(callable, vars(self).values()))
-
-    def numbers_at(self, step: int, name: str, geometry: Geometry) -> dict[str, Any]:
-        """By name, what its schedules give, and what it was given as arrays."""
-        held = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        return {
-            key: at(value, step, name, geometry)
-            for key, value in held.items()
-            if callable(value) or arrays.is_array(value)
-        }
-
-    def with_numbers(self, numbers: Mapping[str, Any]) -> Self:
-        """The same rule with these in their place."""
-        return replace(self, **numbers) if numbers else self  # type: ignore[type-var]
 
     def __repr__(self) -> str:
         given = (f"{f.name}={shown(getattr(self, f.name))}" for f in fields(self) if f.repr)  # type: ignore[arg-type]

@@ -157,9 +157,16 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         """Of stacks it may leave matrices alone that an estimate finds inside."""
         return not (isinstance(geometry, Dense) and geometry.batch_axes)
 
-    def dear_to_compile(self, geometry: Geometry) -> bool:
+    def costly_to_compile(self, geometry: Geometry) -> bool:
         """Of convolutions: rounds of decompositions, which end when the values allow it."""
         return isinstance(self.view(geometry), Conv)
+
+    def numbers_at(self, step: int, name: str, geometry: Geometry) -> dict[str, Any]:
+        """The bound."""
+        given = self.max_norm
+        if not (callable(given) or arrays.is_array(given)):
+            return {}
+        return {"max_norm": check_bound(at(given, step, name, geometry), "max_norm")}
 
     def _watched(
         self, weight: Array, geometry: Geometry, state: State, bound: Any

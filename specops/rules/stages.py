@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from copy import copy
 from types import FunctionType
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, cast
 
@@ -20,15 +21,15 @@ from specops.tracking import Steps, Tracked
 from specops.typing import Array, State
 
 Formula = Literal["", "normalized", "rank limited", "penalty"]
-_COMPUTING = (
-    *("init", "update", "apply", "advance", "tracked"),
-    *("arguments", "fixed_scale", "strength_at", "penalty"),
-)
-"""The methods that a `formula` stands for."""
-_FIRING = ("init", "update", "advance", "tracked", "view", "strength_at")
-"""The methods that `by_products` stands for."""
-_COMPILED = ("update", "view")
-"""The methods that `dear_to_compile` speaks of."""
+_SPEAKS_OF = {
+    "formula": (
+        *("init", "update", "apply", "advance", "tracked"),
+        *("arguments", "fixed_scale", "strength_at", "penalty"),
+    ),
+    "by_products": ("init", "update", "advance", "tracked", "view", "strength_at"),
+    "costly_to_compile": ("watch", "update", "view", "numbers_at"),
+}
+"""Members that say something of methods, which a subclass may have others of."""
 
 
 class _AnyStage(Rule, Protocol):
@@ -47,10 +48,10 @@ class _AnyStage(Rule, Protocol):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if _differs(cls, "formula", _COMPUTING):
-            cls.formula = ""
-        if _differs(cls, "by_products", _FIRING):
-            cls.by_products = _AnyStage.by_products  # type: ignore[method-assign]
+        for member, methods in _SPEAKS_OF.items():
+            knowing = [base for base in cls.__mro__ if member in vars(base)]
+            if knowing and any(_method(cls, m) is not _method(knowing[0], m) for m in methods):
+                setattr(cls, member, vars(knowing[-1])[member])
 
     def obstacle(self, geometry: Geometry) -> str:
         """Why the rule cannot act on such a map; "" if it can."""
@@ -99,21 +100,14 @@ class _AnyStage(Rule, Protocol):
         return self.init(weight, geometry, name)
 
 
-def _differs(cls: type, member: str, methods: tuple[str, ...]) -> bool:
-    """Whether one of the methods is not that of the class which has the member."""
-    knows = next(base for base in cls.__mro__ if member in vars(base))
-    return any(getattr(cls, m, None) is not getattr(knows, m, None) for m in methods)
+def _method(cls: type, name: str) -> Any:
+    return getattr(cls, name, None)
 
 
 class WeightRule(_AnyStage, Protocol):
     """A rule that acts on weights after the optimizer's step."""
 
     stage: ClassVar[Literal["weights"]] = "weights"
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        if _differs(cls, "dear_to_compile", _COMPILED):
-            cls.dear_to_compile = WeightRule.dear_to_compile  # type: ignore[method-assign]
 
     def enforce(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
@@ -125,22 +119,27 @@ class WeightRule(_AnyStage, Protocol):
         """Whether it raises `NonFiniteError` itself where any entry is NaN or infinite."""
         return False
 
-    def dear_to_compile(self, geometry: Geometry) -> bool:
-        """Whether a program for a CPU had better call `update` back, with NumPy's arrays.
+    def costly_to_compile(self, geometry: Geometry) -> bool:
+        """Whether programs for a CPU had better call `update` back than compile it.
 
-        A subclass with an `update` of its own, which may compute by one library alone, is
-        compiled unless it says so too. Its numbers that programs compute are handed over as
-        `numbers_at` and `with_numbers` say.
+        It is handed NumPy's arrays then, and must not use the library of the program meanwhile. A
+        subclass with an `update` of its own is compiled, unless it says so too.
         """
         return False
 
     def numbers_at(self, step: int, name: str, geometry: Geometry) -> dict[str, Any]:
-        """By name, the numbers that may be known to a running program alone."""
+        """Attributes that are schedules, at this step, or arrays: what a program alone may know.
+
+        For who calls back, with numbers in their place: see `with_numbers`.
+        """
         return {}
 
     def with_numbers(self, numbers: Mapping[str, Any]) -> WeightRule:
-        """The same rule with these numbers."""
-        return self
+        """The same rule with these attributes."""
+        rule = copy(self)
+        for name, value in numbers.items():
+            object.__setattr__(rule, name, value)
+        return rule
 
 
 class GradientRule(_AnyStage, Protocol):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +23,10 @@ from tests.oracle import conv_matrix
 
 GEOMETRIES = {"conv": Conv((12, 12), layout="*IO"), "w": Dense()}
 CAP = 0.7
+pytestmark = pytest.mark.skipif(
+    jax.default_backend() != "cpu" or jax.device_count() > 1,
+    reason="nothing is called back but by programs whose only device is a CPU",
+)
 BOTH = pytest.mark.parametrize("on_host", [True, False])
 
 
@@ -50,7 +57,7 @@ class Projection:
 
 
 def calls_back(function: Any, *given: Any) -> bool:
-    return "pure_callback" in str(jax.make_jaxpr(function)(*given))
+    return "buffer_callback" in str(jax.make_jaxpr(function)(*given))
 
 
 def test_a_program_gives_what_the_same_call_gives_outside_of_it() -> None:
@@ -123,15 +130,110 @@ def test_a_kernel_that_is_not_finite_is_left_alone_and_counted() -> None:
 
 
 def test_schedules_are_computed_by_the_program_and_never_by_the_host() -> None:
+    asked = []
+
     def bound(step: Any, name: str, geometry: Any) -> Any:
+        asked.append(isinstance(step, jax.core.Tracer))
         return jnp.where(step > 1, 0.5 * CAP, CAP)
 
     params, project = parameters(), Projection(ClipSpectralNorm(bound))
+    asked.clear()
     assert calls_back(project, params)
     step, state = jax.jit(project), None
     for expected in (CAP, 0.5 * CAP):
         params, state = step(params, state)
         assert 0.9 * expected < norm(params["conv"]) <= expected * (1 + 1e-6)
+    assert asked
+    assert all(asked)
+
+
+def test_a_schedule_that_is_no_bound_is_refused_where_that_is_known() -> None:
+    project = Projection()
+    project.plan = specops.Plan([("conv", ClipSpectralNorm(lambda *_: -1.0)), ("w", None)])
+    with pytest.raises(ValueError, match="max_norm must be a positive finite number") as caught:
+        jax.jit(project)(parameters())
+    assert "conv" in "".join(caught.value.__notes__)
+
+
+class OwnStart(ClipSpectralNorm):
+    """Takes something else, and is no dataclass of its own."""
+
+    def __init__(self, half: Any) -> None:
+        super().__init__(2 * half)
+
+
+@dataclass(frozen=True, eq=False)
+class OwnFields(ClipSpectralNorm):
+    """Has fields that are arrays and functions, and no schedules."""
+
+    mask: Any = None
+    log: Any = None
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        OwnStart(0.5 * CAP),
+        OwnStart(np.float32(0.5 * CAP)),
+        OwnFields(CAP, mask=np.ones(4), log=print),
+        OwnFields(lambda *_: jnp.asarray(CAP), mask=np.ones(4), log=print),
+    ],
+)
+def test_subclasses_are_called_back_as_they_are(rule: Any) -> None:
+    params, project = parameters(), Projection(rule)
+    assert calls_back(project, params)
+    new, state = jax.jit(project)(params)
+    assert 0.9 * CAP < norm(new["conv"]) <= CAP * (1 + 1e-6)
+    assert state.nonfinite["conv"] == 0
+
+
+def test_a_rule_of_others_may_ask_to_be_called_back() -> None:
+    class Halve:
+        stage = "weights"
+
+        def init(self, weight: Any, geometry: Any, name: str) -> Any:
+            return {}
+
+        def update(self, weight: Any, geometry: Any, state: Any, **options: Any) -> Any:
+            return 0.5 * weight, state, {}
+
+        def costly_to_compile(self, geometry: Any) -> bool:
+            return isinstance(geometry, Conv)
+
+    params, project = parameters(), Projection(Halve())
+    assert calls_back(project, params)
+    new, _ = jax.jit(project)(params)
+    np.testing.assert_array_equal(new["conv"], 0.5 * params["conv"])
+
+
+IN_FLIGHT = """
+import jax, jax.numpy as jnp, specops_jax
+from specops import ClipSpectralNorm, Conv
+
+params = {"k": jax.random.normal(jax.random.key(0), (3, 3, 64, 64))}
+maps = {"k": Conv((8, 8), layout="*IO")}
+state = specops_jax.init(params, ClipSpectralNorm(1.0), maps)
+
+@jax.jit
+def step(params, state):
+    grown = jax.tree.map(lambda x: 1.1 * x, params)
+    return specops_jax.project_params(grown, ClipSpectralNorm(1.0), state, maps)
+
+other, x = jax.jit(lambda x: x @ x.T @ x), jnp.ones((1024, 512))
+for _ in range(10):
+    params, state = step(params, state)
+    y = other(x)
+jax.block_until_ready((params, y))
+print("done")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes cannot be pinned here")
+def test_on_one_core_other_programs_in_flight_do_not_stop_it() -> None:
+    pin = f"import os; os.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}})"
+    command = [sys.executable, "-c", pin + IN_FLIGHT]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert run.stdout == "done\n", run.stderr
 
 
 @BOTH
@@ -169,7 +271,7 @@ def test_in_a_scan_only_the_steps_that_are_due_call() -> None:
             calls.append(isinstance(given[0], np.ndarray))
             return rule.update(*given, **options)
 
-        def dear_to_compile(self, geometry: Any) -> bool:
+        def costly_to_compile(self, geometry: Any) -> bool:
             return isinstance(geometry, Conv)
 
     params = parameters()
@@ -194,7 +296,7 @@ def test_a_subclass_that_computes_otherwise_is_compiled() -> None:
             half = jnp.multiply(weight, 0.5)
             return half, {}, {"size": jnp.linalg.norm(half)}
 
-    assert not ByJax(CAP).dear_to_compile(GEOMETRIES["conv"])
+    assert not ByJax(CAP).costly_to_compile(GEOMETRIES["conv"])
     params, project = parameters(), Projection(ByJax(CAP, screen=False))
     assert not calls_back(project, params)
     new, _ = jax.jit(project)(params)
@@ -268,7 +370,7 @@ def test_an_error_on_the_host_names_the_layer() -> None:
                 raise SpecopsError("as it must")
             return super().update(weight, *given, **options)
 
-        def dear_to_compile(self, geometry: Any) -> bool:
+        def costly_to_compile(self, geometry: Any) -> bool:
             return isinstance(geometry, Conv)
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="conv: as it must"):
