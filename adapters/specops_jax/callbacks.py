@@ -14,12 +14,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.buffer_callback import buffer_callback
 from jax.sharding import AxisType
 
 from specops_jax.one_firing import acting, checked
 from specops_jax.program import Item
 from specops_jax.state import Arrays
+
+try:
+    from jax.experimental.buffer_callback import buffer_callback
+except ImportError:  # it may move, being experimental: all is compiled then
+    buffer_callback = None
 
 Numbers = Mapping[str, Any]
 
@@ -30,6 +34,8 @@ def is_left_to_host(item: Item, weight: Any) -> bool:
     Within ``shard_map`` it is: JAX 0.7.0 cannot lower every callback there.
     """
     if not isinstance(weight, jax.core.Tracer) or item.stage != "weights":
+        return False
+    if buffer_callback is None:
         return False
     alone = jax.default_backend() == "cpu" and jax.device_count() == 1
     mapped = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types

@@ -321,6 +321,11 @@ def test_matrices_are_compiled() -> None:
     assert not calls_back(Projection(plan), parameters())
 
 
+def test_without_that_function_of_jax_all_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specops_jax.callbacks.buffer_callback", None)
+    assert not calls_back(Projection(), parameters())
+
+
 def test_within_shard_map_it_is_compiled() -> None:
     mesh, spec = jax.make_mesh((1,), ("devices",)), PartitionSpec()
     project = Projection()
