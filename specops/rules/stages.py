@@ -50,7 +50,9 @@ class _AnyStage(Rule, Protocol):
         super().__init_subclass__(**options)
         for member, methods in _SPEAKS_OF.items():
             knowing = [base for base in cls.__mro__ if member in vars(base)]
-            if knowing and any(_method(cls, m) is not _method(knowing[0], m) for m in methods):
+            if not knowing:
+                continue
+            if any(getattr(cls, m, None) is not getattr(knowing[0], m, None) for m in methods):
                 setattr(cls, member, vars(knowing[-1])[member])
 
     def obstacle(self, geometry: Geometry) -> str:
@@ -98,10 +100,6 @@ class _AnyStage(Rule, Protocol):
     def watch(self, weight: Array, geometry: Geometry, name: str) -> State:
         """The state before the first firing of a compiled loop: keys and shapes stay."""
         return self.init(weight, geometry, name)
-
-
-def _method(cls: type, name: str) -> Any:
-    return getattr(cls, name, None)
 
 
 class WeightRule(_AnyStage, Protocol):
