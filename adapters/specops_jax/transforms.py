@@ -45,11 +45,12 @@ def constrain(
         Act at every so many steps; default: the plan's own interval. Does not recompile.
     on_host : bool, optional
         Where the only device is a CPU, programs call `ClipSpectralNorm` of a convolution back on
-        the host: with the numbers that it has outside of jit, as fast as compiled or up to ten
-        times faster, and without seconds of compilation for each shape. False compiles it there
-        too, as it is on other devices, under ``shard_map`` and where a derivative is asked for:
-        for programs that are to be exported (``jax.export``), or kept by JAX's persistent cache,
-        where that keeps none with callbacks.
+        the host: with the numbers that it has outside of jit, where small zero-padded layers are
+        constrained themselves, at the cost that `specops.project_spectral_ball` names; the others
+        take as long as compiled or up to ten times less, and none the seconds of compilation for
+        each shape. False compiles it there too, as it is on other devices, under ``shard_map``
+        and where a derivative is asked for: for programs that are to be exported
+        (``jax.export``), or kept by JAX's persistent cache, where that keeps none with callbacks.
 
     Returns
     -------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, MutableMapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from functools import cache
 from typing import Any
@@ -190,6 +190,13 @@ class Jax(Library):
     def add_at(self, x: Array, index: Any, value: Array) -> Array:
         """Arrays do not change."""
         return x.at[index].add(value)
+
+    def broadcasting(self) -> AbstractContextManager[None]:
+        """Whatever ``jax_numpy_rank_promotion`` says of the user's own code."""
+        if jax.config.jax_numpy_rank_promotion == "allow":
+            return nullcontext()
+        context: AbstractContextManager[None] = jax.numpy_rank_promotion("allow")
+        return context
 
     def ieee_products(self) -> AbstractContextManager[None]:
         """The setting of the precision."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import ParamSpec, TypeVar
 
 import array_api_compat as compat
@@ -67,7 +67,8 @@ def ieee_products(xp: Namespace) -> AbstractContextManager[None]:
 def in_full_precision(function: Callable[P, R]) -> Callable[P, R]:
     """Run without torch's autocast, which takes products in half precision.
 
-    And with one thread where the first argument is small.
+    And with one thread where the first argument is small, and with the standard's broadcasting
+    where JAX is told to refuse that.
     """
 
     @functools.wraps(function)
@@ -87,9 +88,11 @@ def in_full_precision(function: Callable[P, R]) -> Callable[P, R]:
             with library(first).one_thread(first):
                 return function(*args, **kwargs)
 
-        if torch is None:
-            return run()
-        result: R = torch.without_autocast(run)
-        return result
+        jax = None if compiling else if_loaded("jax")
+        with nullcontext() if jax is None else jax.broadcasting():
+            if torch is None:
+                return run()
+            result: R = torch.without_autocast(run)
+            return result
 
     return wrapped

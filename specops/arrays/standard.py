@@ -197,6 +197,10 @@ class Library:
         with np.errstate(invalid="ignore"):
             return a @ b
 
+    def broadcasting(self) -> AbstractContextManager[None]:
+        """Arrays of fewer axes taken with others, as the standard has it."""
+        return nullcontext()
+
     def ieee_products(self) -> AbstractContextManager[None]:
         """Products of float32 in float32, where the library may use shorter formats."""
         return nullcontext()

@@ -53,7 +53,8 @@ class _AnyStage(Rule, Protocol):
             if not knowing:
                 continue
             if any(getattr(cls, m, None) is not getattr(knowing[0], m, None) for m in methods):
-                setattr(cls, member, vars(knowing[-1])[member])
+                home = _AnyStage if hasattr(_AnyStage, member) else WeightRule
+                setattr(cls, member, getattr(home, member))
 
     def obstacle(self, geometry: Geometry) -> str:
         """Why the rule cannot act on such a map; "" if it can."""

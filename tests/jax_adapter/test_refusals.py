@@ -261,3 +261,26 @@ def test_conv_kernels_are_projected_under_jit_with_a_traced_bound() -> None:
         found = specops.spectral_norm(np.asarray(params["conv"]), geometries["conv"])
         assert float(found) <= CAP / count * (1 + 1e-4)
     specops_jax.check(state)
+
+
+@pytest.mark.parametrize("norm", ["operator", "reshaped"])
+def test_promotions_that_jax_refuses_its_users_are_none_of_the_rules_business(norm: Any) -> None:
+    params, geometries = {"conv": parameters()["conv"]}, {"conv": Conv((6, 5), layout="*IO")}
+    rules = [
+        ClipSpectralNorm(CAP, norm=norm),
+        specops.NormalizeIfAbove(CAP, norm=norm),
+        specops.SpectralHammer(CAP, norm=norm),
+        specops.Monitor(),
+        specops.SpectralNormPenalty(0.1, norm=norm),
+    ]
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        for rule in rules:
+            state = specops_jax.init(params, rule, geometries)
+
+            @jax.jit
+            def step(params: Any, state: Any, rule: Any = rule) -> Any:
+                return specops_jax.project_params(params, rule, state, geometries, on_host=False)
+
+            _, after = step(params, state)
+            specops_jax.check(after)
+        assert float(specops_jax.enforce(params, rules[0], geometries)["conv"].sum()) != 0.0
