@@ -47,10 +47,11 @@ def constrain(
         Where the only device is a CPU, programs call `ClipSpectralNorm` of a convolution back on
         the host: with the numbers that it has outside of jit, where small zero-padded layers are
         constrained themselves, at the cost that `specops.project_spectral_ball` names; the others
-        take as long as compiled or up to ten times less, and none the seconds of compilation for
-        each shape. False compiles it there too, as it is on other devices, under ``shard_map``
-        and where a derivative is asked for: for programs that are to be exported
-        (``jax.export``), or kept by JAX's persistent cache, where that keeps none with callbacks.
+        take a tenth to one and a half times as long as compiled, and none the seconds of
+        compilation for each shape. False compiles it there too, as it is on other devices, under
+        ``shard_map`` and where a derivative is asked for: for long training on small grids, for
+        programs that are to be exported (``jax.export``), or kept by JAX's persistent cache,
+        where that keeps none with callbacks.
 
     Returns
     -------

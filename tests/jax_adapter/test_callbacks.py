@@ -380,3 +380,33 @@ def test_an_error_on_the_host_names_the_layer() -> None:
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="conv: as it must"):
         jax.block_until_ready(jax.jit(Projection(Failing(CAP)))(parameters()))
+
+
+@BOTH
+def test_an_estimate_that_falls_short_is_not_taken_for_the_norm(on_host: bool) -> None:
+    params = parameters()
+    # Vectors of other weights, which one step a firing turns slowly.
+    project = Projection(params=jax.tree.map(lambda x: x[::-1], params), on_host=on_host)
+    step = jax.jit(project)
+    inside = {**params, "conv": params["conv"] * (0.93 * CAP / norm(params["conv"]))}
+    new, state = step(inside)
+    np.testing.assert_array_equal(new["conv"], inside["conv"])
+    for _ in range(3):
+        _, state = step(inside, state)
+    seen = float(state.figures["conv"]["norm_before"])
+    assert 0.93 * CAP * (1 - 1e-3) < seen < 0.93 * CAP * 1.1
+    grown = {**inside, "conv": inside["conv"] * 1.1}
+    assert norm(step(grown, state)[0]["conv"]) <= CAP * (1 + 1e-6)
+
+
+def test_a_derivative_outside_of_a_program_is_that_of_one() -> None:
+    kernel = parameters()["conv"]
+
+    def total(kernel: Any) -> Any:
+        new = specops.project_spectral_ball(kernel, CAP, GEOMETRIES["conv"], distance_tolerance=0.1)
+        return jnp.sum(new**3)
+
+    value, gradient = jax.value_and_grad(total)(kernel)
+    expected, compiled = jax.jit(jax.value_and_grad(total))(kernel)
+    assert abs(float(value - expected)) <= 1e-4 * abs(float(expected))
+    np.testing.assert_allclose(gradient, compiled, rtol=1e-3, atol=1e-4)

@@ -43,7 +43,9 @@ def project_traced(
     finite = arrays.all_finite(xp, w)
     automatic = method in ("auto", "cutting-planes")
     rounds = _Rounds("accelerated" if automatic else method, iterations, tolerance)
-    if automatic and tolerance.loose and iterations is None and arrays.is_staged(target):
+    # Also where a derivative by one of them alone is asked for outside of a compiler.
+    staged = arrays.is_staged(x0) or arrays.is_staged(target)
+    if automatic and tolerance.loose and iterations is None and staged:
 
         def found_by(change: Array | None, x0: Array, limit: Array, target: Array) -> Found:
             return nearest_by_summed_half_spaces(
