@@ -44,8 +44,18 @@ def records(state: SpecopsState) -> list[dict[str, Any]]:
     """What fired at the state's step: step, name and the rule's figures as floats, for a log.
 
     Call it outside jit; it waits for the step.
+
+    Raises
+    ------
+    StateError
+        The state of stacked models, as ``vmap`` gives: ask for one at a time.
     """
     state = of_arrays(state)
+    if state.step.ndim:
+        raise StateError(
+            f"the state is that of {state.step.shape[0]} stacked models: take one of them, "
+            f"records(jax.tree.map(lambda x: x[0], state))"
+        )
     step = int(state.step)
     return [
         plain({"step": step, "name": name, **state.figures[name]})

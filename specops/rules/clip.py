@@ -45,9 +45,9 @@ class ClipSpectralNorm(Scheduled, WeightRule):
     The norm is the operator's own, for a convolution that of the layer, unless `norm` says
     otherwise. A weight found inside is not decomposed again at every firing: while the norm that
     a power step on its leading vectors gives stays below 0.9 of the bound, it is left alone.
-    That estimate is a lower bound; every 100th firing, `enforce` and the first one certify. In JAX's
-    loops, where no firing starts the vectors anew, it is multiplied by what it fell short of the
-    norm at the last certificate, and no bound. It is what the figures show of such a firing.
+    That estimate, which the figures show, is a lower bound; every 100th firing, `enforce` and the
+    first one certify. In JAX's loops, where no firing starts the vectors anew, it is multiplied by
+    what it fell short of the norm at the last certificate, and is no bound.
     A small zero-padded convolution ends at the bound, a larger one, and any that is compiled, up
     to a few per cent below it: `project_spectral_ball` says which.
 

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 import specops
 import specops_jax
 from specops import ClipSpectralNorm, Conv, Dense
-from specops.errors import NonFiniteError, SpecopsError
+from specops.errors import NonFiniteError, SpecopsError, StateError
 from tests.oracle import conv_matrix
 
 GEOMETRIES = {"conv": Conv((12, 12), layout="*IO"), "w": Dense()}
@@ -260,6 +260,10 @@ def test_mapped_over_stacked_models_each_has_its_own() -> None:
         alone, _ = project(jax.tree.map(lambda x, s=scale: s * x, params))
         np.testing.assert_allclose(new["conv"][index], alone["conv"], atol=1e-6)
     assert state.figures["conv"]["norm_before"].shape == (3,)
+    with pytest.raises(StateError, match="3 stacked models"):
+        specops_jax.records(state)
+    of_the_last = specops_jax.records(jax.tree.map(lambda x: x[2], state))
+    assert {record["name"] for record in of_the_last} == {"conv", "w"}
 
 
 def test_in_a_scan_only_the_steps_that_are_due_call() -> None:
