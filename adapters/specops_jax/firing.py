@@ -139,7 +139,8 @@ def _fire(
 
     def fire(weights: Any, states: Arrays, figures: Arrays, step: Any) -> Results:
         left = [i for i in items if program.on_host and is_left_to_host(i, weights[i.name])]
-        rest = [i for i in items if i not in left]
+        names = {item.name for item in left}
+        rest = [item for item in items if item.name not in names]
         results = _fire_all(rest, weights, states, step)
         if left:
             results |= call_host(left, _fire_all, weights, states, figures, step)

@@ -120,7 +120,7 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:
         """Project where needed; the figures are ``norm_before`` and ``norm_after``."""
-        bound = check_bound(at(self.max_norm, step, name, geometry), "max_norm")
+        bound = self._bound(step, name, geometry)
         geometry = self.view(geometry)
         if any(key.startswith(_WATCHED) for key in state):
             return self._watched(weight, geometry, state, bound)
@@ -141,7 +141,7 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         self, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> Steps[tuple[State, Figures] | None] | None:
         """A firing that an estimate decides, of matrices."""
-        bound = check_bound(at(self.max_norm, step, name, geometry), "max_norm")
+        bound = self._bound(step, name, geometry)
         geometry = self.view(geometry)
         own, tracked = _parted(state)
         if not tracked or not isinstance(geometry, Dense):
@@ -153,7 +153,7 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:
         """As `update`, certified."""
-        bound = check_bound(at(self.max_norm, step, name, geometry), "max_norm")
+        bound = self._bound(step, name, geometry)
         geometry = self.view(geometry)
         own, tracked = _parted(state)
         # Vectors to follow are found by the next firing, if there is one.
@@ -169,10 +169,12 @@ class ClipSpectralNorm(Scheduled, WeightRule):
 
     def numbers_at(self, step: int, name: str, geometry: Geometry) -> dict[str, Any]:
         """The bound."""
-        given = self.max_norm
-        if not (callable(given) or arrays.is_array(given)):
+        if not (callable(self.max_norm) or arrays.is_array(self.max_norm)):
             return {}
-        return {"max_norm": check_bound(at(given, step, name, geometry), "max_norm")}
+        return {"max_norm": self._bound(step, name, geometry)}
+
+    def _bound(self, step: int, name: str, geometry: Geometry) -> Any:
+        return check_bound(at(self.max_norm, step, name, geometry), "max_norm")
 
     def _watched(
         self, weight: Array, geometry: Geometry, state: State, bound: Any
