@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from specops.arrays import cond
@@ -32,7 +33,6 @@ def begin(program: Program, leaves: Sequence[Any]) -> SpecopsState:
     known: dict[Any, Any] = {}
     for item in program.items:
         weight = leaves[item.index]
-        refuse_nonfinite(item, weight)
         rules[item.name] = state = _start(item, weight)
         key = _key(item, weight)
         if key not in known:
@@ -41,15 +41,15 @@ def begin(program: Program, leaves: Sequence[Any]) -> SpecopsState:
                 jax.ShapeDtypeStruct(weight.shape, weight.dtype),
                 state,
             )
-        figures[item.name] = {k: jnp.zeros(x.shape, x.dtype) for k, x in known[key].items()}
-
-    def zero() -> jax.Array:
-        # A buffer of its own for each, so that all of them can be donated.
-        return jnp.zeros((), jnp.int32)
-
+        figures[item.name] = {k: _zeros(x.shape, x.dtype) for k, x in known[key].items()}
     names = [item.name for item in program.items]
-    fired, nonfinite = ({name: zero() for name in names} for _ in range(2))
-    return SpecopsState(zero(), rules, figures, fired, nonfinite)
+    fired, nonfinite = ({name: _zeros((), np.int32) for name in names} for _ in range(2))
+    return SpecopsState(_zeros((), np.int32), rules, figures, fired, nonfinite)
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """A buffer of its own, so that all of a state can be donated."""
+    return jax.device_put(np.zeros(shape, dtype))
 
 
 def _start(item: Item, weight: Any) -> dict[str, Any]:
@@ -62,10 +62,12 @@ def _start(item: Item, weight: Any) -> dict[str, Any]:
         )
         return state
     # On the host, where nothing has to be compiled for it.
-    wide = jnp.promote_types(weight.dtype, jnp.float32)
-    host = jax.device_get(weight).astype(wide)
-    state = acting(item, partial(start, host, item.geometry, item.name))
-    return {key: jnp.asarray(x) for key, x in state.items()}
+    held = jax.device_get(weight)
+    refuse_nonfinite(item, held)
+    wide = held.astype(jnp.promote_types(held.dtype, jnp.float32))
+    state = acting(item, partial(start, wide, item.geometry, item.name))
+    # Copies: what a rule starts with may be kept by it.
+    return {key: jax.device_put(np.array(x)) for key, x in state.items()}
 
 
 def advance(
@@ -119,8 +121,8 @@ def is_due(plan: Plan, step: Any, every: int, *, always: bool = False) -> Any:
 
 def enforced(item: Item, weight: Any) -> Any:
     """A certified firing on the host."""
-    refuse_nonfinite(item, weight)
     rule, held = item.weight_rule, jax.device_get(weight)
+    refuse_nonfinite(item, held)
     state = acting(item, partial(rule.init, held, item.geometry, item.name))
     new = acting(item, partial(rule.enforce, held, item.geometry, state, step=1, name=item.name))[0]
     return weight if new is held else jax.device_put(new, weight.sharding)

@@ -304,7 +304,7 @@ def report(
     it is that of the arrays which forward rules let the loss use.
     """
     own, leaves, _ = program(params, plan, geometries)
-    if state is not None and measure:
+    if state is not None and measure and own.of("forward"):
         used = normalize_params(params, plan, state, geometries)
         leaves = jax.tree.leaves(used)
     by_name = {item.name: item for item in own.items}

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from specops import arrays
 from specops.arrays import truth
@@ -54,7 +53,8 @@ def unchanged(item: Item, weight: Any) -> Any:
 
 def refuse_nonfinite(item: Item, weight: Any) -> None:
     """Raise where the values are known."""
-    if truth(jnp.all(jnp.isfinite(weight))) is False:
+    xp = arrays.namespace(weight)
+    if truth(xp.all(xp.isfinite(weight))) is False:
         raise NonFiniteError(
             f"{item.name} holds NaN or infinity (shape {tuple(weight.shape)}): look for a diverged "
             f"step or an overflow in half precision. No weight was changed"

@@ -280,6 +280,20 @@ def test_what_is_not_measured(arguments: Any, reason: str, harmless: bool) -> No
     assert found.harmless is harmless
 
 
+def test_moments_of_optax_are_known_by_the_parameters_beside_them() -> None:
+    beside = {"params.dense.kernel": (8, 6), "params.heads.1.out.kernel": (8, 6)}
+    for name in ("opt.0.mu.dense.kernel", "opt.1.0.nu.dense.kernel", "s/0/trace/dense/kernel"):
+        assert "optimizer" in guess(name, (8, 6), layout="jax", others=beside).skipped
+    # A model's own: for a mean, of another size, of another framework.
+    own = {"params.heads.0.mu.kernel": "jax", "params.0.mu.dense.kernel": "torch"}
+    for name, layout in own.items():
+        assert guess(name, (8, 6), layout=layout, others=beside).geometry == Dense(
+            out_axes=(-1,) if layout == "jax" else (0,)
+        )
+    assert guess("opt.0.mu.dense.kernel", (9, 6), layout="jax", others=beside).geometry is not None
+    assert guess("conv.0.0", (8, 6), layout="jax", others={"x.0.0": (8, 6)}).geometry is not None
+
+
 @pytest.mark.parametrize("name", ["layers/depthwise_conv2d/vars/0", "separable_conv2d/vars/0"])
 def test_depthwise_kernels_of_keras_are_seen_in_groups(name: str) -> None:
     found = guess(name, (3, 3, 8, 2), layout="keras")

@@ -284,3 +284,20 @@ def test_promotions_that_jax_refuses_its_users_are_none_of_the_rules_business(no
             _, after = step(params, state)
             specops_jax.check(after)
         assert float(specops_jax.enforce(params, rules[0], geometries)["conv"].sum()) != 0.0
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [ClipSpectralNorm(CAP), SpectralNormalization(norm="operator"), specops.Monitor()],
+    ids=lambda rule: type(rule).__name__,
+)
+def test_transfers_that_jax_refuses_its_users_are_none_of_the_rules_business(rule: Any) -> None:
+    params = _two(parameters()) | {"conv": parameters()["conv"]}
+    with jax.transfer_guard("disallow"):
+        state = specops_jax.init(params, rule, GEOMETRIES)
+        after = jax.jit(lambda p, s: specops_jax.project_params(p, rule, s, GEOMETRIES))(
+            params, state
+        )
+        specops_jax.check(after[1])
+        assert len(specops_jax.records(after[1])) == 3
+        assert specops_jax.report(params, rule, GEOMETRIES).constrained

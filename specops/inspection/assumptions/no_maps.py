@@ -17,6 +17,8 @@ _OPTIMIZERS = {
     *("optimizer", "optimizer_weights", "opt_state"),
     *("optimizer_state", "optimizer_states"),
 }
+_MOMENTS = {"mu", "nu", "nu_max", "trace"}
+"""How the fields of optax's states are called that hold an array for each parameter."""
 _WEIGHTS = {"weight", "kernel", "qweight", "qzeros", "weight_packed", "0"}
 _SCALES = ("_scale", "_scale_inv", ".scales", ".scale", ".weight_scale", ".absmax")
 _STATE_SPACE = {"a_log", "a_logs", "dt_bias"}
@@ -41,7 +43,7 @@ def no_map(name: str, shape: tuple[int, ...], dtype: str, context: Context) -> A
     last = parts[-1].lower()
     if 0 in shape:
         return Assumption(skipped="empty")
-    if set(parts) & _OPTIMIZERS:
+    if set(parts) & _OPTIMIZERS or _is_moment(parts, shape, context):
         return Assumption(skipped="of the optimizer's state")
     adapter = _adapter(shape, parts, context)
     if adapter is not None:
@@ -88,6 +90,21 @@ def _adapter(shape: tuple[int, ...], parts: list[str], context: Context) -> Assu
     reason = f"a part of an adapter ({kind}), no map by itself: merge it into the model"
     return Assumption(
         skipped=f"{reason} (peft: model.merge_and_unload()) and save that", harmless=False
+    )
+
+
+def _is_moment(parts: list[str], shape: tuple[int, ...], context: Context) -> bool:
+    """Whether a parameter of this shape is called what stands behind a field of an optax state.
+
+    That state is a tuple, and the user chose what it is called in the checkpoint.
+    """
+    at = next((i for i, part in enumerate(parts) if part in _MOMENTS), 0)
+    behind = parts[at + 1 :]
+    if context.layout != "jax" or not at or not parts[at - 1].isdecimal():
+        return False
+    return any(
+        other == behind or (other[1:] == behind and len(behind) > 1)
+        for other in (parts_of(name) for name, size in context.shapes.items() if size == shape)
     )
 
 
