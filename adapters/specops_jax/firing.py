@@ -96,7 +96,8 @@ def advance(
         def fire(
             items: list[Item] = items, w: Any = weights, s: Any = own, f: Any = shown
         ) -> Results:
-            return _fire(program, items, w, s, f, step)
+            found = _fire(program, items, w, s, f, step)
+            return {name: (*x[:2], _of_dtypes(x[2], f[name]), x[3]) for name, x in found.items()}
 
         def rest(items: list[Item] = items, w: Any = weights, s: Any = own, f: Any = shown) -> Any:
             fine = jnp.ones((), bool)
@@ -108,6 +109,11 @@ def advance(
             fired[name] = jnp.where(due, step, fired[name])
             nonfinite[name] = nonfinite[name] + jnp.where(fine, 0, 1).astype(jnp.int32)
     return arrays, SpecopsState(step, rules, figures, fired, nonfinite)
+
+
+def _of_dtypes(figures: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+    """The figures in the dtypes that the state has, though weights were cast since."""
+    return {k: jnp.asarray(x, like[k].dtype) if k in like else x for k, x in figures.items()}
 
 
 def is_due(plan: Plan, step: Any, every: int, *, always: bool = False) -> Any:

@@ -16,7 +16,7 @@ from specops_jax.program import Item
 def checked(item: Item, weight: Any, state: Any, step: Any) -> tuple[Any, Any, Any, Any]:
     """(array, state, figures, whether all was finite): left alone where it was not.
 
-    The state keeps its shape.
+    The state keeps its shapes and dtypes.
     """
     xp = arrays.namespace(weight)
     fine = xp.all(xp.isfinite(weight))
@@ -28,12 +28,13 @@ def checked(item: Item, weight: Any, state: Any, step: Any) -> tuple[Any, Any, A
     figures = jax.tree.map(lambda x: xp.where(fine, x, xp.full_like(x, xp.nan)), figures)
     array = xp.where(fine, array, unchanged(item, weight))
     same = jax.tree.structure(new) == jax.tree.structure(state) and all(
-        a.shape == b.shape and a.dtype == b.dtype
+        a.shape == b.shape
         for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(state), strict=True)
     )
     if not same:
         new = state  # a warm start whose shape depends on the values
-    new = jax.tree.map(lambda a, b: xp.where(fine, a, b), new, state)
+    # Weights may have been cast since the state was made.
+    new = jax.tree.map(lambda a, b: xp.where(fine, a.astype(b.dtype), b), new, state)
     return array, new, figures, fine
 
 

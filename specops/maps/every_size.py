@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from specops.geometry import ConvSizes
+from specops.geometry import Conv, ConvSizes
 from specops.maps.symbol import Symbol, symbol_of
 
 _ANY_SIZE_GRID = 32
@@ -28,12 +28,34 @@ def certified_symbol(sizes: ConvSizes, conjugate_pairs: bool) -> tuple[Symbol, f
     if sizes.fine is not None:
         return symbol_of(sizes, sizes.enclosing_torus(), conjugate_pairs), 1.0
     factor, torus, strides = 1.0, [], []
-    for k, s, d in zip(sizes.kernel, sizes.stride, sizes.dilation, strict=True):
-        stride = s // math.gcd(s, d)
-        taps = -(-k // stride)
+    for stride, taps in _phases(sizes):
         points = max(_ANY_SIZE_GRID, 8 * (taps - 1)) if taps > 1 else 1
         factor *= math.cos(math.pi * (taps - 1) / (2 * points))
         torus.append(points * stride)
         strides.append(stride)
     plain = replace(sizes, stride=tuple(strides), dilation=(1,) * len(strides), circular=True)
     return symbol_of(plain, tuple(torus), conjugate_pairs), factor
+
+
+def on_a_torus(geometry: Conv, shape: tuple[int, ...]) -> Conv:
+    """What is certified of a layer for every size, on a small torus: of a norm from below."""
+    sizes = geometry.sizes(shape)
+    phases = _phases(sizes.with_dividing_strides() if sizes.circular else sizes)
+    points = [max(1, 8 * (taps - 1)) for _, taps in phases]
+    if not geometry.transposed:
+        points = [n * stride for n, (stride, _) in zip(points, phases, strict=True)]
+    return replace(
+        geometry,
+        input_shape=tuple(points),
+        stride=tuple(stride for stride, _ in phases),
+        dilation=1,
+        padding="same",
+        output_padding=0,
+        boundary="circular",
+    )
+
+
+def _phases(sizes: ConvSizes) -> list[tuple[int, int]]:
+    """(stride, taps that share a phase) of each axis, at dilation 1."""
+    strides = [s // math.gcd(s, d) for s, d in zip(sizes.stride, sizes.dilation, strict=True)]
+    return [(s, -(-k // s)) for k, s in zip(sizes.kernel, strides, strict=True)]

@@ -12,6 +12,7 @@ from specops import arrays
 from specops.errors import StateError
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import check_bound, non_negative
+from specops.maps.every_size import on_a_torus
 from specops.maps.explicit import small_explicit_map
 from specops.projections import project_spectral_ball
 from specops.rules.base import Figures, Schedule, Scheduled, at, check_scheduled, measured_as, shown
@@ -102,14 +103,14 @@ class ClipSpectralNorm(Scheduled, WeightRule):
 
     @arrays.entry
     def watch(self, weight: Array, geometry: Geometry, name: str) -> State:
-        """A state whose keys and shapes stay, for compiled loops: {} where no estimate is known.
+        """A state whose keys and shapes stay, for compiled loops: {} where nothing is screened.
 
         With it `update` decides on the device whether to project. What is watched is the norm
         of `view` itself, by vectors of its size.
         """
-        follow = _own_norm(self.view(geometry))
-        if follow is None or not self.screen:
+        if not self.screen:
             return {}
+        follow = _own_norm(self.view(geometry), tuple(weight.shape))
         started = follow.start(weight, name)
         ones = arrays.namespace(weight).ones_like(_seen(follow, started))
         counted = {_FIRINGS: arrays.constant(np.asarray(0.0), weight), _SHORT: ones}
@@ -179,8 +180,7 @@ class ClipSpectralNorm(Scheduled, WeightRule):
     def _watched(
         self, weight: Array, geometry: Geometry, state: State, bound: Any
     ) -> tuple[Array, State, Figures]:
-        xp, follow = arrays.namespace(weight), _own_norm(geometry)
-        assert follow is not None
+        xp, follow = arrays.namespace(weight), _own_norm(geometry, tuple(weight.shape))
         own = {k.removeprefix(_WATCHED): v for k, v in state.items() if k.startswith(_WATCHED)}
         moved = follow.advance(weight, own)
         estimate, short = _seen(follow, moved), state[_SHORT]
@@ -246,11 +246,11 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         return new, state, figures
 
 
-def _own_norm(geometry: Geometry) -> TrackedBlocks | TrackedOperator | None:
-    """What estimates the layer's own norm in compiled code."""
+def _own_norm(geometry: Geometry, shape: tuple[int, ...]) -> TrackedBlocks | TrackedOperator:
+    """What estimates the layer's own norm in compiled code; for every size, that on a torus."""
     if isinstance(geometry, Dense):
         return TrackedBlocks(geometry)
-    return None if geometry.grid is None else TrackedOperator(geometry)
+    return TrackedOperator(geometry if geometry.grid is not None else on_a_torus(geometry, shape))
 
 
 def _parted(state: State) -> tuple[State, State]:

@@ -21,6 +21,7 @@ from specops import (
 )
 from specops.arrays.numpy import NumPy
 from specops.geometry import Geometry
+from specops.maps.every_size import on_a_torus
 from specops.tracking import TrackedTorus, track
 from tests import oracle
 from tests.backends import Backend
@@ -155,6 +156,19 @@ def test_screens_of_every_size(stride: int, dilation: int) -> None:
     assert seen == pytest.approx(info.norm_before, rel=1e-4)
     for size in (5, 8, 24):
         assert oracle.spectrum(w, Conv((size,), stride=stride, dilation=dilation))[0] <= seen
+
+
+@pytest.mark.parametrize("boundary", ["zeros", "circular"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2), (2, 3), (3, 3)])
+def test_a_small_torus_stands_for_every_size(
+    stride: int, dilation: int, transposed: bool, boundary: Any
+) -> None:
+    conv = Conv(None, stride=stride, dilation=dilation, transposed=transposed, boundary=boundary)
+    w = weight((3, 2, 3))
+    upper = float(specops.spectral_norm_bounds(w, conv).upper)
+    norm = oracle.spectrum(w, on_a_torus(conv, w.shape))[0]
+    assert 0.97 * upper <= norm <= upper * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("scale", [1e20, 1e-20, 1e30, 1e-30])

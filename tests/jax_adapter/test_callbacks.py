@@ -403,6 +403,46 @@ def test_an_estimate_that_falls_short_is_not_taken_for_the_norm(on_host: bool) -
     assert norm(step(grown, state)[0]["conv"]) <= CAP * (1 + 1e-6)
 
 
+@BOTH
+def test_a_layer_for_every_size_is_not_certified_at_every_firing(on_host: bool) -> None:
+    params, geometries = {"conv": parameters()["conv"]}, {"conv": Conv(None, layout="*IO")}
+
+    def upper(kernel: Any) -> float:
+        return float(
+            specops.spectral_norm_bounds(np.asarray(kernel, float), geometries["conv"]).upper
+        )
+
+    inside = {"conv": params["conv"] * (0.8 * CAP / upper(params["conv"]))}
+    state = specops_jax.init(inside, ClipSpectralNorm(CAP), geometries)
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        plan = ClipSpectralNorm(CAP)
+        return specops_jax.project_params(params, plan, state, geometries, on_host=on_host)
+
+    for _ in range(3):
+        new, state = step(inside, state)
+        np.testing.assert_array_equal(new["conv"], inside["conv"])
+    assert float(state.rules["conv"]["firings"]) == 3  # the first of them certified
+    grown = {"conv": inside["conv"] * 1.5}
+    assert upper(step(grown, state)[0]["conv"]) <= CAP * (1 + 1e-6)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_state_that_was_cast_goes_on_in_its_dtype(on_host: bool, dtype: str) -> None:
+    params, project = parameters(), Projection(on_host=on_host)
+    inside = {name: x * (0.5 * CAP / jnp.linalg.norm(x)) for name, x in params.items()}
+    state = jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x, project.state
+    )
+    dtypes, step = [x.dtype for x in jax.tree.leaves(state)], jax.jit(project)
+    for _ in range(3):
+        _, state = step(inside, state)
+        assert [x.dtype for x in jax.tree.leaves(state)] == dtypes
+    assert all(float(state.rules[name]["firings"]) == 3 for name in params)
+
+
 def test_a_derivative_outside_of_a_program_is_that_of_one() -> None:
     kernel = parameters()["conv"]
 
