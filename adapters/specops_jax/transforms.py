@@ -78,9 +78,10 @@ def constrain(
     Bounds, strengths and ratios may be hyperparameters of ``optax.inject_hyperparams``, which
     rounds them to half precision where all parameters are (``hyperparam_dtype=jnp.float32``
     does not); ``every`` and other integers belong among its ``static_args``.
-    In half precision ``w + (P(w + u) − w)`` rounds again and may end above the bound by a few
-    units of the last place of w: use `project_params` after ``optax.apply_updates`` where the
-    bound must hold as stored.
+    ``w + (P(w + u) − w)`` rounds again and may end above the bound by a few units of the last
+    place of w, which is much in half precision, and where w was far outside (in single precision
+    1e-5 of the bound from a thousand times that): use `project_params` after
+    ``optax.apply_updates`` where the bound must hold as stored.
 
     Running statistics of batch normalisation (flax's ``batch_stats``) stay those of the parameters
     that training batches have met. After the last projection estimate them anew, by a pass over

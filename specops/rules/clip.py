@@ -106,7 +106,7 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         """A state whose keys and shapes stay, for compiled loops: {} where nothing is screened.
 
         With it `update` decides on the device whether to project. What is watched is the norm
-        of `view` itself, by vectors of its size.
+        of `view` itself, by vectors of its size; for every size, that on a small torus.
         """
         if not self.screen:
             return {}
