@@ -133,7 +133,7 @@ def check_states(items: Sequence[Item], leaves: Sequence[Any], state: SpecopsSta
     if wrong:
         raise StateError(
             f"the state is not what the plan keeps of {', '.join(wrong)}: it was made by another "
-            f"plan, or for other parameters. Make a new one with specops_jax.init"
+            f"plan or version, or for other parameters. Make a new one with specops_jax.init"
         )
 
 
