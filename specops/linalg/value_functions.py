@@ -41,20 +41,22 @@ def above_for_sum(xp: Namespace, s: Array, total: Array) -> tuple[Array, Array]:
     ----------
     Duchi, Shalev-Shwartz, Singer & Chandra 2008.
     """
+    # Differences to the largest value: a total far below it would be rounded off the threshold.
+    below = s - s[..., :1]
     count = xp.cumulative_sum(xp.ones_like(s), axis=-1)
-    kept = s * count - xp.cumulative_sum(s, axis=-1) > -total[..., None]
+    kept = below * count - xp.cumulative_sum(below, axis=-1) > -total[..., None]
 
     def threshold(weights: Array) -> Array:
         number = xp.sum(weights, axis=-1)
         number = xp.where(number < 1.0, xp.ones_like(number), number)
-        return ((xp.sum(s * weights, axis=-1) - total) / number)[..., None]
+        return ((xp.sum(below * weights, axis=-1) - total) / number)[..., None]
 
     ones, zeros = xp.ones_like(s), xp.zeros_like(s)
     least = threshold(xp.where(kept, ones, zeros))
-    slope = _step(xp, s - least, s)
+    slope = _step(xp, below - least, s)
     strict, wide = xp.where(slope == 1.0, ones, zeros), xp.where(slope > 0.0, ones, zeros)
-    smooth = 0.5 * sum(x * (s - threshold(x)) for x in (strict, wide))
-    return _of_value(xp.where(s > least, s - least, zeros), smooth), slope
+    smooth = 0.5 * sum(x * (below - threshold(x)) for x in (strict, wide))
+    return _of_value(xp.where(below > least, below - least, zeros), smooth), slope
 
 
 def _step(xp: Namespace, x: Array, s: Array) -> Array:

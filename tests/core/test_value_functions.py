@@ -210,3 +210,23 @@ def test_splits_and_bad_matrices_of_a_stack() -> None:
         got = specops.polar_factor(stack, Dense(out_axes=(1,), batch_axes=(0,)))
     np.testing.assert_allclose(got[0], np.eye(2), atol=1e-12)
     assert np.isnan(got[1]).all()
+
+
+@pytest.mark.parametrize("scale", [2.0**12, 2.0**40])
+def test_bounds_far_below_the_values_are_not_rounded_away(backend: Backend, scale: float) -> None:
+    rng = np.random.default_rng(7)
+    w = rng.integers(-8, 9, (6, 5)).astype(np.float64)
+    w[:, 1] = 2 * w[:, 0]  # of rank 4
+    u, s, vh = np.linalg.svd(w * scale, full_matrices=False)
+    wanted = (u * on_simplex(np.maximum(s - s[0] + 2.0, 0.0), 1.0)) @ vh
+    given = backend.array(w * scale, "float32")
+    ball = backend.call(lambda x: specops.project_schatten_ball(x, 1.0, p=1), given)
+    np.testing.assert_allclose(backend.numpy(ball), wanted, atol=1e-4)
+
+    torus = Conv((5, 5), boundary="circular")
+    kernel = rng.integers(-8, 9, (2, 3, 3, 3)).astype(np.float64)
+    # All values are above both bounds, in double precision without cancellation.
+    wanted = specops.clip_singular_values(kernel, 2.0**-13, 2.0**-12, torus) * 2.0**12
+    given = backend.array(kernel * scale, "float32")
+    clipped = backend.call(lambda x: specops.clip_singular_values(x, 0.5, 1.0, torus), given)
+    np.testing.assert_allclose(backend.numpy(clipped), wanted, atol=1e-4)

@@ -34,13 +34,15 @@ def clip_kernel(given: Prepared, w: Array, lower: float, upper: float, iteration
         xp = np
     kernel = geometry.kernel(given.w if on_host is None else on_host)
     support = Support(symbol_of(sizes, sizes.fine, not arrays.is_complex(kernel)))
-    x0 = x = support.coordinates(xp, kernel)
+    x = support.coordinates(xp, kernel)
     low, high = (bound / given.scale for bound in (lower, upper))
     if on_host is not None:
         low, high = (float(arrays.to_numpy(bound)) for bound in (low, high))
     for _ in range(iterations):
         x = _round(xp, support, x, low, high)
-    result = geometry.weight(kernel + support.kernel(xp, x - x0))
+    # A difference to the kernel would cancel far outside of the bounds.
+    result, unseen = support.kernel(xp, x), support.unseen(xp, kernel)
+    result = geometry.weight(result if unseen is None else result + unseen)
     if on_host is not None:
         result = arrays.from_host(np.ascontiguousarray(result), given.w)
     return given.xp.astype(result * given.scale, w.dtype)

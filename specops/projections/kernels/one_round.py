@@ -55,9 +55,9 @@ def clip_and_cut(w: Array, max_norm: Any, geometry: Conv) -> tuple[Array, Array,
     if arrays.truth(before <= limit):
         return w, norm_before, norm_before
     result = support.kernel(xp, alternate(xp, support, x0, limit))
-    if symbol.folds:
-        # What wraps to nothing is not seen by the operator, and stays.
-        result = result + kernel - support.kernel(xp, x0)
+    unseen = support.unseen(xp, kernel)
+    if unseen is not None:
+        result = result + unseen
     untouched = (before <= limit) | ~arrays.all_finite(xp, kernel)
     result = back(geometry.weight(xp.where(untouched, kernel, result))) * given.scale
     stored = nan_without(max_norm, with_unread(given.xp.astype(result, w.dtype), w, geometry))

@@ -72,6 +72,14 @@ class Support:
         """The least kernel with these coordinates."""
         return self.symbol.kernel(xp, self._scaled(xp, x, 0.5))
 
+    def unseen(self, xp: Namespace, kernel: Array) -> Array | None:
+        """The part of a kernel whose taps cancel where they wrap onto each other, if any can."""
+        if not self.symbol.folds:
+            return None
+        part = kernel - self.kernel(xp, self.coordinates(xp, kernel))
+        # A small part of a large kernel is rounded to what the operator would see.
+        return part - self.kernel(xp, self.coordinates(xp, part))
+
     def coefficients(self, xp: Namespace, x: Array) -> Array:
         """The symbol's coefficients."""
         return self._scaled(xp, x, 0.5)
