@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from specops.errors import AdapterError, PlanError
 from specops.geometry import Geometry
 from specops.training.assigned import Assigned
-from specops.training.declared import override_geometries
+from specops.training.declared import declared, override_geometries
 from specops.training.plan import Assignment, Plan
 from specops.training.weight import Weight
 from specops_jax.modules import Geometries, inspect_leaves
@@ -69,7 +69,7 @@ def program(
     if not leaves:
         raise AdapterError("the parameters hold no array")
     _refuse_collisions([name for name, _ in leaves])
-    found, given = inspect_leaves(params), dict(geometries or {})
+    found, given = inspect_leaves(params), declared(geometries)
     names = {name for name, _ in leaves}
     if isinstance(geometries, Geometries):
         # What was found by looking need not all be here.

@@ -14,6 +14,7 @@ from specops.errors import AdapterError
 from specops.geometry import Dense, Geometry
 from specops.training.cautions import caution
 from specops.training.coverage import warn_of_remarks
+from specops.training.declared import declared
 from specops_torch.evaluation import evaluating
 from specops_torch.geometry import CONVOLUTIONS
 from specops_torch.own_forward import added_to
@@ -76,7 +77,7 @@ def weights_and_geometries(
     {'0.weight': 'conv 6×6, zeros', '2.weight': 'dense'}
     >>> complexity = log_spec_fro(weights, 1.0, maps)
     """
-    patterns, modules = dict(geometries or {}), dict(model.named_modules())
+    patterns, modules = declared(geometries), dict(model.named_modules())
     adapted = added_to(modules)
     sizes = {} if x is None else _sizes(model, x)
     weights: dict[str, torch.Tensor] = {}

@@ -245,7 +245,11 @@ class Constrained(training.Constrained[Location]):
             self.in_use.overrides["step"] = step
         if not self.rule.is_scheduled():
             return
-        arguments = self.forward_rule.arguments(step, self.name, self.geometry)
+        try:
+            arguments = self.forward_rule.arguments(step, self.name, self.geometry)
+        except Exception as error:
+            error.add_note(f"while {self.rule!r} was scheduled for {self.name} at step {step}")
+            raise
         for key, value in arguments.items():
             if key != "step":
                 parameter = self.location.parameter

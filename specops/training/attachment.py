@@ -15,6 +15,7 @@ from specops.training.assigned import check_saved, check_stage
 from specops.training.assigning import assigned
 from specops.training.constrained import Constrained
 from specops.training.coverage import warn_of_coverage
+from specops.training.declared import declared
 from specops.training.firing import Firing, NonFinitePolicy, write
 from specops.training.history import History, Record
 from specops.training.outcome import Outcome
@@ -65,7 +66,7 @@ class BaseAttachment(ABC, Generic[C]):
         self._history = History(history)
         if log is not None:
             self._history.tell(log)
-        self._geometries = dict(geometries or {})
+        self._geometries = declared(geometries)
         self._assignments: list[Assignment] = []
         self._constrained: list[C] = []
         self._attached = False

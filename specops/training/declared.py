@@ -17,6 +17,16 @@ _FEW = 7
 """Taps along an axis of usual kernels, at the most."""
 
 
+def declared(geometries: Any) -> dict[str, Geometry]:
+    """The maps by patterns of names; None is none."""
+    if geometries is not None and not isinstance(geometries, Mapping):
+        raise GeometryError(
+            f"geometries must be a dict of patterns to maps, such as {{'*.weight': Dense()}}, got "
+            f"{geometries!r}"
+        )
+    return dict(geometries or {})
+
+
 def override_geometries(
     weights: Sequence[Weight],
     geometries: Mapping[str, Geometry] | None,
@@ -27,7 +37,7 @@ def override_geometries(
     `aliases` are further names of a weight (tied tensors), under which it may be meant. A kernel
     whose map contradicts what its layer says, or its shape, is warned of.
     """
-    geometries, aliases = dict(geometries or {}), aliases or {}
+    geometries, aliases = declared(geometries), aliases or {}
     unused = set(geometries)
     result = []
     for weight in weights:

@@ -205,6 +205,11 @@ class Plan:
         if entry.is_bare and len(self._parsed) > 1:
             return
         names = [w.name for w in weights]
+        if not names:
+            raise PlanError(
+                "the model has no parameters to act on: of a quantised or frozen program act on "
+                "the model that it was made from"
+            )
         if assignments:
             reasons = "; ".join(f"{a.weight.name}: {a.reason}" for a in assignments[:5])
             raise PlanError(

@@ -382,6 +382,14 @@ def test_errors_name_the_layer() -> None:
         specops.attach(None, model, CLIP, geometries={"0.weight": Conv((8,))})
     with pytest.raises(errors.GeometryError, match=r"0\.weight.*Dense.*got 'conv'"):
         specops.attach(None, model, CLIP, geometries={"0.weight": "conv"})
+    with pytest.raises(errors.GeometryError, match=r"dict of patterns.*got Dense"):
+        specops.attach(None, model, CLIP, geometries=Dense())  # type: ignore[arg-type]
+    with pytest.raises(errors.PlanError, match="no parameters to act on"):
+        specops.attach(None, nn.ReLU(), CLIP)
+    scheduled = SpectralNormalization(norm="reshaped", scale=lambda *_: -1.0)
+    with pytest.raises(ValueError, match="scale must be") as refused:
+        specops.attach(None, model, scheduled)
+    assert "0.weight at step 1" in refused.value.__notes__[0]
     attachment = specops.attach(None, model, ClipSpectralNorm(lambda *_: 0.0))
     with pytest.raises(ValueError, match="max_norm must be") as raised:
         attachment.step()
