@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from specops.training.coverage import warn_of_coverage
 from specops.training.report import Report, measured, plan_rows
 from specops_jax.firing import advance, begin, enforced, is_due
 from specops_jax.meshes import partitioned
+from specops_jax.one_firing import acting
 from specops_jax.program import Item, Program, program
 from specops_jax.state import SpecopsState, check_states, of_arrays
 
@@ -179,10 +181,9 @@ def normalize_params(
             options: dict[str, Any] = {"step": step, "name": item.name}
             if scales is not None and item.forward_rule.trained_scale() is not None:
                 options["scale"] = scales[_scale_name(own, item)]
-            weight = weights[item.name]
-            used[item.name] = item.forward_rule.apply(
-                weight, item.geometry, states[item.name], **options
-            )
+            given = weights[item.name], item.geometry, states[item.name]
+            act = partial(item.forward_rule.apply, *given, **options)
+            used[item.name] = acting(item, act)
         return used
 
     weights = {item.name: leaves[item.index] for item in items}

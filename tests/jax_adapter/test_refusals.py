@@ -301,3 +301,15 @@ def test_transfers_that_jax_refuses_its_users_are_none_of_the_rules_business(rul
         specops_jax.check(after[1])
         assert len(specops_jax.records(after[1])) == 3
         assert specops_jax.report(params, rule, GEOMETRIES).constrained
+
+
+def test_a_schedule_of_a_forward_rule_that_fails_names_the_weight() -> None:
+    params, rule = {"a": {"w": jnp.eye(3)}}, SpectralNormalization(norm="reshaped", scale=_negative)
+    state = specops_jax.init(params, rule, DENSE)
+    with pytest.raises(ValueError, match="scale must be a positive finite number") as caught:
+        specops_jax.normalize_params(params, rule, state, DENSE)
+    assert "a/w" in "".join(caught.value.__notes__)
+
+
+def _negative(step: Any, name: str, geometry: Any) -> float:
+    return -1.0
