@@ -296,6 +296,8 @@ class BaseAttachment(ABC, Generic[C]):
         ------
         AdapterError
             Another version, other names, or vectors of other shapes; nothing is changed then.
+        StateError
+            Vectors that hold NaN; nothing is changed either.
         """
         self.look()
         self.check_state(state)

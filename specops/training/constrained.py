@@ -6,8 +6,10 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
+import array_api_compat as compat
+
 from specops import arrays
-from specops.errors import AdapterError, NonFiniteError
+from specops.errors import AdapterError, NonFiniteError, StateError
 from specops.geometry import Dense, Geometry
 from specops.tracking import are_alike, is_measured
 from specops.training.assigned import Assigned
@@ -181,8 +183,19 @@ class Constrained(Assigned, Generic[P]):
             raise AdapterError(
                 f"{self.name}: the state is no dict of arrays under the entry 'state'"
             ) from None
+        wrong = [key for key, x in (state or {}).items() if _holds_nan(x)]
+        if wrong:
+            raise StateError(
+                f"{self.name}: the state holds NaN in {', '.join(map(repr, wrong))}: it was saved "
+                f"from a diverged run, or damaged since. Go on without it, or load another"
+            )
         if self.stage != "forward" or not self.state or not found:
             return
         expected = {key: tuple(x.shape) for key, x in self.state.items()}
         if not are_alike(found, expected):
             raise AdapterError(f"{self.name}: the state has {found}, expected {expected}")
+
+
+def _holds_nan(x: Array) -> bool:
+    # Integers and booleans as well, which no weight is made of.
+    return bool(compat.array_namespace(x).any(x != x))

@@ -199,6 +199,29 @@ def test_foreign_state_is_refused() -> None:
         attachment.load_state_dict(state)
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        SpectralNormalization(norm="reshaped"),
+        specops.SpectralNormPenalty(0.1, norm="operator"),
+        specops.SpectralHammer(1.0, norm="operator"),
+    ],
+)
+def test_a_state_that_holds_nan_is_refused(rule: Any) -> None:
+    model = network()
+    optimizer = optimizer_of(model)
+    attachment = specops.attach(optimizer, model, rule)
+    train(model, optimizer)
+    state = copy.deepcopy(attachment.state_dict())
+    kept = state["weights"]["7.weight"]["state"]
+    state["weights"]["7.weight"]["state"] = {key: x * float("nan") for key, x in kept.items()}
+    with pytest.raises(errors.StateError, match=r"7\.weight: the state holds NaN"):
+        attachment.load_state_dict({**state, "steps": 9})
+    assert attachment.steps == 3
+    train(model, optimizer)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_weights(bad: float) -> None:
     def broken() -> nn.Sequential:
