@@ -319,11 +319,13 @@ def test_hints_that_do_not_fit_are_said() -> None:
 
 def test_quantised_weights_are_known_by_their_scales() -> None:
     names = ("a.weight", "a.weight_scale_inv", "q.qweight", "q.scales")
-    others = dict.fromkeys(names, (2, 2))
-    weight = guess("a.weight", (8, 8), "float8_e4m3fn", others=others)
-    assert not weight.harmless
-    assert "quantised" in weight.skipped
-    for name in ("a.weight_scale_inv", "q.scales"):
+    more = ("p.weight_packed", "p.weight_scale", "c.weight", "c.scale_weight")
+    others = dict.fromkeys((*names, *more), (2, 2))
+    for name in ("a.weight", "c.weight"):
+        weight = guess(name, (8, 8), "float8_e4m3fn", others=others)
+        assert not weight.harmless
+        assert "quantised" in weight.skipped
+    for name in ("a.weight_scale_inv", "q.scales", "p.weight_scale"):
         scales = guess(name, (2, 2), others=others)
         assert scales.skipped == "scales of a quantised weight"
         assert scales.harmless

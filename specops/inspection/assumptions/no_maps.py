@@ -114,7 +114,8 @@ def _quantised(name: str, last: str, dtype: str, context: Context) -> Assumption
         name.endswith(_SCALES) and any(_bare(name) in (n, _bare(n)) for n in others)
     ):
         return Assumption(skipped="scales of a quantised weight")
-    scaled = any(name + end in others for end in ("_scale", "_scale_inv"))
+    of_comfy = f"{name.removesuffix('weight')}scale_weight"
+    scaled = any(n in others for n in (f"{name}_scale", f"{name}_scale_inv", of_comfy))
     packed = "int" in dtype or dtype in ("bits8", "opaque")
     if scaled or (packed and last in _WEIGHTS):
         reason = f"{dtype}: quantised or packed, its map is not that of the numbers stored"
@@ -131,7 +132,9 @@ def _bare(name: str) -> str:
     for end in _SCALES:
         if name.endswith(end):
             name = name.removesuffix(end)
-    return name.removesuffix(".weight").removesuffix(".qweight")
+    for end in (".weight", ".qweight", ".weight_packed"):
+        name = name.removesuffix(end)
+    return name
 
 
 def _is_bias(name: str, shape: tuple[int, ...], parts: list[str], context: Context) -> bool:
