@@ -54,8 +54,7 @@ class Attachment(BaseAttachment[Constrained]):
         self._replicas = options.pop("replicas", None)
         super().__init__(plan, geometries, **options)
         self._model, self._followed = model, Followed(optimizer)
-        self._scales, self._liveness = Scales(), Liveness()
-        self._statistics = Statistics(model)
+        self._scales, self._liveness, self._statistics = Scales(), Liveness(), Statistics(model)
         self._firing = ShardedFiring(self._firing.on_nonfinite, self._statistics.are_kept)
         self._groups: dict[Any, Any] = {}
         try:
@@ -120,9 +119,9 @@ class Attachment(BaseAttachment[Constrained]):
     def before_step(self, parameter: nn.Parameter | None = None) -> None:
         """Let rules of stage "gradients" add to the gradients, before an optimizer's step.
 
-        Only for ``attach(None, ...)``: of all parameters, or of one whose optimizer is about to
-        step.
+        Only for ``attach(None, ...)``: of all parameters, or of one that is about to be stepped.
         """
+        self.check_attached()
         if parameter is None:
             self._add_gradients(self.steps + 1, self.due("gradients", self.steps + 1))
             return
@@ -140,9 +139,9 @@ class Attachment(BaseAttachment[Constrained]):
         Parameters
         ----------
         parameter : torch.nn.Parameter, optional
-            The one that its own optimizer has just stepped, during the backward pass; each is
-            counted for itself. None: all of them.
+            One that its own optimizer has just stepped, in backward, and counts; None: all.
         """
+        self.check_attached()
         if parameter is not None:
             for c in self._owners(parameter):
                 c.steps += 1
@@ -346,5 +345,6 @@ class Attachment(BaseAttachment[Constrained]):
 
     def look(self) -> None:
         """Warn if weights move, but no step is seen."""
+        super().look()
         if self._followed.has_hooks:
             self._liveness.check(self._constrained, self.steps)

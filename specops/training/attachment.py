@@ -95,13 +95,11 @@ class BaseAttachment(ABC, Generic[C]):
         c.release()
 
     def look(self) -> None:
-        """Called before weights are looked at: an adapter may list them anew.
+        """Called before weights are looked at: an adapter may list them anew."""
+        self.check_attached()
 
-        Raises
-        ------
-        AdapterError
-            Detached.
-        """
+    def check_attached(self) -> None:
+        """Raise `AdapterError` once detached."""
         if not self._attached:
             raise AdapterError("this attachment is detached and does nothing: attach again")
 
