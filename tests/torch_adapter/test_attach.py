@@ -114,7 +114,7 @@ def test_after_detach_nothing_is_left() -> None:
         assert not a._forward_hooks_with_kwargs
     weights = copy.deepcopy(model.state_dict())
     for act in (attachment.step, attachment.before_step, attachment.enforce):
-        with pytest.raises(AdapterError, match="detached"):
+        with pytest.raises(errors.AdapterError, match="detached"):
             act()
     assert all((weights[k] == v).all() for k, v in model.state_dict().items())
     train(model, optimizer, 1)
