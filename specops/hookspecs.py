@@ -23,14 +23,24 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @dataclass(frozen=True)
 class AdapterStatus:
-    """What `specops.plugins.statuses` lists about one adapter."""
+    """What `specops.plugins.statuses` lists about one adapter.
+
+    Attributes
+    ----------
+    name : str
+        The framework's.
+    available : bool
+        Whether the adapter works here.
+    detail : str
+        The framework's version, or why the adapter is not available.
+    supports : str
+        What it can do, in a few words: "weights, gradients, forward; checkpoints".
+    """
 
     name: str
     available: bool
     detail: str = ""
-    """The framework's version, or why the adapter is not available."""
     supports: str = ""
-    """What it can do, in a few words: "weights, gradients, forward; checkpoints"."""
 
 
 @runtime_checkable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -47,10 +47,17 @@ def find_adapter(model: Any, optimizer: Any = None) -> Adapter:
         raise refusals[0]
     for _ in answers("specops_adapter", Adapter, [], model=optimizer, optimizer=None):
         raise AdapterError("the arguments are swapped: attach(optimizer, model, rule_or_plan)")
-    listed = "; ".join(f"{s.name} ({s.detail})" if s.detail else s.name for s in statuses())
+    known = statuses()
+    listed = "; ".join(f"{s.name} ({s.detail})" if s.detail else s.name for s in known)
+    remedy = "" if any(s.available for s in known) else ". For torch: pip install 'specops[torch]'"
+    if isinstance(model, Mapping):
+        remedy = (
+            ". Pass the module, not its arrays; or each array to a function, such as "
+            "specops.project_spectral_ball"
+        )
     raise AdapterError(
         f"no adapter knows a model of type {type(model).__module__}.{type(model).__name__}. "
-        f"Installed adapters: {listed or 'none'}. For torch: pip install 'specops[torch]'"
+        f"Installed adapters: {listed or 'none'}{remedy}"
     )
 
 

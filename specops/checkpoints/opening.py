@@ -93,6 +93,11 @@ def _unknown(path: Path, start: bytes) -> str:
     if path.is_dir() and (path / "saved_model.pb").is_file():
         return "a SavedModel, a program of TensorFlow; save the weights: model.save_weights(...)"
     if path.is_dir():
+        suffixes = set(_KNOWN.replace(",", "").split())
+        files = sorted(p.name for p in path.iterdir() if p.is_file() and p.suffix in suffixes)
+        if files:
+            listed = ", ".join(files[:5]) + (" ..." if len(files) > 5 else "")
+            return f"the folder is no checkpoint itself; name one of its files: {listed}"
         return f"no checkpoint that is known is in this folder; known are {_KNOWN}"
     for kind in (start[:4], start[4:8], path.suffix.encode()):
         if kind in _OTHERS:

@@ -161,7 +161,10 @@ def compare(one: Inspection, other: Inspection) -> Comparison:
 def show_comparison(found: Comparison, verbose: bool = False) -> None:
     """Print the pairs, and what has no partner; names one by one if `verbose`."""
     print(printable(f"{found.paths[0]} compared with {found.paths[1]} (other):"))
-    show_table(HEADERS, found.rows(), _DROPPED_FIRST, HEADERS[1:])
+    if found.pairs:
+        show_table(HEADERS, found.rows(), _DROPPED_FIRST, HEADERS[1:])
+    else:
+        print("no weight of one name in both")
     for line in found.lines(", ".join if verbose else folded):
         print(wrapped(line))
 

@@ -46,7 +46,7 @@ class ProjectionInfo:
     norm_after: Array
     gap: Array
     iterations: int
-    state: dict[str, Array] = field(default_factory=dict)
+    state: dict[str, Array] = field(default_factory=dict, repr=False)
     constrained: Literal["layer", "torus"] = "layer"
 
 
@@ -78,4 +78,4 @@ class StableRankInfo:
     distance: Array
     preserved: Array
     iterations: int
-    state: dict[str, Array] = field(default_factory=dict)
+    state: dict[str, Array] = field(default_factory=dict, repr=False)

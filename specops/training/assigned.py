@@ -76,8 +76,10 @@ def check_saved(state: Mapping[str, Any], names: Iterable[str]) -> None:
     AdapterError
         Another version, or other names.
     """
-    if state.get("version") != 1:
-        raise AdapterError(f"unknown version {state.get('version')!r} of the state")
+    if "version" not in state:
+        raise AdapterError("not what an attachment's state_dict gives: it has no version")
+    if state["version"] != 1:
+        raise AdapterError(f"unknown version {state['version']!r} of the state")
     expected, found = set(names), set(state["weights"])
     if expected != found:
         raise AdapterError(

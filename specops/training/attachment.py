@@ -33,7 +33,8 @@ class BaseAttachment(ABC, Generic[C]):
 
     An adapter writes `parameters`, calls `assign` when the model is at hand, and lets something
     call `step` after each step of the optimizer. If it claims more `stages`, it also lets
-    something call `before_step` with the gradients, and its layers use what `weights` gives.
+    something call `before_step` with the gradients, and its layers use what `weights` gives. What
+    it hung on the framework it takes off again in `detach`: a detached one raises in `step`.
 
     Parameters
     ----------

@@ -18,7 +18,7 @@ from specops.spectra import spectral_norm, spectral_norm_bounds, stable_rank
 from specops.tables import aligned, rich_table
 from specops.training.plan import Assignment
 
-_WIDEST = 60
+_WIDEST, _CUT = 60, "…"
 _HEADERS = ("parameter", "shape", "geometry", "rule", "norm")
 _NORMALIZED = "with batch norm"
 _RANK = "stable rank"
@@ -111,7 +111,9 @@ class Report:
     def __str__(self) -> str:
         headers = self._headers()
         table = [headers, *(tuple(map(_short, self._cells(row))) for row in self.rows)]
-        return f"{aligned(table, rule=True)}\n{self._summary()}"
+        cut = any(cell.endswith(_CUT) for cells in table for cell in cells)
+        more = f"; what ends in {_CUT} is whole in report[name].reason, or .rule" if cut else ""
+        return f"{aligned(table, rule=True)}\n{self._summary()}{more}"
 
     def show(self) -> None:
         """Print: a coloured table in a terminal, HTML in a notebook, plain text elsewhere."""
@@ -196,7 +198,7 @@ def _rule_text(assignment: Assignment) -> str:
 
 
 def _short(cell: str) -> str:
-    return cell if len(cell) <= _WIDEST else cell[: _WIDEST - 1] + "…"
+    return cell if len(cell) <= _WIDEST else cell[: _WIDEST - 1] + _CUT
 
 
 def _cells(row: ReportRow) -> tuple[str, ...]:

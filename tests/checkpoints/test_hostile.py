@@ -389,8 +389,9 @@ def test_an_index_that_is_none(tmp_path: Path, text: str) -> None:
 
 def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
     assert "no such file" in refusal(tmp_path / "missing")
-    assert "folder" in refusal(tmp_path)
+    assert "in this folder" in refusal(tmp_path)
     (tmp_path / "empty.pt").touch()
+    assert "name one of its files: empty.pt" in refusal(tmp_path)
     assert "is empty" in refusal(tmp_path / "empty.pt")
     (tmp_path / "a.safetensors").write_text("just some text, longer than a header is")
     assert "a text file" in refusal(tmp_path / "a.safetensors")

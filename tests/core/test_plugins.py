@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
+import numpy as np
 import pytest
 
 import specops
@@ -147,6 +148,8 @@ def test_refusal_of_one_adapter_does_not_stop_another(install: Any) -> None:
 def test_unknown_model_lists_the_adapters() -> None:
     with pytest.raises(errors.AdapterError, match=r"type builtins.object.*torch"):
         specops.attach(None, object(), specops.Monitor())
+    with pytest.raises(errors.AdapterError, match=r"Pass the module, not its arrays"):
+        specops.project({"w": np.ones((2, 3))}, specops.Monitor())
 
 
 def test_missing_framework_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -316,6 +316,16 @@ def test_a_comparison_has_the_spectrum_of_the_difference(
     assert "difference σ_max" in out
 
 
+def test_a_comparison_without_a_common_name_says_so(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = {"else.weight": np.ones((3, 4), np.float32)}
+    call(path, "--compare", written(tmp_path / "o.safetensors", tensors, format="pt"))
+    out = capsys.readouterr().out
+    assert "no weight of one name in both" in out
+    assert "ratio" not in out
+
+
 def test_a_comparison_says_where_it_compares_other_maps(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,6 +98,16 @@ def test_strides_and_identity_of_parameters_survive() -> None:
     assert before == {n: (id(p), p.stride(), p.data_ptr()) for n, p in model.named_parameters()}
 
 
+def test_what_a_printed_report_cuts_is_said_to_be_whole_elsewhere() -> None:
+    layer = nn.Linear(2, 3)
+    layer.own = nn.Parameter(torch.ones(3, 4))
+    report = specops.attach(None, layer, CLIP).report()
+    assert "geometries=" in report["own"].reason
+    assert "geometries=" not in str(report)
+    assert str(report).endswith("is whole in report[name].reason, or .rule")
+    assert not str(specops.attach(None, nn.Linear(2, 3), CLIP).report()).endswith(".rule")
+
+
 def test_after_detach_nothing_is_left() -> None:
     model, plain = network(), network()
     optimizer = optimizer_of(model)

@@ -27,9 +27,12 @@ def specops_adapter(model: Any) -> Adapter | None:
 
 @hookimpl
 def specops_adapter_status() -> AdapterStatus:
-    """Whether keras is installed, and if it is imported, with which backend."""
+    """Whether keras is installed with a backend, and if it is imported, which."""
     if util.find_spec("keras") is None:
         return AdapterStatus("keras", False, "keras is not installed: pip install 'keras>=3.5'")
+    if not any(util.find_spec(name) for name in _BACKENDS):
+        needs = "keras needs a backend here: pip install jax, and set KERAS_BACKEND=jax (or torch)"
+        return AdapterStatus("keras", False, needs)
     backend = _backend()
     if backend and backend not in _BACKENDS:
         return AdapterStatus("keras", False, _unusable())

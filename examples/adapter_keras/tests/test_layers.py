@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
+from specops_keras import plugin
 from specops_keras.geometry import _einsum, roles
 from specops_keras.variables import locate
 
@@ -167,3 +168,12 @@ def test_layers_that_compute_otherwise_are_left_alone() -> None:
         ((_, role),) = roles(layer)
         assert said in role.obstacle
         assert (role.geometry is None) == bool(said)
+
+
+def test_without_a_backend_the_adapter_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plugin.util, "find_spec", lambda name: True if name == "keras" else None)
+    status = plugin.specops_adapter_status()
+    assert not status.available
+    assert "pip install jax" in status.detail

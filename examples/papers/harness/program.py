@@ -89,6 +89,8 @@ class Program:
         if not chosen:
             raise SystemExit(f"no records in {path}: run first")
         console.print(self._table(chosen))
+        if options.preset == "quick":
+            console.print("quick: too few steps to compare settings by")
         for preset, data in dict.fromkeys((r["preset"], r["data"]) for r in chosen):
             of_these = [r for r in chosen if (r["preset"], r["data"]) == (preset, data)]
             for figure in self.plot(of_these, options.results / f"{preset}_{data.split()[0]}"):
