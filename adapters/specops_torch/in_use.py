@@ -114,7 +114,7 @@ class InUse:
         scale = self.overrides.get("scale")
         if scale is None or not scale.is_leaf or scale.grad is None or not self._is_own(raw):
             return
-        if all(p.grad is None for p in self.sharing or [raw]):
+        if all(map(_is_reset, self.sharing or [raw])):
             scale.grad = None
 
     def _used(self, raw: torch.Tensor) -> torch.Tensor:
@@ -283,6 +283,12 @@ class InUse:
             if self.lenient and is_misfit(error, self.geometry, raw.shape):
                 return None
             raise
+
+
+def _is_reset(parameter: torch.Tensor) -> bool:
+    """Whether its gradient is none, or zeros; of a sharded one they are not asked for."""
+    gradient = parameter.grad
+    return gradient is None or not (hasattr(gradient, "device_mesh") or gradient.any())
 
 
 def _written(raw: torch.Tensor) -> tuple[int, int]:
