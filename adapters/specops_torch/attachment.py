@@ -302,11 +302,10 @@ class Attachment(BaseAttachment[Constrained]):
         self, step: int, due: list[Constrained], scale: torch.Tensor | None = None
     ) -> None:
         outcomes = self._firing.compute(with_gradient(due), step)
-        add_terms(outcomes, scale)
+        add_terms(outcomes, scale, self._followed.maximized())
         self._record(without_gradient(c, step) for c in due if c.location.parameter.grad is None)
         self._record(o.record for o in outcomes)
 
-    @torch.compiler.disable
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         if self._followed.has_changed():
@@ -327,7 +326,8 @@ class Attachment(BaseAttachment[Constrained]):
             if due:
                 # The closure will erase what is added now.
                 outcomes = self._firing.compute(due, self.steps + 1)
-                wrapped = with_penalty(wrapped, outcomes, self.steps + 1)
+                up = self._followed.maximized()
+                wrapped = with_penalty(wrapped, outcomes, self.steps + 1, up)
                 self._record(o.record for o in outcomes)
             if "closure" in kwargs:
                 return args, {**kwargs, "closure": wrapped}
@@ -338,7 +338,6 @@ class Attachment(BaseAttachment[Constrained]):
             self._add_gradients(self.steps + 1, due, scale)
         return None
 
-    @torch.compiler.disable
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not overflowed(optimizer):
             self.step()

@@ -81,8 +81,9 @@ class Constrained(training.Constrained[Location]):
         return isinstance(geometry, Dense) or geometry.grid is not None
 
     def is_of(self, parameter: Location, assignment: Assignment) -> bool:
-        """Whether it is a weight of the same module."""
-        return self.location.module is parameter.module
+        """Whether it is a weight of the same module, and the same map: blocks may have grown."""
+        same = assignment.weight.geometry == self.assignment.weight.geometry
+        return self.location.module is parameter.module and (same or parameter.learns_size)
 
     def resume(self, parameter: Location, assignment: Assignment) -> None:
         """Go on, hooks and all."""
@@ -270,7 +271,8 @@ class Constrained(training.Constrained[Location]):
 
     def state_dict(self) -> dict[str, Any]:
         """The rule's state and the sizes seen."""
-        drifting = self.in_use is not None and self.in_use.drifting
+        in_use = self.in_use
+        drifting = in_use is not None and in_use.has_drifted(self.location.parameter)
         return super().state_dict() | {"steps": self.steps, "drifting": drifting}
 
     def load_state_dict(self, saved: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -32,10 +32,16 @@ def with_gradient(due: Sequence[Constrained]) -> list[Constrained]:
     return found
 
 
-def add_terms(outcomes: Sequence[Outcome[Constrained]], scale: torch.Tensor | None) -> None:
-    """Add what rules of stage "gradients" gave, scaled like the loss."""
+def add_terms(
+    outcomes: Sequence[Outcome[Constrained]],
+    loss_scale: torch.Tensor | None,
+    maximized: Container[int],
+) -> None:
+    """Add what rules of stage "gradients" gave, scaled like the loss; take it off an objective."""
     for o in outcomes:
-        c, step = o.constrained, o.record["step"]
+        c, step, scale = o.constrained, o.record["step"], loss_scale
+        if id(c.location.parameter) in maximized:
+            scale = torch.tensor(-1.0) if scale is None else -scale
         # A term of this formula is a new array: where it was not made, the vectors give it.
         by_vectors = o.array is o.weight and c.rule.formula == "penalty"
         if o.array is not None and isinstance(c, ShardedConstrained):

@@ -114,7 +114,7 @@ class InUse:
         scale = self.overrides.get("scale")
         if scale is None or not scale.is_leaf or scale.grad is None or not self._is_own(raw):
             return
-        if all(p.grad is None for p in self.sharing or [raw]):
+        if all(map(_is_reset, self.sharing or [raw])):
             scale.grad = None
 
     def _used(self, raw: torch.Tensor) -> torch.Tensor:
@@ -231,6 +231,11 @@ class InUse:
         if not self.forgotten and self._written != _written(raw):
             self.drifting, self._written = True, _written(raw)
 
+    def has_drifted(self, raw: torch.Tensor) -> bool:
+        """Whether vectors are of an earlier weight, also where nobody has counted the writes."""
+        known = self.state is not None and not self.sharded
+        return self.drifting or (known and not self._fits(raw, self.state))
+
     def forget(self) -> None:
         """Measure at the next use, whatever was known."""
         self._written = _FORGOTTEN
@@ -247,6 +252,9 @@ class InUse:
         if self.sharded:
             # Of which the whole is known in the next forward pass.
             self._loaded, self._written = state is not None, None
+        elif state is None:
+            # It was saved before the layer had met an input, or while it was not finite.
+            self._written = None
         elif state is not None and not drifting and not self._fits(raw, state):
             self.forget()
 
@@ -275,6 +283,12 @@ class InUse:
             if self.lenient and is_misfit(error, self.geometry, raw.shape):
                 return None
             raise
+
+
+def _is_reset(parameter: torch.Tensor) -> bool:
+    """Whether its gradient is none, or zeros; of a sharded one they are not asked for."""
+    gradient = parameter.grad
+    return gradient is None or not (hasattr(gradient, "device_mesh") or gradient.any())
 
 
 def _written(raw: torch.Tensor) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -56,9 +57,31 @@ class Followed:
         """Call these around each step."""
         if self.optimizer is not None:
             self._hooks = [
-                self.optimizer.register_step_pre_hook(before),
-                self.optimizer.register_step_post_hook(after),
+                self.optimizer.register_step_pre_hook(self._outermost(before)),
+                self.optimizer.register_step_post_hook(self._outermost(after)),
             ]
+
+    def _outermost(self, act: Callable[..., Any]) -> Callable[..., Any]:
+        """Without the steps that a subclass takes within its own, by ``super().step()``."""
+        kinds = type(self.optimizer).__mro__
+        nests = sum("step" in vars(kind) for kind in kinds) > 2  # `Optimizer` has one, too
+
+        def once(*args: Any) -> Any:
+            return None if nests and self._is_within_step() else act(*args)
+
+        disabled: Callable[..., Any] = torch.compiler.disable(once)
+        return disabled
+
+    def _is_within_step(self) -> bool:
+        # torch calls hooks in a wrapper of its own around each class's `step`.
+        kind: Any = type(self.optimizer)
+        code = kind.step.__code__
+        frame, found = inspect.currentframe(), 0
+        while frame is not None:
+            if frame.f_code is code and frame.f_locals.get("self") is self.optimizer:
+                found += 1
+            frame = frame.f_back
+        return found > 1
 
     @property
     def has_hooks(self) -> bool:
@@ -70,6 +93,11 @@ class Followed:
         """Whether it has them still: they are lost where optimizers are copied."""
         held = [(hook.hooks_dict_ref(), hook.id) for hook in self._hooks]
         return bool(held) and all(hooks is not None and key in hooks for hooks, key in held)
+
+    def maximized(self) -> set[int]:
+        """The ids of parameters whose steps go up the gradient."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        return {id(p) for group in groups if group.get("maximize") for p in group["params"]}
 
     def unhook(self) -> None:
         """Take the hooks off."""

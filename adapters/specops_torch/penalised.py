@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
@@ -43,9 +43,14 @@ def refuse_parts(due: Sequence[Constrained]) -> None:
 
 
 def with_penalty(
-    closure: Callable[[], Any], outcomes: Sequence[Outcome[Constrained]], step: int
+    closure: Callable[[], Any],
+    outcomes: Sequence[Outcome[Constrained]],
+    step: int,
+    maximized: Container[int],
 ) -> Callable[[], Any]:
     """The closure's loss and gradients plus those of the penalties, with vectors of now.
+
+    Of what is maximised they are taken off.
 
     `outcomes` of a firing before the step give the vectors.
 
@@ -75,11 +80,12 @@ def with_penalty(
                 except Exception as error:
                     error.add_note(f"while {c.rule!r} acted on {c.name} at step {step}")
                     raise
-                parameter.grad.add_(gradient)
+                sign = -1.0 if id(parameter) in maximized else 1.0
+                parameter.grad.add_(gradient, alpha=sign)
                 if torch.is_tensor(loss):
-                    loss = loss + value.to(loss.device, loss.dtype)
+                    loss = loss + sign * value.to(loss.device, loss.dtype)
                 elif loss is not None:
-                    loss = loss + float(value)
+                    loss = loss + sign * float(value)
         return loss
 
     return wrapped

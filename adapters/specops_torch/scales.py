@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from specops_torch.pieces import Layout
 from specops_torch.sharded_constrained import ShardedConstrained
 
 _GROUP = "specops scales"
+_held: WeakSet[Scales] = WeakSet()
+"""Those whose parameters an optimizer has."""
 
 
 class Scales:
@@ -63,9 +66,8 @@ class Scales:
                 "another optimizer, attach(None, ...), or use a fixed scale"
             )
         if new and optimizer is not None:
-            # A copied optimizer still holds the scales of the attachment it was copied with.
-            groups = optimizer.param_groups
-            groups[:] = [g for g in groups if g.get("name") != _GROUP]
+            _held.add(self)
+            _drop_copies(optimizer)
             group: dict[str, Any] = {"params": new, "name": _GROUP}
             if "weight_decay" in optimizer.defaults:
                 group["weight_decay"] = 0.0
@@ -93,6 +95,7 @@ class Scales:
 
     def withdraw(self, optimizer: Any) -> None:
         """Take the group out of the optimizer again."""
+        _held.discard(self)
         if optimizer is None or not self.parameters:
             return
         own = {id(p) for p in self.parameters.values()}
@@ -122,6 +125,19 @@ class Scales:
         """After a step: ``model.zero_grad()`` does not know these parameters."""
         for p in self.parameters.values():
             p.grad = None
+
+
+def _drop_copies(optimizer: Any) -> None:
+    """A copied optimizer holds copies of the scales of the attachments it was copied with."""
+    live = {id(p) for scales in _held for p in scales.parameters.values()}
+    kept = []
+    for group in optimizer.param_groups:
+        if group.get("name") != _GROUP or not live.isdisjoint(map(id, group["params"])):
+            kept.append(group)
+            continue
+        for p in group["params"]:
+            optimizer.state.pop(p, None)
+    optimizer.param_groups[:] = kept
 
 
 def _is_distributed() -> bool:

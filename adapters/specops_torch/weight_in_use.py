@@ -33,7 +33,7 @@ class WeightInUse(torch.Tensor):
         return tensor
 
     def __del__(self) -> None:
-        if self.made >= 0 and self._version > self.made and self.grad_fn is None:
+        if self.made >= 0 and self._version > self.made:
             caution(
                 f"numbers written into a view of a weight in use (shape {tuple(self.shape)}), or "
                 f"by out=, are lost: write to the parameter, of model.named_parameters(), or "

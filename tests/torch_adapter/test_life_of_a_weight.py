@@ -143,14 +143,19 @@ def test_writes_that_torch_does_not_count_need_a_refresh() -> None:
     assert used(layer) == pytest.approx(1.0, rel=1e-4)
 
 
-def test_lost_writes_are_said() -> None:
-    layer, _ = linear(8, 8)
+@pytest.mark.parametrize("recorded", [True, False], ids=["", "no_grad"])
+@pytest.mark.parametrize("rule", [SN, SRN], ids=["", "rank"])
+def test_lost_writes_are_said(rule: Any, recorded: bool) -> None:
+    layer, _ = linear(8, 8, rule=rule)
     before = raw(layer).detach().clone()
     for write in (
         lambda: nn.init.orthogonal_(layer.weight),
         lambda: nn.init.eye_(layer.weight),
     ):
-        with pytest.warns(errors.CautionWarning, match="are lost"), torch.no_grad():
+        with (
+            pytest.warns(errors.CautionWarning, match="are lost"),
+            torch.set_grad_enabled(recorded),
+        ):
             write()
     assert torch.equal(raw(layer).detach(), before)
     # Views that are only read say nothing, with gradients or without.

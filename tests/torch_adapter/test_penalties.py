@@ -468,16 +468,18 @@ def test_trainable_scales_are_in_a_group_of_their_own(kind: Any, named: bool, sh
     assert set(now["state"]) <= set(range(6))
 
 
-def test_gradients_of_scales_do_not_add_up_where_only_the_model_is_reset() -> None:
+@pytest.mark.parametrize("to_none", [True, False], ids=["", "zeros"])
+def test_gradients_of_scales_do_not_add_up_where_only_the_model_is_reset(to_none: bool) -> None:
     scales = []
     for reset_by_model in (False, True):
         model = network()
         optimizer = sgd(model)
         attachment = specops.attach(optimizer, model, FORWARD["trained"])
         for seed in range(3):
-            (model if reset_by_model else optimizer).zero_grad()
+            (model if reset_by_model else optimizer).zero_grad(set_to_none=to_none)
             backward(model, batch(seed=seed))
             optimizer.step()
+            backward(model, batch(seed=seed))  # of a generator, which others train
         scales.append([float(s.detach()) for s in attachment.scales.values()])
     assert scales[0] == scales[1]
 
