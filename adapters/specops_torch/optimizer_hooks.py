@@ -73,9 +73,10 @@ class Followed:
         return disabled
 
     def _is_within_step(self) -> bool:
-        # torch calls hooks in a wrapper of its own around each class's `step`.
+        # torch calls hooks in a wrapper of its own around each class's `step`. Counting calls
+        # would go wrong after a step that raised, which no hook hears of.
         kind: Any = type(self.optimizer)
-        code = kind.step.__code__
+        code = getattr(kind.step, "__code__", None)
         frame, found = inspect.currentframe(), 0
         while frame is not None:
             if frame.f_code is code and frame.f_locals.get("self") is self.optimizer:
