@@ -123,7 +123,7 @@ class Symbol:
         )
         return sizes.groups * (total - math.prod(self.coarse) * self.values_per_block)
 
-    @property
+    @cached_property
     def folds(self) -> bool:
         """Whether taps wrap onto each other."""
         return any((axis.scatter.sum(axis=0) > 1).any() for axis in self.axes)
@@ -139,9 +139,14 @@ class Symbol:
 
     def coefficients(self, xp: Namespace, kernel: Array) -> Array:
         """A kernel (groups, rows, columns, *taps) as (shifts, groups·rows·phases·columns)."""
+        dtype = kernel.dtype
+        # What is left where taps cancel is not to be their rounding.
+        double = arrays.double_dtype(xp, kernel) if self.folds else None
+        kernel = kernel if double is None else xp.astype(kernel, double)
         for t, axis in enumerate(self.axes):
             if not axis.is_identity:
                 kernel = arrays.along_axis(xp, kernel, axis.scatter, 3 + t)
+        kernel = xp.astype(kernel, dtype, copy=False)
         split = [n for axis in self.axes for n in (axis.phases, len(axis.shifts))]
         kernel = xp.reshape(kernel, (*kernel.shape[:3], *split))
         phases = [3 + 2 * t for t in range(len(self.axes))]

@@ -67,11 +67,11 @@ def log_spec_fro(
     4.682131
     """
     pairs = _paired(weights, geometries)
-    norms = [_one(spectral_norm(w, g), i) for i, (w, g) in enumerate(pairs)]
-    ranks = [_one(stable_rank(w, g), i) for i, (w, g) in enumerate(pairs)]
+    norms = [_one(spectral_norm(w, g), i) for i, (w, g, _) in enumerate(pairs)]
+    ranks = [_one(stable_rank(w, g), i) for i, (w, g, _) in enumerate(pairs)]
     if 0.0 in norms:
         return over_margin(-math.inf, margin, 2.0)
-    log = 2.0 * math.fsum(map(math.log, norms)) + math.log(math.fsum(ranks))
+    log = 2.0 * _sum_of_logs(norms, pairs) + math.log(math.fsum(ranks))
     return over_margin(log, margin, 2.0)
 
 
@@ -114,12 +114,12 @@ def log_spec_l1(
     (2.197225, 2.197225)
     """
     pairs = _paired(weights, geometries)
-    norms = [_one(spectral_norm(w, g), i) for i, (w, g) in enumerate(pairs)]
-    rows = [_sum_of_row_norms(w, g, i) for i, (w, g) in enumerate(pairs)]
+    norms = [_one(spectral_norm(w, g), i) for i, (w, g, _) in enumerate(pairs)]
+    rows = [_one(_row_norms(w, g), i) for i, (w, g, _) in enumerate(pairs)]
     if 0.0 in norms:
         return over_margin(-math.inf, margin, 2.0)
     shares = [(r / n) ** (2.0 / 3.0) for r, n in zip(rows, norms, strict=True)]
-    log = 2.0 * math.fsum(map(math.log, norms)) + 3.0 * math.log(math.fsum(shares))
+    log = 2.0 * _sum_of_logs(norms, pairs) + 3.0 * math.log(math.fsum(shares))
     return over_margin(log, margin, 2.0)
 
 
@@ -175,7 +175,8 @@ def _log(xp: Namespace, x: Array) -> Array:
 def _paired(
     weights: Sequence[Array] | Mapping[str, Array],
     geometries: Sequence[Geometry | None] | Mapping[str, Geometry | None] | None,
-) -> list[tuple[Array, Geometry | None]]:
+) -> list[tuple[Array, Geometry | None, float]]:
+    """(weight over its scale, its map, its scale): norms and squares may leave single precision."""
     if not len(weights):
         raise ValueError("weights is empty")
     geometries = [None] * len(weights) if geometries is None else geometries
@@ -189,7 +190,13 @@ def _paired(
         weights = list(weights.values())
     if isinstance(geometries, Mapping):
         raise ValueError("geometries by name need weights by name")
-    return list(zip(weights, geometries, strict=True))
+    found = []
+    for w, geometry in zip(weights, geometries, strict=True):
+        xp = arrays.namespace(w)
+        a = arrays.to_compute(xp, w)
+        scale = arrays.magnitude(xp, a)
+        found.append((a / scale, geometry, float(xp.max(scale))))
+    return found
 
 
 def _one(value: Any, index: int) -> float:
@@ -201,12 +208,11 @@ def _one(value: Any, index: int) -> float:
     return float(value)
 
 
-def _sum_of_row_norms(w: Array, geometry: Geometry | None, index: int) -> float:
-    """Scaled first: squares of small and large entries leave the range of single precision."""
-    xp = arrays.namespace(w)
-    a = arrays.to_compute(xp, w)
-    scale = arrays.magnitude(xp, a)
-    return _one(_row_norms(a / scale, geometry), index) * float(xp.max(scale))
+def _sum_of_logs(norms: list[float], pairs: list[tuple[Array, Geometry | None, float]]) -> float:
+    """Σ log ‖W‖ of norms that were measured over the scales."""
+    return math.fsum(
+        math.log(n) + math.log(scale) for n, (_, _, scale) in zip(norms, pairs, strict=True)
+    )
 
 
 def _row_norms(w: Array, geometry: Geometry | None) -> Array:

@@ -73,11 +73,14 @@ def gradient_norm_bounds(
     >>> gradient_norm_bounds([2.0, 3.0], 10.0)
     GradientNormBounds(layers=(30.0, 20.0), total=36.05551275463989)
     """
-    others = _products_of_others(norms)
+    others = _others(norms)
     factor = non_negative(activations, "activations")
-    factors = tuple(factor * n for n in others)
     x = _checked(input_norm)
-    return GradientNormBounds(tuple(f * x for f in factors), math.hypot(*factors) * x)
+    if arrays.is_array(x):
+        factors = tuple(_product([factor, *rest]) for rest in others)
+        return GradientNormBounds(tuple(f * x for f in factors), math.hypot(*factors) * x)
+    layers = tuple(_product([factor, *rest, x]) for rest in others)
+    return GradientNormBounds(layers, math.hypot(*layers))
 
 
 def hessian_norm_bounds(
@@ -124,16 +127,31 @@ def hessian_norm_bounds(
     """
     curvature = non_negative(output_curvature, "output_curvature")
     x = _checked(input_norm)
-    return tuple(curvature * n * n * x * x for n in _products_of_others(norms))
+    if arrays.is_array(x):
+        return tuple(_product([curvature, *rest, *rest]) * x * x for rest in _others(norms))
+    return tuple(_product([curvature, *rest, *rest, x, x]) for rest in _others(norms))
 
 
 def _checked(input_norm: float | Array) -> float | Array:
     return input_norm if arrays.is_array(input_norm) else non_negative(input_norm, "input_norm")
 
 
-def _products_of_others(norms: Sequence[float]) -> list[float]:
-    """∏_{i ≠ t} norms[i] for every t, without a quotient, which zero and overflow would spoil."""
+def _others(norms: Sequence[float]) -> list[list[float]]:
+    """The norms but one, for each: no quotient, which zero would spoil."""
     found = [non_negative(float(n), f"norms[{i}]") for i, n in enumerate(norms)]
     if not found:
         raise ValueError("norms is empty: give the norm of every layer")
-    return [math.prod(n for i, n in enumerate(found) if i != t) for t in range(len(found))]
+    return [found[:t] + found[t + 1 :] for t in range(len(found))]
+
+
+def _product(numbers: Sequence[float]) -> float:
+    """∏ numbers; inf if it exceeds what a float holds, however small or large parts of it are."""
+    mantissa, exponent = 1.0, 0
+    for number in numbers:
+        part, power = math.frexp(number)
+        mantissa, carried = math.frexp(mantissa * part)
+        exponent += power + carried
+    try:
+        return math.ldexp(mantissa, exponent)
+    except OverflowError:
+        return math.inf

@@ -92,12 +92,12 @@ def balance_norms(
         math.log(_norm(i, w, g)) for i, (w, g) in enumerate(zip(weights, geometries, strict=True))
     ]
     mean = math.fsum(logs) / count
-    factors = [math.exp(mean - log) for log in logs]
+    factors = [_exp(mean - log) for log in logs]
     new_weights, new_biases, product = [], [], 0.0
     for w, b, log in zip(weights, biases, logs, strict=True):
         product += mean - log
-        new_weights.append(_times(w, math.exp(mean - log)))
-        new_biases.append(None if b is None else _times(b, math.exp(product)))
+        new_weights.append(_times(w, mean - log))
+        new_biases.append(None if b is None else _times(b, product))
     return Balanced(new_weights, new_biases, factors)
 
 
@@ -116,6 +116,11 @@ def _norm(index: int, w: Array, geometry: Geometry | None) -> float:
     return norm
 
 
-def _times(x: Array, factor: float) -> Array:
-    xp = arrays.namespace(x)
-    return xp.astype(arrays.to_compute(xp, x) * factor, x.dtype)
+def _times(x: Array, log: float) -> Array:
+    """In two steps: a factor may leave the range that the product is in."""
+    xp, half = arrays.namespace(x), _exp(0.5 * log)
+    return xp.astype(arrays.to_compute(xp, x) * half * half, x.dtype)
+
+
+def _exp(log: float) -> float:
+    return math.exp(log) if log < 709.0 else math.inf

@@ -105,7 +105,9 @@ class NormalizeIfAbove(Cap):
         if arrays.truth(xp.all(xp.stack([xp.all(f == 1.0) for f in factors]))):
             result = weight
         else:
-            result = nan_without(bound, xp.astype(_scaled(given.w, view, factors), weight.dtype))
+            # All entries, those that the map never reads as well.
+            new = _scaled(arrays.to_compute(xp, weight), view, factors)
+            result = nan_without(bound, xp.astype(new, weight.dtype))
         after = tuple(n * f for n, f in zip(before, factors, strict=True))
         figures = {"norm_before": figure(xp, before), "norm_after": figure(xp, after)}
         return result, state, figures

@@ -81,7 +81,8 @@ class SpectralHammer(Cap):
         xp = arrays.namespace(weight)
         before = follow.measured(state)
         excesses = tuple(xp.where(n > bound, n - bound, xp.zeros_like(n)) for n in before)
-        after = tuple(n - e for n, e in zip(before, excesses, strict=True))
+        # A difference would cancel far above the bound.
+        after = tuple(xp.where(n > bound, xp.zeros_like(n) + bound, n) for n in before)
         figures = {"norm_before": figure(xp, before), "norm_after": figure(xp, after)}
         if arrays.truth(xp.all(xp.stack([xp.all(e == 0) for e in excesses]))):
             return weight, state, figures

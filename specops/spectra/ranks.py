@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
+
+import numpy as np
 
 from specops import arrays
 from specops.geometry import Dense, Geometry
 from specops.maps.convolution import ConvOperator
 from specops.maps.prepare import matrix_blocks, prepare
 from specops.spectra.norms import conv_norm, matrix_norms
-from specops.spectra.values import singular_values
+from specops.spectra.values import values_changed
 from specops.typing import Array, Namespace
 
 
@@ -140,18 +143,16 @@ def condition_number(w: Array, geometry: Geometry | None = None) -> Array | tupl
 
 def _of_values(w: Array, geometry: Geometry | None, function: Any) -> Any:
     xp = arrays.namespace(w)
-    values = singular_values(w, geometry)
-    if isinstance(values, tuple):
-        return tuple(function(xp, v) for v in values)
-    return function(xp, values)
+
+    def change(values: Array, restore: Any) -> Array:
+        bad = xp.isnan(restore(xp.zeros_like(values))[..., 0])
+        found = function(xp, values)
+        return xp.where(bad, xp.full_like(found, math.nan), found)
+
+    return values_changed(w, geometry, change)
 
 
 def _entropy_rank(xp: Namespace, values: Array) -> Array:
-    # Sums of the values themselves might overflow. In two steps, since compilers multiply by a
-    # reciprocal, which of the largest number is 0.
-    root = xp.sqrt(xp.max(values, axis=-1, keepdims=True))
-    root = xp.where(root == 0, xp.ones_like(root), root)
-    values = values / root / root
     total = xp.sum(values, axis=-1, keepdims=True)
     fraction = values / xp.where(total == 0, xp.ones_like(total), total)
     safe = xp.where(fraction == 0, xp.ones_like(fraction), fraction)
@@ -162,5 +163,6 @@ def _entropy_rank(xp: Namespace, values: Array) -> Array:
 def _spread(xp: Namespace, values: Array) -> Array:
     first, last = values[..., 0], values[..., -1]
     positive = last != 0
-    ratio = first / xp.where(positive, last, xp.ones_like(last))
+    with np.errstate(over="ignore"):
+        ratio = first / xp.where(positive, last, xp.ones_like(last))
     return xp.where(positive, ratio, xp.full_like(ratio, float("inf")))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from specops import arrays
 from specops.arrays.solvers import svdvals
 from specops.errors import UnsupportedGeometryError
@@ -62,12 +64,24 @@ def singular_values(w: Array, geometry: Geometry | None = None) -> Array | tuple
     >>> singular_values(np.diag([3.0, 4.0]))
     array([4., 3.])
     """
+    return values_changed(w, geometry, lambda values, restore: restore(values))
+
+
+def values_changed(
+    w: Array,
+    geometry: Geometry | None,
+    function: Callable[[Array, Callable[[Array], Array]], Array],
+) -> Array | tuple[Array, ...]:
+    """A function of the values in units of the weight, where they neither overflow nor underflow.
+
+    Its second argument undoes the units, and is NaN where a matrix of a stack is not finite.
+    """
     given = prepare(w, geometry)
     if isinstance(given.geometry, Dense):
         blocks = matrix_blocks(given)
-        values = tuple(block.restore(svdvals(given.xp, block.matrices)) for block in blocks)
-        return values if given.geometry.splits is not None else values[0]
-    return _conv_values(given, given.geometry)
+        found = tuple(function(svdvals(given.xp, b.matrices), b.restore) for b in blocks)
+        return found if given.geometry.splits is not None else found[0]
+    return function(_conv_values(given, given.geometry), lambda values: given.scale * values)
 
 
 def _conv_values(given: Prepared, geometry: Conv) -> Array:
@@ -91,4 +105,4 @@ def _conv_values(given: Prepared, geometry: Conv) -> Array:
                 f'this size, as does the full spectrum with boundary="circular"'
             )
         values = svdvals(xp, ConvOperator(kernel, sizes).to_matrix())
-    return given.scale * values
+    return values

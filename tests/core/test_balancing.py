@@ -111,6 +111,16 @@ def test_norms_far_apart_and_half_precision() -> None:
         np.testing.assert_allclose(first.float() * 1e20, 1.0, rtol=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "sizes"), [("f", (2.0**-140, 2.0**124)), ("d", (2.0**-1070, 1e308))]
+)
+def test_factors_may_leave_the_range(dtype: str, sizes: tuple[float, ...]) -> None:
+    done = balance_norms([(size * np.eye(2)).astype(dtype) for size in sizes])
+    wanted = np.sqrt(sizes[0]) * np.sqrt(sizes[1]) * np.eye(2)
+    for w in done.weights:
+        np.testing.assert_allclose(w, wanted, rtol=1e-4)
+
+
 ONE = np.eye(2)
 
 

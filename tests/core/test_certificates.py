@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import array_api_compat as compat
@@ -14,6 +15,7 @@ from specops import Conv, Dense, arrays, project_spectral_ball
 from specops.arrays.gram import below, gram
 from specops.arrays.solvers import has_cholesky
 from specops.linalg.inside import inside
+from tests import oracle
 
 torch = pytest.importorskip("torch")
 
@@ -167,6 +169,35 @@ def test_taps_that_wrap_onto_each_other_are_summed_exactly() -> None:
             found = float(specops.spectral_norm(projected.astype(np.float64), conv))
             assert found <= limit * (1 + 1e-12)
         assert project_spectral_ball(kernel, norm * (1 + 1e-8), conv) is kernel
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_bounds_hold_where_taps_that_wrap_onto_each_other_cancel(dtype: Any) -> None:
+    for seed in range(20):
+        kernel = np.random.default_rng(seed).standard_normal((2, 2, 7)).astype(dtype)
+        kernel[..., -1] = -kernel[..., :-1].sum(axis=-1)  # But for its rounding.
+        taps = kernel.reshape(4, 7).tolist()
+        sums = [float(sum(map(Fraction, row))) for row in taps]
+        exact = np.linalg.norm(np.reshape(sums, (2, 2)), 2)
+        bounds = specops.spectral_norm_bounds(kernel, Conv((1,), boundary="circular"))
+        assert bounds.lower <= exact <= bounds.upper
+
+
+@pytest.mark.parametrize("times", [1e-3, 1e-6, 1e-25])
+def test_taps_that_wrap_stay_certified_far_below_the_weight(times: float) -> None:
+    conv = Conv((3, 1), dilation=(1, 2), groups=3, boundary="circular")
+    for seed in range(10):
+        kernel = np.random.default_rng(seed).standard_normal((3, 2, 2, 3)).astype(np.float32)
+        limit = times * float(specops.spectral_norm(kernel, conv))
+        projected, info = project_spectral_ball(kernel, limit, conv, return_info=True)
+        double = projected.astype(np.float64)
+        norm = oracle.spectrum(double, conv)[0]
+        assert norm <= limit * (1 + 1e-9)
+        np.testing.assert_allclose(info.norm_after, norm, rtol=1e-4)
+        # Of what is not seen all would stay in exact arithmetic.
+        nearest = project_spectral_ball(kernel.astype(np.float64), limit, conv)
+        moved = np.linalg.norm(double - nearest) / np.linalg.norm(kernel)
+        assert moved <= float(info.gap) ** 0.5 + 1e-3
 
 
 def test_kernels_whose_taps_cancel_raise_no_warning() -> None:

@@ -141,6 +141,11 @@ def test_effective_rank_and_condition_number(backend: Backend) -> None:
     zero = backend.array(np.zeros((2, 3), np.float32))
     assert float(backend.call(specops.effective_rank, zero)) == 0.0
     assert float(backend.call(specops.condition_number, zero)) == float("inf")
+    # Neither depends on the scale, though the norm leaves the range.
+    full = backend.array(np.float32(2.0**127) * np.array([[1, 1, 1], [1, 1, -1], [1, -1, 1]], "f"))
+    small = backend.array(np.array([[1, 1, 1], [1, 1, -1], [1, -1, 1]], np.float32))
+    for function in (specops.effective_rank, specops.condition_number):
+        assert float(backend.call(function, full)) == float(backend.call(function, small))
     conv = Conv((4,), boundary="circular")
     kernel = backend.array(np.ones((1, 1, 1), np.float32))
     assert float(backend.call(lambda x: specops.effective_rank(x, conv), kernel)) == pytest.approx(

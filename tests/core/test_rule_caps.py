@@ -106,6 +106,13 @@ def test_hammer_moves_one_value(backend: Backend) -> None:
     assert backend.traced or after is calm
 
 
+def test_the_hammer_tells_the_bound_however_far_below_it_is(backend: Backend) -> None:
+    rule = SpectralHammer(2.0**-40, norm="operator")
+    w = backend.array(np.diag([4.0, 1.0]), "float32")
+    figures = backend.call(lambda x: outcome(rule, x, Dense()), w)[2]
+    np.testing.assert_allclose(flat(backend, figures), [2.0**-40, 4.0], rtol=1e-6)
+
+
 @pytest.mark.parametrize("key", ["circular", "zeros", "transposed"])
 def test_hammer_on_an_operator(key: str) -> None:
     shape, geometry = GEOMETRIES[key]

@@ -369,6 +369,9 @@ def test_rules(name: str, shape: tuple[int, ...], geometry: Conv) -> None:
     matrix = oracle.conv_matrix(backend.numpy(used), geometry)
     assert np.linalg.norm(matrix, 2) == pytest.approx(1.0, rel=1e-3)
 
+    scaled = specops.NormalizeIfAbove(0.5 * true, norm="operator").update(loud, geometry, {})[0]
+    np.testing.assert_allclose(backend.numpy(scaled), 0.5 * host, rtol=1e-5)
+
     limit, limited = specops.StableRankNormalization(0.3, norm="operator"), []
     for w in (quiet, loud):
         state = limit.init(w, geometry, "w")

@@ -95,6 +95,16 @@ def test_dead_layers_and_overflow() -> None:
     huge = [1e200] * 3
     assert measures.gradient_norm_bounds(huge, 1.0).layers == (math.inf,) * 3
     assert measures.hessian_norm_bounds(huge[:2], 1.0, output_curvature=1.0) == (math.inf,) * 2
+    # What is in range is told, whatever its parts are.
+    deep = measures.gradient_norm_bounds([*[0.1] * 400, *[10.0] * 400], 1.0)
+    assert deep.layers[0] == pytest.approx(10.0)
+    assert deep.layers[-1] == pytest.approx(0.1)
+    assert deep.total == pytest.approx(math.hypot(*deep.layers))
+    assert measures.gradient_norm_bounds([1e200, 0.0, 1e200], 1e-300).layers[1] == pytest.approx(
+        1e100
+    )
+    curved = measures.hessian_norm_bounds([1e200, 1e200], 1e-300, output_curvature=1.0)
+    assert curved[0] == pytest.approx(1e-200)
     for bad in ([], [-1.0], [math.nan]):
         with pytest.raises(ValueError, match="norms"):
             measures.gradient_norm_bounds(bad, 1.0)

@@ -213,6 +213,12 @@ def test_scales_do_not_matter(scale: float) -> None:
     assert one == pytest.approx(two + 4 * math.log(scale), abs=1e-3)
 
 
+def test_complexities_of_norms_beyond_single_precision() -> None:
+    huge, small = np.full((8, 8), 2.0**127, np.float32), np.ones((8, 8), np.float32)
+    for function in (measures.log_spec_fro, measures.log_spec_l1):
+        assert function([huge], 1.0) == pytest.approx(function([small], 1.0) + 254 * math.log(2.0))
+
+
 def test_the_local_constant_of_nothing_is_zero() -> None:
     found = measures.local_lipschitz(as_operator(np.zeros((4, 3))))
     assert (found.value, found.error) == (0.0, 0.0)

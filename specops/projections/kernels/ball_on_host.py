@@ -100,13 +100,14 @@ class HostSolver:
             ):
                 return self.problem.w, self._info(before, before, 0.0, 0, start)
         found = self._solve(method, start, iterations, tolerance)
-        result, stored = self._store(found)
+        result, stored, kernel = self._store(found)
         after = math.nan
         if measure:
             if math.isnan(before):
                 before = found.first if found.first > limit else self._measured(x0)
             after = min(limit, self._norm_of(found, stored))
-        found.primal = 0.5 * float(np.sum(np.abs(_double(x0) - _double(stored)) ** 2))
+        # Of kernels: their coordinates leave out what wraps to nothing.
+        found.primal = 0.5 * float(np.sum(np.abs(_double(self.kernel) - _double(kernel)) ** 2))
         gap = found.gap(_double(x0))
         return result, self._info(before, after, gap, found.rounds, found.cuts or start)
 
@@ -117,10 +118,12 @@ class HostSolver:
 
     def _norm_of(self, found: Solution, stored: np.ndarray) -> float:
         """Of what was stored: known where it is what was scaled onto the sphere."""
-        if found.scaled and self.problem.w.dtype == self.problem.given.w.dtype:
-            size = float(np.linalg.norm(found.x))
-            return self.target * float(np.linalg.norm(stored)) / size if size > 0 else 0.0
-        return self._measured(stored)
+        rounded = self.support.symbol.folds or self.problem.w.dtype != self.problem.given.w.dtype
+        if found.scaled and not rounded:
+            # In double: squares of what is tiny would underflow.
+            size = float(np.linalg.norm(_double(found.x)))
+            return self.target * float(np.linalg.norm(_double(stored))) / size if size > 0 else 0.0
+        return self.limit * self._measured(stored / np.asarray(self.limit, stored.real.dtype))
 
     def _measured(self, x: np.ndarray) -> float:
         return float(largest(np, self.support, x))
@@ -248,27 +251,32 @@ class HostSolver:
         # near the limit is near the largest, which is above it or has been brought down to it.
         return replace(found, dual=0.0, active=active)
 
-    def _store(self, found: Solution) -> tuple[Array, np.ndarray]:
-        """(the weight in its own dtype, its coordinates), inside as stored."""
+    def _store(self, found: Solution) -> tuple[Array, np.ndarray, np.ndarray]:
+        """(the weight in its own dtype, its coordinates, its kernel), inside as stored."""
         given, w = self.problem.given, self.problem.w
         like = given.w
         weight = arrays.like(self.geometry.weight(self.support.kernel(np, found.x)), like)
-        unseen = None
-        if self.support.symbol.folds:
-            # What wraps to nothing is not seen by the operator, and stays.
-            rest = self.geometry.weight(self.kernel - self.support.kernel(np, self.x0))
-            unseen = arrays.like(rest, like) * given.scale
-        stored = self.x0
-        # Blocks far from the limit stay so, unless rounding is as coarse as half precision's.
-        active = found.active if w.dtype == like.dtype else None
+        # What wraps to nothing is not seen by the operator, and stays.
+        unseen = self.support.unseen(np, _double(self.kernel))
+        if unseen is not None:
+            unseen = arrays.like(self.geometry.weight(unseen), like) * given.scale
+        stored = kernel = self.x0
+        # Blocks far from the limit stay so, unless rounding is as coarse as half precision's, or
+        # that of what is not seen, however far below it the limit is.
+        active = found.active if w.dtype == like.dtype and unseen is None else None
 
         def fits(array: Array) -> Array:
-            nonlocal stored
+            nonlocal stored, kernel
             kernel = self.geometry.kernel(arrays.to_numpy(array / given.scale))
             stored = self.support.coordinates(np, kernel)
             return arrays.constant(np.asarray(self._fits(self._exact(kernel), active)), like)
 
-        return store_within(given.xp, weight * given.scale, w.dtype, fits, offset=unseen), stored
+        weight = weight * given.scale
+        result = store_within(given.xp, weight, w.dtype, fits, offset=unseen)
+        if unseen is not None and not arrays.truth(fits(arrays.to_compute(given.xp, result))):
+            # Not even a trace of what is not seen rounds to what is inside.
+            result = store_within(given.xp, weight, w.dtype, fits)
+        return result, stored, kernel
 
     def _exact(self, kernel: np.ndarray) -> np.ndarray:
         """Its coordinates: where taps wrap onto each other their sums must not be rounded."""

@@ -69,8 +69,9 @@ def project_traced(
             return w, ProjectionInfo(size, size, xp.zeros_like(size), 0)
         found = rounds.run(xp, support, x0, target, before)
     result = support.kernel(xp, found.x)
-    if support.symbol.folds:
-        result = result + kernel - support.kernel(xp, x0)
+    unseen = support.unseen(xp, kernel)
+    if unseen is not None:
+        result = result + unseen
     inside = found.before <= limit
     untouched = inside | ~finite
     result = xp.where(untouched, kernel, result) * given.scale
@@ -86,6 +87,9 @@ def project_traced(
     stored = xp.where(finite, stored, w)
     after = coordinates(arrays.to_compute(xp, stored))
     primal = 0.5 * xp.sum(xp.abs(x0 - after) ** 2)
+    if unseen is not None:
+        kept = support.unseen(xp, geometry.kernel(arrays.to_compute(xp, stored) / given.scale))
+        primal = primal + 0.5 * xp.sum(xp.abs(unseen - kept) ** 2)
     squared = xp.sum(xp.abs(x0) ** 2)
     gap = 2.0 * (primal - found.dual) / xp.where(squared > 0, squared, xp.ones_like(squared))
     gap = xp.where(inside | (gap < 0), xp.zeros_like(gap), gap)
