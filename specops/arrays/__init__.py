@@ -46,6 +46,7 @@ from specops.arrays.placement import (
     zeros,
 )
 from specops.arrays.products import along_axis, ieee_products, in_full_precision, matmul
+from specops.arrays.records import record
 from specops.arrays.solvers import has_cholesky, try_cholesky
 from specops.arrays.tracing import (
     compiled,
@@ -102,6 +103,7 @@ __all__ = [
     "on_host",
     "power_below",
     "real_dtype",
+    "record",
     "rounded",
     "seen",
     "solves_alone",

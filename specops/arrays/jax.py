@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from specops.arrays.records import tell_of_records
 from specops.arrays.standard import Library
 from specops.typing import Array, Namespace
 
@@ -238,3 +239,13 @@ def _put_back(x: Any, given: dict[int, Any], device: Any) -> Any:
         names = [field.name for field in dataclasses.fields(x) if field.init]
         return dataclasses.replace(x, **{n: _put_back(getattr(x, n), given, device) for n in names})
     return x
+
+
+def _register(kind: type, fixed: tuple[str, ...]) -> None:
+    """So that functions under ``jit`` and ``vmap`` may return records."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    free = [name for name in names if name not in fixed]
+    jax.tree_util.register_dataclass(kind, free, list(fixed))
+
+
+tell_of_records(_register)

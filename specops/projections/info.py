@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from specops import arrays
 from specops.typing import Array
 
 
+@arrays.record("constrained")
 @dataclass
 class ProjectionInfo:
     """What a projection onto a ball did.
@@ -50,6 +52,7 @@ class ProjectionInfo:
     constrained: Literal["layer", "torus"] = "layer"
 
 
+@arrays.record()
 @dataclass
 class StableRankInfo:
     """What a stable rank projection did.

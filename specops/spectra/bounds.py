@@ -27,6 +27,7 @@ _LARGER_TORI = 8
 bound. The least one alone leaves brackets of 0.2 to 0.8 %, typically."""
 
 
+@arrays.record()
 @dataclass(frozen=True)
 class NormBounds:
     """``lower ≤ true norm ≤ upper``; with ``Dense(splits=...)`` each is a tuple.

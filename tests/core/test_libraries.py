@@ -12,6 +12,7 @@ import array_api_compat as compat
 import numpy as np
 import pytest
 
+import specops
 from specops.arrays import libraries
 from specops.arrays.libraries import if_loaded, library, library_of
 from specops.arrays.standard import Library
@@ -302,3 +303,26 @@ def test_control_flow_where_values_are_known(eager: Backend) -> None:
     assert known.is_concrete(one)
     assert not known.is_traced(one)
     assert not known.is_staged(one)
+
+
+def test_records_leave_the_transformations_of_jax() -> None:
+    jax = pytest.importorskip("jax")
+    rng = np.random.default_rng(0)
+    conv = specops.Conv((5, 5))
+    kernel = jax.numpy.asarray(rng.normal(size=(2, 3, 3, 3)))
+    bounds = jax.jit(lambda k: specops.spectral_norm_bounds(k, conv))(kernel)
+    exact = specops.spectral_norm(np.asarray(kernel), conv)
+    assert bounds.lower <= exact <= bounds.upper
+    project = jax.jit(lambda k: specops.project_spectral_ball(k, 1.0, conv, return_info=True))
+    assert project(kernel)[1].constrained == "torus"
+    stack = jax.numpy.asarray(rng.normal(size=(4, 3, 5)))
+    for function in (
+        lambda w: specops.project_spectral_ball(w, 1.0, return_info=True),
+        lambda w: specops.project_stable_rank(w, target=1.5, return_info=True),
+    ):
+        array, info = jax.vmap(function)(stack)
+        alone, of_one = function(stack[2])
+        np.testing.assert_allclose(array[2], alone, atol=1e-6)
+        for field in ("norm_after", "rank_after"):
+            if hasattr(info, field):
+                np.testing.assert_allclose(getattr(info, field)[2], getattr(of_one, field), 1e-5)
