@@ -27,8 +27,8 @@ _REFINED_UP_TO = 128
 """Channels up to which a supremum over all frequencies is refined."""
 _CHUNK = 2**22
 """Entries of which a triangular factor is made at once: a choice of memory, 32 MiB in double."""
-_SAFE = 1e-15
-"""Entries whose squares are far from the ends of single precision."""
+_SAFE = 1e-4
+"""The largest entry, or its inverse, from which ‖AᵀAv‖² fits into single precision with room."""
 _TORUS_UP_TO = 2**35
 """Multiplications for the values of the circular layer that are made without being asked: half a
 minute on two cores."""

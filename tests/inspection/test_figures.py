@@ -151,7 +151,7 @@ def test_special_matrices() -> None:
 
 
 @pytest.mark.parametrize("shape", [(60, 50), (50, 200), (300, 40)])
-@pytest.mark.parametrize("scale", [1.0, 1e-25])
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e-14, 1e-12, 1e10, 1e13])
 def test_bounds_enclose_and_are_narrow(shape: tuple[int, int], scale: float) -> None:
     a = (np.random.default_rng(1).normal(size=shape) * scale).astype(np.float32)
     top = np.linalg.svd(a.astype(float), compute_uv=False)[0]
