@@ -122,6 +122,21 @@ def test_values_are_those_of_the_layers(kind: str, ordered: bool, tmp_path: Path
     assert unsure <= (1 if ordered else 2)
 
 
+@pytest.mark.parametrize(("taps", "stride"), [(3, 1), (3, 2), (5, 3), (4, 2), (2, 2)])
+def test_transposed_layers_at_a_size_are_torchs(taps: int, stride: int, tmp_path: Path) -> None:
+    padding, more = (taps // 2, stride - 1) if taps % 2 else ((taps - stride) // 2, 0)
+    layer = Up(3, 2, taps, stride, padding, output_padding=more).double()
+    torch.save({f"up.{name}": value for name, value in layer.state_dict().items()}, tmp_path / "m")
+    row = specops.inspect(tmp_path / "m", input_size=5, stride=stride).measured[0]
+    units = torch.eye(75).double().reshape(75, 3, 5, 5)
+    with torch.no_grad():
+        matrix = (layer(units) - layer(0 * units)).reshape(75, -1).numpy()
+    assert row.figures is not None
+    np.testing.assert_allclose(row.figures.spectrum, np.linalg.svd(matrix)[1], atol=1e-9)
+    assert "padding" in row.why
+    assert "assumed" in row.why
+
+
 @pytest.mark.parametrize(("stride", "given"), [(2, 0), (2, 2), (1, 0)])
 def test_two_sizes_imply_the_stride(stride: int, given: int, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)

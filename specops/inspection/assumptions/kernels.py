@@ -55,9 +55,8 @@ def kernel(name: str, shape: tuple[int, ...], context: Context) -> Assumption:
     readings = []
     for group, stride in itertools.product(groups, strides_of(name, taps, context)):
         note = how + group.why + stride.why
-        padding, padded = _padding(taps, size, first, transposed, name, context)
-        if padded:
-            note += padded
+        padding, more, padded = _padding(taps, size, first, transposed, stride.value, name, context)
+        note += padded
         try:
             geometry = Conv(
                 size,
@@ -65,6 +64,7 @@ def kernel(name: str, shape: tuple[int, ...], context: Context) -> Assumption:
                 dilation=told.dilation if told is not None else 1,
                 groups=group.count,
                 padding=padding,
+                output_padding=more,
                 boundary=context.hints.boundary,
                 layout=layout,
                 transposed=transposed,
@@ -110,18 +110,25 @@ def _padding(
     size: Any,
     first: bool,
     transposed: bool,
+    stride: int | tuple[int, ...],
     name: str,
     context: Context,
-) -> tuple[Any, str]:
+) -> tuple[Any, Any, str]:
+    """(padding, output padding, what is assumed of them)."""
     told = context.configuration.layer(name)
     if size is None or context.hints.boundary != "zeros":
-        return "same", ""
+        return "same", 0, ""
     if told is not None and told.padding is not None:
-        return told.padding, f", padding {told.padding} by {context.configuration.source}"
-    if not first and not transposed and all(k % 2 for k in taps):
+        return told.padding, 0, f", padding {told.padding} by {context.configuration.source}"
+    halves = tuple(k // 2 for k in taps)
+    if first or not all(k % 2 for k in taps):
+        return "same", 0, ", padding 'same' assumed" if max(taps) > 1 else ""
+    if not transposed:
         # torch pads both sides alike at strides too
-        return tuple(k // 2 for k in taps), ", zeros of half a kernel around"
-    return "same", ""
+        return halves, 0, ", zeros of half a kernel around"
+    steps = stride if isinstance(stride, tuple) else (stride,) * len(taps)
+    # That many times the size, with torch's padding, which is the same on both sides.
+    return halves, tuple(s - 1 for s in steps), ", padding of half a kernel assumed"
 
 
 def _groups(
