@@ -112,7 +112,9 @@ def no_tensor(name: str, thing: Any, plain: tuple[type, ...] = ()) -> Entry:
 
 
 def _is_state(key: Any, value: Any) -> bool:
-    """Whether a branch is the state of an optimizer or scheduler, going by its key."""
+    """Whether a branch is the state of an optimizer or scheduler, by its key or by what it has."""
+    if isinstance(value, Mapping) and "state" in value and "param_groups" in value:
+        return True
     return _is_container(value) and any(word in str(key).lower() for word in _STATES)
 
 

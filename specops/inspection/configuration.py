@@ -197,4 +197,7 @@ def _patches(name: str, configuration: Configuration) -> Layer | None:
     if any("stride" in key and key != "encoder_stride" for key in configuration.values):
         return None
     size = _numbers(value("patch_size"), 0)
+    frames = _numbers(value("tubelet_size") or value("temporal_patch_size"), 0)
+    if isinstance(size, int) and isinstance(frames, int) and size and frames:
+        size = (frames, size, size)
     return Layer("patches", stride=size, groups=1, padding="valid") if size else None

@@ -50,6 +50,7 @@ def test_every_branch_with_weights_keeps_its_key(tmp_path: Path, zipped: bool) -
         ("optimizer", "optimizer"),
         ("optimizer_state_dict", "optimizer.optimizer_state_dict"),
         ("optim", "optimizer.optim"),
+        ("opt", "optimizer.opt"),
         ("optimizers", "optimizer.optimizers"),
         ("lr_schedulers", "optimizer.lr_schedulers"),
         ("optimizer_G", "optimizer.optimizer_G"),

@@ -271,6 +271,13 @@ def test_gates_of_stacked_experts_are_taken_apart(shape: Any, down: Any, out: in
         (("x", (2,) * 6), "6-d", False),
         (("optimizer/vars/3", (4, 4)), "optimizer", True),
         (("opt_state.0.mu.kernel", (4, 4)), "optimizer", True),
+        (("opt.state.0.weight.exp_avg", (4, 4)), "optimizer", True),
+        (("opt.acc_grads.dense.kernel", (4, 4), "float32", "jax"), "optimizer", True),
+        (("attn.attention_biases", (4, 9)), "bias", True),
+        (("experts.down_proj_blocks", (4, 8, 2, 16), "uint8"), "packed", False),
+        (("fc.weight._data", (4, 4), "int8"), "packed", False),
+        (("fc.W_q", (4, 4), "uint8"), "packed", False),
+        (("0._flat_param", (40,)), "flattens", False),
     ],
 )
 def test_what_is_not_measured(arguments: Any, reason: str, harmless: bool) -> None:
@@ -282,10 +289,15 @@ def test_what_is_not_measured(arguments: Any, reason: str, harmless: bool) -> No
 
 def test_moments_of_optax_are_known_by_the_parameters_beside_them() -> None:
     beside = {"params.dense.kernel": (8, 6), "params.heads.1.out.kernel": (8, 6)}
+    beside |= {"opt.0.count": (), "opt.0.nu.dense.kernel": (8, 6)}
     for name in ("opt.0.mu.dense.kernel", "opt.1.0.nu.dense.kernel", "s/0/trace/dense/kernel"):
         assert "optimizer" in guess(name, (8, 6), layout="jax", others=beside).skipped
+    deeper = {"model.params.dense.kernel": (8, 6), "opt.0.count": ()}
+    found = guess("opt.0.mu.dense.kernel", (8, 6), layout="jax", others=deeper)
+    assert "optimizer" in found.skipped
     # A model's own: for a mean, of another size, of another framework.
     own = {"params.heads.0.mu.kernel": "jax", "params.0.mu.dense.kernel": "torch"}
+    own |= {"stages.0.mu.dense.kernel": "jax"}
     for name, layout in own.items():
         assert guess(name, (8, 6), layout=layout, others=beside).geometry == Dense(
             out_axes=(-1,) if layout == "jax" else (0,)
@@ -312,8 +324,9 @@ def test_hints_that_do_not_fit_are_said() -> None:
     assert guess("c.weight", (8, 3, 3), input_size={"*": (8,)}).geometry.grid == (8,)
     square = guess("c.weight", (8, 3, 5, 5), input_size={"*": (8,)}, stride={"*": 2}).geometry
     assert square == Conv((8, 8), stride=2, padding=(2, 2))
-    even = guess("c.weight", (8, 3, 4, 4), input_size={"*": (8, 8)}).geometry
-    assert even == Conv((8, 8))
+    even = guess("c.weight", (8, 3, 4, 4), input_size={"*": (8, 8)})
+    assert even.geometry == Conv((8, 8))
+    assert "padding 'same' assumed" in even.why
     assert np.prod(square.grid) == 64
 
 
@@ -331,6 +344,40 @@ def test_quantised_weights_are_known_by_their_scales() -> None:
         assert scales.harmless
     assert guess("a.weight", (8, 8), "float8_e4m3fn").geometry == Dense()
     assert guess("own.scales", (8, 8)).geometry == Dense()
+
+
+def test_scales_of_other_packages() -> None:
+    pairs = {"a.weight._scale": "a.weight._data", "b._weight_scale": "b._weight_qdata"}
+    for name, packed in (pairs | {"c.zero": "c.W_q", "c.scale": "c.W_q"}).items():
+        assert "quantised" in guess(name, (8, 1), others={packed: (8, 8)}).skipped
+
+
+def test_the_matrix_b_of_a_state_space_is_no_bias() -> None:
+    assert guess("ssm.B", (8, 3), others={"ssm.A": (8, 8)}).geometry == Dense()
+    assert "bias" in guess("dense/b", (8, 3), layout="jax").skipped
+
+
+def test_filters_among_matrices_are_no_stem() -> None:
+    blocks = {f"blocks.{i}.{n}.weight": (16, 16) for i in range(2) for n in ("up", "down")}
+    name = "blocks.{}.conv1d.conv.weight"
+    found = guess(name.format(0), (16, 1, 4), others=blocks)
+    assert geometries(found) == [Conv(None, groups=16), Conv(None)]
+    found = guess(name.format(0), (16, 1, 4), others={**blocks, name.format(1): (16, 1, 4)})
+    assert geometries(found) == [Conv(None, groups=16)]
+    # The first of every discriminator.
+    plain = {f"d.{i}.convs.{j}.weight": (8, 8, 5) for i in range(2) for j in (1, 2)}
+    found = guess(
+        "d.0.convs.0.weight", (8, 1, 5), others={**plain, "d.1.convs.0.weight": (8, 1, 5)}
+    )
+    assert geometries(found) == [Conv(None)]
+
+
+@pytest.mark.parametrize("frames", ["tubelet_size", "temporal_patch_size"])
+def test_patches_of_films_have_a_length(frames: str) -> None:
+    values = {"model_type": "videomae", "patch_size": 4, frames: 2}
+    told = Configuration("config.json", values=values)
+    found = guess("patch_embeddings.projection.weight", (8, 3, 2, 4, 4), configuration=told)
+    assert found.geometry.stride == (2, 4, 4)
 
 
 def test_parts_of_reparametrised_weights_say_so() -> None:

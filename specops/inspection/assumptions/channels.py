@@ -39,9 +39,9 @@ def groups_of(name: str, outputs: int, inputs: int, context: Context) -> list[Gr
     if context.layout == "keras" and inputs < outputs and _KERAS_PLAIN.search(name):
         return [Groups(1, ASSUMED)]
     if inputs == 1 and outputs > 1:
-        return _one_input(name, outputs, before, context)
+        return _like_others(name, outputs, inputs, before, context)
     if inputs > 1:
-        return _several_inputs(name, outputs, inputs, before, context)
+        return _like_others(name, outputs, inputs, before, context)
     return [Groups(1, "")]
 
 
@@ -82,6 +82,7 @@ def _one_input(
         ]
     inside = [k for k in before if k.part == part]
     first = not inside and (len(context.kernels) > 1) and not _has_coloured_stem(context)
+    first = first and not _is_among_matrices(name, outputs, context)
     dense = first or bool(inside and inside[-1].outputs == 1)
     # Behind transposed layers it may be one that gives a single channel.
     either = bool(feeding) and feeding[-1].turned and not context.behind(name)
@@ -104,16 +105,23 @@ def _are_of_one_block(one: str, other: str) -> bool:
     return alike >= len(others) - 3
 
 
+def _is_among_matrices(name: str, outputs: int, context: Context) -> bool:
+    """Whether a matrix of the same block has as many inputs or outputs: no image comes first."""
+    block = block_of(name)
+    shapes = (s for n, s in context.shapes.items() if block and block_of(n) == block)
+    return any(len(shape) == 2 and outputs in shape for shape in shapes)
+
+
 def _has_coloured_stem(context: Context) -> bool:
     return any(k.inputs == 3 < k.outputs and k.axes > 1 for k in context.kernels)
 
 
-def _several_inputs(
+def _like_others(
     name: str, outputs: int, inputs: int, before: tuple[Kernel, ...], context: Context
 ) -> list[Groups]:
-    """As `_alone` has it, and where that is not sure as the same layer of all other blocks is."""
+    """As a layer alone tells, and where that is not sure as it is in all other blocks."""
     found = _alone(name, outputs, inputs, before, context)
-    if len(found) == 1:
+    if len(found) == 1 or (inputs == 1 and not _is_among_matrices(name, outputs, context)):
         return found
     alike = [
         k
@@ -137,6 +145,8 @@ def _alone(
     name: str, outputs: int, inputs: int, before: tuple[Kernel, ...], context: Context
 ) -> list[Groups]:
     """One group, unless what comes before has a multiple of the channels and nothing has these."""
+    if inputs == 1:
+        return _one_input(name, outputs, before, context)
     given = any(k.outputs == inputs for k in before) or any(
         k.outputs == inputs and not are_in_order(k.name, name)
         for k in (context.kernels if context.is_sorted else ())

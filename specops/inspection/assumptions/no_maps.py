@@ -17,10 +17,29 @@ _OPTIMIZERS = {
     *("optimizer", "optimizer_weights", "opt_state"),
     *("optimizer_state", "optimizer_states"),
 }
-_MOMENTS = {"mu", "nu", "nu_max", "trace"}
+_MOMENTS = {"mu", "nu", "nu_max", "trace", "e_g", "e_x"}
 """How the fields of optax's states are called that hold an array for each parameter."""
+_OF_STATES = {
+    *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg"),
+    *("acc_delta", "grad_avg", "grad_sum", "acc_grads", "sum_of_squares", "prev_updates"),
+    *("step_sizes", "diff_params_memory", "diff_updates_memory"),
+}
+"""The same of torch and of optax, where no layer is called so."""
+_FLAT = ("flat_param", "_flat_param")
 _WEIGHTS = {"weight", "kernel", "qweight", "qzeros", "weight_packed", "0"}
-_SCALES = ("_scale", "_scale_inv", ".scales", ".scale", ".weight_scale", ".absmax")
+_PACKED = {"W_q", "_data", "codes", "Qidxs"}
+_PACKED_ENDS = ("_blocks", "qdata")
+"""What is packed of HQQ, quanto, AQLM and QuIP; of GPT-OSS and torchao."""
+_SCALES = (
+    "._scale",
+    "_scale",
+    "_scale_inv",
+    ".scales",
+    ".scale",
+    ".weight_scale",
+    ".absmax",
+    ".zero",
+)
 _STATE_SPACE = {"a_log", "a_logs", "dt_bias"}
 _LEARNT_INPUTS = ("token", "position_embedding", "pos_embed", "_embed", "query_tokens", "latents")
 _BUFFERS = {
@@ -43,11 +62,14 @@ def no_map(name: str, shape: tuple[int, ...], dtype: str, context: Context) -> A
     last = parts[-1].lower()
     if 0 in shape:
         return Assumption(skipped="empty")
-    if set(parts) & _OPTIMIZERS or _is_moment(parts, shape, context):
+    if set(parts) & (_OPTIMIZERS | _OF_STATES) or _is_moment(parts, shape, context):
         return Assumption(skipped="of the optimizer's state")
     adapter = _adapter(shape, parts, context)
     if adapter is not None:
         return adapter
+    if last in _FLAT:
+        reason = "several parameters in a row, as FSDP flattens them: save a full state dict"
+        return Assumption(skipped=reason, harmless=False)
     if len(shape) < 2:
         return Assumption(skipped="a scalar" if not shape else "1-d: a bias or scale, no matrix")
     if dtype in _INDICES:
@@ -96,15 +118,21 @@ def _adapter(shape: tuple[int, ...], parts: list[str], context: Context) -> Assu
 def _is_moment(parts: list[str], shape: tuple[int, ...], context: Context) -> bool:
     """Whether a parameter of this shape is called what stands behind a field of an optax state.
 
-    That state is a tuple, and the user chose what it is called in the checkpoint.
+    That state is a tuple, and the user chose what it is called in the checkpoint. A model's own
+    means are called "mu" too: without a count of steps or second moments beside them.
     """
     at = next((i for i, part in enumerate(parts) if part in _MOMENTS), 0)
-    behind = parts[at + 1 :]
-    if context.layout != "jax" or not at or not parts[at - 1].isdecimal():
+    ahead, behind = parts[:at], parts[at + 1 :]
+    if context.layout != "jax" or not at or not ahead[-1].isdecimal():
+        return False
+    others = [(parts_of(name), size) for name, size in context.shapes.items()]
+    beside = {other[at] for other, _ in others if other[:at] == ahead and len(other) > at}
+    if parts[at] == "mu" and not beside & {"count", "nu"}:
         return False
     return any(
-        other == behind or (other[1:] == behind and len(behind) > 1)
-        for other in (parts_of(name) for name, size in context.shapes.items() if size == shape)
+        other == behind or (len(behind) > 1 and other[-len(behind) :] == behind)
+        for other, size in others
+        if size == shape and other[:at] != ahead
     )
 
 
@@ -117,7 +145,7 @@ def _quantised(name: str, last: str, dtype: str, context: Context) -> Assumption
     of_comfy = f"{name.removesuffix('weight')}scale_weight"
     scaled = any(n in others for n in (f"{name}_scale", f"{name}_scale_inv", of_comfy))
     packed = "int" in dtype or dtype in ("bits8", "opaque")
-    if scaled or (packed and last in _WEIGHTS):
+    if scaled or (packed and (last in _WEIGHTS | _PACKED or last.endswith(_PACKED_ENDS))):
         reason = f"{dtype}: quantised or packed, its map is not that of the numbers stored"
         return Assumption(
             skipped=f"{reason}; dequantise the model first (transformers: model.dequantize()) and "
@@ -132,7 +160,7 @@ def _bare(name: str) -> str:
     for end in _SCALES:
         if name.endswith(end):
             name = name.removesuffix(end)
-    for end in (".weight", ".qweight", ".weight_packed"):
+    for end in ("._data", "_qdata", ".W_q", ".weight", ".qweight", ".weight_packed"):
         name = name.removesuffix(end)
     return name
 
@@ -140,7 +168,12 @@ def _bare(name: str) -> str:
 def _is_bias(name: str, shape: tuple[int, ...], parts: list[str], context: Context) -> bool:
     last = parts[-1].lower()
     words = last.split("_")
-    if last == "b" or "bias" in words or any(word in last for word in _TABLES_OF_BIASES):
+    # State spaces have a matrix B.
+    if (
+        parts[-1] == "b"
+        or {"bias", "biases"} & set(words)
+        or any(word in last for word in _TABLES_OF_BIASES)
+    ):
         return True
     if name.startswith(LEAF):
         before = context.shapes.get(f"{LEAF}{int(last) - 1}", ())
