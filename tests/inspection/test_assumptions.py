@@ -127,6 +127,9 @@ def test_two_sizes_imply_a_stride() -> None:
     sizes = {"input_size": {"*": (32, 32), "c2*": (16, 16)}}
     found = guess("c1.weight", (8, 3, 3, 3), **around, **sizes)
     assert [g.stride for g in geometries(found)] == [(2, 2), (1, 1)]
+    # As of a ResNet: a stride and pooling behind it.
+    stem = guess("c1.weight", (8, 3, 3, 3), **around, input_size={"*": (64, 64), "c2*": (16, 16)})
+    assert [g.stride for g in geometries(stem)] == [(4, 4), (2, 2), (1, 1)]
     same = guess("c1.weight", (8, 3, 3, 3), **around, input_size={"*": (32, 32)})
     assert [g.stride for g in geometries(same)] == [(1, 1)]
     block = {"others": {"l.0.conv2.weight": (8, 8, 3, 3), "l.0.downsample.0.weight": (8, 3, 1, 1)}}
@@ -139,9 +142,9 @@ def test_two_sizes_imply_a_stride() -> None:
 
 @pytest.mark.parametrize(
     ("own", "next_one", "strides"),
-    [((16, 8), (16, 16), [2]), ((8, 8), (16, 8), [1]), ((16, 8), (32, 16), [2, 1])],
+    [((16, 8), (16, 16), [2, 1]), ((8, 8), (16, 8), [1, 2]), ((16, 8), (32, 16), [2, 1])],
 )
-def test_channels_agree_with_a_stride_or_with_pooling(
+def test_channels_say_whether_a_stride_or_pooling_is_likelier(
     own: Any, next_one: Any, strides: Any
 ) -> None:
     found = guess(

@@ -44,17 +44,17 @@ def strides_of(name: str, taps: tuple[int, ...], context: Context) -> list[Strid
     factor, follower = _implied(name, tuple(size), context)
     if factor == 1:
         return [Stride(1, f", stride 1: {follower} has the same size" if follower else "")]
-    grows, behind = _grows(name, context), _grows(follower, context)
-    if factor > 1 and (_has_shortcut(name, context) or (grows and not behind)):
+    if factor > 1 and _has_shortcut(name, context):
         return [Stride(factor, f", stride {factor}: {follower} has 1/{factor} of the size")]
-    if factor > 1 and behind and _keeps(name, context):
-        return [Stride(1, f", stride 1 and pooling: channels grow behind it, at {follower}")]
     if factor > 1:
         smaller = f"as {follower} has 1/{factor} of the size"
-        return [
-            Stride(factor, f", stride {factor} {smaller}"),
-            Stride(1, f", stride 1 and pooling behind it, {smaller}"),
-        ]
+        found = [Stride(factor, f", stride {factor} {smaller}")]
+        for stride in range(factor - 1, 0, -1):
+            if factor % stride == 0:
+                found.append(Stride(stride, f", stride {stride} and pooling behind it, {smaller}"))
+        # Channels mostly grow where the size shrinks.
+        pooled = _grows(follower, context) and _keeps(name, context)
+        return found[::-1] if pooled else found
     return [Stride(1, "" if max(taps) == 1 else ASSUMED)]
 
 
