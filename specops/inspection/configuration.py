@@ -26,7 +26,7 @@ class Layer:
     kind : str
         Its class.
     stride, dilation, padding
-        Of a convolution, as `specops.Conv` takes them; None where nothing is said.
+        Of a convolution, as `specops.Conv` takes them, or "causal"; None where nothing is said.
     groups, width : int
         How many there are, or how many channels each has; 0 where nothing is said.
     depthwise, transposed : bool
@@ -150,7 +150,7 @@ def _of_keras(last: str, layer: Mapping[str, Any]) -> Layer | None:
         kind,
         stride=_numbers(config.get("strides"), 1),
         dilation=_numbers(config.get("dilation_rate"), 1),
-        padding=padding if padding in ("same", "valid") else None,
+        padding=padding if padding in ("same", "valid", "causal") else None,
         groups=config["groups"] if isinstance(config.get("groups"), int) else 0,
         depthwise=depthwise or separable,
         transposed="Transpose" in kind,

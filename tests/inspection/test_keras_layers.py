@@ -16,15 +16,17 @@ import specops
 from specops import Conv, Dense
 from specops.inspection.assumptions import Context, assume
 from specops.inspection.configuration import Configuration
+from specops.inspection.hints import Hints
 
 
-def guess(name: str, shape: Any, layer: Any = None, others: Any = None) -> Any:
+def guess(
+    name: str, shape: Any, layer: Any = None, others: Any = None, hints: Hints | None = None
+) -> Any:
     layers = {} if layer is None else {name.split("/")[1]: layer}
     configuration = Configuration("the file's Keras configuration", layers=layers)
     shapes = {name: tuple(shape), **(others or {})}
-    return assume(
-        name, tuple(shape), "float32", Context(shapes, "keras", configuration=configuration)
-    )
+    context = Context(shapes, "keras", hints or Hints(), configuration)
+    return assume(name, tuple(shape), "float32", context)
 
 
 def einsum(equation: str) -> dict[str, Any]:
@@ -100,6 +102,13 @@ def test_a_convolution_by_its_configuration_is_no_stack() -> None:
     layer = {"class_name": "Conv1DTranspose", "config": {"strides": [2]}}
     found = guess("model_weights/ct/ct/kernel", (3, 4, 6), layer)
     assert [r.geometry.transposed for r in found.readings] == [True]
+
+
+def test_causal_layers_are_padded_on_one_side() -> None:
+    config = {"padding": "causal", "dilation_rate": [2]}
+    layer = {"class_name": "Conv1D", "config": config}
+    (reading,) = guess("layers/c/vars/0", (3, 4, 6), layer, hints=Hints({"*": (9,)})).readings
+    assert reading.geometry == Conv((9,), dilation=2, padding=((4, 0),), layout="*IO")
 
 
 _CODE = """

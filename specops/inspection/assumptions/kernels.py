@@ -119,7 +119,11 @@ def _padding(
     if size is None or context.hints.boundary != "zeros":
         return "same", 0, ""
     if told is not None and told.padding is not None:
-        return told.padding, 0, f", padding {told.padding} by {context.configuration.source}"
+        padding = told.padding
+        if padding == "causal":  # of one axis
+            gap = told.dilation[0] if isinstance(told.dilation, tuple) else told.dilation
+            padding = ((gap * (taps[0] - 1), 0),)
+        return padding, 0, f", padding {told.padding} by {context.configuration.source}"
     halves = tuple(k // 2 for k in taps)
     if first or not all(k % 2 for k in taps):
         return "same", 0, ", padding 'same' assumed" if max(taps) > 1 else ""
