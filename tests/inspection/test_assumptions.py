@@ -426,6 +426,12 @@ def test_strides_of_overlapping_patches_stage_by_stage() -> None:
         assert strides == ({stride} if stride else {1, 3})
 
 
+def test_experts_in_one_matrix_are_said_to_be_one() -> None:
+    assert "experts together" in guess("ffn.experts.mlp.w1", (72, 16)).why
+    for name in ("mlp.experts.0.w1.weight", "mlp.shared_experts.w1.weight", "mlp.gate.weight"):
+        assert "experts together" not in guess(name, (72, 16)).why
+
+
 def test_what_is_looked_up_is_a_table() -> None:
     for name in ("latent_query", "encoder.position_enc", "qformer.query_tokens"):
         assert "table" in guess(name, (64, 32)).why

@@ -32,10 +32,18 @@ def matrix(name: str, shape: tuple[int, ...], context: Context) -> Assumption:
         reading, sure = unnamed
         whole = Reading(Dense(out_axes=(out,)), f"2-d: a matrix{how}")
         return Assumption.of(reading) if sure else Assumption.of(reading, whole)
+    if _all_experts(parts):
+        how += "; of all experts together: nothing says how they lie in it"
     low = name.lower()
     table = any(word in low for word in _TABLES) and not any(word in low for word in _NO_TABLES)
     what = "a table, one row for each entry" if table else "2-d: a matrix"
     return Assumption.of(Reading(Dense(out_axes=(out,)), what + how))
+
+
+def _all_experts(parts: list[str]) -> bool:
+    """Whether a matrix is of experts and none is numbered, as DBRX and MegaBlocks store them."""
+    at = parts.index("experts") if "experts" in parts[:-1] else len(parts)
+    return at < len(parts) and not any(part.isdecimal() for part in parts[at + 1 :])
 
 
 def _output_axis(name: str, shape: tuple[int, ...], context: Context) -> tuple[int, str]:
