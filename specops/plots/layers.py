@@ -83,7 +83,7 @@ def norms(
     ):
         place = np.array([names.index(name) for name in side]) + offset
         handles.append(_draw(ax, np.array(list(side.values())), place, style["color"], marker))
-    everything = np.array([value for side in sides for value in side.values()]).ravel()
+    everything = np.array([end for side in sides for pair in side.values() for end in set(pair)])
     below = scale_values(ax, everything, axis="x")
     every = _name_rows(ax, short)
     title = "Operator norm of each layer"

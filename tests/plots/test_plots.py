@@ -444,3 +444,8 @@ def test_docstrings_document_every_argument(name: str) -> None:
     for parameter in inspect.signature(member).parameters:
         assert re.search(rf"^{parameter} : ", documented, re.M), parameter
     assert ">>> " in documented
+
+
+def test_a_norm_that_is_no_interval_is_counted_once() -> None:
+    ax = plots.norms({"a": 0.0, "b": 1.0, "c": 1e4, "d": (0.0, 2.0)})
+    assert "2 of 5 values, 0 or nearly" in ax.get_title(loc="left")
