@@ -139,7 +139,7 @@ class Attachment(BaseAttachment[Constrained]):
         Parameters
         ----------
         parameter : torch.nn.Parameter, optional
-            One that its own optimizer has just stepped, in backward, and counts; None: all.
+            One that its own optimizer has just stepped, in backward: it alone is counted.
         """
         self.check_attached()
         if parameter is not None:
@@ -253,6 +253,7 @@ class Attachment(BaseAttachment[Constrained]):
             plain model then computes the same. Otherwise all weights stay as they are.
         """
         if fold:
+            self.check_attached()
             self._fold()
         self._followed.unhook()
         for c in self._constrained:

@@ -255,7 +255,7 @@ class InUse:
         elif state is None:
             # It was saved before the layer had met an input, or while it was not finite.
             self._written = None
-        elif state is not None and not drifting and not self._fits(raw, state):
+        elif not drifting and not self._fits(raw, state):
             self.forget()
 
     def _fits(self, raw: torch.Tensor, state: State | None) -> bool:

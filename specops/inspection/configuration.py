@@ -200,4 +200,6 @@ def _patches(name: str, configuration: Configuration) -> Layer | None:
     frames = _numbers(value("tubelet_size") or value("temporal_patch_size"), 0)
     if isinstance(size, int) and isinstance(frames, int) and size and frames:
         size = (frames, size, size)
+    # Some name all three lengths, and no patch.
+    size = size or (frames if isinstance(frames, tuple) else 0)
     return Layer("patches", stride=size, groups=1, padding="valid") if size else None

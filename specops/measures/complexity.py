@@ -6,7 +6,7 @@ All in logarithms: products of norms over many layers overflow.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,12 +66,10 @@ def log_spec_fro(
     >>> round(float(np.log(4 * 9 * (2 + 1))), 6)
     4.682131
     """
-    pairs = _paired(weights, geometries)
-    norms = [_one(spectral_norm(w, g), i) for i, (w, g, _) in enumerate(pairs)]
-    ranks = [_one(stable_rank(w, g), i) for i, (w, g, _) in enumerate(pairs)]
+    norms, logs, ranks = _of_layers(weights, geometries, stable_rank)
     if 0.0 in norms:
         return over_margin(-math.inf, margin, 2.0)
-    log = 2.0 * _sum_of_logs(norms, pairs) + math.log(math.fsum(ranks))
+    log = 2.0 * math.fsum(logs) + math.log(math.fsum(ranks))
     return over_margin(log, margin, 2.0)
 
 
@@ -113,13 +111,11 @@ def log_spec_l1(
     >>> round(log_spec_l1([np.diag([2.0, 1.0])], 1.0), 6), round(float(np.log(4 * (3 / 2) ** 2)), 6)
     (2.197225, 2.197225)
     """
-    pairs = _paired(weights, geometries)
-    norms = [_one(spectral_norm(w, g), i) for i, (w, g, _) in enumerate(pairs)]
-    rows = [_one(_row_norms(w, g), i) for i, (w, g, _) in enumerate(pairs)]
+    norms, logs, rows = _of_layers(weights, geometries, _row_norms)
     if 0.0 in norms:
         return over_margin(-math.inf, margin, 2.0)
     shares = [(r / n) ** (2.0 / 3.0) for r, n in zip(rows, norms, strict=True)]
-    log = 2.0 * _sum_of_logs(norms, pairs) + 3.0 * math.log(math.fsum(shares))
+    log = 2.0 * math.fsum(logs) + 3.0 * math.log(math.fsum(shares))
     return over_margin(log, margin, 2.0)
 
 
@@ -172,11 +168,31 @@ def _log(xp: Namespace, x: Array) -> Array:
         return xp.log(x)
 
 
+def _of_layers(
+    weights: Sequence[Array] | Mapping[str, Array],
+    geometries: Sequence[Geometry | None] | Mapping[str, Geometry | None] | None,
+    other: Callable[[Array, Geometry | None], Any],
+) -> tuple[list[float], list[float], list[float]]:
+    """(norms over the weights' scales, logarithms of the norms, `other` over the scales)."""
+    norms, logs, others = [], [], []
+    # One by one: all scaled weights at once would take the memory of the model again.
+    for i, (w, geometry) in enumerate(_paired(weights, geometries)):
+        xp = arrays.namespace(w)
+        a = arrays.to_compute(xp, w)
+        # Norms and squares may leave single precision.
+        scale = arrays.magnitude(xp, a)
+        a = a / scale
+        norm = _one(spectral_norm(a, geometry), i)
+        norms.append(norm)
+        logs.append(math.log(norm) + math.log(float(xp.max(scale))) if norm else -math.inf)
+        others.append(_one(other(a, geometry), i))
+    return norms, logs, others
+
+
 def _paired(
     weights: Sequence[Array] | Mapping[str, Array],
     geometries: Sequence[Geometry | None] | Mapping[str, Geometry | None] | None,
-) -> list[tuple[Array, Geometry | None, float]]:
-    """(weight over its scale, its map, its scale): norms and squares may leave single precision."""
+) -> list[tuple[Array, Geometry | None]]:
     if not len(weights):
         raise ValueError("weights is empty")
     geometries = [None] * len(weights) if geometries is None else geometries
@@ -190,13 +206,7 @@ def _paired(
         weights = list(weights.values())
     if isinstance(geometries, Mapping):
         raise ValueError("geometries by name need weights by name")
-    found = []
-    for w, geometry in zip(weights, geometries, strict=True):
-        xp = arrays.namespace(w)
-        a = arrays.to_compute(xp, w)
-        scale = arrays.magnitude(xp, a)
-        found.append((a / scale, geometry, float(xp.max(scale))))
-    return found
+    return list(zip(weights, geometries, strict=True))
 
 
 def _one(value: Any, index: int) -> float:
@@ -206,13 +216,6 @@ def _one(value: Any, index: int) -> float:
             f"give the matrices as layers of their own"
         )
     return float(value)
-
-
-def _sum_of_logs(norms: list[float], pairs: list[tuple[Array, Geometry | None, float]]) -> float:
-    """Σ log ‖W‖ of norms that were measured over the scales."""
-    return math.fsum(
-        math.log(n) + math.log(scale) for n, (_, _, scale) in zip(norms, pairs, strict=True)
-    )
 
 
 def _row_norms(w: Array, geometry: Geometry | None) -> Array:

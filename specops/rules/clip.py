@@ -49,9 +49,9 @@ class ClipSpectralNorm(Scheduled, WeightRule):
     That estimate, which the figures show, is a lower bound; every 100th firing, `enforce` and the
     first one certify. In JAX's loops, where no firing starts the vectors anew, it is multiplied by
     what it fell short of the norm at the last certificate, and is no bound.
-    A small zero-padded convolution ends at the bound, a larger one up to a few per cent below it;
-    compiled, any does, and up to a tenth below it on grids of few points, or more where strides of
-    a circular one do not divide its grid: `project_spectral_ball` says which.
+    A small zero-padded convolution ends at the bound, a larger one up to a few per cent below it.
+    Compiled, any convolution may end below it: by up to a tenth on grids of few points, by more
+    where the strides of a circular one do not divide its grid. `project_spectral_ball` says which.
 
     Parameters
     ----------

@@ -156,6 +156,7 @@ def _conv_bounds(
     kernel = geometry.kernel(given.w)
     sizes = geometry.sizes(tuple(given.w.shape))
     symbol, certificate = certified_symbol(sizes, not arrays.is_complex(kernel))
+    slack = _slack(kernel.dtype, sum(symbol.block_shape) + 4 * math.prod(sizes.kernel) + 16)
 
     def widened(lower: Array, upper: Array) -> NormBounds:
         """By what rounding may do."""
@@ -169,7 +170,6 @@ def _conv_bounds(
             lower = xp.where(lower > 0, lower, xp.zeros_like(lower))
         return NormBounds(given.scale * lower, given.scale * upper)
 
-    slack = _slack(kernel.dtype, sum(symbol.block_shape) + 4 * math.prod(sizes.kernel) + 16)
     if sizes.fine is None and rtol is not None:
         ends = supremum(arrays.to_numpy(kernel), symbol, rtol, max_evaluations)
         lower, upper = (arrays.constant(np.asarray(end), kernel) for end in ends)

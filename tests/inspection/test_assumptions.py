@@ -375,9 +375,16 @@ def test_filters_among_matrices_are_no_stem() -> None:
     assert geometries(found) == [Conv(None)]
 
 
-@pytest.mark.parametrize("frames", ["tubelet_size", "temporal_patch_size"])
-def test_patches_of_films_have_a_length(frames: str) -> None:
-    values = {"model_type": "videomae", "patch_size": 4, frames: 2}
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        {"patch_size": 4, "tubelet_size": 2},
+        {"patch_size": 4, "temporal_patch_size": 2},
+        {"tubelet_size": [2, 4, 4]},
+    ],
+)
+def test_patches_of_films_have_a_length(lengths: dict[str, Any]) -> None:
+    values = {"model_type": "videomae", **lengths}
     told = Configuration("config.json", values=values)
     found = guess("patch_embeddings.projection.weight", (8, 3, 2, 4, 4), configuration=told)
     assert found.geometry.stride == (2, 4, 4)

@@ -113,6 +113,7 @@ def test_after_detach_nothing_is_left() -> None:
     optimizer = optimizer_of(model)
     attachment = specops.attach(optimizer, model, CLIP, every=2)
     train(model, optimizer, 3)
+    state = attachment.state_dict()
     attachment.detach()
     attachment.detach()
     assert not attachment.is_attached
@@ -123,7 +124,13 @@ def test_after_detach_nothing_is_left() -> None:
         assert not a._forward_hooks
         assert not a._forward_hooks_with_kwargs
     weights = copy.deepcopy(model.state_dict())
-    for act in (attachment.step, attachment.before_step, attachment.enforce):
+    for act in (
+        attachment.step,
+        attachment.before_step,
+        attachment.enforce,
+        lambda: attachment.detach(fold=True),
+        lambda: attachment.load_state_dict(state),
+    ):
         with pytest.raises(errors.AdapterError, match="detached"):
             act()
     assert all((weights[k] == v).all() for k, v in model.state_dict().items())

@@ -38,9 +38,7 @@ def groups_of(name: str, outputs: int, inputs: int, context: Context) -> list[Gr
     before = context.before(name)
     if context.layout == "keras" and inputs < outputs and _KERAS_PLAIN.search(name):
         return [Groups(1, ASSUMED)]
-    if inputs == 1 and outputs > 1:
-        return _like_others(name, outputs, inputs, before, context)
-    if inputs > 1:
+    if max(inputs, outputs) > 1:
         return _like_others(name, outputs, inputs, before, context)
     return [Groups(1, "")]
 
