@@ -97,8 +97,7 @@ class Followed:
 
     def maximized(self) -> set[int]:
         """The ids of parameters whose steps go up the gradient."""
-        groups = [] if self.optimizer is None else self.optimizer.param_groups
-        return {id(p) for group in groups if group.get("maximize") for p in group["params"]}
+        return set() if self.optimizer is None else maximized(self.optimizer)
 
     def unhook(self) -> None:
         """Take the hooks off."""
@@ -116,6 +115,12 @@ def overflowed(optimizer: torch.optim.Optimizer) -> bool:
     """Whether GradScaler found infinities: a fused optimizer runs its step nevertheless."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
+
+
+def maximized(optimizer: torch.optim.Optimizer) -> set[int]:
+    """The ids of parameters whose steps go up the gradient."""
+    groups = optimizer.param_groups
+    return {id(p) for group in groups if group.get("maximize") for p in group["params"]}
 
 
 def _trained(held: dict[int, nn.Parameter] | None) -> set[int]:

@@ -13,6 +13,7 @@ from specops.errors import AdapterError
 from specops.training.cautions import caution
 from specops_torch.collectives import added
 from specops_torch.constrained import Constrained
+from specops_torch.optimizer_hooks import maximized
 from specops_torch.pieces import Layout
 from specops_torch.sharded_constrained import ShardedConstrained
 
@@ -68,13 +69,14 @@ class Scales:
         if new and optimizer is not None:
             _held.add(self)
             _drop_copies(optimizer)
-            group: dict[str, Any] = {"params": new, "name": _GROUP}
-            if "weight_decay" in optimizer.defaults:
-                group["weight_decay"] = 0.0
-            named = any("param_names" in g for g in optimizer.param_groups)
-            if named:
-                group["params"] = [(f"{_GROUP}.{i}", p) for i, p in enumerate(new)]
-            optimizer.add_param_group(group)
+            up = maximized(optimizer)
+            rising = {
+                id(self.parameters[key])
+                for key, sharing in users.items()
+                if any(id(c.location.parameter) in up for c in sharing)
+            }
+            for climbs in (False, True):
+                _add_group(optimizer, [p for p in new if (id(p) in rising) == climbs], climbs)
 
     def average(self) -> None:
         """Gradients over the ranks, as `fully_shard` does those of layers."""
@@ -125,6 +127,22 @@ class Scales:
         """After a step: ``model.zero_grad()`` does not know these parameters."""
         for p in self.parameters.values():
             p.grad = None
+
+
+def _add_group(optimizer: Any, new: list[nn.Parameter], climbs: bool) -> None:
+    if not new:
+        return
+    group: dict[str, Any] = {"params": new, "name": _GROUP}
+    if "maximize" in optimizer.defaults:
+        group["maximize"] = climbs
+    if "weight_decay" in optimizer.defaults:
+        group["weight_decay"] = 0.0
+    named = any("param_names" in g for g in optimizer.param_groups)
+    if named:
+        own = [g for g in optimizer.param_groups if g.get("name") == _GROUP]
+        start = sum(len(g["params"]) for g in own)
+        group["params"] = [(f"{_GROUP}.{i}", p) for i, p in enumerate(new, start)]
+    optimizer.add_param_group(group)
 
 
 def _drop_copies(optimizer: Any) -> None:

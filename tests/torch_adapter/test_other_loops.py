@@ -143,6 +143,23 @@ def test_what_is_maximised_is_penalised_too(how: str) -> None:
     assert ends[0][1] == ends[1][1]
 
 
+@pytest.mark.parametrize("default", [False, True])
+def test_scales_go_the_way_of_their_weights(default: bool) -> None:
+    ends = []
+    for up in (False, True):
+        model = network()
+        group = {"params": list(model.parameters()), "maximize": up}
+        optimizer = torch.optim.SGD([group], lr=0.1, maximize=default)
+        attachment = specops.attach(optimizer, model, TRAINED)
+        for _ in range(3):
+            optimizer.zero_grad()
+            ((-1.0 if up else 1.0) * model(batch()).square().mean()).backward()
+            optimizer.step()
+        ends.append([float(s.detach()) for s in attachment.scales.values()])
+    assert ends[0] == ends[1]
+    assert ends[0] != [1.5] * len(ends[0])
+
+
 class Uncounted(torch.optim.SGD):
     """Writes as torch does not count it."""
 
