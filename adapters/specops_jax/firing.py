@@ -18,7 +18,7 @@ from jax import lax
 from specops.arrays import cond
 from specops.training.plan import Plan
 from specops_jax.callbacks import call_host, is_left_to_host
-from specops_jax.meshes import partitioned
+from specops_jax.meshes import partitioned, replicated
 from specops_jax.one_firing import acting, checked, refuse_nonfinite, unchanged, updated
 from specops_jax.program import Item, Program
 from specops_jax.state import Arrays, SpecopsState, check_states, of_arrays
@@ -79,6 +79,7 @@ def advance(
     """
     state = of_arrays(state)
     check_states(program.of(*stages), leaves, state)
+    state = replicated(state)
     step = state.step + 1
     arrays: dict[str, Any] = {}
     rules, figures = dict(state.rules), dict(state.figures)

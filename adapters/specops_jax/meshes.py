@@ -31,6 +31,18 @@ def partitioned(
     return on_auto_axes(weights, *others)
 
 
+def replicated(state: Any) -> Any:
+    """A state whole on each device, as rules give it: a compiler lays results out as it likes."""
+
+    def whole(x: Any) -> Any:
+        layout = explicit(x)
+        if layout is None:
+            return x
+        return jax.sharding.reshard(x, NamedSharding(layout.mesh, PartitionSpec()))
+
+    return jax.tree.map(whole, state)
+
+
 def explicit(weight: Any) -> NamedSharding | None:
     """The layout that is part of its type, if any axis is sharded."""
     layout = getattr(jax.typeof(weight), "sharding", None)

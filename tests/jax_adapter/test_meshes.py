@@ -62,7 +62,7 @@ def test_the_example_learns_inside_the_ball(told: Found) -> None:
 
 def test_weights_are_those_of_one_device(found: Found) -> None:
     off = {name: result["off"] for name, result in found}
-    assert len(off) == (15 if not EVERY_CASE else 182)
+    assert len(off) == (16 if not EVERY_CASE else 182)
     assert {name: x for name, x in off.items() if not x <= 1e-6} == {}
 
 
