@@ -36,8 +36,8 @@ class WeightInUse(torch.Tensor):
         if self.made >= 0 and self._version > self.made:
             caution(
                 f"numbers written into a view of a weight in use (shape {tuple(self.shape)}), or "
-                f"by out=, are lost: write to the parameter, of model.named_parameters(), or "
-                f"before attaching",
+                f"by out= (as an embedding's max_norm does), are lost: write to the parameter, of "
+                f"model.named_parameters(), or before attaching",
             )
 
     def __reduce_ex__(self, protocol: Any) -> Any:

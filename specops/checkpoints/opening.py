@@ -13,9 +13,13 @@ from specops.errors import CheckpointError, SpecopsError
 from specops.hookspecs import PROJECT
 from specops.plugins import answers, manager
 
+_SUFFIXES = (
+    *(".safetensors", ".npz", ".npy", ".h5", ".keras", ".pt", ".pth", ".bin", ".ckpt"),
+    *(".msgpack", ".eqx"),
+)
 _KNOWN = (
-    ".safetensors, .npz, .npy, .h5 and .keras, torch's .pt, .pth, .bin and .ckpt, flax's .msgpack, "
-    "equinox' .eqx, and folders of orbax, torch.distributed.checkpoint or Hugging Face shards"
+    f"{', '.join(_SUFFIXES)}, and folders of orbax, torch.distributed.checkpoint or Hugging Face "
+    f"shards"
 )
 _OTHERS = {
     b"GGUF": "a GGUF file, whose weights are packed for inference; export those it was made of as "
@@ -93,8 +97,7 @@ def _unknown(path: Path, start: bytes) -> str:
     if path.is_dir() and (path / "saved_model.pb").is_file():
         return "a SavedModel, a program of TensorFlow; save the weights: model.save_weights(...)"
     if path.is_dir():
-        suffixes = set(_KNOWN.replace(",", "").split())
-        files = sorted(p.name for p in path.iterdir() if p.is_file() and p.suffix in suffixes)
+        files = sorted(p.name for p in path.iterdir() if p.is_file() and p.suffix in _SUFFIXES)
         if files:
             listed = ", ".join(files[:5]) + (" ..." if len(files) > 5 else "")
             return f"the folder is no checkpoint itself; name one of its files: {listed}"
