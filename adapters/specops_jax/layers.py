@@ -12,6 +12,14 @@ from typing import Any
 from specops.errors import GeometryError
 from specops.geometry import Conv, Dense, Geometry
 
+COMPUTED = (
+    "{} computes the layer's weight from it, so that it is not the layer's map: bound the layer by "
+    "specops instead of it, or give its own map in geometries="
+)
+_TWO_MAPS = (
+    "it is used as two different maps (strides, padding and the like of the layers that share it, "
+    "or of a padding that depends on the size): give one in geometries="
+)
 EMBEDDING = "an embedding: a table of rows, constrained only by a rule that names it"
 
 
@@ -152,14 +160,22 @@ def _call(kind: type) -> Any:
 
 
 def at_both(a: Role, b: Role) -> Role:
-    """The role of a layer that is called at two input sizes.
+    """The role of an array that is met twice: at two input sizes, or in two layers.
 
     For a zero boundary the larger size covers the smaller, whose operator is a part of its own;
     circular, it stands for every size.
     """
     one, two = a.geometry, b.geometry
-    if one == two or not isinstance(one, Conv) or not isinstance(two, Conv):
+    if one == two:
         return b
+    if one is None or two is None:
+        return a if one is None else b
+    if (
+        not isinstance(one, Conv)
+        or not isinstance(two, Conv)
+        or replace(one, input_shape=None) != replace(two, input_shape=None)
+    ):
+        return Role(obstacle=_TWO_MAPS, opt_in=a.opt_in or b.opt_in)
     if one.grid is None or two.grid is None or one.boundary == "circular":
         return Role(replace(two, input_shape=None))
     larger = tuple(max(m, n) for m, n in zip(one.grid, two.grid, strict=True))

@@ -10,6 +10,7 @@ import jax
 from specops.geometry import Dense
 from specops.geometry.fused import gates_of
 from specops_jax.layers import (
+    COMPUTED,
     EMBEDDING,
     Role,
     as_called,
@@ -35,10 +36,10 @@ def roles(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     """A role for every weight, at the sizes that `inputs` (one sample) lead to."""
     import equinox as eqx
 
-    shapes: Shapes = {}
+    calls: list[tuple[Any, tuple[int, ...]]] = []
 
     def seen(layer: Any, x: Any) -> None:
-        shapes.setdefault(id(layer), []).append(tuple(int(n) for n in x.shape[1:]))
+        calls.append((layer, tuple(int(n) for n in x.shape[1:])))
 
     # Batch statistics would need an axis, and dropout a key.
     module = eqx.nn.inference_mode(module)
@@ -46,7 +47,26 @@ def roles(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
         inputs, kwargs = jax.tree.map(lambda x: x, (inputs, kwargs))  # states may be used once
         with watched((eqx.nn.Conv, eqx.nn.ConvTranspose), seen):
             eqx.filter_eval_shape(lambda: module(*_sample(inputs), **kwargs))
-    return _roles(module, shapes)
+    return _roles(module, _sizes(module, calls))
+
+
+def _sizes(module: Any, calls: list[tuple[Any, tuple[int, ...]]]) -> Shapes:
+    """The sizes at which each layer was called, by its id."""
+    import equinox as eqx
+
+    kinds = (eqx.nn.Conv, eqx.nn.ConvTranspose)
+    held = jax.tree.leaves(module, is_leaf=lambda x: isinstance(x, kinds))
+    own = {id(layer) for layer in held}
+    shapes: Shapes = {}
+    for layer, size in calls:
+        if id(layer) in own:
+            shapes.setdefault(id(layer), []).append(size)
+    # Within eqx.filter_checkpoint and its like a layer is met as a copy, which may be any one's.
+    copies = [(layer.weight.shape, size) for layer, size in calls if id(layer) not in own]
+    for layer in held:
+        if id(layer) in shapes:
+            shapes[id(layer)] += [s for shape, s in copies if shape == layer.weight.shape]
+    return shapes
 
 
 def roles_within(params: Any) -> dict[str, Role]:
@@ -69,6 +89,9 @@ def _roles(tree: Any, shapes: Shapes) -> dict[str, Role]:
     met = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda x: isinstance(x, (*kinds, *cells))
     )[0]
+    wrappers = (eqx.nn.WeightNorm, eqx.nn.SpectralNorm)
+    wrapped = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, wrappers))
+    computed = {id(x.layer): type(x).__name__ for x in wrapped if isinstance(x, wrappers)}
     found: dict[str, Role] = {}
     for path, layer in met:
         if isinstance(layer, cells):
@@ -76,6 +99,8 @@ def _roles(tree: Any, shapes: Shapes) -> dict[str, Role]:
         elif isinstance(layer, kinds) and hasattr(layer.weight, "shape"):
             roles = [_role(layer, shape) for shape in shapes.get(id(layer)) or [None]]
             role = as_called(layer, reduce(at_both, roles), *kinds)
+            if id(layer) in computed:
+                role = Role(obstacle=COMPUTED.format(f"eqx.nn.{computed[id(layer)]}"))
             own = _own_ndim(layer)
             shape = tuple(layer.weight.shape)
             name = name_of((*path, jax.tree_util.GetAttrKey("weight")))
@@ -114,13 +139,39 @@ def _role(layer: Any, shape: tuple[int, ...] | None) -> Role:
         "kernel": layer.kernel_size,
         "stride": layer.stride,
         "dilation": layer.dilation,
-        "padding": "CIRCULAR" if mode == "CIRCULAR" else layer.padding,
+        "padding": layer.padding,
         "groups": layer.groups,
         "layout": "OI*",
         "input_shape": shape,
     }
     if isinstance(layer, eqx.nn.ConvTranspose):
-        if mode == "ZEROS":
-            common["padding"] = layer._padding_transpose()
+        circular = mode == "CIRCULAR"
+        common["padding"] = "CIRCULAR" if circular else layer._padding_transpose()
         return transposed_convolution(**common, flipped=False)
+    if mode == "CIRCULAR" and _pads(layer):
+        if not _closes(layer, shape):
+            return Role(
+                obstacle=f"padding {layer.padding!r} in mode 'circular' reads some places twice or "
+                f"not at all: no convolution on a torus"
+            )
+        common["padding"] = "CIRCULAR"
     return convolution(**common)
+
+
+def _pads(layer: Any) -> bool:
+    """Whether anything is added to an input, so that the mode of padding matters."""
+    return layer.padding not in ("VALID", ((0, 0),) * layer.num_spatial_dims)
+
+
+def _closes(layer: Any, shape: tuple[int, ...] | None) -> bool:
+    """Whether a circularly padded layer has as many outputs as one on a torus."""
+    if isinstance(layer.padding, str):
+        return True
+    for axis, (k, s, d) in enumerate(
+        zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    ):
+        missing = d * (k - 1) - sum(layer.padding[axis])
+        n = s if shape is None else shape[axis]
+        if (n - missing - 1) // s != (n - 1) // s:
+            return False
+    return True

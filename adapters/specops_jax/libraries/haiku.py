@@ -51,7 +51,9 @@ def roles(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
                 role = as_called(layer, plain, *kinds)
                 name = f"{layer.module_name}/{attribute}"
                 if name in own:
-                    role = at_both(met[name][0], role) if name in met else role
+                    # An LSTM knows more of its matrix than the layer inside, which is met first.
+                    again = name in met and not isinstance(layer, hk.LSTM)
+                    role = at_both(met[name][0], role) if again else role
                     met[name] = role, tuple(own[name].shape)
         return result
 
@@ -76,7 +78,7 @@ def _roles(layer: Any, x: Any) -> dict[str, Role]:
     if isinstance(layer, hk.Linear):
         return {"w": dense()}
     if isinstance(layer, hk.LSTM):
-        # Met after the layer inside that has the matrix, of inputs beside the state.
+        # The matrix of a layer inside, of inputs beside the state.
         return {"linear/w": _gates(layer, 4)}
     if isinstance(layer, hk.GRU):
         return {"w_i": _gates(layer, 3), "w_h": _gates(layer, 3)}

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from specops.errors import AdapterError
-from specops_jax.layers import EMBEDDING, Role, as_called, at_both, dense, stacked
+from specops_jax.layers import COMPUTED, EMBEDDING, Role, as_called, at_both, dense, stacked
 from specops_jax.libraries.flax_layers import flax_convolution, sizes
 from specops_jax.libraries.watching import trace
 from specops_jax.paths import named_leaves
@@ -32,13 +32,23 @@ def roles(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     met: dict[str, tuple[Role, tuple[int, ...]]] = {}
     kinds = (nn.DenseGeneral, nn.Dense, nn.Embed, nn.Conv, nn.ConvTranspose)
 
+    wrappers: list[str] = []  # those whose call is under way
+
     def look(function: Any, args: Any, given: Any, context: Any) -> Any:
-        layer, result = context.module, function(*args, **given)
+        layer = context.module
+        wraps = isinstance(layer, nn.WeightNorm | nn.SpectralNorm)
+        if wraps:
+            wrappers.append(type(layer).__name__)
+        result = function(*args, **given)
+        if wraps:
+            wrappers.pop()
         if context.method_name == "__call__":
             x = args[0] if args else next(iter(given.values()), None)
             own = layer.variables.get("params", {})
             for attribute, plain in _roles(layer, x).items():
                 role = as_called(layer, plain, *kinds)
+                if wrappers:
+                    role = Role(obstacle=COMPUTED.format(f"nn.{wrappers[-1]}"))
                 if attribute in own:
                     name = "/".join((*map(str, layer.path), attribute))
                     shape = nn.unbox(own[attribute]).shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import reduce
 from typing import Any
 
-from specops_jax.layers import EMBEDDING, Role, as_called, at_both, dense, stacked
+from specops_jax.layers import COMPUTED, EMBEDDING, Role, as_called, at_both, dense, stacked
 from specops_jax.libraries.flax_layers import flax_convolution, sizes
 from specops_jax.libraries.watching import trace, watched
 
@@ -13,6 +13,7 @@ _ADAPTED = (
     "nnx.LoRA adds a part to it, so that it is not the layer's map: merge the parts first, or give "
     "its own map in geometries="
 )
+_MARK = "specops_path"
 Shapes = dict[str, list[tuple[int, ...] | None]]
 
 
@@ -41,12 +42,17 @@ def _shapes(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Sha
 
     def run(state: Any, *x: Any) -> Any:
         copy = nnx.merge(definition, state)
-        paths = {id(layer): _name(path) for path, layer in nnx.iter_graph(copy)}
+        # In the layer itself, so that copies which nnx.remat, nnx.jit and their like make have it.
+        for path, layer in nnx.iter_graph(copy):
+            if isinstance(layer, nnx.Conv | nnx.ConvTranspose):
+                setattr(layer, _MARK, _name(path))
 
         def seen(layer: Any, x: Any) -> None:
+            if not hasattr(layer, _MARK):
+                return  # made in the call, not one of the module's
             spatial = len(sizes(layer.kernel_size))
             shape = tuple(int(n) for n in x.shape[-spatial - 1 : -1])
-            shapes.setdefault(paths[id(layer)], []).append(shape)
+            shapes.setdefault(getattr(layer, _MARK), []).append(shape)
 
         with watched((nnx.Conv, nnx.ConvTranspose), seen):
             return copy(*x, **kwargs)
@@ -61,7 +67,12 @@ def _roles(module: Any, shapes: Shapes) -> dict[str, Role]:
     found: dict[str, Role] = {}
     kinds = (nnx.LinearGeneral, nnx.Linear, nnx.Embed, nnx.Conv, nnx.ConvTranspose)
     layers = list(nnx.iter_graph(module))
-    adapted = {id(x.base_module) for _, x in layers if isinstance(x, nnx.LoRA)}
+    adapted = {id(x.base_module): _ADAPTED for _, x in layers if isinstance(x, nnx.LoRA)}
+    for _, x in layers:
+        if isinstance(x, nnx.WeightNorm | nnx.SpectralNorm):
+            computed = COMPUTED.format(f"nnx.{type(x).__name__}")
+            adapted |= {id(inner): computed for _, inner in nnx.iter_graph(x.layer_instance)}
+    shared: dict[int, list[str]] = {}
     for path, layer in layers:
         name = _name(path)
         role, attribute = None, "kernel"
@@ -78,11 +89,16 @@ def _roles(module: Any, shapes: Shapes) -> dict[str, Role]:
             met = shapes.get(name) or [None]
             role = reduce(at_both, (flax_convolution(layer, s, transposed=transposed) for s in met))
         if role is not None:
-            role = Role(obstacle=_ADAPTED) if id(layer) in adapted else role
+            if id(layer) in adapted:
+                role = Role(obstacle=adapted[id(layer)])
             role = as_called(layer, role, *kinds)
-            shape, own = getattr(layer, attribute).shape, _own_shape(layer)
-            role = stacked(role, own or shape, shape)
-            found[f"{name}/{attribute}" if name else attribute] = role
+            kernel, own = getattr(layer, attribute), _own_shape(layer)
+            role = stacked(role, own or kernel.shape, kernel.shape)
+            # A variable that several layers hold is one array, which the state names once.
+            names = shared.setdefault(id(kernel), [])
+            role = at_both(found[names[0]], role) if names else role
+            names.append(f"{name}/{attribute}" if name else attribute)
+            found |= dict.fromkeys(names, role)
     return found
 
 
