@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from specops import arrays
 from specops.geometry import Conv, Geometry
 from specops.rules.base import Figures, Scheduled
+from specops.rules.caps import figure
 from specops.rules.stages import WeightRule
 from specops.spectra import spectral_norm, spectral_norm_bounds, stable_rank
 from specops.typing import Array, State
@@ -31,11 +32,10 @@ class Monitor(Scheduled, WeightRule):
         """Measure."""
         if isinstance(geometry, Conv) and geometry.grid is None:
             return weight, state, {"norm_upper": spectral_norm_bounds(weight, geometry).upper}
-        return (
-            weight,
-            state,
-            {
-                "spectral_norm": spectral_norm(weight, geometry),
-                "stable_rank": stable_rank(weight, geometry),
-            },
-        )
+        figures = {
+            "spectral_norm": spectral_norm(weight, geometry),
+            "stable_rank": stable_rank(weight, geometry),
+        }
+        xp = arrays.namespace(weight)
+        blocks = {k: x if isinstance(x, tuple) else (x,) for k, x in figures.items()}
+        return weight, state, {k: figure(xp, x) for k, x in blocks.items()}

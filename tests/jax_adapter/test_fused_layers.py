@@ -146,3 +146,15 @@ def test_layers_stacked_by_scan(tmp_path: Path) -> None:
     kernel = np.asarray(params["layers"]["qkv"]["kernel"], float)
     tops = [np.linalg.norm(part, 2) for i in range(3) for part in np.split(kernel, 3, axis=2)[i]]
     assert row.figures.each == pytest.approx(tops, rel=1e-5)
+
+
+def test_monitored_blocks() -> None:
+    eqx = pytest.importorskip("equinox")
+    cell = eqx.filter(eqx.nn.LSTMCell(6, 5, key=jax.random.key(0)), eqx.is_array)
+    rule = specops.Monitor()
+    state = specops_jax.init(cell, rule)
+    _, state = jax.jit(lambda w, s: specops_jax.project_params(w, rule, s))(cell, state)
+    record = next(r for r in specops_jax.records(state) if r["name"] == "weight_ih")
+    expected = blocks(cell.weight_ih.T, 4)
+    assert record["spectral_norm"] == pytest.approx(expected, rel=1e-5)
+    assert len(record["stable_rank"]) == 4
