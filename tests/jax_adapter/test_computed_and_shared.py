@@ -122,6 +122,19 @@ def test_equal_names_of_different_layers_in_haiku() -> None:
     assert "two different maps" in found.reasons["conv1_d/w"]
 
 
+def test_a_layer_of_haiku_that_only_has_the_name_of_another() -> None:
+    class Scaled(hk.Module):
+        def __call__(self, x: Any) -> Any:
+            return 3.0 * x @ hk.get_parameter("w", (4, 4), init=jnp.ones)
+
+    class Block(hk.Module):
+        def __call__(self, x: Any) -> Any:
+            return Scaled(name="linear")(x)
+
+    found = specops_jax.geometries_of(hk.transform(lambda x: hk.Linear(4)(Block()(x))), X)
+    assert set(found) == {"linear/w"}
+
+
 def test_padding_that_depends_on_the_size_at_two_sizes() -> None:
     class Net(linen.Module):
         @linen.compact
@@ -146,3 +159,13 @@ def test_circular_padding_of_equinox(padding: Any, closes: bool) -> None:
         assert specops.spectral_norm(np.asarray(layer.weight), found["weight"]) == pytest.approx(
             true, rel=1e-5
         )
+
+
+def test_stacks_of_equinox_along_another_axis() -> None:
+    keys = jax.random.split(KEY, 3)
+    stack = eqx.filter_vmap(lambda k: eqx.nn.Linear(8, 4, key=k), out_axes=1)(keys)
+    geometry = specops_jax.geometries_of(stack)["weight"]
+    weight = np.asarray(stack.weight)
+    assert weight.shape == (4, 3, 8)
+    expected = [np.linalg.norm(weight[:, i], 2) for i in range(3)]
+    assert specops.spectral_norm(weight, geometry) == pytest.approx(expected, rel=1e-5)

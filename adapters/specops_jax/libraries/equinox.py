@@ -101,10 +101,9 @@ def _roles(tree: Any, shapes: Shapes) -> dict[str, Role]:
             role = as_called(layer, reduce(at_both, roles), *kinds)
             if id(layer) in computed:
                 role = Role(obstacle=COMPUTED.format(f"eqx.nn.{computed[id(layer)]}"))
-            own = _own_ndim(layer)
             shape = tuple(layer.weight.shape)
             name = name_of((*path, jax.tree_util.GetAttrKey("weight")))
-            found[name] = stacked(role, shape[len(shape) - own :], shape)
+            found[name] = stacked(role, _own_shape(layer), shape)
     return found
 
 
@@ -121,8 +120,17 @@ def _cell(path: Any, layer: Any, cells: tuple[type, ...]) -> dict[str, Role]:
     return found
 
 
-def _own_ndim(layer: Any) -> int:
-    return int(getattr(layer, "num_spatial_dims", 0)) + 2
+def _own_shape(layer: Any) -> tuple[int, ...]:
+    """Of the weight of one such layer, wherever a map over layers has put its axis."""
+    import equinox as eqx
+
+    if isinstance(layer, eqx.nn.Linear):
+        sizes = layer.out_features, layer.in_features
+        return tuple(1 if n == "scalar" else n for n in sizes)
+    if isinstance(layer, eqx.nn.Embedding):
+        return layer.num_embeddings, layer.embedding_size
+    channels = layer.in_channels // layer.groups
+    return layer.out_channels, channels, *layer.kernel_size
 
 
 def _role(layer: Any, shape: tuple[int, ...] | None) -> Role:

@@ -65,10 +65,12 @@ def roles(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     parameters = parameters[0] if isinstance(parameters, tuple) else parameters
     found = {}
     for name, leaf in named_leaves(parameters)[0]:
-        # Layers of a stack are met without the stack's name.
-        inner = name if name in met else name.partition("/")[2]
-        if inner in met:
-            found[name] = stacked(*met[inner], tuple(leaf.shape))
+        # Layers of a stack are met without the stack's name; its axis is the first.
+        inner, shape = name.partition("/")[2], tuple(leaf.shape)
+        if name in met:
+            found[name] = stacked(*met[name], shape)
+        elif inner in met and len(shape) == len(met[inner][1]) + 1:
+            found[name] = stacked(*met[inner], shape)
     return found
 
 
