@@ -92,8 +92,13 @@ def used(
     if any(x.dtype != raw.dtype or not x.is_cpu for x in vectors):
         return None
     coefficients = []
-    for block, pair in _blocks(vectors, raw.detach()):
-        found = _coefficients(block, pair, kind.limits, number)
+    blocks = list(_blocks(vectors, raw.detach()))
+    if in_use.is_as_measured(raw, state):
+        norms = [norm.item() for norm in kind.follow.measured(state)]
+    else:
+        norms = [_along(*block) for block in blocks]
+    for (block, pair), sigma in zip(blocks, norms, strict=True):
+        found = _coefficients(block, pair, sigma, kind.limits, number)
         if found is None:
             return None
         coefficients.append(found)
@@ -136,9 +141,8 @@ class _Coefficients(NamedTuple):
 
 
 def _coefficients(
-    w: torch.Tensor, vectors: Sequence[torch.Tensor], limits: bool, number: float
+    w: torch.Tensor, vectors: Sequence[torch.Tensor], sigma: float, limits: bool, number: float
 ) -> _Coefficients | None:
-    sigma = _along(w, vectors)
     if not _LEAST < sigma < _GREATEST:
         return None
     if not limits:

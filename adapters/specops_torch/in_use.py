@@ -15,11 +15,14 @@ from specops.geometry import Geometry
 from specops.tracking import Tracked, is_measured
 from specops.training.weight import is_misfit
 from specops_torch import fused
+from specops_torch.fast_paths import DTYPES
 from specops_torch.sizes import SizeRecorder
 from specops_torch.weight_in_use import WeightInUse
 
 State = dict[str, torch.Tensor]
 _FORGOTTEN = (-1, -1)
+_SAMPLED = 12
+"""About as many entries of a parameter tell of writes that torch does not count."""
 
 
 class InUse:
@@ -72,6 +75,8 @@ class InUse:
         self._written: tuple[int, int] | None = None
         self._copied: tuple[float, ...] | None = None
         """Of a copy: what its vectors were of."""
+        self._sample: bytes | None = None
+        """Entries of the parameter whose norms the vectors were advanced with."""
         self._kind: tuple[Any, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -188,6 +193,7 @@ class InUse:
             self._loaded, self._written = False, _written(self._source(raw))
         elif stepping or (self.state is not None and self._follow is None):
             self.drifting, self._written = True, _written(self._source(raw))
+            self._sample = None
         elif self._written is None and self._copied and self._copied == _fingerprint(raw):
             # It was copied together with the vectors, and not written to since.
             self._written, self._copied = _written(raw), None
@@ -216,6 +222,16 @@ class InUse:
         """Use vectors that were advanced on the parameter as it is."""
         self._own, self.state, self.drifting = raw, state, False
         self._written, self._copied, self._loaded = _written(raw), None, False
+        self._sample = None if state is None else _sample(raw)
+
+    def is_as_measured(self, raw: torch.Tensor, state: State) -> bool:
+        """Whether the norms of this state are of the parameter as it is.
+
+        Writes that torch does not count show in a sample, or not at all. Another thread may have
+        taken another state meanwhile.
+        """
+        known = self._sample is not None and self._sample == _sample(raw)
+        return known and self.state is state
 
     def is_fresh(self, raw: torch.Tensor) -> bool:
         """Whether the vectors are of the parameter as it is, steps in between included."""
@@ -228,6 +244,7 @@ class InUse:
 
     def stepped(self, raw: torch.Tensor) -> None:
         """An optimizer's step may have changed the parameter."""
+        self._sample = None
         if not self.forgotten and self._written != _written(raw):
             self.drifting, self._written = True, _written(raw)
 
@@ -248,7 +265,7 @@ class InUse:
     def load(self, state: State | None, raw: torch.Tensor, *, drifting: bool) -> None:
         """Use vectors of a checkpoint, if they are of the parameter as it is."""
         self.take(state, raw)
-        self.drifting = drifting
+        self.drifting, self._sample = drifting, None
         if self.sharded:
             # Of which the whole is known in the next forward pass.
             self._loaded, self._written = state is not None, None
@@ -257,14 +274,16 @@ class InUse:
             self._written = None
         elif not drifting and not self._fits(raw, state):
             self.forget()
+        elif not drifting and self._fits(raw, state, closely=True):
+            self._sample = _sample(raw)
 
-    def _fits(self, raw: torch.Tensor, state: State | None) -> bool:
+    def _fits(self, raw: torch.Tensor, state: State | None, *, closely: bool = False) -> bool:
         """Whether norms along the vectors are those that were measured."""
         follow = self._follow
         if self.drifting or state is None or follow is None:
             return state is not None
         with torch.no_grad():
-            return is_measured(follow, raw.detach(), state)
+            return is_measured(follow, raw.detach(), state, closely=closely)
 
     def _measured(self, raw: torch.Tensor) -> State | None:
         if self.state is not None and self._follow is None:
@@ -301,6 +320,18 @@ def _written(raw: torch.Tensor) -> tuple[int, int]:
             # Optimizers write to the one, checkpoints to the other.
             return raw._version, raw.to_local()._version
     return 0 if raw.is_inference() else raw._version, raw.data_ptr()
+
+
+def _sample(raw: torch.Tensor) -> bytes | None:
+    """Entries all over a parameter on the CPU, a pass over which costs more than to ask."""
+    if type(raw) is not nn.Parameter or not raw.is_cpu or raw.dtype not in DTYPES:
+        return None
+    if not raw.is_contiguous():
+        return None
+    entries = raw.detach().numpy().reshape(-1)
+    # An odd distance meets every column.
+    sample: bytes = entries[:: len(entries) // _SAMPLED | 1].tobytes()
+    return sample
 
 
 def _fingerprint(raw: torch.Tensor) -> tuple[float, ...]:

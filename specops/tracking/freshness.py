@@ -10,16 +10,25 @@ from specops.typing import Array, State
 _SAME = 1e-3
 """Relative change of a norm along the same vectors that no rounding, of half precision either,
 explains."""
+_ROUNDING = 1e-5
+"""The same of the order in which single precision adds up."""
 
 
 def is_measured(
-    follow: TrackedBlocks | TrackedKernel | TrackedOperator, w: Array, s: State
+    follow: TrackedBlocks | TrackedKernel | TrackedOperator,
+    w: Array,
+    s: State,
+    *,
+    closely: bool = False,
 ) -> bool:
-    """Whether norms along the vectors of a state are those it has; true of what is not finite."""
-    xp = arrays.namespace(w)
+    """Whether norms along the vectors of a state are those it has; true of what is not finite.
+
+    With `closely`, but for the rounding of their products.
+    """
+    xp, within = arrays.namespace(w), _ROUNDING if closely else _SAME
     norms = follow.norms(arrays.to_compute(xp, w), s)
     changed = [
-        xp.any(xp.abs(now - then) > _SAME * xp.abs(then))
+        xp.any(xp.abs(now - then) > within * xp.abs(then))
         for now, then in zip(norms, follow.measured(s), strict=True)
     ]
     return not any(bool(flag) for flag in changed)

@@ -391,6 +391,40 @@ def test_one_operation_is_the_rule(monkeypatch: Any, name: str, layer: str, dtyp
         torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("name", ["normalised", "limited", "bidirectional"])
+def test_a_measured_norm_is_used_for_as_long_as_it_is_the_weights(
+    monkeypatch: Any, name: str, every: int
+) -> None:
+    """One look less at a weight that a step has just measured; at any other it is taken."""
+    asked: list[int] = []
+    along = fused._along
+    monkeypatch.setattr(fused, "_along", lambda *a: asked.append(1) or along(*a))
+    torch.manual_seed(1)
+    layer = nn.Conv2d(3, 4, 3)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    specops.attach(optimizer, layer, RULES[name], every=every)
+
+    def asks() -> bool:
+        asked.clear()
+        with torch.no_grad():
+            used = layer.weight.clone()
+            monkeypatch.setattr(fused, "ENABLED", False)
+            torch.testing.assert_close(used, layer.weight.clone(), rtol=1e-5, atol=1e-6)
+            monkeypatch.setattr(fused, "ENABLED", True)
+        return bool(asked)
+
+    found = [asks()]
+    for _ in range(2):
+        optimizer.zero_grad()
+        layer(torch.ones(1, 3, 5, 5)).square().sum().backward()
+        optimizer.step()
+        found.append(asks())
+    assert found == [False, every > 1, False]
+    raw(layer).data.mul_(3.0)  # which torch does not count
+    assert asks()
+
+
 def test_steps_in_few_calls_are_the_rules(monkeypatch: Any) -> None:
     """`fast_paths` against `rule.update`: vectors and figures, small and large, both dtypes."""
     rules = [
