@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.forward_ad import unpack_dual
 
-from specops.arrays.products import matvec
 from specops.geometry import Dense, Geometry
 from specops.tracking import Tracked, TrackedBlocks
 from specops_torch.fast_paths import DTYPES
@@ -127,7 +126,7 @@ def _along(w: torch.Tensor, vectors: Sequence[torch.Tensor]) -> float:
     if len(vectors) == 1:
         return float((w * vectors[0]).sum())
     u, v = vectors
-    return float(torch.dot(u, matvec(w.reshape(u.numel(), -1), v)))
+    return float(torch.dot(u, torch.mv(w.reshape(u.numel(), -1), v)))
 
 
 class _Coefficients(NamedTuple):

@@ -33,20 +33,11 @@ def along_axis(xp: Namespace, x: Array, table: np.ndarray, axis: int) -> Array:
     return xp.permute_dims(matmul(xp.permute_dims(x, tuple(order)), matrix), tuple(order))
 
 
-def matvec(a: Array, x: Array) -> Array:
-    """Ax."""
-    blocks = library(a).row_blocks(a)
-    return matmul(a, x) if blocks is None else images(a, x[None, :])[0, :]
-
-
 def images(a: Array, x: Array) -> Array:
     """The rows of x as Ax, again as rows."""
-    xp, blocks = compat.array_namespace(a), library(a).row_blocks(a)
-    if blocks is None:
-        return matmul(x, xp.matrix_transpose(a))
-    count, rows, columns = blocks.shape
-    found = xp.broadcast_to(x, (count, len(x), columns)) @ xp.matrix_transpose(blocks)
-    return xp.reshape(xp.permute_dims(found, (1, 0, 2)), (len(x), count * rows))
+    # BLAS is up to three times as fast with two columns beside a matrix as with two rows.
+    xp = compat.array_namespace(a)
+    return xp.matrix_transpose(matmul(a, xp.matrix_transpose(x)))
 
 
 def coimages(a: Array, x: Array) -> Array:
