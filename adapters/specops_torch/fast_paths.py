@@ -19,6 +19,8 @@ from specops.tracking import Pairs, packed, stepped_on_host, unpacked
 ENABLED = True
 DTYPES = (torch.float32, torch.float64)
 """Of weights that are computed with as they are stored, here and in place."""
+transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+"""Whether torch.func is at work, under which what is computed from a tensor has no memory."""
 
 
 def advanced(

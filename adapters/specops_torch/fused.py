@@ -20,14 +20,13 @@ from torch.autograd.forward_ad import unpack_dual
 
 from specops.geometry import Dense, Geometry
 from specops.tracking import Tracked, TrackedBlocks
-from specops_torch.fast_paths import DTYPES
+from specops_torch.fast_paths import DTYPES, transformed
 
 ENABLED = True
 _LEAST, _GREATEST = 1e-12, 1e12
 """Norms whose squares single precision holds."""
 _APART = 1e-3
 """F/σ² − 1 from which single precision has digits left after the difference."""
-_transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 class Kind(NamedTuple):
@@ -75,7 +74,7 @@ def used(
     """The weight in use of a layer's own parameter; None where the rule's `apply` must do it."""
     if not ENABLED or not raw.is_cpu or raw.dtype not in DTYPES:
         return None
-    if _transformed() or unpack_dual(raw).tangent is not None:
+    if transformed() or unpack_dual(raw).tangent is not None:
         return None
     rule, overrides = in_use.rule, in_use.overrides
     trained, number = None, overrides.get(kind.argument)

@@ -15,14 +15,12 @@ from specops.geometry import Geometry
 from specops.tracking import Tracked, is_measured
 from specops.training.weight import is_misfit
 from specops_torch import fused
-from specops_torch.fast_paths import DTYPES
 from specops_torch.sizes import SizeRecorder
 from specops_torch.weight_in_use import WeightInUse
+from specops_torch.writes import fingerprint, sample, written
 
 State = dict[str, torch.Tensor]
 _FORGOTTEN = (-1, -1)
-_SAMPLED = 12
-"""About as many entries of a parameter tell of writes that torch does not count."""
 
 
 class InUse:
@@ -81,9 +79,9 @@ class InUse:
 
     def __getstate__(self) -> dict[str, Any]:
         own = self._own
-        fresh = own is not None and self._written == _written(own)
+        fresh = own is not None and self._written == written(own)
         whole = own is not None and fresh and not self.sharded
-        copied = _fingerprint(own) if whole else self._copied
+        copied = fingerprint(own) if whole else self._copied
         return {
             **self.__dict__,
             "searching": False,
@@ -130,7 +128,7 @@ class InUse:
         if not self._is_own(raw):
             state = self._measured(raw)
             return raw if state is None else self._applied(raw, state)
-        if self._written != _written(self._source(raw)):
+        if self._written != written(self._source(raw)):
             self._look(raw)
         state = self.state
         if state is None:
@@ -190,13 +188,13 @@ class InUse:
         """The parameter is not as it was when the vectors were found or advanced."""
         stepping = self.searching and self.state is not None and not self.forgotten
         if self._loaded and not self.forgotten and self._fits(raw, self.state):
-            self._loaded, self._written = False, _written(self._source(raw))
+            self._loaded, self._written = False, written(self._source(raw))
         elif stepping or (self.state is not None and self._follow is None):
-            self.drifting, self._written = True, _written(self._source(raw))
+            self.drifting, self._written = True, written(self._source(raw))
             self._sample = None
-        elif self._written is None and self._copied and self._copied == _fingerprint(raw):
+        elif self._written is None and self._copied and self._copied == fingerprint(raw):
             # It was copied together with the vectors, and not written to since.
-            self._written, self._copied = _written(raw), None
+            self._written, self._copied = written(raw), None
         else:
             self.measure(raw)
 
@@ -214,15 +212,15 @@ class InUse:
 
     def of_whole(self, whole: torch.Tensor) -> torch.Tensor:
         """The weight in use of a sharded parameter that was brought together."""
-        if self._written != _written(self._source(whole)):
+        if self._written != written(self._source(whole)):
             self._look(whole)
         return whole if self.state is None else self._plain(whole, self.state)
 
     def take(self, state: State | None, raw: torch.Tensor) -> None:
         """Use vectors that were advanced on the parameter as it is."""
         self._own, self.state, self.drifting = raw, state, False
-        self._written, self._copied, self._loaded = _written(raw), None, False
-        self._sample = None if state is None else _sample(raw)
+        self._written, self._copied, self._loaded = written(raw), None, False
+        self._sample = None if state is None else sample(raw)
 
     def is_as_measured(self, raw: torch.Tensor, state: State) -> bool:
         """Whether the norms of this state are of the parameter as it is.
@@ -230,13 +228,13 @@ class InUse:
         Writes that torch does not count show in a sample, or not at all. Another thread may have
         taken another state meanwhile.
         """
-        known = self._sample is not None and self._sample == _sample(raw)
+        known = self._sample is not None and self._sample == sample(raw)
         return known and self.state is state
 
     def is_fresh(self, raw: torch.Tensor) -> bool:
         """Whether the vectors are of the parameter as it is, steps in between included."""
         known = self.state is not None and self._own is raw
-        return known and self._written == _written(raw)
+        return known and self._written == written(raw)
 
     def is_replaced(self, raw: torch.Tensor) -> bool:
         """Whether this is another tensor than the one whose vectors are known."""
@@ -245,8 +243,8 @@ class InUse:
     def stepped(self, raw: torch.Tensor) -> None:
         """An optimizer's step may have changed the parameter."""
         self._sample = None
-        if not self.forgotten and self._written != _written(raw):
-            self.drifting, self._written = True, _written(raw)
+        if not self.forgotten and self._written != written(raw):
+            self.drifting, self._written = True, written(raw)
 
     def has_drifted(self, raw: torch.Tensor) -> bool:
         """Whether vectors are of an earlier weight, also where nobody has counted the writes."""
@@ -275,7 +273,7 @@ class InUse:
         elif not drifting and not self._fits(raw, state):
             self.forget()
         elif not drifting and self._fits(raw, state, closely=True):
-            self._sample = _sample(raw)
+            self._sample = sample(raw)
 
     def _fits(self, raw: torch.Tensor, state: State | None, *, closely: bool = False) -> bool:
         """Whether norms along the vectors are those that were measured."""
@@ -311,33 +309,3 @@ def _is_reset(parameter: torch.Tensor) -> bool:
         return gradient is None
     # One entry mostly tells; to look at all of them takes as long as a forward pass.
     return not (gradient[(0,) * gradient.ndim] or gradient.any())
-
-
-def _written(raw: torch.Tensor) -> tuple[int, int]:
-    """What changes when a parameter is written to, cast or moved."""
-    if type(raw) is not nn.Parameter and hasattr(raw, "device_mesh"):
-        with torch.no_grad():
-            # Optimizers write to the one, checkpoints to the other.
-            return raw._version, raw.to_local()._version
-    return 0 if raw.is_inference() else raw._version, raw.data_ptr()
-
-
-def _sample(raw: torch.Tensor) -> bytes | None:
-    """Entries all over a parameter on the CPU, a pass over which costs more than to ask."""
-    if type(raw) is not nn.Parameter or not raw.is_cpu or raw.dtype not in DTYPES:
-        return None
-    if not raw.is_contiguous():
-        return None
-    entries = raw.detach().numpy().reshape(-1)
-    # An odd distance meets every column.
-    sample: bytes = entries[:: len(entries) // _SAMPLED | 1].tobytes()
-    return sample
-
-
-def _fingerprint(raw: torch.Tensor) -> tuple[float, ...]:
-    """Numbers that change with any entry, the same for a copy."""
-    with torch.no_grad():
-        x = raw.detach()
-        x = (torch.view_as_real(x) if x.is_complex() else x).double().reshape(-1)
-        ramp = torch.arange(1, len(x) + 1, dtype=x.dtype, device=x.device)
-        return tuple(torch.stack([x.sum(), x.dot(x), x.dot(ramp)]).tolist())

@@ -362,6 +362,24 @@ def test_replicas_of_data_parallel_use_their_own_tensors() -> None:
     torch.testing.assert_close(recurrent(torch.relu(first(x)))[0], wanted)
 
 
+@pytest.mark.parametrize("norm", ["reshaped", "operator"])
+def test_a_weight_written_to_is_first_met_in_a_transform(norm: Any) -> None:
+    """By a closure, where the parameter itself is mapped or differentiated by nothing."""
+    layer, x = nn.Conv2d(3, 4, 3, padding=1, bias=False), torch.randn(2, 3, 6, 6)
+    specops.attach(None, layer, SpectralNormalization(norm=norm))
+    with torch.no_grad():
+        y = layer(x)
+    calls: list[Any] = [
+        lambda: torch.func.grad_and_value(lambda x: layer(x).square().sum())(x)[1].sqrt(),
+        lambda: torch.vmap(lambda x: layer(x[None]))(x).flatten().norm(),
+        lambda: torch.func.jvp(layer, (x,), (x,))[1].norm(),
+    ]
+    for call in calls:
+        with torch.no_grad():
+            raw(layer).mul_(5.0)
+        torch.testing.assert_close(call().detach(), y.norm(), rtol=1e-3, atol=0.0)
+
+
 def test_an_ensemble_under_vmap_normalises_each() -> None:
     models = [linear(8, 8)[0] for _ in range(3)]
     for k, model in enumerate(models):

@@ -1,0 +1,41 @@
+"""What tells that a tensor was written to since."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from specops_torch.fast_paths import DTYPES, transformed
+
+_SAMPLED = 12
+"""About as many entries of a parameter tell of writes that torch does not count."""
+
+
+def written(raw: torch.Tensor) -> tuple[int, int]:
+    """What changes when a parameter is written to, cast or moved."""
+    if type(raw) is not nn.Parameter and hasattr(raw, "device_mesh"):
+        with torch.no_grad():
+            # Optimizers write to the one, checkpoints to the other.
+            return raw._version, raw.to_local()._version
+    return 0 if raw.is_inference() else raw._version, raw.data_ptr()
+
+
+def sample(raw: torch.Tensor) -> bytes | None:
+    """Entries all over a parameter on the CPU, a pass over which costs more than to ask."""
+    if type(raw) is not nn.Parameter or not raw.is_cpu or raw.dtype not in DTYPES:
+        return None
+    if not raw.is_contiguous() or transformed():
+        return None
+    entries = raw.detach().numpy().reshape(-1)
+    # An odd distance meets every column.
+    found: bytes = entries[:: len(entries) // _SAMPLED | 1].tobytes()
+    return found
+
+
+def fingerprint(raw: torch.Tensor) -> tuple[float, ...]:
+    """Numbers that change with any entry, the same for a copy."""
+    with torch.no_grad():
+        x = raw.detach()
+        x = (torch.view_as_real(x) if x.is_complex() else x).double().reshape(-1)
+        ramp = torch.arange(1, len(x) + 1, dtype=x.dtype, device=x.device)
+        return tuple(torch.stack([x.sum(), x.dot(x), x.dot(ramp)]).tolist())
