@@ -18,7 +18,7 @@ from specops_torch.batch_norms import behind
 from specops_torch.constrained import Constrained
 from specops_torch.firing import add_terms, check_ran, stepped, with_gradient
 from specops_torch.liveness import Liveness
-from specops_torch.location import Location
+from specops_torch.location import FROZEN, OUTSIDE, Location
 from specops_torch.optimizer_hooks import Followed, overflowed
 from specops_torch.parameters import locate
 from specops_torch.penalised import refuse_parts, searching, with_penalty
@@ -91,11 +91,11 @@ class Attachment(BaseAttachment[Constrained]):
         self._scales.give(self._constrained, self._followed.optimizer)
         self._followed.look()
 
-    def drop(self, c: Constrained) -> None:
+    def drop(self, c: Constrained, decided: Assignment | None) -> None:
         """A layer whose weight was frozen, or taken out of the optimizer, goes on as it was."""
-        reasons = [a.reason for a in self._assignments if a.weight.name == c.name]
-        goes_on = c.in_use is not None and c.location.is_held_by(self._model)
-        if goes_on and reasons and reasons[0].startswith(("frozen", "not in this optimizer")):
+        idle = decided is not None and decided.reason.startswith((FROZEN, OUTSIDE))
+        if decided is not None and idle and c.in_use is not None:
+            c.rename(decided.weight.name)
             self._constrained.append(c)
         else:
             c.release()

@@ -6,6 +6,7 @@ import cmath
 import math
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,6 +89,15 @@ class Constrained(training.Constrained[Location]):
     def resume(self, parameter: Location, assignment: Assignment) -> None:
         """Go on, hooks and all."""
         self.assignment = assignment
+        self.rename(self.name)
+
+    def rename(self, name: str) -> None:
+        """Go by another name, after layers were inserted or taken out."""
+        weight = replace(self.assignment.weight, name=name)
+        self.assignment = replace(self.assignment, weight=weight)
+        self.location.weight = replace(self.location.weight, name=name)
+        if self.in_use is not None:
+            self.in_use.name = name
 
     def release(self) -> None:
         """Remove every hook."""

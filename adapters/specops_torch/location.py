@@ -15,6 +15,7 @@ from specops_torch.geometry import CONVOLUTIONS
 from specops_torch.sizes import SizeRecorder
 
 FROZEN = "frozen (requires_grad=False)"
+OUTSIDE = "not in this optimizer"
 
 
 @dataclass
@@ -30,6 +31,11 @@ class Location(Parameter):
     aliases: list[str] = field(default_factory=list, repr=False)
     """Their names for it."""
     handles: list[Any] = field(default_factory=list, repr=False)
+
+    @property
+    def place(self) -> tuple[nn.Module, str]:
+        """Names move where layers are inserted or taken out."""
+        return self.module, self.attribute
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -52,11 +58,6 @@ class Location(Parameter):
             for attribute, own in module._parameters.items()
             if own is parameter
         ]
-
-    def is_held_by(self, model: nn.Module) -> bool:
-        """Whether the model still has the module, and that a parameter of the name."""
-        held = any(m is self.module for m in model.modules())
-        return held and self.module._parameters.get(self.attribute) is not None
 
     def read(self) -> torch.Tensor:
         """Its values."""

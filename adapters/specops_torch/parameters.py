@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from specops.geometry import Dense
 from specops.training.weight import Weight
-from specops_torch.location import FROZEN, Location
+from specops_torch.location import FROZEN, OUTSIDE, Location
 from specops_torch.own_forward import added_to
 from specops_torch.pieces import is_sharded
 from specops_torch.replicated import ReplicatedLocation
@@ -124,7 +124,7 @@ def why_untouched(parameter: nn.Parameter, held: set[int] | None) -> str:
     if not parameter.requires_grad:
         return FROZEN
     if held is not None and id(parameter) not in held:
-        return "not in this optimizer"
+        return OUTSIDE
     return ""
 
 

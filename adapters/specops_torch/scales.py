@@ -35,12 +35,9 @@ class Scales:
         """Make what is missing, hand it to the layers and to the optimizer."""
         new: list[nn.Parameter] = []
         users: dict[str, list[Any]] = {}
-        for c in constrained:
-            if c.in_use is None:
-                continue
-            scale = c.forward_rule.trained_scale()
-            if scale is None:
-                continue
+        trained = [(c, scale) for c in constrained if (scale := _trained_by(c)) is not None]
+        self._rename({c.name: c for c, scale in trained if not scale.shared})
+        for c, scale in trained:
             key = self._shared(c.rule) if scale.shared else c.name
             if key not in self.parameters:
                 weight = c.location.parameter
@@ -48,6 +45,7 @@ class Scales:
                 value = torch.full((), scale.initial, dtype=dtype, device=weight.device)
                 self.parameters[key] = nn.Parameter(value)
                 new.append(self.parameters[key])
+            assert c.in_use is not None
             c.in_use.overrides["scale"] = self.parameters[key]
             users.setdefault(key, []).append(c)
         for sharing in users.values():
@@ -77,6 +75,14 @@ class Scales:
             }
             for climbs in (False, True):
                 _add_group(optimizer, [p for p in new if (id(p) in rising) == climbs], climbs)
+
+    def _rename(self, layers: dict[str, Constrained]) -> None:
+        """Let parameters stay with their layers where these have other names than before."""
+        held = {name: c.in_use.overrides.get("scale") for name, c in layers.items() if c.in_use}
+        moved = {name: scale for name, scale in held.items() if scale is not None}
+        own = {id(scale) for scale in moved.values()}
+        left = {key: p for key, p in self.parameters.items() if id(p) not in own}
+        self.parameters = left | moved
 
     def average(self) -> None:
         """Gradients over the ranks, as `fully_shard` does those of layers."""
@@ -127,6 +133,10 @@ class Scales:
         """After a step: ``model.zero_grad()`` does not know these parameters."""
         for p in self.parameters.values():
             p.grad = None
+
+
+def _trained_by(c: Constrained) -> Any:
+    return None if c.in_use is None else c.forward_rule.trained_scale()
 
 
 def _add_group(optimizer: Any, new: list[nn.Parameter], climbs: bool) -> None:

@@ -32,8 +32,10 @@ def assigned(
     attachment: Attaching[C],
     geometries: Mapping[str, Geometry],
     constrained: Sequence[C],
-) -> tuple[list[Assignment], list[C], list[C]]:
+) -> tuple[list[Assignment], list[C], list[tuple[C, Assignment | None]]]:
     """(a decision about every parameter, those under a rule, those that were under one).
+
+    The last with what was decided about them; None if the model has them no longer.
 
     Those constrained before go on with their states and sizes. An error leaves nothing of the
     others behind, and those as they are.
@@ -51,8 +53,9 @@ def assigned(
         geometries,
         aliases={p.weight.name: p.aliases for p in parameters},
     )
-    before = {c.name: c for c in constrained}
+    before = {c.parameter.place: c for c in constrained}
     assignments: list[Assignment] = []
+    left: dict[Any, Assignment] = {}
     result: list[C] = []
     new: list[C] = []
     resumed: list[tuple[C, Parameter, Assignment]] = []
@@ -66,9 +69,11 @@ def assigned(
             assignment = _checked(decided, parameter)
             assignments.append(assignment)
             if assignment.rule is None:
+                left.setdefault(parameter.place, assignment)
                 continue
-            kept = before.pop(assignment.weight.name, None)
-            if kept is not None and kept.is_of(parameter, assignment):
+            kept = before.pop(parameter.place, None)
+            same = kept is not None and kept.rule is assignment.rule
+            if kept is not None and same and kept.is_of(parameter, assignment):
                 resumed.append((kept, parameter, assignment))
                 result.append(kept)
                 continue
@@ -84,7 +89,7 @@ def assigned(
         raise
     for kept, parameter, assignment in resumed:
         kept.resume(parameter, assignment)
-    return assignments, result, list(before.values())
+    return assignments, result, [(c, left.get(place)) for place, c in before.items()]
 
 
 def _checked(assignment: Assignment, parameter: Parameter) -> Assignment:

@@ -91,8 +91,8 @@ class BaseAttachment(ABC, Generic[C]):
                 f"number or a schedule"
             )
 
-    def drop(self, c: C) -> None:
-        """Let go of a weight that no rule is to act on any more."""
+    def drop(self, c: C, decided: Assignment | None) -> None:
+        """Let go of a weight that no rule is to act on any more; None: the model has it not."""
         c.release()
 
     def look(self) -> None:
@@ -116,8 +116,8 @@ class BaseAttachment(ABC, Generic[C]):
             warn_of_coverage(found[0])
         self._assignments, self._constrained, dropped = found
         self._attached = True
-        for c in dropped:
-            self.drop(c)
+        for c, decided in dropped:
+            self.drop(c, decided)
 
     # Steps
 

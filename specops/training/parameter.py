@@ -54,6 +54,11 @@ class Parameter(ABC):
         """A number that two parameters share if they are one memory; None if none is known."""
         return None
 
+    @property
+    def place(self) -> Any:
+        """What tells it among the parameters when they are listed anew: its name."""
+        return self.weight.name
+
     def frozen(self) -> str:
         """Why nothing may act on it at present; empty if something may."""
         return ""

@@ -52,6 +52,86 @@ def test_scales_are_trained_on_when_a_layer_comes_later(how: str) -> None:
     assert all("name" not in group for group in optimizer.param_groups)
 
 
+def test_scales_stay_with_their_layers_where_layers_come_and_go() -> None:
+    """As a discriminator grows at its front: the layers behind have other names since."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    attachment = specops.attach(optimizer, model, TRAINED)
+    first, second = model
+    with torch.no_grad():
+        for value, scale in zip((2.0, 3.0), attachment.scales.values(), strict=True):
+            scale.fill_(value)
+
+    def scales() -> list[float]:
+        optimizer.zero_grad()
+        optimizer.step()
+        norms = [float(top(layer.weight.detach())) for layer in model]
+        held = [attachment.scales[f"{i}.weight"] for i in range(len(model))]
+        assert norms == pytest.approx([float(s.detach()) for s in held], rel=0.02)
+        return [round(norm, 1) for norm in norms]
+
+    assert scales() == [2.0, 3.0]
+    model.insert(0, nn.Linear(4, 4))
+    optimizer.add_param_group({"params": list(model[0].parameters())})
+    assert scales() == [1.5, 2.0, 3.0]
+    assert model[1] is first
+    del model[0]
+    optimizer.add_param_group({"params": nn.Parameter(torch.zeros(1))})
+    assert scales() == [2.0, 3.0]
+    model.append(nn.Linear(4, 4))
+    optimizer.add_param_group({"params": list(model[2].parameters())})
+    assert scales() == [2.0, 3.0, 1.5]
+    assert model[1] is second
+
+
+def test_layers_keep_their_rules_under_other_names() -> None:
+    """Inserted, taken out, frozen and thawed: a layer goes on with its vectors."""
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    rule = SpectralNormalization(norm="reshaped")
+    attachment = specops.attach(optimizer, model, Plan([("*", rule)]))
+
+    def stepped(new: nn.Module | None = None) -> set[str]:
+        optimizer.add_param_group({"params": [*new.parameters()] if new else [torch.zeros(1)]})
+        before = {
+            id(c.location.module): c.in_use.state["u0"].clone() for c in attachment._constrained
+        }
+        train_plainly(model, optimizer)
+        for c in attachment._constrained:
+            known = before.get(id(c.location.module))
+            if known is not None:
+                assert abs(float(torch.dot(known, c.in_use.state["u0"]))) > 0.99
+        assert all(float(top(m.weight.detach())) == pytest.approx(1.0, rel=0.02) for m in model)
+        attachment.load_state_dict(attachment.state_dict())
+        assert attachment.weights().keys() == attachment.geometries().keys()
+        return set(attachment.weights())
+
+    assert stepped() == {"0.weight", "1.weight", "2.weight"}
+    del model[0]
+    assert stepped() == {"0.weight", "1.weight"}
+    model[0].requires_grad_(False)
+    model.insert(0, nn.Linear(6, 6))
+    assert stepped(model[0]) == {"0.weight", "1.weight", "2.weight"}
+    model[1].requires_grad_(True)
+    model[0], model[2] = model[2], model[0]
+    assert stepped() == {"0.weight", "1.weight", "2.weight"}
+    other = Plan([("0.*", rule), ("*", ClipSpectralNorm(2.0))])
+    attachment.detach()
+    attachment = specops.attach(optimizer, model, other)
+    model[0], model[1] = model[1], model[0]
+    optimizer.add_param_group({"params": [torch.zeros(1)]})
+    train_plainly(model, optimizer)
+    stages = {c.name: c.stage for c in attachment._constrained}
+    assert stages == {"0.weight": "forward", "1.weight": "weights", "2.weight": "weights"}
+
+
+def train_plainly(model: nn.Module, optimizer: Any) -> None:
+    """One step."""
+    optimizer.zero_grad()
+    model(torch.ones(2, 6)).square().mean().backward()
+    optimizer.step()
+
+
 def test_two_models_of_one_optimizer_have_scales_each() -> None:
     models = [network(), network()]
     optimizer = torch.optim.SGD([p for m in models for p in m.parameters()], lr=0.01)
