@@ -9,8 +9,9 @@ from specops.errors import HookLostWarning
 from specops.warned import warn
 from specops_torch.constrained import Constrained
 
-_UNSEEN = 3
-"""Changes of every weight, apart from steps that were seen, from which a hook must be lost."""
+_UNSEEN = 10
+"""Changes of every weight, apart from steps that were seen, from which a hook must be lost: an
+average that is swapped in and out to be evaluated makes two."""
 
 
 class Liveness:
