@@ -276,6 +276,8 @@ def test_gates_of_stacked_experts_are_taken_apart(shape: Any, down: Any, out: in
         (("opt_state.0.mu.kernel", (4, 4)), "optimizer", True),
         (("opt.state.0.weight.exp_avg", (4, 4)), "optimizer", True),
         (("opt.acc_grads.dense.kernel", (4, 4), "float32", "jax"), "optimizer", True),
+        (("opt.params0.dense.kernel", (4, 4), "float32", "jax"), "optimizer", True),
+        (("opt.base_optimizer_state.0.nu.out.kernel", (4, 4)), "optimizer", True),
         (("attn.attention_biases", (4, 9)), "bias", True),
         (("experts.down_proj_blocks", (4, 8, 2, 16), "uint8"), "packed", False),
         (("fc.weight._data", (4, 4), "int8"), "packed", False),
@@ -298,8 +300,13 @@ def test_moments_of_optax_are_known_by_the_parameters_beside_them() -> None:
     deeper = {"model.params.dense.kernel": (8, 6), "opt.0.count": ()}
     found = guess("opt.0.mu.dense.kernel", (8, 6), layout="jax", others=deeper)
     assert "optimizer" in found.skipped
+    for field in ("m", "v", "n", "g", "m1", "m2"):
+        moment = f"opt.0.{field}.dense.kernel"
+        assert "optimizer" in guess(moment, (8, 6), layout="jax", others=beside).skipped
     # A model's own: for a mean, of another size, of another framework.
+    beside |= {"params.blocks.1.v.dense.kernel": (8, 6)}
     own = {"params.heads.0.mu.kernel": "jax", "params.0.mu.dense.kernel": "torch"}
+    own |= {"params.blocks.0.v.dense.kernel": "jax"}
     own |= {"stages.0.mu.dense.kernel": "jax"}
     for name, layout in own.items():
         assert guess(name, (8, 6), layout=layout, others=beside).geometry == Dense(

@@ -17,12 +17,16 @@ _OPTIMIZERS = {
     *("optimizer", "optimizer_weights", "opt_state"),
     *("optimizer_state", "optimizer_states"),
 }
-_MOMENTS = {"mu", "nu", "nu_max", "trace", "e_g", "e_x"}
+_MOMENTS = {"nu", "nu_max", "trace", "e_g", "e_x"}
 """How the fields of optax's states are called that hold an array for each parameter."""
+_AS_IN_MODELS = {"mu", "m", "m1", "m2", "v", "n", "g"}
+"""The same where a model has layers that are called so too."""
 _OF_STATES = {
     *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg"),
     *("acc_delta", "grad_avg", "grad_sum", "acc_grads", "sum_of_squares", "prev_updates"),
-    *("step_sizes", "diff_params_memory", "diff_updates_memory"),
+    *("step_sizes", "diff_params_memory", "diff_updates_memory", "previous_gradient", "params0"),
+    *("base_optimizer_state", "init_params", "init_particles", "cumulative_gradients", "grad_acc"),
+    *("subgradients", "inner_states"),
 }
 """The same of torch and of optax, where no layer is called so."""
 _FLAT = ("flat_param", "_flat_param")
@@ -119,15 +123,15 @@ def _is_moment(parts: list[str], shape: tuple[int, ...], context: Context) -> bo
     """Whether a parameter of this shape is called what stands behind a field of an optax state.
 
     That state is a tuple, and the user chose what it is called in the checkpoint. A model's own
-    means are called "mu" too: without a count of steps or second moments beside them.
+    layers have no count of steps nor second moments beside them.
     """
-    at = next((i for i, part in enumerate(parts) if part in _MOMENTS), 0)
+    at = next((i for i, part in enumerate(parts) if part in _MOMENTS | _AS_IN_MODELS), 0)
     ahead, behind = parts[:at], parts[at + 1 :]
     if context.layout != "jax" or not at or not ahead[-1].isdecimal():
         return False
     others = [(parts_of(name), size) for name, size in context.shapes.items()]
     beside = {other[at] for other, _ in others if other[:at] == ahead and len(other) > at}
-    if parts[at] == "mu" and not beside & {"count", "nu"}:
+    if parts[at] in _AS_IN_MODELS and not beside & {"count", "nu"}:
         return False
     return any(
         other == behind or (len(behind) > 1 and other[-len(behind) :] == behind)
