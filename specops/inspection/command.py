@@ -67,20 +67,19 @@ def add_parser(commands: Any) -> None:
         metavar="[PATTERN=]HxW",
         help="what convolutions see: 32x32, or 'block2.*=16x16'; may be repeated",
     )
-    known.add_argument(
-        "--stride",
-        action="append",
-        default=[],
-        metavar="[PATTERN=]N",
-        help="of convolutions; may be repeated",
-    )
-    known.add_argument(
-        "--groups",
-        action="append",
-        default=[],
-        metavar="[PATTERN=]N",
-        help="of convolutions; may be repeated",
-    )
+    for option, value in (
+        ("--stride", "N"),
+        ("--dilation", "N"),
+        ("--padding", "N|same|valid"),
+        ("--groups", "N"),
+    ):
+        known.add_argument(
+            option,
+            action="append",
+            default=[],
+            metavar=f"[PATTERN=]{value}",
+            help="of convolutions; may be repeated",
+        )
     known.add_argument(
         "--boundary",
         choices=["zeros", "circular"],
@@ -238,6 +237,8 @@ def _hints(given: argparse.Namespace) -> Hints:
     return Hints(
         input_size=_table(given.input_size, "--input-size", _size),
         stride=_table(given.stride, "--stride", _positive),
+        dilation=_table(given.dilation, "--dilation", _positive),
+        padding=_table(given.padding, "--padding", _zeros),
         groups=_table(given.groups, "--groups", _positive),
         boundary=given.boundary,
         layout=given.layout,
@@ -252,16 +253,27 @@ def _table(given: list[str], option: str, read: Callable[[str], Any]) -> dict[st
         try:
             found[pattern or "*"] = read(value)
         except ValueError:
-            raise ValueError(f"{option} {text}: {value!r} is no {_EXPECTED[option]}") from None
+            expected = _EXPECTED.get(option, "count")
+            raise ValueError(f"{option} {text}: {value!r} is no {expected}") from None
     return found
 
 
-_EXPECTED = {"--input-size": "size such as 32x32", "--stride": "count", "--groups": "count"}
+_EXPECTED = {
+    "--input-size": "size such as 32x32",
+    "--padding": "number of zeros, 'same' or 'valid'",
+}
 
 
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
+        raise ValueError
+    return value
+
+
+def _zeros(text: str) -> int | str:
+    value = text if text in ("same", "valid") else int(text)
+    if value == "" or (isinstance(value, int) and value < 0):
         raise ValueError
     return value
 

@@ -11,12 +11,16 @@ from specops.inspection.hints import Hints
 from specops.inspection.results import Inspection
 from specops.inspection.run import inspect_checkpoint
 
+_Padding = int | Literal["same", "valid"]
+
 
 def inspect(
     path: str | PathLike[str],
     *,
     input_size: int | tuple[int, ...] | Mapping[str, int | tuple[int, ...]] | None = None,
     stride: int | Mapping[str, int] | None = None,
+    dilation: int | Mapping[str, int] | None = None,
+    padding: _Padding | Mapping[str, _Padding] | None = None,
     groups: int | Mapping[str, int] | None = None,
     boundary: Literal["zeros", "circular"] = "zeros",
     layout: Literal["torch", "jax", "keras", ""] = "",
@@ -30,9 +34,10 @@ def inspect(
     path : path
         Of a file or folder: safetensors, torch, torch.distributed.checkpoint, NumPy, Keras, flax,
         equinox, orbax, Hugging Face.
-    input_size, stride, groups : value, or dict of str to value, optional
+    input_size, stride, dilation, padding, groups : value, or dict of str to value, optional
         Of convolutions: of all, or by patterns of names, of which the last that matches counts.
-        Without an input size the norm is that of the supremum over all sizes.
+        A padding is a number of zeros on both sides, as in torch, "same" or "valid". Without an
+        input size the norm is that of the supremum over all sizes, whatever the padding.
     boundary : "zeros" or "circular"
         Of convolutions with an input size.
     layout : str
@@ -70,6 +75,8 @@ def inspect(
     hints = Hints(
         input_size={k: _size(v) for k, v in _table(input_size).items()},
         stride=_table(stride),
+        dilation=_table(dilation),
+        padding=_table(padding),
         groups=_table(groups),
         boundary=boundary,
         layout=layout,

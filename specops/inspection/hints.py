@@ -8,7 +8,13 @@ from fnmatch import fnmatchcase
 from typing import Any, Final, Literal
 
 _PREFIXES = ("module.", "_orig_mod.", "model.", "base_model.")
-OPTIONS: Final = {"input_size": "--input-size", "stride": "--stride", "groups": "--groups"}
+OPTIONS: Final = {
+    "input_size": "--input-size",
+    "stride": "--stride",
+    "dilation": "--dilation",
+    "padding": "--padding",
+    "groups": "--groups",
+}
 """The hints that are of convolutions, and what the command calls them."""
 
 
@@ -18,8 +24,9 @@ class Hints:
 
     Attributes
     ----------
-    input_size, stride, groups : dict of str to tuple of int, or int
-        The last pattern that matches a name counts.
+    input_size, stride, dilation, padding, groups : dict of str to value
+        The last pattern that matches a name counts. Sizes are tuples of int, a padding an int,
+        "same" or "valid", the others are int.
     boundary : "zeros" or "circular"
         Of all convolutions.
     layout : str
@@ -30,6 +37,8 @@ class Hints:
 
     input_size: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     stride: Mapping[str, int] = field(default_factory=dict)
+    dilation: Mapping[str, int] = field(default_factory=dict)
+    padding: Mapping[str, int | Literal["same", "valid"]] = field(default_factory=dict)
     groups: Mapping[str, int] = field(default_factory=dict)
     boundary: Literal["zeros", "circular"] = "zeros"
     layout: str = ""
@@ -72,8 +81,8 @@ class Hints:
 
     def unused(self, names: list[str]) -> list[str]:
         """Patterns that match none of these names."""
-        tables = (self.input_size, self.stride, self.groups, self.exclude)
-        patterns = {pattern for table in tables for pattern in table}
+        tables = (getattr(self, key) for key in OPTIONS)
+        patterns = {*self.exclude, *(pattern for table in tables for pattern in table)}
         return sorted(p for p in patterns if not any(matches(n, p) for n in names))
 
 

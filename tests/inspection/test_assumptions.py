@@ -325,6 +325,39 @@ def test_depthwise_kernels_of_keras_are_seen_in_groups(name: str) -> None:
     assert guess("separable_conv2d/vars/1", (1, 1, 8, 2), layout="keras").shape is None
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "hints", "geometry"),
+    [
+        ("c.weight", (8, 3, 3, 3), {"padding": 0}, Conv((8, 8), padding=0)),
+        ("c.weight", (8, 3, 3, 3), {"padding": "valid"}, Conv((8, 8), padding="valid")),
+        ("c.weight", (8, 3, 4, 4), {"padding": 1, "stride": 2}, Conv((8, 8), stride=2, padding=1)),
+        ("c.weight", (8, 3, 3, 3), {"dilation": 2}, Conv((8, 8), dilation=2, padding=2)),
+        (
+            "up.deconv.weight",
+            (8, 3, 4, 4),
+            {"padding": 1, "stride": 2},
+            Conv((8, 8), stride=2, padding=1, transposed=True, layout="IO*"),
+        ),
+        (
+            "up.deconv.weight",
+            (8, 3, 3, 3),
+            {"padding": 1, "stride": 2},
+            Conv((8, 8), stride=2, padding=1, output_padding=1, transposed=True, layout="IO*"),
+        ),
+    ],
+)
+def test_paddings_and_dilations_that_are_given(
+    name: str, shape: Any, hints: dict[str, Any], geometry: Conv
+) -> None:
+    patterns = {key: {"*": value} for key, value in hints.items()}
+    found = guess(name, shape, input_size={"*": (8, 8)}, **patterns).geometry
+    assert found.sizes(shape) == geometry.sizes(shape)
+    assert found.transposed == geometry.transposed
+    unsized = guess(name, shape, **patterns)
+    assert unsized.geometry.grid is None
+    assert ("counts only where zeros end" in unsized.why) == ("padding" in hints)
+
+
 def test_hints_that_do_not_fit_are_said() -> None:
     found = guess("c.weight", (8, 3, 3, 3), groups={"*": 3})
     assert found.geometry is None

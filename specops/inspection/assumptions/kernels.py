@@ -52,16 +52,21 @@ def kernel(name: str, shape: tuple[int, ...], context: Context) -> Assumption:
         layout = {"keras": "*OI", "jax": "*IO"}.get(context.layout, "IO*")  # type: ignore[assignment]
     seen, groups = _groups(name, shape, channels, first, layout, context)
     told = context.configuration.layer(name)
+    dilation = context.hints.of(name, "dilation") or (told.dilation if told is not None else 1)
+    gaps = dilation if isinstance(dilation, tuple) else (dilation,) * len(taps)
+    spans = tuple(gap * (k - 1) + 1 for gap, k in zip(gaps, taps, strict=True))
     readings = []
     for group, stride in itertools.product(groups, strides_of(name, taps, context)):
         note = how + group.why + stride.why
-        padding, more, padded = _padding(taps, size, first, transposed, stride.value, name, context)
+        padding, more, padded = _padding(
+            spans, size, first, transposed, stride.value, name, context
+        )
         note += padded
         try:
             geometry = Conv(
                 size,
                 stride=stride.value,
-                dilation=told.dilation if told is not None else 1,
+                dilation=dilation,
                 groups=group.count,
                 padding=padding,
                 output_padding=more,
@@ -106,7 +111,7 @@ def _transposed(
 
 
 def _padding(
-    taps: tuple[int, ...],
+    spans: tuple[int, ...],
     size: Any,
     first: bool,
     transposed: bool,
@@ -115,22 +120,29 @@ def _padding(
     context: Context,
 ) -> tuple[Any, Any, str]:
     """(padding, output padding, what is assumed of them)."""
-    told = context.configuration.layer(name)
+    told, given = context.configuration.layer(name), context.hints.of(name, "padding")
     if size is None or context.hints.boundary != "zeros":
-        return "same", 0, ""
+        moot = ", padding counts only where zeros end at an input size"
+        return "same", 0, "" if given is None else moot
+    steps = stride if isinstance(stride, tuple) else (stride,) * len(spans)
+    if given is not None:
+        more = [0] * len(spans)
+        if transposed and isinstance(given, int):
+            # That many times the size, where that padding can give it.
+            wanted = [s - k + 2 * given for s, k in zip(steps, spans, strict=True)]
+            more = [n if 0 <= n < s else 0 for n, s in zip(wanted, steps, strict=True)]
+        return given, tuple(more), f", padding {given} as given"
     if told is not None and told.padding is not None:
         padding = told.padding
         if padding == "causal":  # of one axis
-            gap = told.dilation[0] if isinstance(told.dilation, tuple) else told.dilation
-            padding = ((gap * (taps[0] - 1), 0),)
+            padding = ((spans[0] - 1, 0),)
         return padding, 0, f", padding {told.padding} by {context.configuration.source}"
-    halves = tuple(k // 2 for k in taps)
-    if first or not all(k % 2 for k in taps):
-        return "same", 0, ", padding 'same' assumed" if max(taps) > 1 else ""
+    halves = tuple(k // 2 for k in spans)
+    if first or not all(k % 2 for k in spans):
+        return "same", 0, ", padding 'same' assumed" if max(spans) > 1 else ""
     if not transposed:
         # torch pads both sides alike at strides too
         return halves, 0, ", zeros of half a kernel around"
-    steps = stride if isinstance(stride, tuple) else (stride,) * len(taps)
     # That many times the size, with torch's padding, which is the same on both sides.
     return halves, tuple(s - 1 for s in steps), ", padding of half a kernel assumed"
 
