@@ -229,6 +229,11 @@ class Constrained(training.Constrained[Location]):
         """Let every layer that holds the weight answer with the one in use."""
         location = self.location
         for holder, attribute in location.holders():
+            if getattr(holder, "sparse", False) is True:
+                raise AdapterError(
+                    f"{type(holder).__name__}(sparse=True) has sparse gradients, and a weight that "
+                    f"is computed has none: take sparse=False, or a rule after the step"
+                )
             read_through(holder, attribute, in_use)
             self.answering.append((holder, attribute))
             if location.recorder is not None and self.rule.needs_input_size():

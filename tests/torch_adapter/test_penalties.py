@@ -148,6 +148,21 @@ def test_weights_without_gradients_are_left_alone() -> None:
     assert not added["used.weight"].any()
 
 
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_layers_under_forward_rules_are_refused_when_attached(kind: Any) -> None:
+    model = nn.Sequential(kind(5, 3, sparse=True), nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rule = SpectralNormalization(norm="reshaped")
+    with pytest.raises(errors.AdapterError, match=r"0\.weight: .*sparse=True.*sparse=False"):
+        specops.attach(optimizer, model, Plan([("0.weight", rule), ("*", rule)]))
+    assert type(model[1]) is nn.Linear
+    assert type(model[0]) is kind
+    specops.attach(optimizer, model, Plan([("0.weight", ClipSpectralNorm(1e-3))]))
+    model[0](torch.tensor([[1, 2]])).sum().backward()
+    optimizer.step()
+    assert float(torch.linalg.matrix_norm(model[0].weight.detach(), 2)) <= 1e-3 * (1 + 1e-6)
+
+
 def test_sparse_gradients_are_refused_by_name() -> None:
     model = nn.Sequential(nn.Embedding(5, 3, sparse=True))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
