@@ -115,6 +115,6 @@ class Location(Parameter):
         """A copy where it is."""
         return value.clone()
 
-    def restored(self, value: torch.Tensor) -> torch.Tensor:
-        """A copy on the parameter's device."""
-        return value.to(self.parameter.device, copy=True)
+    def restored(self, value: Any) -> torch.Tensor:
+        """A copy on the parameter's device, of a NumPy array too."""
+        return torch.as_tensor(value).to(self.parameter.device, copy=True)

@@ -120,7 +120,7 @@ class Scales:
     def load_state_dict(self, saved: dict[str, torch.Tensor]) -> None:
         """Restore `state_dict`."""
         for key, value in saved.items():
-            self.parameters[key].copy_(value)
+            self.parameters[key].copy_(torch.as_tensor(value))
 
     def check(self, saved: dict[str, torch.Tensor]) -> None:
         """Raise if these are the values of other scales."""

@@ -47,6 +47,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn  # noqa: E
 SN = SpectralNormalization(norm="reshaped")
 CLIP = ClipSpectralNorm(0.5)
 PENALTY = SpectralNormPenalty(0.3, norm="reshaped")
+LEARNT = SpectralNormalization(norm="reshaped", scale=TrainableScale(1.5))
 
 
 # Models
@@ -263,6 +264,30 @@ def test_a_resumed_run_is_the_same_bit_by_bit(rule: Any, kind: str, every: int) 
     assert same(run[0], again[0])
     for name, scale in run[2].scales.items():
         assert torch.equal(scale, again[2].scales[name])
+
+
+@pytest.mark.parametrize("rule", [CLIP, SN, PENALTY, LEARNT], ids=str)
+def test_a_state_may_come_as_numpy_arrays(rule: Any) -> None:
+    """As other tools store it."""
+    runs = []
+    for _ in range(2):
+        model = network()
+        optimizer = sgd(model)
+        runs.append((model, optimizer, specops.attach(optimizer, model, rule)))
+    (model, optimizer, attachment), again = runs
+    train(model, optimizer, 3)
+    again[0].load_state_dict(model.state_dict())
+    again[1].load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    again[2].load_state_dict(arrays_of(attachment.state_dict()))
+    for m, o, _ in runs:
+        train(m, o, 2)
+    assert same(model, again[0])
+
+
+def arrays_of(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: arrays_of(value) for key, value in state.items()}
+    return state.numpy() if torch.is_tensor(state) else state
 
 
 # Hooks that are lost
