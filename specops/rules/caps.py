@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 from specops import arrays
-from specops.errors import UnsupportedGeometryError
+from specops.errors import NonFiniteError, UnsupportedGeometryError
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import check_bound, nan_without
 from specops.maps.prepare import prepare
@@ -183,12 +183,20 @@ class SpectralSoftCap(Cap):
 
 def _norms(w: Array, view: Geometry) -> tuple[Array, ...]:
     """The norms that count, one array for each block."""
-    if isinstance(view, Conv):
-        if view.grid is None:
-            return (spectral_norm_bounds(w, view).upper,)
-        return (spectral_norm(w, view),)
-    norms = spectral_norm(w, view)
-    return norms if isinstance(norms, tuple) else (norms,)
+    if isinstance(view, Conv) and view.grid is None:
+        norms = spectral_norm_bounds(w, view).upper
+    else:
+        norms = spectral_norm(w, view)
+    found = norms if isinstance(norms, tuple) else (norms,)
+    check_norms(arrays.namespace(w), found)
+    return found
+
+
+def check_norms(xp: Namespace, norms: tuple[Array, ...]) -> None:
+    """Raise if one is beyond its precision: to scale by it would give zeros, or infinity."""
+    if arrays.truth(xp.any(xp.stack([xp.any(xp.isinf(n)) for n in norms]))):
+        dtype = arrays.dtype_name(norms[0].dtype)
+        raise NonFiniteError(f"its norm is beyond {dtype}: look for a diverged step")
 
 
 def _scaled(w: Array, view: Geometry, factors: tuple[Array, ...]) -> Array:

@@ -9,7 +9,7 @@ from specops.errors import StateError
 from specops.geometry import Geometry
 from specops.geometry.arguments import nan_without
 from specops.rules.base import Figures
-from specops.rules.caps import Cap, figure
+from specops.rules.caps import Cap, check_norms, figure
 from specops.tracking import Tracked, track
 from specops.typing import Array, State
 
@@ -80,6 +80,7 @@ class SpectralHammer(Cap):
             state = follow.start(weight, name)
         xp = arrays.namespace(weight)
         before = follow.measured(state)
+        check_norms(xp, before)
         excesses = tuple(xp.where(n > bound, n - bound, xp.zeros_like(n)) for n in before)
         # A difference would cancel far above the bound.
         after = tuple(xp.where(n > bound, xp.zeros_like(n) + bound, n) for n in before)

@@ -44,6 +44,18 @@ def test_normalize_if_above(backend: Backend) -> None:
         assert backend.traced or top > 0.5 or got is given
 
 
+@pytest.mark.parametrize("kind", [NormalizeIfAbove, SpectralSoftCap, SpectralHammer])
+@pytest.mark.parametrize("geometry", [Dense(), Conv((6, 6))], ids=["dense", "conv"])
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_norms_beyond_the_precision_are_refused(kind: Any, geometry: Any) -> None:
+    """A quotient by infinity would be zeros."""
+    shape = (8, 8) if isinstance(geometry, Dense) else (8, 8, 3, 3)
+    w = np.full(shape, 1e38, np.float32)
+    rule = kind(1.0, norm="reshaped")
+    with pytest.raises(errors.NonFiniteError, match="beyond float32"):
+        outcome(rule, w, geometry)
+
+
 def test_normalize_if_above_for_every_size() -> None:
     w = weight((4, 3, 3))
     got = outcome(NormalizeIfAbove(1.0, norm="operator"), w, Conv(None))[0]
