@@ -93,8 +93,7 @@ class Attachment(BaseAttachment[Constrained]):
 
     def drop(self, c: Constrained, decided: Assignment | None) -> None:
         """A layer whose weight was frozen, or taken out of the optimizer, goes on as it was."""
-        idle = decided is not None and decided.reason.startswith((FROZEN, OUTSIDE))
-        if decided is not None and idle and c.in_use is not None:
+        if decided and c.in_use and decided.reason.startswith((FROZEN, OUTSIDE)):
             c.rename(decided.weight.name)
             self._constrained.append(c)
         else:
@@ -180,7 +179,8 @@ class Attachment(BaseAttachment[Constrained]):
     def write(self, outcomes: Sequence[Outcome[Constrained]]) -> None:
         """Write new weights, keep the states of rules, and remember how far weights went."""
         changed = [o for o in outcomes if o.changes_weight and o.array is not None]
-        self._went((o.constrained, o.weight, o.array) for o in changed)
+        if changed:
+            self._went((o.constrained, o.weight, o.array) for o in changed)
         super().write(outcomes)
         sharded = (o.constrained.location for o in changed)
         if any(isinstance(x, ShardedLocation) and x.is_stale for x in sharded):
