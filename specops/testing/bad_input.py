@@ -129,6 +129,39 @@ class BadInputChecks(SuiteBase):
         geometries = {"no.such.layer": Dense()}
         self._refused(Monitor(), PlanError, geometries=geometries)
 
+    def test_unknown_options_are_refused(self) -> None:
+        """A misspelt one (`on_nonfinit`) would do nothing, without a word."""
+        try:
+            self.start(self.model(), Monitor(), no_such_option=1)
+        except (TypeError, ValueError, SpecopsError):
+            return
+        pytest.fail(
+            "attach(..., no_such_option=1) was accepted. Likely cause: the adapter takes "
+            "**options and does not hand them on to BaseAttachment"
+        )
+
+    def test_a_refused_plan_leaves_nothing_behind(self) -> None:
+        """No hook on the model keeps a rule that was never to act."""
+        self.needs("weights")
+        if not self.capabilities.in_place:
+            pytest.skip("the model is not changed, so nothing can stay on it")
+        model, bound = self.model(), _Bound()
+        plan = Plan([("no.such.layer", _CLIP), ("*", ClipSpectralNorm(bound))])
+        kept = weakref.ref(bound)
+        try:
+            self.start(model, plan)
+        except PlanError:
+            pass
+        else:
+            return  # an affair of the check above
+        del plan, bound
+        gc.collect()
+        assert kept() is None, (
+            "the rule of a plan that was refused is still alive, with nothing but the model "
+            "around: a hook was hung on it before assign() and left there"
+        )
+        assert model is not None
+
     def test_rules_of_other_stages_are_refused(self) -> None:
         """What an adapter does not run it must not accept."""
         for stage, rule in _OF_STAGE.items():

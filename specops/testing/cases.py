@@ -112,6 +112,9 @@ class Training(Protocol):
     def set_weight(self, name: str, values: np.ndarray) -> None:
         """Overwrite a raw parameter, as a user might."""
 
+    def enforce(self) -> None:
+        """Let every rule on weights act now, as ``Attachment.enforce``."""
+
     def detach(self) -> None:
         """Take the rules off; `step` goes on without them."""
 

@@ -63,6 +63,20 @@ class CheckpointChecks(SuiteBase):
             f"the optimizer's state is not in the checkpoint"
         )
 
+    def test_input_sizes_are_in_the_checkpoint(self) -> None:
+        """Before its first forward pass a resumed training knows what the other had seen."""
+        if not self.capabilities.checkpoints:
+            pytest.skip("the adapter does not claim checkpoints")
+        self.needs("weights")
+        training = advanced(self.start(self.model(), _PLANS["weights"]), 1)
+        resumed = self.start(self.model(), _PLANS["weights"])
+        resumed.restore(training.save())
+        known, found = dict(training.geometries), dict(resumed.geometries)
+        assert found == known, (
+            f"right after restore() the geometries are {found}, those of the saved training "
+            f"{known}. Likely cause: Parameter.sizes() and see() do not carry what was learnt"
+        )
+
 
 def _firings(training: Training) -> list[int]:
     """Steps after the checkpoint that have records."""

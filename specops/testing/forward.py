@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from specops.geometry import Dense, Geometry
-from specops.rules import SpectralNormalization
+from specops.rules import Monitor, SpectralNormalization
+from specops.rules.base import measured_as
 from specops.testing.base import SuiteBase, advanced, changed, listed, norm_of, relative
 
 _SCALE = 0.5
 _RULE = SpectralNormalization(norm="operator", scale=_SCALE, iterations=20)
+_RESHAPED = SpectralNormalization(norm="reshaped", scale=_SCALE, iterations=20)
 _STEPS = 3
 _RTOL = 0.02
 
@@ -103,6 +106,25 @@ class ForwardChecks(SuiteBase):
             f"after detach() outputs differ by {apart:.3g} (relative) from the plain model's "
             f"with the same weights: the layers still use normalised ones"
         )
+
+    def test_project_leaves_the_weight_in_use(self) -> None:
+        """The model that project() was given computes with s·W/‖W‖, without specops."""
+        self.needs("forward")
+        if not self.capabilities.in_place:
+            pytest.skip("project() of this adapter changes no model")
+        start = self.start(self.model(), Monitor())
+        weights = start.weights()
+        model = self.model()
+        self.project(model, _RESHAPED)
+        projected = self.start(model, Monitor()).weights()
+        for name, geometry in advanced(start, 1).geometries.items():
+            used = _normalised(weights[name], measured_as(geometry, "reshaped"))
+            apart = relative(projected[name], used)
+            assert apart <= _RTOL, (
+                f"{name}: project(model, {_RESHAPED!r}) left a weight that differs by "
+                f"{apart:.3g} (relative) from the one that the rule lets layers use. Likely "
+                f"cause: detach(fold=True) does not reach BaseAttachment.detach"
+            )
 
 
 def _normalised(weight: np.ndarray, geometry: Geometry) -> np.ndarray:

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 
 from specops.errors import SpecopsError
+from specops.geometry import Dense
+from specops.rules import Monitor
 from specops.spectra import singular_values
-from specops.testing.base import SuiteBase
+from specops.testing.base import SuiteBase, advanced
 from specops.testing.oracle import described, explicit_matrix, is_linear, parts_of
+from specops.testing.recording import Recorder
+from specops.training.plan import Plan
 
 _RTOL = 2e-5
 
@@ -60,6 +64,23 @@ class GeometryChecks(SuiteBase):
         )
         for part, model, spectrum in zip(parts, expected, spectra, strict=True):
             _compare(where, part, model, np.asarray(spectrum))
+
+    def test_a_declared_geometry_is_used(self) -> None:
+        """What the user says in geometries= goes before what the adapter finds."""
+        self.needs("weights")
+        training = advanced(self.start(self.model(), Monitor()), 1)
+        kinds = training.geometries
+        name = next(n for n in self.constrained(training) if isinstance(kinds[n], Dense))
+        weight, recorder = training.weights()[name], Recorder()
+        declared = Dense(splits=(1, weight.shape[0] - 1))
+        plan = Plan([(name, recorder)])
+        self.project(self.model(), plan, geometries={name: declared})
+        found = recorder.seen[-1][1]
+        assert found == declared, (
+            f"geometries={{{name!r}: {declared!r}}} was given, and the rule was told {found!r}. "
+            f"Likely cause: Parameter.geometry() does not look at `declared`, or the adapter "
+            f"drops geometries="
+        )
 
 
 def _compare(where: str, part: np.ndarray, model: np.ndarray, spectrum: np.ndarray) -> None:

@@ -35,14 +35,15 @@ class AdapterSuite(
 
     Notes
     -----
-    To write: `model`, `layers`, `start`, `array`, `numpy`, and `jit` where it is claimed. Two
-    more may be overridden where the default does not suit: `project` (``specops.project``) and
-    `examine` (how the kit learns a layer's weight and geometry).
+    To write: `model`, `layers`, `start`, `array`, `numpy`, and `jit` where it is claimed. Say how
+    a weight is frozen in `freeze`, or that check is skipped. Two more may be overridden where the
+    default does not suit: `project` (``specops.project``) and `examine` (how the kit learns a
+    layer's weight and geometry).
 
     The kit finds wrong maps, rules that act at the wrong time or not at all, state that is lost
-    and errors that are swallowed. It does not test devices other than the one that `array`
-    uses, sharded or low-precision weights, or how an adapter copes with compiled, copied or
-    wrapped models.
+    and errors that are swallowed. It does not test gradients through forward rules, tied weights,
+    devices other than the one that `array` uses, sharded or low-precision weights, or how an
+    adapter copes with compiled, copied or wrapped models.
 
     Examples
     --------

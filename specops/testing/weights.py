@@ -107,6 +107,52 @@ class WeightChecks(SuiteBase):
         steps = sorted({record["step"] for record in training.history()})
         assert steps == [1, 2], f"stop=3, but the history has records of steps {steps}"
 
+    def test_enforce_acts_at_once(self) -> None:
+        """Before an export no step of the interval is waited for."""
+        self.needs("weights")
+        training = advanced(self.start(self.model(), Plan([("*", _CLIP)], every=100)), 1)
+        training.enforce()
+        _assert_inside(norms_of(training), "after step 1 of every=100 and enforce()")
+
+    def test_project_acts_once(self) -> None:
+        """The model that project() was given obeys the rule."""
+        self.needs("weights")
+        if not self.capabilities.in_place:
+            pytest.skip("project() of this adapter changes no model")
+        model = self.model()
+        self.project(model, _CLIP)
+        training = self.start(model, Monitor())
+        weights = training.weights()
+        training.step()
+        norms = {name: norm_of(weights[name], g) for name, g in training.geometries.items()}
+        _assert_inside(norms, f"after project(model, {_CLIP!r})")
+
+    def test_weights_keep_their_dtype(self) -> None:
+        """Nor does a shape change."""
+        self.needs("weights")
+        training = self.start(self.model(), _CLIP)
+        before = {name: (w.dtype, w.shape) for name, w in training.weights().items()}
+        after = {name: (w.dtype, w.shape) for name, w in advanced(training, 1).weights().items()}
+        assert after == before, (
+            f"a step under {_CLIP!r} made of dtypes and shapes {before} those of {after}. Likely "
+            f"cause: write() stores what it is given as it is, or read() gives another dtype"
+        )
+
+    def test_frozen_weights_are_left_alone(self) -> None:
+        """A rule for all weights is none for what its user froze."""
+        self.needs("weights")
+        name = self.constrained(self.start(self.model(), Monitor()))[0]
+        model = self.model()
+        self.freeze(model, name)
+        training = self.start(model, _CLIP)
+        before = training.weights()
+        moved = changed(advanced(training, 2).weights(), before, 0.0)
+        assert name not in moved, (
+            f"{name} is frozen, and {_CLIP!r} changed it by {moved[name]:.3g} (relative). Likely "
+            f"cause: its Weight is not `skipped`, nor does Parameter.frozen() say why it is idle"
+        )
+        assert moved, "one frozen weight keeps all others from training"
+
     def test_report_accounts_for_every_parameter(self) -> None:
         """Each is under a rule, with its true norm, or left alone with a reason."""
         self.needs("weights")

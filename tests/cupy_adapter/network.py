@@ -110,6 +110,9 @@ class ArrayTraining:
         layer, key = name.split(".")
         self.model[layer][key][...] = self.xp.asarray(values)
 
+    def enforce(self) -> None:
+        self.attachment.enforce()
+
     def detach(self) -> None:
         self.attachment.detach()
 

@@ -113,6 +113,11 @@ class JaxTraining:
         new = {**self.params[layer], key: jnp.asarray(values)}
         self.params = {**self.params, layer: new}
 
+    def enforce(self) -> None:
+        plan = self.plan.once()
+        state = specops_jax.init(self.params, plan, self.given)
+        self.params, _ = specops_jax.project_params(self.params, plan, state, self.given)
+
     def detach(self) -> None:
         momentum = self.state
         self.use(optax.sgd(0.1, momentum=0.5))

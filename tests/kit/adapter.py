@@ -40,6 +40,19 @@ class Kernel(Parameter):
         """The same, unless the user knows better."""
         return super().geometry() if self.declared else self.inferred()
 
+    def frozen(self) -> str:
+        """A rule waits for the model to train it again."""
+        return "frozen" if self.name in self.model.frozen else ""
+
+    def sizes(self) -> Any:
+        """The grid of a convolution."""
+        return self.layer.grid if self.learns_size else None
+
+    def see(self, sizes: Any) -> None:
+        """That of a checkpoint."""
+        if sizes is not None:
+            self.layer.grid = sizes
+
     def read(self) -> np.ndarray:
         """The model's own array."""
         return self.model.parameters[self.name]

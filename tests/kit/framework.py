@@ -88,6 +88,7 @@ class Model:
     def __init__(self, *layers: Any, adapter: Any) -> None:
         rng = np.random.default_rng(0)
         self.layers, self.adapter = layers, adapter
+        self.frozen: set[str] = set()
         self.parameters: Arrays = {
             f"{i}.{kind}": rng.standard_normal(shape).astype(np.float32)
             for i, layer in enumerate(layers)
@@ -134,6 +135,8 @@ class SGD:
         for hook in self.before:
             hook(gradients)
         for name, p in self.model.parameters.items():
+            if name in self.model.frozen:
+                continue
             self.velocity[name] = self.momentum * self.velocity[name] + gradients[name]
             p -= self.rate * self.velocity[name]
         for hook in self.after:

@@ -58,6 +58,9 @@ class TinyTraining:
     def set_weight(self, name: str, values: np.ndarray) -> None:
         self.model.parameters[name][...] = values
 
+    def enforce(self) -> None:
+        self.attachment.enforce()
+
     def detach(self) -> None:
         self.attachment.detach()
 
@@ -106,6 +109,9 @@ class Tiny:
 
     def start(self, model: Any, rule_or_plan: Any, **options: Any) -> TinyTraining:
         return TinyTraining(model, rule_or_plan, **options)
+
+    def freeze(self, model: framework.Model, name: str) -> None:
+        model.frozen.add(name)
 
     def array(self, values: np.ndarray) -> np.ndarray:
         return values.copy()

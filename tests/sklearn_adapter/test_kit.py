@@ -109,6 +109,9 @@ class Training:
         kind, index = name.split(".")
         getattr(self.model, kind)[int(index)][...] = values
 
+    def enforce(self) -> None:
+        self.attachment.enforce()
+
     def detach(self) -> None:
         self.attachment.detach()
 

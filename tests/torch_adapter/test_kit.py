@@ -62,6 +62,9 @@ class TorchTraining:
         with torch.no_grad():
             dict(self.model.named_parameters())[name].copy_(torch.from_numpy(values))
 
+    def enforce(self) -> None:
+        self.attachment.enforce()
+
     def detach(self) -> None:
         self.attachment.detach()
 
@@ -153,6 +156,9 @@ class Torch:
 
     def start(self, model: Any, rule_or_plan: Any, **options: Any) -> TorchTraining:
         return TorchTraining(model, rule_or_plan, **options)
+
+    def freeze(self, model: Any, name: str) -> None:
+        model.get_parameter(name).requires_grad_(False)
 
     def array(self, values: np.ndarray) -> Any:
         return torch.from_numpy(np.array(values))

@@ -61,6 +61,9 @@ class Training:
     def set_weight(self, name: str, values: np.ndarray) -> None:
         self._variables()[name].assign(values)
 
+    def enforce(self) -> None:
+        self.attachment.enforce()
+
     def detach(self) -> None:
         self.attachment.detach()
 
@@ -136,6 +139,9 @@ class TestKeras(AdapterSuite):
 
     def start(self, model: keras.Model, rule_or_plan: Any, **options: Any) -> Training:
         return Training(model, rule_or_plan, **options)
+
+    def freeze(self, model: keras.Model, name: str) -> None:
+        model.get_layer(name.partition("/")[0]).trainable = False
 
     def array(self, values: np.ndarray) -> Any:
         return keras.ops.convert_to_tensor(values, dtype=str(values.dtype))
