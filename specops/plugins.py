@@ -31,6 +31,8 @@ def manager() -> pluggy.PluginManager:
         try:
             pm.register(entry.load(), name=entry.name)
             pm.check_pending()
+            if not pm.get_hookcallers(pm.get_plugin(entry.name)):
+                raise TypeError("it has no hook: mark its functions with specops.authors.hookimpl")
         except (Exception, SystemExit) as error:
             if pm.has_plugin(entry.name):
                 pm.unregister(name=entry.name)
@@ -80,6 +82,9 @@ def answers(hook: str, kind: type, refusals: list[SpecopsError], **arguments: An
             result = implementation.function(**chosen)
             if result is not None and not isinstance(result, kind):
                 raise TypeError(f"{hook} returned {result!r}, no {kind.__name__}")
+            if isinstance(result, type):  # which has the methods of an adapter, too
+                name = result.__name__
+                raise TypeError(f"{hook} returned the class {name}, no instance: {name}()")
         except SpecopsError as error:
             refusals.append(error)
         except (Exception, SystemExit) as error:

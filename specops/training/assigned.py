@@ -68,6 +68,16 @@ def warn_of(assignment: Assignment) -> None:
         caution(f"{weight.name}: {message}")
 
 
+def inactive(*, was_assigned: bool) -> AdapterError:
+    """What to raise where an attachment is asked to act that does not."""
+    if was_assigned:
+        return AdapterError("this attachment is detached and does nothing: attach again")
+    return AdapterError(
+        "this attachment has no weights yet: its adapter has to call assign() when the model is "
+        "at hand"
+    )
+
+
 def check_saved(state: Mapping[str, Any], names: Iterable[str]) -> None:
     """Raise unless a saved state is of a known version and of these weights.
 

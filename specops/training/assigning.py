@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
-from specops.errors import PlanError, SpecopsError
+from specops.errors import AdapterError, PlanError, SpecopsError
 from specops.geometry import Dense, Geometry
 from specops.training.assigned import warn_of
 from specops.training.constrained import Constrained
@@ -45,9 +45,10 @@ def assigned(
     PlanError
         The plan does not fit, or a rule cannot act on a weight that a pattern names.
     AdapterError
-        A rule that the adapter does not run.
+        A rule that the adapter does not run, or two parameters of one name.
     """
     parameters = attachment.parameters()
+    _check_names(parameters)
     weights = override_geometries(
         [p.weight for p in parameters],
         geometries,
@@ -90,6 +91,18 @@ def assigned(
     for kept, parameter, assignment in resumed:
         kept.resume(parameter, assignment)
     return assignments, result, [(c, left.get(place)) for place, c in before.items()]
+
+
+def _check_names(parameters: Sequence[Parameter]) -> None:
+    """Raise where a name stands for two: states and reports go by names."""
+    named: dict[str, Parameter] = {}
+    for p in parameters:
+        other = named.setdefault(p.weight.name, p)
+        if other is not p:
+            raise AdapterError(
+                f"two parameters are called {p.weight.name!r}, of shapes {other.weight.shape} and "
+                f"{p.weight.shape}: the adapter has to give each a name of its own"
+            )
 
 
 def _checked(assignment: Assignment, parameter: Parameter) -> Assignment:

@@ -11,7 +11,7 @@ from specops import arrays
 from specops.errors import AdapterError, SpecopsError
 from specops.geometry import Geometry
 from specops.rules.base import Stage
-from specops.training.assigned import check_saved, check_stage
+from specops.training.assigned import check_saved, check_stage, inactive
 from specops.training.assigning import assigned
 from specops.training.constrained import Constrained
 from specops.training.coverage import warn_of_coverage
@@ -100,9 +100,9 @@ class BaseAttachment(ABC, Generic[C]):
         self.check_attached()
 
     def check_attached(self) -> None:
-        """Raise `AdapterError` once detached."""
+        """Raise `AdapterError` before the first `assign`, and once detached."""
         if not self._attached:
-            raise AdapterError("this attachment is detached and does nothing: attach again")
+            raise inactive(was_assigned=bool(self._assignments))
 
     def caution(self, act: str) -> None:
         """Called after `project`: an adapter warns of what still depends on the old weights."""

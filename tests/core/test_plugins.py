@@ -129,6 +129,22 @@ def test_plugin_that_answers_nonsense_is_named(install: Any, hooks: Any) -> None
     assert not next(s for s in results[1] if s.name == "bad").available
 
 
+def test_plugin_without_a_hook_is_named(install: Any) -> None:
+    forgotten = types.SimpleNamespace(specops_adapter=lambda model: GoodAdapter())
+    install(FakeEntry("bare", forgotten))
+    with pytest.warns(errors.PluginWarning, match="plugin 'bare'.*no hook.*hookimpl"):
+        plugins.manager()
+
+
+def test_plugin_that_answers_with_a_class_is_named(install: Any) -> None:
+    install(FakeEntry("kind", plugin(specops_adapter=lambda model: GoodAdapter)))
+    with (
+        pytest.warns(errors.PluginWarning, match=r"plugin 'kind'.*the class GoodAdapter, .*\(\)"),
+        pytest.raises(errors.AdapterError, match="no adapter knows"),
+    ):
+        specops.attach(None, [1], specops.Monitor())
+
+
 def test_second_plugin_of_a_name_is_reported(install: Any) -> None:
     install(FakeEntry("good", good_plugin()), FakeEntry("good", plugin()))
     with pytest.warns(errors.PluginWarning, match="another plugin has this name"):

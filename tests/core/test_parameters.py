@@ -1,0 +1,58 @@
+"""What authors of adapters get wrong about their parameters is said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+import specops
+from specops.authors import AdapterError, BaseAttachment, Parameter, Weight
+
+
+class Entry(Parameter):
+    """One array of a dict."""
+
+    def __init__(self, arrays: dict[str, np.ndarray], key: str, name: str) -> None:
+        self.arrays, self.key = arrays, key
+        shape, dtype = arrays[key].shape, str(arrays[key].dtype)
+        self.weight = Weight.of(name, shape, dtype, specops.Dense())
+
+    def read(self) -> np.ndarray:
+        return self.arrays[self.key]
+
+    def write(self, value: np.ndarray) -> None:
+        self.read()[...] = value
+
+
+class Listed(BaseAttachment[Any]):
+    """Of the parameters that it is given."""
+
+    def __init__(self, parameters: Sequence[Entry]) -> None:
+        super().__init__(specops.Plan([("*", specops.ClipSpectralNorm(1.0))]))
+        self.listed = parameters
+
+    def parameters(self) -> Sequence[Entry]:
+        return self.listed
+
+
+def test_two_parameters_of_one_name_are_refused() -> None:
+    arrays = {"a": 2 * np.eye(3), "b": 3 * np.eye(3)}
+    attachment = Listed([Entry(arrays, key, "w") for key in arrays])
+    with pytest.raises(AdapterError, match=r"two parameters are called 'w'"):
+        attachment.assign()
+    assert arrays["a"][0, 0] == 2
+
+
+def test_an_attachment_that_was_not_assigned_says_so() -> None:
+    attachment = Listed([Entry({"a": np.eye(3)}, "a", "a")])
+    for act in (attachment.step, attachment.report, attachment.state_dict):
+        with pytest.raises(AdapterError, match=r"no weights yet.*assign\(\)"):
+            act()
+    attachment.assign()
+    attachment.step()
+    attachment.detach()
+    with pytest.raises(AdapterError, match="detached"):
+        attachment.step()
