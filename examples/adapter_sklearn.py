@@ -28,16 +28,22 @@ from specops.authors import (
 class Layer(Parameter):
     """One array of ``model.coefs_``, in × out, or of ``model.intercepts_``."""
 
-    def __init__(self, model, kind, index):
-        self.model, self.kind, self.index = model, kind, index
-        shape, dtype = self.read().shape, str(self.read().dtype)
-        self.weight = Weight.of(f"{kind}.{index}", shape, dtype, Dense(out_axes=(1,)))
+    def __init__(self, name, array):
+        self.array = array
+        self.weight = Weight.of(name, array.shape, str(array.dtype), Dense(out_axes=(1,)))
 
     def read(self):
-        return getattr(self.model, self.kind)[self.index]
+        return self.array
 
     def write(self, value):
-        self.read()[...] = value
+        self.array[...] = value
+
+    def check_writable(self):
+        if not self.array.flags.writeable:
+            raise AdapterError(f"{self.weight.name} is read-only: give the MLP a copy of it")
+
+    def identity(self):
+        return id(self.array)
 
 
 # The adapter.
@@ -55,11 +61,14 @@ class Attachment(BaseAttachment):
         self.model = model
         self.assign()
 
+    def look(self):
+        super().look()
+        self.assign()  # `fit` makes new arrays, and other layers if asked to
+
     def parameters(self):
         kinds = ("coefs_", "intercepts_")
-        return [
-            Layer(self.model, kind, i) for kind in kinds for i in range(self.model.n_layers_ - 1)
-        ]
+        found = {kind: enumerate(getattr(self.model, kind)) for kind in kinds}
+        return [Layer(f"{kind}.{i}", w) for kind in kinds for i, w in found[kind]]
 
 
 class Adapter(BaseAdapter):

@@ -161,3 +161,35 @@ def test_what_it_refuses() -> None:
         specops.attach(None, networks.MLPClassifier(), CLIP)
     with pytest.raises(specops.errors.AdapterError, match="steps by itself"):
         specops.attach("adam", network(), CLIP)
+
+
+@pytest.mark.filterwarnings("ignore:Stochastic Optimizer")
+@pytest.mark.parametrize("hidden", [(6, 6), (), (7,)], ids=["more", "fewer", "other sizes"])
+def test_a_refit_of_other_layers_is_followed(hidden: tuple[int, ...]) -> None:
+    model = network(6)
+    attachment = specops.attach(None, model, CLIP)
+    attachment.step()
+    model.set_params(hidden_layer_sizes=hidden, max_iter=1).fit(*data())
+    for w in model.coefs_:
+        w *= 10.0
+    attachment.step()
+    assert all(np.linalg.norm(w, 2) <= 1.0 + 1e-6 for w in model.coefs_)
+    shapes = {row.name: row.shape for row in attachment.report().constrained}
+    assert shapes == {f"coefs_.{i}": w.shape for i, w in enumerate(model.coefs_)}
+
+
+def test_a_read_only_weight_leaves_the_others_as_they_were() -> None:
+    model = network(6)
+    model.coefs_[1].flags.writeable = False  # as joblib.load(..., mmap_mode="r") gives it
+    before = model.coefs_[0].copy()
+    with pytest.raises(specops.errors.AdapterError, match=r"coefs_\.1 is read-only"):
+        specops.project(model, CLIP)
+    assert np.array_equal(model.coefs_[0], before)
+
+
+def test_a_second_attachment_is_warned_of() -> None:
+    model = network(6)
+    first = specops.attach(None, model, CLIP)
+    with pytest.warns(specops.errors.CautionWarning, match=r"coefs_\.0 \(and 1 more\) is under"):
+        specops.attach(None, model, CLIP)
+    assert first.is_attached
