@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from inspect import getattr_static
 from typing import Any
@@ -31,19 +31,35 @@ class Role:
     shape: tuple[int, ...] | None = None
     obstacle: str = ""
     opt_in: str = ""
+    skipped: str = ""
 
 
-def roles(layer: Any, grid: tuple[int, ...] | None = None) -> Iterator[tuple[Any, Role]]:
+def wrappers(flat: Iterable[Any]) -> dict[int, str]:
+    """Names of the layers that normalise another's kernel, by the id of that other."""
+    kind = layers.SpectralNormalization
+    return {id(layer.layer): layer.name for layer in flat if isinstance(layer, kind)}
+
+
+def roles(
+    layer: Any, grid: tuple[int, ...] | None = None, wrapper: str = ""
+) -> Iterator[tuple[Any, Role]]:
     """The layer's own variables that stand for maps, on a grid of this size.
 
-    Subclasses count as their layers of Keras, unless they compute otherwise; `geometries=`
-    overrides what is wrong.
+    Subclasses count as their layers of Keras, unless they compute otherwise, or a `wrapper`
+    normalises them; `geometries=` overrides what is wrong.
     """
-    own = _computes_otherwise(layer)
+    own = _normalised(wrapper) if wrapper else _computes_otherwise(layer)
     for variable, role in _roles(layer, grid):
         if own and role.geometry is not None:
             role = Role(obstacle=own, opt_in=role.opt_in)
         yield variable, role
+
+
+def _normalised(wrapper: str) -> str:
+    return (
+        f"{wrapper} divides it by its norm in each forward pass of training: take the wrapper "
+        f"off, and a rule keeps the norm at or below its bound"
+    )
 
 
 def _computes_otherwise(layer: Any) -> str:
@@ -66,6 +82,8 @@ def _roles(layer: Any, grid: tuple[int, ...] | None) -> Iterator[tuple[Any, Role
     kernel = _stored(layer, "kernel")
     if isinstance(layer, layers.EinsumDense):
         yield kernel, _einsum(layer.equation)
+        if layer.bias is not None:
+            yield layer.bias, Role(skipped="a bias, no matrix")
     elif isinstance(layer, layers.Dense):
         yield kernel, Role(_COLUMNS)
     elif isinstance(layer, layers.Embedding):

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 
 from specops.authors import Parameter, Weight
-from specops_keras.geometry import SIZED, Role, grid_of, roles
+from specops_keras.geometry import SIZED, Role, grid_of, roles, wrappers
 
 _UNKNOWN = "no geometry is known for it: pass it in geometries="
 _FROZEN = "frozen (trainable=False)"
@@ -46,6 +46,10 @@ class Variable(Parameter):
         """Store an array of the geometry's shape."""
         shape = self.variable.shape
         self.variable.assign(value if self._view() is None else keras.ops.reshape(value, shape))
+
+    def identity(self) -> int:
+        """One variable is one memory."""
+        return id(self.variable)
 
     def frozen(self) -> str:
         """A layer may be frozen after attaching."""
@@ -146,9 +150,11 @@ class _Watched:
 def locate(model: Any) -> list[Variable]:
     """Describe every weight of the model, each name once."""
     found: dict[int, tuple[Any, SizeRecorder | None, Role]] = {}
+    wrapped = wrappers(model._flatten_layers())
     for layer in model._flatten_layers():
         recorder = SizeRecorder(layer) if isinstance(layer, SIZED) and layer.built else None
-        for variable, role in roles(layer, recorder.grid if recorder else None):
+        wrapper = wrapped.get(id(layer), "")
+        for variable, role in roles(layer, recorder.grid if recorder else None, wrapper):
             earlier = found.get(id(variable))
             if earlier is not None and earlier[2].geometry != role.geometry:
                 role = Role(
@@ -173,7 +179,7 @@ def _describe(name: str, variable: Any, role: Role) -> Weight:
         tuple(variable.shape),
         str(variable.dtype),
         role.geometry,
-        skipped="" if variable.trainable else _FROZEN,
+        skipped=role.skipped if variable.trainable else _FROZEN,
         obstacle=role.obstacle,
         opt_in=role.opt_in,
     )
