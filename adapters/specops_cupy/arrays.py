@@ -11,7 +11,7 @@ from specops import arrays
 from specops.errors import AdapterError
 from specops.training.constrained import Constrained
 from specops.training.parameter import Parameter
-from specops.training.weight import Weight
+from specops.training.weight import Weight, unmeasurable
 from specops.typing import Array
 from specops_cupy.device import on_device_of
 
@@ -80,6 +80,10 @@ class Entry(Parameter):
         """In place."""
         self.array[...] = value
 
+    def identity(self) -> int:
+        """Of the memory, and how it is seen."""
+        return hash(_place(self.array))
+
     def check_writable(self) -> None:
         """CuPy's arrays always are; NumPy's need not be."""
         check_writeable(self.weight.name, self.array)
@@ -143,6 +147,12 @@ def _check_gradient(name: str, gradient: Any, array: Array) -> None:
         raise AdapterError(
             f"{name} has shape {tuple(array.shape)}, but its gradient {tuple(gradient.shape)}: "
             f"pass the gradient of the array itself"
+        )
+    is_complex = arrays.is_complex(array)
+    if unmeasurable(arrays.dtype_name(gradient.dtype)) or arrays.is_complex(gradient) != is_complex:
+        raise AdapterError(
+            f"the gradient of {name} has dtype {arrays.dtype_name(gradient.dtype)}, its weight "
+            f"{arrays.dtype_name(array.dtype)}: cast it to that first"
         )
     check_writeable(f"the gradient of {name}", gradient)
 

@@ -12,6 +12,7 @@ from specops.training.attachment import BaseAttachment
 from specops.training.constrained import Constrained
 from specops.training.firing import NonFinitePolicy
 from specops.training.history import Record
+from specops.training.others import warn_of_others
 from specops.training.plan import Plan
 from specops.training.weight import Weight
 from specops.typing import Array
@@ -80,7 +81,8 @@ class Attachment(BaseAttachment[Constrained[Entry]]):
         Raises
         ------
         AdapterError
-            A gradient of no array, of another shape, or read-only; all are left as they were.
+            A gradient of no array, of another shape or dtype, or read-only; all are left as they
+            were.
         NonFiniteError
             As `step`.
         """
@@ -160,6 +162,11 @@ def attach(
     PlanError, GeometryError
         A plan or geometries that do not fit.
 
+    Warns
+    -----
+    CautionWarning
+        Another attachment acts on one of the arrays in the same stage.
+
     Notes
     -----
     Work is queued on the stream that is CuPy's current one and on each array's own device. A
@@ -179,7 +186,7 @@ def attach(
     array([[2., 0.],
            [0., 1.]])
     """
-    return Attachment(
+    attachment = Attachment(
         optimizer,
         model,
         Plan.of(rule_or_plan, every),
@@ -188,3 +195,5 @@ def attach(
         history=history,
         log=log,
     )
+    warn_of_others(attachment)
+    return attachment

@@ -14,6 +14,7 @@ import specops
 from specops import arrays
 from specops.errors import (
     AdapterError,
+    CautionWarning,
     GeometryError,
     NonFiniteError,
     NonFiniteWarning,
@@ -166,6 +167,8 @@ def test_gradients_are_added_to_in_place(xp: Any) -> None:
     [
         ({"a": {"v": np.ones((6, 4))}}, r"a\.v has a gradient but is no entry"),
         ({"a.w": np.ones((4, 6))}, r"a\.w has shape \(6, 4\), but its gradient \(4, 6\)"),
+        ({"a.w": np.ones((6, 4), int)}, r"gradient of a\.w has dtype int64, .* float64: cast it"),
+        ({"a.w": np.ones((6, 4), complex)}, r"gradient of a\.w has dtype complex128"),
         ({"a.w": [1.0]}, r"gradient of a\.w is a builtins\.list, no array of numpy"),
         ([np.ones((6, 4))], "expected a dict of arrays, got builtins.list"),
     ],
@@ -306,6 +309,7 @@ def test_nothing_is_written_when_one_fails() -> None:
     with pytest.raises(AdapterError, match="z is read-only, so no array was changed"):
         attachment.step()
     assert read_only["a"][0, 0] == 4.0
+    attachment.detach()
     attach(None, read_only, Monitor(), geometries={"*": Dense()}).step()
 
 
@@ -335,6 +339,7 @@ def test_rules_without_a_method_for_a_map() -> None:
     attachment.step()
     assert attachment.report()["k"].reason == "no convolutions"
     assert attachment.history[-1]["skipped"] == "no convolutions"
+    attachment.detach()
     plan = specops.Plan([("k", Picky()), ("*", Picky())])
     w = arrays["a"]["w"].copy()
     with pytest.raises(UnsupportedGeometryError, match="k at step 1: no convolutions"):
@@ -554,3 +559,11 @@ def test_options() -> None:
 
     with pytest.raises(AdapterError, match="stage 'backward'"):
         attach(None, arrays, Odd(), geometries={"w": Dense()})
+
+
+def test_a_second_attachment_is_warned_of() -> None:
+    model = {"w": 2 * np.eye(3)}
+    first = attach(None, model, CLIP, geometries={"w": Dense()})
+    with pytest.warns(CautionWarning, match="w is under ClipSpectralNorm.* already"):
+        attach(None, model, CLIP, geometries={"w": Dense()})
+    assert first.is_attached
