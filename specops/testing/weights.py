@@ -167,6 +167,10 @@ class WeightChecks(SuiteBase):
             assert tuple(row.shape) == weights[name].shape, (
                 f"{name}: the report says shape {row.shape}, it is {weights[name].shape}"
             )
+            dtype = weights[name].dtype.name
+            assert row.dtype.rpartition(".")[2] == dtype, (
+                f"{name}: the report says dtype {row.dtype}, it is {dtype}"
+            )
             assert bool(row.rule) != bool(row.reason), (
                 f"{name}: a row has either a rule or a reason why there is none, got "
                 f"rule={row.rule!r}, reason={row.reason!r}"

@@ -6,6 +6,7 @@ Run with `suites`.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,18 @@ class TestActsOnFrozen(Flawed):
         class kind(Kernel):
             def frozen(self) -> str:
                 return ""
+
+    adapter = flawed(Flaw)
+
+
+class TestNamesADtype(Flawed):
+    """Parameters are all said to be of double precision."""
+
+    class Flaw(Attachment):
+        class kind(Kernel):
+            def __init__(self, model: framework.Model, name: str) -> None:
+                super().__init__(model, name)
+                self.weight = replace(self.weight, dtype="float64")
 
     adapter = flawed(Flaw)
 
