@@ -6,6 +6,7 @@
 
 from specops.errors import (
     AdapterError,
+    CautionWarning,
     GeometryError,
     HookLostWarning,
     NonFiniteError,
@@ -40,6 +41,7 @@ __all__ = [
     "Attachment",
     "BaseAdapter",
     "BaseAttachment",
+    "CautionWarning",
     "Constrained",
     "ForwardRule",
     "Geometry",

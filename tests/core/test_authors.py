@@ -20,7 +20,7 @@ NAMES = {
     *("History", "NonFinitePolicy", "Record", "Report", "ReportRow", "plan_rows"),
     *("AdapterError", "GeometryError", "NonFiniteError", "PlanError", "SpecopsError"),
     *("UnsupportedArrayError", "UnsupportedGeometryError"),
-    *("HookLostWarning", "NonFiniteWarning"),
+    *("CautionWarning", "HookLostWarning", "NonFiniteWarning"),
 }
 EXAMPLES = [
     ROOT / "examples" / "adapter_sklearn.py",

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 
-from specops.authors import AdapterError, BaseAttachment, Constrained, HookLostWarning, Plan, Report
-from specops_keras.variables import Variable, locate
+from specops.authors import (
+    AdapterError,
+    BaseAttachment,
+    CautionWarning,
+    Constrained,
+    HookLostWarning,
+    Plan,
+    Report,
+)
+from specops_keras.variables import Variable, averaging, locate
 
 
 class Spectral(BaseAttachment[Constrained[Variable]], keras.callbacks.Callback):
@@ -68,6 +76,7 @@ class Spectral(BaseAttachment[Constrained[Variable]], keras.callbacks.Callback):
             self.check_rule(rule)
         self._optimizer: Any = None
         self._manual = False
+        self._moved, self._stale = False, []  # type: bool, list[str]
         self._batches, self._ahead = 0, None  # type: int, int | None
 
     def check_rule(self, rule: Any) -> None:
@@ -174,8 +183,26 @@ class Spectral(BaseAttachment[Constrained[Variable]], keras.callbacks.Callback):
 
     def detach(self, *, fold: bool = False) -> None:
         """Let go of the model, whose weights stay as they are: no rule here acts in a forward."""
+        if self._moved and self._model is not None:
+            self._stale = averaging(self._model)
         super().detach(fold=fold)
         self._model, self._optimizer, self._manual = None, None, False
+
+    def write(self, outcomes: Sequence[Any]) -> None:
+        """Write new weights, and remember that there were some."""
+        super().write(outcomes)
+        self._moved = self._moved or any(o.changes_weight for o in outcomes)
+
+    def caution(self, act: str) -> None:
+        """Warn where batch normalisation evaluates with statistics of other weights."""
+        if self._stale:
+            warnings.warn(
+                f"{act}: the moving statistics of {', '.join(self._stale)} are of other weights "
+                f"than the rules have left. Before evaluating or exporting, estimate them anew: "
+                f"call model(batch, training=True) on some batches",
+                CautionWarning,
+                stacklevel=4,
+            )
 
     def _iterations(self, *, fit: bool = False) -> int | None:
         """Steps of the optimizer so far; None without one."""

@@ -173,6 +173,13 @@ def locate(model: Any) -> list[Variable]:
     return result
 
 
+def averaging(model: Any) -> list[str]:
+    """Batch normalisations that batches have left their averages in, and that still train."""
+    kind = keras.layers.BatchNormalization
+    found = (x for x in model._flatten_layers() if isinstance(x, kind) and x.built and x.trainable)
+    return [x.name for x in found if keras.ops.convert_to_numpy(x.moving_mean.value).any()]
+
+
 def _describe(name: str, variable: Any, role: Role) -> Weight:
     return Weight.of(
         name,

@@ -45,3 +45,20 @@ def test_a_second_attachment_is_warned_of() -> None:
     with pytest.warns(CautionWarning, match="plain/kernel is under ClipSpectralNorm.*already"):
         specops.attach(None, model, CLIP)
     assert first.is_attached
+
+
+def test_statistics_of_old_weights_are_warned_of() -> None:
+    model = keras.Sequential(
+        [keras.Input((3,)), layers.Dense(4, name="dense"), layers.BatchNormalization(name="norm")]
+    )
+    specops.project(model, CLIP)  # statistics that no batch has been averaged into
+    dense = model.get_layer("dense").kernel
+    dense.assign(9.0 * dense.value)
+    model(np.ones((8, 3), "float32"), training=True)
+    specops.project(model, specops.Monitor())
+    with pytest.warns(CautionWarning, match=r"project\(\).*norm.*training=True"):
+        specops.project(model, CLIP)
+    specops.project(model, CLIP)  # inside already
+    model.get_layer("norm").trainable = False  # a fixed map, in training as well
+    dense.assign(9.0 * dense.value)
+    specops.project(model, CLIP)
