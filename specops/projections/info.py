@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from specops import arrays
-from specops.typing import Array
+from specops.errors import StateError
+from specops.typing import Array, State
+
+
+def given_state(state: Any) -> State:
+    """The state to start from, empty if there is none.
+
+    Raises
+    ------
+    StateError
+        No dict: the record that holds it, perhaps.
+    """
+    if state is not None and not isinstance(state, Mapping):
+        raise StateError(
+            f"state must be None or a dict, the info.state of an earlier call, got "
+            f"{type(state).__name__}"
+        )
+    return dict(state or {})
 
 
 @arrays.record("constrained")

@@ -9,7 +9,7 @@ from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import check_bound, integer, nan_without, non_negative
 from specops.linalg.clip_concrete import METHODS as MATRIX_METHODS
 from specops.maps.prepare import prepare
-from specops.projections.info import ProjectionInfo
+from specops.projections.info import ProjectionInfo, given_state
 from specops.projections.kernels.ball import METHODS as KERNEL_METHODS
 from specops.projections.kernels.ball import project_kernel
 from specops.projections.kernels.solution import Tolerance
@@ -186,6 +186,7 @@ def project_spectral_ball(
     distance_tolerance = non_negative(distance_tolerance, "distance_tolerance")
     if iterations is not None:
         iterations = integer(iterations, "iterations", least=1)
+    start = given_state(state)
     given = prepare(w, geometry)
     measure = return_info and measure_norms
     methods = _METHODS[type(given.geometry)]
@@ -203,12 +204,12 @@ def project_spectral_ball(
             method=method,
             iterations=iterations,
             tolerance=tolerance,
-            state=state or {},
+            state=start,
             measure=measure,
         )
     else:
         result, info = project_matrices(
-            given, w, max_norm, method=method, state=state or {}, measure=measure
+            given, w, max_norm, method=method, state=start, measure=measure
         )
     result = nan_without(max_norm, result)
     return (result, info) if return_info else result

@@ -9,7 +9,7 @@ from specops import arrays
 from specops.geometry import Conv, Geometry
 from specops.geometry.arguments import integer, nan_without, number_where
 from specops.maps.prepare import prepare
-from specops.projections.info import StableRankInfo
+from specops.projections.info import StableRankInfo, given_state
 from specops.projections.kernels.stable_rank import project_kernel
 from specops.projections.matrices.stable_rank import project_matrices
 from specops.typing import Array, State
@@ -133,11 +133,12 @@ def project_stable_rank(
     """
     ratio, target = check_stable_rank(ratio, target)
     preserve = integer(preserve, "preserve", least=0)
+    start = given_state(state)
     given = prepare(w, geometry)
     if isinstance(given.geometry, Conv):
-        result, info = project_kernel(given, w, ratio, target, preserve, state)
+        result, info = project_kernel(given, w, ratio, target, preserve, start)
     else:
-        result, info = project_matrices(given, w, ratio, target, preserve, state)
+        result, info = project_matrices(given, w, ratio, target, preserve, start)
     result = nan_without(target if ratio is None else ratio, result)
     return (result, info) if return_info else result
 

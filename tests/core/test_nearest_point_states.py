@@ -150,3 +150,17 @@ def test_wrong_states_of_a_matrix_are_refused() -> None:
             specops.project_spectral_ball(w, 1.0, state={"vectors0": vectors})
     with pytest.raises(ValueError, match="state of another geometry"):
         specops.project_spectral_ball(w, 1.0, state={"vectors1": np.eye(48)[:, :8]})
+
+
+@pytest.mark.parametrize("project", ["project_spectral_ball", "project_stable_rank"])
+@pytest.mark.parametrize(
+    "wrong", ["info", 5, [np.eye(3)], np.eye(3)], ids=lambda x: type(x).__name__
+)
+def test_a_state_is_a_dict(project: str, wrong: Any) -> None:
+    bound = {"max_norm": 0.5} if project == "project_spectral_ball" else {"ratio": 0.5}
+    w = np.diag([3.0, 2.0, 1.0])
+    act = getattr(specops, project)
+    given = act(w, **bound, return_info=True)[1] if isinstance(wrong, str) else wrong
+    message = rf"state must be None or a dict, .*info\.state.*, got {type(given).__name__}"
+    with pytest.raises(specops.errors.StateError, match=message):
+        act(w, **bound, state=given)

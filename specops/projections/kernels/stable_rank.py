@@ -35,7 +35,7 @@ def project_kernel(
     ratio: Any,
     target: Any,
     preserve: int,
-    state: State | None,
+    state: State,
 ) -> tuple[Array, StableRankInfo]:
     """(the weight of stable rank at most r, what happened)."""
     geometry = given.geometry
@@ -50,7 +50,6 @@ def project_kernel(
         raise UnsupportedGeometryError(
             "Conv(input_shape=None) has no single stable rank: name the input_shape"
         )
-    state = dict(state or {})
     limit = rank_limit(xp, ratio, target, min(sizes.matrix_shape()), given.w)
     tolerance = rank_tolerance(w.dtype, given.w.dtype)
     direction, v = leading_direction(xp, geometry.kernel(given.w), sizes, state.pop("v", None))

@@ -26,14 +26,13 @@ def project_matrices(
     ratio: Any,
     target: Any,
     preserve: int,
-    state: State | None,
+    state: State,
 ) -> tuple[Array, StableRankInfo]:
     """(the weight of stable rank at most r, what happened)."""
     geometry = given.geometry
     assert isinstance(geometry, Dense)
     xp, blocks = given.xp, matrix_blocks(given)
     names = ["v"] if geometry.splits is None else [f"v{i}" for i in range(len(blocks))]
-    state = dict(state or {})
     kept, new_state = geometry.blocks(w), {}
     matrices, parts, rounds = [], [], 0
     for name, block, old in zip(names, blocks, kept, strict=True):
