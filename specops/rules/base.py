@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import check_bound
@@ -14,6 +14,21 @@ from specops.typing import Array, State
 Figures = dict[str, Array]
 Schedule = Callable[[int, str, Geometry], float]
 Stage = Literal["weights", "gradients", "forward"]
+
+
+def check_stages(stages: Any) -> tuple[Stage, ...]:
+    """Those that an adapter claims.
+
+    Raises
+    ------
+    TypeError
+        None, others than there are, or no tuple of them, as ``("weights")`` is none.
+    """
+    if not isinstance(stages, tuple) or not stages or not set(stages) <= set(get_args(Stage)):
+        raise TypeError(
+            f"stages must be a tuple of 'weights', 'gradients' and 'forward', got {stages!r}"
+        )
+    return stages
 
 
 @runtime_checkable

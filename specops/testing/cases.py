@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from specops.geometry import Geometry
-from specops.rules.base import Stage
+from specops.rules.base import Stage, check_stages
 from specops.training.report import Report
 
 
@@ -49,6 +49,9 @@ class Capabilities:
     nonfinite_within: int = 1
     convolutions: bool = True
     refuses_nonfinite: type[Exception] | None = None
+
+    def __post_init__(self) -> None:
+        check_stages(self.stages)
 
 
 @dataclass(frozen=True)

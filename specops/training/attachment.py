@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar, cast
 from specops import arrays
 from specops.errors import AdapterError, SpecopsError
 from specops.geometry import Geometry
-from specops.rules.base import Stage
+from specops.rules.base import Stage, check_stages
 from specops.training.assigned import check_saved, check_stage, inactive
 from specops.training.assigning import assigned
 from specops.training.constrained import Constrained
@@ -84,7 +84,7 @@ class BaseAttachment(ABC, Generic[C]):
 
     def check_rule(self, rule: Any) -> None:
         """Raise `AdapterError` if the adapter cannot run such a rule; None passes."""
-        check_stage(rule, {stage: _NEEDS[stage] for stage in self.stages})
+        check_stage(rule, {stage: _NEEDS[stage] for stage in check_stages(self.stages)})
         if rule is not None and rule.stage == "forward" and rule.trained_scale() is not None:
             raise AdapterError(
                 f"{rule!r}: arrays have no automatic differentiation to train a scale with; give a "

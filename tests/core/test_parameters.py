@@ -10,6 +10,7 @@ import pytest
 
 import specops
 from specops.authors import AdapterError, BaseAttachment, Parameter, Weight
+from specops.testing import Capabilities
 
 
 class Entry(Parameter):
@@ -56,3 +57,14 @@ def test_an_attachment_that_was_not_assigned_says_so() -> None:
     attachment.detach()
     with pytest.raises(AdapterError, match="detached"):
         attachment.step()
+
+
+@pytest.mark.parametrize("stages", [(), ("weight",), "weights"], ids=["none", "typo", "no tuple"])
+def test_stages_that_there_are_not_are_refused(stages: Any) -> None:
+    message = r"stages must be a tuple of 'weights', 'gradients' and 'forward', got"
+    attachment = Listed([Entry({"a": np.eye(3)}, "a", "a")])
+    attachment.stages = stages
+    with pytest.raises(TypeError, match=message):
+        attachment.assign()
+    with pytest.raises(TypeError, match=message):
+        Capabilities(stages=stages)
