@@ -10,6 +10,7 @@ import jax
 from specops import arrays
 from specops.arrays import truth
 from specops.errors import NonFiniteError, SpecopsError
+from specops.rules.base import check_result
 from specops_jax.program import Item
 
 
@@ -40,10 +41,14 @@ def checked(item: Item, weight: Any, state: Any, step: Any) -> tuple[Any, Any, A
 
 def updated(item: Item, weight: Any, state: Any, step: Any) -> Any:
     """What the rule's `update` gives."""
-    return acting(
-        item,
-        lambda: item.rule.update(weight, item.geometry, state, step=step, name=item.name),
-    )
+
+    def update() -> Any:
+        given = item.rule.update(weight, item.geometry, state, step=step, name=item.name)
+        if item.rule.stage != "forward":
+            check_result(item.rule, given[0], weight)
+        return given
+
+    return acting(item, update)
 
 
 def unchanged(item: Item, weight: Any) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
+from specops.errors import UnsupportedArrayError
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import check_bound
 from specops.typing import Array, State
@@ -29,6 +30,23 @@ def check_stages(stages: Any) -> tuple[Stage, ...]:
             f"stages must be a tuple of 'weights', 'gradients' and 'forward', got {stages!r}"
         )
     return stages
+
+
+def check_result(rule: Any, array: Any, weight: Array) -> None:
+    """Raise unless what an `update` gave could be written, or added: numbers would be repeated.
+
+    Raises
+    ------
+    UnsupportedArrayError
+        No array, or one of another shape than the weight.
+    """
+    shape = getattr(array, "shape", None)
+    if shape is None or tuple(shape) != tuple(weight.shape):
+        given = type(array).__name__ if shape is None else f"an array of shape {tuple(shape)}"
+        raise UnsupportedArrayError(
+            f"{rule!r} gave {given} for a weight of shape {tuple(weight.shape)}: the first of what "
+            f"update() returns has to be an array of the weight's shape"
+        )
 
 
 @runtime_checkable

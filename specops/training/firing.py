@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
 from specops.errors import NonFiniteError, NonFiniteWarning, SpecopsError
+from specops.rules.base import check_result
 from specops.training.cautions import caution
 from specops.training.constrained import UNSEEN, Constrained
 from specops.training.outcome import Outcome
@@ -50,6 +51,8 @@ class Firing(Generic[C]):
                 reason = c.why_not(weight)
                 if not reason:
                     array, state, figures = c.act(weight, step, certain=certain)
+                    if c.stage != "forward":
+                        check_result(c.rule, array, weight)
                     c.misfit = ""
                     return Outcome(c, weight, array, state, record | figures)
             if reason == UNSEEN and c.stage == "weights":

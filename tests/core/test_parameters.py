@@ -1,4 +1,4 @@
-"""What authors of adapters get wrong about their parameters is said."""
+"""What authors of adapters and of rules get wrong is said."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 import specops
-from specops.authors import AdapterError, BaseAttachment, Parameter, Weight
+from specops.authors import AdapterError, BaseAttachment, Parameter, UnsupportedArrayError, Weight
 from specops.testing import Capabilities
+
+CLIP = specops.ClipSpectralNorm(1.0)
 
 
 class Entry(Parameter):
@@ -31,8 +33,8 @@ class Entry(Parameter):
 class Listed(BaseAttachment[Any]):
     """Of the parameters that it is given."""
 
-    def __init__(self, parameters: Sequence[Entry]) -> None:
-        super().__init__(specops.Plan([("*", specops.ClipSpectralNorm(1.0))]))
+    def __init__(self, parameters: Sequence[Entry], rule: Any = CLIP) -> None:
+        super().__init__(specops.Plan([("*", rule)]))
         self.listed = parameters
 
     def parameters(self) -> Sequence[Entry]:
@@ -68,3 +70,34 @@ def test_stages_that_there_are_not_are_refused(stages: Any) -> None:
         attachment.assign()
     with pytest.raises(TypeError, match=message):
         Capabilities(stages=stages)
+
+
+class Gives:
+    """A rule of others that returns what it should not, of one weight."""
+
+    def __init__(self, stage: str, wrong: Any) -> None:
+        self.stage, self.wrong = stage, wrong
+
+    def init(self, weight: Any, geometry: Any, name: str) -> dict[str, Any]:
+        return {}
+
+    def update(self, weight: Any, geometry: Any, state: Any, *, name: str = "", **_: Any) -> Any:
+        return self.wrong if name == "b" else 0.5 * weight, state, {}
+
+
+WRONG = {"turned": np.ones((4, 3)), "a row": np.ones(4), "a number": 0.5, "a list": [[1.0]]}
+
+
+@pytest.mark.parametrize("stage", ["weights", "gradients"])
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
+def test_what_a_rule_gives_has_the_shape_of_the_weight(stage: str, wrong: Any) -> None:
+    arrays = {key: np.ones((3, 4)) for key in "ab"}
+    attachment = Listed([Entry(arrays, key, key) for key in arrays], Gives(stage, wrong))
+    attachment.stages = (stage,)
+    attachment.assign()
+    gradients = {key: np.zeros((3, 4)) for key in arrays}
+    message = r"^b at step 1: .*Gives.* gave .* for a weight of shape \(3, 4\)"
+    with pytest.raises(UnsupportedArrayError, match=message):
+        attachment.step() if stage == "weights" else attachment.before_step(gradients)
+    assert all(np.all(a == 1.0) for a in arrays.values())
+    assert not any(g.any() for g in gradients.values())
