@@ -111,6 +111,11 @@ class Location(Parameter):
         if self.recorder is not None and sizes is not None:
             self.recorder.load(sizes)
 
+    def see_also(self, sizes: Any) -> None:
+        """Take in what a recorder of the same layer knows elsewhere."""
+        if self.recorder is not None and sizes is not None:
+            self.recorder.merge(sizes)
+
     def saved(self, value: torch.Tensor) -> torch.Tensor:
         """A copy where it is."""
         return value.clone()

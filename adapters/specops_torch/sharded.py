@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from specops.errors import AdapterError
+from specops_torch.collectives import about, objects
 from specops_torch.pieces import is_sharded, layouts
 from specops_torch.shared import SharedLocation
 
@@ -86,6 +87,23 @@ def settle(locations: Sequence[Any], groups: dict[Any, Any]) -> None:
     found = layouts([(x.weight.name, x.parameter) for x in new], groups)
     for x, layout in zip(new, found, strict=True):
         x.learn(layout)
+
+
+def agree_on_sizes(locations: Sequence[ShardedLocation]) -> None:
+    """Let every rank know the largest input that any has met; all ranks call it alike.
+
+    Of one weight there is one operator, whichever rank owns it, and batches differ in size.
+    """
+    by_group: dict[int, list[ShardedLocation]] = {}
+    for x in locations:
+        if x.recorder is not None:
+            by_group.setdefault(id(x.known.group), []).append(x)
+    for members in by_group.values():
+        with about([x.weight.name for x in members]):
+            everybody = objects([x.sizes() for x in members], members[0].known.group)
+        for theirs in everybody:
+            for x, sizes in zip(members, theirs, strict=True):
+                x.see_also(sizes)
 
 
 def reshard(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from specops.errors import AdapterError, SpecopsError
+from specops.geometry import Dense
 from specops.training.firing import Firing, NonFinitePolicy
 from specops.training.outcome import Outcome
 from specops_torch.collectives import about, highest
@@ -17,6 +18,7 @@ from specops_torch.constrained import Constrained
 from specops_torch.owners import Found, shared
 from specops_torch.products import multiplied
 from specops_torch.replicated import check_sizes
+from specops_torch.sharded import agree_on_sizes
 from specops_torch.sharded_constrained import ShardedConstrained
 from specops_torch.shared_constrained import SharedConstrained
 from specops_torch.stale_statistics import relative_change
@@ -49,6 +51,7 @@ class ShardedFiring(Firing[Constrained]):
         if not sharded:
             return super().compute(due, step, certain=certain)
         check_sizes(sharded)
+        agree_on_sizes([c.location for c in sharded if _follows_size(c)])
         active = [c for c in sharded if not c.waits]
         rest = active if certain else _by_products(active, step)
         found = {c.name: o for c, o in zip(rest, self._owned(rest, step, certain), strict=True)}
@@ -88,6 +91,7 @@ class ShardedFiring(Firing[Constrained]):
 def measured(constrained: Sequence[Constrained], measure: Measure) -> dict[str, dict[str, Any]]:
     """What is measured of each weight, by name; of sharded ones each by its owner."""
     sharded = [c for c in constrained if isinstance(c, ShardedConstrained)]
+    agree_on_sizes([c.location for c in sharded])
     told = shared(
         [c.location for c in sharded],
         lambda at: Found(None, measure(sharded[at])),
@@ -95,6 +99,11 @@ def measured(constrained: Sequence[Constrained], measure: Measure) -> dict[str, 
     )
     found = {c.name: one.told for c, one in zip(sharded, told, strict=True)}
     return {c.name: found.get(c.name) or measure(c) for c in constrained}
+
+
+def _follows_size(c: SharedConstrained) -> bool:
+    """Whether its rule is about an operator, which a convolution is of each size another."""
+    return isinstance(c, ShardedConstrained) and not isinstance(c.rule.view(c.geometry), Dense)
 
 
 def _outcome(c: SharedConstrained, found: Found) -> Outcome[Constrained]:

@@ -35,10 +35,7 @@ class SizeRecorder:
         seen = tuple(int(n) for n in seen)
         if module.transposed:
             self._record_output_padding(module, seen, tuple(output.shape[-ndim:]))
-        if self.input_shape is not None and seen != self.input_shape:
-            self.varies = True
-            seen = tuple(max(a, b) for a, b in zip(seen, self.input_shape, strict=True))
-        self.input_shape = seen
+        self._record(seen)
 
     def before(self, module: Any, args: Any, kwargs: Any) -> None:
         """Learn the first input's size already before the forward pass."""
@@ -69,6 +66,25 @@ class SizeRecorder:
             setattr(self, key, None if value is None else tuple(value))
         self.varies = state["varies"]
 
+    def merge(self, state: dict[str, Any]) -> None:
+        """Take in what the same layer has met elsewhere: the `state` of another recorder."""
+        if state["input_shape"] is not None:
+            self._record(tuple(state["input_shape"]))
+        if state["output_padding"] is not None:
+            self._record_extra(tuple(state["output_padding"]))
+        self.varies = self.varies or state["varies"]
+
+    def _record(self, seen: tuple[int, ...]) -> None:
+        if self.input_shape is not None and seen != self.input_shape:
+            self.varies = True
+            seen = _largest(seen, self.input_shape)
+        self.input_shape = seen
+
+    def _record_extra(self, extra: tuple[int, ...]) -> None:
+        if self.output_padding is not None:
+            extra = _largest(extra, self.output_padding)
+        self.output_padding = extra
+
     def _record_output_padding(
         self, module: Any, seen: tuple[int, ...], produced: tuple[int, ...]
     ) -> None:
@@ -82,6 +98,8 @@ class SizeRecorder:
             strict=True,
         )
         extra = tuple(int(o - ((n - 1) * s + d * (k - 1) + 1 - 2 * p)) for n, o, k, s, d, p in axes)
-        if self.output_padding is not None:
-            extra = tuple(max(a, b) for a, b in zip(extra, self.output_padding, strict=True))
-        self.output_padding = extra
+        self._record_extra(extra)
+
+
+def _largest(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(map(max, a, b))

@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 from torch import distributed as dist
+from torch import nn
 from torch.distributed.tensor import (
     Shard,
     distribute_module,
@@ -21,6 +22,7 @@ import specops
 from specops import (
     ClipAndCut,
     ClipSpectralNorm,
+    Conv,
     Dense,
     Monitor,
     NormalizeIfAbove,
@@ -68,6 +70,31 @@ def rules_on_kernels(_: Path) -> None:
     """Whose states are large."""
     for rule in (ClipSpectralNorm(0.5), ClipAndCut(0.5)):
         compare(conv, fsdp, rule, 0.0, steps=2)
+
+
+def kernels_of_batches_of_many_sizes(_: Path) -> None:
+    """The largest input that any rank has met counts on all, whichever owns the kernel."""
+    for rule in (
+        ClipSpectralNorm(1.0),
+        NormalizeIfAbove(1.0, norm="operator"),
+        SpectralNormalization(norm="operator"),
+    ):
+        model = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(4)))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(4.0)
+        model, size = fsdp(model), (3, 15)[dist.get_rank()]
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        attachment = specops.attach(optimizer, model, rule)
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.randn(1, 3, size, size)).square().mean().backward()
+            optimizer.step()
+        geometry = Conv((15, 15), padding=1)
+        for name, used in attachment.weights().items():
+            w = used.full_tensor() if hasattr(used, "full_tensor") else used
+            assert float(specops.spectral_norm(w.detach(), geometry)) < 1.01, (rule, name)
+        assert set(attachment.geometries().values()) == {geometry}
 
 
 def a_firing_inside_moves_vectors(_: Path) -> None:
@@ -211,6 +238,7 @@ RANKS = 2
 CASES = (
     rules_on_weights,
     rules_on_kernels,
+    kernels_of_batches_of_many_sizes,
     a_firing_inside_moves_vectors,
     estimates_by_products,
     penalties,
