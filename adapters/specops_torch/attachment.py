@@ -68,8 +68,6 @@ class Attachment(BaseAttachment[Constrained]):
         self._forward_rules_began()
         self._liveness.seen(self._constrained)
 
-    # The plan
-
     def parameters(self) -> list[Location]:
         """Every parameter of the model."""
         return locate(self._model, self._followed.parameters, shared=self._replicas is not None)
@@ -122,6 +120,7 @@ class Attachment(BaseAttachment[Constrained]):
         """
         self.check_attached()
         if parameter is None:
+            self._scales.average()
             self._add_gradients(self.steps + 1, self.due("gradients", self.steps + 1))
             return
         for c in self._owners(parameter):
@@ -323,7 +322,7 @@ class Attachment(BaseAttachment[Constrained]):
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is not None:
             refuse_parts(due)
-            wrapped = searching(closure, self._constrained)
+            wrapped = self._scales.averaging(searching(closure, self._constrained))
             if due:
                 # The closure will erase what is added now.
                 outcomes = self._firing.compute(due, self.steps + 1)

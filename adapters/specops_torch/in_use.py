@@ -68,6 +68,8 @@ class InUse:
         """Whether an optimizer evaluates a closure: what it writes in between are its steps."""
         self.sharded = False
         """Whether the parameter is a DTensor, which layers meet brought together."""
+        self.reduced = False
+        """Whether `fully_shard` has sent the gradient that came together with the scale's."""
         self._loaded = False
         self._own: torch.Tensor | None = None
         self._written: tuple[int, int] | None = None
@@ -115,10 +117,11 @@ class InUse:
     def _clear_scale(self, raw: torch.Tensor) -> None:
         """``model.zero_grad()`` does not know trained scales: they follow their weight."""
         scale = self.overrides.get("scale")
-        if scale is None or not scale.is_leaf or scale.grad is None or not self._is_own(raw):
+        if scale is None or not scale.is_leaf or not self._is_own(raw):
             return
-        if all(map(_is_reset, self.sharing or [raw])):
-            scale.grad = None
+        waits = self.sharded and not self.reduced
+        if scale.grad is None or (not waits and all(map(_is_reset, self.sharing or [raw]))):
+            scale.grad, self.reduced = None, False
 
     def _used(self, raw: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():

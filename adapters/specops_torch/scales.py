@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -84,6 +84,17 @@ class Scales:
         left = {key: p for key, p in self.parameters.items() if id(p) not in own}
         self.parameters = left | moved
 
+    def averaging(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, whose gradients an optimizer uses as soon as it returns."""
+
+        def wrapped() -> Any:
+            loss = closure()
+            self.average()
+            return loss
+
+        return wrapped if self._layout is not None and self.parameters else closure
+
+    @torch.no_grad()
     def average(self) -> None:
         """Gradients over the ranks, as `fully_shard` does those of layers."""
         given = [p.grad for p in self.parameters.values() if p.grad is not None]

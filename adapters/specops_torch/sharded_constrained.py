@@ -56,6 +56,7 @@ class ShardedConstrained(SharedConstrained):
         self.location.held = parameter.held
         if self.in_use is not None and self.in_use.is_replaced(parameter.held):
             self.in_use.wait_for(parameter.held)
+            self._watch_gradient()
 
     def refuse_sharded(self, model: nn.Module) -> None:
         """It was so from the beginning."""
@@ -106,6 +107,7 @@ class ShardedConstrained(SharedConstrained):
         in_use = self.make_in_use()
         in_use.wait_for(self.location.parameter)
         self.read_through(in_use)
+        self._watch_gradient()
 
     def used(self, step: int = 1) -> torch.Tensor:
         """The weight as its layers use it: of a forward rule the whole, by a collective."""
@@ -113,6 +115,18 @@ class ShardedConstrained(SharedConstrained):
         if self.in_use is None or not self.answering:
             return x.read() if x.whole is not None else x.parameter
         return self.in_use.of_whole(x.gathered() if x.whole is None else x.whole)
+
+    def _watch_gradient(self) -> None:
+        """Between backward passes that are accumulated `fully_shard` shows none."""
+        in_use = self.in_use
+        if in_use is None or self.forward_rule.trained_scale() is None:
+            return
+
+        def reduced(_: Any) -> None:
+            in_use.reduced = True
+
+        hook = self.location.parameter.register_post_accumulate_grad_hook(reduced)
+        self.handles.append(hook)
 
     def _refuse_parts(self) -> None:
         x = self.location

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import (
     Shard,
     distribute_module,
@@ -158,24 +160,60 @@ def forward_rules(_: Path) -> None:
 
 
 def scales_that_are_trained(_: Path) -> None:
-    """By the mean over batches, of which each rank has its own."""
-    rule = SpectralNormalization(norm="reshaped", scale=TrainableScale(1.5))
-    plain = chain()
-    model = fsdp(copy.deepcopy(plain))
-    x = batch(plain)
-    found = []
-    for m, given in ((plain, x), (model, x.chunk(2)[dist.get_rank()])):
-        optimizer = torch.optim.SGD(m.parameters(), lr=0.1)
-        with mock.patch("specops_torch.scales._is_distributed", return_value=m is model):
-            attachment = specops.attach(optimizer, m, rule)
-        for _ in range(3):
-            optimizer.zero_grad()
-            m(given).square().mean().backward()
-            optimizer.step()
-        found.append({name: p.detach() for name, p in attachment.scales.items()})
-    same(found[1], found[0], 1e-5)
-    same(whole(model), whole(plain), 1e-5)
-    assert abs(float(found[0]["0.weight"]) - 1.5) > 1e-2
+    """By the mean over batches, of which each rank has its own, however steps are taken."""
+    for how in ("hooks", "closure", "by hand"):
+        plain = chain()
+        model, x = fsdp(copy.deepcopy(plain)), batch(plain)
+        found = [
+            _scales(m, [given], how)
+            for m, given in ((plain, x), (model, x.chunk(2)[dist.get_rank()]))
+        ]
+        same(found[1], found[0], 1e-5)
+        same(whole(model), whole(plain), 1e-5)
+        assert abs(float(found[0]["0.weight"]) - 1.5) > 1e-2
+
+
+def scales_of_accumulated_gradients(_: Path) -> None:
+    """Those that wait to be sent count; those that were sent and reset do not."""
+    halves = batch(chain()).split(2)
+    for shared in (False, True):
+        found = [_scales(m, halves, "hooks", shared) for m in (chain(), fsdp(chain()))]
+        same(found[1], found[0], 1e-5)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    rounded = _scales(fsdp(chain(), mp_policy=policy), halves, "hooks", shared)
+    same(rounded, found[0], 1e-2)
+
+
+def _scales(model: nn.Module, parts: Any, how: str, shared: bool = False) -> dict[str, Any]:
+    """Trained for three steps, each of several backward passes, the last of which sends."""
+    is_sharded = hasattr(model, "set_requires_gradient_sync")
+    rule = SpectralNormalization(norm="reshaped", scale=TrainableScale(1.5, shared=shared))
+    by_hand = how == "by hand"
+    optimizer = None if by_hand else torch.optim.SGD(model.parameters(), lr=0.1)
+    with mock.patch("specops_torch.scales._is_distributed", return_value=is_sharded):
+        attachment = specops.attach(optimizer, model, rule)
+    if by_hand:
+        optimizer = torch.optim.SGD([*model.parameters(), *attachment.scales.values()], lr=0.1)
+
+    def backward() -> None:
+        (model if how == "hooks" else optimizer).zero_grad()
+        for i, part in enumerate(parts):
+            if is_sharded:
+                model.set_requires_gradient_sync(i == len(parts) - 1)
+            model(part).square().mean().backward()
+
+    for _ in range(3):
+        if how == "closure":
+            optimizer.step(backward)
+            continue
+        model(2 * parts[0]).square().mean().backward()
+        backward()
+        if by_hand:
+            attachment.before_step()
+        optimizer.step()
+        if by_hand:
+            attachment.step()
+    return {name: p.detach() for name, p in attachment.scales.items()}
 
 
 def tensor_parallel(_: Path) -> None:
@@ -244,6 +282,7 @@ CASES = (
     penalties,
     forward_rules,
     scales_that_are_trained,
+    scales_of_accumulated_gradients,
     tensor_parallel,
     replicated,
     not_finite,
