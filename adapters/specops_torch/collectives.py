@@ -17,6 +17,12 @@ _PREFIX = 16
 """Bytes of two integers: how long a message is, and how long the description in it."""
 
 
+def is_distributed() -> bool:
+    """Whether there are other ranks."""
+    known = dist.is_available() and dist.is_initialized()
+    return bool(known and dist.get_world_size() > 1)
+
+
 def byte_size(shape: Sequence[int], dtype: torch.dtype) -> int:
     """Of a tensor, filled up."""
     return _filled(math.prod(shape) * dtype.itemsize)

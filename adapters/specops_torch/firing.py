@@ -9,7 +9,7 @@ import torch
 
 from specops.errors import AdapterError
 from specops.training.outcome import Outcome
-from specops_torch.collectives import highest
+from specops_torch.collectives import highest, is_distributed
 from specops_torch.constrained import Constrained
 from specops_torch.sharded_constrained import ShardedConstrained
 
@@ -67,6 +67,8 @@ def check_ran(constrained: Sequence[Constrained]) -> None:
             layout = c.location.known
             own = int(bool(gradient.to_local().any()))
             (used,) = highest([own], layout.group, layout.device)
+        elif is_distributed():
+            continue  # DDP gives every rank the gradients of layers that ran on any
         else:
             used = int(bool(gradient.any()))
         if used:

@@ -11,7 +11,7 @@ from torch import nn
 
 from specops.errors import AdapterError
 from specops.training.cautions import caution
-from specops_torch.collectives import added
+from specops_torch.collectives import added, is_distributed
 from specops_torch.constrained import Constrained
 from specops_torch.optimizer_hooks import maximized
 from specops_torch.pieces import Layout
@@ -53,7 +53,7 @@ class Scales:
                 if isinstance(c, ShardedConstrained):
                     self._layout = c.location.layout
                 c.in_use.sharing = [o.location.parameter for o in sharing]
-        if new and self._layout is None and _is_distributed():
+        if new and self._layout is None and is_distributed():
             caution(
                 f"{len(new)} trainable scales are no parameters of the model, so that DDP does not "
                 f"average their gradients: all-reduce those of attachment.scales before each step, "
@@ -177,10 +177,3 @@ def _drop_copies(optimizer: Any) -> None:
         for p in group["params"]:
             optimizer.state.pop(p, None)
     optimizer.param_groups[:] = kept
-
-
-def _is_distributed() -> bool:
-    distributed = torch.distributed
-    if not distributed.is_available() or not distributed.is_initialized():
-        return False
-    return bool(distributed.get_world_size() > 1)

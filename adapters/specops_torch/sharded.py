@@ -89,14 +89,14 @@ def settle(locations: Sequence[Any], groups: dict[Any, Any]) -> None:
         x.learn(layout)
 
 
-def agree_on_sizes(locations: Sequence[ShardedLocation]) -> None:
+def agree_on_sizes(locations: Sequence[SharedLocation]) -> None:
     """Let every rank know the largest input that any has met; all ranks call it alike.
 
     Of one weight there is one operator, whichever rank owns it, and batches differ in size.
     """
     by_group: dict[int, list[ShardedLocation]] = {}
     for x in locations:
-        if x.recorder is not None:
+        if isinstance(x, ShardedLocation) and x.recorder is not None:
             by_group.setdefault(id(x.known.group), []).append(x)
     for members in by_group.values():
         with about([x.weight.name for x in members]):

@@ -103,7 +103,7 @@ def measured(constrained: Sequence[Constrained], measure: Measure) -> dict[str, 
 
 def _follows_size(c: SharedConstrained) -> bool:
     """Whether its rule is about an operator, which a convolution is of each size another."""
-    return isinstance(c, ShardedConstrained) and not isinstance(c.rule.view(c.geometry), Dense)
+    return not isinstance(c.rule.view(c.geometry), Dense)
 
 
 def _outcome(c: SharedConstrained, found: Found) -> Outcome[Constrained]:

@@ -190,7 +190,7 @@ def _scales(model: nn.Module, parts: Any, how: str, shared: bool = False) -> dic
     rule = SpectralNormalization(norm="reshaped", scale=TrainableScale(1.5, shared=shared))
     by_hand = how == "by hand"
     optimizer = None if by_hand else torch.optim.SGD(model.parameters(), lr=0.1)
-    with mock.patch("specops_torch.scales._is_distributed", return_value=is_sharded):
+    with mock.patch("specops_torch.scales.is_distributed", return_value=is_sharded):
         attachment = specops.attach(optimizer, model, rule)
     if by_hand:
         optimizer = torch.optim.SGD([*model.parameters(), *attachment.scales.values()], lr=0.1)

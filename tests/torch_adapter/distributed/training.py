@@ -211,6 +211,23 @@ def replicas(_: Path) -> None:
                 assert torch.equal(*both), (rule, zero, name)
 
 
+class _Skipping(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) if dist.get_rank() == 0 else self[0](x)
+
+
+def layers_that_run_on_some_ranks(_: Path) -> None:
+    """Their gradients reach the others, whose forward passes have left them out."""
+    for rule in (SpectralNormalization(norm="reshaped"), SpectralNormPenalty(0.1, norm="reshaped")):
+        inner = _Skipping(nn.Linear(6, 6), nn.Linear(6, 6))
+        model = nn.parallel.DistributedDataParallel(inner, find_unused_parameters=True)
+        train(model, rule)[0].detach(fold=True)
+        for name, p in model.named_parameters():
+            both = [torch.empty_like(p) for _ in range(2)]
+            dist.all_gather(both, p.detach())
+            assert torch.equal(*both), (rule, name)
+
+
 def owned_replicas(_: Path) -> None:
     """With a group each rank decomposes some layers, and all end where one alone would."""
     rules = (
@@ -300,6 +317,7 @@ CASES = (
     refused,
     failures_reach_all_ranks,
     replicas,
+    layers_that_run_on_some_ranks,
     owned_replicas,
     saved,
     example,
