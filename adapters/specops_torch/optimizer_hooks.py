@@ -22,11 +22,16 @@ class Followed:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer | None) -> None:
-        if optimizer is not None and not hasattr(optimizer, "register_step_post_hook"):
+        try:
+            if optimizer is not None:
+                # Wrappers may inherit the method without what it needs.
+                optimizer.register_step_post_hook(_nothing).remove()
+        except AttributeError:
             raise AdapterError(
-                f"{type(optimizer).__name__} is no torch optimizer: pass the wrapped one "
-                f"(accelerate: .optimizer), or None and call attachment.step() yourself"
-            )
+                f"{type(optimizer).__name__} is no torch optimizer that takes hooks: pass the "
+                f"wrapped one (accelerate: .optimizer; PostLocalSGDOptimizer: .optim), or None and "
+                f"call attachment.step() yourself"
+            ) from None
         self.optimizer = optimizer
         self._hooks: list[Any] = []
         self.look()
@@ -62,12 +67,15 @@ class Followed:
             ]
 
     def _outermost(self, act: Callable[..., Any]) -> Callable[..., Any]:
-        """Without the steps that a subclass takes within its own, by ``super().step()``."""
+        """Without the steps that a subclass takes within its own, by ``super().step()``, and
+        without those that only make an optimizer's state."""
         kinds = type(self.optimizer).__mro__
         nests = sum("step" in vars(kind) for kind in kinds) > 2  # `Optimizer` has one, too
 
-        def once(*args: Any) -> Any:
-            return None if nests and self._is_within_step() else act(*args)
+        def once(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+            if (nests and self._is_within_step()) or _makes_state(optimizer, kwargs):
+                return None
+            return act(optimizer, args, kwargs)
 
         disabled: Callable[..., Any] = torch.compiler.disable(once)
         return disabled
@@ -115,6 +123,20 @@ def overflowed(optimizer: torch.optim.Optimizer) -> bool:
     """Whether GradScaler found infinities: a fused optimizer runs its step nevertheless."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
+
+
+def _nothing(*_: Any) -> None:
+    """A hook."""
+
+
+def _makes_state(optimizer: torch.optim.Optimizer, kwargs: Any) -> bool:
+    """Whether it is a step of rate 0 as `torch.distributed.checkpoint` takes one to have a state.
+
+    It is recognised by its call; gradients, zeros then, may be zeros on one rank alone.
+    """
+    if "closure" not in kwargs or kwargs["closure"] is not None:
+        return False
+    return all(float(group.get("lr", 1.0)) == 0.0 for group in optimizer.param_groups)
 
 
 def maximized(optimizer: torch.optim.Optimizer) -> set[int]:

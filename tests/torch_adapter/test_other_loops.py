@@ -14,6 +14,7 @@ from specops import (
     SpectralNormalization,
     SpectralNormPenalty,
     TrainableScale,
+    errors,
 )
 from tests.torch_adapter.models import FORWARD, backward, batch, network, same, sgd, top, train
 
@@ -165,6 +166,37 @@ class Within(torch.optim.SGD):
         if self.fails:
             raise ArithmeticError
         return super().step(closure)
+
+
+class Wrapping(torch.optim.Optimizer):
+    """As those of accelerate and of `torch.distributed.optim`: it is no optimizer of its own."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optim, self.param_groups = optimizer, optimizer.param_groups
+
+
+@pytest.mark.parametrize("rule", [ClipSpectralNorm(1.0), FORWARD["reshaped"]])
+def test_an_optimizer_around_another_is_refused_by_name(rule: Any) -> None:
+    model = network()
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(errors.AdapterError, match=r"Wrapping is no .*: pass the wrapped one"):
+        specops.attach(Wrapping(sgd(model)), model, rule)
+    assert [type(module) for module in model.modules()] == kinds
+
+
+@pytest.mark.parametrize("rule", [ClipSpectralNorm(0.1), PENALTY, FORWARD["reshaped"]])
+def test_a_step_that_makes_the_optimizer_s_state_is_none(rule: Any) -> None:
+    checkpoint = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters())
+    attachment = specops.attach(optimizer, model, rule)
+    before = copy.deepcopy(model)
+    checkpoint.get_optimizer_state_dict(model, optimizer)
+    assert optimizer.state
+    assert (attachment.steps, attachment.history) == (0, [])
+    assert same(model, before)
+    train(model, optimizer, 1)
+    assert attachment.steps == 1
 
 
 @pytest.mark.parametrize("closed", [False, True], ids=["", "closure"])
