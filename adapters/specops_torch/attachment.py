@@ -218,12 +218,12 @@ class Attachment(BaseAttachment[Constrained]):
 
     def measured(self, constrained: Sequence[Constrained]) -> dict[str, dict[str, Any]]:
         """What a report says of weights, and of them with the batch normalisation behind them."""
-        normalized = behind(self._model) if constrained else {}
+        normalized = behind(self._model, {c.location.module for c in constrained})
         stale = set(self._statistics.stale().values()) if normalized else set()
 
         def measure(c: Constrained) -> dict[str, Any]:
-            following = normalized.get(id(c.location.module), [])
-            return {**c.norm(following), "stale": not stale.isdisjoint(following)}
+            following = normalized.get(c.location.module, {})
+            return {**c.norm(following.values()), "stale": not stale.isdisjoint(following)}
 
         return measured(constrained, measure)
 

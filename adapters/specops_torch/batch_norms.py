@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +13,7 @@ from specops.errors import AdapterError
 from specops.geometry import Geometry
 from specops.training.report import measured_norm
 from specops_torch.geometry import CONVOLUTIONS
+from specops_torch.pieces import is_sharded
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -25,7 +26,10 @@ def diagonal(name: str, layer: Any) -> torch.Tensor:
             f"and is no linear map"
         )
     scale = torch.rsqrt(layer.running_var.detach().cpu().double() + layer.eps)
-    return scale if layer.weight is None else scale * layer.weight.detach().cpu().double()
+    if layer.weight is None:
+        return scale
+    weight = layer.weight.detach()
+    return scale * (weight.full_tensor() if is_sharded(weight) else weight).cpu().double()
 
 
 def scaled(layer: Any, w: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
@@ -38,25 +42,29 @@ def scaled(layer: Any, w: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     return w * factors.reshape(-1, *[1] * (w.ndim - 1))
 
 
-def behind(model: nn.Module) -> dict[int, list[nn.Module]]:
-    """By the id of a layer, the batch normalisations that are registered right after it.
+def behind(
+    model: nn.Module, layers: Collection[nn.Module]
+) -> dict[nn.Module, dict[nn.Module, torch.Tensor]]:
+    """By layer, the batch normalisations that are registered right after it, as diagonals.
 
     Networks that are not sequential may compute in another order: this is what blocks of one
-    convolution and one normalisation each, as ResNets have, look like.
+    convolution and one normalisation each, as ResNets have, look like. Sharded ones are brought
+    together, which all ranks do alike.
     """
-    found: dict[int, list[nn.Module]] = {}
+    found: dict[nn.Module, dict[nn.Module, torch.Tensor]] = {}
     for parent in model.modules():
         # Not `children`, which gives a shared layer once.
         for layer, following in pairwise(parent._modules.values()):
-            if isinstance(following, BATCH_NORMS):
+            if layer in layers and isinstance(following, BATCH_NORMS):
                 outputs = getattr(layer, "out_channels", getattr(layer, "out_features", None))
                 if outputs == following.num_features and following.running_var is not None:
-                    found.setdefault(id(layer), []).append(following)
+                    factors = diagonal(type(following).__name__, following)
+                    found.setdefault(layer, {})[following] = factors
     return found
 
 
 def norm_with(
-    layer: nn.Module, w: torch.Tensor, geometry: Geometry, following: Sequence[Any]
+    layer: nn.Module, w: torch.Tensor, geometry: Geometry, following: Iterable[torch.Tensor]
 ) -> float | None:
     """The norm of a layer and the normalisation behind it; None where it is not computed.
 
@@ -64,8 +72,5 @@ def norm_with(
     """
     if not isinstance(layer, (*CONVOLUTIONS, nn.Linear)):
         return None
-    norms = [
-        measured_norm(scaled(layer, w, diagonal(type(n).__name__, n)), geometry)["norm"]
-        for n in following
-    ]
+    norms = [measured_norm(scaled(layer, w, factors), geometry)["norm"] for factors in following]
     return max(norms, default=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cmath
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -273,7 +273,7 @@ class Constrained(training.Constrained[Location]):
                 value = torch.tensor(float(value), dtype=dtype, device=parameter.device)
             self.in_use.overrides[key] = value
 
-    def norm(self, following: Sequence[nn.Module]) -> dict[str, Any]:
+    def norm(self, following: Collection[torch.Tensor]) -> dict[str, Any]:
         """What a report says of it, and of it with the batch normalisation behind it, if any."""
         with torch.no_grad():
             w, geometry = self.used().detach(), self.geometry

@@ -159,6 +159,22 @@ def forward_rules(_: Path) -> None:
     same({"": model(batch(model)).detach()}, {"": wanted}, 1e-5)
 
 
+def reports_of_normalised_layers(_: Path) -> None:
+    """Batch normalisations are sharded, too."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2))
+    with torch.no_grad():
+        plain[1].weight.normal_()
+    found = []
+    for m in (plain, fsdp(copy.deepcopy(plain))):
+        attachment = specops.attach(None, m, ClipSpectralNorm(0.7))
+        m(torch.randn(8, 6, generator=torch.Generator().manual_seed(1)))
+        rows = attachment.report().rows
+        found.append({row.name: row.normalized for row in rows})
+    same(found[1], found[0], 1e-6)
+    assert found[0]["0.weight"] > 0.0
+
+
 def scales_that_are_trained(_: Path) -> None:
     """By the mean over batches, of which each rank has its own, however steps are taken."""
     for how in ("hooks", "closure", "by hand"):
@@ -281,6 +297,7 @@ CASES = (
     estimates_by_products,
     penalties,
     forward_rules,
+    reports_of_normalised_layers,
     scales_that_are_trained,
     scales_of_accumulated_gradients,
     tensor_parallel,
