@@ -18,6 +18,8 @@ from specops.training.declared import declared
 from specops_torch.evaluation import evaluating
 from specops_torch.geometry import CONVOLUTIONS
 from specops_torch.own_forward import added_to
+from specops_torch.pieces import is_sharded
+from specops_torch.reading import brought_together
 from specops_torch.sizes import SizeRecorder
 from specops_torch.surroundings import role_within
 
@@ -50,8 +52,9 @@ def weights_and_geometries(
     Returns
     -------
     weights : dict of str to torch.Tensor
-        Those in use (normalised, reparametrised), without gradients. Blocks of a fused one (gates
-        of an LSTM, attention projections) are entries of their own: ``"in_proj_weight[0]"``.
+        Those in use (normalised, reparametrised), without gradients; sharded ones brought
+        together, which all ranks do alike. Blocks of a fused one (gates of an LSTM, attention
+        projections) are entries of their own: ``"in_proj_weight[0]"``.
     geometries : dict of str to Dense or Conv
         Of each.
 
@@ -107,6 +110,8 @@ def weights_and_geometries(
         if found is None or why:
             left[name] = why
             continue
+        if is_sharded(w):
+            w = brought_together(module, attribute, w)
         if raw is not None:
             tied.add(id(raw))
         for entry, part, geometry in _single(name, w.detach(), found):

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from torch import nn
 
 from specops.errors import AdapterError
@@ -64,6 +65,13 @@ def answer_plainly(module: nn.Module, attribute: str, in_use: InUse) -> None:
 def is_read_through(module: nn.Module) -> bool:
     """Whether a forward rule acts on a weight of this module."""
     return bool(module.__dict__.get(_HELD))
+
+
+def brought_together(module: nn.Module, attribute: str, parameter: Any) -> torch.Tensor:
+    """The whole weight that a layer of a sharded parameter uses; a collective."""
+    whole: torch.Tensor = parameter.full_tensor()
+    in_use = module.__dict__.get(_HELD, {}).get(attribute)
+    return whole if in_use is None else in_use.of_whole(whole)
 
 
 class _Reading:

@@ -38,6 +38,7 @@ _NATIVE = (
     ("jax.core", "Tracer"),
 )
 _MASKED = "has masked entries, and these no value"
+_IN_PARTS = "of which each rank has a part"
 _WAYS_OUT = {
     "filled": _MASKED,
     "to_numpy": "follows no standard",
@@ -114,6 +115,9 @@ def _of_type(kind: type) -> tuple[str | None, bool]:
         return f"got {name}, which has its own products: convert it with numpy.asarray first", True
     if any(base.__name__ == "MaskedTensor" for base in kind.__mro__):
         return f"got {name}, which {_MASKED}: convert it with w.to_tensor(0.0) first", True
+    if any(base.__name__ == "DTensor" for base in kind.__mro__):
+        # Some of what torch gives of them, and float() of that, is one rank's part of a sum.
+        return f"got {name}, {_IN_PARTS}: bring it together with w.full_tensor() first", True
     is_native = any(
         library in sys.modules and issubclass(kind, getattr(sys.modules[library], base))
         for library, base in _NATIVE

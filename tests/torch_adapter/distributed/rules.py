@@ -21,6 +21,7 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.debug import CommDebugMode
 
 import specops
+import specops_torch
 from specops import (
     ClipAndCut,
     ClipSpectralNorm,
@@ -175,6 +176,26 @@ def reports_of_normalised_layers(_: Path) -> None:
     assert found[0]["0.weight"] > 0.0
 
 
+def weights_for_functions_on_arrays(_: Path) -> None:
+    """Are whole ones, and those in use."""
+    for rule in (ClipSpectralNorm(1.0), SpectralNormalization(norm="reshaped", scale=2.0)):
+        found = []
+        for m in (chain(), fsdp(chain())):
+            attachment, _ = train(m, rule)
+            found.append(specops_torch.weights_and_geometries(m)[0])
+            same(found[-1], _gathered(attachment.weights()), 1e-6)
+        same(found[1], found[0], 1e-5)
+    with raises(errors.UnsupportedArrayError, "DTensor", "full_tensor"):
+        specops.spectral_norm(m[0].weight)
+
+
+def _gathered(weights: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {
+        name: (w.full_tensor() if hasattr(w, "full_tensor") else w).detach()
+        for name, w in weights.items()
+    }
+
+
 def scales_that_are_trained(_: Path) -> None:
     """By the mean over batches, of which each rank has its own, however steps are taken."""
     for how in ("hooks", "closure", "by hand"):
@@ -298,6 +319,7 @@ CASES = (
     penalties,
     forward_rules,
     reports_of_normalised_layers,
+    weights_for_functions_on_arrays,
     scales_that_are_trained,
     scales_of_accumulated_gradients,
     tensor_parallel,
