@@ -121,8 +121,10 @@ def piece_of(parameter: Any) -> Piece:
     return piece
 
 
-def layouts(parameters: Sequence[tuple[str, Any]], groups: dict[Any, Any]) -> list[Layout]:
+def layouts(parameters: Sequence[tuple[str, Any, Any]], groups: dict[Any, Any]) -> list[Layout]:
     """Of named DTensors: every rank of their meshes asks for the same at the same time.
+
+    Beside its name and itself each has what else must be the same on all ranks.
 
     Raises
     ------
@@ -130,7 +132,7 @@ def layouts(parameters: Sequence[tuple[str, Any]], groups: dict[Any, Any]) -> li
         On all ranks, if they ask for different ones.
     """
     by_mesh: dict[tuple[int, ...], list[int]] = {}
-    for i, (_, p) in enumerate(parameters):
+    for i, (_, p, _) in enumerate(parameters):
         by_mesh.setdefault(_ranks(p.device_mesh), []).append(i)
     found: dict[int, Layout] = {}
     for ranks, members in by_mesh.items():
@@ -139,16 +141,16 @@ def layouts(parameters: Sequence[tuple[str, Any]], groups: dict[Any, Any]) -> li
             groups[ranks] = _group(mesh, ranks)
         group, mine = groups[ranks], []
         for i in members:
-            name, p = parameters[i]
-            mine.append((name, tuple(p.shape), piece_of(p)))
+            name, p, how = parameters[i]
+            mine.append((name, (tuple(p.shape), how), piece_of(p)))
         with about([name for name, _, _ in mine]):
             everybody = objects(mine, group)
-        listed = [[(name, shape) for name, shape, _ in theirs] for theirs in everybody]
-        if any(names != listed[0] for names in listed):
-            different = [a for a in listed[0] if any(a not in names for names in listed)]
+        listed = [[(name, what) for name, what, _ in theirs] for theirs in everybody]
+        if any(entries != listed[0] for entries in listed):
+            different = [a[0] for a in listed[0] if any(a not in entries for entries in listed)]
             raise AdapterError(
-                f"ranks constrain different weights, or in different order: {different[:5]}; "
-                f"attach the same plan to the same model on every rank"
+                f"ranks constrain different weights, by different rules or in different order: "
+                f"{different[:5]}; attach the same plan to the same model on every rank"
             )
         device = _device(mesh)
         for at, i in enumerate(members):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,8 +33,8 @@ def settle_replicas(constrained: Sequence[Any], group: Any) -> None:
     new = [c for c in here if c.location.layout is None]
     mine = []
     for c in new:
-        held, how = c.location.parameter, (_described(c.rule), c.assignment.every, repr(c.geometry))
-        mine.append((c.name, tuple(held.shape), _digest(held), how))
+        held = c.location.parameter
+        mine.append((c.name, tuple(held.shape), _digest(held), c.how))
     with about([c.name for c in new] or ["no weight"]):
         everybody = objects(mine, group)
     _check_alike(everybody)
@@ -73,11 +72,6 @@ def _check_alike(everybody: Sequence[Any]) -> None:
                 f"differ: attach the same after DistributedDataParallel has made them alike, "
                 f"or leave out replicas="
             )
-
-
-def _described(rule: Any) -> str:
-    # Functions, such as schedules, lie elsewhere in each process.
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(rule))
 
 
 def _digest(parameter: torch.Tensor) -> bytes:

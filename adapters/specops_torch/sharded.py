@@ -73,20 +73,28 @@ class ShardedLocation(SharedLocation):
         return found or [(self.module, self.attribute)]
 
 
-def settle(locations: Sequence[Any], groups: dict[Any, Any]) -> None:
-    """Learn which ranks hold what of those that are new; all ranks call it alike."""
-    new = [x for x in locations if isinstance(x, ShardedLocation) and x.layout is None]
+def settle(constrained: Sequence[Any], groups: dict[Any, Any]) -> None:
+    """Learn which ranks hold what of those that are new; all ranks call it alike.
+
+    Raises
+    ------
+    AdapterError
+        On all ranks, if they have others, or other rules or intervals.
+    """
+    here = [c for c in constrained if isinstance(c.location, ShardedLocation)]
+    new = [c for c in here if c.location.layout is None]
     if not new:
         return
-    for x in new:
-        if any(p.is_partial() for p in x.held.placements):
+    for c in new:
+        placements = c.location.held.placements
+        if any(p.is_partial() for p in placements):
             raise AdapterError(
-                f"{x.weight.name} is a sum that was not taken yet (placements "
-                f"{x.held.placements}): redistribute it to Shard or Replicate"
+                f"{c.name} is a sum that was not taken yet (placements {placements}): redistribute "
+                f"it to Shard or Replicate"
             )
-    found = layouts([(x.weight.name, x.parameter) for x in new], groups)
-    for x, layout in zip(new, found, strict=True):
-        x.learn(layout)
+    found = layouts([(c.name, c.location.parameter, c.how) for c in new], groups)
+    for c, layout in zip(new, found, strict=True):
+        c.location.learn(layout)
 
 
 def agree_on_sizes(locations: Sequence[SharedLocation]) -> None:

@@ -33,7 +33,7 @@ def constrained_at(location: Location, assignment: Assignment) -> Constrained:
 
 def settle_all(constrained: Sequence[Constrained], groups: dict[Any, Any], replicas: Any) -> None:
     """Learn which ranks hold what of those that are new; all ranks call it alike."""
-    settle([c.location for c in constrained], groups)
+    settle(constrained, groups)
     settle_replicas([c for c in constrained if isinstance(c, SharedConstrained)], replicas)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -26,6 +27,12 @@ class SharedConstrained(Constrained):
         """Where it is."""
         assert isinstance(self.parameter, SharedLocation)
         return self.parameter
+
+    @property
+    def how(self) -> tuple[Any, ...]:
+        """What has to be the same on all ranks, wherever functions and tensors lie there."""
+        rule = re.sub(r" at 0x[0-9a-f]+|, device='[^']*'", "", repr(self.rule))
+        return rule, self.assignment.every, repr(self.assignment.weight.geometry)
 
     @property
     def waits(self) -> bool:

@@ -144,6 +144,10 @@ def refused(_: Path) -> None:
     model = in_columns(nn.Sequential(nn.Linear(4, 6)))
     with raises(errors.AdapterError, "0.weight is in parts", "ClipSpectralNorm"):
         specops.attach(None, model, SpectralNormalization(norm="reshaped"))
+    rank = dist.get_rank()
+    for plan in (ClipSpectralNorm(1.0 + rank), specops.Plan([("*", Monitor(), 1 + rank)])):
+        with raises(errors.AdapterError, "0.weight", "different rules"):
+            specops.attach(None, fsdp(dense()), plan)
     model = fsdp(dense())
     optimizer = torch.optim.LBFGS(model.parameters())
     specops.attach(optimizer, model, SpectralNormPenalty(0.1, norm="reshaped"))
