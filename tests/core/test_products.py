@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import specops
-from specops.arrays.products import coimages, images, matvec
+from specops.arrays.products import coimages, images
 from specops.maps.matrix import MatrixOperator
 from tests.backends import Backend
 
@@ -28,14 +28,13 @@ def test_products_are_those_of_the_matrix(
     np.testing.assert_allclose(back, y @ a, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["matvec", "images", "coimages", "operator", "solver"])
+@pytest.mark.parametrize("name", ["images", "coimages", "operator", "solver"])
 def test_numpy_does_not_warn_of_lanes_that_hold_no_number(backend: Backend, name: str) -> None:
     """Its flag is raised on purpose here; BLAS raises it with finite matrices as well."""
     w = backend.array(MATRIX, "float32")
     x = backend.array([np.inf, 1.0, 1.0, 1.0, 1.0], "float32")
     y = backend.array([1.0, np.inf, np.inf], "float32")
     got = {
-        "matvec": lambda: matvec(w, x),
         "images": lambda: images(w, x[None, ...]),
         "coimages": lambda: coimages(w, y[None, ...]),
         "operator": lambda: specops.linear_operator(w).matvec(x),
@@ -52,6 +51,5 @@ def test_large_matrices_of_torch_by_blocks_of_rows() -> None:
     try:
         torch.testing.assert_close(images(a, x), x @ a.T)
         torch.testing.assert_close(coimages(a, y), y @ a)
-        torch.testing.assert_close(matvec(a, x[0]), a @ x[0])
     finally:
         torch.set_num_threads(threads)
