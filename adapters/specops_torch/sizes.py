@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -103,3 +105,15 @@ class SizeRecorder:
 
 def _largest(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(map(max, a, b))
+
+
+@contextmanager
+def unrecorded(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Forward passes whose sizes no recorder keeps."""
+    hooks = [h for m in modules for h in m._forward_hooks.values() if isinstance(h, SizeRecorder)]
+    known = [dict(vars(recorder)) for recorder in hooks]
+    try:
+        yield
+    finally:
+        for recorder, state in zip(hooks, known, strict=True):
+            vars(recorder).update(state)

@@ -72,6 +72,17 @@ LINEAR: dict[str, tuple[Callable[[Any], Any], tuple[int, ...], bool]] = {
     ),
     "average": (lambda x: functional.avg_pool2d(x, 3, stride=1, padding=1), (2, 4, 5), True),
     "adaptive": (lambda x: functional.adaptive_avg_pool1d(x, 3).flatten(1), (2, 7), True),
+    "average without a batch": (
+        lambda x: functional.avg_pool2d(x.flatten(0, 1), (8, 1), 1)[None],
+        (2, 15, 8),
+        True,
+    ),
+    "adaptive without a batch": (
+        lambda x: functional.adaptive_avg_pool2d(x.flatten(0, 1), (1, 8))[None],
+        (2, 1, 8),
+        True,
+    ),
+    "masked": (lambda x: 2.0 * x * MASK, (6,), True),
     "padding": (lambda x: functional.pad(x, (1, 2, -1, 0)), (2, 4, 5), True),
     "transposed": (lambda x: x.mT @ fixed(3, 3), (3, 4), True),
     "like another": (lambda x: x[:, None].expand_as(x[..., None].repeat(1, 1, 3)), (3,), True),

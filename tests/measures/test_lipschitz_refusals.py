@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from specops.errors import AdapterError  # noqa: E402
+from specops.errors import AdapterError, NonFiniteError  # noqa: E402
 from specops_torch import lipschitz_upper_bound  # noqa: E402
 from tests.measures.test_lipschitz_of_branches import Do, Skip, fixed  # noqa: E402
 from tests.measures.test_torch import doubling  # noqa: E402
@@ -75,6 +76,32 @@ def branching(x: Any) -> Any:
     return x if x.sum() > 0 else -x
 
 
+def gathering(x: Any) -> Any:
+    y = torch.zeros(1, 3)
+    y[:, :2] = 3.0 * x[:, :2]
+    return y + x
+
+
+def copying(x: Any) -> Any:
+    y = torch.zeros(1, 3)
+    y.data.copy_(x)
+    return y
+
+
+def given_to(x: Any) -> Any:
+    y = torch.zeros(1, 3)
+    torch.add(x, x, out=y)
+    return y
+
+
+def by_kind(x: Any) -> Any:
+    return 5.0 * x if isinstance(x, torch.Tensor) else x
+
+
+def overlapping(x: Any) -> Any:
+    return torch.cat(torch.tensor_split(x, (2, 1), dim=1), 1)
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "gate": (lambda x: x * torch.sigmoid(x), "mul: a product of two values"),
     "attention": (lambda x: x @ x.mT, "matmul: a product of two values"),
@@ -105,7 +132,16 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "rectified in place": (rectified, "overwritten in place"),
     "given": (lambda x: x.add_(x) + x, "overwritten in place"),
     "written to through data": (unseen, "written to it is not seen"),
-    "shapes": (lambda x: x @ fixed(4, 4), r"matmul failed on a sample of zeros of shape \(3,\)"),
+    "an output made before": (gathering, "writes to a tensor that does not come from its input"),
+    "an output made before, through data": (copying, "writes to a tensor"),
+    "an output given": (given_to, "writes to a tensor"),
+    "by the kind of object": (by_kind, "computes something else than torch.fx follows"),
+    "random": (lambda x: x * torch.rand(3), "computes something else .*: it draws at random"),
+    "parts that overlap": (overlapping, "tensor_split: its parts overlap"),
+    "bits": (lambda x: x.view(torch.float16), "view: it reads the bits"),
+    "NaN": (lambda x: x * torch.tensor(math.nan), "mul: it holds NaN"),
+    "divided by NaN": (lambda x: x / math.nan, "truediv: it holds NaN"),
+    "shapes": (lambda x: x @ fixed(4, 4), r"matmul failed on a sample of shape \(3,\)"),
 }
 
 
@@ -162,3 +198,23 @@ def test_models_that_torch_fx_would_misread_are_refused() -> None:
     reflected = nn.Conv1d(1, 1, 3, padding=1, padding_mode="reflect")
     with pytest.raises(AdapterError, match=r"0 \(Conv1d\): .*reflect"):
         lipschitz_upper_bound(nn.Sequential(reflected), (1, 5))
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(3), nn.PReLU(3), nn.LeakyReLU(math.nan)])
+def test_layers_that_hold_nan_are_refused_by_name(layer: Any) -> None:
+    if layer._parameters:
+        nn.init.constant_(layer.weight, math.nan)
+    with pytest.raises(AdapterError, match=rf"0 \({type(layer).__name__}\): it holds NaN"):
+        lipschitz_upper_bound(nn.Sequential(layer), (3,))
+    linear = nn.Linear(3, 3)
+    nn.init.constant_(linear.weight, math.nan)
+    with pytest.raises(NonFiniteError, match=r"1 \(Linear\): .*NaN"):
+        lipschitz_upper_bound(nn.Sequential(nn.ReLU(), linear), (3,))
+
+
+def test_activations_of_complex_numbers_have_poles() -> None:
+    linear = nn.Linear(1, 1, dtype=torch.complex64)
+    found = lipschitz_upper_bound(linear, (1,)).value
+    assert found == pytest.approx(abs(linear.weight.item()), rel=1e-5)
+    with pytest.raises(AdapterError, match=r"1 \(Tanh\): of complex numbers"):
+        lipschitz_upper_bound(nn.Sequential(linear, nn.Tanh()), (1,))

@@ -48,9 +48,12 @@ def lipschitz_upper_bound(model: nn.Module, input_shape: tuple[int, ...]) -> Lip
     AdapterError
         An operation whose constant is not known, or that has none (attention, gates and other
         products of two branches, layer normalisation), each by its name and with the reason; one
-        with hooks of its own; values overwritten in place that are used afterwards; what
-        `torch.fx` cannot follow. Compute such factors, and give the numbers to
+        with hooks of its own; values overwritten in place that are used afterwards, or that do
+        not come from the input; what `torch.fx` cannot follow, or follows by another way than
+        the model goes. Compute such factors, and give the numbers to
         `specops.measures.lipschitz_upper_bound`.
+    NonFiniteError
+        A weight that holds NaN or infinity, by its layer.
 
     Notes
     -----
@@ -72,7 +75,7 @@ def lipschitz_upper_bound(model: nn.Module, input_shape: tuple[int, ...]) -> Lip
     (4.0, ('0 … add',))
     """
     with torch.inference_mode(False), torch.no_grad(), evaluating(model):
-        x = torch.zeros((1, *input_shape))
+        x = torch.randn((1, *input_shape), generator=torch.Generator().manual_seed(0))
         parameter = next(model.parameters(), None)
         x = x if parameter is None else x.to(parameter)
         return walk(model, operations_of(model), x)

@@ -80,12 +80,14 @@ def _quotient(value: torch.Tensor, /, a: Any, b: Any) -> float:
     least = abs(b) if not torch.is_tensor(b) else float(b.detach().abs().min())
     if least == 0.0:
         raise Refused("it divides by zero")
-    return x.log + repeats(value, x) - math.log(least)
+    return x.log + repeats(value, x) - log(least)
 
 
 def _largest(constant: Any) -> float:
     if torch.is_tensor(constant):
-        return float(constant.detach().abs().max())
+        numbers = constant.detach()
+        numbers = numbers.int() if numbers.dtype == torch.bool else numbers
+        return float(numbers.abs().max())
     return abs(float(constant))
 
 
@@ -198,6 +200,19 @@ def _like(value: torch.Tensor, /, x: Any, other: Any) -> float:
     return x.log + repeats(value, x) if isinstance(x, Varying) else -math.inf
 
 
+def _reshaped(value: torch.Tensor, /, x: Any, *sizes: Any, **named: Any) -> float:
+    if "dtype" in named or any(isinstance(size, torch.dtype) for size in sizes):
+        raise Refused("it reads the bits of its numbers as other numbers")
+    return only(x, sizes, named).log
+
+
+def _parts(value: Any, /, x: Any, *options: Any, **named: Any) -> float:
+    source = only(x, options, named)
+    if numel(value) > numel(source.value):
+        raise Refused("its parts overlap")
+    return source.log
+
+
 def _as(kind: Any, *takes: str) -> Rule:
     """The rule of a layer, for the function that takes the same options, in this order."""
 
@@ -213,7 +228,7 @@ def _as(kind: Any, *takes: str) -> Rule:
 
 
 def _leaky(value: Any, /, x: Any, weight: Any) -> float:
-    return only(x, weight).log + log(max(1.0, _largest(weight)))
+    return only(x, weight).log + log(layers.steeper(_largest(weight)))
 
 
 def _soft(kind: Any) -> Rule:
@@ -226,9 +241,9 @@ def _soft(kind: Any) -> Rule:
 _ONE = (
     *("relu", "relu6", "tanh", "hardtanh", "logsigmoid", "softsign", "abs", "clamp", "clip"),
     *("clamp_min", "clamp_max", "softshrink", "tanhshrink", "sin", "cos", "arctan", "atan"),
-    *("flatten", "unflatten", "reshape", "view", "permute", "transpose", "t", "swapaxes"),
+    *("flatten", "unflatten", "reshape", "permute", "transpose", "t", "swapaxes"),
     *("swapdims", "movedim", "moveaxis", "squeeze", "unsqueeze", "contiguous", "clone", "detach"),
-    *("to", "float", "double", "narrow", "select", "chunk", "split", "tensor_split"),
+    *("to", "float", "double", "narrow", "select", "chunk", "split"),
     *("unbind", "flip", "roll", "amax", "amin", "pixel_shuffle", "pixel_unshuffle"),
     *("channel_shuffle", "neg", "negative", "pos", "positive"),
 )
@@ -248,6 +263,8 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("expand_as", "view_as", "reshape_as", "type_as"), _like),
     **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"), _dropout),
     "feature_alpha_dropout": _dropout,
+    "view": _reshaped,
+    "tensor_split": _parts,
     "sum": _summing,
     "mean": _averaging,
     "getitem": _selection,

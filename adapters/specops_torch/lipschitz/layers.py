@@ -13,7 +13,7 @@ from specops.measures import lipschitz_upper_bound as product
 from specops_torch.batch_norms import BATCH_NORMS, diagonal, scaled
 from specops_torch.geometry import CONVOLUTIONS, geometry_of
 from specops_torch.lipschitz.rules import Refused, reason
-from specops_torch.sizes import SizeRecorder
+from specops_torch.sizes import unrecorded
 
 _ONE = (
     nn.Identity,
@@ -71,15 +71,13 @@ def run(name: str, layer: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, An
         weight = getattr(module, "weight", None)
         used.append(weight if weight is None else weight.detach().clone())
 
-    recorders = [h for h in layer._forward_hooks.values() if isinstance(h, SizeRecorder)]
-    known = [dict(vars(recorder)) for recorder in recorders]
     handle = layer.register_forward_pre_hook(look)
     try:
-        y = layer(*args, **kwargs)
+        with unrecorded([layer]):
+            # What a subclass adds in a __call__ of its own is an operation by itself.
+            y = nn.Module.__call__(layer, *args, **kwargs)
     finally:
         handle.remove()
-        for recorder, state in zip(recorders, known, strict=True):
-            vars(recorder).update(state)
     return y, used[0]
 
 
@@ -89,8 +87,10 @@ def factor_of(layer: nn.Module, x: torch.Tensor, weight: Any) -> float:
         return product([(weight, _geometry(layer, x))]).factors[0]
     if isinstance(layer, BATCH_NORMS):
         return float(diagonal(type(layer).__name__, layer).abs().max())
+    if x.is_complex():
+        raise Refused("of complex numbers its Lipschitz constant is not known")
     known = _of_activation(layer)
-    return _of_pooling(layer, tuple(x.shape[2:])) if known is None else known
+    return _of_pooling(layer, tuple(x.shape)) if known is None else known
 
 
 def joint_factor(layer: nn.Module, x: torch.Tensor, weight: Any, norm: Any) -> float:
@@ -112,31 +112,49 @@ def _of_activation(layer: nn.Module) -> float | None:
     if steepest:
         return steepest[0]
     if isinstance(layer, nn.LeakyReLU):
-        return max(1.0, abs(float(layer.negative_slope)))
+        return steeper(abs(float(layer.negative_slope)))
     if isinstance(layer, nn.ELU):
-        return max(1.0, abs(float(layer.alpha)))
+        return steeper(abs(float(layer.alpha)))
     # Where they bend the wrong way or jump nothing bounds them.
     smooth = isinstance(layer, nn.CELU) and layer.alpha > 0
     if smooth or (isinstance(layer, nn.Softplus) and layer.threshold >= _NO_JUMP):
         return 1.0
     if isinstance(layer, nn.PReLU):
-        return max(1.0, float(layer.weight.detach().abs().max()))
+        return steeper(float(layer.weight.detach().abs().max()))
     return None
 
 
-def _of_pooling(layer: nn.Module, spatial: tuple[int, ...]) -> float:
+def steeper(slope: float) -> float:
+    """Of a slope and 1 the steeper; NaN stays NaN."""
+    return slope if math.isnan(slope) else max(1.0, slope)
+
+
+def _of_pooling(layer: nn.Module, shape: tuple[int, ...]) -> float:
     if isinstance(layer, _MAX_POOL):
         return math.sqrt(_windows(layer))
     if isinstance(layer, _ADAPTIVE_MAX):
-        return math.sqrt(_adaptive_windows(layer, spatial))
-    if isinstance(layer, (*_AVERAGE_POOL, *_ADAPTIVE)):
-        return _average(layer, spatial)
+        return math.sqrt(_adaptive_windows(layer, _pooled(shape, layer, _ADAPTIVE_MAX)))
+    for kinds in (_AVERAGE_POOL, _ADAPTIVE):
+        if isinstance(layer, kinds):
+            return _average(layer, _pooled(shape, layer, kinds))
     raise Refused(reason(type(layer).__name__))
+
+
+def _axes(layer: nn.Module, kinds: tuple[type[nn.Module], ...]) -> int:
+    """How many axes a layer of kinds for 1, 2 and 3 pools over."""
+    return next(n for n, kind in enumerate(kinds, 1) if isinstance(layer, kind))
+
+
+def _pooled(
+    shape: tuple[int, ...], layer: nn.Module, kinds: tuple[type[nn.Module], ...]
+) -> tuple[int, ...]:
+    """The axes that are pooled over: the last ones, with or without a batch before them."""
+    return shape[-_axes(layer, kinds) :]
 
 
 def _windows(layer: Any) -> int:
     """In how many windows of a max pooling an entry may be."""
-    count = next(n for n, kind in enumerate(_MAX_POOL, 1) if isinstance(layer, kind))
+    count = _axes(layer, _MAX_POOL)
     options = (layer.kernel_size, layer.stride, layer.dilation)
     axes = zip(*(_sizes(option, count) for option in options), strict=True)
     return math.prod(k if d > 1 else -(-k // s) for k, s, d in axes)

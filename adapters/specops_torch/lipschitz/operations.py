@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from specops.errors import AdapterError
 from specops_torch.own_forward import computes_plainly
+from specops_torch.sizes import unrecorded
 
 _OURS = ("specops_torch", "torch.nn.utils")
 _IN_PLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
@@ -53,6 +54,12 @@ def operations_of(model: nn.Module) -> Operations:
             f"torch.fx cannot follow {type(model).__name__}: {str(error).splitlines()[0]}. {HINT}"
         ) from error
     return Operations(graph, tracer.constants)
+
+
+def output_of(model: nn.Module, x: torch.Tensor) -> Any:
+    """What a model itself gives, nothing of it left behind."""
+    with _restored(model), unrecorded(model.modules()):
+        return model(x)
 
 
 def _wraps(forward: Any, kind: Any) -> bool:

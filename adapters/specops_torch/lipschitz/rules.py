@@ -42,6 +42,8 @@ class Varying:
 
 def log(x: float) -> float:
     """-inf for zero."""
+    if math.isnan(x):
+        raise Refused("it holds NaN")
     return math.log(x) if x > 0.0 else -math.inf
 
 

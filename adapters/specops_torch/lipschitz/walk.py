@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from specops.errors import AdapterError, GeometryError, SpecopsError
+from specops.errors import AdapterError, GeometryError, NonFiniteError, SpecopsError
 from specops.measures import LipschitzBound
 from specops_torch.batch_norms import BATCH_NORMS, diagonal
 from specops_torch.lipschitz.functions import FUNCTIONS, METHODS, is_constant
 from specops_torch.lipschitz.layers import factor_of, joint_factor, run
-from specops_torch.lipschitz.operations import HINT, Operations
+from specops_torch.lipschitz.operations import HINT, Operations, output_of
 from specops_torch.lipschitz.rules import Refused, Varying, log, reason
 
 
@@ -29,10 +29,12 @@ class _Walk:
 
     def __init__(self, model: nn.Module, operations: Operations, x: torch.Tensor) -> None:
         self.model, self.operations, self.x = model, operations, x
+        self.sample = x.clone()  # the walk may write to its own
         self.values: dict[fx.Node, Any] = {}
         self.logs: dict[fx.Node, float] = {}
         """Of the operations that depend on the input, for small changes where all paths met."""
         self.versions: dict[fx.Node, list[int]] = {}
+        self.written = {name: _versions(t) for name, t in operations.constants.items()}
         self.fused: dict[fx.Node, tuple[float, Any]] = {}
         """Layers whose batch normalisation follows: the bound before them, and how they ran."""
         self.live = _reaching(operations.graph.output_node())
@@ -50,12 +52,14 @@ class _Walk:
                 self._visit(node)
             except (Refused, GeometryError) as error:
                 raise AdapterError(f"{self._label(node)}: {error}. {HINT}") from None
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{self._label(node)}: {error}") from None
             except SpecopsError:
                 raise
             except Exception as error:
                 raise AdapterError(
-                    f"{self._label(node)} failed on a sample of zeros of shape "
-                    f"{tuple(self.x.shape[1:])}: {error}"
+                    f"{self._label(node)} failed on a sample of shape {tuple(self.x.shape[1:])}: "
+                    f"{error}"
                 ) from error
             if node not in self.logs:
                 continue
@@ -83,6 +87,7 @@ class _Walk:
                 f"{HINT}"
             )
         self._check_untouched(result)
+        self._check_followed(self.values[result])
         if result not in self.logs:
             found, names = [-math.inf], ["constant"]
         total = -math.inf if -math.inf in found else math.fsum(found)
@@ -174,6 +179,28 @@ class _Walk:
             raise AdapterError(
                 f"{self._label(node)}: what it gave was overwritten in place, and is used "
                 f"afterwards. {HINT}"
+            )
+
+    def _check_followed(self, value: torch.Tensor) -> None:
+        """That the operations are what the model computes, and nothing reached the output unseen.
+
+        Python may take another way for the stand-in that torch.fx passes through the model than
+        for a tensor (``isinstance``), and write to tensors that were there before.
+        """
+        constants = self.operations.constants
+        if any(_versions(t) != self.written[name] for name, t in constants.items()):
+            raise AdapterError(
+                f"{type(self.model).__name__} writes to a tensor that does not come from its "
+                f"input, which is not followed: build it by torch.cat or torch.stack. {HINT}"
+            )
+        plain = output_of(self.model, self.sample)
+        size = float(value.nan_to_num().abs().max()) if value.numel() else 0.0
+        if value.shape != plain.shape or not torch.allclose(
+            value, plain, rtol=0.0, atol=1e-3 * size, equal_nan=True
+        ):
+            raise AdapterError(
+                f"{type(self.model).__name__} computes something else than torch.fx follows: it "
+                f"draws at random, or goes by what kind of object its input is. {HINT}"
             )
 
     def _label(self, node: fx.Node) -> str:
