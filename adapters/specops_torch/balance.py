@@ -11,6 +11,7 @@ from specops.errors import AdapterError
 from specops.projections.balancing import balance_norms as balance
 from specops_torch.evaluation import evaluating
 from specops_torch.geometry import CONVOLUTIONS, geometry_of
+from specops_torch.own_forward import computes_plainly, hook_of_others, runs_in_turn
 from specops_torch.reading import is_read_through
 from specops_torch.sizes import SizeRecorder
 
@@ -61,8 +62,8 @@ def balance_norms(model: nn.Sequential, x: torch.Tensor) -> dict[str, float]:
     Raises
     ------
     AdapterError
-        A module that is no such layer (normalisation, residual blocks, other activations), or
-        a layer that occurs twice.
+        A module that is no such layer (normalisation, residual blocks, other activations) or
+        has hooks of others, or a layer, a weight or a bias that occurs twice.
 
     References
     ----------
@@ -71,8 +72,11 @@ def balance_norms(model: nn.Sequential, x: torch.Tensor) -> dict[str, float]:
     layers = _chain(model, "")
     names = [name for name, _ in layers]
     modules = [module for _, module in layers]
-    if len({id(m.weight) for m in modules}) != len(modules):
-        raise AdapterError("a layer or a weight occurs twice in the chain: it has one norm only")
+    shared = [p for m in modules for p in (m.weight, m.bias) if p is not None]
+    if len(set(map(id, shared))) != len(shared):
+        raise AdapterError(
+            "a layer, a weight or a bias occurs twice in the chain: it has one factor only"
+        )
     recorders: dict[int, SizeRecorder] = {}
     handles = []
     for module in modules:
@@ -99,24 +103,39 @@ def balance_norms(model: nn.Sequential, x: torch.Tensor) -> dict[str, float]:
 
 def _chain(model: nn.Module, prefix: str) -> list[tuple[str, Any]]:
     layers: list[tuple[str, Any]] = []
-    if not isinstance(model, nn.Sequential):
-        raise AdapterError(f"expected a torch.nn.Sequential, got {type(model).__name__}")
+    if not runs_in_turn(model):
+        raise AdapterError(
+            f"expected a torch.nn.Sequential, and one without a forward of its own, got "
+            f"{type(model).__name__}: balancing would change the function"
+        )
+    _check_hooks(prefix.rstrip(".") or type(model).__name__, model)
     for name, module in model._modules.items():
         path = f"{prefix}{name}"
         if module is None:
             continue
         if isinstance(module, nn.Sequential):
             layers += _chain(module, f"{path}.")
-        elif isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            continue
+        _check_hooks(path, module)
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
             if "weight" not in module._parameters or is_read_through(module):
                 raise AdapterError(
                     f"{path} computes its weight (a parametrization or a forward rule), so "
                     f"rescaling its parameters would change the function: fold or remove that first"
                 )
             layers.append((path, module))
-        elif not isinstance(module, _HOMOGENEOUS):
+        elif not isinstance(module, _HOMOGENEOUS) or not computes_plainly(module):
             raise AdapterError(
                 f"{path} is a {type(module).__name__}, which does not commute with a positive "
                 f"factor: balancing would change the function"
             )
     return layers
+
+
+def _check_hooks(name: str, module: nn.Module) -> None:
+    hook = hook_of_others(module)
+    if hook is not None:
+        raise AdapterError(
+            f"{name} has a hook, {hook!r}, which may not commute with a positive factor: remove "
+            f"it for the time of balancing"
+        )

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+_OURS = ("specops_torch", "torch.nn.utils")
 _BESIDE_FORWARD = {"extra_repr", "reset_parameters", "reset_running_stats", "flatten_parameters"}
 """Methods of layers that a forward pass does not call."""
 
@@ -35,6 +36,21 @@ def computes_plainly(module: nn.Module) -> bool:
         is _function(getattr(plain, name))
         for name in methods - _BESIDE_FORWARD
     )
+
+
+def runs_in_turn(module: nn.Module) -> bool:
+    """Whether a module runs its parts one after the other, as torch's Sequential does."""
+    forward = vars(module).get("forward", type(module).forward)
+    return _function(forward) is nn.Sequential.forward
+
+
+def hook_of_others(module: nn.Module) -> Any:
+    """A forward hook that may change what the module computes; None if there is none."""
+    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        homes = (type(hook).__module__, getattr(hook, "__module__", "") or "")
+        if not any(home.startswith(_OURS) for home in homes):
+            return hook
+    return None
 
 
 def _function(method: Any) -> Any:

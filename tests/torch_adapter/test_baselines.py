@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -229,3 +232,39 @@ def test_what_does_not_commute_is_refused() -> None:
     layer = nn.Linear(4, 4)
     with pytest.raises(AdapterError, match="occurs twice"):
         balance_norms(nn.Sequential(layer, nn.ReLU(), layer), x)
+    other = nn.Linear(4, 4)
+    other.bias = layer.bias
+    with pytest.raises(AdapterError, match="a bias occurs twice"):
+        balance_norms(nn.Sequential(layer, nn.ReLU(), other), x)
+
+
+class Residual(nn.Sequential):
+    def forward(self, x: Any) -> Any:
+        return x + super().forward(x)
+
+
+class Sine(nn.ReLU):
+    def forward(self, x: Any) -> Any:
+        return torch.sin(x)
+
+
+@pytest.mark.parametrize(
+    ("between", "said"),
+    [
+        (Residual(nn.Linear(4, 4)), r"without a forward of its own, got Residual"),
+        (nn.Sequential(Residual(nn.ReLU())), "got Residual"),
+        (Sine(), "1 is a Sine, which does not commute"),
+        (nn.ReLU(), "1 has a hook"),
+        (nn.Sequential(nn.ReLU()), "1 has a hook"),
+    ],
+)
+def test_parts_that_compute_something_of_their_own_are_refused(between: Any, said: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), between, nn.Linear(4, 4))
+    before = copy.deepcopy(model.state_dict())
+    handle = between.register_forward_hook(lambda m, args, y: y + 1) if "hook" in said else None
+    with pytest.raises(AdapterError, match=said):
+        balance_norms(model, torch.randn(2, 4))
+    torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
+    if handle is not None:
+        handle.remove()
+        balance_norms(model, torch.randn(2, 4))
