@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from specops import arrays
 from specops.geometry.arguments import non_negative
 from specops.typing import Array
@@ -76,11 +78,10 @@ def gradient_norm_bounds(
     others = _others(norms)
     factor = non_negative(activations, "activations")
     x = _checked(input_norm)
-    if arrays.is_array(x):
-        factors = tuple(_product([factor, *rest]) for rest in others)
-        return GradientNormBounds(tuple(f * x for f in factors), math.hypot(*factors) * x)
-    layers = tuple(_product([factor, *rest, x]) for rest in others)
-    return GradientNormBounds(layers, math.hypot(*layers))
+    factors = [_product([factor, *rest]) for rest in others]
+    largest = max((exponent for mantissa, exponent in factors if mantissa), default=0)
+    root = math.hypot(*(math.ldexp(m, exponent - largest) for m, exponent in factors))
+    return GradientNormBounds(tuple(_scaled(x, f) for f in factors), _scaled(x, (root, largest)))
 
 
 def hessian_norm_bounds(
@@ -128,8 +129,11 @@ def hessian_norm_bounds(
     curvature = non_negative(output_curvature, "output_curvature")
     x = _checked(input_norm)
     if arrays.is_array(x):
-        return tuple(_product([curvature, *rest, *rest]) * x * x for rest in _others(norms))
-    return tuple(_product([curvature, *rest, *rest, x, x]) for rest in _others(norms))
+        # The root is in range where the bound is.
+        roots = [_root(_product([curvature, *rest, *rest])) for rest in _others(norms)]
+        with np.errstate(over="ignore"):
+            return tuple(_scaled(x, root) ** 2 for root in roots)
+    return tuple(_scaled(1.0, _product([curvature, *rest, *rest, x, x])) for rest in _others(norms))
 
 
 def _checked(input_norm: float | Array) -> float | Array:
@@ -144,14 +148,42 @@ def _others(norms: Sequence[float]) -> list[list[float]]:
     return [found[:t] + found[t + 1 :] for t in range(len(found))]
 
 
-def _product(numbers: Sequence[float]) -> float:
-    """∏ numbers; inf if it exceeds what a float holds, however small or large parts of it are."""
+def _product(numbers: Sequence[float]) -> tuple[float, int]:
+    """∏ numbers as (m, e) of m·2^e, however small or large parts of it are."""
     mantissa, exponent = 1.0, 0
     for number in numbers:
         part, power = math.frexp(number)
         mantissa, carried = math.frexp(mantissa * part)
         exponent += power + carried
-    try:
-        return math.ldexp(mantissa, exponent)
-    except OverflowError:
-        return math.inf
+    return mantissa, exponent
+
+
+def _root(number: tuple[float, int]) -> tuple[float, int]:
+    mantissa, exponent = number
+    odd = exponent % 2
+    return math.sqrt(mantissa * 2**odd), (exponent - odd) // 2
+
+
+def _scaled(x: float | Array, number: tuple[float, int]) -> float | Array:
+    """x·m·2^e; inf if it exceeds what a float holds, and zero for zero all the same."""
+    mantissa, exponent = number
+    if not arrays.is_array(x):
+        part, power = math.frexp(x)
+        try:
+            return math.ldexp(part * mantissa, exponent + power)
+        except OverflowError:
+            return math.inf
+    found = arrays.to_compute(arrays.namespace(x), x) * mantissa
+    exponent = max(-_BEYOND, min(_BEYOND, exponent))
+    with np.errstate(over="ignore"):
+        while exponent:
+            step = max(-_STEP, min(_STEP, exponent))
+            found = found * 2.0**step
+            exponent -= step
+    return found
+
+
+_STEP = 100
+"""2^100 is in the range of single precision."""
+_BEYOND = 2200
+"""2^2200 takes the least double out of range."""

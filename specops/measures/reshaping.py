@@ -18,9 +18,10 @@ def tsuzuku_alpha(w: Array, geometry: Conv) -> float:
               \text{ by tap } a\}|
 
     At a stride s and a dilation d it is at most :math:`\prod\lceil k/s'\rceil` over the axes,
-    s' = s / gcd(s, d), and exactly that where the grid has room; for a transposed convolution
-    at most the number of taps. Where the input holds one full receptive field, and for one
-    group, :math:`\|\hat W\|_2\le\|T\|_2` as well, so that 1 and α enclose the ratio of both.
+    s' = s / gcd(s, d), and exactly that where the grid has room; for a transposed convolution,
+    and a circular one whose stride does not divide its grid, at most the number of taps. Where
+    the input holds one full receptive field, and for one group, :math:`\|\hat W\|_2\le\|T\|_2`
+    as well, so that 1 and α enclose the ratio of both.
 
     Parameters
     ----------
@@ -54,7 +55,10 @@ def tsuzuku_alpha(w: Array, geometry: Conv) -> float:
     most = 1
     for t, (k, s, d) in enumerate(zip(sizes.kernel, sizes.stride, sizes.dilation, strict=True)):
         if sizes.fine is None:
-            most *= k if geometry.transposed else -(-k * math.gcd(s, d) // s)
+            # Every size includes circular grids that the stride does not divide, on which
+            # all taps may come to one input.
+            all_meet = geometry.transposed or (sizes.circular and s > 1)
+            most *= k if all_meet else -(-k * math.gcd(s, d) // s)
             continue
         assert sizes.coarse is not None
         assert sizes.lower is not None

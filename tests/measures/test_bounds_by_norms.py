@@ -105,6 +105,15 @@ def test_dead_layers_and_overflow() -> None:
     )
     curved = measures.hessian_norm_bounds([1e200, 1e200], 1e-300, output_curvature=1.0)
     assert curved[0] == pytest.approx(1e-200)
+    # Of many samples the same, and zero stays zero.
+    x = np.array([0.0, 1e-300, 1.0])
+    many = measures.gradient_norm_bounds([1e200, 0.0, 1e200], x)
+    assert many.layers[1] == pytest.approx([0.0, 1e100, math.inf])
+    assert many.total == pytest.approx([0.0, 1e100, math.inf])
+    (curved, _) = measures.hessian_norm_bounds([3.0, 1e200], x, output_curvature=0.25)
+    assert curved == pytest.approx([0.0, 2.5e-201, math.inf], rel=1e-9, abs=1e-300)
+    small = measures.gradient_norm_bounds([1.0, 1e-50], np.array([1e30], np.float32))
+    assert small.layers[0] == pytest.approx([1e-20], rel=1e-6, abs=0.0)
     for bad in ([], [-1.0], [math.nan]):
         with pytest.raises(ValueError, match="norms"):
             measures.gradient_norm_bounds(bad, 1.0)
@@ -121,6 +130,10 @@ CONVS = {
     "dilated": ((2, 2, 3), Conv((11,), dilation=2, stride=2, padding=2)),
     "small grid": ((2, 2, 5), Conv((6,), padding="valid")),
     "circular": ((3, 2, 3), Conv((6,), stride=2, boundary="circular")),
+    "circular, stride that does not divide": (
+        (3, 2, 3),
+        Conv((7,), stride=3, dilation=2, boundary="circular"),
+    ),
     "wraps": ((2, 3, 5), Conv((3,), boundary="circular")),
     "grouped": ((4, 2, 3), Conv((7,), groups=2)),
     "transposed": ((3, 4, 3), Conv((5,), transposed=True, layout="IO*", stride=2, padding=1)),
