@@ -72,7 +72,7 @@ def neural_divergence(
         raise ValueError(f"held_out must lie between 0 and 1, got {held_out!r}")
     with seeded(seed), torch.enable_grad():
         critic = make_critic().to(real.device).train()
-        parts = [_divided(x, held_out) for x in (real, generated)]
+        parts = [_divided(x, held_out) for x in (real, generated.to(real))]
         optimizer = torch.optim.Adam(critic.parameters(), lr=learning_rate)
         for _ in range(steps):
             batches = [x[torch.randint(len(x), (batch_size,))] for x, _ in parts]

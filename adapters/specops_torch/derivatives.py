@@ -102,7 +102,7 @@ class HessianOperator:
         self.shape = (size, size)
         self.like = parameters[0].detach()
         self._kept: tuple[Tensor, ...] | None = None
-        self._versions: list[int] = []
+        self._known: list[tuple[int, Tensor]] = []
 
     def matvec(self, x: Tensor) -> Tensor:
         """H x: the mean over the losses."""
@@ -126,16 +126,23 @@ class HessianOperator:
         return total / len(self._losses)
 
     def _gradients(self, loss: Callable[[], Tensor]) -> tuple[Tensor, ...]:
-        versions = [p._version for p in self._parameters]
-        if self._kept is not None and versions == self._versions:
+        if self._kept is not None and self._unchanged():
             return self._kept
         with torch.enable_grad():
             gradients: tuple[Tensor, ...] = torch.autograd.grad(
                 loss(), self._parameters, create_graph=True, materialize_grads=True
             )
         if len(self._losses) == 1:
-            self._kept, self._versions = gradients, versions
+            self._kept = gradients
+            self._known = [(p._version, p.detach().clone()) for p in self._parameters]
         return gradients
+
+    def _unchanged(self) -> bool:
+        """By the values too: what is written through `.data` leaves the version as it is."""
+        return all(
+            p._version == version and torch.equal(p, known)
+            for p, (version, known) in zip(self._parameters, self._known, strict=True)
+        )
 
 
 def hessian_operator(

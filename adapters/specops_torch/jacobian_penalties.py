@@ -129,17 +129,22 @@ def layerwise_jacobian_penalty(
     entered: dict[str, torch.Tensor] = {}
 
     def enter(name: str) -> Any:
-        def hook(_: nn.Module, args: Any) -> Any:
+        def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             if name in entered:
                 raise AdapterError(f"{name} ran twice: what enters it is no single x")
             # Of its own, so that the derivative is along this layer and nothing writes to it.
-            own = args[0].clone() if args[0].requires_grad else args[0].clone().requires_grad_()
+            given = args[0] if args else next(iter(kwargs.values()))
+            own = given.clone() if given.requires_grad else given.clone().requires_grad_()
             entered[name] = own
-            return (own, *args[1:])
+            if args:
+                return (own, *args[1:]), kwargs
+            return args, kwargs | {next(iter(kwargs)): own}
 
         return hook
 
-    handles = [named[name].register_forward_pre_hook(enter(name)) for name in layers]
+    handles = [
+        named[name].register_forward_pre_hook(enter(name), with_kwargs=True) for name in layers
+    ]
     try:
         with torch.enable_grad():
             output = model(x)

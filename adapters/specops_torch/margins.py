@@ -61,7 +61,8 @@ def margin_jacobians(
     handles = [named[name].register_forward_hook(keep(name)) for name in layers]
     try:
         with evaluating(model), torch.inference_mode(False), torch.enable_grad():
-            found = margins(model(x), labels)
+            found = margins(model(x.clone()), labels)
+            total = found.sum()
     finally:
         for handle in handles:
             handle.remove()
@@ -69,7 +70,8 @@ def margin_jacobians(
     if missing:
         raise AdapterError(f"{', '.join(missing)} did not run")
     hidden = [seen[name] for name in layers]
-    gradients = torch.autograd.grad(found.sum(), hidden, materialize_grads=True)
+    with torch.inference_mode(False):
+        gradients = torch.autograd.grad(total, hidden, materialize_grads=True)
 
     def norms(tensors: Sequence[Tensor]) -> Tensor:
         return torch.stack([row_norms(t.detach()) for t in tensors])

@@ -49,6 +49,15 @@ def test_the_discriminator_loss_is_its_definition() -> None:
     ) != pytest.approx(expected, rel=1e-6)
 
 
+def test_generated_samples_of_another_precision() -> None:
+    real, generated = samples(20, 0.0), samples(20, 1.0, 1)
+    found = [
+        specops_torch.neural_divergence(critic, real, x, steps=2)
+        for x in (generated, generated.double())
+    ]
+    assert found[0] == found[1]
+
+
 def test_the_discriminator_loss_is_higher_for_better_generators() -> None:
     options: dict[str, Any] = {"make_critic": critic, "steps": 60, "learning_rate": 1e-2}
     drawn: list[int] = []

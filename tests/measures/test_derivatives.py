@@ -217,6 +217,23 @@ def test_a_hessian_follows_its_parameters() -> None:
     np.testing.assert_allclose(second, [48.0, 48.0])
 
 
+def test_a_hessian_follows_what_is_written_through_data() -> None:
+    w = torch.zeros(1, requires_grad=True)
+    hessian = specops_torch.hessian_operator(lambda: w.exp().sum(), [w])
+    assert hessian.matvec(torch.ones(1)).item() == 1.0
+    w.data.fill_(1.0)
+    assert hessian.matvec(torch.ones(1)).item() == pytest.approx(np.e)
+
+
+def test_margins_are_differentiated_in_inference_mode_too() -> None:
+    model, y = torch_model(), torch.from_numpy(LABELS)
+    expected = specops_torch.margin_jacobians(model, torch.from_numpy(X), y)
+    with torch.inference_mode():
+        x = torch.from_numpy(X).clone()
+        found = specops_torch.margin_jacobians(model, x, y)
+    torch.testing.assert_close(tuple(found), tuple(expected))
+
+
 def test_hidden_layers_are_those_before_they_are_written_to() -> None:
     x, y = torch.from_numpy(X), torch.from_numpy(LABELS)
     plain, inplace = torch_model(), torch_model()

@@ -165,6 +165,17 @@ def test_adversarial_loss_survives_a_flat_loss_and_refuses_nonsense(model: nn.Se
             adversarial_loss(model, flat, x, y, **bad)
 
 
+def test_layers_that_are_called_by_keyword(model: nn.Sequential) -> None:
+    class ByName(nn.Sequential):
+        def forward(self, x: Any) -> Any:
+            return self[2](input=self[1](self[0](input=x)))
+
+    x = torch.randn(5, 4, dtype=torch.float64)
+    found = layerwise_jacobian_penalty(ByName(*model), x, projections=None)
+    expected = layerwise_jacobian_penalty(model, x, projections=None)
+    torch.testing.assert_close(found, expected)
+
+
 def test_adversarial_loss_of_confident_samples_moves_them_by_epsilon() -> None:
     confident = nn.Linear(3, 2)
     with torch.no_grad():
