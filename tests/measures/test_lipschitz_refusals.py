@@ -218,3 +218,15 @@ def test_activations_of_complex_numbers_have_poles() -> None:
     assert found == pytest.approx(abs(linear.weight.item()), rel=1e-5)
     with pytest.raises(AdapterError, match=r"1 \(Tanh\): of complex numbers"):
         lipschitz_upper_bound(nn.Sequential(linear, nn.Tanh()), (1,))
+
+
+def test_mixed_precision_within_a_forward_pass_is_followed() -> None:
+    class Mixed(nn.Sequential):
+        def forward(self, x: Any) -> Any:
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x)
+
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)]
+    found = lipschitz_upper_bound(Mixed(*layers), (8,))
+    assert found == lipschitz_upper_bound(nn.Sequential(*layers), (8,))

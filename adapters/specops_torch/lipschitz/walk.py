@@ -18,6 +18,10 @@ from specops_torch.lipschitz.layers import factor_of, joint_factor, run
 from specops_torch.lipschitz.operations import HINT, Operations, output_of
 from specops_torch.lipschitz.rules import Refused, Varying, log, reason
 
+_ROUNDING = 0.05
+"""Of the largest output: mixed precision within a forward pass changes it by less, 0.024 at most in
+15 chains of 50 layers in bfloat16."""
+
 
 def walk(model: nn.Module, operations: Operations, x: torch.Tensor) -> LipschitzBound:
     """The bound of the map from the graph's input to its output, at an input like `x`."""
@@ -196,7 +200,7 @@ class _Walk:
         plain = output_of(self.model, self.sample)
         size = float(value.nan_to_num().abs().max()) if value.numel() else 0.0
         if value.shape != plain.shape or not torch.allclose(
-            value, plain, rtol=0.0, atol=1e-3 * size, equal_nan=True
+            value, plain.to(value), rtol=0.0, atol=_ROUNDING * size, equal_nan=True
         ):
             raise AdapterError(
                 f"{type(self.model).__name__} computes something else than torch.fx follows: it "
