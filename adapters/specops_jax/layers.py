@@ -129,8 +129,10 @@ def transposed_convolution(
         (w - before, w - after) if flipped else (w - after, w - before)
         for w, (before, after) in zip(wide, added, strict=True)
     ]
-    # More than the kernel's reach on a side is rows of zeros.
-    extra = tuple(max(0, -upper) for _, upper in taken)
+    # More than the kernel's reach on a side is rows of zeros, wherever they are. Those before what
+    # is cropped behind go unsaid: of a map with fewer outputs than inputs that many zeros are left
+    # out of the singular values.
+    extra = tuple(max(0, -upper) + (max(0, -lower) if upper <= 0 else 0) for lower, upper in taken)
     return _checked(
         input_shape,
         stride=stride,
