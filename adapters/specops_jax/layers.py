@@ -165,7 +165,7 @@ def at_both(a: Role, b: Role) -> Role:
     """The role of an array that is met twice: at two input sizes, or in two layers.
 
     For a zero boundary the larger size covers the smaller, whose operator is a part of its own;
-    circular, it stands for every size.
+    circular, or where "same" begins elsewhere, it stands for every size.
     """
     one, two = a.geometry, b.geometry
     if one == two:
@@ -178,10 +178,7 @@ def at_both(a: Role, b: Role) -> Role:
         or replace(one, input_shape=None) != replace(two, input_shape=None)
     ):
         return Role(obstacle=_TWO_MAPS, opt_in=a.opt_in or b.opt_in)
-    if one.grid is None or two.grid is None or one.boundary == "circular":
-        return Role(replace(two, input_shape=None))
-    larger = tuple(max(m, n) for m, n in zip(one.grid, two.grid, strict=True))
-    return Role(replace(two, input_shape=larger))
+    return Role(two.covering(one.grid))
 
 
 def stacked(role: Role, own: tuple[int, ...], found: tuple[int, ...]) -> Role:

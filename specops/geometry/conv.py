@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal
 
 import array_api_compat as compat
@@ -227,6 +227,21 @@ class Conv:
             boundary=self.boundary,
             layout=swapped,  # type: ignore[arg-type]
         )
+
+    def covering(self, grid: tuple[int, ...] | None) -> Conv:
+        """The geometry that bounds a layer of this one on another input size as well.
+
+        That of the larger sizes, of which the operators of the smaller ones are parts; that of
+        every size where they are not: on a torus, and where "same" padding begins elsewhere.
+        """
+        if self.grid is None or grid is None or self.boundary == "circular":
+            return self if grid == self.grid else replace(self, input_shape=None)
+        stride = every_axis(self.stride, len(grid), "stride")
+        apart = any((m - n) % s for m, n, s in zip(grid, self.grid, stride, strict=True))
+        if apart and self.padding == "same" and not self.transposed:
+            return replace(self, input_shape=None)
+        larger = tuple(max(m, n) for m, n in zip(grid, self.grid, strict=True))
+        return replace(self, input_shape=larger)
 
     def _grids(
         self,

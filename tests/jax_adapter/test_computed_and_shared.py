@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -143,6 +144,24 @@ def test_padding_that_depends_on_the_size_at_two_sizes() -> None:
             return conv(x[:, :3]).sum() + conv(x[:, :2]).sum()
 
     assert "two different maps" in specops_jax.geometries_of(Net(), X).reasons["Conv_0/kernel"]
+
+
+@pytest.mark.parametrize(("sizes", "grid"), [((4, 3), None), ((3, 6), (6,))])
+def test_a_stride_whose_padding_begins_apart_is_bounded_on_both_sizes(
+    sizes: Any, grid: Any
+) -> None:
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x: Any) -> Any:
+            conv = linen.Conv(1, (4,), strides=3, padding="SAME", use_bias=False)
+            return [conv(x[:, :n]) for n in sizes]
+
+    geometry = specops_jax.geometries_of(Net(), X[..., :1])["Conv_0/kernel"]
+    assert geometry.grid == grid
+    kernel = np.array([1.0, 0.0, 1.0, 0.0]).reshape(4, 1, 1)
+    upper = specops.spectral_norm_bounds(kernel, geometry).upper
+    for n in sizes:
+        assert upper >= specops.spectral_norm(kernel, dataclasses.replace(geometry, input_shape=n))
 
 
 @pytest.mark.parametrize(("padding", "closes"), [(2, False), ((0, 1), True), (0, True)])

@@ -15,10 +15,10 @@ from specops import Conv, Dense
 from specops.authors import Geometry, GeometryError
 
 _CONVS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
-_TRANSPOSES = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
+TRANSPOSES = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
 _DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
 _SEPARABLE = (layers.SeparableConv1D, layers.SeparableConv2D)
-SIZED = (*_CONVS, *_TRANSPOSES, *_DEPTHWISE, *_SEPARABLE)
+SIZED = (*_CONVS, *TRANSPOSES, *_DEPTHWISE, *_SEPARABLE)
 _GATES = {layers.LSTMCell: 4, layers.GRUCell: 3, layers.SimpleRNNCell: 1}
 _COLUMNS = Dense(out_axes=(-1,))
 
@@ -89,7 +89,7 @@ def _roles(layer: Any, grid: tuple[int, ...] | None) -> Iterator[tuple[Any, Role
     elif isinstance(layer, layers.Embedding):
         reason = "an embedding: only a pattern that names it constrains it"
         yield _stored(layer, "embeddings"), Role(_COLUMNS, opt_in=reason)
-    elif isinstance(layer, _TRANSPOSES):
+    elif isinstance(layer, TRANSPOSES):
         yield kernel, _transposed(layer, grid)
     elif isinstance(layer, _DEPTHWISE):
         yield kernel, _depthwise(layer, kernel.shape, grid)

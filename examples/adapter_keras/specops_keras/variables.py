@@ -8,8 +8,9 @@ from typing import Any
 
 import keras
 
+from specops import Conv
 from specops.authors import Parameter, Weight
-from specops_keras.geometry import SIZED, Role, grid_of, roles, wrappers
+from specops_keras.geometry import SIZED, TRANSPOSES, Role, grid_of, roles, wrappers
 
 _UNKNOWN = "no geometry is known for it: pass it in geometries="
 _FROZEN = "frozen (trainable=False)"
@@ -89,7 +90,8 @@ class Variable(Parameter):
 class SizeRecorder:
     """The largest input that a convolution was built for or has seen; None: every size.
 
-    Zero padding makes the operator of a smaller input a submatrix, so the largest covers all.
+    Zero padding makes the operator of a smaller input a submatrix, so the largest covers all, but
+    where "same" padding at a stride begins elsewhere.
     Sizes other than those of the model's graph are seen by a wrapper around the layer's
     `call`, which compiled functions run when they are traced: once for every size.
     """
@@ -97,9 +99,16 @@ class SizeRecorder:
     def __init__(self, layer: Any) -> None:
         shapes = [node.input_tensors[0].shape for node in getattr(layer, "_inbound_nodes", ())]
         shapes = shapes or [(layer.get_build_config() or {}).get("input_shape")]
-        grids = [grid_of(layer, shape) for shape in shapes]
-        self.grid = None if None in grids else tuple(map(max, zip(*grids, strict=True)))
+        first, *others = (grid_of(layer, shape) for shape in shapes)
+        begins = layer.padding == "same" and not isinstance(layer, TRANSPOSES)
+        seen = Conv(first, stride=tuple(layer.strides), padding="same" if begins else "valid")
+        self._seen = functools.reduce(Conv.covering, others, seen)
         self._known: tuple[Any, Any] | None = None
+
+    @property
+    def grid(self) -> tuple[int, ...] | None:
+        """The size that covers those that were met."""
+        return self._seen.grid
 
     def watch(self, layer: Any) -> None:
         """Look at what the layer's `call` is given."""
@@ -122,7 +131,7 @@ class SizeRecorder:
     def see(self, grid: Any) -> None:
         """Take note of a size."""
         if grid and self.grid:
-            self.grid = tuple(max(a, b) for a, b in zip(grid, self.grid, strict=True))
+            self._seen = self._seen.covering(grid)
 
     def geometry(self, layer: Any, variable: Any) -> Any:
         """The map of one of the layer's variables at this size."""

@@ -225,6 +225,17 @@ def test_sizes_may_grow() -> None:
         again.detach()
 
 
+def test_sizes_that_same_padding_begins_apart_on_stand_for_all() -> None:
+    conv = layers.Conv1D(1, 4, strides=3, padding="same", use_bias=False)
+    long, short, like_it = (keras.Input((n, 1)) for n in (4, 3, 6))
+    net = keras.Model([short, like_it], [conv(short), conv(like_it)])
+    (geometry,) = specops.attach(None, net, CLIP).geometries().values()
+    assert geometry.grid == (6,)
+    net = keras.Model([long, short], [conv(long), conv(short)])
+    (geometry,) = specops.attach(None, net, CLIP).geometries().values()
+    assert geometry.grid is None
+
+
 def test_unknown_sizes_stand_for_all() -> None:
     net = keras.Sequential(
         [keras.Input((None, 6, 2)), layers.Conv2D(3, 3), layers.GlobalMaxPooling2D()]
