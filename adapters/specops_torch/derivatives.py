@@ -157,7 +157,7 @@ def hessian_operator(
         the mean counts; they are computed anew for each product, a single one only after its
         parameters have changed.
     parameters : iterable of tensor
-        Those of ``model.parameters()`` that require gradients.
+        Those of ``model.parameters()`` that require gradients; one given twice counts once.
 
     Returns
     -------
@@ -186,7 +186,9 @@ def hessian_operator(
     losses = [loss] if callable(loss) else list(loss)
     if not losses:
         raise AdapterError("there is no loss")
-    return HessianOperator(losses, [p for p in parameters if p.requires_grad])
+    # Each once: what two modules share is one set of entries.
+    distinct = {id(p): p for p in parameters if p.requires_grad}
+    return HessianOperator(losses, list(distinct.values()))
 
 
 def input_gradient_norms(losses: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -217,6 +217,13 @@ def test_a_hessian_follows_its_parameters() -> None:
     np.testing.assert_allclose(second, [48.0, 48.0])
 
 
+def test_a_parameter_that_two_modules_share_counts_once() -> None:
+    w = torch.ones(2, requires_grad=True)
+    hessian = specops_torch.hessian_operator(lambda: (w**2).sum(), [w, w])
+    assert hessian.shape == (2, 2)
+    assert measures.spectrum_ends(hessian).largest == pytest.approx(2.0)
+
+
 def test_a_hessian_follows_what_is_written_through_data() -> None:
     w = torch.zeros(1, requires_grad=True)
     hessian = specops_torch.hessian_operator(lambda: w.exp().sum(), [w])
