@@ -284,6 +284,14 @@ def test_a_normalisation_of_another_axis_is_a_map_of_its_own() -> None:
     found = lipschitz_upper_bound(model, (3, 4))
     assert found.layers == ("0", "1")
     assert np.linalg.norm(matrix_of(model, (3, 4)), 2) <= found.value
+    # Taken for one channel of four positions, of which the normalisation scales the first.
+    model = nn.Sequential(nn.Conv1d(1, 4, 1), nn.BatchNorm1d(4)).double()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([0.1, 1, 1, 1]).reshape(4, 1, 1))
+        model[1].weight.copy_(torch.tensor([9.0, 0.1, 0.1, 0.1]))
+    x = torch.zeros(1, 4, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(model.eval(), x).reshape(16, 4)
+    assert torch.linalg.matrix_norm(jacobian, 2) <= lipschitz_upper_bound(model, (4,)).value
 
 
 class Twice(nn.Module):

@@ -13,6 +13,7 @@ from torch import fx, nn
 from specops.errors import AdapterError, GeometryError, NonFiniteError, SpecopsError
 from specops.measures import LipschitzBound
 from specops_torch.batch_norms import BATCH_NORMS, diagonal
+from specops_torch.geometry import CONVOLUTIONS
 from specops_torch.lipschitz.functions import FUNCTIONS, METHODS, is_constant
 from specops_torch.lipschitz.layers import factor_of, joint_factor, run
 from specops_torch.lipschitz.operations import HINT, Operations, output_of
@@ -145,10 +146,12 @@ class _Walk:
         if not isinstance(norm, BATCH_NORMS):
             return False
         diagonal(self._label(following[0]), norm)
-        channels = getattr(layer, "out_channels", None)
+        # Without a batch before them channels are what the normalisation takes for samples.
+        if isinstance(layer, CONVOLUTIONS) and y.ndim == len(layer.kernel_size) + 2:
+            return bool(layer.out_channels == norm.num_features)
         if isinstance(layer, nn.Linear) and y.ndim == 2:
-            channels = layer.out_features
-        return bool(channels == norm.num_features)
+            return bool(layer.out_features == norm.num_features)
+        return False
 
     def _function(self, node: fx.Node, varying: list[fx.Node]) -> None:
         target: Any = node.target
