@@ -178,3 +178,39 @@ def test_dense_round_trip_on_every_backend(eager: Backend, rng: np.random.Genera
         wanted = eager.numpy(w)[:, :, part].reshape(2, -1, 2)
         np.testing.assert_array_equal(eager.numpy(block), wanted)
     np.testing.assert_array_equal(eager.numpy(turns.assemble(found, (2, 5, 3, 2))), eager.numpy(w))
+
+
+@pytest.mark.parametrize("padding", ["same", "valid", 1])
+@pytest.mark.parametrize(
+    ("stride", "transposed", "boundary"),
+    [(1, False, "zeros"), (3, False, "zeros"), (2, True, "zeros"), (1, False, "circular")],
+)
+def test_a_covering_geometry_bounds_both_sizes(
+    padding: Any, stride: int, transposed: bool, boundary: Any, rng: np.random.Generator
+) -> None:
+    layout = "IO*" if transposed else "OI*"
+    padding = "same" if boundary == "circular" else padding
+    options: dict[str, Any] = {
+        "stride": stride,
+        "transposed": transposed,
+        "boundary": boundary,
+        "padding": padding,
+        "layout": layout,
+    }
+    kernels = [np.array([1.0, 0.0, 1.0, 0.0]).reshape(1, 1, 4), rng.normal(size=(2, 2, 4))]
+    for first, second in ((4, 3), (3, 4), (3, 6), (5, 8), (8, 5)):
+        pair = [Conv((n,), **options) for n in (first, second)]
+        if padding == "valid" and not transposed:
+            pair = [Conv((n + 3,), **options) for n in (first, second)]
+        covering = pair[0].covering(pair[1].grid)
+        assert covering == pair[1].covering(pair[0].grid)
+        apart = padding == "same" and stride == 3 and bool((first - second) % 3)
+        assert (covering.grid is None) is (boundary == "circular" or apart)
+        for w in kernels:
+            if covering.grid is None:
+                upper = specops.spectral_norm_bounds(w, covering).upper
+            else:
+                upper = specops.spectral_norm(w, covering)
+            for geometry in pair:
+                norm = np.linalg.norm(oracle.conv_matrix(w, geometry), 2)
+                assert norm <= upper * (1 + 1e-12)

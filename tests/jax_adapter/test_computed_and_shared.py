@@ -161,7 +161,8 @@ def test_a_stride_whose_padding_begins_apart_is_bounded_on_both_sizes(
     kernel = np.array([1.0, 0.0, 1.0, 0.0]).reshape(4, 1, 1)
     upper = specops.spectral_norm_bounds(kernel, geometry).upper
     for n in sizes:
-        assert upper >= specops.spectral_norm(kernel, dataclasses.replace(geometry, input_shape=n))
+        alone = specops.spectral_norm(kernel, dataclasses.replace(geometry, input_shape=n))
+        assert alone <= upper * (1 + 1e-9)
 
 
 @pytest.mark.parametrize(("padding", "closes"), [(2, False), ((0, 1), True), (0, True)])
