@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 _OURS = ("specops_torch", "torch.nn.utils")
+_OF_LAZY_LAYERS = "torch.nn.modules.lazy"
 _BESIDE_FORWARD = {"extra_repr", "reset_parameters", "reset_running_stats", "flatten_parameters"}
 """Methods of layers that a forward pass does not call."""
 
@@ -48,7 +49,7 @@ def hook_of_others(module: nn.Module) -> Any:
     """A forward hook that may change what the module computes; None if there is none."""
     for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
         homes = (type(hook).__module__, getattr(hook, "__module__", "") or "")
-        if not any(home.startswith(_OURS) for home in homes):
+        if not any(home.startswith((*_OURS, _OF_LAZY_LAYERS)) for home in homes):
             return hook
     return None
 

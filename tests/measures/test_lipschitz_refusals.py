@@ -230,3 +230,9 @@ def test_mixed_precision_within_a_forward_pass_is_followed() -> None:
     layers = [nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)]
     found = lipschitz_upper_bound(Mixed(*layers), (8,))
     assert found == lipschitz_upper_bound(nn.Sequential(*layers), (8,))
+
+
+def test_layers_that_learn_their_sizes_in_the_first_forward_pass() -> None:
+    model = nn.Sequential(nn.LazyConv1d(3, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+    first = lipschitz_upper_bound(model, (1, 5))
+    assert first == lipschitz_upper_bound(model, (1, 5))

@@ -249,6 +249,13 @@ def test_what_does_not_commute_is_refused() -> None:
         balance_norms(nn.Sequential(layer, nn.ReLU(), other), x)
 
 
+def test_layers_that_learn_their_sizes_in_the_first_forward_pass_are_balanced() -> None:
+    model = nn.Sequential(nn.LazyConv1d(3, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+    factors = balance_norms(model, torch.randn(2, 1, 5))
+    assert factors["0"] * factors["3"] == pytest.approx(1.0)
+    assert isinstance(model[3], nn.Linear)
+
+
 class Residual(nn.Sequential):
     def forward(self, x: Any) -> Any:
         return x + super().forward(x)

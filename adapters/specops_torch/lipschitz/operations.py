@@ -13,10 +13,9 @@ import torch
 from torch import fx, nn
 
 from specops.errors import AdapterError
-from specops_torch.own_forward import computes_plainly
+from specops_torch.own_forward import computes_plainly, hook_of_others
 from specops_torch.sizes import unrecorded
 
-_OURS = ("specops_torch", "torch.nn.utils")
 _IN_PLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
 HINT = "Compute its factor, and give those of all layers to specops.measures.lipschitz_upper_bound"
 
@@ -70,12 +69,11 @@ def _wraps(forward: Any, kind: Any) -> bool:
 
 def check_hooks(name: str, module: nn.Module) -> None:
     """Raise where a hook of others may change what a module computes."""
-    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-        homes = (type(hook).__module__, getattr(hook, "__module__", "") or "")
-        if not any(home.startswith(_OURS) for home in homes):
-            raise AdapterError(
-                f"{name} has a hook, {hook!r}: its Lipschitz constant is not known. {HINT}"
-            )
+    hook = hook_of_others(module)
+    if hook is not None:
+        raise AdapterError(
+            f"{name} has a hook, {hook!r}: its Lipschitz constant is not known. {HINT}"
+        )
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:
