@@ -139,6 +139,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "random": (lambda x: x * torch.rand(3), "computes something else .*: it draws at random"),
     "parts that overlap": (overlapping, "tensor_split: its parts overlap"),
     "bits": (lambda x: x.view(torch.float16), "view: it reads the bits"),
+    "filled with its sum": (lambda x: x.new_full((1, 2), x.sum()), "new_full: its Lipschitz"),
     "NaN": (lambda x: x * torch.tensor(math.nan), "mul: it holds NaN"),
     "divided by NaN": (lambda x: x / math.nan, "truediv: it holds NaN"),
     "shapes": (lambda x: x @ fixed(4, 4), r"matmul failed on a sample of shape \(3,\)"),

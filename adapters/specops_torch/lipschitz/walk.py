@@ -161,7 +161,10 @@ class _Walk:
         method = node.op == "call_method"
         function = getattr(args[0], target) if method else target
         value = self.values[node] = function(*args[method:], **kwargs)
-        if not varying or node not in self.live or is_constant(target, args):
+        if not varying or node not in self.live:
+            return
+        # Zeros like x, and not x.new_full(shape, x.sum()).
+        if is_constant(target, args) and varying == node.all_input_nodes[:1]:
             return
         rule = (METHODS if method else FUNCTIONS).get(target)
         if rule is None:
