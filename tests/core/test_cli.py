@@ -55,6 +55,12 @@ def test_the_entry_point_is_this_function() -> None:
     assert script.load() is cli.main
 
 
+def test_the_package_runs_as_the_command() -> None:
+    command = [sys.executable, "-m", "specops", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"specops {specops.__version__}"
+
+
 def test_adapters_are_listed_in_aligned_columns(found: None, capsys: Any) -> None:
     assert cli.main(["adapters"]) == 0
     head, far, near = capsys.readouterr().out.splitlines()
