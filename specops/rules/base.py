@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
+from specops import arrays
 from specops.errors import UnsupportedArrayError
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import check_bound
@@ -38,8 +39,10 @@ def check_result(rule: Any, array: Any, weight: Array) -> None:
     Raises
     ------
     UnsupportedArrayError
-        No array, or one of another shape than the weight.
+        No array, one of another shape than the weight, or a weight that is not finite.
     """
+    if array is weight:
+        return
     shape = getattr(array, "shape", None)
     if shape is None or tuple(shape) != tuple(weight.shape):
         given = type(array).__name__ if shape is None else f"an array of shape {tuple(shape)}"
@@ -47,6 +50,10 @@ def check_result(rule: Any, array: Any, weight: Array) -> None:
             f"{rule!r} gave {given} for a weight of shape {tuple(weight.shape)}: the first of what "
             f"update() returns has to be an array of the weight's shape"
         )
+    # Gradients of scaled losses may overflow, and their steps are left out.
+    written = rule.stage == "weights"
+    if written and arrays.truth(arrays.all_finite(arrays.namespace(array), array)) is False:
+        raise UnsupportedArrayError(f"{rule!r} gave NaN or infinity for a weight that is finite")
 
 
 @runtime_checkable

@@ -101,3 +101,14 @@ def test_what_a_rule_gives_has_the_shape_of_the_weight(stage: str, wrong: Any) -
         attachment.step() if stage == "weights" else attachment.before_step(gradients)
     assert all(np.all(a == 1.0) for a in arrays.values())
     assert not any(g.any() for g in gradients.values())
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_weight_that_a_rule_makes_not_finite_is_not_written(bad: float) -> None:
+    arrays = {key: np.ones((3, 4)) for key in "ab"}
+    rule = Gives("weights", np.full((3, 4), bad))
+    attachment = Listed([Entry(arrays, key, key) for key in arrays], rule)
+    attachment.assign()
+    with pytest.raises(UnsupportedArrayError, match=r"^b at step 1: .*Gives.* gave NaN or infin"):
+        attachment.step()
+    assert all(np.all(a == 1.0) for a in arrays.values())
