@@ -89,13 +89,9 @@ class Attachment(BaseAttachment[Constrained]):
         self._scales.give(self._constrained, self._followed.optimizer)
         self._followed.look()
 
-    def drop(self, c: Constrained, decided: Assignment | None) -> None:
+    def goes_on(self, c: Constrained, decided: Assignment) -> bool:
         """A layer whose weight was frozen, or taken out of the optimizer, goes on as it was."""
-        if decided and c.in_use and decided.reason.startswith((FROZEN, OUTSIDE)):
-            c.rename(decided.weight.name)
-            self._constrained.append(c)
-        else:
-            c.release()
+        return c.in_use is not None and decided.reason.startswith((FROZEN, OUTSIDE))
 
     def under_rules(self) -> Sequence[Constrained]:
         """What is kept of each weight under a rule; none once hooks are lost, or detached."""

@@ -84,7 +84,10 @@ class Constrained(training.Constrained[Location]):
     def is_of(self, parameter: Location, assignment: Assignment) -> bool:
         """Whether it is a weight of the same module, and the same map: blocks may have grown."""
         same = assignment.weight.geometry == self.assignment.weight.geometry
-        return self.location.module is parameter.module and (same or parameter.learns_size)
+        if self.location.module is not parameter.module or not (same or parameter.learns_size):
+            return False
+        # Weights may have been tied since, or may be no longer.
+        return self.in_use is None or set(self.answering) == set(parameter.holders())
 
     def resume(self, parameter: Location, assignment: Assignment) -> None:
         """Go on, hooks and all."""
@@ -93,8 +96,7 @@ class Constrained(training.Constrained[Location]):
 
     def rename(self, name: str) -> None:
         """Go by another name, after layers were inserted or taken out."""
-        weight = replace(self.assignment.weight, name=name)
-        self.assignment = replace(self.assignment, weight=weight)
+        super().rename(name)
         self.location.weight = replace(self.location.weight, name=name)
         if self.in_use is not None:
             self.in_use.name = name

@@ -27,6 +27,8 @@ class Scales:
 
     def __init__(self) -> None:
         self.parameters: dict[str, nn.Parameter] = {}
+        self._given: list[nn.Parameter] = []
+        """Also those of layers that were taken out since, which an optimizer keeps."""
         self._rules: list[Any] = []
         self._layout: Layout | None = None
         """Of sharded layers, whose ranks meet different batches."""
@@ -48,6 +50,9 @@ class Scales:
             assert c.in_use is not None
             c.in_use.overrides["scale"] = self.parameters[key]
             users.setdefault(key, []).append(c)
+        for key in self.parameters.keys() - users.keys():
+            self.parameters.pop(key).grad = None
+        self._given += new
         for sharing in users.values():
             for c in sharing:
                 if isinstance(c, ShardedConstrained):
@@ -115,12 +120,12 @@ class Scales:
     def withdraw(self, optimizer: Any) -> None:
         """Take the group out of the optimizer again."""
         _held.discard(self)
-        if optimizer is None or not self.parameters:
+        if optimizer is None or not self._given:
             return
-        own = {id(p) for p in self.parameters.values()}
+        own = {id(p) for p in self._given}
         groups = optimizer.param_groups
         groups[:] = [g for g in groups if not any(id(p) in own for p in g["params"])]
-        for p in self.parameters.values():
+        for p in self._given:
             optimizer.state.pop(p, None)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -168,7 +173,7 @@ def _add_group(optimizer: Any, new: list[nn.Parameter], climbs: bool) -> None:
 
 def _drop_copies(optimizer: Any) -> None:
     """A copied optimizer holds copies of the scales of the attachments it was copied with."""
-    live = {id(p) for scales in _held for p in scales.parameters.values()}
+    live = {id(p) for scales in _held for p in scales._given}
     kept = []
     for group in optimizer.param_groups:
         if group.get("name") != _GROUP or not live.isdisjoint(map(id, group["params"])):

@@ -26,19 +26,19 @@ class Attaching(Protocol[C_co]):
     def parameters(self) -> Sequence[Parameter]: ...
     def check_rule(self, rule: Any) -> None: ...
     def constrain(self, parameter: Any, assignment: Assignment) -> C_co: ...
+    def goes_on(self, c: Any, decided: Assignment) -> bool: ...
 
 
 def assigned(
     attachment: Attaching[C],
     geometries: Mapping[str, Geometry],
     constrained: Sequence[C],
-) -> tuple[list[Assignment], list[C], list[tuple[C, Assignment | None]]]:
-    """(a decision about every parameter, those under a rule, those that were under one).
+) -> tuple[list[Assignment], list[C]]:
+    """(a decision about every parameter, those under a rule).
 
-    The last with what was decided about them; None if the model has them no longer.
-
-    Those constrained before go on with their states and sizes. An error leaves nothing of the
-    others behind, and those as they are.
+    Those constrained before go on with their states and sizes, or are released. An error leaves
+    nothing of the others behind; one of the plan, and all that is known before layers are changed,
+    leaves those as they are.
 
     Raises
     ------
@@ -57,9 +57,9 @@ def assigned(
     before = {c.parameter.place: c for c in constrained}
     assignments: list[Assignment] = []
     left: dict[Any, Assignment] = {}
+    acting: list[tuple[Parameter, Assignment, C | None]] = []
     result: list[C] = []
     new: list[C] = []
-    resumed: list[tuple[C, Parameter, Assignment]] = []
     listed = [(p, p.weight, p.declared) for p in parameters]
     pairs = zip(parameters, attachment.plan.assign(weights), strict=True)
     try:
@@ -72,25 +72,36 @@ def assigned(
             if assignment.rule is None:
                 left.setdefault(parameter.place, assignment)
                 continue
-            kept = before.pop(parameter.place, None)
+            kept = before.get(parameter.place)
             same = kept is not None and kept.rule is assignment.rule
-            if kept is not None and same and kept.is_of(parameter, assignment):
-                resumed.append((kept, parameter, assignment))
-                result.append(kept)
-                continue
-            if kept is not None:
-                kept.release()
-            new.append(_taken(attachment, parameter, assignment))
-            result.append(new[-1])
+            goes_on = kept is not None and same and kept.is_of(parameter, assignment)
+            acting.append((parameter, assignment, before.pop(parameter.place) if goes_on else None))
+        staying = [
+            (c, left[place])
+            for place, c in before.items()
+            if place in left and attachment.goes_on(c, left[place])
+        ]
+        for c in before.values():
+            # First, for a tied weight may be taken at another of its places.
+            if not any(c is other for other, _ in staying):
+                c.release()
+        for parameter, assignment, kept in acting:
+            if kept is None:
+                kept = _taken(attachment, parameter, assignment)
+                new.append(kept)
+            result.append(kept)
     except BaseException:
         for c in new:
             c.release()
         for p, weight, declared in listed:
             p.weight, p.declared = weight, declared
         raise
-    for kept, parameter, assignment in resumed:
-        kept.resume(parameter, assignment)
-    return assignments, result, [(c, left.get(place)) for place, c in before.items()]
+    for parameter, assignment, kept in acting:
+        if kept is not None:
+            kept.resume(parameter, assignment)
+    for c, decided in staying:
+        c.rename(decided.weight.name)
+    return assignments, [*result, *(c for c, _ in staying)]
 
 
 def _check_names(parameters: Sequence[Parameter]) -> None:

@@ -91,9 +91,9 @@ class BaseAttachment(ABC, Generic[C]):
                 f"number or a schedule"
             )
 
-    def drop(self, c: C, decided: Assignment | None) -> None:
-        """Let go of a weight that no rule is to act on any more; None: the model has it not."""
-        c.release()
+    def goes_on(self, c: C, decided: Assignment) -> bool:
+        """Whether a weight that no rule is to act on any more stays as the rule left it."""
+        return False
 
     def look(self) -> None:
         """Called before weights are looked at: an adapter may list them anew."""
@@ -114,10 +114,8 @@ class BaseAttachment(ABC, Generic[C]):
         found = assigned(self, self._geometries, self._constrained)
         if not self._attached:
             warn_of_coverage(found[0])
-        self._assignments, self._constrained, dropped = found
+        self._assignments, self._constrained = found
         self._attached = True
-        for c, decided in dropped:
-            self.drop(c, decided)
 
     # Steps
 

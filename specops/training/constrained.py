@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import array_api_compat as compat
@@ -81,6 +82,11 @@ class Constrained(Assigned, Generic[P]):
         parameter.watch()
         parameter.see(self.parameter.sizes())
         self.parameter, self.assignment = parameter, assignment
+
+    def rename(self, name: str) -> None:
+        """Go by another name, after layers were inserted or taken out."""
+        weight = replace(self.assignment.weight, name=name)
+        self.assignment = replace(self.assignment, weight=weight)
 
     def release(self) -> None:
         """Leave nothing behind on the model."""
