@@ -425,6 +425,28 @@ def test_a_measured_norm_is_used_for_as_long_as_it_is_the_weights(
     assert asks()
 
 
+@pytest.mark.parametrize("shape", [(6, 8), WIDE])
+def test_differences_of_single_entries_are_derivatives(shape: tuple[int, int]) -> None:
+    """As `torch.autograd.gradcheck` takes them in double precision, by writes that nothing counts,
+    too few for a sample to show."""
+    layer, _ = attached(shape)
+    x, weight, h = inputs(3, shape[1]), raw(layer), 1e-5
+
+    def loss() -> Any:
+        return layer(x).square().mean()
+
+    (gradient,) = torch.autograd.grad(loss(), weight)
+    entries = weight.data.view(-1)
+    for at in (1, 5, 40):
+        plain, losses = float(entries[at]), []
+        for moved in (plain + h, plain - h):
+            entries[at] = moved
+            losses.append(float(loss().detach()))
+        entries[at] = plain
+        difference = (losses[0] - losses[1]) / (2 * h)
+        assert float(gradient.view(-1)[at]) == pytest.approx(difference, rel=1e-4, abs=1e-9)
+
+
 def test_steps_in_few_calls_are_the_rules(monkeypatch: Any) -> None:
     """`fast_paths` against `rule.update`: vectors and figures, small and large, both dtypes."""
     rules = [
