@@ -272,8 +272,10 @@ def _positive(text: str) -> int:
 
 
 def _zeros(text: str) -> int | str:
-    value = text if text in ("same", "valid") else int(text)
-    if value == "" or (isinstance(value, int) and value < 0):
+    if text in ("same", "valid"):
+        return text
+    value = int(text)
+    if value < 0:
         raise ValueError
     return value
 

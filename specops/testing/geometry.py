@@ -69,10 +69,12 @@ class GeometryChecks(SuiteBase):
         """What the user says in geometries= goes before what the adapter finds."""
         self.needs("weights")
         training = advanced(self.start(self.model(), Monitor()), 1)
-        kinds = training.geometries
-        name = next(n for n in self.constrained(training) if isinstance(kinds[n], Dense))
-        weight, recorder = training.weights()[name], Recorder()
-        declared = Dense(splits=(1, weight.shape[0] - 1))
+        kinds, weights, recorder = training.geometries, training.weights(), Recorder()
+        dense = (n for n in self.constrained(training) if isinstance(kinds[n], Dense))
+        name = next((n for n in dense if weights[n].shape[0] > 1), None)
+        if name is None:
+            pytest.skip("the model has no matrix of several rows, of which to declare blocks")
+        declared = Dense(splits=(1, weights[name].shape[0] - 1))
         plan = Plan([(name, recorder)])
         self.project(self.model(), plan, geometries={name: declared})
         found = recorder.seen[-1][1]

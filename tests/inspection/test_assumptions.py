@@ -358,6 +358,12 @@ def test_paddings_and_dilations_that_are_given(
     assert ("counts only where zeros end" in unsized.why) == ("padding" in hints)
 
 
+@pytest.mark.parametrize("option", ["stride", "dilation", "groups"])
+def test_counts_below_one_are_told(option: str) -> None:
+    found = guess("c.weight", (8, 3, 3, 3), input_size={"*": (8, 8)}, **{option: {"*": 0}})
+    assert found.skipped == f"{option} must be at least 1, got 0"
+
+
 def test_hints_that_do_not_fit_are_said() -> None:
     found = guess("c.weight", (8, 3, 3, 3), groups={"*": 3})
     assert found.geometry is None

@@ -52,7 +52,9 @@ def kernel(name: str, shape: tuple[int, ...], context: Context) -> Assumption:
         layout = {"keras": "*OI", "jax": "*IO"}.get(context.layout, "IO*")  # type: ignore[assignment]
     seen, groups = _groups(name, shape, channels, first, layout, context)
     told = context.configuration.layer(name)
-    dilation = context.hints.of(name, "dilation") or (told.dilation if told is not None else 1)
+    dilation = context.hints.of(name, "dilation")
+    if dilation is None:
+        dilation = told.dilation if told is not None else 1
     gaps = dilation if isinstance(dilation, tuple) else (dilation,) * len(taps)
     spans = tuple(gap * (k - 1) + 1 for gap, k in zip(gaps, taps, strict=True))
     readings = []
