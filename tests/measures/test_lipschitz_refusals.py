@@ -98,6 +98,10 @@ def by_kind(x: Any) -> Any:
     return 5.0 * x if isinstance(x, torch.Tensor) else x
 
 
+def by_kind_a_little(x: Any) -> Any:
+    return 1.03 * x if isinstance(x, torch.Tensor) else x
+
+
 def overlapping(x: Any) -> Any:
     return torch.cat(torch.tensor_split(x, (2, 1), dim=1), 1)
 
@@ -136,6 +140,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "an output made before, through data": (copying, "writes to a tensor"),
     "an output given": (given_to, "writes to a tensor"),
     "by the kind of object": (by_kind, "computes something else than torch.fx follows"),
+    "a little by the kind": (by_kind_a_little, "computes something else than torch.fx follows"),
     "random": (lambda x: x * torch.rand(3), "computes something else .*: it draws at random"),
     "parts that overlap": (overlapping, "tensor_split: its parts overlap"),
     "bits": (lambda x: x.view(torch.float16), "view: it reads the bits"),

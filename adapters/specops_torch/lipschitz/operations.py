@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 
 from specops.errors import AdapterError
 from specops_torch.own_forward import computes_plainly, hook_of_others
 from specops_torch.sizes import unrecorded
 
 _IN_PLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+_HALF = (torch.float16, torch.bfloat16)
 HINT = "Compute its factor, and give those of all layers to specops.measures.lipschitz_upper_bound"
 
 
@@ -55,10 +57,23 @@ def operations_of(model: nn.Module) -> Operations:
     return Operations(graph, tracer.constants)
 
 
-def output_of(model: nn.Module, x: torch.Tensor) -> Any:
-    """What a model itself gives, nothing of it left behind."""
-    with _restored(model), unrecorded(model.modules()):
-        return model(x)
+def output_of(model: nn.Module, x: torch.Tensor) -> tuple[Any, bool]:
+    """(what a model itself gives, whether by numbers of half precision); nothing is left behind."""
+    with _restored(model), unrecorded(model.modules()), _Dtypes() as met:
+        return model(x), met.half
+
+
+class _Dtypes(TorchFunctionMode):
+    """Notices numbers of half precision, where autocast makes them too."""
+
+    half = False
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        found = function(*args, **(kwargs or {}))
+        self.half |= isinstance(found, torch.Tensor) and found.dtype in _HALF
+        return found
 
 
 def _wraps(forward: Any, kind: Any) -> bool:
