@@ -60,9 +60,8 @@ class ShardedFiring(Firing[Constrained]):
                 (found[c.name],) = super().compute([c], step, certain=certain)
         return [found[c.name] for c in due]
 
-    def _not_finite(self, c: Constrained, weight: Any, step: int) -> str:
-        whole = c.location.parameter if isinstance(c, SharedConstrained) else weight
-        return super()._not_finite(c, whole, step)
+    def _shape(self, c: Constrained, weight: Any) -> tuple[int, ...]:
+        return tuple(c.location.parameter.shape)
 
     def _owned(
         self, due: Sequence[SharedConstrained], step: int, certain: bool

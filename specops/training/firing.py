@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
+from specops import arrays
 from specops.errors import NonFiniteError, NonFiniteWarning, SpecopsError
 from specops.rules.base import check_result
 from specops.training.cautions import caution
@@ -68,9 +69,14 @@ class Firing(Generic[C]):
             raise
         return Outcome(c, weight, None, None, record | {"skipped": reason})
 
+    def _shape(self, c: C, weight: Array) -> tuple[int, ...]:
+        return tuple(weight.shape)
+
     def _not_finite(self, c: C, weight: Array, step: int) -> str:
+        finite = arrays.truth(arrays.all_finite(arrays.namespace(weight), weight))
+        holds = "numbers too large for their norm" if finite else "NaN or infinity"
         message = (
-            f"{c.name} holds NaN or infinity at step {step} (shape {tuple(weight.shape)}): "
+            f"{c.name} holds {holds} at step {step} (shape {self._shape(c, weight)}): "
             f"look for a diverged step or an overflow in half precision"
         )
         if self.on_nonfinite == "raise":

@@ -103,6 +103,19 @@ def test_what_a_rule_gives_has_the_shape_of_the_weight(stage: str, wrong: Any) -
     assert not any(g.any() for g in gradients.values())
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.parametrize(
+    ("number", "said"), [(1e38, "numbers too large for their norm"), (np.nan, "NaN or infinity")]
+)
+def test_norms_beyond_the_precision_are_told_from_nan(number: float, said: str) -> None:
+    w = np.full((8, 8), number, np.float32)
+    rule = specops.NormalizeIfAbove(1.0, norm="reshaped")
+    attachment = Listed([Entry({"a": w}, "a", "a")], rule)
+    attachment.assign()
+    with pytest.raises(specops.errors.NonFiniteError, match=f"^a holds {said} at step 1"):
+        attachment.step()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_weight_that_a_rule_makes_not_finite_is_not_written(bad: float) -> None:
     arrays = {key: np.ones((3, 4)) for key in "ab"}
