@@ -27,6 +27,7 @@ from specops_torch.location import Location
 from specops_torch.reading import answer_plainly, read_through
 from specops_torch.sharded import is_fully_sharded
 from specops_torch.unrecognised import refuse_sharded
+from specops_torch.writes import written
 
 
 class Constrained(training.Constrained[Location]):
@@ -49,6 +50,7 @@ class Constrained(training.Constrained[Location]):
         self.handles: list[Any] = []
         self.answering: list[tuple[nn.Module, str]] = []
         self._seen: tuple[Any, int] | None = None
+        self._since: tuple[int, int] | None = None
         self._fitting: Geometry | None = None
         self._blocks: tuple[Geometry, int] | None = None
         self._whole: Any = location.parameter
@@ -152,6 +154,8 @@ class Constrained(training.Constrained[Location]):
         """What the rule gives: (array, new state, figures)."""
         if self.stage == "weights":
             return super().act(weight, step, certain=certain)
+        if self.in_use is not None and not self.in_use.sharded:
+            self._since = written(self.location.parameter)
         geometry, rule = self.geometry, self.rule
         forgotten = self.in_use is not None and self.in_use.forgotten
         state = (None if forgotten else self.state) or {}
@@ -182,7 +186,7 @@ class Constrained(training.Constrained[Location]):
             super().keep(outcome)
         elif outcome.array is not None:
             self.in_use.geometry = self.sized
-            self.in_use.take(outcome.state, self.location.parameter)
+            self.in_use.take(outcome.state, self.location.parameter, self._since)
 
     def adds_in_place(self, geometry: Geometry) -> bool:
         """Whether the term of a penalty need not be made: it is λσuvᴴ, and the vectors fit."""

@@ -204,9 +204,10 @@ class InUse:
     @torch.compiler.disable
     def measure(self, raw: torch.Tensor) -> None:
         """Find the leading pairs of the parameter as it is."""
-        state = self._measured(raw)
+        source = self._source(raw)
+        since, state = written(source), self._measured(raw)
         if state is not None:
-            self.take(state, self._source(raw))
+            self.take(state, source, since)
 
     def wait_for(self, own: torch.Tensor) -> None:
         """Measure when the layer first meets a sharded parameter brought together."""
@@ -219,10 +220,15 @@ class InUse:
             self._look(whole)
         return whole if self.state is None else self._plain(whole, self.state)
 
-    def take(self, state: State | None, raw: torch.Tensor) -> None:
-        """Use vectors that were advanced on the parameter as it is."""
+    def take(
+        self, state: State | None, raw: torch.Tensor, since: tuple[int, int] | None = None
+    ) -> None:
+        """Use vectors that were advanced on the parameter as it is, or as it was `since`.
+
+        Another thread may have written to it meanwhile.
+        """
         self._own, self.state, self.drifting = raw, state, False
-        self._written, self._copied, self._loaded = written(raw), None, False
+        self._written, self._copied, self._loaded = since or written(raw), None, False
         self._sample = None if state is None else sample(raw)
 
     def is_as_measured(self, raw: torch.Tensor, state: State) -> bool:

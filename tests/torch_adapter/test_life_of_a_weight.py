@@ -21,6 +21,8 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 import specops_torch  # noqa: E402
+from specops_torch.fast_paths import advanced  # noqa: E402
+from specops_torch.in_use import InUse  # noqa: E402
 
 SN = SpectralNormalization(norm="reshaped")
 SRN = StableRankNormalization(0.4, norm="reshaped")
@@ -132,6 +134,33 @@ def test_what_is_written_to_the_attribute_reaches_the_parameter() -> None:
     for made in (copy.deepcopy(layer.weight), pickle.loads(pickle.dumps(layer.weight))):
         assert type(made) is torch.Tensor
         assert float(torch.linalg.matrix_norm(made, 2)) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_what_others_write_while_a_step_is_measured_is_seen(monkeypatch: Any) -> None:
+    """Threads that train one model; the same for the first look at a weight."""
+    layer = nn.Linear(6, 6, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.01)
+
+    def racing(find: Any) -> Any:
+        def found(*args: Any) -> Any:
+            result = find(*args)
+            with torch.no_grad():
+                raw(layer).mul_(3.0)
+            return result
+
+        return found
+
+    def norm() -> float:
+        return float(torch.linalg.matrix_norm(layer.weight.detach(), 2))
+
+    monkeypatch.setattr("specops_torch.in_use.InUse._measured", racing(InUse._measured))
+    specops.attach(optimizer, layer, SpectralNormalization(norm="reshaped"))
+    monkeypatch.undo()
+    assert norm() == pytest.approx(1.0, rel=0.02)
+    monkeypatch.setattr("specops_torch.constrained.advanced", racing(advanced))
+    layer(torch.ones(2, 6)).square().mean().backward()
+    optimizer.step()
+    assert norm() == pytest.approx(1.0, rel=0.02)
 
 
 def test_writes_that_torch_does_not_count_need_a_refresh() -> None:
