@@ -19,7 +19,14 @@ from specops.arrays import cond
 from specops.training.plan import Plan
 from specops_jax.callbacks import call_host, is_left_to_host
 from specops_jax.meshes import partitioned, replicated
-from specops_jax.one_firing import acting, checked, refuse_nonfinite, unchanged, updated
+from specops_jax.one_firing import (
+    acting,
+    checked,
+    fetched,
+    refuse_nonfinite,
+    unchanged,
+    updated,
+)
 from specops_jax.program import Item, Program
 from specops_jax.state import Arrays, SpecopsState, check_states, of_arrays
 
@@ -62,7 +69,7 @@ def _start(item: Item, weight: Any) -> dict[str, Any]:
         )
         return state
     # On the host, where nothing has to be compiled for it.
-    held = jax.device_get(weight)
+    held = fetched(item.name, weight, "init")
     refuse_nonfinite(item, held)
     wide = held.astype(jnp.promote_types(held.dtype, jnp.float32))
     state = acting(item, partial(start, wide, item.geometry, item.name))
@@ -128,11 +135,15 @@ def is_due(plan: Plan, step: Any, every: int, *, always: bool = False) -> Any:
 
 def enforced(item: Item, weight: Any) -> Any:
     """A certified firing on the host."""
-    rule, held = item.weight_rule, jax.device_get(weight)
+    rule, held = item.weight_rule, fetched(item.name, weight, "enforce")
     refuse_nonfinite(item, held)
     state = acting(item, partial(rule.init, held, item.geometry, item.name))
     new = acting(item, partial(rule.enforce, held, item.geometry, state, step=1, name=item.name))[0]
-    return weight if new is held else jax.device_put(new, weight.sharding)
+    if new is held:
+        return weight
+    # Parameters that were fetched, or read from a file, are of NumPy and stay so.
+    own = isinstance(weight, np.ndarray)
+    return np.asarray(new) if own else jax.device_put(new, weight.sharding)
 
 
 def _fire(

@@ -17,7 +17,7 @@ from specops.training.coverage import warn_of_coverage
 from specops.training.report import Report, measured, plan_rows
 from specops_jax.firing import advance, begin, enforced, is_due
 from specops_jax.meshes import partitioned
-from specops_jax.one_firing import acting
+from specops_jax.one_firing import acting, fetched
 from specops_jax.program import Item, Program, program
 from specops_jax.state import SpecopsState, check_states, of_arrays
 
@@ -242,7 +242,7 @@ def penalty(
         for item in items:
             rule, weight = item.gradient_rule, weights[item.name]
             options = {"step": step, "name": item.name}
-            fixed = jax.lax.stop_gradient(weight)
+            fixed = jax.lax.stop_gradient(jnp.asarray(weight))
             _, moved, _ = rule.update(fixed, item.geometry, states[item.name], **options)
             value, term = rule.penalty(fixed, item.geometry, moved, **options)
             # Its gradient is the rule's term, whatever the value is computed by.
@@ -314,7 +314,7 @@ def report(
         item = by_name.get(row.name)
         if measure and item is not None:
             # On the host, where nothing has to be compiled for one look.
-            w = jax.device_get(leaves[item.index])
+            w = fetched(item.name, leaves[item.index], "report")
             w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
             row = replace(row, **measured(w, item.geometry, item.rule))
         rows.append(row)

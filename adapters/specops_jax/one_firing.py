@@ -9,7 +9,7 @@ import jax
 
 from specops import arrays
 from specops.arrays import truth
-from specops.errors import NonFiniteError, SpecopsError
+from specops.errors import AdapterError, NonFiniteError, SpecopsError
 from specops.rules.base import check_result
 from specops_jax.program import Item
 
@@ -26,8 +26,9 @@ def checked(item: Item, weight: Any, state: Any, step: Any) -> tuple[Any, Any, A
     array, new, figures = updated(item, safe, state, step)
     # Schedules whose values are none become NaN under a compiler.
     fine = fine & xp.all(xp.isfinite(array))
-    figures = jax.tree.map(lambda x: xp.where(fine, x, xp.full_like(x, xp.nan)), figures)
-    array = xp.where(fine, array, unchanged(item, weight))
+    if truth(fine) is not True:  # users may have asked JAX to raise where any NaN is made
+        figures = jax.tree.map(lambda x: xp.where(fine, x, xp.full_like(x, xp.nan)), figures)
+        array = xp.where(fine, array, unchanged(item, weight))
     same = jax.tree.structure(new) == jax.tree.structure(state) and all(
         a.shape == b.shape
         for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(state), strict=True)
@@ -55,6 +56,20 @@ def unchanged(item: Item, weight: Any) -> Any:
     """What a firing gives that does nothing."""
     zero = item.rule.stage == "gradients"
     return arrays.namespace(weight).zeros_like(weight) if zero else weight
+
+
+def fetched(name: str, weight: Any, caller: str) -> Any:
+    """The array on the host, where its values are known."""
+    if isinstance(weight, jax.core.Tracer):
+        raise AdapterError(
+            f"{caller} reads the values of {name}: call it outside jit, grad and vmap"
+        )
+    if isinstance(weight, jax.ShapeDtypeStruct):
+        raise AdapterError(
+            f"{caller} needs the values of {name}, which is a ShapeDtypeStruct: give it arrays, or "
+            f"ask for shapes alone by jax.eval_shape"
+        )
+    return jax.device_get(weight)
 
 
 def refuse_nonfinite(item: Item, weight: Any) -> None:

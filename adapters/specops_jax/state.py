@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from specops.errors import StateError
+from specops.errors import AdapterError, StateError
 from specops.training.history import plain
 from specops_jax.program import Item
 
@@ -51,6 +51,8 @@ def records(state: SpecopsState) -> list[dict[str, Any]]:
         The state of stacked models, as ``vmap`` gives: ask for one at a time.
     """
     state = of_arrays(state)
+    if isinstance(state.step, jax.core.Tracer):
+        raise AdapterError("records reads the state's values: call it outside jit")
     if state.step.ndim:
         raise StateError(
             f"the state is that of {state.step.shape[0]} stacked models: take one of them, "
