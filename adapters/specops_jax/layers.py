@@ -20,6 +20,11 @@ _TWO_MAPS = (
     "it is used as two different maps (strides, padding and the like of the layers that share it, "
     "or of a padding that depends on the size): give one in geometries="
 )
+_KERNELS = (
+    "a stack of kernels of convolutions, shape {}, which no geometry stands for: map over its "
+    "layers, jax.vmap of specops_jax.init and project_params on that part of the parameters"
+)
+VECTOR = "a bias or scale, no matrix"
 EMBEDDING = "an embedding: a table of rows, constrained only by a rule that names it"
 
 
@@ -34,6 +39,8 @@ class Role:
     """What is to be known of the geometry: that it takes several maps for one."""
     shape: tuple[int, ...] = ()
     """Of the array."""
+    skipped: str = ""
+    """Why no rule is meant for it, though a pattern names its layer."""
 
 
 def dense(batch: int = 0, outputs: int = 1) -> Role:
@@ -186,13 +193,15 @@ def stacked(role: Role, own: tuple[int, ...], found: tuple[int, ...]) -> Role:
     extra = len(found) - len(own)
     if extra == 0 or role.geometry is None:
         return replace(role, shape=found)
+    if isinstance(role.geometry, Conv):
+        return Role(obstacle=_KERNELS.format(found))
     # Scans and maps put their axis where they are told to.
     places = [
         kept
         for kept in combinations(range(len(found)), len(own))
         if tuple(found[axis] for axis in kept) == own
     ]
-    if isinstance(role.geometry, Conv) or len(places) != 1:
+    if len(places) != 1:
         return Role(obstacle=f"a stack of kernels of shape {found}: pass its geometry")
     kept = places[0]
     stack = tuple(axis for axis in range(len(found)) if axis not in kept)

@@ -26,6 +26,8 @@ class Geometries(dict[str, Geometry]):
         Why some are constrained only by rules that name them.
     remarks : dict of str to str
         What is to be known of some: that several maps are taken for one.
+    skipped : dict of str to str
+        Why rules leave some alone even where a pattern names them: biases of several axes.
     given : set of str
         Names and patterns that a user's own dict has added, by ``|``.
     """
@@ -35,6 +37,7 @@ class Geometries(dict[str, Geometry]):
         self.reasons: dict[str, str] = {}
         self.opt_in: dict[str, str] = {}
         self.remarks: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}
         self.given: set[str] = set()
         for name, role in taken_apart(roles or {}).items():
             if role.geometry is not None:
@@ -43,6 +46,8 @@ class Geometries(dict[str, Geometry]):
                 self.reasons[name] = role.obstacle
             if role.opt_in:
                 self.opt_in[name] = role.opt_in
+            if role.skipped:
+                self.skipped[name] = role.skipped
             if role.remark and role.geometry is not None:
                 self.remarks[name] = role.remark
 
@@ -61,6 +66,7 @@ class Geometries(dict[str, Geometry]):
             self.reasons.pop(name, None)
             self.opt_in.pop(name, None)
             self.remarks.pop(name, None)
+            self.skipped.pop(name, None)
             self.given.discard(name)
         self.update(other)
         if looked is None:
@@ -69,6 +75,7 @@ class Geometries(dict[str, Geometry]):
         self.reasons.update(looked.reasons)
         self.opt_in.update(looked.opt_in)
         self.remarks.update(looked.remarks)
+        self.skipped.update(looked.skipped)
         self.given.update(looked.given)
         return self
 

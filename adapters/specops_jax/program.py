@@ -76,6 +76,8 @@ def program(
         found = found | geometries
         given = {key: given[key] for key in given if key in geometries.given}
     given = {key: given[key] for key in given if not _only_masked(key, names, params)}
+    for name in given:  # what a user says of an array counts
+        found.skipped.pop(name, None)
     described = [_describe(name, leaf, found) for name, leaf in leaves]
     plan = Plan.of(plan)
     assignments = plan.assign(override_geometries(described, given))
@@ -111,6 +113,8 @@ def _describe(name: str, leaf: Any, found: Geometries) -> Weight:
         skipped = f"{len(shape)}-d: a bias or scale, no matrix"
     elif 0 in shape:
         skipped = "empty"
+    else:
+        skipped = found.skipped.get(name, "")
     if skipped:
         return Weight(name, shape, str(dtype), skipped=skipped)
     if dtype.itemsize == 1:

@@ -12,6 +12,7 @@ from specops.geometry.fused import gates_of
 from specops_jax.layers import (
     COMPUTED,
     EMBEDDING,
+    VECTOR,
     Role,
     as_called,
     at_both,
@@ -86,14 +87,19 @@ def _roles(tree: Any, shapes: Shapes) -> dict[str, Role]:
 
     cells = (eqx.nn.LSTMCell, eqx.nn.GRUCell)
     kinds = (eqx.nn.Linear, eqx.nn.Conv, eqx.nn.ConvTranspose, eqx.nn.Embedding)
+    norms = (eqx.nn.LayerNorm, eqx.nn.RMSNorm, eqx.nn.GroupNorm, eqx.nn.BatchNorm)
     met = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda x: isinstance(x, (*kinds, *cells))
+        tree, is_leaf=lambda x: isinstance(x, (*kinds, *cells, *norms))
     )[0]
     wrappers = (eqx.nn.WeightNorm, eqx.nn.SpectralNorm)
     wrapped = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, wrappers))
     computed = {id(x.layer): type(x).__name__ for x in wrapped if isinstance(x, wrappers)}
     found: dict[str, Role] = {}
     for path, layer in met:
+        if isinstance(layer, (*kinds, *cells, *norms)):
+            vectors = ("bias", "bias_n", *(["weight"] if isinstance(layer, norms) else []))
+            held = [name_of((*path, jax.tree_util.GetAttrKey(key))) for key in vectors]
+            found |= dict.fromkeys(held, Role(skipped=VECTOR))
         if isinstance(layer, cells):
             found |= _cell(path, layer, cells)
         elif isinstance(layer, kinds) and hasattr(layer.weight, "shape"):

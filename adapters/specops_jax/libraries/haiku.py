@@ -10,6 +10,7 @@ from specops.errors import AdapterError
 from specops.geometry.fused import gates_of
 from specops_jax.layers import (
     EMBEDDING,
+    VECTOR,
     Role,
     as_called,
     at_both,
@@ -47,7 +48,9 @@ def roles(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
         if context.method_name == "__call__":
             x = args[0] if args else next(iter(given.values()), None)
             own = layer.params_dict()
-            for attribute, plain in _roles(layer, x).items():
+            # Stacks of layers hold several of what is a vector here.
+            vectors = {_attribute(k): Role(skipped=VECTOR) for k, w in own.items() if w.ndim < 2}
+            for attribute, plain in (vectors | _roles(layer, x)).items():
                 role = as_called(layer, plain, *kinds)
                 name = f"{layer.module_name}/{attribute}"
                 if name in own:
@@ -72,6 +75,10 @@ def roles(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
         elif inner in met and len(shape) == len(met[inner][1]) + 1:
             found[name] = stacked(*met[inner], shape)
     return found
+
+
+def _attribute(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _roles(layer: Any, x: Any) -> dict[str, Role]:

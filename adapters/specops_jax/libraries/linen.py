@@ -7,7 +7,16 @@ from typing import Any
 import jax
 
 from specops.errors import AdapterError
-from specops_jax.layers import COMPUTED, EMBEDDING, Role, as_called, at_both, dense, stacked
+from specops_jax.layers import (
+    COMPUTED,
+    EMBEDDING,
+    VECTOR,
+    Role,
+    as_called,
+    at_both,
+    dense,
+    stacked,
+)
 from specops_jax.libraries.flax_layers import flax_convolution, sizes
 from specops_jax.libraries.watching import trace
 from specops_jax.paths import named_leaves
@@ -45,9 +54,11 @@ def roles(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
         if context.method_name == "__call__":
             x = args[0] if args else next(iter(given.values()), None)
             own = layer.variables.get("params", {})
-            for attribute, plain in _roles(layer, x).items():
+            # Scans and maps make stacks of what is a vector here.
+            vectors = {k: Role(skipped=VECTOR) for k, w in own.items() if _is_vector(w)}
+            for attribute, plain in (vectors | _roles(layer, x)).items():
                 role = as_called(layer, plain, *kinds)
-                if wrappers:
+                if wrappers and not role.skipped:
                     role = Role(obstacle=COMPUTED.format(f"nn.{wrappers[-1]}"))
                 if attribute in own:
                     name = "/".join((*map(str, layer.path), attribute))
@@ -71,7 +82,8 @@ def _roles(layer: Any, x: Any) -> dict[str, Role]:
 
     if isinstance(layer, nn.DenseGeneral):
         axes = layer.features if isinstance(layer.features, tuple | list) else (layer.features,)
-        return {"kernel": dense(len(tuple(layer.batch_dims)), len(axes))}
+        kernel = dense(len(tuple(layer.batch_dims)), len(axes))
+        return {"kernel": kernel, "bias": Role(skipped=VECTOR)}
     if isinstance(layer, nn.Dense):
         return {"kernel": dense()}
     if isinstance(layer, nn.Embed):
@@ -85,6 +97,14 @@ def _roles(layer: Any, x: Any) -> dict[str, Role]:
     if isinstance(layer, nn.ConvLocal):
         return {"kernel": Role(obstacle="a locally connected layer is no convolution")}
     return {}
+
+
+def _is_vector(entry: Any) -> bool:
+    """Whether it is one array of an axis at the most, and no branch of further ones."""
+    from flax import linen as nn
+
+    array = nn.unbox(entry)
+    return hasattr(array, "ndim") and array.ndim < 2
 
 
 def _spatial(x: Any, ndim: int) -> tuple[int, ...] | None:

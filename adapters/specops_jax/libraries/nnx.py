@@ -5,7 +5,16 @@ from __future__ import annotations
 from functools import reduce
 from typing import Any
 
-from specops_jax.layers import COMPUTED, EMBEDDING, Role, as_called, at_both, dense, stacked
+from specops_jax.layers import (
+    COMPUTED,
+    EMBEDDING,
+    VECTOR,
+    Role,
+    as_called,
+    at_both,
+    dense,
+    stacked,
+)
 from specops_jax.libraries.flax_layers import flax_convolution, sizes
 from specops_jax.libraries.watching import trace, watched
 
@@ -13,6 +22,7 @@ _ADAPTED = (
     "nnx.LoRA adds a part to it, so that it is not the layer's map: merge the parts first, or give "
     "its own map in geometries="
 )
+_VECTORS = ("bias", "scale", "mean", "var")
 _MARK = "specops_path"
 Shapes = dict[str, list[tuple[int, ...] | None]]
 
@@ -66,6 +76,7 @@ def _roles(module: Any, shapes: Shapes) -> dict[str, Role]:
 
     found: dict[str, Role] = {}
     kinds = (nnx.LinearGeneral, nnx.Linear, nnx.Embed, nnx.Conv, nnx.ConvTranspose)
+    norms = (nnx.LayerNorm, nnx.RMSNorm, nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm)
     layers = list(nnx.iter_graph(module))
     adapted = {id(x.base_module): _ADAPTED for _, x in layers if isinstance(x, nnx.LoRA)}
     for _, x in layers:
@@ -76,6 +87,9 @@ def _roles(module: Any, shapes: Shapes) -> dict[str, Role]:
     for path, layer in layers:
         name = _name(path)
         role, attribute = None, "kernel"
+        if isinstance(layer, (*kinds, *norms, nnx.Einsum)):
+            held = [f"{name}/{k}".lstrip("/") for k in _VECTORS if hasattr(layer, k)]
+            found |= dict.fromkeys(held, Role(skipped=VECTOR))
         if isinstance(layer, nnx.LinearGeneral):
             role = dense(len(layer.batch_axis), len(layer.out_features))
         elif isinstance(layer, nnx.Linear):
