@@ -93,14 +93,11 @@ def constrain(
     ) -> tuple[Any, SpecopsState]:
         del extra
         _need(params, "constrain")
-        # Where nothing is to be updated stands None (equinox), whatever the parameters hold there.
-        spots, shape = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
-        held = shape.flatten_up_to(params)
+        spots, shape, held, place = _beside(updates, params)
         moved = [
             p if u is None else optax.apply_updates(p, u) for p, u in zip(held, spots, strict=True)
         ]
         stepped = jax.tree.unflatten(shape, moved)
-        place = [j for j, p in enumerate(held) for _ in jax.tree.leaves(p)]
         own, leaves = _program(stepped, params, plan, geometries, every)
         own = replace(own, on_host=on_host)
         arrays, state = advance(own, leaves, state, "weights", "forward")
@@ -147,11 +144,12 @@ def add_penalty(
         _need(params, "add_penalty")
         own, leaves = _program(params, params, plan, geometries, every)
         terms, state = advance(own, leaves, state, "gradients")
-        given = jax.tree.leaves(updates)
+        spots, shape, _, place = _beside(updates, params)
         for item in own.of("gradients"):
-            g = given[item.index]
-            given[item.index] = g + terms[item.name].astype(g.dtype)
-        return jax.tree.unflatten(jax.tree.structure(updates), given), state
+            i = place[item.index]
+            if spots[i] is not None:
+                spots[i] = spots[i] + terms[item.name].astype(spots[i].dtype)
+        return jax.tree.unflatten(shape, spots), state
 
     Plan.of(plan, every)
     return optax.GradientTransformationExtraArgs(
@@ -188,6 +186,16 @@ def _program(
     """The program of `params`, whose modules may be looked at, and the leaves of `current`."""
     own, _, _ = program(params, Plan.of(plan, every), geometries)
     return own, jax.tree.leaves(current)
+
+
+def _beside(updates: Any, params: Any) -> tuple[list[Any], Any, list[Any], list[int]]:
+    """(the updates, their tree, what the parameters hold there, the update of each parameter).
+
+    Where nothing is to be updated stands None (equinox), whatever the parameters hold there.
+    """
+    spots, shape = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
+    held = shape.flatten_up_to(params)
+    return spots, shape, held, [j for j, p in enumerate(held) for _ in jax.tree.leaves(p)]
 
 
 def _need(params: Any, name: str) -> None:

@@ -140,3 +140,19 @@ def test_the_jacobian_penalty() -> None:
     for options in ({}, {"projections": 0}):
         with pytest.raises(ValueError, match=r"key|at least 1"):
             of(a, **options)
+
+
+def test_gradients_that_are_none_move_no_term_to_another_array() -> None:
+    """As frozen parts have them in equinox: each array gets its own penalty, or none."""
+    norms = {"a": 2.0, "b": 4.0, "c": 8.0}
+    params = {name: jnp.diag(jnp.array([norm, 1.0])) for name, norm in norms.items()}
+    maps = {"*": specops.Dense()}
+    gradients = {"a": None, "b": jnp.zeros((2, 2)), "c": jnp.zeros((2, 2))}
+    expected = np.diag([4.0, 0])
+    for pattern in ("b", "*"):
+        plan = specops.Plan([(pattern, specops.SpectralNormPenalty(1.0, norm="operator"))])
+        transform = specops_jax.add_penalty(plan, maps)
+        found, _ = transform.update(gradients, transform.init(params), params)
+        assert found["a"] is None
+        np.testing.assert_allclose(found["b"], expected, atol=1e-5)
+        np.testing.assert_allclose(found["c"], 2 * expected if pattern == "*" else 0, atol=1e-5)
