@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def partitioned(
@@ -27,7 +27,9 @@ def partitioned(
         return function(weights, *others)
     whole = NamedSharding(mesh, PartitionSpec())
     layouts = {name: layout or whole for name, layout in found.items()}
-    on_auto_axes = jax.sharding.auto_axes(function, out_sharding=out(layouts, whole))
+    # Not those of a shard_map around this, which each device has a part of its own along.
+    axes = tuple(mesh.axis_names[i] for i, t in enumerate(mesh.axis_types) if t != AxisType.Manual)
+    on_auto_axes = jax.sharding.auto_axes(function, axes=axes, out_sharding=out(layouts, whole))
     return on_auto_axes(weights, *others)
 
 
