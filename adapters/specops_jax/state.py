@@ -99,6 +99,11 @@ def find_state(state: Any, index: int | None = None) -> SpecopsState:
 
 def of_arrays(state: Any) -> SpecopsState:
     """A state of bare arrays from one whose fields are keys, or whose arrays are wrapped (nnx)."""
+    if not _is_state(state):
+        raise StateError(
+            f"expected a SpecopsState, got {type(state).__name__}: of an optimizer's state take "
+            f"specops_jax.find_state(state)"
+        )
     given = state._asdict() if isinstance(state, SpecopsState) else state
     fields = {name: _bare(given.get(name, {})) for name in SpecopsState._fields}
     names = fields["fired"]
@@ -107,7 +112,8 @@ def of_arrays(state: Any) -> SpecopsState:
             # Nested dicts lose their empty branches on the way.
             fields[key] = {name: fields[key].get(name, {}) for name in names}
     bare = SpecopsState(**fields)
-    return state if jax.tree.structure(bare) == jax.tree.structure(state) else bare
+    same: Any = state
+    return same if jax.tree.structure(bare) == jax.tree.structure(state) else bare
 
 
 def _is_state(thing: Any) -> bool:

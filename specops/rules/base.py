@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import fields
+from inspect import signature
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from specops import arrays
-from specops.errors import UnsupportedArrayError
+from specops.errors import PlanError, UnsupportedArrayError
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import check_bound
 from specops.typing import Array, State
@@ -108,8 +109,34 @@ def shown(value: Any) -> str:
 
 
 def at(value: Any, step: int, name: str, geometry: Geometry) -> Any:
-    """A number, or what its schedule gives for this step and layer."""
-    return value(step, name, geometry) if callable(value) else value
+    """A number, or what its schedule gives for this step and layer.
+
+    Raises
+    ------
+    PlanError
+        A schedule of other arguments, as optimizers' own are.
+    """
+    if not callable(value):
+        return value
+    try:
+        return value(step, name, geometry)
+    except TypeError as error:
+        if _takes_three(value):
+            raise
+        raise PlanError(
+            f"schedules are called with (step, name, geometry), which {shown(value)} does not "
+            f"take: one of the step alone goes as lambda step, name, geometry: schedule(step)"
+        ) from error
+
+
+def _takes_three(function: Any) -> bool:
+    try:
+        signature(function).bind(0, "", None)
+    except TypeError:
+        return False
+    except ValueError:  # compiled functions need not have one
+        pass
+    return True
 
 
 def check_scheduled(value: Any, name: str) -> None:

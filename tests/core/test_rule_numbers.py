@@ -22,6 +22,7 @@ from specops import (
     StableRankNormalization,
     TrainableScale,
 )
+from specops.errors import PlanError
 from specops.geometry import Geometry
 from tests.backends import Backend
 from tests.core.laws import (
@@ -69,6 +70,20 @@ def test_schedules(eager: Backend, name: str) -> None:
 def test_values_of_a_schedule_are_checked_when_used(name: str, value: float) -> None:
     with pytest.raises(ValueError, match="must be"):
         outcome(SCHEDULED[name][0](lambda *_: value), weight((5, 4)), Dense())
+
+
+@every_number
+def test_a_schedule_of_the_step_alone_is_told_what_it_is_called_with(name: str) -> None:
+    def warmup(step: int) -> float:
+        return 1.0
+
+    with pytest.raises(PlanError, match=r"\(step, name, geometry\), which warmup does not take"):
+        outcome(SCHEDULED[name][0](warmup), weight((5, 4)), Dense())
+
+
+def test_what_fails_within_a_schedule_is_shown_as_it_is() -> None:
+    with pytest.raises(TypeError, match="unsupported operand"):
+        outcome(ClipSpectralNorm(lambda *_: None + 1), weight((5, 4)), Dense())  # type: ignore[operator]
 
 
 @every_number

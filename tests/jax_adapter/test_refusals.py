@@ -151,6 +151,20 @@ def test_a_state_of_something_else_is_refused_by_name(other: str, compiled: bool
         step(params, state)
 
 
+def test_the_state_of_a_whole_optimizer_is_told_where_ours_is() -> None:
+    params = parameters()
+    state = optax.chain(optax.adam(0.1), specops_jax.constrain(ClipSpectralNorm(CAP), GEOMETRIES))
+    whole = state.init(params)
+    for call in (specops_jax.project_params, specops_jax.normalize_params):
+        with pytest.raises(StateError, match=r"got tuple.*find_state"):
+            call(params, ClipSpectralNorm(CAP), whole, GEOMETRIES)
+    with pytest.raises(StateError, match=r"got dict.*find_state"):  # as a checkpoint gives it
+        specops_jax.project_params(params, ClipSpectralNorm(CAP), {"0": {}, "1": {}}, GEOMETRIES)
+    for look in (specops_jax.records, specops_jax.check):
+        with pytest.raises(StateError, match=r"got tuple.*find_state"):
+            look(whole)
+
+
 def test_a_plan_is_checked_where_it_is_written() -> None:
     with pytest.raises(PlanError, match="every"):
         specops_jax.constrain(ClipSpectralNorm(1.0), every=0)
