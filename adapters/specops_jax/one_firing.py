@@ -69,6 +69,12 @@ def fetched(name: str, weight: Any, caller: str) -> Any:
             f"{caller} needs the values of {name}, which is a ShapeDtypeStruct: give it arrays, or "
             f"ask for shapes alone by jax.eval_shape"
         )
+    if not (getattr(weight, "is_fully_addressable", True) or weight.is_fully_replicated):
+        raise AdapterError(
+            f"{caller} fetches {name}, parts of which are on devices of other processes: "
+            f"init may be called under jit, report and enforce take what "
+            f"jax.experimental.multihost_utils.process_allgather(params, tiled=True) gives"
+        )
     return jax.device_get(weight)
 
 

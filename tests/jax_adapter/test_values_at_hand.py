@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import jax.numpy as jnp  # noqa: E402
 import specops  # noqa: E402
 import specops_jax  # noqa: E402
 from specops.errors import AdapterError  # noqa: E402
+from specops_jax.one_firing import fetched  # noqa: E402
 
 CLIP = specops.ClipSpectralNorm(1.0)
 PENALTY = specops.SpectralNormPenalty(0.1, norm="operator")
@@ -67,6 +69,13 @@ def test_shapes_are_no_parameters(name: str) -> None:
     params = {"w": jax.ShapeDtypeStruct((8, 12), jnp.float32)}
     with pytest.raises(AdapterError, match=rf"{name} needs the values of w.*jax\.eval_shape"):
         calls[name](params)
+
+
+def test_parts_on_devices_of_other_processes() -> None:
+    """A stand-in: one process has no such array."""
+    elsewhere = SimpleNamespace(is_fully_addressable=False, is_fully_replicated=False)
+    with pytest.raises(AdapterError, match=r"enforce fetches w, parts of which.*process_allgather"):
+        fetched("w", elsewhere, "enforce")
 
 
 def test_records_under_a_compiler() -> None:
