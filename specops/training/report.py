@@ -109,8 +109,8 @@ class Report:
         return tuple(row for row in self.rows if not row.rule)
 
     def __str__(self) -> str:
-        headers = self._headers()
-        table = [headers, *(tuple(map(_short, self._cells(row))) for row in self.rows)]
+        headers, rows = self._table()
+        table = [headers, *(tuple(map(_short, cells)) for cells in rows)]
         cut = any(cell.endswith(_CUT) for cells in table for cell in cells)
         more = f"; what ends in {_CUT} is whole in report[name].reason, or .rule" if cut else ""
         return f"{aligned(table, rule=True)}\n{self._summary()}{more}"
@@ -131,28 +131,29 @@ class Report:
         print(self)
 
     def __rich__(self) -> Any:
+        headers, rows = self._table()
         return rich_table(
-            self._headers(),
-            [self._cells(row) for row in self.rows],
+            headers,
+            rows,
             dim=[not row.rule for row in self.rows],
             right=(_HEADERS[-1], _RULE, _NORMALIZED, _RANK),
             caption=self._summary(),
         )
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{h}</th>" for h in self._headers())
+        headers, rows = self._table()
+        head = "".join(f"<th>{h}</th>" for h in headers)
         body = "".join(
-            "<tr>" + "".join(f"<td>{escape(c)}</td>" for c in self._cells(row)) + "</tr>"
-            for row in self.rows
+            "<tr>" + "".join(f"<td>{escape(c)}</td>" for c in cells) + "</tr>" for cells in rows
         )
         caption = escape(self._summary())
         return f"<table><caption>{caption}</caption><tr>{head}</tr>{body}</table>"
 
-    def _headers(self) -> tuple[str, ...]:
-        return _HEADERS + tuple(header for header, _ in self._further())
-
-    def _cells(self, row: ReportRow) -> tuple[str, ...]:
-        return _cells(row) + tuple(text(row) for _, text in self._further())
+    def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Headers, and the cells of each row."""
+        further = self._further()
+        headers = _HEADERS + tuple(header for header, _ in further)
+        return headers, [_cells(r) + tuple(text(r) for _, text in further) for r in self.rows]
 
     def _further(self) -> list[tuple[str, Callable[[ReportRow], str]]]:
         """Columns of what some rows have."""

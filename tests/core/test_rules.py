@@ -16,7 +16,7 @@ from specops import ClipSpectralNorm, Conv, Dense, Monitor, Plan, errors
 from specops.rules import Rule
 from specops.training.declared import override_geometries
 from specops.training.plan import Weight
-from specops.training.report import Report, plan_rows
+from specops.training.report import Report, ReportRow, plan_rows
 from tests.backends import Backend
 
 CLIP = ClipSpectralNorm(1.0)
@@ -173,6 +173,23 @@ def test_overriding_geometries() -> None:
     assert by_name["embed.weight"].rule == CLIP
     with pytest.raises(errors.PlanError, match=r"od\.weight"):
         override_geometries(weights(), {"od.weight": Dense()})
+
+
+class Read(tuple[ReportRow, ...]):
+    """Rows that count how often all of them are gone through."""
+
+    times = 0
+
+    def __iter__(self) -> Any:
+        self.times += 1
+        return super().__iter__()
+
+
+def test_reports_go_through_their_rows_a_few_times() -> None:
+    rows = Read(ReportRow(f"layers.{i}.weight", (2, 2), "float32") for i in range(50))
+    report = Report(rows)
+    str(report), report._repr_html_()
+    assert rows.times < 20
 
 
 def test_report_renders_everywhere() -> None:
