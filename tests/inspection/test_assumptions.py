@@ -24,6 +24,20 @@ def guess(
     return assume(name, tuple(shape), dtype, context)
 
 
+class Looked(dict[str, tuple[int, ...]]):
+    """Shapes that count how often all of them are gone through."""
+
+    times = 0
+
+    def __iter__(self) -> Any:
+        self.times += 1
+        return super().__iter__()
+
+    def items(self) -> Any:
+        self.times += 1
+        return super().items()
+
+
 def geometries(found: Any) -> list[Any]:
     return [reading.geometry for reading in found.readings]
 
@@ -493,3 +507,15 @@ def test_what_is_looked_up_is_a_table() -> None:
 def test_queries_keys_and_values_of_a_convolution_are_said_to_be_one_map() -> None:
     assert "one map" in guess("mid.qkv.weight", (12, 4, 1, 1)).why
     assert "one map" not in guess("mid.proj_out.weight", (4, 4, 1, 1)).why
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float32"])
+def test_files_of_many_matrices_are_not_gone_through_for_each(kind: str) -> None:
+    shapes = Looked()
+    for i in range(40):
+        shapes[f"layers.{i}.mlp.up.weight"] = (8, 4)
+        shapes[f"layers.{i}.mlp.up.weight_scale_inv"] = (1, 1)
+    context = Context(shapes, "torch")
+    for name in list(dict.keys(shapes)):
+        assume(name, shapes[name], kind if name.endswith("weight") else "float32", context)
+    assert shapes.times < 10

@@ -73,10 +73,11 @@ def _one_input(
     feeding = [k for k in before if k.outputs == outputs]
     if context.is_sorted:
         # What the names do not put in order may come before it as well.
+        parts = parts_of(name)
         feeding += [
             k
             for k in context.kernels
-            if k.part == part and k.outputs == outputs and not are_in_order(k.name, name)
+            if k.part == part and k.outputs == outputs and not are_in_order(k.parts, parts)
         ]
     inside = [k for k in before if k.part == part]
     first = not inside and (len(context.kernels) > 1) and not _has_coloured_stem(context)
@@ -106,8 +107,8 @@ def _are_of_one_block(one: str, other: str) -> bool:
 def _is_among_matrices(name: str, outputs: int, context: Context) -> bool:
     """Whether a matrix of the same block has as many inputs or outputs: no image comes first."""
     block = block_of(name)
-    shapes = (s for n, s in context.shapes.items() if block and block_of(n) == block)
-    return any(len(shape) == 2 and outputs in shape for shape in shapes)
+    alike = (n for n, s in context.shapes.items() if block and len(s) == 2 and outputs in s)
+    return any(block_of(n) == block for n in alike)
 
 
 def _has_coloured_stem(context: Context) -> bool:
@@ -145,8 +146,9 @@ def _alone(
     """One group, unless what comes before has a multiple of the channels and nothing has these."""
     if inputs == 1:
         return _one_input(name, outputs, before, context)
+    parts = parts_of(name)
     given = any(k.outputs == inputs for k in before) or any(
-        k.outputs == inputs and not are_in_order(k.name, name)
+        k.outputs == inputs and not are_in_order(k.parts, parts)
         for k in (context.kernels if context.is_sorted else ())
     )
     follows = _in_sequence(name, before)
@@ -162,7 +164,7 @@ def _alone(
     if grouped and nearest is not None and (nearest.outputs, nearest.inputs) == (outputs, inputs):
         # The same layer again, whose outputs may be halved by a gate.
         return [*grouped, Groups(1, "")]
-    if given or any(s == (inputs,) for n, s in context.shapes.items() if block_of(n) == block):
+    if given or any(block_of(n) == block for n, s in context.shapes.items() if s == (inputs,)):
         # A sequence says groups, another layer gives one group: nothing decides.
         return [*(grouped if follows is not None else []), Groups(1, "")]
     if grouped:
@@ -177,10 +179,10 @@ def _in_sequence(name: str, before: tuple[Kernel, ...]) -> Kernel | None:
     numbered = [i for i, part in enumerate(parts) if re.search(r"\d", part)]
     found: list[tuple[int, Kernel]] = []
     for kernel in before:
-        others = parts_of(kernel.name)
+        others = kernel.parts
         at = [i for i, (a, b) in enumerate(zip(parts, others, strict=False)) if a != b]
         # The innermost number: others count blocks, between which other layers may stand.
-        if len(others) == len(parts) and at == numbered[-1:] and are_in_order(name, kernel.name):
+        if len(others) == len(parts) and at == numbered[-1:] and are_in_order(parts, others):
             number = re.search(r"\d+$", others[at[0]])
             found += [(int(number[0]), kernel)] if number else []
     return max(found, key=lambda f: f[0])[1] if found else None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from string import digits
 from typing import Final
 
 from specops.checkpoints import Entry
 from specops.geometry.fused import Surroundings
+from specops.inspection.assumptions.scales import unscaled
 from specops.inspection.configuration import Configuration
 from specops.inspection.hints import Hints, bare_name
 from specops.inspection.low_rank import UPDATE
@@ -45,6 +48,8 @@ class Kernel:
         Of taps.
     part : str
         The part of the model that it is in: the first component of its name.
+    parts : list of str
+        All components of its name.
     """
 
     name: str
@@ -53,6 +58,7 @@ class Kernel:
     turned: bool
     axes: int
     part: str
+    parts: list[str]
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,25 @@ class Context:
         return channels[0] if len(channels) == 1 and channels == shift else 0
 
     @cached_property
+    def parts(self) -> dict[str, list[str]]:
+        """The components of all names."""
+        return {name: parts_of(name) for name in self.shapes}
+
+    @cached_property
+    def wraps_layers(self) -> bool:
+        """Whether there are layers inside of an adapter's."""
+        return any(".base_layer." in name for name in self.shapes)
+
+    def is_of_scaled(self, name: str) -> bool:
+        """Whether scales of this name stand beside what they scale."""
+        whose = unscaled(name)
+        return whose in self.shapes or self._unscaled[whose] > 1
+
+    @cached_property
+    def _unscaled(self) -> Counter[str]:
+        return Counter(map(unscaled, self.shapes))
+
+    @cached_property
     def kernels(self) -> tuple[Kernel, ...]:
         """All tensors with taps, as the network runs through them, as far as names tell."""
         found = []
@@ -162,7 +187,8 @@ class Context:
             turned = behind == shape[1] != shape[0]
             if turned:
                 outputs, inputs = inputs, outputs
-            found.append(Kernel(name, outputs, inputs, turned, len(shape) - 2, part_of(name)))
+            where = part_of(name), self.parts[name]
+            found.append(Kernel(name, outputs, inputs, turned, len(shape) - 2, *where))
         if self.is_sorted:
             found.sort(key=lambda kernel: natural(kernel.name))
         return tuple(found)
@@ -178,7 +204,8 @@ class Context:
         names = [kernel.name for kernel in self.kernels]
         found = self.kernels[: names.index(name)] if name in names else ()
         if self.is_sorted:
-            return tuple(kernel for kernel in found if are_in_order(kernel.name, name))
+            parts = parts_of(name)
+            return tuple(kernel for kernel in found if are_in_order(kernel.parts, parts))
         return found
 
 
@@ -215,11 +242,10 @@ def block_of(name: str) -> str:
     return ".".join(parts[: at[-1] + 1]) if at else ""
 
 
-def are_in_order(one: str, other: str) -> bool:
-    """Whether numbers say which of two names comes first."""
-    pairs = zip(parts_of(one), parts_of(other), strict=False)
-    a, b = next(((a, b) for a, b in pairs if a != b), ("", ""))
-    return re.sub(r"\d+$", "", a) == re.sub(r"\d+$", "", b)
+def are_in_order(one: list[str], other: list[str]) -> bool:
+    """Whether numbers say which of two names, by their components, comes first."""
+    a, b = next(((a, b) for a, b in zip(one, other, strict=False) if a != b), ("", ""))
+    return a.rstrip(digits) == b.rstrip(digits)
 
 
 def natural(name: str) -> list[tuple[int, str]]:

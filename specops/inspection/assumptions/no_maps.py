@@ -11,6 +11,7 @@ from specops.inspection.assumptions.context import (
     parts_of,
 )
 from specops.inspection.assumptions.reading import Assumption
+from specops.inspection.assumptions.scales import SCALES
 
 _INDICES = ("int64", "bool")
 _OPTIMIZERS = {
@@ -34,16 +35,6 @@ _WEIGHTS = {"weight", "kernel", "qweight", "qzeros", "weight_packed", "0"}
 _PACKED = {"W_q", "_data", "codes", "Qidxs"}
 _PACKED_ENDS = ("_blocks", "qdata")
 """What is packed of HQQ, quanto, AQLM and QuIP; of GPT-OSS and torchao."""
-_SCALES = (
-    "._scale",
-    "_scale",
-    "_scale_inv",
-    ".scales",
-    ".scale",
-    ".weight_scale",
-    ".absmax",
-    ".zero",
-)
 _STATE_SPACE = {"a_log", "a_logs", "dt_bias"}
 _LEARNT_INPUTS = ("token", "position_embedding", "pos_embed", "_embed", "query_tokens", "latents")
 _BUFFERS = {
@@ -109,7 +100,7 @@ def no_map(name: str, shape: tuple[int, ...], dtype: str, context: Context) -> A
 
 def _adapter(shape: tuple[int, ...], parts: list[str], context: Context) -> Assumption | None:
     """What is left of an adapter when its updates are put together."""
-    known = context.configuration.adapter or any(".base_layer." in n for n in context.shapes)
+    known = context.configuration.adapter or context.wraps_layers
     kind = next((m[1] for part in parts[-3:] if (m := _ADAPTER.match(part))), "") if known else ""
     if not kind or (kind in _LOW_RANK and len(shape) < 2):
         return None
@@ -129,7 +120,7 @@ def _is_moment(parts: list[str], shape: tuple[int, ...], context: Context) -> bo
     ahead, behind = parts[:at], parts[at + 1 :]
     if context.layout != "jax" or not at or not ahead[-1].isdecimal():
         return False
-    others = [(parts_of(name), size) for name, size in context.shapes.items()]
+    others = [(context.parts[name], size) for name, size in context.shapes.items()]
     beside = {other[at] for other, _ in others if other[:at] == ahead and len(other) > at}
     if parts[at] in _AS_IN_MODELS and not beside & {"count", "nu"}:
         return False
@@ -141,13 +132,10 @@ def _is_moment(parts: list[str], shape: tuple[int, ...], context: Context) -> bo
 
 
 def _quantised(name: str, last: str, dtype: str, context: Context) -> Assumption | None:
-    others = set(context.shapes) - {name}
-    if dtype.startswith("float8_e8m0") or (
-        name.endswith(_SCALES) and any(_bare(name) in (n, _bare(n)) for n in others)
-    ):
+    if dtype.startswith("float8_e8m0") or (name.endswith(SCALES) and context.is_of_scaled(name)):
         return Assumption(skipped="scales of a quantised weight")
     of_comfy = f"{name.removesuffix('weight')}scale_weight"
-    scaled = any(n in others for n in (f"{name}_scale", f"{name}_scale_inv", of_comfy))
+    scaled = any(n in context.shapes for n in (f"{name}_scale", f"{name}_scale_inv", of_comfy))
     packed = "int" in dtype or dtype in ("bits8", "opaque")
     if scaled or (packed and (last in _WEIGHTS | _PACKED or last.endswith(_PACKED_ENDS))):
         reason = f"{dtype}: quantised or packed, its map is not that of the numbers stored"
@@ -157,16 +145,6 @@ def _quantised(name: str, last: str, dtype: str, context: Context) -> Assumption
             harmless=False,
         )
     return Assumption(skipped=f"{dtype}: no weights") if packed else None
-
-
-def _bare(name: str) -> str:
-    """A weight's name without what marks its scales."""
-    for end in _SCALES:
-        if name.endswith(end):
-            name = name.removesuffix(end)
-    for end in ("._data", "_qdata", ".W_q", ".weight", ".qweight", ".weight_packed"):
-        name = name.removesuffix(end)
-    return name
 
 
 def _is_bias(name: str, shape: tuple[int, ...], parts: list[str], context: Context) -> bool:

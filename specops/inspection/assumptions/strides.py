@@ -89,8 +89,7 @@ def _has_shortcut(name: str, context: Context) -> bool:
     """Whether the block has a path beside it, which pooling would have to follow."""
     block = block_of(name)
     return bool(block) and any(
-        word in kernel.name.lower()
+        word in kernel.name.lower() and block_of(kernel.name).startswith(block)
         for kernel in context.kernels
-        if block_of(kernel.name).startswith(block)
         for word in _SHORTCUTS
     )

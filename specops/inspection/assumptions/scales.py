@@ -1,0 +1,27 @@
+"""Names of quantised weights, and of the scales beside them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+SCALES: Final = (
+    "._scale",
+    "_scale",
+    "_scale_inv",
+    ".scales",
+    ".scale",
+    ".weight_scale",
+    ".absmax",
+    ".zero",
+)
+"""How the names of scales end."""
+
+
+def unscaled(name: str) -> str:
+    """A weight's name without what marks its scales, or itself as packed."""
+    for end in SCALES:
+        if name.endswith(end):
+            name = name.removesuffix(end)
+    for end in ("._data", "_qdata", ".W_q", ".weight", ".qweight", ".weight_packed"):
+        name = name.removesuffix(end)
+    return name
