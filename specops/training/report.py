@@ -14,7 +14,8 @@ from specops import arrays
 from specops.geometry import Dense, Geometry
 from specops.maps.explicit import explicit_norm, small_explicit_map
 from specops.rules import StagedRule
-from specops.spectra import spectral_norm, spectral_norm_bounds, stable_rank
+from specops.spectra import spectral_norm, stable_rank
+from specops.spectra.bounds import norm_from_above
 from specops.tables import aligned, rich_table
 from specops.training.plan import Assignment
 
@@ -252,6 +253,6 @@ def measured_norm(w: Any, geometry: Geometry) -> dict[str, Any]:
         if layer is not None:
             return {"norm": explicit_norm(w, geometry, layer), "norm_is": "exact"}
     exact = isinstance(geometry, Dense) or geometry.has_exact_spectrum(tuple(w.shape))
-    norms = spectral_norm(w, geometry) if exact else spectral_norm_bounds(w, geometry).upper
+    norms = spectral_norm(w, geometry) if exact else norm_from_above(w, geometry)
     largest = max(float(xp.max(n)) for n in (norms if isinstance(norms, tuple) else (norms,)))
     return {"norm": largest, "norm_is": "exact" if exact else "upper bound"}

@@ -13,10 +13,12 @@ import pytest
 
 import specops
 from specops import ClipSpectralNorm, Conv, Dense, Monitor, Plan, errors
+from specops.maps.convolution import ConvOperator
 from specops.rules import Rule
+from specops.spectra import spectral_norm_bounds
 from specops.training.declared import override_geometries
 from specops.training.plan import Weight
-from specops.training.report import Report, ReportRow, plan_rows
+from specops.training.report import Report, ReportRow, measured_norm, plan_rows
 from tests.backends import Backend
 
 CLIP = ClipSpectralNorm(1.0)
@@ -190,6 +192,20 @@ def test_reports_go_through_their_rows_a_few_times() -> None:
     report = Report(rows)
     str(report), report._repr_html_()
     assert rows.times < 20
+
+
+def test_reports_bound_layers_without_iterating_on_their_operators(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernel, layer = np.random.default_rng(5).standard_normal((16, 16, 3, 3)), Conv((16, 16))
+    upper = spectral_norm_bounds(kernel, layer).upper
+
+    def product(*_: Any) -> None:
+        pytest.fail("a product with the operator")
+
+    monkeypatch.setattr(ConvOperator, "matvec", product)
+    monkeypatch.setattr(ConvOperator, "rmatvec", product)
+    assert measured_norm(kernel, layer) == {"norm": float(upper), "norm_is": "upper bound"}
 
 
 def test_report_renders_everywhere() -> None:
