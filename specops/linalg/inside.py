@@ -75,20 +75,23 @@ def inside(xp: Namespace, a: Array, limit: Array, *, sharp: bool = False) -> Arr
 
 def _host_inside(a: np.ndarray, limit: np.ndarray, sharp: bool) -> np.ndarray:
     unit = limit[:, None, None]
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        scaled = a / unit.astype(a.real.dtype)
     result = np.zeros(len(a), bool)
-    # No norm is less than an entry, and squares of large ones would overflow.
-    rest = np.flatnonzero(np.abs(scaled).max(axis=(-2, -1)) <= 2.0)
-    if not sharp and a.real.dtype == np.float32:
-        if len(rest) == 1 and seen_outside(np, scaled[rest[0]], 1.0):
-            return result
-        uncertain = host.exceeds(gram(np, scaled[rest]), 1.0 - CHOLESKY_MARGIN["float32"])
-        result[rest] = ~uncertain
-        rest = rest[uncertain]
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        # No norm is less than an entry, and squares of large ones would overflow.
+        rest = np.flatnonzero(arrays.largest_entry(np, a, (-2, -1)) <= 2.0 * limit)
+        if not sharp and a.real.dtype == np.float32:
+            scaled = (a if len(rest) == len(a) else a[rest]) / unit[rest].astype(a.real.dtype)
+            if len(rest) == 1 and seen_outside(np, scaled[0], 1.0):
+                return result
+            uncertain = host.exceeds(gram(np, scaled), 1.0 - CHOLESKY_MARGIN["float32"])
+            del scaled  # Of a large matrix each copy counts.
+            result[rest] = ~uncertain
+            rest = rest[uncertain]
     if len(rest):
         # Divided only now: a quotient in single precision would round.
-        double = a[rest].astype(np.result_type(a, np.float64)) / unit[rest].astype(float)
+        few = a if len(rest) == len(a) else a[rest]
+        kind = np.result_type(a, np.float64)
+        double = np.divide(few, unit[rest].astype(float), dtype=kind)
         result[rest] = ~host.exceeds(host.gram(double), 1.0)
     return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from fractions import Fraction
 from typing import Any
 
@@ -114,6 +115,20 @@ def test_long_rows_are_summed_without_drift(library: Any, shape: tuple[int, int]
         assert projected is not w
         stored = np.asarray(projected, np.float64)
         assert 1 - 5e-5 < np.linalg.norm(stored) / norm < 1 - 1e-6
+
+
+def test_matrices_are_certified_in_few_copies() -> None:
+    a = np.random.default_rng(7).standard_normal((20_000, 16)).astype(np.float32)
+    limit = np.asarray(float(np.linalg.norm(a, 2)) * (1 + 1e-9), np.float32)
+    inside(np, a, limit, sharp=True)
+    tracemalloc.start()
+    try:
+        inside(np, a, limit, sharp=True)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # One in double precision.
+    assert peak < 2.2 * a.nbytes
 
 
 def test_limits_out_of_sight_raise_no_warning() -> None:
