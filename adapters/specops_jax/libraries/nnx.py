@@ -23,6 +23,7 @@ _ADAPTED = (
     "its own map in geometries="
 )
 _VECTORS = ("bias", "scale", "mean", "var")
+_NORMS = ("LayerNorm", "RMSNorm", "BatchNorm", "GroupNorm", "InstanceNorm")
 _MARK = "specops_path"
 Shapes = dict[str, list[tuple[int, ...] | None]]
 
@@ -71,16 +72,23 @@ def _shapes(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Sha
     return shapes
 
 
+def _known(*names: str) -> tuple[Any, ...]:
+    """Those classes of nnx that this version has."""
+    from flax import nnx
+
+    return tuple(getattr(nnx, name) for name in names if hasattr(nnx, name))
+
+
 def _roles(module: Any, shapes: Shapes) -> dict[str, Role]:
     from flax import nnx
 
     found: dict[str, Role] = {}
     kinds = (nnx.LinearGeneral, nnx.Linear, nnx.Embed, nnx.Conv, nnx.ConvTranspose)
-    norms = (nnx.LayerNorm, nnx.RMSNorm, nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm)
+    norms, wrappers = _known(*_NORMS), _known("WeightNorm", "SpectralNorm")
     layers = list(nnx.iter_graph(module))
     adapted = {id(x.base_module): _ADAPTED for _, x in layers if isinstance(x, nnx.LoRA)}
     for _, x in layers:
-        if isinstance(x, nnx.WeightNorm | nnx.SpectralNorm):
+        if isinstance(x, wrappers):
             computed = COMPUTED.format(f"nnx.{type(x).__name__}")
             adapted |= {id(inner): computed for _, inner in nnx.iter_graph(x.layer_instance)}
     shared: dict[int, list[str]] = {}

@@ -42,7 +42,7 @@ class _Walk:
         self.written = {name: _versions(t) for name, t in operations.constants.items()}
         self.fused: dict[fx.Node, tuple[float, Any]] = {}
         """Layers whose batch normalisation follows: the bound before them, and how they ran."""
-        self.live = _reaching(operations.graph.output_node())
+        self.live = _reaching(next(iter(reversed(operations.graph.nodes))))
 
     def bound(self) -> LipschitzBound:
         found: list[float] = []
