@@ -242,6 +242,14 @@ def _least_alpha(xp: Namespace, top: Array) -> Array:
         return xp.where(enough, ends[0], middle), xp.where(enough, middle, ends[1])
 
     _, high = arrays.fori(xp, 0, 50, halve, (xp.zeros_like(top), most))
+    # What a root of f(α, σ₁) adds to derivatives is -∂f/∂σ₁ / ∂f/∂α; at the end it is that of the
+    # end.
+    high = arrays.stop_gradient(high)
+    y = top - high * top**3
+    slope = arrays.stop_gradient(top**3 * (1.0 + 3.0 * high * y**2) - y**3)
+    slope = xp.where(slope > 0, slope, xp.ones_like(slope))
+    change = xp.where(high < arrays.stop_gradient(most), (y + high * y**3) / slope, most)
+    high = high + (change - arrays.stop_gradient(change))
     return xp.where(top > 1.0, high, xp.zeros_like(top))
 
 

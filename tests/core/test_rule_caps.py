@@ -141,3 +141,20 @@ def test_hammer_on_an_operator(key: str) -> None:
     ahead, behind = (oracle.spectrum(w + h * along, geometry)[0] for h in (1e-5, -1e-5))
     steepest = (s[0] - 1.0) / np.linalg.norm(w - got)
     assert (ahead - behind) / 2e-5 == pytest.approx(steepest, rel=1e-6)
+
+
+@pytest.mark.parametrize("top", [0.9, 1.1, 1.25, 2.0, 80.0])
+def test_derivatives_of_the_soft_cap_are_those_of_what_it_computes(top: float) -> None:
+    """The least α depends on the norm; one round, several, and scaled down before."""
+    torch = pytest.importorskip("torch")
+    rule = SpectralSoftCap(1.0, norm="reshaped")
+    w, along = weight((6, 5)), np.cos(np.arange(30.0)).reshape(6, 5)
+    w = w * (top / np.linalg.norm(w, 2))
+
+    def value(t: float) -> float:
+        return float((rule.update(w + t * along, Dense(), {})[0] * along).sum())
+
+    x = torch.tensor(w, requires_grad=True)
+    (rule.update(x, Dense(), {})[0] * torch.tensor(along)).sum().backward()
+    wanted = (value(1e-6) - value(-1e-6)) / 2e-6
+    assert float((x.grad * torch.tensor(along)).sum()) == pytest.approx(wanted, rel=1e-6)
