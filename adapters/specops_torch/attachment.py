@@ -68,6 +68,8 @@ class Attachment(BaseAttachment[Constrained]):
         self._forward_rules_began()
         self._liveness.seen(self._constrained)
 
+    # The plan
+
     def parameters(self) -> list[Location]:
         """Every parameter of the model."""
         return locate(self._model, self._followed.parameters, shared=self._replicas is not None)

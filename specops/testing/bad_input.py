@@ -155,12 +155,12 @@ class BadInputChecks(SuiteBase):
         else:
             return  # an affair of the check above
         del plan, bound
-        gc.collect()
-        assert kept() is None, (
+        _assert_freed(
+            kept,
+            model,
             "the rule of a plan that was refused is still alive, with nothing but the model "
-            "around: a hook was hung on it before assign() and left there"
+            "around: a hook was hung on it before assign() and left there",
         )
-        assert model is not None
 
     def test_rules_of_other_stages_are_refused(self) -> None:
         """What an adapter does not run it must not accept."""
@@ -178,12 +178,12 @@ class BadInputChecks(SuiteBase):
         training.detach()
         kept = weakref.ref(bound)
         del training, bound
-        gc.collect()
-        assert kept() is None, (
+        _assert_freed(
+            kept,
+            model,
             "the rule is still alive after detach(), with nothing but the model around: a hook "
-            "was left on it, or a cache holds the rule"
+            "was left on it, or a cache holds the rule",
         )
-        assert model is not None
 
     def _refused(self, plan: Any, kind: type[Exception], **options: Any) -> None:
         model = self.model()
@@ -228,3 +228,10 @@ def _raised(
     except kinds as error:
         return error
     return None
+
+
+def _assert_freed(kept: weakref.ref[Any], model: Any, message: str) -> None:
+    """That nothing holds it, while the model is still there."""
+    gc.collect()
+    assert kept() is None, message
+    assert model is not None
