@@ -40,6 +40,10 @@ class _Axis:
 
     Taps that are never read land nowhere.
     """
+    read_phases: tuple[int, ...]
+    """The places within a stride that taps read, ascending."""
+    firsts: tuple[int, ...]
+    """Of each of them the shift that is dropped."""
 
     @property
     def is_identity(self) -> bool:
@@ -52,8 +56,10 @@ def _axis(taps: int, read: tuple[int, ...], stride: int, dilation: int, fine: in
     # An axis without any is one whose only coefficient is zero.
     offsets = dilation * np.array(read or (0,))
     phase, shift = offsets % stride, offsets // stride % coarse
+    firsts = []
     for p in np.unique(phase):
         at = phase == p
+        firsts.append(int(shift[at][0]))
         shift[at] = (shift[at] - shift[at][0]) % coarse
     multiplicity = math.gcd(coarse, *(int(b) for b in shift))
     shift = shift // multiplicity
@@ -68,6 +74,8 @@ def _axis(taps: int, read: tuple[int, ...], stride: int, dilation: int, fine: in
         coarse // multiplicity,
         multiplicity,
         scatter,
+        tuple(int(p) for p in phases),
+        tuple(firsts),
     )
 
 

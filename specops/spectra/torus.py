@@ -34,13 +34,29 @@ def torus_values(xp: Namespace, kernel: Array, symbol: Symbol) -> Array:
     """All singular values on the symbol's torus, descending."""
     on_host = arrays.on_host(kernel)
     if on_host is not None:
-        return arrays.from_host(_host_values(on_host, symbol), kernel)
-    per_block = svdvals(xp, symbol.blocks(xp, symbol.coefficients(xp, kernel)))
+        per_block = block_values(np, symbol.coefficients(np, on_host), symbol)
+        values = np.repeat(per_block, symbol.counts, axis=0).ravel()
+        values.sort()
+        zeros = np.zeros(symbol.zero_values, values.dtype)
+        return arrays.from_host(np.concatenate([values[::-1], zeros]), kernel)
+    per_block = block_values(xp, symbol.coefficients(xp, kernel), symbol)
     repeated = xp.take(per_block, arrays.constant(symbol.multiplicities, per_block), axis=0)
     values = xp.reshape(repeated, (-1,))
     if symbol.zero_values:
         values = xp.concat([values, arrays.zeros((symbol.zero_values,), like=values)])
     return xp.sort(values, descending=True)
+
+
+def block_values(xp: Namespace, coefficients: Array, symbol: Symbol) -> Array:
+    """Singular values of each block, (frequencies, groups, values), descending."""
+    if not arrays.by_workers(coefficients):
+        return svdvals(xp, symbol.blocks(xp, coefficients))
+
+    def work(chunk: slice) -> np.ndarray:
+        return host.stack_svdvals(host_blocks(coefficients, symbol, chunk))
+
+    parts = workers.map_chunks(work, len(symbol.frequencies), block_bytes(coefficients))
+    return np.concatenate(parts).astype(coefficients.real.dtype, copy=False)
 
 
 @dataclass(frozen=True)
@@ -168,22 +184,6 @@ def map_blocks(
         return workers.map_chunks(on_host, count, block_bytes(coefficients))
     whole = slice(0, count) if chosen is None else chosen
     return [work(symbol.blocks(xp, coefficients, whole), whole)]
-
-
-def _host_values(kernel: np.ndarray, symbol: Symbol) -> np.ndarray:
-    coefficients = symbol.coefficients(np, kernel)
-    count = len(symbol.angles)
-
-    def work(chunk: slice) -> np.ndarray:
-        return host.stack_svdvals(host_blocks(coefficients, symbol, chunk))
-
-    parts = workers.map_chunks(work, count, block_bytes(coefficients))
-    values = np.repeat(np.concatenate(parts), symbol.counts, axis=0).ravel()
-    values.sort()
-    values = values[::-1].astype(kernel.real.dtype, copy=False)
-    if symbol.zero_values:
-        values = np.concatenate([values, np.zeros(symbol.zero_values, values.dtype)])
-    return np.ascontiguousarray(values)
 
 
 class _HostSearch:

@@ -11,12 +11,17 @@ from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import integer
 from specops.linalg.lobpcg import leading_triplets
 from specops.maps.operator import LinearOperator, linear_operator
-from specops.maps.prepare import matrix_blocks, prepare
+from specops.maps.prepare import Prepared, matrix_blocks, prepare
+from specops.maps.symbol import symbol_of
+from specops.spectra.torus_triplets import torus_triplets
 from specops.typing import Array, Namespace
 
 _DECOMPOSED_UP_TO = 2**20
 """Entries of a convolution's matrix up to which it is decomposed, so that its triplets are exact:
 8 MiB in double precision. A choice; beyond it they are iterated."""
+_ROUNDS = {False: 1000, True: 24}
+"""Of the iteration, by whether a compiler or vmap traces it, which takes all of them: compilation
+grows with their number. A choice."""
 
 
 @arrays.entry
@@ -52,9 +57,11 @@ def top_singular_triplets(
 
     Notes
     -----
-    Operators of up to 2^20 entries and matrices are decomposed. Larger convolutions are
-    iterated to residuals of √ε/10: values are then lower bounds, accurate to about ε, and the
-    last of a cluster that `k` cuts through may be missed for a neighbour as large.
+    Matrices, circular convolutions (by the blocks of their symbol, where the stride divides the
+    grid) and other operators of up to 2^20 entries are decomposed. Larger ones are iterated to
+    residuals of √ε/10: values are then lower bounds, accurate to about ε, and the last of a
+    cluster that `k` cuts through may be missed for a neighbour as large. Compilers and vmap iterate
+    large circular ones, too, and 24 rounds without a test of convergence.
 
     Examples
     --------
@@ -66,6 +73,7 @@ def top_singular_triplets(
     given = prepare(w, geometry)
     xp = given.xp
     k = integer(k, "k", least=1)
+    traced = arrays.is_traced(given.w)
     if isinstance(given.geometry, Dense):
         if given.geometry.splits is not None:
             raise UnsupportedGeometryError("splits: ask for the triplets of each block in turn")
@@ -79,11 +87,14 @@ def top_singular_triplets(
             return u[..., :k], block.restore(s[..., :k]), v[..., :k]
         operator = linear_operator(block.matrices)
         start = _widened(xp, start, k, operator, block.matrices.dtype)
-        u, s, v, _ = leading_triplets(xp, operator, start, k, iterations=1000)
+        u, s, v = _iterated(xp, operator, start, k, traced)
         return u, block.restore(s), v
     assert isinstance(given.geometry, Conv)
     operator = linear_operator(given.w, given.geometry)
     _check_count(k, operator.shape)
+    if start is None and (found := _by_blocks(given, k)) is not None:
+        u, s, v = found
+        return u, given.scale * s, v
     if start is None and operator.shape[0] * operator.shape[1] <= _DECOMPOSED_UP_TO:
         u, s, vh = svd(xp, operator.to_matrix())
         return u[:, :k], given.scale * s[:k], arrays.adjoint(xp, vh)[:, :k]
@@ -92,8 +103,34 @@ def top_singular_triplets(
         noise = arrays.start_vector("triplets", operator.shape[1] * width)
         start = arrays.constant(noise.reshape(-1, width), given.w)
     start = _widened(xp, start, k, operator, given.w.dtype)
-    u, s, v, _ = leading_triplets(xp, operator, start, k, iterations=1000)
+    u, s, v = _iterated(xp, operator, start, k, traced)
     return u, given.scale * s, v
+
+
+def _by_blocks(given: Prepared, k: int) -> tuple[Array, Array, Array] | None:
+    """Of a circular convolution, by its symbol; None of others, and under compilers."""
+    xp, geometry = given.xp, given.geometry
+    assert isinstance(geometry, Conv)
+    shape = tuple(given.w.shape)
+    if not geometry.has_exact_spectrum(shape) or arrays.is_traced(given.w):
+        return None
+    sizes, kernel = geometry.sizes(shape), geometry.kernel(given.w)
+    assert sizes.fine is not None
+    symbol = symbol_of(sizes, sizes.fine, not arrays.is_complex(kernel))
+    if k > min(sizes.matrix_shape()) - symbol.zero_values:
+        return None
+    u, s, v = torus_triplets(xp, kernel, symbol, k)
+    if geometry.transposed:
+        # It acts by the transpose of that convolution, not by its adjoint.
+        u, v = arrays.conjugate(xp, v), arrays.conjugate(xp, u)
+    return u, s, v
+
+
+def _iterated(
+    xp: Namespace, operator: LinearOperator, start: Array, k: int, traced: bool
+) -> tuple[Array, Array, Array]:
+    u, s, v, _ = leading_triplets(xp, operator, start, k, iterations=_ROUNDS[traced])
+    return u, s, v
 
 
 def _widened(xp: Namespace, start: Array, k: int, operator: LinearOperator, dtype: Any) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hypothesis import assume, given
+from hypothesis import strategies as st
 
 import specops
 from specops import Conv, Dense, errors
@@ -69,6 +70,19 @@ def test_triplets_of_convolutions(case: Case) -> None:
     check_triplets(matrix, u, s, v, sigma[:k], 1e-10)
 
 
+@given(convolutions(boundary="circular"), st.integers(1, 10**6))
+def test_any_number_of_triplets_of_circular_convolutions(case: Case, count: int) -> None:
+    """From a few of a cluster to all, those that are zero among them."""
+    w = case.weight()
+    sigma = oracle.spectrum(w, case.geometry)
+    matrix = oracle.conv_matrix(w, case.geometry)
+    k = 1 + count % sigma.size
+    u, s, v = specops.top_singular_triplets(w, k, case.geometry)
+    check_triplets(matrix, u, s, v, sigma[:k], 1e-10)
+    scale = max(sigma.max(), 1e-300)
+    np.testing.assert_allclose(matrix.conj().T @ u, v * s, atol=1e-10 * scale)
+
+
 def check_triplets(
     matrix: np.ndarray,
     u: np.ndarray,
@@ -120,6 +134,13 @@ def test_triplets_on_every_backend(eager: Backend) -> None:
     expected = oracle.spectrum(host.astype(float), conv)[:2]
     matrix = oracle.conv_matrix(host, conv)
     check_triplets(matrix, *(eager.numpy(a) for a in (u, s, v)), expected, 2e-3)
+    circular = Conv((6,), boundary="circular")
+    expected = oracle.spectrum(host.astype(float), circular)[:5]
+    found = specops.top_singular_triplets(kernel, 5, circular)
+    for array in found:
+        eager.same_kind(array, kernel)
+    matrix = oracle.conv_matrix(host, circular)
+    check_triplets(matrix, *(eager.numpy(a) for a in found), expected, 1e-5)
 
 
 def test_bad_counts_of_triplets() -> None:
