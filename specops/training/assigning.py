@@ -33,12 +33,14 @@ def assigned(
     attachment: Attaching[C],
     geometries: Mapping[str, Geometry],
     constrained: Sequence[C],
+    *,
+    again: bool = False,
 ) -> tuple[list[Assignment], list[C]]:
     """(a decision about every parameter, those under a rule).
 
     Those constrained before go on with their states and sizes, or are released. An error leaves
     nothing of the others behind; one of the plan, and all that is known before layers are changed,
-    leaves those as they are.
+    leaves those as they are. `again`, patterns may have nothing left to act on.
 
     Raises
     ------
@@ -61,7 +63,7 @@ def assigned(
     result: list[C] = []
     new: list[C] = []
     listed = [(p, p.weight, p.declared) for p in parameters]
-    pairs = zip(parameters, attachment.plan.assign(weights), strict=True)
+    pairs = zip(parameters, attachment.plan.assign(weights, again=again), strict=True)
     try:
         for parameter, decided in pairs:
             attachment.check_rule(decided.rule)

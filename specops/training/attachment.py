@@ -111,7 +111,7 @@ class BaseAttachment(ABC, Generic[C]):
 
     def assign(self) -> None:
         """Decide about every parameter; those constrained before keep their states and sizes."""
-        found = assigned(self, self._geometries, self._constrained)
+        found = assigned(self, self._geometries, self._constrained, again=self._attached)
         if not self._attached:
             warn_of_coverage(found[0])
         self._assignments, self._constrained = found

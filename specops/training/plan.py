@@ -144,8 +144,11 @@ class Plan:
             return False
         return (step - self.start) % interval == 0
 
-    def assign(self, weights: Sequence[Weight]) -> list[Assignment]:
-        """Decide about every weight; raise `PlanError` where a named pattern cannot hold."""
+    def assign(self, weights: Sequence[Weight], *, again: bool = False) -> list[Assignment]:
+        """Decide about every weight; raise `PlanError` where a named pattern cannot hold.
+
+        Patterns that were found in a model may have nothing left `again`: layers freeze and go.
+        """
         used: list[list[Assignment]] = [[] for _ in self._parsed]
         result = []
         for weight in weights:
@@ -156,8 +159,9 @@ class Plan:
                     break
             else:
                 result.append(Assignment(weight, None, reason="no pattern of the plan matches"))
-        for entry, taken in zip(self._parsed, used, strict=True):
-            self._check_used(entry, taken, weights)
+        if not again:
+            for entry, taken in zip(self._parsed, used, strict=True):
+                self._check_used(entry, taken, weights)
         return result
 
     def _decide(self, entry: _Entry, weight: Weight) -> Assignment:

@@ -238,6 +238,24 @@ def test_a_frozen_layer_goes_on_as_it_was(how: str) -> None:
     assert type(model[0]) is nn.Linear
 
 
+@pytest.mark.parametrize("rule", [SN, specops.ClipSpectralNorm(1.0, norm="reshaped")])
+@pytest.mark.parametrize("how", ["frozen", "taken out"])
+def test_a_pattern_may_lose_its_last_layer(rule: Any, how: str) -> None:
+    """Which is no reason to stop a run when a group is added."""
+    model = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(2)])
+    optimizer = torch.optim.SGD(model[0].parameters(), 0.1)
+    attachment = specops.attach(optimizer, model, Plan([("0.weight", rule), ("*", SN)]))
+    model[0].weight.requires_grad_(False)
+    if how == "taken out":
+        model[0] = nn.Identity()
+    optimizer.add_param_group({"params": list(model[1].parameters())})
+    for _ in range(2):
+        model[1](torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+        assert used(model[1]) == pytest.approx(1.0, rel=1e-3)
+    assert attachment.report()["1.weight"].norm == pytest.approx(1.0, rel=1e-3)
+
+
 def test_a_group_that_a_rule_cannot_take_on_leaves_the_others_as_they_were() -> None:
     class Fails(Halved):
         def init(self, weight: Any, geometry: Any, name: str) -> Any:
