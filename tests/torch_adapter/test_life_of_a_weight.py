@@ -243,7 +243,7 @@ def test_a_frozen_layer_goes_on_as_it_was(how: str) -> None:
 def test_a_pattern_may_lose_its_last_layer(rule: Any, how: str) -> None:
     """Which is no reason to stop a run when a group is added."""
     model = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(2)])
-    optimizer = torch.optim.SGD(model[0].parameters(), 0.1)
+    optimizer = torch.optim.SGD(model[0].parameters(), 1e-3)
     attachment = specops.attach(optimizer, model, Plan([("0.weight", rule), ("*", SN)]))
     model[0].weight.requires_grad_(False)
     if how == "taken out":
