@@ -46,7 +46,8 @@ def attach(
     ----------
     optimizer : torch.optim.Optimizer or None
         Its step hooks run the rules; None: call ``attachment.step()`` yourself after each
-        step, and ``attachment.before_step()`` before it for rules of stage "gradients".
+        step, and ``attachment.before_step()`` before it for rules of stage "gradients", and for
+        trainable scales where there are several ranks.
     model : torch.nn.Module
         The layers tell which map a weight is. Convolutions are watched for the largest input
         they see; one that did not run yet is constrained for every size.

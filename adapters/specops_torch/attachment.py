@@ -54,7 +54,8 @@ class Attachment(BaseAttachment[Constrained]):
         self._replicas = options.pop("replicas", None)
         super().__init__(plan, geometries, **options)
         self._model, self._followed = model, Followed(optimizer)
-        self._scales, self._liveness, self._statistics = Scales(), Liveness(), Statistics(model)
+        self._scales = Scales(model, self._replicas)
+        self._liveness, self._statistics = Liveness(), Statistics(model)
         self._firing = ShardedFiring(self._firing.on_nonfinite, self._statistics.are_kept)
         self._groups: dict[Any, Any] = {}
         try:
@@ -112,7 +113,8 @@ class Attachment(BaseAttachment[Constrained]):
 
     @torch.no_grad()
     def before_step(self, parameter: nn.Parameter | None = None) -> None:
-        """Let rules of stage "gradients" add to the gradients, before an optimizer's step.
+        """Let rules of stage "gradients" add to the gradients, before an optimizer's step; of
+        several ranks average those of trainable scales.
 
         Only for ``attach(None, ...)``: of all parameters, or of one that is about to be stepped.
         """
@@ -148,6 +150,7 @@ class Attachment(BaseAttachment[Constrained]):
             return
         if self._followed.optimizer is None:
             check_ran(self._constrained)
+            self._scales.check_averaged()
             for c in self._constrained:
                 c.refuse_sharded(self._model)
         self.steps += 1

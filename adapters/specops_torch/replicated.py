@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from specops.errors import AdapterError
 from specops_torch.collectives import about, objects
@@ -17,6 +19,13 @@ from specops_torch.shared import SharedLocation
 
 class ReplicatedLocation(SharedLocation):
     """A parameter of which every rank holds a copy."""
+
+
+def replicas_of(model: nn.Module, named: Any) -> Any:
+    """The group whose ranks hold the same weights: the one named, or that of
+    DistributedDataParallel around the model, or a part of it; None where there is neither."""
+    wrapped = (m for m in model.modules() if isinstance(m, DistributedDataParallel))
+    return named or next((m.process_group for m in wrapped), None)
 
 
 def settle_replicas(constrained: Sequence[Any], group: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+from torch import distributed as dist
 from torch import nn
 
 from specops.errors import AdapterError
@@ -14,7 +15,7 @@ from specops.training.cautions import caution
 from specops_torch.collectives import added, is_distributed
 from specops_torch.constrained import Constrained
 from specops_torch.optimizer_hooks import maximized
-from specops_torch.pieces import Layout
+from specops_torch.replicated import replicas_of
 from specops_torch.sharded_constrained import ShardedConstrained
 
 _GROUP = "specops scales"
@@ -23,20 +24,31 @@ _held: WeakSet[Scales] = WeakSet()
 
 
 class Scales:
-    """The parameters γ of an attachment, by the name of their layer; "shared" for a rule's one."""
+    """The parameters γ of an attachment, by the name of their layer; "shared" for a rule's one.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    model : torch.nn.Module
+    replicas : torch.distributed.ProcessGroup, optional
+        Whose ranks hold the same weights.
+    """
+
+    def __init__(self, model: nn.Module, replicas: Any = None) -> None:
+        self._model, self._replicas = model, replicas
         self.parameters: dict[str, nn.Parameter] = {}
         self._given: list[nn.Parameter] = []
         """Also those of layers that were taken out since, which an optimizer keeps."""
         self._rules: list[Any] = []
-        self._layout: Layout | None = None
-        """Of sharded layers, whose ranks meet different batches."""
+        self._group: Any = None
+        """Whose ranks meet different batches."""
+        self._averaged: bool | None = False
+        """Whether their gradients were since the last step; None once it was said that not."""
 
     def give(self, constrained: Sequence[Constrained], optimizer: Any) -> None:
         """Make what is missing, hand it to the layers and to the optimizer."""
+        self._group = replicas_of(self._model, self._replicas)
         new: list[nn.Parameter] = []
-        users: dict[str, list[Any]] = {}
+        users: dict[str, list[Constrained]] = {}
         trained = [(c, scale) for c in constrained if (scale := _trained_by(c)) is not None]
         self._rename({c.name: c for c, scale in trained if not scale.shared})
         for c, scale in trained:
@@ -55,14 +67,15 @@ class Scales:
         self._given += new
         for sharing in users.values():
             for c in sharing:
-                if isinstance(c, ShardedConstrained):
-                    self._layout = c.location.layout
+                assert c.in_use is not None
+                if isinstance(c, ShardedConstrained) and c.location.layout is not None:
+                    self._group = c.location.layout.group
                 c.in_use.sharing = [o.location.parameter for o in sharing]
-        if new and self._layout is None and is_distributed():
+        if new and self._group is None and is_distributed():
             caution(
-                f"{len(new)} trainable scales are no parameters of the model, so that DDP does not "
-                f"average their gradients: all-reduce those of attachment.scales before each step, "
-                f"or ranks train different functions; or use a fixed scale"
+                f"{len(new)} trainable scales are no parameters of the model, so that ranks train "
+                f"different functions unless their gradients are averaged: attach to the model "
+                f"that DistributedDataParallel has wrapped, or name the group of ranks in replicas="
             )
         if new and isinstance(optimizer, torch.optim.LBFGS):
             raise AdapterError(
@@ -97,19 +110,34 @@ class Scales:
             self.average()
             return loss
 
-        return wrapped if self._layout is not None and self.parameters else closure
+        return wrapped if self._group is not None and self.parameters else closure
 
     @torch.no_grad()
     def average(self) -> None:
-        """Gradients over the ranks, as `fully_shard` does those of layers."""
-        given = [p.grad for p in self.parameters.values() if p.grad is not None]
-        if self._layout is None or not given:
+        """Gradients over the ranks, as `fully_shard` and DDP do those of layers: where a layer
+        ran on some ranks only, the others count as zeros."""
+        scales = list(self.parameters.values())
+        if self._group is None or not scales:
             return
-        ranks = len(self._layout.pieces)
-        for own, total in zip(
-            given, added(given, self._layout.group, self._layout.device), strict=True
-        ):
-            own.copy_(total / ranks)
+        used = torch.tensor([float(p.grad is not None) for p in scales])
+        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in scales]
+        *totals, users = added([*own, used], self._group, scales[0].device)
+        ranks = dist.get_world_size(self._group)
+        self._averaged = True
+        for p, total, n in zip(scales, totals, users.tolist(), strict=True):
+            if n:
+                p.grad = total / ranks
+
+    def check_averaged(self) -> None:
+        """After a step: warn once if nobody has asked for the mean over the ranks before it."""
+        if self._group is not None and self.parameters and self._averaged is False:
+            caution(
+                "trainable scales were stepped by the gradients of this rank alone: call "
+                "attachment.before_step() before each step, which averages them over the ranks"
+            )
+            self._averaged = None
+        elif self._averaged:
+            self._averaged = False
 
     def _shared(self, rule: Any) -> str:
         if rule not in self._rules:

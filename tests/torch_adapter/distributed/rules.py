@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import distributed as dist
 from torch import nn
@@ -19,6 +20,7 @@ from torch.distributed.tensor import (
     init_device_mesh,
 )
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn.parallel import DistributedDataParallel
 
 import specops
 import specops_torch
@@ -221,6 +223,48 @@ def scales_of_accumulated_gradients(_: Path) -> None:
     same(rounded, found[0], 1e-2)
 
 
+def scales_of_replicas(_: Path) -> None:
+    """Under DDP, or in a group that is named; of a layer that one rank alone has called, too."""
+
+    class Choosing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.always, self.on_one = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: torch.Tensor, one: bool) -> torch.Tensor:
+            return self.always(x) + (self.on_one(x) if one else 0)
+
+    torch.manual_seed(0)
+    plain, x, rank = Choosing(), torch.randn(2, 4, 6), dist.get_rank()
+    rule = SpectralNormalization(norm="reshaped", scale=TrainableScale(1.5))
+    given = (
+        (plain, {}),
+        (DistributedDataParallel(copy.deepcopy(plain), find_unused_parameters=True), {}),
+        (copy.deepcopy(plain), {"replicas": dist.group.WORLD}),
+    )
+    found = []
+    for model, options in given:
+        with mock.patch("specops_torch.scales.is_distributed", return_value=model is not plain):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            attachment = specops.attach(optimizer, model, rule, **options)
+        for _ in range(3):
+            optimizer.zero_grad()
+            if model is plain:
+                loss = sum(model(x[i], one=i == 0).square().mean() for i in (0, 1)) / 2
+            else:
+                loss = model(x[rank], one=rank == 0).square().mean()
+            loss.backward()
+            if "replicas" in options:
+                for p in model.parameters():
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad / 2
+                    dist.all_reduce(p.grad)
+            optimizer.step()
+        found.append({n.removeprefix("module."): p.detach() for n, p in attachment.scales.items()})
+    for scales in found[1:]:
+        same(scales, found[0], 1e-5)
+    assert all(abs(float(p) - 1.5) > 1e-3 for p in found[0].values())
+
+
 def _scales(model: nn.Module, parts: Any, how: str, shared: bool = False) -> dict[str, Any]:
     """Trained for three steps, each of several backward passes, the last of which sends."""
     is_sharded = hasattr(model, "set_requires_gradient_sync")
@@ -250,7 +294,12 @@ def _scales(model: nn.Module, parts: Any, how: str, shared: bool = False) -> dic
         optimizer.step()
         if by_hand:
             attachment.step()
-    return {name: p.detach() for name, p in attachment.scales.items()}
+    found = {name: p.detach().clone() for name, p in attachment.scales.items()}
+    if by_hand and is_sharded:
+        with pytest.warns(errors.CautionWarning, match="before_step"):
+            attachment.step()
+        attachment.step()
+    return found
 
 
 def tensor_parallel(_: Path) -> None:
@@ -322,6 +371,7 @@ CASES = (
     weights_for_functions_on_arrays,
     scales_that_are_trained,
     scales_of_accumulated_gradients,
+    scales_of_replicas,
     tensor_parallel,
     replicated,
     not_finite,
