@@ -36,6 +36,9 @@ class Capabilities:
         check stays on the device and is read at the next firing.
     convolutions : bool
         Whether the framework has convolutions; `AdapterSuite.model` then has one.
+    differentiates : bool
+        Whether the framework differentiates forward passes by itself, forward rules included. False
+        where users write their gradients: those of raw weights are then not looked at.
     refuses_nonfinite : type of exception, optional
         What the framework itself raises in a step where a weight holds NaN, before a rule could
         look at it. It need not name the layer.
@@ -48,6 +51,7 @@ class Capabilities:
     registered: bool = True
     nonfinite_within: int = 1
     convolutions: bool = True
+    differentiates: bool = True
     refuses_nonfinite: type[Exception] | None = None
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ _RULE = SpectralNormalization(norm="operator", scale=_SCALE, iterations=20)
 _RESHAPED = SpectralNormalization(norm="reshaped", scale=_SCALE, iterations=20)
 _STEPS = 3
 _RTOL = 0.02
+_GRADIENT_RTOL = 2e-3
 
 
 class ForwardChecks(SuiteBase):
@@ -63,6 +64,44 @@ class ForwardChecks(SuiteBase):
                 "is not in effect"
             )
         )
+
+    def test_the_gradient_is_that_of_the_weight_in_use(self) -> None:
+        """A step moves the raw weight along (s/σ)·(G − ⟨G, W/σ⟩ uvᴴ), G a plain model's gradient.
+
+        Of the plain model that has the weights in use. Both take one step of gradient descent.
+        """
+        self.needs("forward")
+        if not self.capabilities.differentiates:
+            pytest.skip("users of the framework write their gradients")
+        training = self.start(self.model(), _RESHAPED)
+        before = training.weights()
+        after = advanced(training, 1).weights()
+        views = {
+            name: view
+            for name, g in training.geometries.items()
+            if isinstance(view := measured_as(g, "reshaped"), Dense)
+        }
+        plain = self.plain()
+        for name, view in views.items():
+            plain.set_weight(name, _normalised(before[name], view))
+        used = plain.weights()
+        moved = {n: w - used[n] for n, w in advanced(plain, 1).weights().items()}
+        for name, view in views.items():
+            got = after[name] - before[name]
+            expected = _through_the_norm(before[name], moved[name], view)
+            apart = relative(got, expected)
+            constant = np.vdot(used[name], before[name]) / np.vdot(before[name], before[name])
+            cause = (
+                "the norm counts as constant"
+                if relative(got, constant * moved[name]) <= _GRADIENT_RTOL
+                else "what arrives at the weight in use is passed on as it is"
+                if relative(got, moved[name]) <= _GRADIENT_RTOL
+                else "it is taken at another weight than the one in use"
+            )
+            assert apart <= _GRADIENT_RTOL, (
+                f"{name}: a step differs by {apart:.3g} (relative) from that along the derivative "
+                f"of s·W/‖W‖. Likely cause of the gradient: {cause}"
+            )
 
     def test_the_report_shows_the_norm_in_use(self) -> None:
         """Not that of the raw weight."""
@@ -125,6 +164,19 @@ class ForwardChecks(SuiteBase):
                 f"{apart:.3g} (relative) from the one that the rule lets layers use. Likely "
                 f"cause: detach(fold=True) does not reach BaseAttachment.detach"
             )
+
+
+def _through_the_norm(weight: np.ndarray, moved: np.ndarray, view: Dense) -> np.ndarray:
+    """What moves W where s·W/σ moves so: (s/σ)·(M − ⟨M, W/σ⟩ uvᴴ), block by block."""
+    pairs = zip(view.blocks(weight.astype(np.float64)), view.blocks(moved), strict=True)
+    blocks = []
+    for w, m in pairs:
+        u, s, vh = np.linalg.svd(w, full_matrices=False)
+        sigma = s[..., :1, None]
+        along = np.sum(m * w / sigma, (-2, -1), keepdims=True)
+        blocks.append(_SCALE / sigma * (m - along * (u[..., :, :1] @ vh[..., :1, :])))
+    result: np.ndarray = view.assemble(tuple(blocks), weight.shape)
+    return result
 
 
 def _normalised(weight: np.ndarray, geometry: Geometry) -> np.ndarray:

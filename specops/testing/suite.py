@@ -41,9 +41,9 @@ class AdapterSuite(
     layer's weight and geometry).
 
     The kit finds wrong maps, rules that act at the wrong time or not at all, state that is lost
-    and errors that are swallowed. It does not test gradients through forward rules, tied weights,
-    devices other than the one that `array` uses, sharded or low-precision weights, or how an
-    adapter copes with compiled, copied or wrapped models.
+    and errors that are swallowed. It does not test tied weights, devices other than the one that
+    `array` uses, sharded or low-precision weights, or how an adapter copes with compiled, copied or
+    wrapped models.
 
     Examples
     --------

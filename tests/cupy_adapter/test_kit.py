@@ -22,7 +22,7 @@ class TestStandIn(testing.AdapterSuite):
     """The adapter's own classes on NumPy arrays, which the plugin does not claim."""
 
     name = "cupy"
-    capabilities = testing.Capabilities(registered=False)
+    capabilities = testing.Capabilities(registered=False, differentiates=False)
     xp: Any = np
 
     def attach(self, *args: Any, **options: Any) -> Any:
@@ -85,7 +85,7 @@ class TestStandIn(testing.AdapterSuite):
 class TestCupy(TestStandIn):
     """The installed plugin on a device."""
 
-    capabilities = testing.Capabilities()
+    capabilities = testing.Capabilities(differentiates=False)
     xp = CUPY
 
     def attach(self, *args: Any, **options: Any) -> Any:

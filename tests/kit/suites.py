@@ -35,7 +35,7 @@ class TestTiny(Tiny, AdapterSuite):
 class TestDenseOnly(Tiny, AdapterSuite):
     """A framework without convolutions."""
 
-    capabilities = Capabilities(convolutions=False)
+    capabilities = Capabilities(convolutions=False, differentiates=False)
 
     def model(self) -> framework.Model:
         layers = framework.Dense(50, 8), framework.Tanh(), framework.Dense(8, 3)
@@ -45,7 +45,7 @@ class TestDenseOnly(Tiny, AdapterSuite):
 class RefusesNaN(Tiny):
     """A framework that looks at its weights before it steps."""
 
-    capabilities = Capabilities(refuses_nonfinite=FloatingPointError)
+    capabilities = Capabilities(refuses_nonfinite=FloatingPointError, differentiates=False)
 
     def start(self, model: framework.Model, rule_or_plan: Any, **options: Any) -> TinyTraining:
         training = super().start(model, rule_or_plan, **options)
@@ -225,7 +225,7 @@ class TestCachesTheNorm(Flawed):
 class TestClaimsTooLittle(Flawed):
     """Rules of a stage that is not claimed are accepted."""
 
-    capabilities = Capabilities(stages=("weights",))
+    capabilities = Capabilities(stages=("weights",), differentiates=False)
 
 
 class TestSkipsThePlan(Flawed):
@@ -244,7 +244,7 @@ class TestSkipsThePlan(Flawed):
 class TestRefusesUnasked(RefusesNaN, Flawed):
     """The framework refuses NaN, and the capabilities do not say so."""
 
-    capabilities = Capabilities()
+    capabilities = Capabilities(differentiates=False)
 
 
 class TestHasNoConvolution(Flawed):

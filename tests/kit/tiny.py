@@ -73,7 +73,7 @@ class Tiny:
     """What the kit asks for."""
 
     name = "tiny"
-    capabilities = Capabilities(stages=("weights", "gradients", "forward"))
+    capabilities = Capabilities(stages=("weights", "gradients", "forward"), differentiates=False)
     adapter: type[TinyAdapter] = TinyAdapter
 
     @pytest.fixture(autouse=True)

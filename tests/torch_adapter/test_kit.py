@@ -19,6 +19,8 @@ from specops.training.report import Report
 torch = pytest.importorskip("torch")
 nn = torch.nn
 
+from specops_torch.in_use import InUse  # noqa: E402
+
 
 class TorchTraining:
     """SGD with momentum on one batch."""
@@ -183,3 +185,19 @@ class TestLearntSizes(Torch, GeometryChecks):
         attachment.step()
         weight, geometry = recorder.seen[-1]
         return weight.numpy().astype(np.float64), geometry
+
+
+@pytest.mark.parametrize("cause", ["the norm counts as constant", "passed on as it is"])
+def test_the_kit_sees_wrong_gradients(cause: str, monkeypatch: Any) -> None:
+    """Of weights in use whose values are right."""
+    used = InUse._used
+
+    def flawed(self: InUse, raw: torch.Tensor) -> torch.Tensor:
+        found = used(self, raw)
+        if "constant" in cause:
+            return raw * (found.detach() / raw.detach())
+        return raw + (found - raw).detach()
+
+    monkeypatch.setattr("specops_torch.in_use.InUse._used", flawed)
+    with pytest.raises(AssertionError, match=cause):
+        TestTorch().test_the_gradient_is_that_of_the_weight_in_use()
