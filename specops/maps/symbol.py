@@ -139,11 +139,7 @@ class Symbol:
     @cached_property
     def angles(self) -> np.ndarray:
         """(frequencies, shifts): θ·b, reduced modulo the period before it meets cos and sin."""
-        total = np.zeros((len(self.frequencies), 1))
-        for t, axis in enumerate(self.axes):
-            turns = np.outer(self.frequencies[:, t], axis.shifts) % axis.period / axis.period
-            total = (total[:, :, None] + turns[:, None, :]).reshape(len(total), -1)
-        return 2.0 * np.pi * total
+        return _angles(tuple((a.period, a.shifts) for a in self.axes), self.conjugate_pairs)
 
     def coefficients(self, xp: Namespace, kernel: Array) -> Array:
         """A kernel (groups, rows, columns, *taps) as (shifts, groups·rows·phases·columns)."""
@@ -221,6 +217,20 @@ def symbol_of(sizes: ConvSizes, torus: tuple[int, ...], conjugate_pairs: bool = 
     return Symbol(sizes, torus, conjugate_pairs)
 
 
+@lru_cache(maxsize=32)
+def _angles(axes: tuple[tuple[int, tuple[int, ...]], ...], conjugate_pairs: bool) -> np.ndarray:
+    """Layers that differ in their channels share this table, which grows with the grid."""
+    frequencies, _ = _representatives(tuple(period for period, _ in axes), conjugate_pairs)
+    total = np.zeros((len(frequencies), 1))
+    for t, (period, shifts) in enumerate(axes):
+        turns = np.outer(frequencies[:, t], shifts) % period / period
+        total = (total[:, :, None] + turns[:, None, :]).reshape(len(total), -1)
+    total *= 2.0 * np.pi
+    total.flags.writeable = False
+    return total
+
+
+@lru_cache(maxsize=32)
 def _representatives(
     periods: tuple[int, ...], conjugate_pairs: bool
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ from hypothesis import assume, given
 import specops
 from specops import Conv, Dense, errors
 from specops.geometry import Geometry
+from specops.maps.symbol import symbol_of
 from tests import oracle
 from tests.backends import Backend, leave_to_others
 from tests.strategies import Case, convolutions, denses
@@ -246,3 +247,11 @@ def test_many_groups_of_similar_norm(eager: Backend, dtype: str) -> None:
         got = float(specops.spectral_norm(eager.array(w), geometry))
         precise = dtype == "float64" and eager.doubles
         assert got == pytest.approx(sigma, rel=1e-10 if precise else 2e-6)
+
+
+def test_layers_that_differ_in_channels_share_their_tables() -> None:
+    """Of a megabyte and more on large grids."""
+    conv = Conv((64, 64), boundary="circular")
+    first, second = (symbol_of(conv.sizes((channels, 2, 3, 3)), (64, 64)) for channels in (3, 5))
+    assert first.angles is second.angles
+    assert first.frequencies is second.frequencies
