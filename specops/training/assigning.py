@@ -55,6 +55,7 @@ def assigned(
         [p.weight for p in parameters],
         geometries,
         aliases={p.weight.name: p.aliases for p in parameters},
+        again=again,
     )
     before = {c.parameter.place: c for c in constrained}
     assignments: list[Assignment] = []

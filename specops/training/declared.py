@@ -31,23 +31,29 @@ def override_geometries(
     weights: Sequence[Weight],
     geometries: Mapping[str, Geometry] | None,
     aliases: Mapping[str, Sequence[str]] | None = None,
+    *,
+    again: bool = False,
 ) -> list[Weight]:
     """Replace inferred geometries by the user's, the first pattern that matches winning.
 
     `aliases` are further names of a weight (tied tensors), under which it may be meant. A kernel
-    whose map contradicts what its layer says, or its shape, is warned of.
+    whose map contradicts what its layer says, or its shape, is warned of. Patterns may mean weights
+    that are left alone, frozen ones say; `again`, of a model where each was found, nothing at all.
     """
     geometries, aliases = declared(geometries), aliases or {}
-    unused = set(geometries)
+    unused, vectors = set(geometries), set[str]()
     result = []
     for weight in weights:
         names = (weight.name, *aliases.get(weight.name, ()))
         matching = (p for p in geometries if any(fnmatchcase(n, p) for n in names))
-        pattern = None if weight.skipped else next(matching, None)
-        if pattern is None:
+        pattern = next(matching, None)
+        if pattern is not None and weight.skipped and len(weight.shape) < 2:
+            vectors.add(pattern)
+        elif pattern is not None:
+            unused.discard(pattern)
+        if pattern is None or weight.skipped:
             result.append(weight)
             continue
-        unused.discard(pattern)
         geometry = geometries[pattern]
         _check_fit(weight, geometry)
         doubt = _contradiction(weight, geometry)
@@ -57,9 +63,11 @@ def override_geometries(
         known = None if obstacle else geometry
         weight = replace(weight, geometry=known, obstacle=obstacle, opt_in="", remark="")
         result.append(weight)
+    if again:
+        unused &= vectors
     if unused:
         raise PlanError(
-            f"geometries names {', '.join(map(repr, sorted(unused)))}, which no parameter "
+            f"geometries names {', '.join(map(repr, sorted(unused)))}, which no matrix "
             f"matches: parameters are called {', '.join(repr(w.name) for w in weights[:5])}, …"
         )
     return result

@@ -108,7 +108,7 @@ def test_maps_are_never_guessed(xp: Any) -> None:
         attach(None, arrays, named, geometries={"k": MAPS["k"]})
     report = attach(None, arrays, CLIP, geometries={"k": MAPS["k"]}).report()
     assert report["a.w"].reason.startswith("a bare array")
-    with pytest.raises(PlanError, match="no parameter"):
+    with pytest.raises(PlanError, match="no matrix"):
         attach(None, arrays, CLIP, geometries={"nothing": Dense()})
     with pytest.raises(GeometryError, match=r"a\.w"):
         attach(None, arrays, CLIP, geometries={"a.w": Conv((5,))})
@@ -462,7 +462,7 @@ def test_the_dict_is_looked_at_anew() -> None:
     attachment.step()
     assert [row.name for row in attachment.report().constrained] == ["v"]
     arrays["v"] = np.ones(3)
-    with pytest.raises(PlanError, match="which no parameter matches"):
+    with pytest.raises(PlanError, match="which no matrix matches"):
         attachment.step()
     assert attachment.steps == 4
 

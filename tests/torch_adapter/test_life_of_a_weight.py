@@ -14,7 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import specops
-from specops import Plan, SpectralNormalization, StableRankNormalization, TrainableScale, errors
+from specops import (
+    Dense,
+    Plan,
+    SpectralNormalization,
+    StableRankNormalization,
+    TrainableScale,
+    errors,
+)
 from tests.torch_adapter.models import Halved, new_compilers, raw, sgd, top
 
 torch = pytest.importorskip("torch")
@@ -240,11 +247,17 @@ def test_a_frozen_layer_goes_on_as_it_was(how: str) -> None:
 
 @pytest.mark.parametrize("rule", [SN, specops.ClipSpectralNorm(1.0, norm="reshaped")])
 @pytest.mark.parametrize("how", ["frozen", "taken out"])
-def test_a_pattern_may_lose_its_last_layer(rule: Any, how: str) -> None:
+@pytest.mark.parametrize("declared", [False, True], ids=["", "declared"])
+def test_a_pattern_may_lose_its_last_layer(rule: Any, how: str, declared: bool) -> None:
     """Which is no reason to stop a run when a group is added."""
     model = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(2)])
     optimizer = torch.optim.SGD(model[0].parameters(), 1e-3)
-    attachment = specops.attach(optimizer, model, Plan([("0.weight", rule), ("*", SN)]))
+    attachment = specops.attach(
+        optimizer,
+        model,
+        Plan([("0.weight", rule), ("*", SN)]),
+        geometries={"0.weight": Dense(splits=(2, 2))} if declared else None,
+    )
     model[0].weight.requires_grad_(False)
     if how == "taken out":
         model[0] = nn.Identity()
@@ -254,6 +267,17 @@ def test_a_pattern_may_lose_its_last_layer(rule: Any, how: str) -> None:
         optimizer.step()
         assert used(model[1]) == pytest.approx(1.0, rel=1e-3)
     assert attachment.report()["1.weight"].norm == pytest.approx(1.0, rel=1e-3)
+
+
+def test_a_map_may_be_declared_of_a_frozen_layer() -> None:
+    """Which scripts declare for every layer, whatever is frozen today."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].weight.requires_grad_(False)
+    maps = {"0.weight": Dense(splits=(2, 2)), "1.weight": Dense(splits=(2, 2))}
+    report = specops.attach(None, model, SN, geometries=maps).report()
+    assert [row.name for row in report.constrained] == ["1.weight"]
+    with pytest.raises(errors.PlanError, match=r"'0.bias', which no matrix matches"):
+        specops.attach(None, model, SN, geometries={"0.bias": Dense()})
 
 
 def test_a_group_that_a_rule_cannot_take_on_leaves_the_others_as_they_were() -> None:
