@@ -46,6 +46,8 @@ def init(params: Params, plan: Any, geometries: Geometries | None = None) -> Spe
     ------
     PlanError
         The plan does not fit the parameters.
+    GeometryError
+        A geometry does not fit its array, or a rule needs an input size that it lacks.
     NonFiniteError
         A constrained array holds NaN or infinity.
     """
@@ -300,9 +302,9 @@ def report(
 ) -> Report:
     """Every array of a pytree: constrained by what, or left alone and why.
 
-    With `measure`, constrained arrays show their operator norm as it is now: exact for matrices
-    and circular convolutions, a certified upper bound for zero-padded ones. Given the `state`,
-    it is that of the arrays which forward rules let the loss use.
+    With `measure`, constrained arrays show their operator norm as it is now: exact for matrices,
+    small layers and circular convolutions whose stride divides their grid, a certified upper bound
+    for others. Given the `state`, it is that of the arrays which forward rules let the loss use.
     """
     own, leaves, _ = program(params, plan, geometries)
     if state is not None and measure and own.of("forward"):

@@ -68,6 +68,8 @@ def singular_values(
     NonFiniteError, ValueError
         A spectrum that is empty, not one-dimensional, negative, NaN or infinite, or for
         any scale but "absolute" all zero; or no spectrum at all.
+    TypeError
+        No mapping, or no axes.
 
     Notes
     -----

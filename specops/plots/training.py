@@ -141,6 +141,8 @@ def spectrum_over_training(
     ------
     NonFiniteError, ValueError
         As `singular_values`, or a step that is no number.
+    TypeError
+        As `singular_values`.
 
     Notes
     -----

@@ -667,3 +667,15 @@ def test_a_tied_map_can_be_named_by_either_name() -> None:
     attachment = specops.attach(None, model, CLIP, geometries={"second.weight": Conv(None)})
     attachment.step()
     assert float(specops.spectral_norm(first.weight.detach(), Conv((32,)))) <= 0.5
+
+
+@pytest.mark.parametrize("length", [-1, 1.5, "10", True])
+def test_the_length_of_a_history_is_a_count(length: Any) -> None:
+    with pytest.raises(ValueError, match="history must be"):
+        specops.attach(None, nn.Linear(2, 2), CLIP, history=length)
+
+
+@pytest.mark.parametrize("replicas", [3, "WORLD"])
+def test_replicas_that_are_no_group_are_refused_by_name(replicas: Any) -> None:
+    with pytest.raises(errors.AdapterError, match="replicas must be a process group"):
+        specops.attach(None, nn.Linear(2, 2), CLIP, replicas=replicas)
