@@ -17,7 +17,7 @@ from rich.table import Table
 
 from . import records
 from .data import load
-from .statistics import mean, standard_error
+from .statistics import mean, rounded, standard_error
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -164,9 +164,9 @@ class Program:
                 values = [r["results"].get(metric) for r in runs]
                 values = [v for v in values if v is not None]
                 if values:
-                    shown = f"{mean(values):.4g}"
+                    shown = rounded(mean(values), 4)
                     if len(values) > 1:
-                        shown += f" ± {standard_error(values):.2g}"
+                        shown += f" ± {rounded(standard_error(values), 2)}"
                     table.add_row(experiment, label, metric, shown, str(len(values)))
         return table
 
