@@ -52,6 +52,12 @@ def every_axis(value: Any, ndim: int, name: str, *, least: int = 0) -> tuple[int
     return values
 
 
+def check_choice(value: Any, name: str, allowed: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
 def non_negative(value: Any, name: str) -> float:
     """A finite float, zero or more."""
     real = (float, int, np.integer, np.floating)
