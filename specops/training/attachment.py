@@ -205,7 +205,8 @@ class BaseAttachment(ABC, Generic[C]):
     # What is told
 
     def __repr__(self) -> str:
-        status = "attached" if self.is_attached else "detached"
+        by_itself = "attached" if self.is_attached else "to be stepped by hand"
+        status = by_itself if self._attached else "detached"
         weights = f"{len(self._constrained)} weights"
         return f"<{type(self).__name__}: {weights}, step {self.steps}, {status}>"
 

@@ -669,6 +669,16 @@ def test_a_tied_map_can_be_named_by_either_name() -> None:
     assert float(specops.spectral_norm(first.weight.detach(), Conv((32,)))) <= 0.5
 
 
+def test_an_attachment_says_who_steps_it() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = optimizer_of_list([*model.parameters()])
+    for given, status in ((None, "to be stepped by hand"), (optimizer, "attached")):
+        attachment = specops.attach(given, model, CLIP)
+        assert repr(attachment) == f"<Attachment: 1 weights, step 0, {status}>"
+        attachment.detach()
+        assert repr(attachment) == "<Attachment: 1 weights, step 0, detached>"
+
+
 @pytest.mark.parametrize("length", [-1, 1.5, "10", True])
 def test_the_length_of_a_history_is_a_count(length: Any) -> None:
     with pytest.raises(ValueError, match="history must be"):
