@@ -280,6 +280,14 @@ def test_an_alarm_is_early_by_the_steps_to_the_rise() -> None:
     assert (found["loss_rose"], found["rank_lead"]) == (0.0, None)
 
 
+def test_runs_without_a_headline_have_a_row_all_the_same() -> None:
+    program = load("early_warning").PROGRAM
+    (experiment,) = program.headline
+    runs = [{"experiment": experiment, "label": label, "results": {}} for label in ("a", "b")]
+    table = program._table(runs)
+    assert [list(column.cells) for column in table.columns][1:4:2] == [["a", "b"], ["–", "–"]]
+
+
 def test_a_text_is_numbered_and_cut(tmp_path: Path) -> None:
     text = load("harness.text")
     (tmp_path / "book1.txt").write_text("abcabcabca")
