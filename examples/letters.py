@@ -41,15 +41,19 @@ def load(file: str | None) -> Letters:
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Options of network and training; `parsed` reads them."""
-    result = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    result.add_argument("--data", metavar="FILE", help="a text to learn instead")
-    result.add_argument("--max-norm", type=float, default=4.0)
-    result.add_argument("--size", type=int, default=128)
-    result.add_argument("--layers", type=int, default=4)
-    result.add_argument("--length", type=int, default=64)
-    result.add_argument("--batch", type=int, default=16, help="sequences of each process")
-    result.add_argument("--steps", type=int, default=100)
-    result.add_argument("--quick", action="store_true", help="one layer, ten steps")
+    result = argparse.ArgumentParser(
+        description=(description or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = result.add_argument
+    add("--data", metavar="FILE", help="a text to learn, instead of lines of sums")
+    add("--max-norm", type=float, default=4.0, help="bound on the norm of every matrix")
+    add("--size", type=int, default=128, help="width of the network")
+    add("--layers", type=int, default=4, help="of the transformer")
+    add("--length", type=int, default=64, help="letters of a sequence")
+    add("--batch", type=int, default=16, help="sequences of each process")
+    add("--steps", type=int, default=100, help="of the optimizer")
+    add("--quick", action="store_true", help="one layer of width 32, ten steps")
     return result
 
 

@@ -43,8 +43,9 @@ def attach(
     Returns
     -------
     Attachment
-        With ``report()``, ``history``, ``state_dict()``, ``load_state_dict()``,
-        ``is_attached``, ``enforce()`` and ``detach()``; adapters add what is their own.
+        With ``report()``, ``history``, ``log_to()``, ``weights()``, ``geometries()``, ``step()``,
+        ``steps``, ``state_dict()``, ``load_state_dict()``, ``is_attached``, ``enforce()`` and
+        ``detach()``; adapters add what is their own.
 
     Raises
     ------
@@ -75,10 +76,35 @@ def project(
 ) -> Report:
     """Apply a rule, or a plan, to a model's weights once, without training.
 
-    Convolutions whose input size is not known (no ``geometries``) are constrained for every
-    size, or left alone with a warning by rules that need one. Returns the report; raises as
-    `attach`. Running statistics of batch normalisation behind a weight that changed are of the
-    old one, and evaluation uses them: estimate them anew (torch warns, and names
+    Every rule of the plan acts, whatever its interval; the weights that forward rules give are
+    written into the parameters.
+
+    Parameters
+    ----------
+    model, rule_or_plan, geometries
+        As `attach`. Convolutions whose input size is not known (no `geometries`) are constrained
+        for every size, or left alone with a warning by rules that need one.
+    **options
+        Of the adapter.
+
+    Returns
+    -------
+    Report
+        Of the weights afterwards.
+
+    Raises
+    ------
+    AdapterError
+        No installed adapter knows the model, or a rule acts on gradients: there are none.
+    PlanError
+        The plan does not fit the model.
+    NonFiniteError
+        A weight holds NaN or infinity; all are left as they were then.
+
+    Notes
+    -----
+    Running statistics of batch normalisation behind a weight that changed are of the old one, and
+    evaluation uses them: estimate them anew (torch warns, and names
     ``torch.optim.swa_utils.update_bn(loader, model)``).
     """
     adapter = find_adapter(model)

@@ -60,6 +60,30 @@ def test_interval_is_students() -> None:
     assert math.isnan(statistics.half_interval([1.0]))
 
 
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [
+        (148.3, 3, "148"),
+        (14.2, 1, "10"),
+        (0.0345, 1, "0.03"),
+        (2500.0, 4, "2500"),
+        (2e-7, 1, "2e-07"),
+    ],
+)
+def test_numbers_are_rounded_without_powers_of_ten(value: float, digits: int, text: str) -> None:
+    assert statistics.rounded(value, digits) == text
+
+
+def test_a_setting_has_one_colour_in_all_panels() -> None:
+    from specops import plots
+
+    figures = load("harness.figures")
+    axes = plots.singular_values({str(i): [1.0] for i in range(6)})
+    assert [line.get_color() for line in axes.lines] == list(figures.COLORS[:6])
+    figures.of_quantiles(axes, "layer")
+    assert "60 quantiles" in axes.get_xlabel()
+
+
 def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     parts = load("harness.program")
     ran: list[tuple[str, int]] = []
@@ -254,6 +278,14 @@ def test_an_alarm_is_early_by_the_steps_to_the_rise() -> None:
     assert (found["rank_alarm"], found["rank_lead"]) == (0.0, 30 - 41)
     found = warning.alarms(curve(*calm), steps=40)
     assert (found["loss_rose"], found["rank_lead"]) == (0.0, None)
+
+
+def test_runs_without_a_headline_have_a_row_all_the_same() -> None:
+    program = load("early_warning").PROGRAM
+    (experiment,) = program.headline
+    runs = [{"experiment": experiment, "label": label, "results": {}} for label in ("a", "b")]
+    table = program._table(runs)
+    assert [list(column.cells) for column in table.columns][1:4:2] == [["a", "b"], ["–", "–"]]
 
 
 def test_a_text_is_numbered_and_cut(tmp_path: Path) -> None:

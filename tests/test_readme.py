@@ -160,3 +160,20 @@ def test_every_example_is_listed() -> None:
     listed = set(re.findall(r"\b\w+\.py\b", READMES["examples/README.md"]))
     programs = {path.name for path in (ROOT / "examples").glob("*.py")}
     assert programs <= listed
+
+
+def test_costs_are_those_that_were_measured() -> None:
+    results = (ROOT / "tests/benchmarks/RESULTS.md").read_text(encoding="utf-8")
+
+    def figures(network: str, title: str) -> list[float]:
+        row = results.split(title)[1].split(f"| {network}")[1].split("\n")[0]
+        return [float(cell) for cell in re.findall(r"\| ([\d.]+)(?: ms|%)? ", row)]
+
+    shares, of_torch, penalties = [], [], []
+    for network in ("MLP 6×1024", "transformer, d = 512"):
+        plain, _, normalised, ratio, penalised, _ = figures(network, "| torch spectral_norm |")
+        shares.append(f"{100 * normalised / plain:.0f} %")
+        of_torch.append(f"{ratio:.2f}")
+        penalties.append(f"{100 * penalised / plain:.0f} %")
+    assert f"| {' and '.join(shares)} ¹, {' and '.join(of_torch)} times torch's" in README
+    assert f"| {' and '.join(penalties)} ¹ |" in README

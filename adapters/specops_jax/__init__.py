@@ -12,7 +12,7 @@ _HOMES = {
     "SpecopsState": "state",
     "add_penalty": "transforms",
     "adversarial_loss": "baselines",
-    "check": "functions",
+    "check": "reports",
     "constrain": "transforms",
     "enforce": "functions",
     "find_state": "state",
@@ -28,7 +28,7 @@ _HOMES = {
     "penalty": "functions",
     "project_params": "functions",
     "records": "state",
-    "report": "functions",
+    "report": "reports",
 }
 __all__ = sorted(_HOMES)
 

@@ -150,7 +150,7 @@ def input_gradient_norms(losses: Callable[[Any], Any], x: Any) -> Any:
 
     References
     ----------
-    Yoshida & Miyato 2017, section 4.3.
+    Yoshida & Miyato 2017, section 4.2.
     """
     shape = jax.eval_shape(losses, x).shape
     if shape != (len(x),):

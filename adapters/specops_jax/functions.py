@@ -10,14 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from specops.errors import AdapterError, NonFiniteError, PlanError
+from specops.errors import PlanError
 from specops.geometry import Geometry
 from specops.training.assigned import warn_of
 from specops.training.coverage import warn_of_coverage
-from specops.training.report import Report, measured, plan_rows
 from specops_jax.firing import advance, begin, enforced, is_due
 from specops_jax.meshes import partitioned
-from specops_jax.one_firing import acting, fetched
+from specops_jax.one_firing import acting
 from specops_jax.program import Item, Program, program
 from specops_jax.state import SpecopsState, check_states, of_arrays
 
@@ -46,6 +45,8 @@ def init(params: Params, plan: Any, geometries: Geometries | None = None) -> Spe
     ------
     PlanError
         The plan does not fit the parameters.
+    GeometryError
+        A geometry does not fit its array, or a rule needs an input size that it lacks.
     NonFiniteError
         A constrained array holds NaN or infinity.
     """
@@ -258,7 +259,18 @@ def penalty(
 def init_scales(
     params: Params, plan: Any, geometries: Geometries | None = None
 ) -> dict[str, jax.Array]:
-    """Initial values of a plan's trainable scales: by array, or by rule where shared."""
+    """Initial values of a plan's trainable scales: by array, or by rule where shared.
+
+    Parameters
+    ----------
+    params, plan, geometries
+        As `init`.
+
+    Returns
+    -------
+    dict of str to array
+        To be trained beside the parameters and handed to `normalize_params`.
+    """
     own, leaves, _ = program(params, plan, geometries)
     result = {}
     for item in own.of("forward"):
@@ -288,57 +300,3 @@ def _scale_name(own: Program, item: Item) -> str:
         return item.name
     rules = [entry[1] for entry in own.plan.entries]
     return f"rule {rules.index(item.rule)}"
-
-
-def report(
-    params: Params,
-    plan: Any,
-    geometries: Geometries | None = None,
-    *,
-    state: SpecopsState | None = None,
-    measure: bool = True,
-) -> Report:
-    """Every array of a pytree: constrained by what, or left alone and why.
-
-    With `measure`, constrained arrays show their operator norm as it is now: exact for matrices
-    and circular convolutions, a certified upper bound for zero-padded ones. Given the `state`,
-    it is that of the arrays which forward rules let the loss use.
-    """
-    own, leaves, _ = program(params, plan, geometries)
-    if state is not None and measure and own.of("forward"):
-        used = normalize_params(params, plan, state, geometries)
-        leaves = jax.tree.leaves(used)
-    by_name = {item.name: item for item in own.items}
-    rows = []
-    for row in plan_rows(own.assignments):
-        item = by_name.get(row.name)
-        if measure and item is not None:
-            # On the host, where nothing has to be compiled for one look.
-            w = fetched(item.name, leaves[item.index], "report")
-            w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
-            row = replace(row, **measured(w, item.geometry, item.rule))
-        rows.append(row)
-    return Report(tuple(rows))
-
-
-def check(state: SpecopsState) -> None:
-    """Raise if compiled steps met weights that were not finite; call it outside jit.
-
-    Raises
-    ------
-    NonFiniteError
-        Naming the arrays, which those steps left alone.
-    """
-    state = of_arrays(state)
-    if isinstance(state.step, jax.core.Tracer):
-        raise AdapterError("check reads the state's values: call it outside jit")
-    counts = {name: int(jnp.max(n)) for name, n in state.nonfinite.items()}
-    met = {name: n for name, n in counts.items() if n > 0}
-    if met:
-        listed = ", ".join(f"{name} ({n} times)" for name, n in met.items())
-        raise NonFiniteError(
-            f"by step {int(jnp.max(state.step))} a rule was due and these weights, or the bound "
-            f"that its schedule gave, were not finite (a bound: not positive); they were left as "
-            f"they were: {listed}. Look for a diverged step, an overflow in half precision, or "
-            f"a schedule that reaches 0"
-        )

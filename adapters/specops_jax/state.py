@@ -45,10 +45,22 @@ def records(state: SpecopsState) -> list[dict[str, Any]]:
 
     Call it outside jit; it waits for the step.
 
+    Parameters
+    ----------
+    state : SpecopsState
+        As `check`.
+
+    Returns
+    -------
+    list of dict
+        Empty where no rule was due.
+
     Raises
     ------
     StateError
-        The state of stacked models, as ``vmap`` gives: ask for one at a time.
+        The state of stacked models, as ``vmap`` gives: ask for one at a time. Another object.
+    AdapterError
+        Within jit.
     """
     state = of_arrays(state)
     if isinstance(state.step, jax.core.Tracer):

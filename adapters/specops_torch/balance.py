@@ -63,7 +63,9 @@ def balance_norms(model: nn.Sequential, x: torch.Tensor) -> dict[str, float]:
     ------
     AdapterError
         A module that is no such layer (normalisation, residual blocks, other activations) or
-        has hooks of others, or a layer, a weight or a bias that occurs twice.
+        has hooks of others, a layer, a weight or a bias that occurs twice, or no layer at all.
+    ValueError, NonFiniteError
+        As `specops.balance_norms`.
 
     References
     ----------
@@ -72,6 +74,8 @@ def balance_norms(model: nn.Sequential, x: torch.Tensor) -> dict[str, float]:
     layers = _chain(model, "")
     names = [name for name, _ in layers]
     modules = [module for _, module in layers]
+    if not modules:
+        raise AdapterError("there is no linear or convolution layer to balance")
     shared = [p for m in modules for p in (m.weight, m.bias) if p is not None]
     if len(set(map(id, shared))) != len(shared):
         raise AdapterError(

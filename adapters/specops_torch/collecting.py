@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from specops.errors import AdapterError
+from specops.errors import AdapterError, GeometryError
 from specops.geometry import Dense, Geometry
 from specops.training.cautions import caution
 from specops.training.coverage import warn_of_remarks
 from specops.training.declared import declared
+from specops.training.weight import check_fit
 from specops_torch.evaluation import evaluating
 from specops_torch.geometry import CONVOLUTIONS
 from specops_torch.own_forward import added_to
@@ -103,6 +104,10 @@ def weights_and_geometries(
         if pattern is not None:
             matched.add(pattern)
             found, why = patterns[pattern], ""
+            try:
+                check_fit(patterns[pattern], tuple(w.shape))
+            except GeometryError as error:
+                raise GeometryError(f"{name}, geometries={{{pattern!r}: ...}}: {error}") from error
         else:
             role = role_within(modules, path, attribute, tuple(w.shape), *sizes.get(id(module), ()))
             found, why = role.geometry, role.opt_in or role.obstacle or adapted.get(path, "")

@@ -215,7 +215,7 @@ def input_gradient_norms(losses: Callable[[Tensor], Tensor], x: Tensor) -> Tenso
 
     References
     ----------
-    Yoshida & Miyato 2017, section 4.3.
+    Yoshida & Miyato 2017, section 4.2.
     """
     with torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone().requires_grad_()

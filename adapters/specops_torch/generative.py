@@ -162,7 +162,9 @@ def intra_class_fid(
     ----------
     Miyato & Koyama 2018; Sanyal, Torr & Dokania 2020, appendix E.1.
     """
-    if set(real) != set(generated) or not real:
+    if not real and not generated:
+        raise AdapterError("there are no classes")
+    if set(real) != set(generated):
         missing = sorted(map(repr, set(real) ^ set(generated)))
         raise AdapterError(f"expected the same classes of both, missing: {', '.join(missing)}")
     found = {}

@@ -51,7 +51,7 @@ def jacobian_penalty(
 
     References
     ----------
-    Yoshida & Miyato 2017, section 4; Hoffman, Roberts & Yaida 2019 (random projections).
+    Yoshida & Miyato 2017, section 3.3; Hoffman, Roberts & Yaida 2019 (random projections).
 
     Examples
     --------

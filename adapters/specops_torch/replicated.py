@@ -34,10 +34,15 @@ def settle_replicas(constrained: Sequence[Any], group: Any) -> None:
     Raises
     ------
     AdapterError
-        On all ranks, if they have others, or other values, rules or intervals.
+        On all ranks, if they have others, or other values, rules or intervals; or no group.
     """
     if group is None:
         return
+    if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise AdapterError(
+            f"replicas must be a process group, such as torch.distributed.group.WORLD once "
+            f"init_process_group has run, got {group!r}"
+        )
     here = [c for c in constrained if isinstance(c.location, ReplicatedLocation)]
     new = [c for c in here if c.location.layout is None]
     mine = []

@@ -47,9 +47,9 @@ def ours(claim: Claim, runs: Mapping[str, Sequence[records.Record]]) -> str:
         values = [r["results"].get(metric) for r in runs.get(label, ())]
         values = [v for v in values if v is not None]
         if values:
-            text = f"{label} {statistics.mean(values):.3g}"
+            text = f"{label} {statistics.rounded(statistics.mean(values), 3)}"
             if len(values) > 1:
-                text += f" ± {statistics.standard_error(values):.1g}"
+                text += f" ± {statistics.rounded(statistics.standard_error(values), 1)}"
             by_metric.setdefault(metric, []).append(text)
     return "; ".join(f"{metric}: {', '.join(texts)}" for metric, texts in by_metric.items())
 
@@ -145,6 +145,9 @@ def document(folder: Path) -> str:
         "These are small networks on few, small images, or a short text: they can show a direction "
         "where the effect is large, and a claim that is not seen is not refuted by them. Inception "
         "score and FID are those of a classifier trained on the same images, not of Inception-v3.",
+        "",
+        "In the figures bars and lines are means over seeds, dots are single runs, whiskers and "
+        "bands 95 % t intervals; spectra are of the first run, histograms of all.",
     ]
     return "\n".join([*head, *lines]) + "\n"
 

@@ -222,6 +222,7 @@ def plot(found: list[records.Record], out: Path) -> list[Path]:
         samples = {name: values for name, values in samples.items() if len(values)}
         if samples:
             plots.histogram(samples, kind="complexity", ax=axes[-1], percentiles=(90,))
+            axes[-1].set_title("Jac-Norm, quantiles of all runs", fontsize=8.5, loc="left")
         drawn.append(plots.save(figure, out.parent / f"sanyal_classifiers_{out.name}.png"))
     gans = records.by_label(found, "GAN")
     if gans:
@@ -236,6 +237,7 @@ def plot(found: list[records.Record], out: Path) -> list[Path]:
             for name, runs in gans.items()
         }
         plots.histogram(samples, kind="lipschitz", ax=axes[3], percentiles=(95,))
+        axes[3].set_title("Lipschitz ratios, quantiles of all runs", fontsize=8.5, loc="left")
         drawn.append(plots.save(figure, out.parent / f"sanyal_gans_{out.name}.png"))
     return drawn
 

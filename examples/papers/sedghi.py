@@ -201,13 +201,13 @@ def plot(found: list[records.Record], out: Path) -> list[Path]:
         over_time.set(xscale="log")
         of_runs = {n: runs[0]["results"]["spectra"] for n, runs in clipping.items()}
         layer = next(name for name in of_runs["none"])
-        shown = {n: s[layer] for n, s in of_runs.items() if n in ("none", "operator 0.5")}
-        plots.singular_values(shown, ax=spectrum)
-        spectrum.set_title(f"{layer}, at 60 ranks", fontsize=8.5, loc="left")
+        plots.singular_values({n: s[layer] for n, s in of_runs.items()}, ax=spectrum)
+        figures.of_quantiles(spectrum, layer)
         drawn.append(plots.save(figure, out.parent / f"sedghi_clipping_{out.name}.png"))
         figure, axes = figures.panels(2)
         for axis, scale in zip(axes, ("absolute", "normalized"), strict=True):
             plots.singular_values(of_runs["none"], scale=scale, ax=axis)
+        figures.of_quantiles(axes[0], "Singular values, each layer")
         drawn.append(plots.save(figure, out.parent / f"sedghi_spectra_{out.name}.png"))
     rates = {
         title: records.by_label(found, f"rates, {title}")

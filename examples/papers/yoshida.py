@@ -192,7 +192,7 @@ def plot(found: list[records.Record], out: Path) -> list[Path]:
         figures.bars(axes[4], figures.values(runs, "sharpness_train"), "top Hessian eigenvalue")
         spectra = {n: r[0]["results"]["spectrum"] for n, r in runs.items()}
         plots.singular_values(spectra, ax=axes[5])
-        axes[5].set_title("conv2_0 reshaped, at 60 ranks", fontsize=8, loc="left")
+        figures.of_quantiles(axes[5], "conv2_0 reshaped")
         figure.suptitle(f"batch of {next(iter(runs.values()))[0]['settings']['batch']}", fontsize=9)
         drawn.append(plots.save(figure, out.parent / f"yoshida_{regime}_{out.name}.png"))
     return drawn

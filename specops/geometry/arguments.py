@@ -52,6 +52,12 @@ def every_axis(value: Any, ndim: int, name: str, *, least: int = 0) -> tuple[int
     return values
 
 
+def check_choice(value: Any, name: str, allowed: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
 def non_negative(value: Any, name: str) -> float:
     """A finite float, zero or more."""
     real = (float, int, np.integer, np.floating)
@@ -60,17 +66,14 @@ def non_negative(value: Any, name: str) -> float:
     raise ValueError(f"{name} must be a finite number, zero or more, got {value!r}")
 
 
-def check_bound(value: Any, name: str) -> Any:
+def check_bound(value: Any, name: str, remedy: str = "") -> Any:
     """A positive finite bound: a float, or the caller's own 0-d array.
 
     While a compiler traces, values are not known: what turns out to be no bound becomes NaN.
     """
     found = number_where(value, lambda x: (x > 0) & (x < math.inf))
     if found is None:
-        raise ValueError(
-            f"{name} must be a positive finite number, got {value!r}: to switch a layer off, give "
-            f"it no rule"
-        )
+        raise ValueError(f"{name} must be a positive finite number, got {value!r}{remedy}")
     return found
 
 

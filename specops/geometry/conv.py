@@ -17,7 +17,7 @@ Padding = Literal["same", "valid"] | int | tuple[int, ...] | tuple[tuple[int, in
 # Where the kernel's axes stand: is the grouped ("full") channel axis the output, and do the
 # spatial axes come last?
 _LAYOUTS = {"OI*": (True, True), "IO*": (False, True), "*IO": (True, False), "*OI": (False, False)}
-_REFUSED_BOUNDARIES = {"reflect", "replicate", "symmetric", "edge"}
+_REFUSED_BOUNDARIES = ("reflect", "replicate", "symmetric", "edge")
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,10 @@ class Conv:
     layout : "OI*", "IO*", "*IO" or "*OI"
         Order of the kernel's axes, ``*`` being the spatial ones: (out, in/groups, *kernel) of
         torch and equinox; (in, out/groups, *kernel) of torch's transposed layers;
-        (*kernel, in/groups, out) of flax, haiku and keras; (*kernel, out/groups, in) of their
-        transposed layers.
+        (*kernel, in/groups, out) of flax, haiku and keras; (*kernel, out/groups, in) of the
+        transposed layers of haiku and keras, and of flax with ``transpose_kernel=True``. Those
+        of equinox, and of flax without it, keep their library's order and do not flip the kernel:
+        they are mirror images of this map, their padding the other way round.
 
     Raises
     ------
@@ -86,7 +88,7 @@ class Conv:
         if shape == ():
             raise GeometryError("input_shape is empty: name the size of each spatial axis")
         ndim = None if shape is None else len(shape)
-        if self.layout not in _LAYOUTS:
+        if self.layout not in tuple(_LAYOUTS):
             raise GeometryError(f"layout must be one of {', '.join(_LAYOUTS)}, got {self.layout!r}")
         if self.boundary in _REFUSED_BOUNDARIES:
             raise GeometryError(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from specops.geometry import Conv
+from specops.geometry.arguments import check_choice, integers
 from specops.inspection.figures import Method
 from specops.inspection.hints import Hints
 from specops.inspection.results import Inspection
@@ -61,7 +63,7 @@ def inspect(
     CheckpointError
         The file cannot be read at all. What cannot be read of it is in ``problems``.
     ValueError
-        A pattern matches no tensor.
+        A pattern matches no tensor; an argument of another kind, sign or name.
 
     Examples
     --------
@@ -72,12 +74,18 @@ def inspect(
     >>> found.name, found.figures.sigma_max, found.figures.stable_rank
     ('weight', 4.0, 1.5625)
     """
+    check_choice(method, "method", get_args(Method))
+    check_choice(boundary, "boundary", ("zeros", "circular"))
+    check_choice(layout, "layout", ("torch", "jax", "keras", ""))
+    if isinstance(exclude, str):
+        raise ValueError(f"exclude must be a sequence of patterns: give [{exclude!r}]")
+    sizes = {k: integers(v, "input_size", least=1) for k, v in _table(input_size).items()}
     hints = Hints(
-        input_size={k: _size(v) for k, v in _table(input_size).items()},
-        stride=_table(stride),
-        dilation=_table(dilation),
-        padding=_table(padding),
-        groups=_table(groups),
+        input_size=sizes,
+        stride=_of_conv("stride", stride),
+        dilation=_of_conv("dilation", dilation),
+        padding=_of_conv("padding", padding),
+        groups=_of_conv("groups", groups),
         boundary=boundary,
         layout=layout,
         exclude=tuple(exclude),
@@ -85,11 +93,13 @@ def inspect(
     return inspect_checkpoint(path, hints, method=method)
 
 
+def _of_conv(name: str, given: Any) -> dict[str, Any]:
+    """Of each pattern what `Conv` makes of an argument, which it checks."""
+    conv: Any = Conv
+    return {k: getattr(conv(None, **{name: v}), name) for k, v in _table(given).items()}
+
+
 def _table(given: Any) -> dict[str, Any]:
     if given is None:
         return {}
     return dict(given) if isinstance(given, Mapping) else {"*": given}
-
-
-def _size(given: int | tuple[int, ...]) -> tuple[int, ...]:
-    return (given,) if isinstance(given, int) else tuple(given)

@@ -56,7 +56,7 @@ def log_spec_fro(
 
     References
     ----------
-    Neyshabur, Bhojanapalli & Srebro 2018; Sanyal, Torr & Dokania 2020, section 5.1.
+    Neyshabur, Bhojanapalli & Srebro 2018; Sanyal, Torr & Dokania 2020, section 5.2.
 
     Examples
     --------
@@ -103,7 +103,7 @@ def log_spec_l1(
 
     References
     ----------
-    Bartlett, Foster & Telgarsky 2017, equation 1.2; Sanyal, Torr & Dokania 2020, section 5.1.
+    Bartlett, Foster & Telgarsky 2017, equation 1.2; Sanyal, Torr & Dokania 2020, section 5.2.
 
     Examples
     --------
@@ -143,7 +143,7 @@ def log_jac_norm(hidden_norms: Array, jacobian_norms: Array, margin: Array) -> A
 
     References
     ----------
-    Wei & Ma 2019; Sanyal, Torr & Dokania 2020, section 5.1.
+    Wei & Ma 2019; Sanyal, Torr & Dokania 2020, section 5.2.
     """
     shape = tuple(hidden_norms.shape)
     if len(shape) != 2 or tuple(jacobian_norms.shape) != shape or tuple(margin.shape) != shape[1:]:

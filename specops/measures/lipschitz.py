@@ -150,7 +150,7 @@ def local_lipschitz(
 
     References
     ----------
-    Golub & Kahan 1965. Sanyal, Torr & Dokania 2020, section 5.2.
+    Golub & Kahan 1965. Sanyal, Torr & Dokania 2020, equation 2, and figures 15 and 16.
     """
     tolerance = check_bound(tolerance, "tolerance")
     max_steps = integer(max_steps, "max_steps", least=1)

@@ -37,7 +37,7 @@ def margins(logits: Array, labels: Array) -> Array:
 
     References
     ----------
-    Bartlett, Foster & Telgarsky 2017; Sanyal, Torr & Dokania 2020, section 5.1.
+    Bartlett, Foster & Telgarsky 2017; Sanyal, Torr & Dokania 2020, section 5.2.
 
     Examples
     --------

@@ -17,7 +17,7 @@ def tsuzuku_alpha(w: Array, geometry: Conv) -> float:
     .. math:: \alpha^2 = \max_p\,|\{(q, a): \text{output } q \text{ reads input } p
               \text{ by tap } a\}|
 
-    At a stride s and a dilation d it is at most :math:`\prod\lceil k/s'\rceil` over the axes,
+    At a stride s and a dilation d α² is at most :math:`\prod\lceil k/s'\rceil` over the axes,
     s' = s / gcd(s, d), and exactly that where the grid has room; for a transposed convolution,
     and a circular one whose stride does not divide its grid, at most the number of taps. Where
     the input holds one full receptive field, and for one group, :math:`\|\hat W\|_2\le\|T\|_2`

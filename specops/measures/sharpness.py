@@ -146,7 +146,7 @@ def spectral_density(
     steps, probes : int
         Products for each start, and starts.
     points : int
-        Of the grid, which reaches past both ends by 4 s.
+        Of the grid, at least 16; it reaches past both ends by 4 s.
     width : float
         s as a share of the distance between the ends; at least 2/points.
     seed : int
@@ -159,7 +159,7 @@ def spectral_density(
     Raises
     ------
     ValueError
-        A width that is not positive, a count below one.
+        A width that is not positive, a count below one, fewer points than 16.
     NonFiniteError
         A product holds NaN or infinity.
 

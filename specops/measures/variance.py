@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from specops import arrays
 from specops.errors import GeometryError
-from specops.geometry import Conv, ConvSizes, Dense, Geometry
+from specops.geometry import Conv, ConvSizes, Dense, Geometry, resolve_geometry
 from specops.geometry.arguments import check_bound
 from specops.maps.prepare import prepare
 from specops.rules.base import measured_as
@@ -94,7 +94,8 @@ def parameter_variance(
     if norm is not None:
         check_norm(norm)
     scale = float(check_bound(scale, "scale"))
-    geometry = Dense() if geometry is None else geometry
+    xp = arrays.namespace(w)
+    geometry = resolve_geometry(w.ndim, geometry)
     if isinstance(geometry, Dense) and (geometry.batch_axes or geometry.splits is not None):
         raise GeometryError("a stack of matrices has several norms: give each matrix by itself")
     if norm is None:
@@ -104,7 +105,6 @@ def parameter_variance(
     if sigma == 0.0:
         raise ValueError("the weight is zero: divided by its norm it is not defined")
     # Scaled first: squares of small and large entries leave the range of single precision.
-    xp = arrays.namespace(w)
     a = arrays.to_compute(xp, w)
     unit = arrays.magnitude(xp, a)
     a = a / unit

@@ -22,12 +22,6 @@ def check_mapping(given: Any, name: str, example: str) -> Mapping[Any, Any]:
     return given
 
 
-def check_choice(value: Any, name: str, allowed: tuple[str, ...]) -> None:
-    """Raise unless `value` is one of those allowed."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
 def real(values: Any, what: str) -> np.ndarray:
     """Real numbers in double precision, of any shape."""
     try:

@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from specops.plots.arguments import check_choice, check_mapping, vector
+from specops.geometry.arguments import check_choice
+from specops.plots.arguments import check_mapping, vector
 from specops.plots.style import (
     FEW,
     axes,

@@ -51,6 +51,8 @@ def norms(
     NonFiniteError, ValueError
         A norm that is negative, NaN or infinite, no number and no pair of them, or a lower end
         above the upper; no rows.
+    TypeError
+        No mapping, or no axes.
 
     Notes
     -----

@@ -9,7 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from specops.plots.arguments import check_choice, check_mapping, spectrum
+from specops.geometry.arguments import check_choice
+from specops.plots.arguments import check_mapping, spectrum
 from specops.plots.style import (
     FEW,
     axes,
@@ -68,6 +69,8 @@ def singular_values(
     NonFiniteError, ValueError
         A spectrum that is empty, not one-dimensional, negative, NaN or infinite, or for
         any scale but "absolute" all zero; or no spectrum at all.
+    TypeError
+        No mapping, or no axes.
 
     Notes
     -----

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from specops.plots.arguments import check_choice, check_mapping, spectrum
+from specops.geometry.arguments import check_choice
+from specops.plots.arguments import check_mapping, spectrum
 from specops.plots.spectra import SCALES, TITLES, Scale, check_not_zero, draw_spectrum, finish
 from specops.plots.style import (
     DEPTH,
@@ -141,6 +142,8 @@ def spectrum_over_training(
     ------
     NonFiniteError, ValueError
         As `singular_values`, or a step that is no number.
+    TypeError
+        As `singular_values`.
 
     Notes
     -----

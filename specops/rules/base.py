@@ -17,6 +17,7 @@ from specops.typing import Array, State
 Figures = dict[str, Array]
 Schedule = Callable[[int, str, Geometry], float]
 Stage = Literal["weights", "gradients", "forward"]
+_OFF = ": to switch a layer off, give it no rule"
 
 
 def check_stages(stages: Any) -> tuple[Stage, ...]:
@@ -139,10 +140,15 @@ def _takes_three(function: Any) -> bool:
     return True
 
 
-def check_scheduled(value: Any, name: str) -> None:
+def check_scheduled(value: Any, what: str) -> None:
     """Raise unless `value` is a positive bound, or a schedule, which is checked when used."""
     if not callable(value):
-        check_bound(value, name)
+        check_bound(value, what, _OFF)
+
+
+def bound_at(value: Any, step: int, name: str, geometry: Geometry, what: str) -> Any:
+    """`at`, checked: a positive bound."""
+    return check_bound(at(value, step, name, geometry), what, _OFF)
 
 
 def measured_as(geometry: Geometry, norm: str) -> Geometry:

@@ -9,9 +9,9 @@ from typing import Any, Literal
 from specops import arrays
 from specops.errors import NonFiniteError, UnsupportedGeometryError
 from specops.geometry import Conv, Dense, Geometry
-from specops.geometry.arguments import check_bound, nan_without
+from specops.geometry.arguments import nan_without
 from specops.maps.prepare import prepare
-from specops.rules.base import Figures, Schedule, Scheduled, at, check_scheduled, measured_as
+from specops.rules.base import Figures, Schedule, Scheduled, bound_at, check_scheduled, measured_as
 from specops.rules.stages import WeightRule
 from specops.spectra import spectral_norm, spectral_norm_bounds
 from specops.tracking import TrackedBlocks, check_norm
@@ -48,7 +48,7 @@ class Cap(Scheduled, WeightRule):
         return measured_as(geometry, self.norm)
 
     def _bound(self, step: int, name: str, geometry: Geometry) -> Any:
-        return check_bound(at(self.max_norm, step, name, geometry), "max_norm")
+        return bound_at(self.max_norm, step, name, geometry, "max_norm")
 
 
 @dataclass(frozen=True, repr=False)

@@ -11,11 +11,19 @@ import numpy as np
 from specops import arrays
 from specops.errors import StateError
 from specops.geometry import Conv, Dense, Geometry
-from specops.geometry.arguments import check_bound, non_negative
+from specops.geometry.arguments import non_negative
 from specops.maps.every_size import on_a_torus
 from specops.maps.explicit import small_explicit_map
 from specops.projections import project_spectral_ball
-from specops.rules.base import Figures, Schedule, Scheduled, at, check_scheduled, measured_as, shown
+from specops.rules.base import (
+    Figures,
+    Schedule,
+    Scheduled,
+    bound_at,
+    check_scheduled,
+    measured_as,
+    shown,
+)
 from specops.rules.stages import WeightRule
 from specops.tracking import (
     Steps,
@@ -176,7 +184,7 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         return {"max_norm": self._bound(step, name, geometry)}
 
     def _bound(self, step: int, name: str, geometry: Geometry) -> Any:
-        return check_bound(at(self.max_norm, step, name, geometry), "max_norm")
+        return bound_at(self.max_norm, step, name, geometry, "max_norm")
 
     def _watched(
         self, weight: Array, geometry: Geometry, state: State, bound: Any

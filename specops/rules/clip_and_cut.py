@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from specops import arrays
 from specops.geometry import Conv, Dense, Geometry
-from specops.geometry.arguments import check_bound
 from specops.projections import project_spectral_ball
 from specops.projections.kernels.one_round import clip_and_cut
-from specops.rules.base import Figures, Schedule, Scheduled, at, check_scheduled
+from specops.rules.base import Figures, Schedule, Scheduled, bound_at, check_scheduled
 from specops.rules.stages import WeightRule
 from specops.typing import Array, State
 
@@ -84,7 +83,7 @@ class ClipAndCut(Scheduled, WeightRule):
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:
         """Clip and cut; the figures are ``norm_before`` and ``norm_after``, both measured."""
-        bound = check_bound(at(self.max_norm, step, name, geometry), "max_norm")
+        bound = bound_at(self.max_norm, step, name, geometry, "max_norm")
         if isinstance(geometry, Conv):
             new, before, after = clip_and_cut(weight, bound, geometry)
         else:

@@ -12,8 +12,16 @@ from typing import Any, ClassVar, Literal
 from specops import arrays
 from specops.errors import StateError
 from specops.geometry import Dense, Geometry
-from specops.geometry.arguments import check_bound, integer, nan_without
-from specops.rules.base import Figures, Schedule, Scheduled, at, check_scheduled, measured_as
+from specops.geometry.arguments import integer, nan_without
+from specops.rules.base import (
+    Figures,
+    Schedule,
+    Scheduled,
+    at,
+    bound_at,
+    check_scheduled,
+    measured_as,
+)
 from specops.rules.normalizations import check_ratio, limit_stable_rank, normalize, stable_ranks
 from specops.rules.scale import TrainableScale
 from specops.rules.stages import Formula, ForwardRule
@@ -161,7 +169,7 @@ class SpectralNormalization(_Tracking):
         """s at this step; the initial value of a trained one."""
         if isinstance(self.scale, TrainableScale):
             return self.scale.initial
-        return check_bound(at(self.scale, step, name, geometry), "scale")
+        return bound_at(self.scale, step, name, geometry, "scale")
 
 
 @dataclass(frozen=True, repr=False)

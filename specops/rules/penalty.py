@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from specops import arrays
 from specops.errors import StateError
 from specops.geometry import Geometry
-from specops.geometry.arguments import check_bound, integer
-from specops.rules.base import Figures, Schedule, Scheduled, at, check_scheduled
+from specops.geometry.arguments import integer
+from specops.rules.base import Figures, Schedule, Scheduled, bound_at, check_scheduled
 from specops.rules.stages import Formula, GradientRule
 from specops.tracking import Norm, Steps, Tracked, TrackedBlocks, check_norm, track
 from specops.typing import Array, Namespace, State
@@ -44,7 +44,7 @@ class SpectralNormPenalty(Scheduled, GradientRule):
 
     References
     ----------
-    Yoshida & Miyato 2017, equation 3 and Algorithm 1.
+    Yoshida & Miyato 2017, equation 1 and Algorithm 1.
 
     Examples
     --------
@@ -129,7 +129,7 @@ class SpectralNormPenalty(Scheduled, GradientRule):
 
     def strength_at(self, step: int, name: str, geometry: Geometry) -> Any:
         """λ at this step."""
-        return check_bound(at(self.strength, step, name, geometry), "strength")
+        return bound_at(self.strength, step, name, geometry, "strength")
 
     @arrays.entry
     def penalty(

@@ -11,7 +11,7 @@ import numpy as np
 
 from specops import arrays
 from specops.geometry import Conv, ConvSizes, Dense, Geometry
-from specops.geometry.arguments import check_bound
+from specops.geometry.arguments import check_bound, integer
 from specops.linalg.gram_iteration import enclosure
 from specops.linalg.lobpcg import leading_triplets
 from specops.maps.every_size import certified_symbol
@@ -19,6 +19,7 @@ from specops.maps.matrix import MatrixOperator
 from specops.maps.prepare import Prepared, matrix_blocks, prepare
 from specops.maps.symbol import symbol_of
 from specops.spectra.norms import lanczos_norm, matrix_norms, torus_norm
+from specops.spectra.start import checked_start
 from specops.spectra.supremum import supremum
 from specops.typing import Array, Namespace
 
@@ -84,7 +85,8 @@ def spectral_norm_bounds(
     Raises
     ------
     ValueError
-        `rtol` is not positive, or `start` given for anything but a single matrix.
+        `rtol` is not positive, `max_evaluations` no whole number or below 0, or `start` of the
+        wrong shape, complex for a real weight, or given for anything but a single matrix.
     GeometryError, UnsupportedGeometryError, UnsupportedArrayError, NonFiniteError
         As `singular_values`.
 
@@ -104,6 +106,7 @@ def spectral_norm_bounds(
     """
     if rtol is not None:
         rtol = check_bound(rtol, "rtol")
+    max_evaluations = integer(max_evaluations, "max_evaluations", least=0)
     given = prepare(w, geometry)
     single = isinstance(given.geometry, Dense) and given.geometry.splits is None and w.ndim == 2
     if start is not None and not single:
@@ -128,7 +131,7 @@ def _dense_bounds(given: Prepared, geometry: Dense, start: Array | None) -> Norm
     for block in matrix_blocks(given):
         matrices = block.matrices
         if start is not None:
-            v = xp.astype(start, matrices.dtype)
+            v = checked_start(xp, start, int(matrices.shape[1]), 1, matrices.dtype)
             width = min(v.shape[1], *matrices.shape)
             operator = MatrixOperator(matrices)
             *_, v = leading_triplets(xp, operator, v[:, :width], 1, iterations=2)

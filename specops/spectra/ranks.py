@@ -32,7 +32,7 @@ def stable_rank(w: Array, geometry: Geometry | None = None) -> Array | tuple[Arr
     Returns
     -------
     array, shape (\*batch,)
-        As `spectral_norm`. A circular k×k convolution on n×n has at least n²/k².
+        As `spectral_norm`. A circular k×k convolution of stride 1 on n×n has at least n²/k².
 
     Raises
     ------

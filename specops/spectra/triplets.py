@@ -13,6 +13,7 @@ from specops.linalg.lobpcg import leading_triplets
 from specops.maps.operator import LinearOperator, linear_operator
 from specops.maps.prepare import Prepared, matrix_blocks, prepare
 from specops.maps.symbol import symbol_of
+from specops.spectra.start import checked_start
 from specops.spectra.torus_triplets import torus_triplets
 from specops.typing import Array, Namespace
 
@@ -51,7 +52,7 @@ def top_singular_triplets(
     Raises
     ------
     ValueError
-        `k` is out of range, or `start` of the wrong shape.
+        `k` is out of range, or `start` of the wrong shape, or complex for a real weight.
     GeometryError, UnsupportedGeometryError, UnsupportedArrayError, NonFiniteError
         As `singular_values`; splits.
 
@@ -139,13 +140,8 @@ def _widened(xp: Namespace, start: Array, k: int, operator: LinearOperator, dtyp
     An exact singular vector that is not leading would otherwise be taken for the answer.
     """
     columns = operator.shape[1]
-    arrays.namespace(start)
-    if start.ndim != 2 or start.shape[0] != columns or start.shape[1] < k:
-        raise ValueError(
-            f"start must have shape ({columns}, p) with p of at least k={k}, got {start.shape}"
-        )
+    start = checked_start(xp, start, columns, k, dtype)
     extra = min(2, min(operator.shape) - start.shape[1])
-    start = xp.astype(start, dtype)
     if extra < 1:
         return start[:, : min(start.shape[1], *operator.shape)]
     noise = arrays.start_vector("widened", columns * extra).reshape(columns, extra)

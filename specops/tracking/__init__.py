@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from specops.geometry import Dense, Geometry
+from specops.geometry.arguments import check_choice
 from specops.tracking.by_products import Steps, Wanted
 from specops.tracking.freshness import is_measured
 from specops.tracking.matrices import (
@@ -55,8 +56,7 @@ Tracked = TrackedBlocks | TrackedKernel | TrackedOperator
 
 def check_norm(norm: Any, allowed: tuple[str, ...] = get_args(Norm)) -> None:
     """Raise unless `norm` is one of those allowed."""
-    if norm not in allowed:
-        raise ValueError(f"norm must be one of {', '.join(map(repr, allowed))}, got {norm!r}")
+    check_choice(norm, "norm", allowed)
 
 
 @lru_cache(maxsize=1024)

@@ -105,7 +105,8 @@ class TrackedOperator(AlongGradient):
         if sizes.fine is None:
             raise GeometryError(
                 f"{self.geometry.describe()} has no input size, and the operator's norm "
-                f"depends on it: run one forward pass first, or pass the geometry"
+                f"depends on it: name its input_shape, or where layers are watched run one "
+                f"forward pass first"
             )
         return kernel, sizes
 

@@ -205,7 +205,8 @@ class BaseAttachment(ABC, Generic[C]):
     # What is told
 
     def __repr__(self) -> str:
-        status = "attached" if self.is_attached else "detached"
+        by_itself = "attached" if self.is_attached else "to be stepped by hand"
+        status = by_itself if self._attached else "detached"
         weights = f"{len(self._constrained)} weights"
         return f"<{type(self).__name__}: {weights}, step {self.steps}, {status}>"
 
@@ -242,8 +243,9 @@ class BaseAttachment(ABC, Generic[C]):
         """Every parameter of the model: constrained by what, or left alone and why.
 
         With `measure`, constrained weights show their operator norm as it is now (of forward
-        rules: of the weight in use): exact for matrices and circular convolutions, a certified
-        upper bound for zero-padded ones. After `detach`, nothing is measured.
+        rules: of the weight in use): exact for matrices, small layers and circular convolutions
+        whose stride divides their grid, a certified upper bound for others. Adapters that let go
+        of the model in `detach` measure nothing after it.
         """
         if self._attached or not self._assignments:
             self.look()

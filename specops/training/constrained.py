@@ -67,7 +67,9 @@ class Constrained(Assigned, Generic[P]):
     @property
     def idle(self) -> str:
         """Why the rule leaves the weight alone at present; a forward rule never does."""
-        return "" if self.stage == "forward" else self.parameter.frozen()
+        if self.stage == "forward":
+            return ""
+        return self.parameter.frozen() or (UNSEEN if self.needs_size else "")
 
     def is_of(self, parameter: P, assignment: Assignment) -> bool:
         """Whether a parameter that was listed anew is this weight."""

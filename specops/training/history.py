@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from specops.geometry.arguments import integer
+
 Record = dict[str, Any]
 
 
@@ -16,9 +18,15 @@ class History:
     ----------
     length : int
         Records kept.
+
+    Raises
+    ------
+    ValueError
+        No whole number of zero or more.
     """
 
     def __init__(self, length: int) -> None:
+        length = integer(length, "history", least=0)
         self._records: deque[Record] = deque(maxlen=length)
         self._listeners: list[Callable[[Record], Any]] = []
 

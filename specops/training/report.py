@@ -111,9 +111,10 @@ class Report:
 
     def __str__(self) -> str:
         headers, rows = self._table()
-        table = [headers, *(tuple(map(_short, cells)) for cells in rows)]
+        table = [headers, *((name, *map(_short, cells)) for name, *cells in rows)]
         cut = any(cell.endswith(_CUT) for cells in table for cell in cells)
-        more = f"; what ends in {_CUT} is whole in report[name].reason, or .rule" if cut else ""
+        where = "report[name]: .geometry, .rule, .reason or .idle"
+        more = f"; what ends in {_CUT} is whole in {where}" if cut else ""
         return f"{aligned(table, rule=True)}\n{self._summary()}{more}"
 
     def show(self) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from specops import authors
+from specops import authors, errors
 from specops.training.attachment import BaseAttachment
 from specops.training.protocol import Attachment
 
@@ -19,7 +19,7 @@ NAMES = {
     *("Attachment", "BaseAdapter", "BaseAttachment", "Constrained", "Outcome", "Parameter"),
     *("History", "NonFinitePolicy", "Record", "Report", "ReportRow", "plan_rows"),
     *("AdapterError", "GeometryError", "NonFiniteError", "PlanError", "SpecopsError"),
-    *("UnsupportedArrayError", "UnsupportedGeometryError"),
+    *("CheckpointError", "StateError", "UnsupportedArrayError", "UnsupportedGeometryError"),
     *("CautionWarning", "HookLostWarning", "NonFiniteWarning"),
 }
 EXAMPLES = [
@@ -44,6 +44,8 @@ def test_its_names() -> None:
     assert set(authors.__all__) == NAMES
     assert list(authors.__all__) == sorted(authors.__all__)
     assert all(hasattr(authors, name) for name in NAMES)
+    # All errors, as the adapters' README says; of warnings those that adapters give.
+    assert {name for name in errors.__all__ if name.endswith("Error")} <= NAMES
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)

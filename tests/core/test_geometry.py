@@ -40,6 +40,8 @@ from tests.strategies import Case, convolutions
         (lambda: Conv((8, 8), boundary="replicate"), "no convolution on a torus"),
         (lambda: Conv((8, 8), boundary="wrap"), 'boundary must be "zeros" or "circular"'),
         (lambda: Conv((8, 8), layout="HWIO"), "layout must be one of"),
+        (lambda: Conv((8, 8), boundary=["zeros"]), 'boundary must be "zeros" or "circular"'),  # type: ignore[arg-type]
+        (lambda: Conv((8, 8), layout=["OI*"]), "layout must be one of"),  # type: ignore[arg-type]
         (lambda: Conv((8, 8), transposed=1), "transposed must be True or False"),
         (lambda: Conv((8, 8), output_padding=1), "only applies to transposed"),
         (lambda: Dense(out_axes=()), "out_axes is empty"),

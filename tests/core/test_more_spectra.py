@@ -284,6 +284,25 @@ def test_a_start_is_checked_cast_and_not_believed() -> None:
         specops.top_singular_triplets(a, 3, start=np.eye(4)[:, :2])
     with pytest.raises(ValueError, match="single matrix"):
         specops.spectral_norm_bounds(np.ones((2, 2, 3)), Conv((4,)), start=np.ones((8, 1)))
+    for measure in (
+        lambda start: specops.spectral_norm_bounds(a, start=start),
+        lambda start: specops.top_singular_triplets(a, 1, start=start),
+    ):
+        for shape in ((5, 1), (4,), (4, 0)):
+            with pytest.raises(ValueError, match=r"start must have shape \(4, p\)"):
+                measure(np.ones(shape))
+        with pytest.raises(ValueError, match="start is complex"):
+            measure(np.ones((4, 1)) * 1j)
+        with pytest.raises(errors.NonFiniteError, match="start holds NaN"):
+            measure(np.full((4, 1), np.nan))
+
+
+@pytest.mark.parametrize("most", [-1, 2.5, "many", True])
+def test_the_most_evaluations_are_a_count(most: object) -> None:
+    kernel = np.ones((1, 1, 3))
+    with pytest.raises(ValueError, match="max_evaluations must be"):
+        specops.spectral_norm_bounds(kernel, Conv(None), rtol=1e-3, max_evaluations=most)  # type: ignore[arg-type]
+    assert specops.spectral_norm_bounds(kernel, Conv(None), rtol=0.9, max_evaluations=0).upper >= 3
 
 
 def test_half_precision_operators_take_half_vectors() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import specops
 from specops import (
     ClipAndCut,
     ClipSpectralNorm,
@@ -123,3 +124,20 @@ BAD: list[tuple[Any, dict[str, Any]]] = [
 def test_bad_arguments(make: Any, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"must be|give exactly one"):
         make(**options)
+
+
+def test_only_rules_are_told_how_to_be_switched_off() -> None:
+    off = "give it no rule"
+    with pytest.raises(ValueError, match=off):
+        ClipSpectralNorm(0.0)
+    rule = SpectralNormPenalty(lambda step, name, geometry: 0.0, norm="operator")
+    with pytest.raises(ValueError, match=off):
+        outcome(rule, weight((3, 2)), Dense())
+    for function in (
+        lambda: specops.project_spectral_ball(np.eye(2), 0.0),
+        lambda: specops.project_spectral_ball(np.eye(2), 1.0, gap_tolerance=0.0),
+        lambda: specops.project_schatten_ball(np.eye(2), 0.0, p=1),
+        lambda: specops.spectral_norm_bounds(np.eye(2), rtol=0.0),
+    ):
+        with pytest.raises(ValueError, match=r"positive finite number, got 0\.0$"):
+            function()

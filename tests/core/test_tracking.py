@@ -270,7 +270,7 @@ def test_steps_on_the_host_are_the_general_ones(
 
 
 def test_operators_need_an_input_size() -> None:
-    with pytest.raises(errors.GeometryError, match="no input size"):
+    with pytest.raises(errors.GeometryError, match=r"no input size.*name its input_shape"):
         track(Conv(None), "operator").start(weight((3, 2, 3)))
 
 

@@ -111,6 +111,8 @@ def test_intra_class_fid_is_the_mean_over_the_classes() -> None:
     assert found.classes == pytest.approx(expected)
     assert found.mean == pytest.approx(np.mean(list(expected.values())))
     assert expected["cat"] != pytest.approx(expected[5])
+    with pytest.raises(errors.AdapterError, match="there are no classes"):
+        specops_torch.intra_class_fid({}, {}, extractor)
     with pytest.raises(errors.AdapterError, match=r"same classes of both, missing: 'cat', 5"):
         specops_torch.intra_class_fid({"cat": [images]}, {5: [images]}, extractor)
     with pytest.raises(errors.AdapterError, match=r"class 5: .*two images"):

@@ -119,3 +119,9 @@ def test_variances_that_mean_nothing_are_refused() -> None:
         measures.parameter_variance(np.array([[1.0, math.nan]]), norm=None)
     with pytest.raises(errors.GeometryError, match="several norms"):
         measures.parameter_variance(np.eye(4), Dense(splits=(2, 2)), norm=None)
+
+
+@pytest.mark.parametrize("norm", ["reshaped", "bidirectional", "operator", None])
+def test_nothing_is_guessed_from_the_shape_of_a_kernel(norm: Any) -> None:
+    with pytest.raises(errors.GeometryError, match="needs a geometry"):
+        measures.parameter_variance(np.ones((2, 2, 3)), norm=norm)

@@ -104,8 +104,8 @@ def test_what_a_printed_report_cuts_is_said_to_be_whole_elsewhere() -> None:
     report = specops.attach(None, layer, CLIP).report()
     assert "geometries=" in report["own"].reason
     assert "geometries=" not in str(report)
-    assert str(report).endswith("is whole in report[name].reason, or .rule")
-    assert not str(specops.attach(None, nn.Linear(2, 3), CLIP).report()).endswith(".rule")
+    assert str(report).endswith("is whole in report[name]: .geometry, .rule, .reason or .idle")
+    assert "…" not in str(specops.attach(None, nn.Linear(2, 3), CLIP).report())
 
 
 def test_after_detach_nothing_is_left() -> None:
@@ -667,3 +667,34 @@ def test_a_tied_map_can_be_named_by_either_name() -> None:
     attachment = specops.attach(None, model, CLIP, geometries={"second.weight": Conv(None)})
     attachment.step()
     assert float(specops.spectral_norm(first.weight.detach(), Conv((32,)))) <= 0.5
+
+
+def test_names_are_whole_in_a_report_as_they_are_asked_for() -> None:
+    name = "a_layer_whose_name_goes_on_and_on_and_on_and_on_and_on_for_ever"
+    report = specops.attach(None, nn.ModuleDict({name: nn.Linear(2, 2)}), CLIP).report()
+    names = [line.split()[0] for line in str(report).splitlines()[2:4]]
+    assert names == [f"{name}.weight", f"{name}.bias"]
+    assert all(report[n].name == n for n in names)
+    assert "…" not in str(report)
+
+
+def test_an_attachment_says_who_steps_it() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = optimizer_of_list([*model.parameters()])
+    for given, status in ((None, "to be stepped by hand"), (optimizer, "attached")):
+        attachment = specops.attach(given, model, CLIP)
+        assert repr(attachment) == f"<Attachment: 1 weights, step 0, {status}>"
+        attachment.detach()
+        assert repr(attachment) == "<Attachment: 1 weights, step 0, detached>"
+
+
+@pytest.mark.parametrize("length", [-1, 1.5, "10", True])
+def test_the_length_of_a_history_is_a_count(length: Any) -> None:
+    with pytest.raises(ValueError, match="history must be"):
+        specops.attach(None, nn.Linear(2, 2), CLIP, history=length)
+
+
+@pytest.mark.parametrize("replicas", [3, "WORLD"])
+def test_replicas_that_are_no_group_are_refused_by_name(replicas: Any) -> None:
+    with pytest.raises(errors.AdapterError, match="replicas must be a process group"):
+        specops.attach(None, nn.Linear(2, 2), CLIP, replicas=replicas)

@@ -240,6 +240,8 @@ def test_what_does_not_commute_is_refused() -> None:
         prepare(model[0])
         with pytest.raises(AdapterError, match="0 computes its weight"):
             balance_norms(model, x)
+    with pytest.raises(AdapterError, match="no linear or convolution layer"):
+        balance_norms(nn.Sequential(nn.ReLU()), x)
     layer = nn.Linear(4, 4)
     with pytest.raises(AdapterError, match="occurs twice"):
         balance_norms(nn.Sequential(layer, nn.ReLU(), layer), x)

@@ -11,8 +11,8 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 import specops  # noqa: E402
-from specops import Dense, measures  # noqa: E402
-from specops.errors import AdapterError, CautionWarning  # noqa: E402
+from specops import Conv, Dense, measures  # noqa: E402
+from specops.errors import AdapterError, CautionWarning, GeometryError  # noqa: E402
 from specops_torch import weights_and_geometries  # noqa: E402
 from tests.measures.test_torch import matrix_of  # noqa: E402
 
@@ -112,3 +112,6 @@ def test_fused_tied_and_unknown_weights() -> None:
         weights_and_geometries(nn.Linear(2, 2), geometries={"missing.*": Dense()})
     with pytest.raises(AdapterError, match="lazy"):
         weights_and_geometries(nn.LazyLinear(2))
+    for wrong in (Conv(None), Dense(batch_axes=(2,)), Dense(splits=(1, 2))):
+        with pytest.raises(GeometryError, match="weight, geometries="):
+            weights_and_geometries(nn.Linear(2, 2), geometries={"weight": wrong})

@@ -56,6 +56,9 @@ def test_one_round_waits_for_an_input_and_says_so() -> None:
     with pytest.warns(errors.CautionWarning, match=r"0\.weight is left as it is.*input_shape"):
         attachment.enforce()
     assert torch.equal(model[0].weight, before)
+    report = attachment.report()
+    assert [row.name for row in report if row.idle] == ["0.weight"]
+    assert "– its layer has seen no input yet, under ClipAndCut" in str(report)
     matrix = model[2].weight.detach()
     assert float(torch.linalg.matrix_norm(matrix, 2)) == pytest.approx(0.1, rel=1e-5)
     with warnings.catch_warnings():
@@ -63,6 +66,7 @@ def test_one_round_waits_for_an_input_and_says_so() -> None:
         attachment.enforce()  # once is enough
         model(torch.ones(1, 3, 6, 6))
         attachment.enforce()
+    assert not any(row.idle for row in attachment.report())
     torus = Conv((6, 6), boundary="circular")
     expected = specops.clip_singular_values(before.double(), 0.0, 0.1, torus)
     torch.testing.assert_close(model[0].weight.detach().double(), expected, atol=1e-6, rtol=0)

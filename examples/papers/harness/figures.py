@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from .records import Record
+from .records import QUANTILES, Record
 from .statistics import half_interval, mean
 
-COLORS = ("#4d4d4d", "#0b6e99", "#c0392b", "#2e7d32", "#8e44ad", "#d68910", "#16a085", "#7f8c8d")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7f8c8d", "#8c564b")
+"""The first six of `specops.plots`: a setting has one colour in all panels of a figure."""
 
 
 def panels(count: int, columns: int = 2, size: tuple[float, float] = (4.2, 3.0)) -> Any:
@@ -81,6 +82,12 @@ def _interval(sample: Sequence[float], axis: Any) -> tuple[float, float, float]:
     half = half_interval(sample)
     ends = np.array([mean(sample) - half, mean(sample), mean(sample) + half])
     return tuple(np.exp(ends) if logarithmic else ends)
+
+
+def of_quantiles(axis: Any, title: str) -> None:
+    """Say of a drawn spectrum that its values are quantiles, and not all that there are."""
+    axis.set_title(title, fontsize=8.5, loc="left")
+    axis.set_xlabel(f"which of {QUANTILES} quantiles (1 is the largest)", fontsize=8.5)
 
 
 def values(records: Mapping[str, Sequence[Record]], metric: str) -> dict[str, list[float]]:

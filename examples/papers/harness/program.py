@@ -17,7 +17,7 @@ from rich.table import Table
 
 from . import records
 from .data import load
-from .statistics import mean, standard_error
+from .statistics import mean, rounded, standard_error
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -163,11 +163,10 @@ class Program:
             for label, runs in records.by_label(chosen, experiment).items():
                 values = [r["results"].get(metric) for r in runs]
                 values = [v for v in values if v is not None]
-                if values:
-                    shown = f"{mean(values):.4g}"
-                    if len(values) > 1:
-                        shown += f" ± {standard_error(values):.2g}"
-                    table.add_row(experiment, label, metric, shown, str(len(values)))
+                shown = rounded(mean(values), 4) if values else "–"
+                if len(values) > 1:
+                    shown += f" ± {rounded(standard_error(values), 2)}"
+                table.add_row(experiment, label, metric, shown, str(len(values)))
         return table
 
     def _parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:

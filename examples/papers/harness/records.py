@@ -45,7 +45,10 @@ def hardware(device: str) -> str:
     return f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} used"
 
 
-def quantiles(values: Any, count: int = 60) -> list[float]:
+QUANTILES = 60
+
+
+def quantiles(values: Any, count: int = QUANTILES) -> list[float]:
     """A sample in short."""
     values = np.asarray(values, dtype=np.float64)
     values = values[np.isfinite(values)]

@@ -30,6 +30,11 @@ def standard_error(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
+def rounded(value: float, digits: int) -> str:
+    """So many significant digits: 148 and 10, not 1e+01."""
+    return f"{float(f'{value:.{digits}g}'):g}"
+
+
 def half_interval(values: Sequence[float], level: float = 0.95) -> float:
     """Half the width of the t interval of the mean; NaN of fewer than two."""
     if len(values) < 2:

@@ -1,0 +1,29 @@
+"""Vectors that a caller gives to start from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from specops import arrays
+from specops.typing import Array, Namespace
+
+
+def checked_start(xp: Namespace, start: Array, columns: int, least: int, dtype: Any) -> Array:
+    """The vectors (columns, p) in the weight's dtype.
+
+    Raises
+    ------
+    ValueError
+        Another shape, fewer than `least`, or complex ones for a real weight.
+    NonFiniteError
+        They hold NaN or infinity.
+    """
+    arrays.namespace(start)
+    if start.ndim != 2 or start.shape[0] != columns or start.shape[1] < least:
+        raise ValueError(
+            f"start must have shape ({columns}, p) with p of at least k={least}, got {start.shape}"
+        )
+    if arrays.is_complex(start) and not arrays.dtype_name(dtype).startswith("complex"):
+        raise ValueError("start is complex, and the weight real: give it real vectors")
+    arrays.check_finite(xp, start, "start")
+    return xp.astype(start, dtype)
