@@ -78,8 +78,12 @@ def inactive(*, was_assigned: bool) -> AdapterError:
     )
 
 
-def check_saved(state: Mapping[str, Any], names: Iterable[str]) -> None:
+def check_saved(
+    state: Mapping[str, Any], names: Iterable[str], assignments: Iterable[Assignment] = ()
+) -> None:
     """Raise unless a saved state is of a known version and of these weights.
+
+    `assignments` tell why others are left alone.
 
     Raises
     ------
@@ -91,6 +95,14 @@ def check_saved(state: Mapping[str, Any], names: Iterable[str]) -> None:
     if state["version"] != 1:
         raise AdapterError(f"unknown version {state['version']!r} of the state")
     expected, found = set(names), set(state["weights"])
+    left = {a.weight.name: a.reason for a in assignments if a.weight.name not in expected}
+    known = sorted(found & left.keys())
+    if known and not expected - found:
+        raise AdapterError(
+            f"{', '.join(known)} had a rule when the state was saved and now has none "
+            f"({left[known[0]]}): attach and load it first, then freeze layers or exchange "
+            f"optimizers as that run did"
+        )
     if expected != found:
         raise AdapterError(
             f"the state is of other weights: missing {sorted(expected - found)}, unexpected "

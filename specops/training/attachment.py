@@ -305,7 +305,7 @@ class BaseAttachment(ABC, Generic[C]):
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise if a saved state cannot be this attachment's: before anything is changed."""
         self.check_attached()
-        check_saved(state, [c.name for c in self._constrained])
+        check_saved(state, [c.name for c in self._constrained], self._assignments)
         for c in self._constrained:
             c.check_state(state["weights"][c.name])
 

@@ -280,6 +280,26 @@ def test_a_map_may_be_declared_of_a_frozen_layer() -> None:
         specops.attach(None, model, SN, geometries={"0.bias": Dense()})
 
 
+def test_a_layer_that_was_frozen_within_a_run_is_named_where_it_resumes() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    attachment = specops.attach(optimizer, model, SN)
+    model[0].weight.requires_grad_(False)
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    saved, wanted = attachment.state_dict(), model(torch.ones(2, 4))
+    attachment.detach()
+    attachment = specops.attach(None, model, SN)
+    with pytest.raises(errors.AdapterError, match=r"0\.weight had a rule .*frozen.* first, then"):
+        attachment.load_state_dict(saved)
+    attachment.detach()
+    model[0].weight.requires_grad_(True)
+    attachment = specops.attach(None, model, SN)
+    attachment.load_state_dict(saved)
+    model[0].weight.requires_grad_(False)
+    torch.testing.assert_close(model(torch.ones(2, 4)), wanted)
+
+
 def test_a_group_that_a_rule_cannot_take_on_leaves_the_others_as_they_were() -> None:
     class Fails(Halved):
         def init(self, weight: Any, geometry: Any, name: str) -> Any:
