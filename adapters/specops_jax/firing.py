@@ -112,11 +112,24 @@ def advance(
             return {i.name: (unchanged(i, w[i.name]), s[i.name], f[i.name], fine) for i in items}
 
         due = is_due(program.plan, step, every, always=always)
+        if always and every > 1:
+            due = due | _has_begun(items, weights, own)
         for name, (array, new, seen, fine) in cond(due, fire, rest).items():
             arrays[name], rules[name], figures[name] = array, new, seen
             fired[name] = jnp.where(due, step, fired[name])
             nonfinite[name] = nonfinite[name] + jnp.where(fine, 0, 1).astype(jnp.int32)
     return arrays, SpecopsState(step, rules, figures, fired, nonfinite)
+
+
+def _has_begun(items: list[Item], weights: dict[str, Any], states: dict[str, Any]) -> Any:
+    """Whether a weight that was zero, a new head's, is no longer: its vectors mean nothing yet."""
+    begun = jnp.zeros((), bool)
+    for item in items:
+        follow, state = item.rule.tracked(item.geometry), states[item.name]
+        if follow is not None and state:
+            unknown = [jnp.any(norm == 0) for norm in follow.measured(state)]
+            begun = begun | (jnp.any(jnp.stack(unknown)) & jnp.any(weights[item.name] != 0))
+    return begun
 
 
 def _of_dtypes(figures: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:

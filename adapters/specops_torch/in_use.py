@@ -12,7 +12,7 @@ from torch import nn
 
 from specops.errors import GeometryError, NonFiniteError
 from specops.geometry import Geometry
-from specops.tracking import Tracked, is_measured
+from specops.tracking import Tracked, is_measured, saw_nothing
 from specops.training.weight import is_misfit
 from specops_torch import fused
 from specops_torch.sizes import SizeRecorder
@@ -71,6 +71,8 @@ class InUse:
         self.reduced = False
         """Whether `fully_shard` has sent the gradient that came together with the scale's."""
         self._loaded = False
+        self._saw_nothing = False
+        """Whether the vectors are of a weight that was zero, a new head's."""
         self._own: torch.Tensor | None = None
         self._written: tuple[int, int] | None = None
         self._copied: tuple[float, ...] | None = None
@@ -208,6 +210,7 @@ class InUse:
         since, state = written(source), self._measured(raw)
         if state is not None:
             self.take(state, source, since)
+            self._saw_nothing = self._is_of_nothing(state)
 
     def wait_for(self, own: torch.Tensor) -> None:
         """Measure when the layer first meets a sharded parameter brought together."""
@@ -230,6 +233,8 @@ class InUse:
         self._own, self.state, self.drifting = raw, state, False
         self._written, self._copied, self._loaded = since or written(raw), None, False
         self._sample = None if state is None else sample(raw)
+        # On a device that would be waited for.
+        self._saw_nothing = raw.is_cpu and state is not None and self._is_of_nothing(state)
 
     def is_as_measured(self, raw: torch.Tensor, state: State) -> bool:
         """Whether the norms of this state are of the parameter as it is.
@@ -266,8 +271,8 @@ class InUse:
 
     @property
     def forgotten(self) -> bool:
-        """Whether the vectors are known to be of another weight."""
-        return self._written == _FORGOTTEN
+        """Whether the vectors are known to be of another weight, or of none."""
+        return self._saw_nothing or self._written == _FORGOTTEN
 
     def load(self, state: State | None, raw: torch.Tensor, *, drifting: bool) -> None:
         """Use vectors of a checkpoint, if they are of the parameter as it is."""
@@ -291,6 +296,10 @@ class InUse:
             return state is not None
         with torch.no_grad():
             return is_measured(follow, raw.detach(), state, closely=closely)
+
+    def _is_of_nothing(self, state: State) -> bool:
+        follow = self._follow
+        return follow is not None and bool(state) and saw_nothing(follow, state)
 
     def _measured(self, raw: torch.Tensor) -> State | None:
         if self.state is not None and self._follow is None:

@@ -14,6 +14,12 @@ _ROUNDING = 1e-5
 """The same of the order in which single precision adds up."""
 
 
+def saw_nothing(follow: TrackedBlocks | TrackedKernel | TrackedOperator, s: State) -> bool:
+    """Whether a matrix was zero when its norm was measured, so that its vectors mean nothing."""
+    norms = (n if n.ndim == 0 else arrays.namespace(n).all(n != 0) for n in follow.measured(s))
+    return not all(map(bool, norms))
+
+
 def is_measured(
     follow: TrackedBlocks | TrackedKernel | TrackedOperator,
     w: Array,

@@ -220,6 +220,16 @@ def test_an_array_written_to_from_outside_is_measured_anew(xp: Any) -> None:
     assert np.allclose(host(attachment.normalized()["w"]), np.diag([0.025, 2.0]))
 
 
+@pytest.mark.parametrize("every", [1, 4])
+def test_an_array_that_was_zero_has_no_directions_yet(xp: Any, every: int) -> None:
+    arrays = {"w": xp.asarray(np.zeros((8, 12)))}
+    attachment = attach(None, arrays, NORMALIZED, every=every, geometries={"w": Dense()})
+    for _ in range(2):
+        arrays["w"] += xp.asarray(np.random.default_rng(0).standard_normal((8, 12)))
+        attachment.step()
+        assert norm(attachment.normalized()["w"], Dense()) == pytest.approx(2.0, rel=1e-5)
+
+
 def test_between_firings_vectors_wait() -> None:
     arrays = {"w": np.diag([4.0, 0.5])}
     attachment = attach(None, arrays, NORMALIZED, every=3, geometries={"w": Dense()})

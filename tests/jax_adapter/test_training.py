@@ -335,6 +335,21 @@ def test_forward_rules_normalise_what_the_loss_uses(rule: Any) -> None:
     np.testing.assert_array_equal(used["a"]["bias"], params["a"]["bias"])
 
 
+def test_a_weight_that_was_zero_has_no_directions_yet() -> None:
+    """Those of the first step away from it wait for no interval."""
+    rng, rule = np.random.default_rng(0), specops.SpectralNormalization(norm="reshaped")
+    params = {"head": jnp.zeros((8, 12)), "other": jnp.asarray(rng.standard_normal((8, 12)))}
+    maps = {name: Dense() for name in params}
+    state, plan = specops_jax.init(params, rule, maps), Plan([("*", rule)], every=5)
+    moved = jnp.asarray(rng.standard_normal((8, 12)), jnp.float32)
+    for step in range(1, 5):
+        params = {name: p + 0.1 * moved for name, p in params.items()}
+        params, state = specops_jax.project_params(params, plan, state, maps)
+        used = specops_jax.normalize_params(params, plan, state, maps)["head"]
+        assert np.linalg.norm(np.asarray(used), 2) == pytest.approx(1.0, rel=0.2)
+        assert int(state.fired["head"]) == int(state.fired["other"]) == 1, step
+
+
 def test_scales_are_trained_beside_the_parameters() -> None:
     rule = specops.SpectralNormalization(
         norm="reshaped", scale=specops.TrainableScale(1.5, shared=True)

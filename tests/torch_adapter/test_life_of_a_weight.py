@@ -437,6 +437,33 @@ def test_the_norm_in_use_is_the_rules_through_any_life(rule: Any) -> None:
     run()
 
 
+@pytest.mark.parametrize("rule", [SN, SRN, SpectralNormalization(norm="operator")])
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("how", ["step", "closure", "by hand"])
+def test_a_weight_that_was_zero_has_no_directions_yet(rule: Any, every: int, how: str) -> None:
+    """A head that starts at zero: the first steps away from it, before vectors are due."""
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 8, bias=False)
+    nn.init.zeros_(layer.weight)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
+    attachment = specops.attach(None if how == "by hand" else optimizer, layer, rule, every=every)
+    x, y = torch.randn(32, 12), torch.randn(32, 8)
+
+    def loss() -> Any:
+        optimizer.zero_grad()
+        value = (layer(x) - y).square().mean()
+        value.backward()
+        with torch.no_grad():
+            raw(layer).grad = -0.01 * (x.T @ y).T  # of a zero weight in use there is none
+        return value
+
+    for _ in range(3):
+        optimizer.step(loss) if how == "closure" else (loss(), optimizer.step())
+        if how == "by hand":
+            attachment.step()
+        assert used(layer) == pytest.approx(1.0, rel=0.02)
+
+
 # Copies, replicas, functional calls
 
 
