@@ -94,6 +94,7 @@ class Constrained(training.Constrained[Location]):
     def resume(self, parameter: Location, assignment: Assignment) -> None:
         """Go on, hooks and all."""
         self.assignment = assignment
+        self.location.share(parameter.others, parameter.aliases)
         self.rename(self.name)
 
     def rename(self, name: str) -> None:

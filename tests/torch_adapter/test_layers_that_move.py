@@ -138,6 +138,27 @@ def test_layers_of_one_weight_may_move_apart(how: str) -> None:
     assert all(type(layer) is nn.Linear for layer in model)
 
 
+def test_a_convolution_that_was_tied_since_is_bounded_at_what_it_meets() -> None:
+    first, second = (nn.Conv2d(2, 2, 3, padding=1, bias=False) for _ in range(2))
+    model = nn.ModuleList([first, second])
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    attachment = specops.attach(optimizer, model, Plan([("0.*", ClipSpectralNorm(0.5))]))
+    first(torch.zeros(1, 2, 4, 4))
+    second.weight = first.weight
+    optimizer.add_param_group({"params": [torch.zeros(1)]})
+    optimizer.step()
+    first(torch.zeros(1, 2, 4, 4))
+    second(torch.zeros(1, 2, 9, 8))
+    optimizer.step()
+    assert attachment.geometries()["0.weight"].grid == (9, 8)
+    second.weight = nn.Parameter(torch.zeros(2, 2, 3, 3))
+    optimizer.add_param_group({"params": [torch.zeros(1)]})
+    optimizer.step()
+    assert not second._forward_hooks
+    attachment.detach()
+    assert not first._forward_hooks
+
+
 def test_an_error_on_the_way_leaves_rules_as_they_were() -> None:
     """Of a layer that comes to be under another rule, before one that is refused."""
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
