@@ -60,14 +60,12 @@ class Attachment(BaseAttachment[Constrained]):
         self._groups: dict[Any, Any] = {}
         try:
             self.assign()
+            self._followed.hook(self._before_step, self._after_step)
+            self._forward_rules_began()
+            self._liveness.seen(self._constrained)
         except BaseException:
-            for c in self._constrained:
-                c.release()
-            self._scales.withdraw(optimizer)
+            self.detach()
             raise
-        self._followed.hook(self._before_step, self._after_step)
-        self._forward_rules_began()
-        self._liveness.seen(self._constrained)
 
     # The plan
 

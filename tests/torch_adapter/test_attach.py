@@ -645,7 +645,7 @@ def test_a_failed_attach_leaves_no_hooks() -> None:
 
 
 @pytest.mark.filterwarnings("error::specops.errors.CautionWarning")
-@pytest.mark.parametrize("why", ["not covered", "another", "broken"])
+@pytest.mark.parametrize("why", ["not covered", "another", "broken", "later"])
 def test_a_warning_that_is_an_error_and_a_broken_rule_leave_nothing_either(why: str) -> None:
     class Broken:
         stage = "forward"
@@ -659,7 +659,15 @@ def test_a_warning_that_is_an_error_and_a_broken_rule_leave_nothing_either(why: 
         def apply(self, weight: Any, geometry: Any, state: Any, **_: Any) -> Any:
             return weight
 
-    model = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Linear(2, 2))
+    class BrokenLater(Broken):
+        def init(self, weight: Any, geometry: Any, name: str) -> dict[str, Any]:
+            return {"state": 1.0 * weight}
+
+        def apply(self, weight: Any, geometry: Any, state: Any, **_: Any) -> Any:
+            raise ArithmeticError("broken")
+
+    model = nn.Sequential(nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2))
+    model[1].num_batches_tracked += 1
     optimizer = optimizer_of(model)
     rule: Any = specops.SpectralNormalization(norm="reshaped")
     if why == "not covered":
@@ -669,12 +677,12 @@ def test_a_warning_that_is_an_error_and_a_broken_rule_leave_nothing_either(why: 
     elif why == "another":
         before, rule = specops.attach(optimizer, model, CLIP), CLIP
     else:
-        rule = Broken()
+        rule = Broken() if why == "broken" else BrokenLater()
     hooks = [len(m._forward_hooks) for m in model.modules()]
     with pytest.raises((errors.CautionWarning, ArithmeticError)):
         specops.attach(optimizer, model, rule)
     assert [len(m._forward_hooks) for m in model.modules()] == hooks
-    assert [type(m) for m in model] == [nn.Conv2d, nn.Linear]
+    assert [type(m) for m in model] == [nn.Conv2d, nn.BatchNorm2d, nn.Linear]
     assert len(optimizer._optimizer_step_post_hooks) == (why == "another")
     if why == "another":
         before.detach()
