@@ -86,7 +86,9 @@ class Constrained(training.Constrained[Location]):
     def is_of(self, parameter: Location, assignment: Assignment) -> bool:
         """Whether it is a weight of the same module, and the same map: blocks may have grown."""
         same = assignment.weight.geometry == self.assignment.weight.geometry
-        if self.location.module is not parameter.module or not (same or parameter.learns_size):
+        # By the names of layers that move a map may be declared no longer.
+        learns = parameter.learns_size and self.location.learns_size
+        if self.location.module is not parameter.module or not (same or learns):
             return False
         # Weights may have been tied since, or may be no longer.
         return self.in_use is None or set(self.answering) == set(parameter.holders())

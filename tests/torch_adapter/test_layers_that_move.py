@@ -159,6 +159,22 @@ def test_a_convolution_that_was_tied_since_is_bounded_at_what_it_meets() -> None
     assert not first._forward_hooks
 
 
+def test_a_declared_map_stays_with_its_name() -> None:
+    """Of a layer behind one that was inserted nobody has said a size: what it meets counts."""
+    model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    declared = specops.Conv((4, 4), padding=1)
+    rule = ClipSpectralNorm(0.5)
+    attachment = specops.attach(optimizer, model, rule, geometries={"0.*": declared})
+    model.insert(0, nn.Conv2d(2, 2, 3, padding=1, bias=False))
+    optimizer.add_param_group({"params": [model[0].weight]})
+    for _ in range(2):
+        optimizer.step()
+        model(torch.zeros(1, 2, 9, 9))
+    grids = {name: g.grid for name, g in attachment.geometries().items()}
+    assert grids == {"0.weight": (4, 4), "1.weight": (9, 9)}
+
+
 def test_an_error_on_the_way_leaves_rules_as_they_were() -> None:
     """Of a layer that comes to be under another rule, before one that is refused."""
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
