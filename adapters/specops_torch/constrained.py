@@ -106,6 +106,16 @@ class Constrained(training.Constrained[Location]):
         if self.in_use is not None:
             self.in_use.name = name
 
+    def let_go(self) -> None:
+        """Leave layers alone that hold another weight since."""
+        assert self.in_use is not None
+        held = set(self.location.holders())
+        for place in set(self.answering) - held:
+            answer_plainly(*place, self.in_use)
+        self.answering = [place for place in self.answering if place in held]
+        for place in self.answering:
+            read_through(*place, self.in_use)
+
     def release(self) -> None:
         """Remove every hook."""
         for handle in self.handles:
