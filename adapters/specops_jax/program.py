@@ -76,8 +76,12 @@ def program(
         found = found | geometries
         given = {key: given[key] for key in given if key in geometries.given}
     given = {key: given[key] for key in given if not _only_masked(key, names, params)}
-    for name in given:  # what a user says of an array counts
-        found.skipped.pop(name, None)
+    matrices = {name for name, leaf in leaves if getattr(leaf, "ndim", 0) > 1}
+    for pattern in given:
+        meant = {name for name in matrices if fnmatchcase(name, pattern)}
+        if meant <= found.skipped.keys():  # what a user says of vectors alone counts
+            for name in meant:
+                del found.skipped[name]
     described = [_describe(name, leaf, found) for name, leaf in leaves]
     plan = Plan.of(plan)
     assignments = plan.assign(override_geometries(described, given))

@@ -60,14 +60,12 @@ class Attachment(BaseAttachment[Constrained]):
         self._groups: dict[Any, Any] = {}
         try:
             self.assign()
+            self._followed.hook(self._before_step, self._after_step)
+            self._forward_rules_began()
+            self._liveness.seen(self._constrained)
         except BaseException:
-            for c in self._constrained:
-                c.release()
-            self._scales.withdraw(optimizer)
+            self.detach()
             raise
-        self._followed.hook(self._before_step, self._after_step)
-        self._forward_rules_began()
-        self._liveness.seen(self._constrained)
 
     # The plan
 
@@ -94,7 +92,10 @@ class Attachment(BaseAttachment[Constrained]):
 
     def goes_on(self, c: Constrained, decided: Assignment) -> bool:
         """A layer whose weight was frozen, or taken out of the optimizer, goes on as it was."""
-        return c.in_use is not None and decided.reason.startswith((FROZEN, OUTSIDE))
+        goes_on = c.in_use is not None and decided.reason.startswith((FROZEN, OUTSIDE))
+        if goes_on:
+            c.let_go()
+        return goes_on
 
     def under_rules(self) -> Sequence[Constrained]:
         """What is kept of each weight under a rule; none once hooks are lost, or detached."""
@@ -263,12 +264,11 @@ class Attachment(BaseAttachment[Constrained]):
 
     def _forward_rules_began(self) -> None:
         """From now on layers use other weights than those that batches have seen."""
-        known = [c for c in self._constrained if c.in_use is not None and c.in_use.state]
+        known = [(c, x) for c in self._constrained if (x := c.in_use) is not None and x.state]
         with torch.no_grad():
-            self._went((c, c.location.read(), c.used()) for c in known)
-        for c in known:
-            assert c.in_use is not None
-            c.in_use.ran = False
+            self._went((c, c.location.read(), c.used()) for c, _ in known)
+        for _, in_use in known:
+            in_use.ran = False
 
     def _went(self, moves: Iterable[tuple[Constrained, torch.Tensor, torch.Tensor]]) -> None:
         if not self._statistics.are_kept():

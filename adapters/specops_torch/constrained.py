@@ -86,7 +86,9 @@ class Constrained(training.Constrained[Location]):
     def is_of(self, parameter: Location, assignment: Assignment) -> bool:
         """Whether it is a weight of the same module, and the same map: blocks may have grown."""
         same = assignment.weight.geometry == self.assignment.weight.geometry
-        if self.location.module is not parameter.module or not (same or parameter.learns_size):
+        # By the names of layers that move a map may be declared no longer.
+        learns = parameter.learns_size and self.location.learns_size
+        if self.location.module is not parameter.module or not (same or learns):
             return False
         # Weights may have been tied since, or may be no longer.
         return self.in_use is None or set(self.answering) == set(parameter.holders())
@@ -94,6 +96,7 @@ class Constrained(training.Constrained[Location]):
     def resume(self, parameter: Location, assignment: Assignment) -> None:
         """Go on, hooks and all."""
         self.assignment = assignment
+        self.location.share(parameter.others, parameter.aliases)
         self.rename(self.name)
 
     def rename(self, name: str) -> None:
@@ -102,6 +105,16 @@ class Constrained(training.Constrained[Location]):
         self.location.weight = replace(self.location.weight, name=name)
         if self.in_use is not None:
             self.in_use.name = name
+
+    def let_go(self) -> None:
+        """Leave layers alone that hold another weight since."""
+        assert self.in_use is not None
+        held = set(self.location.holders())
+        for place in set(self.answering) - held:
+            answer_plainly(*place, self.in_use)
+        self.answering = [place for place in self.answering if place in held]
+        for place in self.answering:
+            read_through(*place, self.in_use)
 
     def release(self) -> None:
         """Remove every hook."""

@@ -261,8 +261,13 @@ class InUse:
             self.drifting, self._written = True, written(raw)
 
     def has_drifted(self, raw: torch.Tensor) -> bool:
-        """Whether vectors are of an earlier weight, also where nobody has counted the writes."""
+        """Whether vectors are of an earlier weight, also where nobody has counted the writes.
+
+        Those of a parameter that was replaced since are of no use to the one in its place.
+        """
         known = self.state is not None and not self.sharded
+        if known and self.is_replaced(raw):
+            return False
         return self.drifting or (known and not self._fits(raw, self.state))
 
     def forget(self) -> None:

@@ -86,9 +86,23 @@ class Location(Parameter):
         """Record the sizes that a convolution sees until `unwatch`: inputs may grow."""
         if self.learns_size and self.recorder is None:
             self.recorder = SizeRecorder(self.module.padding_mode == "circular")
-            for module in {id(m): m for m in (self.module, *self.others)}.values():
-                hook = module.register_forward_hook(self.recorder, with_kwargs=True)
-                self.handles.append(hook)
+            self._hook()
+
+    def share(self, others: list[nn.Module], aliases: list[str]) -> None:
+        """Other modules hold it since it was listed."""
+        self.aliases = aliases
+        if set(others) == set(self.others):
+            return
+        self.others = others
+        if self.handles:
+            self.unwatch()
+            self._hook()
+
+    def _hook(self) -> None:
+        assert self.recorder is not None
+        for module in {id(m): m for m in (self.module, *self.others)}.values():
+            hook = module.register_forward_hook(self.recorder, with_kwargs=True)
+            self.handles.append(hook)
 
     def unwatch(self) -> None:
         """Remove the hooks."""

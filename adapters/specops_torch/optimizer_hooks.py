@@ -136,7 +136,8 @@ def _makes_state(optimizer: torch.optim.Optimizer, kwargs: Any) -> bool:
     """
     if "closure" not in kwargs or kwargs["closure"] is not None:
         return False
-    return all(float(group.get("lr", 1.0)) == 0.0 for group in optimizer.param_groups)
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    return all(rate is not None and float(rate) == 0.0 for rate in rates)
 
 
 def maximized(optimizer: torch.optim.Optimizer) -> set[int]:

@@ -34,7 +34,7 @@ def read_through(module: nn.Module, attribute: str, in_use: InUse) -> None:
     """
     held: dict[str, InUse] = module.__dict__.setdefault(_HELD, {})
     other = held.get(attribute)
-    if other is not None and other in _live:
+    if other is not None and other is not in_use and other in _live:
         raise AdapterError(
             f"{in_use.name} is under a forward rule already, {other.rule!r}: detach that "
             f"attachment first"

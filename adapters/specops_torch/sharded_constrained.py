@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -122,8 +123,13 @@ class ShardedConstrained(SharedConstrained):
         if in_use is None or self.forward_rule.trained_scale() is None:
             return
 
+        # It refers to the parameter, and torch keeps hooks where no garbage is looked for.
+        known = weakref.ref(in_use)
+
         def reduced(_: Any) -> None:
-            in_use.reduced = True
+            held = known()
+            if held is not None:
+                held.reduced = True
 
         hook = self.location.parameter.register_post_accumulate_grad_hook(reduced)
         self.handles.append(hook)

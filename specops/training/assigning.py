@@ -10,6 +10,7 @@ from specops.errors import AdapterError, PlanError, SpecopsError
 from specops.geometry import Dense, Geometry
 from specops.training.assigned import warn_of
 from specops.training.constrained import Constrained
+from specops.training.coverage import warn_of_coverage
 from specops.training.declared import override_geometries
 from specops.training.parameter import Parameter
 from specops.training.plan import Assignment, Plan
@@ -40,7 +41,8 @@ def assigned(
 
     Those constrained before go on with their states and sizes, or are released. An error leaves
     nothing of the others behind; one of the plan, and all that is known before layers are changed,
-    leaves those as they are. `again`, patterns may have nothing left to act on.
+    leaves those as they are. At first what the plan leaves alone is warned of; `again`, patterns
+    may have nothing left to act on.
 
     Raises
     ------
@@ -79,6 +81,8 @@ def assigned(
             same = kept is not None and kept.rule is assignment.rule
             goes_on = kept is not None and same and kept.is_of(parameter, assignment)
             acting.append((parameter, assignment, before.pop(parameter.place) if goes_on else None))
+        if not again:
+            warn_of_coverage(assignments)
         staying = [
             (c, left[place])
             for place, c in before.items()
@@ -147,10 +151,13 @@ def _taken(attachment: Attaching[C], parameter: Parameter, assignment: Assignmen
     warn_of(assignment)
     parameter.watch()
     c = attachment.constrain(parameter, assignment)
-    if c.stage == "forward":
-        try:
-            c.prepare()
-        except SpecopsError as error:
-            c.release()
+    if c.stage != "forward":
+        return c
+    try:
+        c.prepare()
+    except BaseException as error:
+        c.release()
+        if isinstance(error, SpecopsError):
             raise type(error)(f"{c.name}: {error}") from error
+        raise
     return c

@@ -14,7 +14,6 @@ from specops.rules.base import Stage, check_stages
 from specops.training.assigned import check_saved, check_stage, inactive
 from specops.training.assigning import assigned
 from specops.training.constrained import Constrained
-from specops.training.coverage import warn_of_coverage
 from specops.training.declared import declared
 from specops.training.firing import Firing, NonFinitePolicy, write
 from specops.training.history import History, Record
@@ -111,10 +110,9 @@ class BaseAttachment(ABC, Generic[C]):
 
     def assign(self) -> None:
         """Decide about every parameter; those constrained before keep their states and sizes."""
-        found = assigned(self, self._geometries, self._constrained, again=self._attached)
-        if not self._attached:
-            warn_of_coverage(found[0])
-        self._assignments, self._constrained = found
+        self._assignments, self._constrained = assigned(
+            self, self._geometries, self._constrained, again=self._attached
+        )
         self._attached = True
 
     # Steps

@@ -6,6 +6,7 @@ import gc
 from typing import Any
 from weakref import WeakSet
 
+from specops.errors import CautionWarning
 from specops.training.attachment import BaseAttachment
 from specops.training.cautions import caution
 
@@ -26,10 +27,14 @@ def warn_of_others(attachment: Any) -> None:
     if others:
         name, rule = others[0]
         more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
-        caution(
-            f"{name}{more} is under {rule!r} already, by another attachment, and both will act: "
-            f"detach() that one first, or give each weight one rule in one plan"
-        )
+        try:
+            caution(
+                f"{name}{more} is under {rule!r} already, by another attachment, and both will "
+                f"act: detach() that one first, or give each weight one rule in one plan"
+            )
+        except CautionWarning:  # which users may have made an error
+            attachment.detach()
+            raise
 
 
 def _others(attachment: Any) -> list[tuple[str, Any]]:

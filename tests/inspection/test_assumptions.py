@@ -317,6 +317,10 @@ def test_moments_of_optax_are_known_by_the_parameters_beside_them() -> None:
     for field in ("m", "v", "n", "g", "m1", "m2"):
         moment = f"opt.0.{field}.dense.kernel"
         assert "optimizer" in guess(moment, (8, 6), layout="jax", others=beside).skipped
+    for top in ("g", "v"):  # of a part that is called like a field
+        moment, of_it = f"{top}.opt.0.mu.dense.kernel", {f"{top}.opt.0.count": ()}
+        of_it |= {f"{top}.params.dense.kernel": (8, 6)}
+        assert "optimizer" in guess(moment, (8, 6), layout="jax", others=of_it).skipped
     # A model's own: for a mean, of another size, of another framework.
     beside |= {"params.blocks.1.v.dense.kernel": (8, 6)}
     own = {"params.heads.0.mu.kernel": "jax", "params.0.mu.dense.kernel": "torch"}

@@ -59,6 +59,16 @@ def test_of_attention_of_linen() -> None:
     assert found["query/bias"] == "a bias or scale, no matrix"
 
 
+def test_what_a_user_says_of_vectors_by_a_pattern_counts() -> None:
+    nn = pytest.importorskip("flax.linen")
+    model, x = nn.MultiHeadDotProductAttention(num_heads=2), jnp.ones((2, 3, 8))
+    params = model.init(jax.random.key(0), x)["params"]
+    found, columns = specops_jax.geometries_of(model, x), specops.Dense(out_axes=(-1,))
+    assert told(params, "*", found | {"*/bias": columns}).keys() == {"out/bias"}
+    left = told(params, "*", found | {"query/*": specops.Dense(out_axes=(-1, -2))})
+    assert left["query/bias"] == "a bias or scale, no matrix"
+
+
 def test_of_mapped_layers_of_nnx() -> None:
     nnx = pytest.importorskip("flax.nnx")
 

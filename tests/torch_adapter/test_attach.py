@@ -644,6 +644,51 @@ def test_a_failed_attach_leaves_no_hooks() -> None:
     assert not optimizer._optimizer_step_post_hooks
 
 
+@pytest.mark.filterwarnings("error::specops.errors.CautionWarning")
+@pytest.mark.parametrize("why", ["not covered", "another", "broken", "later"])
+def test_a_warning_that_is_an_error_and_a_broken_rule_leave_nothing_either(why: str) -> None:
+    class Broken:
+        stage = "forward"
+
+        def init(self, weight: Any, geometry: Any, name: str) -> dict[str, Any]:
+            raise ArithmeticError("broken")
+
+        def update(self, weight: Any, geometry: Any, state: Any, **_: Any) -> Any:
+            return weight, state, {}
+
+        def apply(self, weight: Any, geometry: Any, state: Any, **_: Any) -> Any:
+            return weight
+
+    class BrokenLater(Broken):
+        def init(self, weight: Any, geometry: Any, name: str) -> dict[str, Any]:
+            return {"state": 1.0 * weight}
+
+        def apply(self, weight: Any, geometry: Any, state: Any, **_: Any) -> Any:
+            raise ArithmeticError("broken")
+
+    model = nn.Sequential(nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2))
+    model[1].num_batches_tracked += 1
+    optimizer = optimizer_of(model)
+    rule: Any = specops.SpectralNormalization(norm="reshaped")
+    if why == "not covered":
+        for name in "abc":
+            model.register_parameter(name, nn.Parameter(torch.ones(2, 2)))
+        optimizer = optimizer_of(model)
+    elif why == "another":
+        before, rule = specops.attach(optimizer, model, CLIP), CLIP
+    else:
+        rule = Broken() if why == "broken" else BrokenLater()
+    hooks = [len(m._forward_hooks) for m in model.modules()]
+    with pytest.raises((errors.CautionWarning, ArithmeticError)):
+        specops.attach(optimizer, model, rule)
+    assert [len(m._forward_hooks) for m in model.modules()] == hooks
+    assert [type(m) for m in model] == [nn.Conv2d, nn.BatchNorm2d, nn.Linear]
+    assert len(optimizer._optimizer_step_post_hooks) == (why == "another")
+    if why == "another":
+        before.detach()
+        specops.attach(optimizer, model, CLIP)
+
+
 def test_excluded_lazy_and_meta_layers_do_no_harm() -> None:
     for odd in (nn.LazyLinear(3), nn.Linear(2, 3, device="meta")):
         model = nn.ModuleDict({"odd": odd, "plain": nn.Linear(2, 2)})

@@ -138,6 +138,74 @@ def test_layers_of_one_weight_may_move_apart(how: str) -> None:
     assert all(type(layer) is nn.Linear for layer in model)
 
 
+def test_a_convolution_that_was_tied_since_is_bounded_at_what_it_meets() -> None:
+    first, second = (nn.Conv2d(2, 2, 3, padding=1, bias=False) for _ in range(2))
+    model = nn.ModuleList([first, second])
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    attachment = specops.attach(optimizer, model, Plan([("0.*", ClipSpectralNorm(0.5))]))
+    first(torch.zeros(1, 2, 4, 4))
+    second.weight = first.weight
+    optimizer.add_param_group({"params": [torch.zeros(1)]})
+    optimizer.step()
+    first(torch.zeros(1, 2, 4, 4))
+    second(torch.zeros(1, 2, 9, 8))
+    optimizer.step()
+    assert attachment.geometries()["0.weight"].grid == (9, 8)
+    second.weight = nn.Parameter(torch.zeros(2, 2, 3, 3))
+    optimizer.add_param_group({"params": [torch.zeros(1)]})
+    optimizer.step()
+    assert not second._forward_hooks
+    attachment.detach()
+    assert not first._forward_hooks
+
+
+def test_a_layer_that_was_parted_from_a_frozen_one_has_a_rule_of_its_own() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].weight = model[0].weight
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    attachment = specops.attach(optimizer, model, SpectralNormalization(norm="reshaped"))
+    train_plainly(model, optimizer)
+    model[0].weight.requires_grad_(False)
+    new = nn.Parameter(torch.randn(6, 6))
+    model[1]._parameters["weight"] = new
+    optimizer.add_param_group({"params": [new]})
+    train_plainly(model, optimizer)
+    assert attachment.weights().keys() == {"0.weight", "1.weight"}
+    assert all(float(top(m.weight.detach())) == pytest.approx(1.0, rel=0.02) for m in model)
+    for layer in model:
+        layer.requires_grad_(True)
+        with pytest.raises(specops.errors.AdapterError, match="under a forward rule already"):
+            specops.attach(None, layer, SpectralNormalization(norm="reshaped"))
+    attachment.detach()
+    assert all(type(layer) is nn.Linear for layer in model)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_weight_that_was_replaced_is_measured_where_a_run_resumes(frozen: bool) -> None:
+    layer = nn.Linear(6, 6)
+    attachment = specops.attach(None, layer, SpectralNormalization(norm="reshaped"))
+    layer.weight = nn.Parameter(torch.randn(6, 6), requires_grad=not frozen)
+    assert float(top(layer.weight.detach())) == pytest.approx(1.0, rel=1e-3)
+    attachment.load_state_dict(attachment.state_dict())
+    assert float(top(layer.weight.detach())) == pytest.approx(1.0, rel=1e-3)
+
+
+def test_a_declared_map_stays_with_its_name() -> None:
+    """Of a layer behind one that was inserted nobody has said a size: what it meets counts."""
+    model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    declared = specops.Conv((4, 4), padding=1)
+    rule = ClipSpectralNorm(0.5)
+    attachment = specops.attach(optimizer, model, rule, geometries={"0.*": declared})
+    model.insert(0, nn.Conv2d(2, 2, 3, padding=1, bias=False))
+    optimizer.add_param_group({"params": [model[0].weight]})
+    for _ in range(2):
+        optimizer.step()
+        model(torch.zeros(1, 2, 9, 9))
+    grids = {name: g.grid for name, g in attachment.geometries().items()}
+    assert grids == {"0.weight": (4, 4), "1.weight": (9, 9)}
+
+
 def test_an_error_on_the_way_leaves_rules_as_they_were() -> None:
     """Of a layer that comes to be under another rule, before one that is refused."""
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))

@@ -119,6 +119,27 @@ def test_a_step_that_makes_the_optimizer_s_state_is_none(rule: Any) -> None:
     assert attachment.steps == 1
 
 
+class Rateless(torch.optim.Optimizer):
+    """Without a rate, as Adafactor with steps relative to the weights has none."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": None})
+
+    def step(self, closure: Any = None) -> None:
+        """Halve everything."""
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p.mul_(0.5)
+
+
+def test_an_optimizer_without_a_rate_takes_steps() -> None:
+    model = network()
+    optimizer = Rateless(model.parameters())
+    attachment = specops.attach(optimizer, model, ClipSpectralNorm(0.1))
+    optimizer.step(closure=None)
+    assert attachment.steps == 1
+
+
 @pytest.mark.parametrize("closed", [False, True], ids=["", "closure"])
 def test_a_step_within_a_step_is_one(closed: bool) -> None:
     sgd(network())  # torch hooks a class when the first of its optimizers is made

@@ -116,9 +116,14 @@ def _is_moment(parts: list[str], shape: tuple[int, ...], context: Context) -> bo
     That state is a tuple, and the user chose what it is called in the checkpoint. A model's own
     layers have no count of steps nor second moments beside them.
     """
-    at = next((i for i, part in enumerate(parts) if part in _MOMENTS | _AS_IN_MODELS), 0)
+    fields = (
+        i
+        for i, part in enumerate(parts)
+        if i and part in _MOMENTS | _AS_IN_MODELS and parts[i - 1].isdecimal()
+    )
+    at = next(fields, 0)
     ahead, behind = parts[:at], parts[at + 1 :]
-    if context.layout != "jax" or not at or not ahead[-1].isdecimal():
+    if context.layout != "jax" or not at:
         return False
     others = [(context.parts[name], size) for name, size in context.shapes.items()]
     beside = {other[at] for other, _ in others if other[:at] == ahead and len(other) > at}

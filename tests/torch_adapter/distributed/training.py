@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,6 +28,7 @@ from specops import (
     SpectralNormalization,
     SpectralNormPenalty,
     SpectralSoftCap,
+    TrainableScale,
     errors,
 )
 from tests.torch_adapter.distributed import engines
@@ -84,6 +87,16 @@ def accumulation(_: Path) -> None:
             optimizer.zero_grad()
         assert attachment.steps == 2
     same(whole(sharded), whole(plain), 1e-6)
+
+
+def what_is_let_go_of_is_freed(_: Path) -> None:
+    """Parameters with trained scales too, which torch's hooks on them would hold."""
+    model = fsdp(dense())
+    train(model, SpectralNormalization(norm="reshaped", scale=TrainableScale(1.5)))
+    held = [weakref.ref(p) for p in model.parameters()]
+    del model
+    gc.collect()
+    assert not any(ref() is not None for ref in held)
 
 
 def copies_of_an_evaluation(_: Path) -> None:
@@ -316,6 +329,7 @@ RANKS = 2
 CASES = (
     mixed_precision_and_checkpointing,
     accumulation,
+    what_is_let_go_of_is_freed,
     copies_of_an_evaluation,
     on_the_meta_device,
     refused,
