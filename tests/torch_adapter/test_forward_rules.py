@@ -468,6 +468,16 @@ def test_a_layer_that_turns_out_not_to_fit_is_skipped_by_a_bare_rule() -> None:
     assert "3 outputs" in attachment.report()["0.weight"].reason
 
 
+def test_a_layer_that_turns_out_not_to_fit_is_named() -> None:
+    layer = nn.Conv1d(3, 4, 2, stride=2, padding_mode="circular")
+    model = nn.Sequential(layer)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rule = SpectralNormalization(norm="operator")
+    specops.attach(optimizer, model, specops.Plan([("0.weight", rule)]))
+    with pytest.raises(errors.GeometryError, match=r"^0\.weight: padding=\(0,\) gives 2 outputs"):
+        model(torch.zeros(1, 3, 5))
+
+
 def test_a_shared_module_is_normalised_in_both_places() -> None:
     layer, x = nn.Linear(4, 4, bias=False), torch.randn(3, 4)
     model = nn.Sequential(layer, nn.Tanh(), nn.Sequential(layer))
