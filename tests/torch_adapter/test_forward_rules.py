@@ -459,7 +459,7 @@ def test_larger_inputs_later_are_noticed(kind: Any) -> None:
 
 
 def test_a_layer_that_turns_out_not_to_fit_is_skipped_by_a_bare_rule() -> None:
-    layer = nn.Conv2d(1, 2, 2, stride=2, padding_mode="circular", bias=False)
+    layer = nn.Conv2d(1, 2, 4, stride=2, padding=1, padding_mode="circular", bias=False)
     model = nn.Sequential(layer, nn.Flatten(), nn.Linear(18, 2))
     plain, x = copy.deepcopy(model), torch.randn(1, 1, 7, 7)
     attachment = specops.attach(None, model, SpectralNormalization(norm="operator"))
@@ -469,12 +469,12 @@ def test_a_layer_that_turns_out_not_to_fit_is_skipped_by_a_bare_rule() -> None:
 
 
 def test_a_layer_that_turns_out_not_to_fit_is_named() -> None:
-    layer = nn.Conv1d(3, 4, 2, stride=2, padding_mode="circular")
+    layer = nn.Conv1d(3, 4, 4, stride=2, padding=1, padding_mode="circular")
     model = nn.Sequential(layer)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     rule = SpectralNormalization(norm="operator")
     specops.attach(optimizer, model, specops.Plan([("0.weight", rule)]))
-    with pytest.raises(errors.GeometryError, match=r"^0\.weight: padding=\(0,\) gives 2 outputs"):
+    with pytest.raises(specops.errors.GeometryError, match=r"^0\.weight: .* gives 2 outputs"):
         model(torch.zeros(1, 3, 5))
 
 

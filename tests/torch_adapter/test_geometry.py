@@ -38,6 +38,10 @@ LAYERS: list[tuple[Any, int, tuple[int, ...]]] = [
     (nn.Conv2d(3, 2, 3, stride=2, padding=1, padding_mode="circular"), 3, (4, 6)),
     (nn.Conv2d(3, 2, 4, stride=2, padding=1, padding_mode="circular"), 3, (4, 6)),
     (nn.Conv2d(2, 3, 2, stride=2), 2, (4, 6)),
+    (nn.Conv2d(3, 2, 1, padding_mode="reflect"), 3, (4, 5)),
+    (nn.Conv2d(3, 2, 1, padding="same", padding_mode="replicate"), 3, (4, 5)),
+    (nn.Conv2d(3, 2, 3, padding="valid", padding_mode="circular"), 3, (4, 5)),
+    (nn.Conv2d(2, 3, 2, stride=2, padding_mode="circular"), 2, (5, 6)),
     (nn.Conv3d(2, 2, 3, padding=1), 2, (3, 3, 2)),
     (nn.ConvTranspose1d(3, 4, 3, stride=2, padding=1, output_padding=1), 3, (4,)),
     (nn.ConvTranspose2d(3, 4, 3, stride=2, padding=1), 3, (3, 4)),
@@ -98,6 +102,13 @@ def test_recorder_follows_output_size_and_the_largest_input() -> None:
     assert circular.geometry(layer).input_shape is None
 
 
+def test_where_nothing_is_padded_the_mode_says_nothing() -> None:
+    unpadded = nn.Conv2d(3, 2, 3, padding_mode="reflect")
+    assert geometry_of(unpadded) == geometry_of(nn.Conv2d(3, 2, 3))
+    pointwise = nn.Conv2d(3, 2, 1, padding="valid", padding_mode="circular")
+    assert geometry_of(pointwise, input_shape=(4, 5)).boundary == "circular"  # all values known
+
+
 def test_other_layers() -> None:
     assert geometry_of(nn.Linear(3, 2)) == Dense()
     assert geometry_of(nn.Embedding(5, 3)) == Dense()
@@ -117,6 +128,8 @@ def test_other_layers() -> None:
         (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), "no convolution on a torus"),
         (nn.Conv2d(3, 4, 3, padding=1, padding_mode="replicate"), "no convolution on a torus"),
         (nn.Conv2d(3, 4, 3, padding=2, padding_mode="circular"), "does not give n/stride"),
+        (nn.Conv2d(3, 4, 2, padding=(0, 1), padding_mode="reflect"), "no convolution on a torus"),
+        (nn.Conv2d(3, 4, (1, 2), padding="same", padding_mode="reflect"), "on a torus"),
         (nn.Bilinear(2, 3, 4), "no geometry is known"),
     ],
 )
