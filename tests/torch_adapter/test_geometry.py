@@ -102,6 +102,32 @@ def test_recorder_follows_output_size_and_the_largest_input() -> None:
     assert circular.geometry(layer).input_shape is None
 
 
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_attributes_may_change_later_and_be_single_numbers(kind: Any) -> None:
+    layer = kind(2, 3, 3, padding=1, padding_mode="zeros").double()
+    model = nn.Sequential(layer)
+    attachment = specops.attach(None, model, specops.ClipSpectralNorm(0.5))
+    model(torch.zeros(1, 2, 4, 5, dtype=torch.float64))
+    attachment.step()
+    layer.stride, layer.dilation, layer.padding = 1, 2, (2, 2)
+    if kind is nn.ConvTranspose2d:
+        layer.stride = 2
+    layer.weight.data *= 3
+    model(torch.zeros(1, 2, 4, 5, dtype=torch.float64))
+    for act in (lambda: None, attachment.enforce):
+        act()
+        sigma = np.linalg.svd(layer_matrix(layer, 2, (4, 5)), compute_uv=False)
+        assert attachment.report()["0.weight"].norm == pytest.approx(sigma[0])
+    assert sigma[0] == pytest.approx(0.5)
+
+
+def test_a_circular_layer_may_have_single_numbers() -> None:
+    layer = nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular")
+    known = geometry_of(layer, input_shape=(4, 5))
+    layer.stride = layer.dilation = layer.padding = 1
+    assert geometry_of(layer, input_shape=(4, 5)) == known
+
+
 def test_where_nothing_is_padded_the_mode_says_nothing() -> None:
     unpadded = nn.Conv2d(3, 2, 3, padding_mode="reflect")
     assert geometry_of(unpadded) == geometry_of(nn.Conv2d(3, 2, 3))
