@@ -339,7 +339,8 @@ class BaseAttachment(ABC, Generic[C]):
             try:
                 used.append((c, c.used(self.steps + 1)))
             except SpecopsError as error:
-                raise type(error)(f"{c.name}, which nothing was folded for: {error}") from error
+                reason = str(error).removeprefix(f"{c.name}: ")
+                raise type(error)(f"{c.name}, which nothing was folded for: {reason}") from error
         for c, weight in used:
             with c.parameter.context():
                 c.parameter.write(weight)
