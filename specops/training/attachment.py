@@ -332,9 +332,7 @@ class BaseAttachment(ABC, Generic[C]):
 
     def _fold(self) -> None:
         used = []
-        for c in self._constrained:
-            if c.stage != "forward":
-                continue
+        for c in (c for c in self._constrained if c.stage == "forward"):
             c.parameter.check_writable()
             try:
                 used.append((c, c.used(self.steps + 1)))
