@@ -78,6 +78,8 @@ def convolution(
             padding = name.lower()
         elif name == "SAME_LOWER":
             padding = _same_lower(kernel, stride, dilation, input_shape)
+        elif name == "REFLECT" and set(kernel) == {1}:
+            padding = "valid"  # it adds nothing
         else:
             return Role(obstacle=f"padding {padding!r} is no convolution on a torus")
     else:

@@ -294,6 +294,8 @@ class Constrained(training.Constrained[Location]):
 
     def norm(self, following: Collection[torch.Tensor]) -> dict[str, Any]:
         """What a report says of it, and of it with the batch normalisation behind it, if any."""
+        if self.in_use is not None and self.needs_size:
+            return {}  # what its layer will use depends on it
         with torch.no_grad():
             w, geometry = self.used().detach(), self.geometry
         found = measured(w, geometry, self.rule)

@@ -8,6 +8,7 @@ from torch import nn
 
 from specops.errors import GeometryError, UnsupportedGeometryError
 from specops.geometry import Conv, Dense, Geometry
+from specops.geometry.arguments import every_axis
 from specops_torch.foreign_layers import foreign_role
 from specops_torch.own_forward import obstacle_of
 from specops_torch.role import Role
@@ -117,6 +118,8 @@ def _convolution(
     module: Any, input_shape: tuple[int, ...] | None, output_padding: tuple[int, ...] | None
 ) -> Role:
     mode = module.padding_mode
+    if mode != "zeros" and not _pads(module) and not _is_torus(module, input_shape):
+        mode = "zeros"  # of which none is read
     if mode == "circular" and not _circular_is_torus(module):
         return Role(
             obstacle=f"circular padding {module.padding} does not give n/stride outputs for a "
@@ -143,9 +146,34 @@ def _convolution(
         return Role(obstacle=str(error))
 
 
+def _pads(module: Any) -> bool:
+    """Whether anything is added to an input, so that the mode of padding matters."""
+    if module.padding == "same":
+        return any(k > 1 for k in module.kernel_size)
+    return any(_paddings(module))
+
+
+def _is_torus(module: Any, input_shape: tuple[int, ...] | None) -> bool:
+    """Whether the mode is circular and a layer of this input, or of any, a map on a torus."""
+    if module.padding_mode != "circular" or not _circular_is_torus(module):
+        return False
+    strides = every_axis(module.stride, len(module.kernel_size), "stride")
+    return input_shape is None or not any(n % s for n, s in zip(input_shape, strides, strict=True))
+
+
 def _circular_is_torus(module: Any) -> bool:
     """Whether ⌊(n + 2p − span)/s⌋ + 1 = n/s: span − s ≤ 2p < span on every axis."""
-    if isinstance(module.padding, str):
-        return bool(module.padding == "same")
-    axes = zip(module.kernel_size, module.stride, module.dilation, module.padding, strict=True)
+    if module.padding == "same":
+        return True
+    strides, dilations = (
+        every_axis(getattr(module, key), len(module.kernel_size), key)
+        for key in ("stride", "dilation")
+    )
+    axes = zip(module.kernel_size, strides, dilations, _paddings(module), strict=True)
     return all(d * (k - 1) + 1 - s <= 2 * p < d * (k - 1) + 1 for k, s, d, p in axes)
+
+
+def _paddings(module: Any) -> tuple[int, ...]:
+    """Of each axis, where it is not "same"."""
+    padding = 0 if module.padding == "valid" else module.padding
+    return every_axis(padding, len(module.kernel_size), "padding")

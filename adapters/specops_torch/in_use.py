@@ -322,7 +322,7 @@ class InUse:
         except GeometryError as error:
             if self.lenient and is_misfit(error, self.geometry, raw.shape):
                 return None
-            raise
+            raise type(error)(f"{self.name}: {error}") from error
 
 
 def _is_reset(parameter: torch.Tensor) -> bool:

@@ -8,7 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from specops.geometry.arguments import every_axis
 from specops_torch.geometry import role_of
+
+_OPTIONS = ("stride", "dilation", "padding")
 
 
 class SizeRecorder:
@@ -45,12 +48,14 @@ class SizeRecorder:
             given = args[0] if args else kwargs["input"]
             self.input_shape = tuple(int(n) for n in given.shape[-len(module.kernel_size) :])
 
-    def geometry(self, module: nn.Module) -> Any:
+    def geometry(self, module: Any) -> Any:
         """The module's geometry at the size seen, or for every size."""
         shape = None if self.circular and self.varies else self.input_shape
-        key = (shape, self.output_padding)
+        sizes = (shape, self.output_padding)
+        # What a layer reads at each call may change: strides for dilations, to mention one.
+        key = (sizes, module.stride, module.padding, module.dilation)
         if self._known is None or self._known[0] != key:
-            self._known = (key, role_of(module, "weight", *key).geometry)
+            self._known = (key, role_of(module, "weight", *sizes).geometry)
         return self._known[1]
 
     def state(self) -> dict[str, Any]:
@@ -90,15 +95,9 @@ class SizeRecorder:
     def _record_output_padding(
         self, module: Any, seen: tuple[int, ...], produced: tuple[int, ...]
     ) -> None:
-        axes = zip(
-            seen,
-            produced,
-            module.kernel_size,
-            module.stride,
-            module.dilation,
-            module.padding,
-            strict=True,
-        )
+        ndim = len(module.kernel_size)
+        options = (every_axis(getattr(module, key), ndim, key) for key in _OPTIONS)
+        axes = zip(seen, produced, module.kernel_size, *options, strict=True)
         extra = tuple(int(o - ((n - 1) * s + d * (k - 1) + 1 - 2 * p)) for n, o, k, s, d, p in axes)
         self._record_extra(extra)
 

@@ -270,9 +270,11 @@ class Conv:
                 )
             outputs, expected = (f, n * s) if self.transposed else (m, -(-n // s))
             if self.boundary == "circular" and outputs != expected:
+                divided = not self.transposed and n % s and span - s <= low + high < span
+                remedy = f", or sizes that the stride {s} divides" if divided else ""
                 raise GeometryError(
                     f"padding={self.padding!r} gives {outputs} outputs along axis {t}; a "
-                    f'circular convolution has {expected}. Use padding="same"'
+                    f'circular convolution has {expected}. Use padding="same"{remedy}'
                 )
             fine.append(f)
             coarse.append(m)

@@ -330,14 +330,13 @@ class BaseAttachment(ABC, Generic[C]):
 
     def _fold(self) -> None:
         used = []
-        for c in self._constrained:
-            if c.stage != "forward":
-                continue
+        for c in (c for c in self._constrained if c.stage == "forward"):
             c.parameter.check_writable()
             try:
                 used.append((c, c.used(self.steps + 1)))
             except SpecopsError as error:
-                raise type(error)(f"{c.name}, which nothing was folded for: {error}") from error
+                reason = str(error).removeprefix(f"{c.name}: ")
+                raise type(error)(f"{c.name}, which nothing was folded for: {reason}") from error
         for c, weight in used:
             with c.parameter.context():
                 c.parameter.write(weight)

@@ -66,10 +66,9 @@ class Constrained(Assigned, Generic[P]):
 
     @property
     def idle(self) -> str:
-        """Why the rule leaves the weight alone at present; a forward rule never does."""
-        if self.stage == "forward":
-            return ""
-        return self.parameter.frozen() or (UNSEEN if self.needs_size else "")
+        """Why the rule leaves the weight alone at present; empty if it does not."""
+        reason = "" if self.stage == "forward" else self.parameter.frozen()
+        return reason or (UNSEEN if self.needs_size else "")
 
     def is_of(self, parameter: P, assignment: Assignment) -> bool:
         """Whether a parameter that was listed anew is this weight."""

@@ -70,6 +70,11 @@ def test_bad_arguments(build: Any, message: str) -> None:
         ((4, 3, 5), Conv((3,), padding="valid"), "leaves no output"),
         ((4, 3, 3), Conv((8,), boundary="circular", padding="valid"), "circular convolution has 8"),
         ((4, 3, 3), Conv((8,), boundary="circular", padding=3), "circular convolution has 8"),
+        (
+            (4, 3, 2),
+            Conv((5,), stride=2, boundary="circular", padding=0),
+            'has 3. Use padding="same", or sizes that the stride 2 divides',
+        ),
         ((4, 3, 2), None, "needs a geometry"),
         ((4,), None, "needs a geometry"),
         ((), None, "needs a geometry"),

@@ -41,6 +41,7 @@ CONVOLUTIONS = [
     ({"kernel_size": (3,), "padding": "CAUSAL", "kernel_dilation": 2}, (9, 2)),
     ({"kernel_size": (3,), "padding": "VALID"}, (9, 2)),
     ({"kernel_size": (3, 3), "padding": "CIRCULAR"}, (6, 5, 2)),
+    ({"kernel_size": (1, 1), "strides": (2, 1), "padding": "REFLECT"}, (6, 5, 2)),  # pads nothing
     ({"kernel_size": (3, 3), "padding": 1, "feature_group_count": 2}, (4, 4, 4)),
     ({"kernel_size": (2, 2, 2), "padding": [(0, 1), (1, 0), (1, 1)]}, (3, 4, 3, 1)),
 ]
@@ -130,6 +131,7 @@ EQUINOX = [
         {"kernel_size": (3, 3), "padding": "SAME", "padding_mode": "CIRCULAR"},
         (2, 4, 5),
     ),
+    ("Conv", {"kernel_size": (2, 2), "padding_mode": "REFLECT"}, (2, 4, 5)),  # of no padding
     ("ConvTranspose", {"kernel_size": (3, 3), "stride": 2, "padding": 1}, (2, 4, 3)),
     (
         "ConvTranspose",

@@ -486,7 +486,7 @@ def test_circular_layers_of_odd_grids() -> None:
 
 
 def test_misfit_found_at_the_first_forward() -> None:
-    layer = nn.Conv2d(1, 2, 2, stride=2, padding_mode="circular", bias=False)
+    layer = nn.Conv2d(1, 2, 4, stride=2, padding=1, padding_mode="circular", bias=False)
     model = nn.Sequential(layer, nn.Flatten(), nn.Linear(18, 2))
     for plan in (CLIP, Plan([("0.*", CLIP)])):
         attachment = specops.attach(None, model, plan)

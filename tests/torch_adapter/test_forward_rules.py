@@ -459,13 +459,39 @@ def test_larger_inputs_later_are_noticed(kind: Any) -> None:
 
 
 def test_a_layer_that_turns_out_not_to_fit_is_skipped_by_a_bare_rule() -> None:
-    layer = nn.Conv2d(1, 2, 2, stride=2, padding_mode="circular", bias=False)
+    layer = nn.Conv2d(1, 2, 4, stride=2, padding=1, padding_mode="circular", bias=False)
     model = nn.Sequential(layer, nn.Flatten(), nn.Linear(18, 2))
     plain, x = copy.deepcopy(model), torch.randn(1, 1, 7, 7)
     attachment = specops.attach(None, model, SpectralNormalization(norm="operator"))
     assert torch.equal(model[:2](x), plain[:2](x))
     attachment.step()
     assert "3 outputs" in attachment.report()["0.weight"].reason
+
+
+def test_a_report_may_come_before_the_first_input() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Linear(4, 4))
+    attachment = specops.attach(None, model, SpectralNormalization(norm="operator", scale=2.0))
+    report = attachment.report()
+    assert report["0.weight"].rule
+    assert report["0.weight"].norm is None
+    assert "no input yet" in str(report)
+    assert report["1.weight"].norm == pytest.approx(2.0)
+    with pytest.raises(specops.errors.GeometryError) as raised:
+        attachment.detach(fold=True)
+    assert str(raised.value).count("0.weight") == 1
+    model(torch.zeros(1, 1, 6, 6))
+    assert attachment.report()["0.weight"].norm == pytest.approx(2.0, rel=0.02)
+    assert "no input yet" not in str(attachment.report())
+
+
+def test_a_layer_that_turns_out_not_to_fit_is_named() -> None:
+    layer = nn.Conv1d(3, 4, 4, stride=2, padding=1, padding_mode="circular")
+    model = nn.Sequential(layer)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rule = SpectralNormalization(norm="operator")
+    specops.attach(optimizer, model, specops.Plan([("0.weight", rule)]))
+    with pytest.raises(specops.errors.GeometryError, match=r"^0\.weight: .* gives 2 outputs"):
+        model(torch.zeros(1, 3, 5))
 
 
 def test_a_shared_module_is_normalised_in_both_places() -> None:

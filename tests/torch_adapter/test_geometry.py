@@ -38,6 +38,10 @@ LAYERS: list[tuple[Any, int, tuple[int, ...]]] = [
     (nn.Conv2d(3, 2, 3, stride=2, padding=1, padding_mode="circular"), 3, (4, 6)),
     (nn.Conv2d(3, 2, 4, stride=2, padding=1, padding_mode="circular"), 3, (4, 6)),
     (nn.Conv2d(2, 3, 2, stride=2), 2, (4, 6)),
+    (nn.Conv2d(3, 2, 1, padding_mode="reflect"), 3, (4, 5)),
+    (nn.Conv2d(3, 2, 1, padding="same", padding_mode="replicate"), 3, (4, 5)),
+    (nn.Conv2d(3, 2, 3, padding="valid", padding_mode="circular"), 3, (4, 5)),
+    (nn.Conv2d(2, 3, 2, stride=2, padding_mode="circular"), 2, (5, 6)),
     (nn.Conv3d(2, 2, 3, padding=1), 2, (3, 3, 2)),
     (nn.ConvTranspose1d(3, 4, 3, stride=2, padding=1, output_padding=1), 3, (4,)),
     (nn.ConvTranspose2d(3, 4, 3, stride=2, padding=1), 3, (3, 4)),
@@ -98,6 +102,39 @@ def test_recorder_follows_output_size_and_the_largest_input() -> None:
     assert circular.geometry(layer).input_shape is None
 
 
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_attributes_may_change_later_and_be_single_numbers(kind: Any) -> None:
+    layer = kind(2, 3, 3, padding=1, padding_mode="zeros").double()
+    model = nn.Sequential(layer)
+    attachment = specops.attach(None, model, specops.ClipSpectralNorm(0.5))
+    model(torch.zeros(1, 2, 4, 5, dtype=torch.float64))
+    attachment.step()
+    layer.stride, layer.dilation, layer.padding = 1, 2, (2, 2)
+    if kind is nn.ConvTranspose2d:
+        layer.stride = 2
+    layer.weight.data *= 3
+    model(torch.zeros(1, 2, 4, 5, dtype=torch.float64))
+    for act in (lambda: None, attachment.enforce):
+        act()
+        sigma = np.linalg.svd(layer_matrix(layer, 2, (4, 5)), compute_uv=False)
+        assert attachment.report()["0.weight"].norm == pytest.approx(sigma[0])
+    assert sigma[0] == pytest.approx(0.5)
+
+
+def test_a_circular_layer_may_have_single_numbers() -> None:
+    layer = nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular")
+    known = geometry_of(layer, input_shape=(4, 5))
+    layer.stride = layer.dilation = layer.padding = 1
+    assert geometry_of(layer, input_shape=(4, 5)) == known
+
+
+def test_where_nothing_is_padded_the_mode_says_nothing() -> None:
+    unpadded = nn.Conv2d(3, 2, 3, padding_mode="reflect")
+    assert geometry_of(unpadded) == geometry_of(nn.Conv2d(3, 2, 3))
+    pointwise = nn.Conv2d(3, 2, 1, padding="valid", padding_mode="circular")
+    assert geometry_of(pointwise, input_shape=(4, 5)).boundary == "circular"  # all values known
+
+
 def test_other_layers() -> None:
     assert geometry_of(nn.Linear(3, 2)) == Dense()
     assert geometry_of(nn.Embedding(5, 3)) == Dense()
@@ -117,6 +154,8 @@ def test_other_layers() -> None:
         (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), "no convolution on a torus"),
         (nn.Conv2d(3, 4, 3, padding=1, padding_mode="replicate"), "no convolution on a torus"),
         (nn.Conv2d(3, 4, 3, padding=2, padding_mode="circular"), "does not give n/stride"),
+        (nn.Conv2d(3, 4, 2, padding=(0, 1), padding_mode="reflect"), "no convolution on a torus"),
+        (nn.Conv2d(3, 4, (1, 2), padding="same", padding_mode="reflect"), "on a torus"),
         (nn.Bilinear(2, 3, 4), "no geometry is known"),
     ],
 )

@@ -147,7 +147,7 @@ def _role(layer: Any, shape: tuple[int, ...] | None) -> Role:
     if isinstance(layer, eqx.nn.Embedding):
         return Role(Dense(out_axes=(-1,)), opt_in=EMBEDDING)
     mode = layer.padding_mode.upper()
-    if mode not in ("ZEROS", "CIRCULAR"):
+    if mode not in ("ZEROS", "CIRCULAR") and _pads(layer):
         return Role(obstacle=f"padding_mode {mode.lower()!r} is no convolution on a torus")
     common = {
         "kernel": layer.kernel_size,
