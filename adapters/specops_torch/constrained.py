@@ -26,6 +26,7 @@ from specops_torch.in_use import InUse
 from specops_torch.location import Location
 from specops_torch.reading import answer_plainly, read_through
 from specops_torch.sharded import is_fully_sharded
+from specops_torch.sizes import FirstSize
 from specops_torch.unrecognised import refuse_sharded
 from specops_torch.writes import written
 
@@ -319,20 +320,6 @@ class Constrained(training.Constrained[Location]):
             state, self._state = self._state, None
             self.in_use.geometry = self.geometry
             self.in_use.load(state, self.location.parameter, drifting=self.drifting)
-
-
-class FirstSize:
-    """A forward pre-hook: the size of a convolution's first input, before its weight is read."""
-
-    def __init__(self, in_use: InUse) -> None:
-        self.in_use = in_use
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """The hook itself."""
-        in_use = self.in_use
-        if in_use.state is None and in_use.recorder is not None:
-            in_use.recorder.before(module, args, kwargs)
-            in_use.geometry = in_use.recorder.geometry(module)
 
 
 def _finite(weight: torch.Tensor) -> bool:

@@ -116,3 +116,17 @@ def unrecorded(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for recorder, state in zip(hooks, known, strict=True):
             vars(recorder).update(state)
+
+
+class FirstSize:
+    """A forward pre-hook: the size of a convolution's first input, before its weight is read."""
+
+    def __init__(self, in_use: Any) -> None:
+        self.in_use = in_use
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """The hook itself."""
+        in_use = self.in_use
+        if in_use.state is None and in_use.recorder is not None:
+            in_use.recorder.before(module, args, kwargs)
+            in_use.geometry = in_use.recorder.geometry(module)
