@@ -69,9 +69,17 @@ def row_blocks(follow: Tracked | None) -> int:
 
 
 def used(
-    raw: torch.Tensor, kind: Kind, in_use: Any, state: dict[str, torch.Tensor]
+    raw: torch.Tensor,
+    kind: Kind,
+    in_use: Any,
+    state: dict[str, torch.Tensor],
+    *,
+    as_measured: bool,
 ) -> torch.Tensor | None:
-    """The weight in use of a layer's own parameter; None where the rule's `apply` must do it."""
+    """The weight in use of a layer's own parameter; None where the rule's `apply` must do it.
+
+    `as_measured` are the state's norms those of the parameter as it is.
+    """
     if not ENABLED or not raw.is_cpu or raw.dtype not in DTYPES:
         return None
     if transformed() or unpack_dual(raw).tangent is not None:
@@ -91,7 +99,7 @@ def used(
         return None
     coefficients = []
     blocks = list(_blocks(vectors, raw.detach()))
-    if in_use.is_as_measured(raw, state):
+    if as_measured:
         norms = [norm.item() for norm in kind.follow.measured(state)]
     else:
         norms = [_along(*block) for block in blocks]

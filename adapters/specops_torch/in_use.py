@@ -136,10 +136,19 @@ class InUse:
         if self._written != written(self._source(raw)):
             self._look(raw)
         state = self.state
+        as_measured = self._is_as_measured(raw, state)
+        if as_measured is False and not self._fits(raw, state):
+            # Written to in a way that torch does not count.
+            self.measure(raw)
+            state = self.state
         if state is None:
             return raw  # not finite: the next step says so, or goes on, as the user chose
         kind = self._fused()
-        used = None if kind is None else fused.used(raw, kind, self, state)
+        used = (
+            None
+            if kind is None
+            else fused.used(raw, kind, self, state, as_measured=bool(as_measured))
+        )
         assert isinstance(raw, nn.Parameter)
         return WeightInUse.of(self._applied(raw, state) if used is None else used, raw)
 
@@ -236,14 +245,15 @@ class InUse:
         # On a device that would be waited for.
         self._saw_nothing = raw.is_cpu and state is not None and self._is_of_nothing(state)
 
-    def is_as_measured(self, raw: torch.Tensor, state: State) -> bool:
-        """Whether the norms of this state are of the parameter as it is.
+    def _is_as_measured(self, raw: torch.Tensor, state: State | None) -> bool | None:
+        """Whether norms of this state are of the parameter as it is; None where nothing tells.
 
         Writes that torch does not count show in a sample, or not at all. Another thread may have
         taken another state meanwhile.
         """
-        known = self._sample is not None and self._sample == sample(raw)
-        return known and self.state is state
+        then = self._sample
+        now = None if then is None else sample(raw)
+        return None if now is None or self.state is not state else now == then
 
     def is_fresh(self, raw: torch.Tensor) -> bool:
         """Whether the vectors are of the parameter as it is, steps in between included."""

@@ -179,6 +179,19 @@ def test_writes_that_torch_does_not_count_need_a_refresh() -> None:
     assert used(layer) == pytest.approx(1.0, rel=1e-4)
 
 
+@pytest.mark.parametrize("rule", [SN, SRN, SpectralNormalization(norm="operator")])
+def test_whole_writes_that_torch_does_not_count_are_seen_in_a_sample(rule: Any) -> None:
+    """As evolution strategies write, whose memory is often that of the tensor before."""
+    layer, _ = linear(6, 8, rule=rule)
+    for seed in range(6):
+        for scale in (1.0, 50.0):
+            vector = scale * torch.randn(48, generator=torch.Generator().manual_seed(seed))
+            nn.utils.vector_to_parameters(vector, layer.parameters())
+        assert used(layer) == pytest.approx(1.0, rel=1e-4)
+        raw(layer).data.copy_(torch.randn(6, 8))
+        assert used(layer) == pytest.approx(1.0, rel=1e-4)
+
+
 @pytest.mark.parametrize("recorded", [True, False], ids=["", "no_grad"])
 @pytest.mark.parametrize("rule", [SN, SRN], ids=["", "rank"])
 def test_lost_writes_are_said(rule: Any, recorded: bool) -> None:

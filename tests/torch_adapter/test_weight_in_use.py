@@ -421,7 +421,7 @@ def test_a_measured_norm_is_used_for_as_long_as_it_is_the_weights(
         optimizer.step()
         found.append(asks())
     assert found == [False, every > 1, False]
-    raw(layer).data.mul_(3.0)  # which torch does not count
+    raw(layer).data[0, 0, 0] *= 1.0001  # which torch does not count
     assert asks()
 
 
