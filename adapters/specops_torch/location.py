@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from specops.errors import AdapterError
+from specops.geometry import Conv
 from specops.training.parameter import Parameter
 from specops.training.weight import Weight
 from specops_torch.geometry import CONVOLUTIONS
-from specops_torch.sizes import SizeRecorder
+from specops_torch.sizes import DeclaredSize, SizeRecorder
 
 FROZEN = "frozen (requires_grad=False)"
 OUTSIDE = "not in this optimizer"
@@ -86,7 +87,10 @@ class Location(Parameter):
         """Record the sizes that a convolution sees until `unwatch`: inputs may grow."""
         if self.learns_size and self.recorder is None:
             self.recorder = SizeRecorder(self.module.padding_mode == "circular")
-            self._hook()
+            self._hook(self.recorder)
+        declared = self.weight.geometry if self.declared and not self.handles else None
+        if isinstance(self.module, CONVOLUTIONS) and isinstance(declared, Conv):
+            self._hook(DeclaredSize(self.weight.name, declared))
 
     def share(self, others: list[nn.Module], aliases: list[str]) -> None:
         """Other modules hold it since it was listed."""
@@ -94,15 +98,13 @@ class Location(Parameter):
         if set(others) == set(self.others):
             return
         self.others = others
-        if self.handles:
+        if self.handles and self.recorder is not None:
             self.unwatch()
-            self._hook()
+            self._hook(self.recorder)
 
-    def _hook(self) -> None:
-        assert self.recorder is not None
+    def _hook(self, hook: Any) -> None:
         for module in {id(m): m for m in (self.module, *self.others)}.values():
-            hook = module.register_forward_hook(self.recorder, with_kwargs=True)
-            self.handles.append(hook)
+            self.handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def unwatch(self) -> None:
         """Remove the hooks."""

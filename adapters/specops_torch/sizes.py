@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from specops.geometry import Conv
 from specops.geometry.arguments import every_axis
+from specops.training.cautions import caution
 from specops_torch.geometry import role_of
 
 _OPTIONS = ("stride", "dilation", "padding")
@@ -116,6 +118,33 @@ def unrecorded(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for recorder, state in zip(hooks, known, strict=True):
             vars(recorder).update(state)
+
+
+class DeclaredSize:
+    """A forward hook that says once if a convolution meets inputs that its declared map is not of.
+
+    Smaller ones with a zero boundary are parts of it, and bounded with it.
+    """
+
+    def __init__(self, name: str, geometry: Conv) -> None:
+        self.name, self.geometry, self.told = name, geometry, False
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """The hook itself."""
+        grid = self.geometry.grid
+        if self.told or grid is None:
+            return
+        given = args[0] if args else kwargs["input"]
+        seen = tuple(int(n) for n in given.shape[-len(grid) :])
+        covered = _largest(seen, grid) == grid
+        if seen == grid or (covered and self.geometry.boundary != "circular"):
+            return
+        self.told = True
+        caution(
+            f"{self.name} was declared as {self.geometry.describe()} and meets inputs of "
+            f"{'×'.join(map(str, seen))}, of which neither its rule nor reports speak: declare the "
+            f"size that it meets, or none, for every size"
+        )
 
 
 class FirstSize:

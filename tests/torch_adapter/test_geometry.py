@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -162,3 +163,30 @@ def test_other_layers() -> None:
 def test_layers_that_are_refused(layer: Any, message: str) -> None:
     with pytest.raises(errors.UnsupportedGeometryError, match=message):
         geometry_of(layer)
+
+
+@pytest.mark.parametrize(
+    ("boundary", "declared", "met", "told"),
+    [
+        ("zeros", 4, 6, True),
+        ("zeros", 6, 4, False),
+        ("zeros", 6, 6, False),
+        ("zeros", None, 6, False),
+        ("circular", 6, 4, True),
+        ("circular", 6, 6, False),
+    ],
+)
+def test_inputs_that_a_declared_map_is_not_of_are_told_once(
+    boundary: Any, declared: int | None, met: int, told: bool
+) -> None:
+    layer = nn.Conv2d(2, 3, 3, padding=1, padding_mode=boundary)
+    given = None if declared is None else (declared, declared)
+    maps = {"weight": Conv(given, padding="same", boundary=boundary)}
+    attachment = specops.attach(None, layer, specops.ClipSpectralNorm(1.0), geometries=maps)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            layer(torch.ones(1, 2, met, met))
+    assert [str(w.message).startswith("weight was declared") for w in seen] == [True] * told
+    attachment.detach()
+    assert not layer._forward_hooks
