@@ -30,19 +30,21 @@ class LinearOperator:
     shape : tuple of int
         (outputs, inputs): for a Conv (channels · grid) flattened, channels first; for a stack
         of matrices the shape of each.
+    like : array
+        Vectors have its namespace and device, and its dtype: that in which products are computed.
     dtype : dtype
-        Of the weight's library: that in which products are computed.
+        Of `like`.
     """
 
     def __init__(
         self,
         shape: tuple[int, int],
-        dtype: Any,
+        like: Array,
         forward: Products,
         backward: Products,
         matrix: Callable[[], Array],
     ) -> None:
-        self.shape, self.dtype = shape, dtype
+        self.shape, self.like, self.dtype = shape, like, like.dtype
         self._forward, self._backward, self._matrix = forward, backward, matrix
 
     def __repr__(self) -> str:
@@ -82,7 +84,7 @@ class LinearOperator:
             a = self.to_matrix()
             return arrays.adjoint(arrays.namespace(a), a)
 
-        return LinearOperator(self.shape[::-1], self.dtype, self._backward, self._forward, matrix)
+        return LinearOperator(self.shape[::-1], self.like, self._backward, self._forward, matrix)
 
     def to_matrix(self) -> Array:
         """The explicit matrix, (outputs, inputs): memory is the product of the two."""
@@ -174,12 +176,12 @@ def linear_operator(
     operator = _conv_operator(given.w, given.geometry)
     forward, backward = (_by_rows(xp, f) for f in (operator.matvec, operator.rmatvec))
     if not given.geometry.transposed:
-        return LinearOperator(operator.shape, given.w.dtype, forward, backward, operator.to_matrix)
+        return LinearOperator(operator.shape, given.w, forward, backward, operator.to_matrix)
     # The weight of a transposed convolution acts by its transpose, not its adjoint.
     plain = _conv_operator(arrays.conjugate(xp, given.w), given.geometry)
     return LinearOperator(
         operator.shape[::-1],
-        given.w.dtype,
+        given.w,
         _by_rows(xp, plain.rmatvec),
         _by_rows(xp, plain.matvec),
         lambda: xp.matrix_transpose(operator.to_matrix()),
@@ -202,9 +204,7 @@ def _of_matrix(xp: Namespace, matrix: Array) -> LinearOperator:
 
     outputs, inputs = (int(n) for n in matrix.shape[-2:])
     backward = products(arrays.adjoint(xp, matrix))
-    return LinearOperator(
-        (outputs, inputs), matrix.dtype, products(matrix), backward, lambda: matrix
-    )
+    return LinearOperator((outputs, inputs), matrix, products(matrix), backward, lambda: matrix)
 
 
 def _conv_operator(w: Array, geometry: Conv) -> ConvOperator:

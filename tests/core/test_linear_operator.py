@@ -209,3 +209,13 @@ class TestSciPy:
         a = specops.linear_operator(jnp.asarray(w), Conv((4, 4)))
         s = self.linalg.svds(a, k=1, return_singular_vectors=False)
         assert float(s[0]) == pytest.approx(float(specops.spectral_norm(w, Conv((4, 4)))))
+
+
+def test_measures_of_derivatives_take_it() -> None:
+    w, geometry = np.random.default_rng(0).standard_normal((3, 2, 3, 3)), Conv((6, 6), padding=1)
+    found = specops.measures.local_lipschitz(specops.linear_operator(w, geometry))
+    assert found.value == pytest.approx(float(specops.spectral_norm(w, geometry)), rel=1e-3)
+    a = w.reshape(6, 9) @ w.reshape(6, 9).T
+    ends = specops.measures.spectrum_ends(specops.linear_operator(a))
+    expected = np.linalg.eigvalsh(a)[[0, -1]]
+    np.testing.assert_allclose([ends.smallest, ends.largest], expected, rtol=1e-6, atol=1e-9)
