@@ -172,6 +172,10 @@ class Scales:
             raise AdapterError(
                 f"the state has scales {sorted(saved)}, expected {sorted(self.parameters)}"
             )
+        shapes = {key: tuple(torch.as_tensor(value).shape) for key, value in saved.items()}
+        wrong = [f"{key} of shape {shape}" for key, shape in shapes.items() if shape]
+        if wrong:
+            raise AdapterError(f"scales are numbers, and the state has {', '.join(wrong)}")
 
     def forget_gradients(self) -> None:
         """After a step: ``model.zero_grad()`` does not know these parameters."""

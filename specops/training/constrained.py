@@ -203,6 +203,10 @@ class Constrained(Assigned, Generic[P]):
                 f"{self.name}: the state holds NaN in {', '.join(map(repr, wrong))}: it was saved "
                 f"from a diverged run, or damaged since. Go on without it, or load another"
             )
+        sizes, known = saved.get("sizes"), self.parameter.sizes()
+        fields = [list(x) if isinstance(x, dict) else type(x) for x in (sizes, known)]
+        if sizes is not None and known is not None and fields[0] != fields[1]:
+            raise AdapterError(f"{self.name}: the state's sizes are damaged: {sizes!r}")
         if self.stage != "forward" or not self.state or not found:
             return
         expected = {key: tuple(x.shape) for key, x in self.state.items()}

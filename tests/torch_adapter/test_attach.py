@@ -220,6 +220,23 @@ def test_foreign_state_is_refused() -> None:
         attachment.load_state_dict(state)
 
 
+def test_a_damaged_state_is_refused_before_anything_is_taken_from_it() -> None:
+    model = network()
+    rule = SpectralNormalization(norm="reshaped", scale=specops.TrainableScale())
+    attachment = specops.attach(None, model, rule)
+    model(torch.randn(2, 2, 8, 8))
+    for damage, match in (
+        (lambda s: s["scales"].update({"0.weight": torch.ones(3)}), r"0\.weight of shape \(3,\)"),
+        (lambda s: s["weights"]["0.weight"].update(sizes=7), r"0\.weight: .* sizes are damaged: 7"),
+        (lambda s: s["weights"]["0.weight"]["sizes"].pop("varies"), "sizes are damaged"),
+    ):
+        state = copy.deepcopy(attachment.state_dict()) | {"steps": 5}
+        damage(state)
+        with pytest.raises(errors.AdapterError, match=match):
+            attachment.load_state_dict(state)
+        assert attachment.steps == 0
+
+
 @pytest.mark.parametrize(
     "rule",
     [
