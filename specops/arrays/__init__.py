@@ -17,7 +17,6 @@ from specops.arrays.dtypes import (
 )
 from specops.arrays.entries import (
     add_at,
-    add_diagonal,
     adjoint,
     all_finite,
     argmax,
@@ -26,7 +25,9 @@ from specops.arrays.entries import (
     conjugate,
     largest_entry,
     magnitude,
+    nonzero,
     power_below,
+    real_part,
 )
 from specops.arrays.entry import entry
 from specops.arrays.kinds import is_array, namespace
@@ -47,7 +48,7 @@ from specops.arrays.placement import (
 )
 from specops.arrays.products import along_axis, ieee_products, in_full_precision, matmul
 from specops.arrays.records import record
-from specops.arrays.solvers import has_cholesky, try_cholesky
+from specops.arrays.solvers import try_cholesky
 from specops.arrays.tracing import (
     compiled,
     cond,
@@ -64,7 +65,6 @@ from specops.arrays.tracing import (
 
 __all__ = [
     "add_at",
-    "add_diagonal",
     "adjoint",
     "all_finite",
     "along_axis",
@@ -85,7 +85,6 @@ __all__ = [
     "expanded",
     "fori",
     "from_host",
-    "has_cholesky",
     "ieee_products",
     "in_double",
     "in_full_precision",
@@ -100,9 +99,11 @@ __all__ = [
     "magnitude",
     "matmul",
     "namespace",
+    "nonzero",
     "on_host",
     "power_below",
     "real_dtype",
+    "real_part",
     "record",
     "rounded",
     "seen",

@@ -76,6 +76,16 @@ def conjugate(xp: Namespace, x: Array) -> Array:
     return xp.conj(x) if is_complex(x) else x
 
 
+def real_part(xp: Namespace, x: Array) -> Array:
+    """Real part; real arrays as they are."""
+    return xp.real(x) if is_complex(x) else x
+
+
+def nonzero(xp: Namespace, x: Array) -> Array:
+    """`x` as a divisor: 1 where it is 0."""
+    return xp.where(x == 0, xp.ones_like(x), x)
+
+
 def adjoint(xp: Namespace, a: Array) -> Array:
     """Conjugate transpose of the last two axes."""
     return conjugate(xp, xp.matrix_transpose(a))

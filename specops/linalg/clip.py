@@ -48,14 +48,13 @@ class Clipped:
 
         Of `final` to the nearest matrix to `a` of norm at most `limit`; 0 where `a` is `within`.
         """
-        whole = _squared(xp, a)
-        whole = xp.where(whole > 0, whole, xp.ones_like(whole))
+        whole = arrays.nonzero(xp, _squared(xp, a))
         if self.error is not None:
             gap = (self.error + xp.sqrt(_squared(xp, final - self.matrices))) ** 2 / whole
         else:
             removed = a - self.matrices
-            product = xp.sum(arrays.conjugate(xp, removed) * self.matrices, axis=(-2, -1))
-            product = xp.real(product) if arrays.is_complex(a) else product
+            product = arrays.conjugate(xp, removed) * self.matrices
+            product = arrays.real_part(xp, xp.sum(product, axis=(-2, -1)))
             dual = 0.5 * _squared(xp, removed) + product - limit * self.removed
             gap = 2.0 * (0.5 * _squared(xp, a - final) - dual) / whole
             gap = xp.where(gap > 0, gap, xp.zeros_like(gap))

@@ -139,7 +139,7 @@ def _leading_vector(
 
     start = start / arrays.magnitude(xp, start, axis=(1, 2))
     start = _safe_divide(xp, start, xp.linalg.vector_norm(start, axis=(1, 2), keepdims=True))
-    real = xp.real(start) if arrays.is_complex(start) else start
+    real = arrays.real_part(xp, start)
     basis = _grow(xp, start, size + 1, columns)
     inside = arrays.zeros((blocks, size + 1, size + 1), like=real)
     ritz = arrays.zeros((blocks, size, size), like=real)
@@ -165,8 +165,7 @@ def _step(
     every = slice(None)
     image = operator.matvec(xp.reshape(basis[:, j, :], (-1,)))
     x = xp.reshape(operator.rmatvec(image), (operator.blocks, -1))
-    along = xp.sum(arrays.conjugate(xp, basis[:, j, :]) * x, axis=-1)
-    along = xp.real(along) if arrays.is_complex(along) else along
+    along = arrays.real_part(xp, xp.sum(arrays.conjugate(xp, basis[:, j, :]) * x, axis=-1))
     # What the recurrence knows is most of what x has in the basis; one pass then does for the rest.
     for coupling, i in ((along, j), (inside[:, j - 1, j], j - 1)):
         x = x - xp.astype(coupling, x.dtype)[:, None] * basis[:, i, :]

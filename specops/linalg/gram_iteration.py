@@ -24,7 +24,7 @@ def gram_iteration(xp: Namespace, a: Array, steps: int = 6) -> Array:
     logarithm = xp.zeros_like(frobenius(xp, gram))
     for step in range(steps):
         norm = frobenius(xp, gram)
-        safe = xp.where(norm > 0, norm, xp.ones_like(norm))
+        safe = arrays.nonzero(xp, norm)
         logarithm = 2.0 * logarithm + xp.log(safe) if step else xp.log(safe)
         gram = gram / xp.astype(safe, gram.dtype)[..., None, None]
         if step + 1 < steps:

@@ -42,7 +42,7 @@ def polar_by_products(xp: Namespace, a: Array) -> tuple[Array, Array]:
     Amsel, Persson, Musco & Gower 2025, "The Polar Express".
     """
     largest = gram_iteration(xp, a)
-    safe = xp.astype(xp.where(largest > 0, largest, xp.ones_like(largest)), a.dtype)
+    safe = xp.astype(arrays.nonzero(xp, largest), a.dtype)
     eps = arrays.epsilon(a.dtype)
     x = polar_iteration(xp, a / safe[..., None, None], _POLAR[eps])
     xh = arrays.adjoint(xp, x)

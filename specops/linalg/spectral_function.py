@@ -86,7 +86,7 @@ def _expanded(
     k = uh @ h @ v
     kh = arrays.adjoint(xp, k)
     diagonal = xp.linalg.diagonal(k)
-    moved = s + (xp.real(diagonal) if arrays.is_complex(k) else diagonal)
+    moved = s + arrays.real_part(xp, diagonal)
     values = function(moved)[0]
     held, slopes = function(s)
     identity = xp.eye(s.shape[-1], dtype=s.dtype, device=arrays.device_of(s))
@@ -111,7 +111,7 @@ def _differences(xp: Namespace, s: Array, f: Array, slopes: Array) -> Array:
     apart = left - right
     smooth = slopes[..., :, None] == slopes[..., None, :]
     near = xp.abs(apart) <= arrays.epsilon(s.dtype) ** 0.5 * (left + right)
-    quotient = (f[..., :, None] - f[..., None, :]) / _divisor(xp, apart)
+    quotient = (f[..., :, None] - f[..., None, :]) / arrays.nonzero(xp, apart)
     return xp.where(near & smooth, slopes[..., :, None] + 0.0 * apart, quotient)
 
 
@@ -122,8 +122,4 @@ def _sums(xp: Namespace, s: Array, f: Array, slopes: Array) -> Array:
 
 
 def _ratio(xp: Namespace, f: Array, s: Array, slopes: Array) -> Array:
-    return xp.where(s == 0, slopes, f / _divisor(xp, s))
-
-
-def _divisor(xp: Namespace, x: Array) -> Array:
-    return xp.where(x == 0, xp.ones_like(x), x)
+    return xp.where(s == 0, slopes, f / arrays.nonzero(xp, s))

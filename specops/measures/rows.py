@@ -25,5 +25,5 @@ def unit_rows(x: Array) -> Array:
         return x
     flat = flat / arrays.magnitude(xp, flat, axis=-1)
     norms = xp.linalg.vector_norm(flat, axis=-1, keepdims=True)
-    unit = flat / xp.where(norms == 0, xp.ones_like(norms), norms)
+    unit = flat / arrays.nonzero(xp, norms)
     return xp.reshape(xp.astype(unit, x.dtype), x.shape)

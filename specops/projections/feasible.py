@@ -35,7 +35,7 @@ def store_within(
     eps = arrays.epsilon(dtype)
     # Half precision is too coarse to give away a unit at the first attempt.
     first = -6 if eps > 1e-4 else 1
-    factor = xp.ones_like(xp.real(x) if arrays.is_complex(x) else x)
+    factor = xp.ones_like(arrays.real_part(xp, x))
     factor = factor[(..., *([0] * (x.ndim - batch)))]
 
     def stored(x: Array, offset: Array | None, factor: Array, late: Any) -> Array:

@@ -75,7 +75,7 @@ def store_below(
         if finished or (finished is None and round_ == _STORE_ROUNDS_WHEN_TRACED[rounds]):
             break
         growth = candidates.growth
-        excess = (rank - limit) / xp.where(growth > 0, growth, xp.ones_like(growth))
+        excess = (rank - limit) / arrays.nonzero(xp, growth)
         squared = g**2 - 1.5 * excess
         less = xp.sqrt(xp.where(squared > 0, squared, xp.zeros_like(squared)))
         least_change = g * (1.0 - min(0.5, eps * 2.0 ** (round_ - 5)))
@@ -88,18 +88,13 @@ def _in_range(xp: Namespace, x: Array, dtype: Any, batch: int) -> Array:
     if arrays.dtype_name(dtype) != "float16":
         return x
     largest = xp.max(xp.abs(x), axis=tuple(range(batch, x.ndim)), keepdims=True)
-    factor = _LARGEST_HALF / nonzero(xp, largest)
+    factor = _LARGEST_HALF / arrays.nonzero(xp, largest)
     return x * xp.where(largest > _LARGEST_HALF, factor, xp.ones_like(factor))
 
 
 def energy(xp: Namespace, a: Array) -> Array:
     """Squared Frobenius norms; row by row, so that single precision sums stay accurate."""
     return xp.sum(xp.sum(xp.abs(a) ** 2, axis=-1), axis=-1)
-
-
-def nonzero(xp: Namespace, x: Array) -> Array:
-    """`x` as a divisor: 1 where it is 0."""
-    return xp.where(x == 0, xp.ones_like(x), x)
 
 
 def shape_of(value: Any) -> str:

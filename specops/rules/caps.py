@@ -99,8 +99,7 @@ class NormalizeIfAbove(Cap):
         # A little below, so that rounding stays inside.
         target = bound * (1.0 - 4.0 * arrays.epsilon(weight.dtype))
         factors = tuple(
-            xp.where(n > bound, target / xp.where(n > 0, n, xp.ones_like(n)), xp.ones_like(n))
-            for n in before
+            xp.where(n > bound, target / arrays.nonzero(xp, n), xp.ones_like(n)) for n in before
         )
         if arrays.truth(xp.all(xp.stack([xp.all(f == 1.0) for f in factors]))):
             result = weight
@@ -213,7 +212,7 @@ def figure(xp: Namespace, norms: tuple[Array, ...]) -> Array:
 def _soft_cap(xp: Namespace, a: Array, top: Array) -> tuple[Array, Array]:
     """(matrices with values at most 1, their norms) from matrices of norms `top`."""
     top = xp.where(xp.isfinite(top), top, xp.zeros_like(top))
-    down = xp.where(top > _FAR, _FAR / xp.where(top > 0, top, xp.ones_like(top)), xp.ones_like(top))
+    down = xp.where(top > _FAR, _FAR / arrays.nonzero(xp, top), xp.ones_like(top))
     a, top = a * down[..., None, None], top * down
     rounds = _CAP_ROUNDS_WHEN_TRACED
     if arrays.is_concrete(top):

@@ -33,7 +33,7 @@ def normalize(w: Array, follow: Tracked, state: State, scale: Any = 1.0) -> Arra
     """
     xp = arrays.namespace(w)
     a = _near_one(xp, w)
-    factors = tuple(scale / _nonzero(xp, n) for n in follow.norms(a, state))
+    factors = tuple(scale / arrays.nonzero(xp, n) for n in follow.norms(a, state))
     return xp.astype(follow.scaled(a, factors), w.dtype)
 
 
@@ -63,7 +63,7 @@ def limit_stable_rank(w: Array, follow: Tracked, state: State, ratio: Any) -> Ar
     xp = arrays.namespace(w)
     a = _near_one(xp, w)
     norms = follow.norms(a, state)
-    unit = follow.scaled(a, tuple(1.0 / _nonzero(xp, n) for n in norms))
+    unit = follow.scaled(a, tuple(1.0 / arrays.nonzero(xp, n) for n in norms))
     there = tuple(xp.astype(n != 0, n.dtype) for n in norms)
     if isinstance(follow, TrackedOperator):
         if min(follow.geometry.sizes(tuple(w.shape)).matrix_shape()) == 1:
@@ -101,12 +101,12 @@ def stable_ranks(w: Array, follow: Tracked, state: State, ratio: Any) -> tuple[A
         sizes = follow.geometry.sizes(tuple(w.shape))
         for x, norm, ranks in ((a, norms[0], before), (used, along, after)):
             squared = ConvOperator(follow.geometry.kernel(x), sizes).squared_frobenius()
-            ranks.append(squared / _nonzero(xp, norm) ** 2)
+            ranks.append(squared / arrays.nonzero(xp, norm) ** 2)
     else:
         assert isinstance(follow, TrackedBlocks)
         for block, norm in zip(follow.geometry.blocks(a), norms, strict=True):
             squared = xp.sum(xp.abs(block) ** 2, axis=(-2, -1))
-            rank = squared / _nonzero(xp, norm) ** 2
+            rank = squared / arrays.nonzero(xp, norm) ** 2
             most = ratio * min(block.shape[-2:]) + xp.zeros_like(rank)
             most = xp.where(most > 1.0, most, xp.ones_like(most))
             before.append(xp.max(rank))
@@ -140,9 +140,9 @@ def _limited_operator(
     safe = xp.where(used, weights, xp.ones_like(weights))
     dual = xp.where(used, e / safe, xp.zeros_like(e))
     energy = xp.sum(xp.abs(dual) ** 2 * weights)
-    lead = xp.astype(there / _nonzero(xp, energy), dual.dtype) * dual
+    lead = xp.astype(there / arrays.nonzero(xp, energy), dual.dtype) * dual
     rest = xp.where(used, z - lead, xp.zeros_like(z))
-    least = 1.0 / _nonzero(xp, energy)
+    least = 1.0 / arrays.nonzero(xp, energy)
     # No matrix has a stable rank below 1, so a smaller ratio asks for 1.
     room = ratio * min(sizes.matrix_shape()) - least
     at_one = 1.0 - least
@@ -161,10 +161,6 @@ def _factor(xp: Namespace, room: Any, squared: Array) -> Array:
     over = squared > room
     safe = xp.where(over, squared, xp.ones_like(squared))
     return xp.where(over, xp.sqrt(room) / xp.sqrt(safe), xp.ones_like(squared))
-
-
-def _nonzero(xp: Namespace, x: Array) -> Array:
-    return xp.where(x != 0, x, xp.ones_like(x))
 
 
 def check_ratio(ratio: Any) -> Any:

@@ -85,7 +85,7 @@ def matrix_norms(xp: Namespace, matrices: Array) -> Array:
         u, _, vh = svd(xp, arrays.stop_gradient(a))
         v = arrays.adjoint(xp, vh[..., :1, :])
         product = xp.sum(arrays.conjugate(xp, u[..., :1]) * arrays.matmul(a, v), axis=(-2, -1))
-        return _real(xp, product)
+        return arrays.real_part(xp, product)
 
     return arrays.with_derivative(lambda a: svdvals(xp, a)[..., 0], along_leading_pair, matrices)
 
@@ -119,8 +119,8 @@ def torus_norm(xp: Namespace, kernel: Array, symbol: Symbol) -> Array:
         outer = arrays.conjugate(xp, u[:, None] * vh[None, :])
         phases = arrays.complex_of(xp, cos, sin)[:, None, None]
         if arrays.is_complex(own):
-            return _real(xp, xp.sum(own * (outer * phases)))
-        return xp.sum(own * _real(xp, outer * phases))
+            return arrays.real_part(xp, xp.sum(own * (outer * phases)))
+        return xp.sum(own * arrays.real_part(xp, outer * phases))
 
     return arrays.with_derivative(
         lambda k: leading_block(xp, k, symbol).norm, along_leading_pair, kernel
@@ -144,7 +144,7 @@ def lanczos_norm(xp: Namespace, kernel: Array, sizes: ConvSizes) -> Array:
     def along_leading_pair(kernel: Array) -> Array:
         u, _, v = triplet(arrays.stop_gradient(kernel))
         image = ConvOperator(kernel, sizes).matvec(v)
-        return _real(xp, xp.sum(arrays.conjugate(xp, u) * image))
+        return arrays.real_part(xp, xp.sum(arrays.conjugate(xp, u) * image))
 
     return arrays.with_derivative(lambda k: triplet(k)[1], along_leading_pair, kernel)
 
@@ -177,7 +177,3 @@ def plane_wave(xp: Namespace, kernel: Array, sizes: ConvSizes) -> Array:
     noise = arrays.constant(noise / np.linalg.norm(noise, axis=1, keepdims=True), kernel)
     # As long as a plane wave of that window, which its real part alone need not be.
     return xp.reshape(wave + xp.linalg.vector_norm(window) * noise, (-1,))
-
-
-def _real(xp: Namespace, x: Array) -> Array:
-    return xp.real(x) if arrays.is_complex(x) else x

@@ -154,9 +154,8 @@ def _of_values(w: Array, geometry: Geometry | None, function: Any) -> Any:
 
 def _entropy_rank(xp: Namespace, values: Array) -> Array:
     total = xp.sum(values, axis=-1, keepdims=True)
-    fraction = values / xp.where(total == 0, xp.ones_like(total), total)
-    safe = xp.where(fraction == 0, xp.ones_like(fraction), fraction)
-    rank = xp.exp(-xp.sum(fraction * xp.log(safe), axis=-1))
+    fraction = values / arrays.nonzero(xp, total)
+    rank = xp.exp(-xp.sum(fraction * xp.log(arrays.nonzero(xp, fraction)), axis=-1))
     return xp.where(total[..., 0] == 0, xp.zeros_like(rank), rank)
 
 

@@ -161,7 +161,7 @@ class AlongGradient:
         """The nearest kernel whose norm along the gradient is lower by the amount."""
         xp, g = arrays.namespace(w), state[GRADIENT]
         squared = xp.sum(xp.abs(g) ** 2)
-        factor = amounts[0] / xp.where(squared > 0, squared, xp.ones_like(squared))
+        factor = amounts[0] / arrays.nonzero(xp, squared)
         return w - xp.astype(factor, w.dtype) * g
 
     def scaled(self, w: Array, factors: tuple[Array, ...]) -> Array:

@@ -304,8 +304,7 @@ def beside(xp: Namespace, x: Array, leading: Array, stir: float = 0.0) -> Array:
 
 def along(xp: Namespace, a: Array, u: Array, v: Array) -> Array:
     """Re⟨u, Av⟩."""
-    product = xp.sum(arrays.conjugate(xp, u) * _image(a, v), axis=-1)
-    return xp.real(product) if arrays.is_complex(product) else product
+    return arrays.real_part(xp, xp.sum(arrays.conjugate(xp, u) * _image(a, v), axis=-1))
 
 
 def _image(a: Array, v: Array) -> Array:
@@ -333,8 +332,8 @@ def unit(xp: Namespace, x: Array, fallback: Array | None) -> tuple[Array, Array]
 
 
 def inner(xp: Namespace, w: Array, other: Array) -> Array:
-    product = xp.sum(w * arrays.conjugate(xp, other))
-    return xp.real(product) if arrays.is_complex(product) else product
+    """Re⟨other, w⟩ of two arrays of one shape."""
+    return arrays.real_part(xp, xp.sum(w * arrays.conjugate(xp, other)))
 
 
 def filled(values: np.ndarray, like: Array) -> Array:

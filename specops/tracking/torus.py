@@ -117,5 +117,4 @@ def _generic(columns: int) -> np.ndarray:
 def _unit(xp: Namespace, x: Array) -> tuple[Array, Array]:
     """(columns over their lengths, the lengths) of vectors near 1 or 0."""
     norm = xp.linalg.vector_norm(x, axis=(-2, -1), keepdims=True)
-    safe = xp.where(norm > 0, norm, xp.ones_like(norm))
-    return x / xp.astype(safe, x.dtype), norm[..., 0, 0]
+    return x / xp.astype(arrays.nonzero(xp, norm), x.dtype), norm[..., 0, 0]

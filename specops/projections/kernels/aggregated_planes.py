@@ -204,5 +204,4 @@ def _of_two(
 
 
 def _inner(xp: Namespace, x: Array, y: Array) -> Array:
-    product = xp.sum(arrays.conjugate(xp, x) * y)
-    return xp.real(product) if arrays.is_complex(product) else product
+    return arrays.real_part(xp, xp.sum(arrays.conjugate(xp, x) * y))

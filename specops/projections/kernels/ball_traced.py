@@ -91,7 +91,7 @@ def project_traced(
         kept = support.unseen(xp, geometry.kernel(arrays.to_compute(xp, stored) / given.scale))
         primal = primal + 0.5 * xp.sum(xp.abs(unseen - kept) ** 2)
     squared = xp.sum(xp.abs(x0) ** 2)
-    gap = 2.0 * (primal - found.dual) / xp.where(squared > 0, squared, xp.ones_like(squared))
+    gap = 2.0 * (primal - found.dual) / arrays.nonzero(xp, squared)
     gap = xp.where(inside | (gap < 0), xp.zeros_like(gap), gap)
     unit = given.scale / problem.certificate
     norms = found.before * unit, _norm_of(xp, problem, found, after, limit) * unit
@@ -116,7 +116,7 @@ def _norm_of(
         return largest(xp, problem.support, after)
     # Squares of tiny limits would vanish.
     stored, size = (xp.sqrt(xp.sum(xp.abs(x / limit) ** 2)) for x in (after, found.x))
-    norm = found.norm * stored / xp.where(size > 0, size, xp.ones_like(size))
+    norm = found.norm * stored / arrays.nonzero(xp, size)
     norm = xp.where(norm < limit, norm, limit)
     return xp.where(found.before <= limit, found.before, norm)
 

@@ -16,7 +16,7 @@ import numpy as np
 from specops import arrays
 from specops.geometry import Conv
 from specops.maps.prepare import Prepared
-from specops.projections.feasible_rank import Candidates, nonzero
+from specops.projections.feasible_rank import Candidates
 from specops.projections.kernels.taps import taps_of
 from specops.typing import Array, Namespace
 
@@ -40,19 +40,18 @@ def kernel_candidates(
 
     def inner(x: Array, y: Array) -> Array:
         """Re⟨x, y⟩ tap by tap, over the taps that reach the grid."""
-        product = x * arrays.conjugate(xp, y)
-        product = xp.real(product) if arrays.is_complex(product) else product
+        product = arrays.real_part(xp, x * arrays.conjugate(xp, y))
         per_tap = xp.sum(xp.sum(product, axis=-1), axis=-1)
         return xp.where(used, per_tap, xp.zeros_like(per_tap))
 
     def rank(x: Array) -> Array:
         along = xp.sum(inner(x, e))
-        ratio = xp.sum(weights * inner(x, x)) / nonzero(xp, along) ** 2
+        ratio = xp.sum(weights * inner(x, x)) / arrays.nonzero(xp, along) ** 2
         worst = xp.full_like(ratio, math.inf)
         return xp.where(along > 0, ratio, xp.where(along < 0, worst, 0.0 * ratio))
 
     e_squares = inner(e, e)
-    dual = nonzero(xp, xp.sum(e_squares / weights))
+    dual = arrays.nonzero(xp, xp.sum(e_squares / weights))
     ray = z
     if len(set(taps.weights[taps.weights > 0])) > 1:
         stats = (weights, inner(z, z), inner(z, e), e_squares)
@@ -62,14 +61,14 @@ def kernel_candidates(
     # The part along the direction, to which the rest is orthogonal in the weighted product.
     fixed = _by_tap(along / (weights * dual), e) * e
     rest = ray - fixed
-    energy = nonzero(xp, xp.sum(weights * inner(rest, rest)))
+    energy = arrays.nonzero(xp, xp.sum(weights * inner(rest, rest)))
     with_fixed, with_rest = xp.sum(inner(z, fixed)), xp.sum(inner(z, rest))
     squares = [xp.sum(inner(x, y)) for x, y in ((fixed, fixed), (fixed, rest), (rest, rest))]
 
     def weight(g: Array) -> Array:
         # The foot of the perpendicular from the weight on the ray of this g.
         length = squares[0] + 2.0 * g * squares[1] + g**2 * squares[2]
-        along_ray = (with_fixed + g * with_rest) / nonzero(xp, length)
+        along_ray = (with_fixed + g * with_rest) / arrays.nonzero(xp, length)
         along_ray = xp.where(along_ray > 0, along_ray, xp.zeros_like(along_ray))
         x = along_ray * (fixed + g * rest)
         if taps.folds:
@@ -85,7 +84,7 @@ def kernel_candidates(
     least = 1.0 / dual
     room = xp.where(reduced > least, reduced - least, xp.zeros_like(least))
     wanted = xp.sqrt(room / energy) * along
-    growth = energy / nonzero(xp, along) ** 2
+    growth = energy / arrays.nonzero(xp, along) ** 2
     return Candidates(weight, stored_rank, wanted, growth), rank(z), least
 
 
@@ -178,7 +177,7 @@ def _differentiable(
     mixed = of_z_ * of_e + of_z * of_e_
     changes = d * 2.0 * (of_z * of_z_ * zz + mixed * ze + of_e * of_e_ * ee) / pole**2
     slope = xp.sum(changes - 2.0 * energies * pole_ / pole) - 2.0 * r * along * along_
-    step = excess / nonzero(xp, arrays.stop_gradient(slope))
+    step = excess / arrays.nonzero(xp, arrays.stop_gradient(slope))
     tau = tau - (step - arrays.stop_gradient(step))
     pole, _, of_z, of_e = _ray(xp, tau, d, r, ze, ee)
     return sign * of_z / pole, sign * of_e / pole

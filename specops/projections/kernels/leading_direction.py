@@ -14,7 +14,7 @@ from specops.linalg.golub_kahan import OF_VECTORS, largest_singular_triplet
 from specops.linalg.spectral_function import leading_pair
 from specops.maps.convolution import ConvOperator
 from specops.maps.symbol import Symbol, symbol_of
-from specops.projections.feasible_rank import nonzero, shape_of
+from specops.projections.feasible_rank import shape_of
 from specops.spectra.norms import SMALL_OPERATOR, plane_wave
 from specops.spectra.torus import leading_block, leading_matrix
 from specops.typing import Array, Namespace
@@ -45,10 +45,10 @@ def leading_direction(
         start = _start(xp, operator, start)
         tolerance = OF_VECTORS * arrays.epsilon(kernel.dtype)
         _, _, v = largest_singular_triplet(xp, operator, start, tolerance=tolerance)
-        v = v / nonzero(xp, xp.linalg.vector_norm(v))
+        v = v / arrays.nonzero(xp, xp.linalg.vector_norm(v))
     # The pair's own image, so that u is a unit vector whether or not v has converged.
     u = operator.matvec(v)
-    u = u / nonzero(xp, xp.linalg.vector_norm(u))
+    u = u / arrays.nonzero(xp, xp.linalg.vector_norm(u))
     return operator.gradient(u, v), v if iterated else None
 
 
@@ -58,7 +58,7 @@ def _leading_vector(xp: Namespace, matrix: Array) -> Array:
 
     def turned(matrix: Array, u: Array, _: Array) -> Array:
         v = arrays.adjoint(xp, leading_pair(xp, matrix)) @ u
-        return v / nonzero(xp, xp.linalg.vector_norm(v))
+        return v / arrays.nonzero(xp, xp.linalg.vector_norm(v))
 
     v = arrays.conjugate(xp, vh[0, :])
     return arrays.with_derivative(lambda matrix, u, v: v, turned, matrix, u[:, 0], v)

@@ -10,7 +10,7 @@ from specops.linalg.lobpcg import leading_triplets
 from specops.linalg.spectral_function import spectral_function
 from specops.maps.matrix import MatrixOperator
 from specops.maps.prepare import MatrixBlock
-from specops.projections.feasible_rank import Candidates, energy, nonzero, shape_of
+from specops.projections.feasible_rank import Candidates, energy, shape_of
 from specops.typing import Array, Namespace
 
 _ITERATE_ABOVE = 2**25
@@ -50,14 +50,14 @@ def matrix_candidates(
     rest = a - fixed
     room = xp.where(reduced * first > stays, reduced * first - stays, xp.zeros_like(first))
     squared_rest = energy(xp, rest)
-    safe_rest = nonzero(xp, squared_rest)
+    safe_rest = arrays.nonzero(xp, squared_rest)
     leading = v[..., :1]
 
     def weight(g: Array) -> Array:
         along = xp.ones_like(g)
         if preserve == 0:
             # The foot of the perpendicular from A on the ray of this g.
-            along = (first + g * squared_rest) / nonzero(xp, first + g**2 * squared_rest)
+            along = (first + g * squared_rest) / arrays.nonzero(xp, first + g**2 * squared_rest)
         along, g = along[..., None, None], g[..., None, None]
         return along * (fixed + g * rest) * block.scale
 
@@ -65,7 +65,7 @@ def matrix_candidates(
         return _rank_along(xp, stored / block.scale, leading)
 
     wanted = xp.sqrt(room / safe_rest)
-    growth = squared_rest / nonzero(xp, first)
+    growth = squared_rest / arrays.nonzero(xp, first)
     return Candidates(weight, stored_rank, wanted, growth), _rank_along(xp, a, leading), count
 
 
@@ -132,7 +132,7 @@ def _iterate(xp: Namespace, a: Array, k: int, width: int, start: Array | None) -
         first = noise if start is None else start + _RANDOM_PART * noise
         tolerance = OF_VECTORS * arrays.epsilon(a.dtype)
         _, _, v = largest_singular_triplet(xp, MatrixOperator(a), first[:, 0], tolerance=tolerance)
-        return (v / nonzero(xp, xp.linalg.vector_norm(v)))[:, None]
+        return (v / arrays.nonzero(xp, xp.linalg.vector_norm(v)))[:, None]
     if start is not None:
         noise = xp.concat([start, noise[:, :1]], axis=1)[:, : min(width + 1, *a.shape)]
     _, _, _, basis = leading_triplets(
@@ -149,4 +149,4 @@ def _iterate(xp: Namespace, a: Array, k: int, width: int, start: Array | None) -
 def _rank_along(xp: Namespace, a: Array, v: Array) -> Array:
     """‖A‖_F²/‖A v‖², an upper bound of the stable rank; 0 for the zero matrix."""
     norm = energy(xp, arrays.matmul(a, v))
-    return xp.where(norm > 0, energy(xp, a) / nonzero(xp, norm), xp.zeros_like(norm))
+    return xp.where(norm > 0, energy(xp, a) / arrays.nonzero(xp, norm), xp.zeros_like(norm))
