@@ -15,7 +15,6 @@ from specops.geometry import Dense, Geometry
 from specops.training.cautions import caution
 from specops.training.coverage import warn_of_remarks
 from specops.training.declared import declared
-from specops.training.weight import check_fit
 from specops_torch.evaluation import evaluating
 from specops_torch.geometry import CONVOLUTIONS
 from specops_torch.own_forward import added_to
@@ -105,7 +104,7 @@ def weights_and_geometries(
             matched.add(pattern)
             found, why = patterns[pattern], ""
             try:
-                check_fit(patterns[pattern], tuple(w.shape))
+                patterns[pattern].check(tuple(w.shape))
             except GeometryError as error:
                 raise GeometryError(f"{name}, geometries={{{pattern!r}: ...}}: {error}") from error
         else:

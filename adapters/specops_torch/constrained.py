@@ -13,12 +13,11 @@ import torch
 from torch import nn
 
 from specops.errors import AdapterError, NonFiniteError
-from specops.geometry import Dense, Geometry
+from specops.geometry import Geometry
 from specops.training import constrained as training
 from specops.training.outcome import Outcome
 from specops.training.plan import Assignment
 from specops.training.report import measured
-from specops.training.weight import check_fit
 from specops_torch.batch_norms import norm_with
 from specops_torch.fast_paths import DTYPES, advanced
 from specops_torch.fused import row_blocks
@@ -74,15 +73,14 @@ class Constrained(training.Constrained[Location]):
     def sized(self) -> Geometry:
         """The geometry now, or the latest that had a size: circular layers may see several."""
         geometry = self.geometry
-        if self.in_use is None or isinstance(geometry, Dense) or geometry.grid is not None:
+        if self.in_use is None or geometry.has_size:
             return geometry
         return self.in_use.geometry
 
     @property
     def has_size(self) -> bool:
         """Whether the operator is one matrix, and not one for each size of an input."""
-        geometry = self.sized
-        return isinstance(geometry, Dense) or geometry.grid is not None
+        return self.sized.has_size
 
     def is_of(self, parameter: Location, assignment: Assignment) -> bool:
         """Whether it is a weight of the same module, and the same map: blocks may have grown."""
@@ -160,7 +158,7 @@ class Constrained(training.Constrained[Location]):
         ):
             raise NonFiniteError
         if not known:
-            check_fit(geometry, self.location.parameter.shape)
+            geometry.check(self.location.parameter.shape)
             self._fitting = geometry
         return ""
 

@@ -141,6 +141,15 @@ class Conv:
         """Whether the kernel's axes come after those of the channels."""
         return _LAYOUTS[self.layout][1]
 
+    @property
+    def has_size(self) -> bool:
+        """Whether it is one operator, and not one for each size of an input."""
+        return self.grid is not None
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raise `GeometryError` if a kernel of this shape does not have this geometry."""
+        self.sizes(tuple(shape))
+
     def sizes(self, shape: tuple[int, ...]) -> ConvSizes:
         """The sizes with a kernel of this shape; `GeometryError` if the two do not fit."""
         ndim = len(shape) - 2

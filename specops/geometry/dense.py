@@ -97,6 +97,11 @@ class Dense:
             text += f" in {self.repeats} turns"
         return text
 
+    @property
+    def has_size(self) -> bool:
+        """True: a matrix has no other sizes than its own."""
+        return True
+
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise `GeometryError` if an array of this shape does not have this geometry."""
         _check(self, tuple(shape))

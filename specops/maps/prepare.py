@@ -11,7 +11,7 @@ import numpy as np
 
 from specops import arrays
 from specops.errors import NonFiniteError, NonFiniteWarning
-from specops.geometry import Conv, Dense, Geometry, resolve_geometry
+from specops.geometry import Dense, Geometry, resolve_geometry
 from specops.maps.unread import without_unread
 from specops.typing import Array, Namespace
 from specops.warned import warn
@@ -47,16 +47,14 @@ def prepare(w: Array, geometry: Geometry | None, *, scaled: bool = True) -> Prep
     """Check a weight against its geometry and bring it to compute dtype (and scale)."""
     xp = arrays.namespace(w)
     geometry = resolve_geometry(w.ndim, geometry)
-    if isinstance(geometry, Conv):
-        geometry.sizes(tuple(w.shape))
-    else:
-        geometry.check(tuple(w.shape))
+    geometry.check(tuple(w.shape))
     w = arrays.to_compute(xp, w)
-    if scaled and isinstance(geometry, Conv):
+    if isinstance(geometry, Dense):
+        return Prepared(xp, w, geometry, None)
+    if scaled:
         arrays.check_finite(xp, w, "the kernel")
-    if isinstance(geometry, Conv):
-        w = without_unread(w, geometry)
-    if isinstance(geometry, Dense) or not scaled:
+    w = without_unread(w, geometry)
+    if not scaled:
         return Prepared(xp, w, geometry, None)
     scale = arrays.magnitude(xp, w)
     return Prepared(xp, w / scale, geometry, xp.reshape(scale, ()))

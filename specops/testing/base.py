@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import specops
-from specops.geometry import Conv, Geometry
+from specops.geometry import Geometry
 from specops.rules import Monitor
 from specops.rules.base import Stage
 from specops.spectra import spectral_norm, spectral_norm_bounds
@@ -140,7 +140,7 @@ def advanced(training: Training, steps: int) -> Training:
 def norm_of(weight: np.ndarray, geometry: Geometry) -> float:
     """The operator norm, the largest of several; a bound for all sizes where none is known."""
     w = np.asarray(weight, dtype=np.complex128 if np.iscomplexobj(weight) else np.float64)
-    if isinstance(geometry, Conv) and geometry.grid is None:
+    if not geometry.has_size:
         return float(spectral_norm_bounds(w, geometry).upper)
     norms = spectral_norm(w, geometry)
     return max(float(np.max(n)) for n in (norms if isinstance(norms, tuple) else (norms,)))

@@ -57,7 +57,7 @@ class RegistrationChecks(SuiteBase):
             f"model() needs a dense layer and, unless the capabilities deny convolutions, one of "
             f"them; it has {geometries}"
         )
-        unsized = [n for n, g in geometries.items() if isinstance(g, Conv) and g.grid is None]
+        unsized = [n for n, g in geometries.items() if not g.has_size]
         assert not unsized, (
             f"after one step the input sizes of {unsized} are not known: the geometry has "
             f"input_shape=None. Learn it in the forward pass, or take geometries= from the user"

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from specops.errors import AdapterError, PlanError, SpecopsError
-from specops.geometry import Dense, Geometry
+from specops.geometry import Geometry
 from specops.training.assigned import warn_of
 from specops.training.constrained import Constrained
 from specops.training.coverage import warn_of_coverage
@@ -137,8 +137,7 @@ def _checked(assignment: Assignment, parameter: Parameter) -> Assignment:
 
 def _unsized(rule: Any, geometry: Geometry) -> str:
     """Why vectors of the operator's own norm cannot be followed; empty if they can."""
-    sized = isinstance(geometry, Dense) or geometry.grid is not None
-    if sized or not rule.needs_input_size():
+    if geometry.has_size or not rule.needs_input_size():
         return ""
     return (
         f"the operator's norm depends on the size of its input, which {geometry.describe()} "

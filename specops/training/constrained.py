@@ -11,7 +11,7 @@ import array_api_compat as compat
 
 from specops import arrays
 from specops.errors import AdapterError, NonFiniteError, StateError
-from specops.geometry import Dense, Geometry
+from specops.geometry import Geometry
 from specops.tracking import are_alike, is_measured, saw_nothing
 from specops.training.assigned import Assigned
 from specops.training.outcome import Outcome
@@ -56,8 +56,7 @@ class Constrained(Assigned, Generic[P]):
     @property
     def has_size(self) -> bool:
         """Whether the operator is one matrix, and not one for each size of an input."""
-        geometry = self.geometry
-        return isinstance(geometry, Dense) or geometry.grid is not None
+        return self.geometry.has_size
 
     @property
     def needs_size(self) -> bool:

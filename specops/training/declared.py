@@ -11,7 +11,7 @@ from specops.errors import GeometryError, PlanError
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import every_axis
 from specops.training.cautions import caution
-from specops.training.weight import Weight, check_fit, unmeasurable
+from specops.training.weight import Weight, unmeasurable
 
 _FEW = 7
 """Taps along an axis of usual kernels, at the most."""
@@ -77,7 +77,7 @@ def _check_fit(weight: Weight, geometry: Any) -> None:
     try:
         if not isinstance(geometry, Conv | Dense):
             raise GeometryError(f"must be Dense(...) or Conv(...), got {geometry!r}")
-        check_fit(geometry, weight.shape)
+        geometry.check(weight.shape)
     except GeometryError as error:
         raise GeometryError(f"geometries for {weight.name}: {error}") from None
 

@@ -229,7 +229,7 @@ def measured(w: Any, geometry: Geometry, rule: StagedRule) -> dict[str, Any]:
         return found
     view = rule.view(geometry)
     if rule.limits_stable_rank:
-        if isinstance(view, Dense) or view.grid is not None:
+        if view.has_size:
             ranks = stable_rank(w, view)
             xp = arrays.namespace(w)
             blocks = ranks if isinstance(ranks, tuple) else (ranks,)

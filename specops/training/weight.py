@@ -86,14 +86,6 @@ def unmeasurable(dtype: str) -> str:
     return f"dtype {dtype} cannot be measured: keep a float32 weight"
 
 
-def check_fit(geometry: Geometry, shape: tuple[int, ...]) -> None:
-    """Raise `GeometryError` unless arrays of this shape can be such a map."""
-    if isinstance(geometry, Conv):
-        geometry.sizes(tuple(shape))
-    else:
-        geometry.check(tuple(shape))
-
-
 def is_misfit(error: Exception, geometry: Geometry, shape: tuple[int, ...]) -> bool:
     """Whether the map is to blame for an error of a rule: no array, or no rule, for such a map.
 
@@ -102,7 +94,7 @@ def is_misfit(error: Exception, geometry: Geometry, shape: tuple[int, ...]) -> b
     if not isinstance(error, GeometryError):
         return False
     try:
-        check_fit(geometry, shape)
+        geometry.check(shape)
     except GeometryError:
         return True
     return isinstance(error, UnsupportedGeometryError)
