@@ -151,6 +151,11 @@ def bound_at(value: Any, step: int, name: str, geometry: Geometry, what: str) ->
     return check_bound(at(value, step, name, geometry), what, _OFF)
 
 
+def figure(norms: tuple[Array, ...]) -> Array:
+    """Norms as one figure: those of blocks along a last axis."""
+    return arrays.namespace(norms[0]).stack(norms, axis=-1) if len(norms) > 1 else norms[0]
+
+
 def measured_as(geometry: Geometry, norm: str) -> Geometry:
     """The map whose norm is meant: the operator's own, or the reshaped kernel's matrix."""
     if norm == "reshaped" and isinstance(geometry, Conv):

@@ -11,7 +11,15 @@ from specops.errors import NonFiniteError, UnsupportedGeometryError
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import nan_without
 from specops.maps.prepare import prepare
-from specops.rules.base import Figures, Schedule, Scheduled, bound_at, check_scheduled, measured_as
+from specops.rules.base import (
+    Figures,
+    Schedule,
+    Scheduled,
+    bound_at,
+    check_scheduled,
+    figure,
+    measured_as,
+)
 from specops.rules.stages import WeightRule
 from specops.spectra import spectral_norm, spectral_norm_bounds
 from specops.tracking import TrackedBlocks, check_norm
@@ -108,7 +116,7 @@ class NormalizeIfAbove(Cap):
             new = _scaled(arrays.to_compute(xp, weight), view, factors)
             result = nan_without(bound, xp.astype(new, weight.dtype))
         after = tuple(n * f for n, f in zip(before, factors, strict=True))
-        figures = {"norm_before": figure(xp, before), "norm_after": figure(xp, after)}
+        figures = {"norm_before": figure(before), "norm_after": figure(after)}
         return result, state, figures
 
 
@@ -176,16 +184,13 @@ class SpectralSoftCap(Cap):
         if arrays.truth(xp.all(xp.stack([xp.all(n <= bound) for n in before]))) is not True:
             new = view.assemble(tuple(blocks), weight.shape)
             result = nan_without(bound, xp.astype(new, weight.dtype))
-        figures = {"norm_before": figure(xp, before), "norm_after": figure(xp, tuple(after))}
+        figures = {"norm_before": figure(before), "norm_after": figure(tuple(after))}
         return result, state, figures
 
 
 def _norms(w: Array, view: Geometry) -> tuple[Array, ...]:
     """The norms that count, one array for each block."""
-    if isinstance(view, Conv) and view.grid is None:
-        norms = spectral_norm_bounds(w, view).upper
-    else:
-        norms = spectral_norm(w, view)
+    norms = spectral_norm(w, view) if view.has_size else spectral_norm_bounds(w, view).upper
     found = norms if isinstance(norms, tuple) else (norms,)
     check_norms(arrays.namespace(w), found)
     return found
@@ -202,11 +207,6 @@ def _scaled(w: Array, view: Geometry, factors: tuple[Array, ...]) -> Array:
     if isinstance(view, Dense):
         return TrackedBlocks(view).scaled(w, factors)
     return w * factors[0]
-
-
-def figure(xp: Namespace, norms: tuple[Array, ...]) -> Array:
-    """Norms as one figure: those of blocks along a last axis."""
-    return xp.stack(norms, axis=-1) if len(norms) > 1 else norms[0]
 
 
 def _soft_cap(xp: Namespace, a: Array, top: Array) -> tuple[Array, Array]:

@@ -10,61 +10,42 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal
 
 from specops import arrays
-from specops.errors import StateError
 from specops.geometry import Dense, Geometry
 from specops.geometry.arguments import integer, nan_without
 from specops.rules.base import (
     Figures,
     Schedule,
-    Scheduled,
     at,
     bound_at,
     check_scheduled,
+    figure,
     measured_as,
 )
+from specops.rules.following import Following
 from specops.rules.normalizations import check_ratio, limit_stable_rank, normalize, stable_ranks
 from specops.rules.scale import TrainableScale
 from specops.rules.stages import Formula, ForwardRule
-from specops.tracking import Norm, Steps, Tracked, TrackedBlocks, check_norm, track
+from specops.tracking import Norm, Steps, TrackedBlocks, check_norm
 from specops.typing import Array, State
 
 RANKS = ("rank_before", "rank_after")
 """The figures of rules about the stable rank."""
 
 
-class _Tracking(Scheduled, ForwardRule):
-    """A rule with the leading pairs of a norm as its state. Each has `norm` and `iterations`."""
-
-    norm: Norm
-
-    def tracked(self, geometry: Geometry) -> Tracked:
-        """The norm that is divided by."""
-        return track(geometry, self.norm)
+class _Tracking(Following, ForwardRule):
+    """A rule that divides by the norm it follows. Each has `iterations`."""
 
     def view(self, geometry: Geometry) -> Geometry:
         """The map of that norm; for "bidirectional" the layer's own."""
         return measured_as(geometry, self.norm)
-
-    def needs_input_size(self) -> bool:
-        """For the operator's norm."""
-        return self.norm == "operator"
-
-    @arrays.entry
-    def init(self, weight: Array, geometry: Geometry, name: str) -> State:
-        """The leading pairs, from a start that depends on the name alone."""
-        return self.tracked(geometry).start(weight, name)
 
     @arrays.entry
     def update(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:
         """Advance the vectors; the figure is ``norm``, from below."""
-        follow = self.tracked(geometry)
-        try:
-            state = follow.advance(weight, state, self.iterations)
-        except StateError:
-            state = follow.start(weight, name)
-        return weight, state, {"norm": _norm(follow, state)}
+        state = self._advanced(weight, geometry, state, name, self.iterations)
+        return weight, state, {"norm": figure(self.tracked(geometry).measured(state))}
 
     def by_products(
         self, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
@@ -73,19 +54,14 @@ class _Tracking(Scheduled, ForwardRule):
         follow = self.tracked(geometry)
         if not state or not isinstance(follow, TrackedBlocks):
             return None
-        return _advanced(follow, state, self.iterations)
+        return _by_products(follow, state, self.iterations)
 
 
-def _norm(follow: Tracked, state: State) -> Array:
-    norms = follow.measured(state)
-    return arrays.namespace(norms[0]).stack(norms, axis=-1) if len(norms) > 1 else norms[0]
-
-
-def _advanced(
+def _by_products(
     follow: TrackedBlocks, state: State, iterations: int
 ) -> Steps[tuple[State, Figures] | None]:
     state = yield from follow.advance_by_products(state, iterations)
-    return state, {"norm": _norm(follow, state)}
+    return state, {"norm": figure(follow.measured(state))}
 
 
 @dataclass(frozen=True, repr=False)

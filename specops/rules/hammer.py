@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from specops import arrays
-from specops.errors import StateError
 from specops.geometry import Geometry
 from specops.geometry.arguments import nan_without
-from specops.rules.base import Figures
-from specops.rules.caps import Cap, check_norms, figure
-from specops.tracking import Tracked, track
+from specops.rules.base import Figures, figure
+from specops.rules.caps import Cap, check_norms
+from specops.rules.following import Following
 from specops.typing import Array, State
 
 _STEPS_AT_FIRING = 4
@@ -19,7 +18,7 @@ compiler is given one by one."""
 
 
 @dataclass(frozen=True, repr=False)
-class SpectralHammer(Cap):
+class SpectralHammer(Following, Cap):
     r"""Set the largest singular value to `max_norm` where it is above; touch no other.
 
     :math:`W - (\sigma_1 - c)\,u_1v_1^H`, for a convolution's operator the same along the
@@ -54,37 +53,19 @@ class SpectralHammer(Cap):
     """
 
     @arrays.entry
-    def init(self, weight: Array, geometry: Geometry, name: str) -> State:
-        """The leading pairs."""
-        return self.tracked(geometry).start(weight, name)
-
-    def tracked(self, geometry: Geometry) -> Tracked:
-        """The norm that it strikes."""
-        return track(geometry, self.norm)
-
-    def needs_input_size(self) -> bool:
-        """For the operator's norm."""
-        return self.norm == "operator"
-
-    @arrays.entry
     def update(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:
         """Strike; the figures are ``norm_before`` and ``norm_after``, of the pair followed."""
         bound = self._bound(step, name, geometry)
-        follow = self.tracked(geometry)
-        try:
-            state = follow.advance(weight, state, _STEPS_AT_FIRING)
-        except StateError:
-            # The input size has changed since.
-            state = follow.start(weight, name)
-        xp = arrays.namespace(weight)
+        state = self._advanced(weight, geometry, state, name, _STEPS_AT_FIRING)
+        xp, follow = arrays.namespace(weight), self.tracked(geometry)
         before = follow.measured(state)
         check_norms(xp, before)
         excesses = tuple(xp.where(n > bound, n - bound, xp.zeros_like(n)) for n in before)
         # A difference would cancel far above the bound.
         after = tuple(xp.where(n > bound, xp.zeros_like(n) + bound, n) for n in before)
-        figures = {"norm_before": figure(xp, before), "norm_after": figure(xp, after)}
+        figures = {"norm_before": figure(before), "norm_after": figure(after)}
         if arrays.truth(xp.all(xp.stack([xp.all(e == 0) for e in excesses]))):
             return weight, state, figures
         new = follow.subtract(arrays.to_compute(xp, weight), state, excesses)

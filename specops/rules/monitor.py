@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from specops import arrays
-from specops.geometry import Conv, Geometry
-from specops.rules.base import Figures, Scheduled
-from specops.rules.caps import figure
+from specops.geometry import Geometry
+from specops.rules.base import Figures, Scheduled, figure
 from specops.rules.stages import WeightRule
 from specops.spectra import spectral_norm, spectral_norm_bounds, stable_rank
 from specops.typing import Array, State
@@ -30,12 +29,11 @@ class Monitor(Scheduled, WeightRule):
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:
         """Measure."""
-        if isinstance(geometry, Conv) and geometry.grid is None:
+        if not geometry.has_size:
             return weight, state, {"norm_upper": spectral_norm_bounds(weight, geometry).upper}
         figures = {
             "spectral_norm": spectral_norm(weight, geometry),
             "stable_rank": stable_rank(weight, geometry),
         }
-        xp = arrays.namespace(weight)
         blocks = {k: x if isinstance(x, tuple) else (x,) for k, x in figures.items()}
-        return weight, state, {k: figure(xp, x) for k, x in blocks.items()}
+        return weight, state, {k: figure(x) for k, x in blocks.items()}

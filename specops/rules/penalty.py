@@ -6,17 +6,17 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
 from specops import arrays
-from specops.errors import StateError
 from specops.geometry import Geometry
 from specops.geometry.arguments import integer
-from specops.rules.base import Figures, Schedule, Scheduled, bound_at, check_scheduled
+from specops.rules.base import Figures, Schedule, bound_at, check_scheduled, figure
+from specops.rules.following import Following
 from specops.rules.stages import Formula, GradientRule
-from specops.tracking import Norm, Steps, Tracked, TrackedBlocks, check_norm, track
+from specops.tracking import Norm, Steps, Tracked, TrackedBlocks, check_norm
 from specops.typing import Array, Namespace, State
 
 
 @dataclass(frozen=True, repr=False)
-class SpectralNormPenalty(Scheduled, GradientRule):
+class SpectralNormPenalty(Following, GradientRule):
     r"""Add :math:`\tfrac\lambda2\sigma(W)^2` to the loss, by its gradient.
 
     The gradient :math:`\lambda\sigma\,uv^H` goes to the weight's own before the optimizer's
@@ -70,19 +70,6 @@ class SpectralNormPenalty(Scheduled, GradientRule):
         integer(self.iterations, "iterations", least=1)
 
     @arrays.entry
-    def init(self, weight: Array, geometry: Geometry, name: str) -> State:
-        """The leading pairs, from a start that depends on the name alone."""
-        return self.tracked(geometry).start(weight, name)
-
-    def tracked(self, geometry: Geometry) -> Tracked:
-        """The norm that is penalised."""
-        return track(geometry, self.norm)
-
-    def needs_input_size(self) -> bool:
-        """For the operator's norm."""
-        return self.norm == "operator"
-
-    @arrays.entry
     def update(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:
@@ -98,12 +85,9 @@ class SpectralNormPenalty(Scheduled, GradientRule):
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[State, Figures]:
         """The state and figures of `update`, for who adds λσuvᴴ from the vectors in place."""
-        follow = self.tracked(geometry)
-        try:
-            state = follow.advance(weight, state, self.iterations)
-        except StateError:
-            state = follow.start(weight, name)
-        return state, self._figures(follow, state, self.strength_at(step, name, geometry))
+        state = self._advanced(weight, geometry, state, name, self.iterations)
+        strength = self.strength_at(step, name, geometry)
+        return state, self._figures(self.tracked(geometry), state, strength)
 
     def by_products(
         self, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
@@ -112,9 +96,9 @@ class SpectralNormPenalty(Scheduled, GradientRule):
         follow = self.tracked(geometry)
         if not state or not isinstance(follow, TrackedBlocks):
             return None
-        return self._advanced(follow, state, self.strength_at(step, name, geometry))
+        return self._by_products(follow, state, self.strength_at(step, name, geometry))
 
-    def _advanced(
+    def _by_products(
         self, follow: TrackedBlocks, state: State, strength: Any
     ) -> Steps[tuple[State, Figures] | None]:
         state = yield from follow.advance_by_products(state, self.iterations)
@@ -122,10 +106,7 @@ class SpectralNormPenalty(Scheduled, GradientRule):
 
     def _figures(self, follow: Tracked, state: State, strength: Any) -> Figures:
         norms = follow.measured(state)
-        xp = arrays.namespace(norms[0])
-        norm = xp.stack(norms, axis=-1) if len(norms) > 1 else norms[0]
-        value = 0.5 * strength * sum(xp.sum(n * n) for n in norms)
-        return {"norm": norm, "penalty": value}
+        return {"norm": figure(norms), "penalty": _penalty(norms, strength)}
 
     def strength_at(self, step: int, name: str, geometry: Geometry) -> Any:
         """λ at this step."""
@@ -140,8 +121,13 @@ class SpectralNormPenalty(Scheduled, GradientRule):
         xp = arrays.namespace(weight)
         strength = self.strength_at(step, name, geometry)
         norms = follow.norms(arrays.to_compute(xp, weight), state)
-        value = 0.5 * strength * sum(xp.sum(n * n) for n in norms)
-        return value, _term(xp, weight, follow, state, norms, strength)
+        return _penalty(norms, strength), _term(xp, weight, follow, state, norms, strength)
+
+
+def _penalty(norms: tuple[Array, ...], strength: Any) -> Array:
+    """½λ Σσ²."""
+    xp = arrays.namespace(norms[0])
+    return 0.5 * strength * sum(xp.sum(n * n) for n in norms)
 
 
 def _term(
