@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from specops.errors import GeometryError
 from specops.geometry.arguments import check_bound, integer, non_negative
 from specops.linalg.lanczos import Ritz, lanczos, random_start, safe_norm
+from specops.linalg.logarithms import exp
 from specops.measures.operators import JacobianOperator
 from specops.spectra.bounds import norm_from_above
 from specops.typing import Array
@@ -34,7 +35,7 @@ class LipschitzBound(NamedTuple):
     @property
     def value(self) -> float:
         """The bound; inf where it exceeds what a float holds."""
-        return math.exp(self.log) if self.log < 709.0 else math.inf
+        return exp(self.log)
 
 
 class LocalLipschitz(NamedTuple):

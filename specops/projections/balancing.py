@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from specops import arrays
 from specops.errors import GeometryError, NonFiniteError
 from specops.geometry import Dense, Geometry
+from specops.linalg.logarithms import exp
 from specops.spectra import spectral_norm
 from specops.typing import Array
 
@@ -92,7 +93,7 @@ def balance_norms(
         math.log(_norm(i, w, g)) for i, (w, g) in enumerate(zip(weights, geometries, strict=True))
     ]
     mean = math.fsum(logs) / count
-    factors = [_exp(mean - log) for log in logs]
+    factors = [exp(mean - log) for log in logs]
     new_weights, new_biases, product = [], [], 0.0
     for w, b, log in zip(weights, biases, logs, strict=True):
         product += mean - log
@@ -118,9 +119,5 @@ def _norm(index: int, w: Array, geometry: Geometry | None) -> float:
 
 def _times(x: Array, log: float) -> Array:
     """In two steps: a factor may leave the range that the product is in."""
-    xp, half = arrays.namespace(x), _exp(0.5 * log)
+    xp, half = arrays.namespace(x), exp(0.5 * log)
     return xp.astype(arrays.to_compute(xp, x) * half * half, x.dtype)
-
-
-def _exp(log: float) -> float:
-    return math.exp(log) if log < 709.0 else math.inf

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from specops.errors import AdapterError, GeometryError, NonFiniteError, SpecopsError
+from specops.linalg.logarithms import exp
 from specops.measures import LipschitzBound
 from specops_torch.batch_norms import BATCH_NORMS, diagonal
 from specops_torch.geometry import CONVOLUTIONS
@@ -96,7 +97,7 @@ class _Walk:
         if result not in self.logs:
             found, names = [-math.inf], ["constant"]
         total = -math.inf if -math.inf in found else math.fsum(found)
-        return LipschitzBound(total, tuple(map(_exp, found)), tuple(names))
+        return LipschitzBound(total, tuple(map(exp, found)), tuple(names))
 
     def _visit(self, node: fx.Node) -> None:
         inputs = node.all_input_nodes
@@ -253,7 +254,3 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 def _versions(value: Any) -> list[int]:
     """How often each tensor, or what it is a view of, was written to."""
     return [0 if t.is_inference() else t._version for t in _tensors(value)]
-
-
-def _exp(x: float) -> float:
-    return math.exp(x) if x < 709.0 else math.inf
