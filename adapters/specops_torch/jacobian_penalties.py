@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from specops.errors import AdapterError
+from specops_torch.chosen_layers import check_all_ran, chosen_layers
 from specops_torch.geometry import CONVOLUTIONS
 
 Model = Callable[[torch.Tensor], torch.Tensor]
@@ -120,12 +121,7 @@ def layerwise_jacobian_penalty(
     1.5
     """
     _check_projections(projections)
-    named = dict(model.named_modules())
-    if layers is None:
-        layers = [name for name, m in named.items() if isinstance(m, (nn.Linear, *CONVOLUTIONS))]
-    unknown = [name for name in layers if name not in named]
-    if unknown or not layers:
-        raise AdapterError(f"no such modules: {', '.join(unknown)}" if unknown else "no layers")
+    chosen = chosen_layers(model, layers, (nn.Linear, *CONVOLUTIONS))
     entered: dict[str, torch.Tensor] = {}
 
     def enter(name: str) -> Any:
@@ -143,7 +139,7 @@ def layerwise_jacobian_penalty(
         return hook
 
     handles = [
-        named[name].register_forward_pre_hook(enter(name), with_kwargs=True) for name in layers
+        layer.register_forward_pre_hook(enter(name), with_kwargs=True) for name, layer in chosen
     ]
     try:
         with torch.enable_grad():
@@ -151,9 +147,7 @@ def layerwise_jacobian_penalty(
     finally:
         for handle in handles:
             handle.remove()
-    missing = [name for name in layers if name not in entered]
-    if missing:
-        raise AdapterError(f"{', '.join(missing)} did not run")
+    check_all_ran(chosen, entered)
     points = [*entered.values(), output]
     with torch.enable_grad():
         terms = [

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from specops.errors import AdapterError
 from specops.measures import MarginJacobians, margins
 from specops.measures.rows import row_norms
+from specops_torch.chosen_layers import check_all_ran, chosen_layers
 from specops_torch.evaluation import evaluating
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -38,12 +39,7 @@ def margin_jacobians(
     AdapterError
         A name that the model does not know, a module that did not run or ran twice.
     """
-    named = dict(model.named_modules())
-    if layers is None:
-        layers = [name for name, m in named.items() if isinstance(m, _LAYERS)][:-1]
-    unknown = [name for name in layers if name not in named]
-    if unknown or not layers:
-        raise AdapterError(f"no such modules: {', '.join(unknown)}" if unknown else "no layers")
+    chosen = chosen_layers(model, layers, _LAYERS, with_last=False)
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -58,7 +54,7 @@ def margin_jacobians(
 
         return hook
 
-    handles = [named[name].register_forward_hook(keep(name)) for name in layers]
+    handles = [layer.register_forward_hook(keep(name)) for name, layer in chosen]
     try:
         with evaluating(model), torch.inference_mode(False), torch.enable_grad():
             found = margins(model(x.clone()), labels)
@@ -66,10 +62,8 @@ def margin_jacobians(
     finally:
         for handle in handles:
             handle.remove()
-    missing = [name for name in layers if name not in seen]
-    if missing:
-        raise AdapterError(f"{', '.join(missing)} did not run")
-    hidden = [seen[name] for name in layers]
+    check_all_ran(chosen, seen)
+    hidden = [seen[name] for name, _ in chosen]
     with torch.inference_mode(False):
         gradients = torch.autograd.grad(total, hidden, materialize_grads=True)
 
