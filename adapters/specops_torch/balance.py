@@ -9,11 +9,10 @@ from torch import nn
 
 from specops.errors import AdapterError
 from specops.projections.balancing import balance_norms as balance
-from specops_torch.evaluation import evaluating
-from specops_torch.geometry import CONVOLUTIONS, geometry_of
+from specops_torch.collecting import recorded
+from specops_torch.geometry import geometry_of
 from specops_torch.own_forward import computes_plainly, hook_of_others, runs_in_turn
 from specops_torch.reading import is_read_through
-from specops_torch.sizes import SizeRecorder
 
 _HOMOGENEOUS = (
     nn.ReLU,
@@ -81,22 +80,8 @@ def balance_norms(model: nn.Sequential, x: torch.Tensor) -> dict[str, float]:
         raise AdapterError(
             "a layer, a weight or a bias occurs twice in the chain: it has one factor only"
         )
-    recorders: dict[int, SizeRecorder] = {}
-    handles = []
-    for module in modules:
-        if isinstance(module, CONVOLUTIONS):
-            recorder = SizeRecorder(module.padding_mode == "circular")
-            recorders[id(module)] = recorder
-            handles.append(module.register_forward_hook(recorder, with_kwargs=True))
-    try:
-        with evaluating(model):
-            model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    geometries = [
-        recorders[id(m)].geometry(m) if id(m) in recorders else geometry_of(m) for m in modules
-    ]
+    seen = recorded(model, x)
+    geometries = [seen[id(m)].geometry(m) if id(m) in seen else geometry_of(m) for m in modules]
     done = balance([m.weight for m in modules], geometries, [m.bias for m in modules])
     for module, weight, bias in zip(modules, done.weights, done.biases, strict=True):
         module.weight.copy_(weight)

@@ -82,7 +82,7 @@ def weights_and_geometries(
     """
     patterns, modules = declared(geometries), dict(model.named_modules())
     adapted = added_to(modules)
-    sizes = {} if x is None else _sizes(model, x)
+    seen = {} if x is None else recorded(model, x)
     weights: dict[str, torch.Tensor] = {}
     maps: dict[str, Geometry] = {}
     left: dict[str, str] = {}
@@ -108,7 +108,9 @@ def weights_and_geometries(
             except GeometryError as error:
                 raise GeometryError(f"{name}, geometries={{{pattern!r}: ...}}: {error}") from error
         else:
-            role = role_within(modules, path, attribute, tuple(w.shape), *sizes.get(id(module), ()))
+            recorder = seen.get(id(module))
+            sizes = () if recorder is None else recorder.sizes()
+            role = role_within(modules, path, attribute, tuple(w.shape), *sizes)
             found, why = role.geometry, role.opt_in or role.obstacle or adapted.get(path, "")
             remarks.append((name, "" if found is None or why else role.remark))
         if found is None or why:
@@ -165,8 +167,8 @@ def _single(
     yield name, w, geometry
 
 
-def _sizes(model: nn.Module, x: Any) -> dict[int, tuple[Any, Any]]:
-    """(input size, output padding) of every convolution that runs, by the id of its module."""
+def recorded(model: nn.Module, x: Any) -> dict[int, SizeRecorder]:
+    """What every convolution sees of a batch in evaluation, by the id of its module."""
     recorders: dict[int, SizeRecorder] = {}
     handles = []
     for module in model.modules():
@@ -179,7 +181,4 @@ def _sizes(model: nn.Module, x: Any) -> dict[int, tuple[Any, Any]]:
     finally:
         for handle in handles:
             handle.remove()
-    return {
-        key: (None if r.circular and r.varies else r.input_shape, r.output_padding)
-        for key, r in recorders.items()
-    }
+    return recorders

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -214,8 +215,6 @@ class _LogProbabilities(_Features):
 
 def _metric(module: str, name: str) -> Any:
     try:
-        from importlib import import_module
-
         return getattr(import_module(f"torchmetrics.image.{module}"), name)
     except ImportError as error:
         raise AdapterError(

@@ -52,13 +52,16 @@ class SizeRecorder:
 
     def geometry(self, module: Any) -> Any:
         """The module's geometry at the size seen, or for every size."""
-        shape = None if self.circular and self.varies else self.input_shape
-        sizes = (shape, self.output_padding)
+        sizes = self.sizes()
         # What a layer reads at each call may change: strides for dilations, to mention one.
         key = (sizes, module.stride, module.padding, module.dilation)
         if self._known is None or self._known[0] != key:
             self._known = (key, role_of(module, "weight", *sizes).geometry)
         return self._known[1]
+
+    def sizes(self) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+        """(input size, output padding), as `role_of` takes them; None for every size."""
+        return None if self.circular and self.varies else self.input_shape, self.output_padding
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs to know."""
