@@ -61,6 +61,13 @@ class ConvSizes:
         return tuple(map(len, self.read)) == self.kernel
 
     @property
+    def wraps(self) -> bool:
+        """Whether the kernel reaches around its circular grid, so that taps may share an entry."""
+        if self.fine is None or not self.circular:
+            return False
+        return any(span > n for span, n in zip(self.spans, self.fine, strict=True))
+
+    @property
     def stride_divides(self) -> bool:
         """Whether the stride divides the fine grid."""
         assert self.fine is not None

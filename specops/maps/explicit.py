@@ -99,8 +99,7 @@ def small_explicit_map(sizes: ConvSizes) -> ExplicitMap | None:
     rows, columns = (n // sizes.groups for n in sizes.matrix_shape())
     if sizes.groups * float(rows) * columns * min(rows, columns) > _LARGEST_WORK:
         return None
-    spans = zip(sizes.fine, sizes.spans, strict=True)
-    if sizes.circular and any(span > n for n, span in spans):
+    if sizes.wraps:
         # Taps that wrap onto each other: A*A is not diagonal.
         return None
     return _explicit_map(sizes)

@@ -157,9 +157,7 @@ def log_jac_norm(hidden_norms: Array, jacobian_norms: Array, margin: Array) -> A
     top = xp.max(terms, axis=0)
     safe = xp.where(xp.isfinite(top), top, xp.zeros_like(top))
     total = safe + _log(xp, xp.sum(xp.exp(terms - safe[None, :]), axis=0))
-    positive = ~(margin <= 0)  # NaN stays
-    logs = xp.log(xp.where(positive, margin, xp.ones_like(margin)))
-    return xp.where(positive, total - logs, xp.full_like(total, math.inf))
+    return over_margin(total, margin, 1.0)
 
 
 def _log(xp: Namespace, x: Array) -> Array:
@@ -234,8 +232,7 @@ def _conv_row_norms(w: Array, geometry: Conv) -> Array:
     sizes = geometry.sizes(tuple(w.shape))
     assert sizes.fine is not None  # `spectral_norm` has refused it
     xp, kernel = arrays.namespace(w), geometry.kernel(w)
-    reach = zip(sizes.spans, sizes.fine, strict=True)
-    if sizes.circular and any(span > n for span, n in reach):
+    if sizes.wraps:
         # Taps wrap onto each other: their values add before they are squared.
         matrix = ConvOperator(kernel, sizes).to_matrix()
         return xp.sum(xp.linalg.vector_norm(matrix, axis=-2 if geometry.transposed else -1))

@@ -80,7 +80,7 @@ class MarginJacobians(NamedTuple):
     margins: Array
 
 
-def over_margin(log: float, margin: float | Array, power: float) -> float | Array:
+def over_margin(log: float | Array, margin: float | Array, power: float) -> float | Array:
     """log − power · log γ; inf where γ is not positive."""
     if not arrays.is_array(margin):
         if math.isnan(margin):

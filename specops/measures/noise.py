@@ -70,8 +70,7 @@ def noise_sensitivity(
     lengths = lengths[(..., *([None] * (x.ndim - 1)))]
     rng = np.random.Generator(np.random.Philox(key=[seed, math.prod(x.shape)]))
     dead = sizes == 0
-    divisors = xp.where(dead, xp.ones_like(sizes), sizes)
-    total = xp.zeros_like(sizes)
+    divisors, total = arrays.nonzero(xp, sizes), xp.zeros_like(sizes)
     for _ in range(samples):
         noise = arrays.constant(rng.standard_normal(tuple(x.shape)), lengths)
         moved = _rows(function(x + xp.astype(noise * lengths, x.dtype)))

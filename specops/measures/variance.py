@@ -133,9 +133,7 @@ def _norm_and_bound(w: Array, geometry: Geometry, norm: str) -> tuple[float, flo
 def _operator_bound(sizes: ConvSizes) -> float:
     """‖T‖_F² = Σ_a ‖K_a‖²·uses_a is at most rank·σ², and at least min_a uses_a times ‖K‖_F²."""
     assert sizes.fine is not None
-    reach = zip(sizes.spans, sizes.fine, strict=True)
-    wraps = sizes.circular and any(span > n for span, n in reach)
-    least = 0 if wraps else math.prod(map(min, sizes.uses))
+    least = 0 if sizes.wraps else math.prod(map(min, sizes.uses))
     entries = sizes.groups * sizes.rows * sizes.columns * math.prod(sizes.kernel)
     return min(sizes.matrix_shape()) / (entries * least) if least else math.inf
 

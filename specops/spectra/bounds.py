@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from operator import gt
 from typing import Any
 
 import numpy as np
@@ -164,7 +163,7 @@ def _conv_bounds(
     def widened(lower: Array, upper: Array) -> NormBounds:
         """By what rounding may do."""
         lower, upper = lower * (1.0 - slack), upper * (1.0 + slack)
-        if sizes.circular and sizes.fine is not None and any(map(gt, sizes.spans, sizes.fine)):
+        if sizes.wraps:
             # Taps that wrap onto each other: their sums are rounded, to which the norm of what is
             # left where they cancel is no measure.
             count = math.prod(sizes.kernel)
