@@ -109,29 +109,17 @@ def _refuse_collisions(names: list[str]) -> None:
 def _describe(name: str, leaf: Any, found: Geometries) -> Weight:
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         return Weight(name, (), type(leaf).__name__, skipped="no array")
-    shape, dtype = tuple(leaf.shape), leaf.dtype
-    skipped = ""
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        skipped = f"dtype {dtype} holds no weights"
-    elif len(shape) < 2:
-        skipped = f"{len(shape)}-d: a bias or scale, no matrix"
-    elif 0 in shape:
-        skipped = "empty"
-    else:
-        skipped = found.skipped.get(name, "")
-    if skipped:
-        return Weight(name, shape, str(dtype), skipped=skipped)
-    if dtype.itemsize == 1:
-        reason = f"dtype {dtype} cannot be measured: keep a float32 master weight"
-        return Weight(name, shape, str(dtype), obstacle=reason)
+    shape, dtype = tuple(leaf.shape), str(leaf.dtype)
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return Weight(name, shape, dtype, skipped=f"dtype {dtype} holds no weights")
     geometry = found.get(name)
-    obstacle = "" if geometry is not None else found.reasons.get(name, _NONE_KNOWN)
-    return Weight(
+    return Weight.of(
         name,
         shape,
-        str(dtype),
+        dtype,
         geometry,
-        obstacle=obstacle,
+        skipped=found.skipped.get(name, ""),
+        obstacle="" if geometry is not None else found.reasons.get(name, _NONE_KNOWN),
         opt_in=found.opt_in.get(name, ""),
         remark=found.remarks.get(name, ""),
     )
