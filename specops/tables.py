@@ -16,7 +16,6 @@ def print_table(
     *,
     dim: Sequence[bool] | None = None,
     right: Sequence[str] = (),
-    caption: str = "",
 ) -> None:
     """Print: by rich where there is a terminal and rich is installed, else `aligned`.
 
@@ -28,17 +27,13 @@ def print_table(
         Rows to show faintly.
     right : sequence of str
         Headers of columns that are aligned to the right.
-    caption : str
-        A line below.
     """
     if sys.stdout.isatty() and find_spec("rich"):
         from rich.console import Console
 
-        Console().print(rich_table(headers, rows, dim=dim, right=right, caption=caption))
+        Console().print(rich_table(headers, rows, dim=dim, right=right))
         return
     print(aligned([headers, *rows], right=[h in right for h in headers]))
-    if caption:
-        print(caption)
 
 
 def printable(text: str) -> str:

@@ -158,7 +158,7 @@ def compare(one: Inspection, other: Inspection) -> Comparison:
     )
 
 
-def show_comparison(found: Comparison, verbose: bool = False) -> None:
+def show_comparison(found: Comparison, verbose: bool) -> None:
     """Print the pairs, and what has no partner; names one by one if `verbose`."""
     print(printable(f"{found.paths[0]} compared with {found.paths[1]} (other):"))
     if found.pairs:

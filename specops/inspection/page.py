@@ -236,7 +236,7 @@ def _shown(f: Figures, key: str) -> float | None:
     return getattr(f.beside, key) if value is None and f.beside is not None else value
 
 
-def _anchor(name: str, place: int = 0) -> str:
+def _anchor(name: str, place: int) -> str:
     """Of a weight's drawing, or that of one of its readings."""
     named = "".join(c if c.isalnum() else f"-{ord(c):x}-" for c in name)
     return f"weight-{named}" + (f"--{place}" if place else "")

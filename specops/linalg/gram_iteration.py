@@ -35,7 +35,7 @@ def gram_iteration(xp: Namespace, a: Array, steps: int = 6) -> Array:
     return xp.where(xp.max(xp.abs(a), axis=(-2, -1)) > 0, largest * slack, xp.zeros_like(largest))
 
 
-def enclosure(xp: Namespace, a: Array, v: Array, *, gram_steps: int = 6) -> tuple[Array, Array]:
+def enclosure(xp: Namespace, a: Array, v: Array) -> tuple[Array, Array]:
     r"""(lower, upper) of σ₁ from approximate right singular vectors, both certified.
 
     With V orthonormal (n × p) and AV = U S Qᴴ, the blocks of A in the bases U, VQ and their
@@ -55,8 +55,6 @@ def enclosure(xp: Namespace, a: Array, v: Array, *, gram_steps: int = 6) -> tupl
         The matrix, scaled to entries near 1.
     v : array, shape (n, p)
         Linearly independent columns, p ≤ min(m, n).
-    gram_steps : int
-        Squarings in the bound of the remainder.
     """
     # The certificate needs orthonormal columns, whatever the caller's rounding.
     v = xp.linalg.qr(xp.linalg.qr(v)[0])[0]
@@ -66,7 +64,7 @@ def enclosure(xp: Namespace, a: Array, v: Array, *, gram_steps: int = 6) -> tupl
     coupling = arrays.adjoint(xp, u) @ remainder
     rho = frobenius(xp, coupling)
     remainder = remainder - u @ coupling
-    zeta = gram_iteration(xp, remainder, gram_steps)
+    zeta = gram_iteration(xp, remainder)
     first = s[0]
     total = first**2 + rho**2 + zeta**2
     inside = total**2 - 4.0 * first**2 * zeta**2

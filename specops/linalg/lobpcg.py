@@ -29,7 +29,7 @@ def leading_triplets(
     start: Array,
     k: int,
     *,
-    iterations: int = 200,
+    iterations: int,
     tolerance: float | None = None,
     floor: Array | None = None,
 ) -> tuple[Array, Array, Array, Array]:

@@ -52,7 +52,7 @@ class TrackedBlocks:
             w, state, lambda xp, a, pairs: half_step(xp, a, pairs, to_left=to_left)
         )
 
-    def advance_by_products(self, state: State, rounds: int = 1) -> Steps[State]:
+    def advance_by_products(self, state: State, rounds: int) -> Steps[State]:
         """`advance` of a weight that is known by its products with vectors alone."""
         for _ in range(rounds):
             state = yield from self.half_advance_by_products(state, to_left=True)

@@ -79,7 +79,7 @@ def inactive(*, was_assigned: bool) -> AdapterError:
 
 
 def check_saved(
-    state: Mapping[str, Any], names: Iterable[str], assignments: Iterable[Assignment] = ()
+    state: Mapping[str, Any], names: Iterable[str], assignments: Iterable[Assignment]
 ) -> None:
     """Raise unless a saved state is of a known version and of these weights.
 

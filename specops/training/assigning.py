@@ -35,7 +35,7 @@ def assigned(
     geometries: Mapping[str, Geometry],
     constrained: Sequence[C],
     *,
-    again: bool = False,
+    again: bool,
 ) -> tuple[list[Assignment], list[C]]:
     """(a decision about every parameter, those under a rule).
 

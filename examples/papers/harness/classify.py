@@ -140,10 +140,10 @@ def train(
     return trained
 
 
-def reestimate(network: nn.Module, x: Tensor, most: int = 2000, batch: int = 250) -> None:
+def reestimate(network: nn.Module, x: Tensor) -> None:
     """Batch statistics of the weights as they are; the network is left in evaluation."""
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules()):
-        torch.optim.swa_utils.update_bn(x[:most].split(batch), network)
+        torch.optim.swa_utils.update_bn(x[:2000].split(250), network)
     network.eval()
 
 

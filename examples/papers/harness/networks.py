@@ -47,18 +47,17 @@ def resnet(channels: int, classes: int, *, depth: int, width: int, norm: bool) -
     return _headed(layers, inputs, classes)
 
 
-def vgg(channels: int, classes: int, *, width: int, norm: bool = True) -> nn.Sequential:
-    """Three pairs of convolutions, each followed by pooling."""
+def vgg(channels: int, classes: int, *, width: int) -> nn.Sequential:
+    """Three pairs of normalised convolutions, each followed by pooling."""
     layers: list[tuple[str, nn.Module]] = []
     inputs = channels
     for stage in range(3):
         outputs = width * 2**stage
         for place in range(2):
             name = f"{stage}_{place}"
-            conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=not norm)
+            conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
             layers.append((f"conv{name}", conv))
-            if norm:
-                layers.append((f"norm{name}", nn.BatchNorm2d(outputs)))
+            layers.append((f"norm{name}", nn.BatchNorm2d(outputs)))
             layers.append((f"relu{name}", nn.ReLU()))
             inputs = outputs
         if stage < 2:

@@ -35,11 +35,11 @@ def rounded(value: float, digits: int) -> str:
     return f"{float(f'{value:.{digits}g}'):g}"
 
 
-def half_interval(values: Sequence[float], level: float = 0.95) -> float:
-    """Half the width of the t interval of the mean; NaN of fewer than two."""
+def half_interval(values: Sequence[float]) -> float:
+    """Half the width of the 95 % t interval of the mean; NaN of fewer than two."""
     if len(values) < 2:
         return math.nan
-    return float(t.ppf((1 + level) / 2, len(values) - 1)) * standard_error(values)
+    return float(t.ppf(0.975, len(values) - 1)) * standard_error(values)
 
 
 def verdict(differences: Sequence[float]) -> str:

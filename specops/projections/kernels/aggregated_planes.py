@@ -57,7 +57,7 @@ def nearest_by_summed_half_spaces(
     *,
     tolerance: Tolerance,
     max_rounds: int,
-    differentiable: bool = False,
+    differentiable: bool,
 ) -> Found:
     """As `stabilised_planes`, where a compiler knows neither values nor how many rounds it takes.
 
