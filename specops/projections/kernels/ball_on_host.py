@@ -68,13 +68,10 @@ class HostSolver:
     """
 
     def __init__(self, problem: KernelProblem) -> None:
-        given, bound = problem.given, problem.max_norm
         self.problem, self.support, self.geometry = problem, problem.support, problem.geometry
-        self.scale = float(arrays.to_numpy(given.scale))
-        self.kernel = self.geometry.kernel(arrays.to_numpy(given.w))
+        self.kernel = self.geometry.kernel(arrays.to_numpy(problem.given.w))
         self.x0 = self.support.coordinates(np, self.kernel)
-        bound = bound if isinstance(bound, float) else float(arrays.to_numpy(bound))
-        self.limit = bound * problem.certificate / self.scale
+        self.limit = problem.bound * problem.certificate / problem.unit
         self.target = self.limit * problem.margin
 
     def project(
@@ -294,12 +291,9 @@ class HostSolver:
     def _info(
         self, before: float, after: float, gap: float, rounds: int, cuts: Cuts | HalfSpaces
     ) -> ProjectionInfo:
-        unit, like = self.scale / self.problem.certificate, self.problem.given.w
-        norm_before, norm_after, relative = (
-            arrays.constant(np.asarray(v), like) for v in (before * unit, after * unit, gap)
-        )
-        state = cuts.state(self.support, like) if len(cuts) else {}
-        return ProjectionInfo(norm_before, norm_after, relative, rounds, state)
+        unit = self.problem.unit / self.problem.certificate
+        state = cuts.state(self.support, self.problem.given.w) if len(cuts) else {}
+        return self.problem.info(before * unit, after * unit, gap, rounds, state)
 
 
 def _double(x: np.ndarray) -> np.ndarray:

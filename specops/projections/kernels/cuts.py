@@ -14,6 +14,7 @@ import numpy as np
 
 from specops import arrays
 from specops.errors import StateError
+from specops.projections.kernels.states import state_of, unit_rows
 from specops.projections.kernels.support import Support
 from specops.spectra.torus import host_blocks
 from specops.typing import Array, State
@@ -125,10 +126,7 @@ class Cuts:
         """As arrays of the library and device of `like`, with the grid they belong to."""
         values = {key: getattr(self, key) for key in _KEYS}
         values["grid"] = np.array(support.symbol.fine)
-        return {
-            key: arrays.constant(value, like, complex=value.dtype.kind == "c")
-            for key, value in values.items()
-        }
+        return state_of(values, like)
 
     @classmethod
     def from_state(cls, state: State, support: Support) -> Cuts:
@@ -154,11 +152,6 @@ class Cuts:
         )
         if not inside or not all(np.isfinite(v).all() for v in (left, right, weight)):
             raise StateError("the state is damaged: pass state=None to start afresh")
-        left, right = (_unit(v.astype(complex)) for v in (left, right))
+        left, right = (unit_rows(v.astype(complex)) for v in (left, right))
         weight = np.maximum(weight.astype(float), 0.0)
         return cls(frequency.astype(np.int64), group.astype(np.int64), left, right, weight)
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(norms > 0, norms, 1.0)

@@ -11,6 +11,7 @@ import numpy as np
 from specops import arrays
 from specops.errors import StateError
 from specops.linalg.nonnegative_qp import nonnegative_qp
+from specops.projections.kernels.states import state_of
 from specops.projections.kernels.support import Support
 from specops.typing import Array, State
 
@@ -77,10 +78,7 @@ class HalfSpaces:
             "nuclear": np.asarray(self.weight @ self.nuclear),
             "taps": support.signature,
         }
-        return {
-            key: arrays.constant(value, like, complex=value.dtype.kind == "c")
-            for key, value in values.items()
-        }
+        return state_of(values, like)
 
     @classmethod
     def from_state(cls, state: State, support: Support, kernel: np.ndarray) -> HalfSpaces:

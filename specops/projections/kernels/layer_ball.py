@@ -42,12 +42,9 @@ class LayerSolver:
     """
 
     def __init__(self, problem: KernelProblem, layer: ExplicitMap) -> None:
-        given, bound = problem.given, problem.max_norm
         self.problem, self.layer, self.geometry = problem, layer, problem.geometry
-        self.scale = float(arrays.to_numpy(given.scale))
-        self.kernel = self._kernel(given.w)
-        bound = bound if isinstance(bound, float) else float(arrays.to_numpy(bound))
-        self.limit = bound / self.scale
+        self.kernel = self._kernel(problem.given.w)
+        self.limit = problem.bound / problem.unit
         # Neither rounding nor what eigenvalues err by decides on which side the result lands.
         self.target = self.limit * (problem.margin - min(layer.shape) * np.finfo(float).eps)
 
@@ -123,13 +120,9 @@ class LayerSolver:
     def _info(
         self, before: float, after: float, gap: float, rounds: int, cuts: LayerCuts
     ) -> ProjectionInfo:
-        like = self.problem.given.w
-        norm_before, norm_after, relative = (
-            arrays.constant(np.asarray(v), like)
-            for v in (before * self.scale, after * self.scale, gap)
-        )
-        state = cuts.state(like) if len(cuts) else {}
-        return ProjectionInfo(norm_before, norm_after, relative, rounds, state)
+        unit = self.problem.unit
+        state = cuts.state(self.problem.given.w) if len(cuts) else {}
+        return self.problem.info(before * unit, after * unit, gap, rounds, state)
 
 
 def layer_solver(

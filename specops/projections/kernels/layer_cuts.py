@@ -12,6 +12,7 @@ from specops.errors import StateError
 from specops.linalg.block_krylov import krylov_triplets
 from specops.linalg.nonnegative_qp import nonnegative_qp
 from specops.maps.explicit import ExplicitMap
+from specops.projections.kernels.states import state_of, unit_rows
 from specops.typing import Array, State
 
 MOST_AT_ONCE = 64
@@ -103,11 +104,7 @@ class LayerCuts:
 
     def state(self, like: Array) -> State:
         """As arrays of the library and device of `like`."""
-        values = {key: getattr(self, key) for key in _KEYS}
-        return {
-            key: arrays.constant(value, like, complex=value.dtype.kind == "c")
-            for key, value in values.items()
-        }
+        return state_of({key: getattr(self, key) for key in _KEYS}, like)
 
     @staticmethod
     def made(state: State) -> bool:
@@ -131,7 +128,7 @@ class LayerCuts:
         real = dtype.kind == "c" or left.dtype.kind == right.dtype.kind == "f"
         if not inside or not real or not all(np.isfinite(x).all() for x in (left, right, weight)):
             raise StateError("the state is damaged: pass state=None to start afresh")
-        left, right = (_unit(x.astype(dtype)) for x in (left, right))
+        left, right = (unit_rows(x.astype(dtype)) for x in (left, right))
         weight = np.maximum(weight.astype(float), 0.0)
         return cls.of(layer, group.astype(np.int64), left, right, weight)
 
@@ -168,7 +165,7 @@ def _leading(
     for index, matrix in enumerate(matrices):
         u, sigma, v = krylov_triplets(matrix, noise, _DEPTH)
         kept = max(1, int((sigma > limit).sum()))
-        parts.append((np.full(kept, index), u.T[:kept], sigma[:kept], _unit(v.T[:kept])))
+        parts.append((np.full(kept, index), u.T[:kept], sigma[:kept], unit_rows(v.T[:kept])))
     group, left, sigma, right = (np.concatenate(p) for p in zip(*parts, strict=True))
     return group, left, sigma, right
 
@@ -205,8 +202,3 @@ def _pairs(
     sigma = np.linalg.norm(other, axis=1)
     other = other / np.where(sigma > 0, sigma, 1.0)[:, None]
     return (own, other, sigma) if wide else (other, own, sigma)
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(norms > 0, norms, 1.0)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from specops import arrays
 from specops.geometry import Conv
 from specops.maps.every_size import certified_symbol
 from specops.maps.prepare import Prepared
+from specops.projections.info import ProjectionInfo
 from specops.projections.kernels.support import Support
-from specops.typing import Array
+from specops.typing import Array, State
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,26 @@ class KernelProblem:
         sizes = given.geometry.sizes(tuple(w.shape))
         symbol, certificate = certified_symbol(sizes, not arrays.is_complex(given.w))
         return cls(given, given.geometry, w, max_norm, Support(symbol), certificate)
+
+    @property
+    def unit(self) -> float:
+        """The scale of the prepared weight; of values that are known, as `bound`."""
+        return float(arrays.to_numpy(self.given.scale))
+
+    @property
+    def bound(self) -> float:
+        """`max_norm` as a number."""
+        known = isinstance(self.max_norm, float)
+        return self.max_norm if known else float(arrays.to_numpy(self.max_norm))
+
+    def info(
+        self, before: float, after: float, gap: float, rounds: int, state: State
+    ) -> ProjectionInfo:
+        """What a solver on the host has found, its norms those of the weight as given."""
+        norm_before, norm_after, relative = (
+            arrays.constant(np.asarray(x), self.given.w) for x in (before, after, gap)
+        )
+        return ProjectionInfo(norm_before, norm_after, relative, rounds, state)
 
     @property
     def margin(self) -> float:

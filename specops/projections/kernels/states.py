@@ -1,0 +1,24 @@
+"""What solvers of kernels leave for the next call: NumPy's arrays as a state, and read back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from specops import arrays
+from specops.typing import Array, State
+
+
+def state_of(values: Mapping[str, np.ndarray], like: Array) -> State:
+    """The values as arrays of the library and device of `like`."""
+    return {
+        key: arrays.constant(value, like, complex=value.dtype.kind == "c")
+        for key, value in values.items()
+    }
+
+
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
+    """Rows of length 1, as they were before the state was stored; zeros stay zero."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.where(norms > 0, norms, 1.0))
