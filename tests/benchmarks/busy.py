@@ -10,7 +10,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +22,7 @@ from rich.table import Table
 import specops
 from specops import Conv, Dense
 from specops.cli import main
-from tests.benchmarks.harness import milliseconds
+from tests.benchmarks.harness import milliseconds, seconds_of
 
 BUSY = 2
 ALLOWED = 4.0
@@ -75,19 +74,13 @@ def _busy() -> Iterator[None]:
 
 
 def _median(function: Callable[[], Any], quick: bool) -> float:
-    first = _seconds(function)
+    first = seconds_of(function)
     if quick or first > _LONG:
         return first
     times: list[float] = []
     while len(times) < 3 or sum(times) < _SECONDS:
-        times.append(_seconds(function))
+        times.append(seconds_of(function))
     return statistics.median(times)
-
-
-def _seconds(function: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
 
 
 def _cases(folder: Path, quick: bool) -> dict[str, Callable[[], Any]]:

@@ -63,7 +63,8 @@ def run(repeats: int, quick: bool) -> None:
     _memory(cases)
 
 
-def _label(k: int, channels: int, n: int) -> str:
+def label(k: int, channels: int, n: int) -> str:
+    """A case in words."""
     return f"{k}×{k}, {channels} channels, {n}×{n}"
 
 
@@ -85,7 +86,7 @@ def _numpy(cases: list[tuple[int, int, int]], repeats: int) -> None:
             wanted = expected if results is spectrum else expected[0]
             error = np.abs(got - wanted).max() / expected[0]
             ours = lambda f=function, w=w, g=geometry: f(w, g)  # noqa: E731
-            results.add(_label(k, channels, n), pair(baseline, ours, repeats), f"{error:.1e}")
+            results.add(label(k, channels, n), pair(baseline, ours, repeats), f"{error:.1e}")
     spectrum.show()
     largest.show()
 
@@ -98,7 +99,7 @@ def _torch(cases: list[tuple[int, int, int]], repeats: int) -> None:
         w = torch.asarray(kernel_of(k, channels))
         geometry = Conv((n, n), boundary="circular")
         results.add(
-            _label(k, channels, n),
+            label(k, channels, n),
             pair(
                 lambda w=w, n=n: torch_lines(w, (n, n)),
                 lambda w=w, g=geometry: specops.singular_values(w, g),
@@ -118,7 +119,7 @@ def _jax(cases: list[tuple[int, int, int]], repeats: int) -> None:
         geometry = Conv((n, n), boundary="circular")
         ours = jax.jit(lambda w, g=geometry: specops.singular_values(w, g))
         results.add(
-            _label(k, channels, n),
+            label(k, channels, n),
             pair(
                 lambda f=theirs, w=w: f(w).block_until_ready(),
                 lambda f=ours, w=w: f(w).block_until_ready(),
@@ -165,7 +166,7 @@ def _memory(cases: list[tuple[int, int, int]]) -> None:
     for case in cases:
         theirs, ours = (_peak(case, side) for side in (0, 1))
         table.add_row(
-            _label(*case), f"{theirs:.0f} MiB", f"{ours:.0f} MiB", f"{ours / max(theirs, 1e-9):.2f}"
+            label(*case), f"{theirs:.0f} MiB", f"{ours:.0f} MiB", f"{ours / max(theirs, 1e-9):.2f}"
         )
     Console(width=120).print(table)
 

@@ -32,8 +32,8 @@ def pair(baseline: Callable[[], Any], ours: Callable[[], Any], repeats: int) -> 
     times: list[tuple[float, float]] = []
     for index in range(repeats):
         order = (baseline, ours) if index % 2 == 0 else (ours, baseline)
-        seconds = {id(f): _seconds(f) for f in order}
-        times.append((seconds[id(baseline)], seconds[id(ours)]))
+        took = {id(f): seconds_of(f) for f in order}
+        times.append((took[id(baseline)], took[id(ours)]))
     ratios = sorted(a / b for a, b in times)
     return Pair(
         statistics.median(a for a, _ in times),
@@ -43,7 +43,8 @@ def pair(baseline: Callable[[], Any], ours: Callable[[], Any], repeats: int) -> 
     )
 
 
-def _seconds(function: Callable[[], Any]) -> float:
+def seconds_of(function: Callable[[], Any]) -> float:
+    """How long one call takes."""
     began = time.perf_counter()
     function()
     return time.perf_counter() - began
@@ -79,9 +80,9 @@ class Results:
         Console(width=120).print(self.table)
 
 
-def milliseconds(seconds: float) -> str:
+def milliseconds(seconds: float, digits: int = 1) -> str:
     """A time for a table."""
-    return f"{seconds * 1e3:.1f} ms"
+    return f"{seconds * 1e3:.{digits}f} ms"
 
 
 def environment() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 
 import specops
+from tests.benchmarks.harness import seconds_of
 
 _EVERY = 10
 _BLOCKS = 4
@@ -39,14 +39,14 @@ def run(repeats: int, quick: bool) -> None:
 
 def _fill(table: Table, batch: int, blocks: int, network: dict[str, Any]) -> None:
     sides = [_training(batch, slack, network) for slack in (None, 1.5)]
-    compiling = [_seconds(side.ten_steps) for side in sides]
+    compiling = [seconds_of(side.ten_steps) for side in sides]
     times: list[list[float]] = [[], []]
     shuffle = random.Random(0).shuffle
     for _ in range(blocks):
         order = [0, 1]
         shuffle(order)
         for i in order:
-            times[i].append(_seconds(sides[i].ten_steps) / _EVERY)
+            times[i].append(seconds_of(sides[i].ten_steps) / _EVERY)
     plain = statistics.median(times[0])
     added = statistics.median(b - a for a, b in zip(*times, strict=True))
     table.add_row(
@@ -111,9 +111,3 @@ def _training(batch: int, slack: float | None, network: dict[str, Any]) -> _Side
         return optax.apply_updates(params, updates), state
 
     return _Side(step, params, transform.init(params))
-
-
-def _seconds(function: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began

@@ -179,10 +179,6 @@ def _warm(sides: list[int], repeats: int) -> None:
     results.show()
 
 
-def _kernel_label(k: int, channels: int, n: int) -> str:
-    return f"{k}×{k}, {channels} channels, {n}×{n}"
-
-
 def _one_round(cases: list[tuple[int, int, int]], repeats: int) -> None:
     title = "convolution clip, one round, c = 0.5·σ₁, NumPy, float32"
     results = Results(title, "appendix A", "their norm/c", "our norm/c")
@@ -199,7 +195,7 @@ def _one_round(cases: list[tuple[int, int, int]], repeats: int) -> None:
         timed = pair(baseline, ours, _affordable(seconds, repeats))
         back = np.ascontiguousarray(cropped.transpose(3, 2, 0, 1))
         norms = (float(specops.spectral_norm(x, geometry)) / limit for x in (back, ours()))
-        results.add(_kernel_label(k, channels, n), timed, *(f"{norm:.4f}" for norm in norms))
+        results.add(conv.label(k, channels, n), timed, *(f"{norm:.4f}" for norm in norms))
     results.show()
 
 
@@ -232,7 +228,7 @@ def _nearest(cases: list[tuple[int, int, int]], repeats: int) -> None:
         moved = (np.linalg.norm(x - w1) / np.linalg.norm(w1) for x in (rounded, found))
         shares.append(timed.speedup)
         table.add_row(
-            _kernel_label(k, channels, n),
+            conv.label(k, channels, n),
             milliseconds(timed.ours),
             milliseconds(timed.baseline),
             f"{timed.speedup:.2f}",
@@ -286,7 +282,7 @@ def _far(cases: list[tuple[int, int, int]], repeats: int) -> None:
                 seconds = timed.ours if name == "cold" else seconds
             found[bound].append(tuple(ratios))
             table.add_row(
-                _kernel_label(k, channels, n),
+                conv.label(k, channels, n),
                 str(bound),
                 milliseconds(seconds),
                 f"{ratios[0]:.2f}",

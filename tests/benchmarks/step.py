@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from rich.table import Table
 
 import specops
 from tests.benchmarks import jax_step
+from tests.benchmarks.harness import milliseconds, seconds_of
 
 Networks = Mapping[str, Callable[[], Any]]
 _ROUNDS = 12
@@ -159,12 +159,12 @@ def _clips(networks: Networks, rounds: int) -> None:
         geometry.detach()
         attachment = specops.attach(None, model, specops.ClipSpectralNorm(1.5 * largest))
         step()
-        first = _seconds(attachment.step)
+        first = seconds_of(attachment.step)
         plains, screens = [], []
         for _ in range(rounds):
-            plains.append(_seconds(step))
-            screens.append(_seconds(attachment.step))
-        certified = [_seconds(attachment.enforce) for _ in range(3)]
+            plains.append(seconds_of(step))
+            screens.append(seconds_of(attachment.step))
+        certified = [seconds_of(attachment.enforce) for _ in range(3)]
         assert all(torch.isfinite(p).all() for p in model.parameters())
         plain, screened = statistics.median(plains), statistics.median(screens)
         last = statistics.median(certified)
@@ -236,7 +236,7 @@ def _medians(steps: list[Callable[[], None]], rounds: int) -> tuple[float, ...]:
         shuffle(order)
         for i in order:
             steps[i]()  # brings its own weights into the caches
-            times[i].append(_seconds(steps[i]))
+            times[i].append(seconds_of(steps[i]))
     added = (
         statistics.median(b - a for a, b in zip(times[0], own, strict=True)) for own in times[1:]
     )
@@ -251,11 +251,5 @@ def _table(title: str, *headers: str) -> Table:
     return table
 
 
-def _seconds(function: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
-
-
 def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f} ms"
+    return milliseconds(seconds, 2)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 import specops
+from tests.benchmarks.harness import milliseconds, seconds_of
 
 _BATCH, _LITTLE = 128, 8
 _EVERY = 10
@@ -68,12 +67,12 @@ def _row(table: Table, bound: float, batch: int, steps: int) -> None:
 
     plains, hooks = [], []
     for _ in range(steps):
-        plains.append(_seconds(step))
-        hooks.append(_seconds(attachment.step))
+        plains.append(seconds_of(step))
+        hooks.append(seconds_of(attachment.step))
     firings = hooks[_EVERY - 1 :: _EVERY]
     assert sum(firings) > 0.9 * sum(hooks), "firings are not where they are looked for"
-    enforced = _seconds(attachment.enforce)
-    certified = _seconds(lambda: _certify(model, attachment, bound))
+    enforced = seconds_of(attachment.enforce)
+    certified = seconds_of(lambda: _certify(model, attachment, bound))
     plain = statistics.fmean(plains)
     later = firings[1:] or firings
     table.add_row(
@@ -98,11 +97,5 @@ def _certify(model: Any, attachment: Any, bound: float) -> None:
             assert specops.project_spectral_ball(weight, bound, geometry) is weight, name
 
 
-def _seconds(function: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
-
-
 def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.0f} ms"
+    return milliseconds(seconds, 0)
