@@ -146,8 +146,15 @@ def test_model_can_be_copied_and_pickled_while_attached() -> None:
     model = network()
     optimizer = optimizer_of(model)
     specops.attach(optimizer, model, CLIP)
-    pickle.loads(pickle.dumps(copy.deepcopy(model)))
-    torch.save(model, io.BytesIO())
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    for twin in (
+        pickle.loads(pickle.dumps(copy.deepcopy(model))),
+        torch.load(saved, weights_only=False),
+    ):
+        assert type(twin) is type(model)
+        torch.testing.assert_close(twin.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
 def test_every_start_and_enforce() -> None:

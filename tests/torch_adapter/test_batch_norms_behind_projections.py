@@ -214,6 +214,7 @@ def test_only_what_follows_counts() -> None:
     ],
 )
 def test_nothing_to_say(model: nn.Module, rule: Any) -> None:
+    """Warnings are errors here."""
     specops.project(model, rule)
 
 

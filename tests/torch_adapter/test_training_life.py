@@ -317,6 +317,7 @@ def test_a_lost_hook_is_noticed_with_a_frozen_layer() -> None:
 
 
 def test_a_detached_attachment_does_not_complain() -> None:
+    """Warnings are errors here."""
     model = network()
     attachment = specops.attach(sgd(model), model, CLIP)
     attachment.detach()
