@@ -6,6 +6,7 @@ containers and refuses whatever else a pickle asks for.
 
 from __future__ import annotations
 
+import pickle
 import re
 import warnings
 import zipfile
@@ -194,8 +195,6 @@ def _records(path: Path) -> dict[int, _Record]:
 
 def _load(path: Path, device: str) -> Any:
     """The objects in the file; tensors on the meta device have no numbers."""
-    import pickle
-
     import torch
 
     # As an open file: torch.load takes names that end in .safetensors for that format.

@@ -24,6 +24,7 @@ _GROWTH = 2
 A rule that acts after every step takes back what the step added, 1e-2 to 8e-2 there, from 1.0 to
 1.6 times what it took back a step before: no batch has ever seen it."""
 _NAMED = 3
+"""Layers that a warning names."""
 
 
 @dataclass

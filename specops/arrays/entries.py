@@ -46,6 +46,7 @@ def power_below(xp: Namespace, largest: Array) -> Array:
     largest = stop_gradient(largest)
     ones = xp.ones_like(largest)
     exponent = xp.floor(xp.log2(xp.where(largest > 0, largest, ones)))
+    # Short of the ends of the range, so that the reciprocal is a normal number, too.
     limit = 1000.0 if dtype_name(largest.dtype) == "float64" else 120.0
     exponent = xp.clip(exponent, -limit, limit)
     return xp.where(xp.isfinite(exponent), 2.0**exponent, ones)

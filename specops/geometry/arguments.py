@@ -60,8 +60,7 @@ def check_choice(value: Any, name: str, allowed: tuple[str, ...]) -> None:
 
 def non_negative(value: Any, name: str) -> float:
     """A finite float, zero or more."""
-    real = (float, int, np.integer, np.floating)
-    if isinstance(value, real) and not isinstance(value, bool) and 0 <= value < math.inf:
+    if _is_real(value) and 0 <= value < math.inf:
         return float(value)
     raise ValueError(f"{name} must be a finite number, zero or more, got {value!r}")
 
@@ -82,8 +81,7 @@ def number_where(value: Any, fits: Callable[[Any], Any]) -> Any:
 
     A traced array becomes NaN where it turns out not to fit.
     """
-    real = (float, int, np.integer, np.floating)
-    if isinstance(value, real) and not isinstance(value, bool):
+    if _is_real(value):
         return float(value) if fits(value) else None
     if not arrays.is_array(value):
         return None
@@ -94,6 +92,11 @@ def number_where(value: Any, fits: Callable[[Any], Any]) -> Any:
     if known is None:
         return nan_unless(flag, value)
     return value if known else None
+
+
+def _is_real(value: Any) -> bool:
+    real = (float, int, np.integer, np.floating)
+    return isinstance(value, real) and not isinstance(value, bool)
 
 
 def nan_unless(fits: Any, value: Any) -> Any:

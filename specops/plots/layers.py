@@ -13,6 +13,7 @@ from specops.plots.arguments import check_mapping, check_nonnegative, real
 from specops.plots.style import axes, counted, label, legend, line_styles, scale_values, shorten
 
 _TALLEST = 100.0
+"""Inches: a choice."""
 _ROW = 0.15
 """Inches that one line of text needs."""
 

@@ -20,6 +20,7 @@ DEPTH = LinearSegmentedColormap.from_list("depth", colormaps["viridis"](np.linsp
 _OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)))
 _DECADES = 3
+"""What a linear axis shows: a choice."""
 _DEEPEST = 1e-12
 """What is further below the largest value is rounding, and would flatten the rest."""
 

@@ -11,7 +11,6 @@ from specops.rules.penalty import SpectralNormPenalty
 from specops.rules.scale import TrainableScale
 from specops.rules.stable_rank import ProjectStableRank
 from specops.rules.stages import ForwardRule, GradientRule, StagedRule, WeightRule, completed
-from specops.typing import State
 
 __all__ = [
     "ClipAndCut",
@@ -29,7 +28,6 @@ __all__ = [
     "SpectralSoftCap",
     "StableRankNormalization",
     "StagedRule",
-    "State",
     "TrainableScale",
     "WeightRule",
     "completed",

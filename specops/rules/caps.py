@@ -33,6 +33,8 @@ _FAR = 64.0
 a choice."""
 _CAP_ROUNDS_WHEN_TRACED = 16
 """As many as σ₁ = 64·c takes: one, and ln(64/1.3)/ln(81/62) = 14.6 rounded up."""
+_HALVINGS = 50
+"""Of an interval of at most 1/3: to the rounding of double precision."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -240,7 +242,7 @@ def _least_alpha(xp: Namespace, top: Array) -> Array:
         enough = y + middle * y**3 <= 1.0
         return xp.where(enough, ends[0], middle), xp.where(enough, middle, ends[1])
 
-    _, high = arrays.fori(xp, 0, 50, halve, (xp.zeros_like(top), most))
+    _, high = arrays.fori(xp, 0, _HALVINGS, halve, (xp.zeros_like(top), most))
     # What a root of f(α, σ₁) adds to derivatives is -∂f/∂σ₁ / ∂f/∂α; at the end it is that of the
     # end.
     high = arrays.stop_gradient(high)

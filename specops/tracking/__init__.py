@@ -27,12 +27,10 @@ from specops.tracking.matrices import (
 from specops.tracking.operator import TrackedOperator
 from specops.tracking.power import Pairs, stepped_on_host
 from specops.tracking.torus import TrackedTorus
-from specops.typing import State
 
 __all__ = [
     "Norm",
     "Pairs",
-    "State",
     "Steps",
     "Tracked",
     "TrackedBlocks",

@@ -45,6 +45,8 @@ _ONE = (
 _MAX_POOL = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _AVERAGE_POOL = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _NO_JUMP = 20.0
+"""Threshold of Softplus from which its jump to the identity, e⁻²⁰, is less than the rounding of 20
+in float32; torch's default."""
 _ADAPTIVE = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 _ADAPTIVE_MAX = (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
 STEEPEST = {

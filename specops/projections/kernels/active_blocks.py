@@ -12,6 +12,9 @@ from specops.projections.kernels.cuts import Cuts
 from specops.projections.kernels.support import Support
 from specops.spectra.torus import block_bytes, host_blocks, leading_norm
 
+_AT_ONCE = 64
+"""Frequencies whose blocks are in memory together, at least."""
+
 
 def near_limit(support: Support, x: np.ndarray, limit: float) -> np.ndarray:
     """Indices (count, 2) over frequency and group of blocks that may reach the limit.
@@ -46,7 +49,7 @@ def all_inside(support: Support, x: np.ndarray, limit: float, active: np.ndarray
     coefficients = support.coefficients(np, x.astype(np.result_type(x, np.float64)))
     frequencies, where = np.unique(active[:, 0], return_inverse=True)
     inside = True
-    for chunk in np.array_split(np.arange(len(frequencies)), max(1, len(frequencies) // 64)):
+    for chunk in np.array_split(np.arange(len(frequencies)), max(1, len(frequencies) // _AT_ONCE)):
         blocks = host_blocks(coefficients, support.symbol, frequencies[chunk])
         own = (where >= chunk[0]) & (where <= chunk[-1]) if len(chunk) else np.zeros(0, bool)
         if own.any():

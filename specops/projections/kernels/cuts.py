@@ -20,6 +20,8 @@ from specops.spectra.torus import host_blocks
 from specops.typing import Array, State
 
 _KEYS = ("frequency", "group", "left", "right", "weight")
+_AT_ONCE = 32
+"""Cuts whose blocks are in memory together, at least."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Cuts:
         """⟨X, E⟩ = Re(uᴴ B(X) v) for each cut E."""
         result = np.zeros(len(self))
         coefficients = support.coefficients(np, x)
-        for index in np.array_split(np.arange(len(self)), max(1, len(self) // 32)):
+        for index in np.array_split(np.arange(len(self)), max(1, len(self) // _AT_ONCE)):
             frequencies, where = np.unique(self.frequency[index], return_inverse=True)
             blocks = host_blocks(coefficients, support.symbol, frequencies)
             image = (blocks[where, self.group[index]] @ self.right[index][..., None])[..., 0]
@@ -91,7 +93,7 @@ class Cuts:
         groups, (rows, columns) = symbol.sizes.groups, symbol.block_shape
         total: Any = 0.0
         order = np.argsort(self.frequency, kind="stable")
-        for index in np.array_split(order, max(1, len(self) // 32)):
+        for index in np.array_split(order, max(1, len(self) // _AT_ONCE)):
             frequencies, where = np.unique(self.frequency[index], return_inverse=True)
             blocks = np.zeros((len(frequencies), groups, rows, columns), complex)
             for position, j in zip(where, index, strict=True):
