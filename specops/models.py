@@ -27,7 +27,7 @@ def attach(
     Parameters
     ----------
     optimizer : optimizer or None
-        Whose steps to follow; None: call ``attachment.step()`` after each step yourself.
+        The rules act at its steps. None: call ``attachment.step()`` after each step yourself.
     model : model
         Of any framework that an installed adapter knows.
     rule_or_plan : rule or Plan
@@ -38,7 +38,7 @@ def attach(
         Patterns of parameter names, and the map those parameters stand for, where the
         inferred one is missing or wrong.
     **options
-        Of the adapter: see `specops_torch.attach`.
+        Further options of the framework's adapter, such as those of `specops_torch.attach`.
 
     Returns
     -------
@@ -57,7 +57,7 @@ def attach(
     Warns
     -----
     CautionWarning
-        Of most of the model's matrices no map is known, so that the plan leaves them alone; or
+        The plan leaves most of the model's matrices alone, because no map is known of them; or
         another attachment acts on one of the weights in the same stage.
     """
     adapter = find_adapter(model, optimizer)
@@ -76,21 +76,21 @@ def project(
 ) -> Report:
     """Apply a rule, or a plan, to a model's weights once, without training.
 
-    Every rule of the plan acts, whatever its interval; the weights that forward rules give are
-    written into the parameters.
+    Every rule of the plan acts, whatever its interval. A forward rule, which during training
+    leaves the parameter as it is, writes the weight that it would have used into the parameter.
 
     Parameters
     ----------
     model, rule_or_plan, geometries
-        As `attach`. Convolutions whose input size is not known (no `geometries`) are constrained
-        for every size, or left alone with a warning by rules that need one.
+        As `attach`. A convolution whose input size `geometries` do not give is constrained for
+        every size; a rule that needs a size leaves it alone, with a warning.
     **options
-        Of the adapter.
+        As `attach`.
 
     Returns
     -------
     Report
-        Of the weights afterwards.
+        What was constrained, what was left alone and why, with the norms afterwards.
 
     Raises
     ------
@@ -99,13 +99,13 @@ def project(
     PlanError
         The plan does not fit the model.
     NonFiniteError
-        A weight holds NaN or infinity; all are left as they were then.
+        A weight holds NaN or infinity. Then no weight is changed.
 
     Notes
     -----
-    Running statistics of batch normalisation behind a weight that changed are of the old one, and
-    evaluation uses them: estimate them anew (torch warns, and names
-    ``torch.optim.swa_utils.update_bn(loader, model)``).
+    Batch normalisation behind a weight that changed keeps the running statistics of the old one,
+    and evaluation uses them. Estimate them anew: torch warns where that is due, and names
+    ``torch.optim.swa_utils.update_bn(loader, model)``.
     """
     adapter = find_adapter(model)
     return adapter.project(model, Plan.of(rule_or_plan), geometries=geometries, **options)

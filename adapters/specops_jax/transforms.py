@@ -44,14 +44,17 @@ def constrain(
     every : int, optional
         Act at every so many steps; default: the plan's own interval. Does not recompile.
     on_host : bool, optional
-        Where the only device is a CPU, programs call `ClipSpectralNorm` of a convolution back on
-        the host: with the numbers that it has outside of jit, where small zero-padded layers are
-        constrained themselves, at the cost that `specops.project_spectral_ball` names; the others
-        take a tenth to one and a half times as long as compiled, and none the seconds of
-        compilation for each shape. False compiles it there too, as it is on other devices, under
-        ``shard_map`` and where a derivative is asked for: for long training on small grids, for
-        programs that are to be exported (``jax.export``), or kept by JAX's persistent cache,
-        where that keeps none with callbacks.
+        Only where the only device is a CPU, and only for `ClipSpectralNorm` of convolutions:
+        whether compiled programs call back to the host for it, instead of compiling it. On the
+        host it gives the same numbers as outside jit: small zero-padded layers are constrained
+        themselves, at the cost that `specops.project_spectral_ball` names. Other layers take a
+        tenth to one and a half times as long as compiled, and none of the seconds that
+        compilation takes for each shape.
+
+        False compiles it on a CPU too, as is always done on other devices, under ``shard_map``
+        and where a derivative is asked for. Choose it for long training on small grids, for
+        programs that are to be exported (``jax.export``), and for those to be kept by JAX's
+        persistent cache, where that keeps none with callbacks.
 
     Returns
     -------

@@ -37,17 +37,19 @@ def inspect(
         Of a file or folder: safetensors, torch, torch.distributed.checkpoint, NumPy, Keras, flax,
         equinox, orbax, Hugging Face.
     input_size, stride, dilation, padding, groups : value, or dict of str to value, optional
-        Of convolutions: of all, or by patterns of names, of which the last that matches counts.
-        A padding is a number of zeros on both sides, as in torch, "same" or "valid". Without an
-        input size the norm is that of the supremum over all sizes, whatever the padding.
+        What checkpoints do not say of convolutions. A single value is for all of them; a dict
+        gives values by patterns of tensor names, of which the last that matches counts. A
+        padding is "same", "valid" or, as in torch, a number of zeros on both sides. Without an
+        input size the norm is the supremum over all sizes, whatever the padding.
     boundary : "zeros" or "circular"
-        Of convolutions with an input size.
-    layout : str
-        The order of a kernel's axes, where the file does not tell.
+        What convolutions with an input size see beyond its borders.
+    layout : "torch", "jax" or "keras", optional
+        Whose order a kernel's axes have, where the file does not tell.
     method : "auto", "exact" or "bounds"
-        As of the command.
+        Compute all singular values, or certified bounds of the largest one alone. "auto" is
+        "bounds" for matrices whose smaller side exceeds 2048.
     exclude : sequence of str
-        Patterns of tensors to leave alone.
+        Patterns of names of tensors to leave alone.
 
     Returns
     -------

@@ -85,23 +85,32 @@ def project_spectral_ball(
     method : str
         "auto" chooses by device and shape.
 
-        Dense: "eigh", eigenvectors of the smaller Gram matrix (replaced by the SVD where
-        σ₁ > 4c); "svd"; "products", matrix products only, for accelerators, with a proven
-        error bound, replaced by "eigh" where it is too large.
+        Dense:
 
-        Conv: "auto" and "cutting-planes" constrain a small layer's own operator, the others, and
-        these of larger ones, a torus that contains it: see Notes, which say what is small.
-        "cutting-planes", a quadratic program over half-spaces that contain the ball: one for
-        each singular value above the bound, or, where those are many and `distance_tolerance` is
-        at least 0.01, two a round for all of them; "accelerated", FISTA on the same dual, which
-        takes over where they are many and it is less;
-        "dykstra", slower, for comparison. All three approach the nearest point and certify
-        how near they are. "alternating", the two projections of Sedghi et al. in turn: a
-        feasible point, not the nearest. "auto" takes it where σ₁ > 1000c.
+        - "eigh": eigenvectors of the smaller Gram matrix; where σ₁ > 4c the SVD replaces it.
+        - "svd": the SVD.
+        - "products": matrix products only, for accelerators, with a proven error bound; where
+          that bound is too large, "eigh" replaces it.
+
+        Conv, of which the first three approach the nearest point and certify how near they are:
+
+        - "cutting-planes": a quadratic program over half-spaces that contain the ball, one for
+          each singular value above the bound. Where those are many, two half-spaces a round
+          stand for all of them if `distance_tolerance` is at least 0.01, and "accelerated"
+          takes over if it is less.
+        - "accelerated": FISTA on the same dual.
+        - "dykstra": slower, for comparison.
+        - "alternating": the two projections of Sedghi et al. in turn, which end at a feasible
+          point, not the nearest. "auto" takes it where σ₁ > 1000c.
+
+        "auto" and "cutting-planes" constrain the operator of a small layer itself. For larger
+        layers they, and the other methods for all, constrain a torus that contains the layer:
+        Notes say what is small.
     iterations : int, optional
-        Conv: rounds at the most (alternating: exactly). By default 100 of cutting planes, 40
-        of them with two half-spaces a round, 40 to 200 accelerated ones, by how much work a round
-        is, 200 of Dykstra; alternating until within 1 %, at most 30.
+        Conv: how many rounds at the most; of "alternating" exactly so many. The default depends
+        on the method: 100 for cutting planes, or 40 with two half-spaces a round; 40 to 200 for
+        "accelerated", fewer where a round is more work; 200 for "dykstra"; for "alternating"
+        at most 30, until the norm is within 1 % of the bound.
     gap_tolerance : float
         Conv: stop when ``2(primal − dual) ≤ gap_tolerance·‖K‖²``, which is `ProjectionInfo.gap`.
     distance_tolerance : float

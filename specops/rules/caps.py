@@ -128,8 +128,8 @@ class SpectralSoftCap(Cap):
 
     :math:`p_2(p_1(W))` with :math:`p_1(x) = x - \alpha x^3` and
     :math:`p_2(x) = x + \alpha x^3`, where α is the least for which the largest singular value
-    lands on the bound. Order is kept, small values hardly move, and only products of matrices
-    are needed; several rounds where σ₁ exceeds 1.3 of the bound.
+    lands on the bound. The order of the singular values is kept, small ones hardly move, and only
+    products of matrices are needed. Where σ₁ exceeds 1.3 times the bound, this is repeated.
 
     Parameters
     ----------

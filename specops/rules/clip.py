@@ -52,11 +52,16 @@ class ClipSpectralNorm(Scheduled, WeightRule):
     """Keep the operator norm of a weight at or below `max_norm`: project if above, else nothing.
 
     The norm is the operator's own, for a convolution that of the layer, unless `norm` says
-    otherwise. A weight found inside is not decomposed again at every firing: while the norm that
-    a power step on its leading vectors gives stays below 0.9 of the bound, it is left alone.
-    That estimate, which the figures show, is a lower bound; every 100th firing, `enforce` and the
-    first one certify. In JAX's loops, where no firing starts the vectors anew, it is multiplied by
-    what it fell short of the norm at the last certificate, and is no bound.
+    otherwise.
+
+    A decomposition at every firing would be dear, so a weight that was found inside is only
+    screened from then on: its leading singular vectors are kept, and each firing takes one power
+    step on them. While the norm that this gives stays below 0.9 of the bound, the weight is left
+    alone. Otherwise, and at the first and every 100th firing, the norm is certified, as `enforce`
+    always does. The estimate, which the figures show, is a lower bound of the norm. Loops in JAX
+    never start the vectors anew; there the estimate is multiplied by the factor by which it fell
+    short of the norm at the last certificate, and the product is no bound.
+
     A small zero-padded convolution ends at the bound, a larger one up to a few per cent below it.
     Compiled, any convolution may end below it: by up to a tenth on grids of few points, by more
     where the strides of a circular one do not divide its grid. `project_spectral_ball` says which.
@@ -76,7 +81,7 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         What it leaves is mostly that a kernel shrinks as a whole, which adds up over firings;
         0.25 takes a third less time in training.
     screen : bool
-        False certifies at every firing.
+        Whether to screen as above; False certifies the norm at every firing.
 
     Raises
     ------

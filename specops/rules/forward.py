@@ -85,11 +85,12 @@ class SpectralNormalization(_Tracking):
 
     Notes
     -----
-    σ = ⟨u, Wv⟩ with vectors u, v that are constants of the forward pass and advance once per
-    firing, so the norm of the weight in use is at least s and approaches it. A second pair looks
-    for what grows where u and v have no part; a leader that overtakes by a tenth of the norm a
-    step is met within a few firings. Fused blocks and
-    stacks are divided block by block.
+    σ is estimated as ⟨u, Wv⟩ with unit vectors u, v that advance once per firing and that
+    derivatives hold constant. The estimate is at most the norm, so the norm of the weight in use
+    is at least s, and approaches s as the vectors converge. A second pair of vectors watches for
+    singular values that grow along directions in which u and v have no part: one that overtakes
+    the leading value, by a tenth of the norm per step, is found within a few firings. The blocks
+    of fused weights and the matrices of stacks are each divided by a σ of their own.
 
     References
     ----------
@@ -173,13 +174,17 @@ class StableRankNormalization(_Tracking):
 
     Notes
     -----
-    As `SpectralNormalization`. A matrix with one row or column is W/σ. Where r = 1 for larger ones
-    the layer uses uvᵀ alone, which has no derivative by W: it does not learn, of which adapters
-    warn. A convolution's operator has a least stable rank that its
-    kernels reach along their leading direction; a ratio below it gives that kernel.
-    Another pair may lead in a kernel so limited, with a norm above 1: of random 3×3 kernels of 8
-    and 32 channels on 8² and 16² points up to 1.05 at a ratio of 0.1, 1.2 at the least rank; of one
-    channel on a few points 1.3. Reports show it.
+    σ, u and v are followed from firing to firing as in `SpectralNormalization`, whose notes apply.
+
+    A matrix with a single row or column has no R and is used as W/σ. Where r = 1 for a larger one,
+    the layer uses uvᴴ alone, which has no derivative by W: the layer does not learn, and adapters
+    warn of it.
+
+    The operator of a convolution has a least stable rank, which kernels reach along their leading
+    direction; a ratio that asks for less gives that kernel. In a kernel so limited another pair of
+    vectors may come to lead, with a norm above 1, which reports show. Random 3×3 kernels of 8 and
+    32 channels on 8² and 16² points had norms up to 1.05 at a ratio of 0.1 and 1.2 at the least
+    rank, kernels of one channel on a few points 1.3.
 
     References
     ----------

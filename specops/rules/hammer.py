@@ -33,10 +33,10 @@ class SpectralHammer(Following, Cap):
 
     Notes
     -----
-    Singular values after the first may exceed the bound and lead from then on: only a firing
-    at every step, with steps that move few of them, keeps the norm near the bound. What leads
-    is followed from one firing to the next, with a second pair that is on the look-out for what
-    leads after a strike.
+    Only the first singular value is lowered. Others that exceed the bound stay where they are, and
+    the largest of them leads from then on, so the norm stays near the bound only if the rule acts
+    at every step and a step lifts few values above the bound. The leading pair of vectors is
+    followed from one firing to the next; a second pair looks for what leads after a strike.
 
     References
     ----------

@@ -9,14 +9,14 @@ from specops.geometry.arguments import check_bound
 
 @dataclass(frozen=True)
 class TrainableScale:
-    """A factor γ that is trained with the weights.
+    """A factor γ that is trained with the weights: for the `scale` of `SpectralNormalization`.
 
     Parameters
     ----------
     initial : float
-        Positive.
+        Value before training, positive.
     shared : bool
-        One γ for all layers of the rule, instead of one for each.
+        Whether all layers on which the rule acts share one γ; otherwise each has its own.
 
     Examples
     --------

@@ -71,7 +71,8 @@ def spectral_norm_bounds(
         branch and bound over the frequencies, for a zero boundary by the least norm among
         larger tori. Concrete arrays only; runs on the CPU.
     max_evaluations : int
-        Blocks that branch and bound may solve; flat symbols never prune.
+        How many blocks branch and bound may solve. Where the norm hardly changes with the
+        frequency it can rule none of them out.
     start : array, shape (inputs, p), optional
         Dense, two-dimensional: approximate right singular vectors (of a similar weight). The
         bracket then comes from one round of subspace iteration and a certified remainder
@@ -91,10 +92,10 @@ def spectral_norm_bounds(
 
     Notes
     -----
-    The allowance for rounding covers the backward error of the solvers, as many units in the
-    last place of the norm as the decomposed blocks have rows and columns, and four for each tap
-    of a kernel, and what taps that wrap onto each other lose where they cancel; it is not an
-    interval-arithmetic proof.
+    The allowance for rounding is an estimate, not a proof by interval arithmetic. It is the sum of
+    the backward error of the solvers (as many units in the last place of the norm as the
+    decomposed blocks have rows and columns), four units for each tap of a kernel, and what taps
+    that wrap onto each other lose where they cancel.
 
     Examples
     --------

@@ -64,11 +64,14 @@ class Plan:
     Parameters
     ----------
     entries : sequence of (pattern, rule) or (pattern, rule, every)
-        `pattern` is matched against the parameter's path as by `fnmatch` (case matters);
-        "conv:", "dense:" or "embedding:" before it means those of that kind of map only. A
-        rule None excludes. "*", and "conv:*" and "dense:*", are lenient: what they cannot
-        constrain they skip, with a reason in the report, and they leave embeddings alone; any
-        other pattern that meets an unsupported layer, or constrains nothing, is an error.
+        `pattern` is matched against a parameter's full name, with the wildcards of `fnmatch`
+        (case matters). With "conv:", "dense:" or "embedding:" before it, it matches only
+        parameters which are that kind of map. The rule None leaves what it matches alone, and
+        `every` replaces the plan's interval for this entry.
+
+        The patterns "*", "conv:*" and "dense:*" are lenient: they skip what they cannot
+        constrain, with a reason in the report, and leave embeddings alone. Any other pattern
+        that meets an unsupported layer, or constrains nothing, is an error.
     every, start, stop : int
         Rules act at the steps with ``(step - start) % every == 0`` and ``start < step < stop``;
         steps are successful optimizer steps, counted from 1.
