@@ -21,9 +21,7 @@ def grouped_problems(weights: list[WeightFigures]) -> list[str]:
             found.setdefault(weight.skipped, []).append(weight.name)
     lines = []
     for reason, names in found.items():
-        shown = ", ".join(map(repr, names[:_NAMED]))
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        lines.append(f"{shown}{more}: {reason}")
+        lines.append(f"{_some(list(map(repr, names)))}: {reason}")
     return lines
 
 
@@ -63,11 +61,10 @@ def notes_on(measured: list[WeightFigures], method: Method) -> list[str]:
         notes.append(f"certified bounds of σ_max alone ({why}) of {len(bounded)}: {_some(bounded)}")
     large = [w for w in measured if (f := w.figures) and LANCZOS in f.method]
     if large:
-        costs = "; ".join(f"{w.name}, {w.figures.cost}" for w in large[:_NAMED] if w.figures)
-        more = f" and {len(large) - _NAMED} more" if len(large) > _NAMED else ""
+        costs = _some([f"{w.name}, {w.figures.cost}" for w in large if w.figures], "; ")
         notes.append(
             f"σ_max by Lanczos at this input size, not all singular values, of {len(large)}: "
-            f"their matrices would have to be decomposed ({costs}{more})"
+            f"their matrices would have to be decomposed ({costs})"
         )
     return notes
 
@@ -95,6 +92,6 @@ def tied_note(names: list[str], configuration: Configuration) -> list[str]:
     return [f"{tables[0]} is the matrix of the outputs too (tie_word_embeddings in config.json)"]
 
 
-def _some(names: list[str]) -> str:
+def _some(names: list[str], separator: str = ", ") -> str:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+    return separator.join(names[:_NAMED]) + more

@@ -74,7 +74,7 @@ class WeightFigures:
         if len(readings) == 1:
             (one,) = readings
             return cls(name, shape, dtype, one.geometry, one.why, one.figures, sources=sources)
-        ends = [_ends(m.figures) for m in readings]
+        ends = [m.figures.ends for m in readings]
         hull = Figures(
             (min(low for low, _ in ends), max(high for _, high in ends)),
             None,
@@ -90,11 +90,6 @@ class WeightFigures:
             sources=sources,
             readings=tuple(readings),
         )
-
-
-def _ends(figures: Figures) -> tuple[float, float]:
-    sigma = figures.sigma_max
-    return sigma if isinstance(sigma, tuple) else (sigma, sigma)
 
 
 @dataclass(repr=False)
@@ -155,7 +150,7 @@ class Inspection:
 
     def totals(self) -> dict[str, Any]:
         """Counts, and the extremes over the weights that were measured."""
-        found = [w for w in self.measured if w.figures is not None]
+        found = self.measured
         stored = [w for w in self.weights if not w.sources and not w.skipped.startswith(TIED)]
         largest = max(found, key=lambda w: upper(w.figures), default=None)
         return {
@@ -171,5 +166,4 @@ class Inspection:
 def upper(figures: Figures | None) -> float:
     """σ_max, or what it is at most."""
     assert figures is not None
-    sigma = figures.sigma_max
-    return sigma[1] if isinstance(sigma, tuple) else sigma
+    return figures.ends[1]

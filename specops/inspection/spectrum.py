@@ -62,6 +62,12 @@ class Figures:
     cost: str = ""
 
     @property
+    def ends(self) -> tuple[float, float]:
+        """Lower and upper bound of σ_max: the same number twice where it is known."""
+        sigma = self.sigma_max
+        return sigma if isinstance(sigma, tuple) else (sigma, sigma)
+
+    @property
     def drawn(self) -> np.ndarray | None:
         """The spectrum to draw: its own, else that of the map beside it."""
         if self.spectrum is None and self.beside is not None:
@@ -77,14 +83,14 @@ def from_values(values: np.ndarray, method: str) -> Figures:
     if top == 0.0:
         # As specops.stable_rank and its like define them for the zero matrix.
         return Figures(0.0, 0.0, method, 0.0, 0.0, 0.0, math.inf, None, values)
-    shares = values / values.sum()
+    shares, energy = values / values.sum(), float(np.sum((values / top) ** 2))
     entropy = -float(np.sum(shares[shares > 0] * np.log(shares[shares > 0])))
     return Figures(
         sigma_max=top,
-        frobenius=top * math.sqrt(float(np.sum((values / top) ** 2))),
+        frobenius=top * math.sqrt(energy),
         method=method,
         sigma_min=least,
-        stable_rank=float(np.sum((values / top) ** 2)),
+        stable_rank=energy,
         effective_rank=math.exp(entropy),
         condition_number=top / least if least > 0 else math.inf,
         collapsed=float(np.mean(values < COLLAPSED_BELOW * top)),
@@ -99,8 +105,7 @@ def worst(found: list[Figures]) -> Figures:
         values = [getattr(f, key) for f in found]
         return None if None in values else function(values)
 
-    ends = [f.sigma_max if isinstance(f.sigma_max, tuple) else (f.sigma_max,) * 2 for f in found]
-    low, high = max(e[0] for e in ends), max(e[1] for e in ends)
+    low, high = (max(bounds) for bounds in zip(*(f.ends for f in found), strict=True))
     spectra = [f.spectrum for f in found if f.spectrum is not None]
     return Figures(
         sigma_max=low if low == high else (low, high),
@@ -113,5 +118,5 @@ def worst(found: list[Figures]) -> Figures:
         condition_number=over("condition_number", max),
         collapsed=over("collapsed", lambda x: float(np.mean(x))),
         spectrum=-np.sort(-np.concatenate(spectra)) if spectra else None,
-        each=tuple(e[1] for e in ends),
+        each=tuple(f.ends[1] for f in found),
     )

@@ -94,8 +94,7 @@ def truth(model: Any, name: str) -> tuple[float, bool]:
 
 def agrees(row: WeightFigures, value: float, strided: bool) -> None:
     assert row.figures is not None, row.skipped
-    sigma = row.figures.sigma_max
-    low, high = sigma if isinstance(sigma, tuple) else (sigma, sigma)
+    low, high = row.figures.ends
     assert value <= high * (1 + 1e-4), row.why
     assumed = ("stride 1 assumed" in row.why and strided) or "group assumed" in row.why
     assert value >= low * (1 - 1e-4) or assumed, row.why

@@ -37,8 +37,7 @@ def agree(found: Inspection, wanted: dict[str, float]) -> None:
     for name, value in wanted.items():
         figures = rows[name].figures
         assert figures is not None
-        sigma = figures.sigma_max
-        low, high = sigma if isinstance(sigma, tuple) else (sigma, sigma)
+        low, high = figures.ends
         assert value <= high * (1 + 1e-4), (name, rows[name].why)
         if not rows[name].readings and "group assumed" not in rows[name].why:
             assert value >= low * (1 - 1e-4), (name, rows[name].why)

@@ -246,8 +246,7 @@ def stored(kind: str, wanted: dict[str, list[float]]) -> Iterator[tuple[str, flo
 
 def ends(row: WeightFigures) -> tuple[float, float]:
     assert row.figures is not None
-    sigma = row.figures.sigma_max
-    return sigma if isinstance(sigma, tuple) else (sigma, sigma)
+    return row.figures.ends
 
 
 @pytest.mark.parametrize("kind", MODELS)
