@@ -39,7 +39,7 @@ class BadInputChecks(SuiteBase):
         within, refusal = self.capabilities.nonfinite_within, self.capabilities.refuses_nonfinite
         kinds = (NonFiniteError,) if refusal is None else (NonFiniteError, refusal)
         expected = " or ".join(kind.__name__ for kind in kinds)
-        for name in self.constrained(self.start(self.model(), Monitor())):
+        for name in self.ruled():
             training = self.start(self.model(), Plan([(name, _CLIP)]))
             training.step()
             training.set_weight(name, _poisoned(training.weights()[name]))
@@ -58,8 +58,7 @@ class BadInputChecks(SuiteBase):
     def test_nan_leaves_every_weight_as_it_was(self) -> None:
         """project() computes all new weights before it writes the first."""
         self.needs("weights")
-        if not self.capabilities.in_place:
-            pytest.skip("project() of this adapter changes no model")
+        self.needs_a_changed_model()
         model = self.model()
         training = self.start(model, Monitor())
         training.step()
@@ -85,7 +84,7 @@ class BadInputChecks(SuiteBase):
     def test_a_rule_that_fails_leaves_every_weight_as_it_was(self) -> None:
         """An error at one layer leaves the others unconstrained, too."""
         self.needs("weights")
-        last = self.constrained(self.start(self.model(), Monitor()))[-1]
+        last = self.ruled()[-1]
 
         def bound(step: int, name: str, geometry: Any) -> float:
             if name == last:
@@ -143,8 +142,7 @@ class BadInputChecks(SuiteBase):
     def test_a_refused_plan_leaves_nothing_behind(self) -> None:
         """No hook on the model keeps a rule that was never to act."""
         self.needs("weights")
-        if not self.capabilities.in_place:
-            pytest.skip("the model is not changed, so nothing can stay on it")
+        self.needs_a_changed_model()
         model, bound = self.model(), _Bound()
         plan = Plan([("no.such.layer", _CLIP), ("*", ClipSpectralNorm(bound))])
         kept = weakref.ref(bound)
@@ -171,8 +169,7 @@ class BadInputChecks(SuiteBase):
     def test_detaching_frees(self) -> None:
         """No hook on the model keeps a rule alive."""
         self.needs("weights")
-        if not self.capabilities.in_place:
-            pytest.skip("the model is not changed, so nothing can stay on it")
+        self.needs_a_changed_model()
         model, bound = self.model(), _Bound()
         training = advanced(self.start(model, ClipSpectralNorm(bound)), 1)
         training.detach()

@@ -123,11 +123,20 @@ class SuiteBase(ABC):
         """Names of the weights under a rule."""
         return [row.name for row in training.report().constrained]
 
+    def ruled(self) -> list[str]:
+        """Names of the weights that a rule for all of them acts on."""
+        return self.constrained(self.start(self.model(), Monitor()))
+
     def needs(self, *stages: Stage) -> None:
         """Skip the test unless the adapter claims these stages."""
         for stage in stages:
             if stage not in self.capabilities.stages:
                 pytest.skip(f"the adapter does not claim rules of stage {stage!r}")
+
+    def needs_a_changed_model(self) -> None:
+        """Skip the test unless what is done to a model changes it, and not a copy."""
+        if not self.capabilities.in_place:
+            pytest.skip("the adapter changes no model: it makes new weights")
 
 
 def advanced(training: Training, steps: int) -> Training:

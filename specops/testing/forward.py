@@ -149,8 +149,7 @@ class ForwardChecks(SuiteBase):
     def test_project_leaves_the_weight_in_use(self) -> None:
         """The model that project() was given computes with s·W/‖W‖, without specops."""
         self.needs("forward")
-        if not self.capabilities.in_place:
-            pytest.skip("project() of this adapter changes no model")
+        self.needs_a_changed_model()
         start = self.start(self.model(), Monitor())
         weights = start.weights()
         model = self.model()

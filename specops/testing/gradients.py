@@ -19,7 +19,7 @@ class GradientChecks(SuiteBase):
     def test_the_penalty_pulls_at_the_leading_direction(self) -> None:
         """One step differs from the plain one against ∂σ/∂W = uvᴴ, for the named weight only."""
         self.needs("gradients")
-        start = advanced(self.start(self.model(), Monitor()), 0)
+        start = self.start(self.model(), Monitor())
         initial, plain = start.weights(), self.plain(1).weights()
         for name in self.constrained(start):
             training = advanced(self.start(self.model(), Plan([(name, _RULE)])), 1)

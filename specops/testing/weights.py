@@ -34,7 +34,7 @@ class WeightChecks(SuiteBase):
     def test_other_weights_train_as_without_rules(self) -> None:
         """A rule on one layer leaves all others as the plain step leaves them."""
         self.needs("weights")
-        for name in self.constrained(self.start(self.model(), Monitor())):
+        for name in self.ruled():
             training = advanced(self.start(self.model(), Plan([(name, _CLIP)])), 1)
             moved = changed(training.weights(), self.plain(1).weights())
             others = {other: by for other, by in moved.items() if other != name}
@@ -82,7 +82,7 @@ class WeightChecks(SuiteBase):
     def test_an_interval_of_ones_own(self) -> None:
         """The third entry of a plan's item goes before the plan's interval."""
         self.needs("weights")
-        first = self.constrained(self.start(self.model(), Monitor()))[0]
+        first = self.ruled()[0]
         plan = Plan([(first, _CLIP, 2), ("*", _CLIP)])
         training = advanced(self.start(self.model(), plan), 1)
         norms = norms_of(training)
@@ -117,8 +117,7 @@ class WeightChecks(SuiteBase):
     def test_project_acts_once(self) -> None:
         """The model that project() was given obeys the rule."""
         self.needs("weights")
-        if not self.capabilities.in_place:
-            pytest.skip("project() of this adapter changes no model")
+        self.needs_a_changed_model()
         model = self.model()
         self.project(model, _CLIP)
         training = self.start(model, Monitor())
@@ -141,7 +140,7 @@ class WeightChecks(SuiteBase):
     def test_frozen_weights_are_left_alone(self) -> None:
         """A rule for all weights is none for what its user froze."""
         self.needs("weights")
-        name = self.constrained(self.start(self.model(), Monitor()))[0]
+        name = self.ruled()[0]
         model = self.model()
         self.freeze(model, name)
         training = self.start(model, _CLIP)
