@@ -140,11 +140,11 @@ def compare(one: Inspection, other: Inspection) -> Comparison:
     """Match the weights of two checkpoints by name and shape, by bare names where unique."""
     first = {w.name: w for w in one.measured}
     second = {w.name: w for w in other.measured}
-    bare = _unique(second)
+    unique, bare = _unique(first), _unique(second)
     pairs, taken = [], set()
     for name, weight in first.items():
         partner = second.get(name)
-        if partner is None and bare_name(name) in _unique(first):
+        if partner is None and bare_name(name) in unique:
             partner = bare.get(bare_name(name))
         if partner is not None and partner.shape == weight.shape and partner.name not in taken:
             pairs.append(Pair(name, weight, partner))

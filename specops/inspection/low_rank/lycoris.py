@@ -40,7 +40,8 @@ def _loha(layer: str, which: str, shapes: Shapes, adapter: Mapping[str, Any]) ->
     scale = scale_of_product(layer, rank, shapes, adapter)
     how = f"Hadamard product of two updates of rank {rank}, {scale.words}"
     cores = cores if tucker else ()
-    yield _update(layer, shape, (*names, *cores), how, _Hadamard(names, cores, scale), shapes)
+    make = _Hadamard((*names[:2], *cores[:1]), (*names[2:], *cores[1:]), scale)
+    yield _update(layer, shape, (*names, *cores), how, make, shapes)
 
 
 def _update(
@@ -65,20 +66,13 @@ def _update(
 
 @dataclass(frozen=True)
 class _Hadamard:
-    factors: tuple[str, ...]
-    cores: tuple[str, ...]
+    first: tuple[str, ...]
+    second: tuple[str, ...]
     scale: Scale
 
     def __call__(self, tensors: Tensors) -> np.ndarray:
-        product: Any = self.scale.of(tensors)
-        for i in (0, 1):
-            a, b = (tensors[n].astype(np.float64) for n in self.factors[2 * i : 2 * i + 2])
-            if self.cores:
-                core = tensors[self.cores[i]].astype(np.float64)
-                product = product * np.einsum("rs...,si,ro->oi...", core, b, a)
-            else:
-                product = product * (a @ b)
-        return np.asarray(product)
+        one, two = (_whole(names, tensors) for names in (self.first, self.second))
+        return np.asarray(one * self.scale.of(tensors) * two)
 
 
 def _lokr(layer: str, which: str, shapes: Shapes, adapter: Mapping[str, Any]) -> Iterator[Update]:
@@ -129,6 +123,7 @@ class _Kronecker:
 
 
 def _whole(names: tuple[str, ...], tensors: Tensors) -> np.ndarray:
+    """A factor as it is stored, or the product of two matrices, around a Tucker core or not."""
     parts = [tensors[n].astype(np.float64) for n in names]
     if len(parts) == 1:
         return parts[0]
