@@ -523,3 +523,24 @@ def test_files_of_many_matrices_are_not_gone_through_for_each(kind: str) -> None
     for name in list(dict.keys(shapes)):
         assume(name, shapes[name], kind if name.endswith("weight") else "float32", context)
     assert shapes.times < 10
+
+
+def test_what_comes_before_a_kernel_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is sure each of many kernels that are alike asks all others."""
+    before, asked = Context.before, []
+
+    def counted(context: Context, name: str) -> Any:
+        asked.append(name)
+        return before(context, name)
+
+    monkeypatch.setattr(Context, "before", counted)
+    names = [f"layers.{i}.conv.weight" for i in range(30)]
+    context = Context(dict.fromkeys(names, (4, 2, 3, 3)), "torch")
+    for name in names:
+        assume(name, (4, 2, 3, 3), "float32", context)
+    assert sorted(asked) == sorted(names)
+
+
+def test_names_that_differ_in_what_separates_their_parts_are_no_sequence() -> None:
+    found = guess("a/kernel", (3, 3, 2, 4), before={"a.kernel": (3, 3, 2, 4)}, layout="jax")
+    assert geometries(found) == [Conv(None, layout="*IO", groups=n) for n in (2, 1)]

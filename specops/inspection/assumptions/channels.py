@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import takewhile
 from typing import Final
 
@@ -35,11 +36,10 @@ def groups_of(name: str, outputs: int, inputs: int, context: Context) -> list[Gr
         return [Groups(outputs, ", by its name depthwise")]
     if is_gated_convolution(name, context):
         return [Groups(1, "")]
-    before = context.before(name)
     if context.layout == "keras" and inputs < outputs and _KERAS_PLAIN.search(name):
         return [Groups(1, ASSUMED)]
     if max(inputs, outputs) > 1:
-        return _like_others(name, outputs, inputs, before, context)
+        return _like_others(name, outputs, inputs, context)
     return [Groups(1, "")]
 
 
@@ -115,11 +115,9 @@ def _has_coloured_stem(context: Context) -> bool:
     return any(k.inputs == 3 < k.outputs and k.axes > 1 for k in context.kernels)
 
 
-def _like_others(
-    name: str, outputs: int, inputs: int, before: tuple[Kernel, ...], context: Context
-) -> list[Groups]:
+def _like_others(name: str, outputs: int, inputs: int, context: Context) -> list[Groups]:
     """As a layer alone tells, and where that is not sure as it is in all other blocks."""
-    found = _alone(name, outputs, inputs, before, context)
+    found = _alone(name, outputs, inputs, context)
     if len(found) == 1 or (inputs == 1 and not _is_among_matrices(name, outputs, context)):
         return found
     alike = [
@@ -129,21 +127,30 @@ def _like_others(
         and (k.outputs, k.inputs) == (outputs, inputs)
         and _without_numbers(k.name) == _without_numbers(name)
     ]
-    others = [_alone(k.name, outputs, inputs, context.before(k.name), context) for k in alike]
+    others = [_alone(k.name, outputs, inputs, context) for k in alike]
     counts = {groups[0].count for groups in others if len(groups) == 1}
     if counts != {found[0].count}:
         return found
     return [Groups(found[0].count, f"{found[0].why}, as in the blocks beside it")]
 
 
+@lru_cache(maxsize=2**14)
 def _without_numbers(name: str) -> str:
     return re.sub(r"\d+", "*", name)
 
 
-def _alone(
-    name: str, outputs: int, inputs: int, before: tuple[Kernel, ...], context: Context
-) -> list[Groups]:
+def _alone(name: str, outputs: int, inputs: int, context: Context) -> list[Groups]:
+    """What a layer alone tells; kept, as each of many like layers asks all others."""
+    key = "groups", name, outputs, inputs
+    if key not in context.kept:
+        context.kept[key] = _by_neighbours(name, outputs, inputs, context)
+    found: list[Groups] = context.kept[key]
+    return found
+
+
+def _by_neighbours(name: str, outputs: int, inputs: int, context: Context) -> list[Groups]:
     """One group, unless what comes before has a multiple of the channels and nothing has these."""
+    before = context.before(name)
     if inputs == 1:
         return _one_input(name, outputs, before, context)
     parts = parts_of(name)
@@ -177,13 +184,17 @@ def _in_sequence(name: str, before: tuple[Kernel, ...]) -> Kernel | None:
     """The kernel before in a numbered sequence: the same name but for one number that is less."""
     parts = parts_of(name)
     numbered = [i for i, part in enumerate(parts) if re.search(r"\d", part)]
+    if not numbered:
+        return None
+    # The innermost number: others count blocks, between which other layers may stand.
+    at = numbered[-1]
+    lead, rest = parts[:at], parts[at + 1 :]
     found: list[tuple[int, Kernel]] = []
     for kernel in before:
         others = kernel.parts
-        at = [i for i, (a, b) in enumerate(zip(parts, others, strict=False)) if a != b]
-        # The innermost number: others count blocks, between which other layers may stand.
-        if len(others) == len(parts) and at == numbered[-1:] and are_in_order(parts, others):
-            number = re.search(r"\d+$", others[at[0]])
+        alike = others[:at] == lead and others[at + 1 :] == rest and len(others) == len(parts)
+        if alike and others[at] != parts[at] and are_in_order(parts, others):
+            number = re.search(r"\d+$", others[at])
             found += [(int(number[0]), kernel)] if number else []
     return max(found, key=lambda f: f[0])[1] if found else None
 

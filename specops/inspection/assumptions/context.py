@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from string import digits
-from typing import Final
+from typing import Any, Final
 
 from specops.checkpoints import Entry
 from specops.geometry.fused import Surroundings
@@ -155,6 +155,11 @@ class Context:
         norm = f"{found[1]}{int(found[2]) + 1}."
         channels, shift = (self.shapes.get(norm + last, ()) for last in ("weight", "bias"))
         return channels[0] if len(channels) == 1 and channels == shift else 0
+
+    @cached_property
+    def kept(self) -> dict[tuple[Any, ...], Any]:
+        """What was found of one layer and is asked for again for others."""
+        return {}
 
     @cached_property
     def parts(self) -> dict[str, list[str]]:
