@@ -273,10 +273,11 @@ class InUse:
     def has_drifted(self, raw: torch.Tensor) -> bool:
         """Whether vectors are of an earlier weight, also where nobody has counted the writes.
 
-        Those of a parameter that was replaced since are of no use to the one in its place.
+        Those of a parameter that was replaced since, or written to by others than its optimizer,
+        are of no use to the one that is there.
         """
         known = self.state is not None and not self.sharded
-        if known and self.is_replaced(raw):
+        if known and self._own is not None and not self.is_fresh(raw):
             return False
         return self.drifting or (known and not self._fits(raw, self.state))
 

@@ -240,6 +240,23 @@ def test_a_resumed_run_of_uncounted_writes_is_the_same(rule: Any) -> None:
     assert same(run[0], again[0])
 
 
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_run_resumes_with_what_was_loaded_right_before_it_was_saved(steps: int) -> None:
+    runs = []
+    for _ in range(2):
+        model = network()
+        optimizer = sgd(model)
+        rule = SpectralNormalization(norm="reshaped")
+        runs.append((model, optimizer, specops.attach(optimizer, model, rule, every=10)))
+    train(*runs[0][:2], steps=steps)
+    runs[0][0].load_state_dict({k: torch.randn_like(w) for k, w in network().state_dict().items()})
+    for part, saved in zip(runs[1], runs[0], strict=True):
+        part.load_state_dict(copy.deepcopy(saved.state_dict()))
+    used, resumed = (attachment.weights() for _, _, attachment in runs)
+    for name, weight in used.items():
+        torch.testing.assert_close(resumed[name], weight, rtol=1e-5, atol=1e-6)
+
+
 # Layers
 
 
