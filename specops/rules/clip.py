@@ -40,9 +40,15 @@ _CLEARLY = 0.9
 _CERTIFY_EVERY = 100
 """Firings at which estimates are trusted before a certificate again: a choice that leaves it a
 hundredth of its cost, against steps for which a norm may be above what was seen of it."""
+_STEADY = 0.1
+"""Relative change of an estimate between firings up to which training explains it: a choice. Along
+old vectors of a weight that was loaded or reset it is a fifth to a half of the norm, which only by
+chance is what it was."""
 _TRACKED = "tracked."
 _WATCHED = "watched."
 _FIRINGS = "firings"
+_SEEN = "seen"
+"""The latest estimate that was trusted."""
 _SHORT = "short"
 """By what factor the estimate fell short of the norm when that was last certified."""
 
@@ -57,10 +63,12 @@ class ClipSpectralNorm(Scheduled, WeightRule):
     A decomposition at every firing would be dear, so a weight that was found inside is only
     screened from then on: its leading singular vectors are kept, and each firing takes one power
     step on them. While the norm that this gives stays below 0.9 of the bound, the weight is left
-    alone. Otherwise, and at the first and every 100th firing, the norm is certified, as `enforce`
-    always does. The estimate, which the figures show, is a lower bound of the norm. Loops in JAX
-    never start the vectors anew; there the estimate is multiplied by the factor by which it fell
-    short of the norm at the last certificate, and the product is no bound.
+    alone. Otherwise, where it has changed by more than a tenth since the firing before, as that of
+    weights that were loaded or reset, and at the first and every 100th firing, the norm is
+    certified, as `enforce` always does. The estimate, which the figures show, is a lower bound of
+    the norm. Compiled loops in JAX look for no such change and never start the vectors anew; there
+    the estimate is multiplied by the factor by which it fell short of the norm at the last
+    certificate, and the product is no bound.
 
     A small zero-padded convolution ends at the bound, a larger one up to a few per cent below it.
     Compiled, any convolution may end below it: by up to a tenth on grids of few points, by more
@@ -144,12 +152,14 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         if tracked and arrays.is_concrete(weight):
             firings = int(arrays.to_numpy(state[_FIRINGS]))
             seen = _estimate(weight, geometry, tracked, to_left=firings % 2 == 0)
+        if seen is not None and not _is_steady(seen[0], state):
+            seen = None
         if seen is not None and _below(seen[0], _CLEARLY * bound):
             norm, tracked = seen
             figures = {"norm_before": norm, "norm_after": norm}
             firings = (firings + 1) % _CERTIFY_EVERY
             if firings or self._is_inside(weight, bound, geometry):
-                return weight, own | _screening(tracked, firings, weight), figures
+                return weight, own | _screening(tracked, firings, weight, norm), figures
         return self._certified(weight, geometry, own, seen and seen[1], bound, name)
 
     def by_products(
@@ -158,10 +168,9 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         """A firing that an estimate decides, of matrices."""
         bound = self._bound(step, name, geometry)
         geometry = self.view(geometry)
-        own, tracked = _parted(state)
-        if not tracked or not isinstance(geometry, Dense):
+        if not _parted(state)[1] or not isinstance(geometry, Dense):
             return None
-        return _screened(geometry, own, tracked, int(arrays.to_numpy(state[_FIRINGS])), bound)
+        return _screened(geometry, state, bound)
 
     @arrays.entry
     def enforce(
@@ -256,7 +265,7 @@ class ClipSpectralNorm(Scheduled, WeightRule):
             # Inside: from here on an estimate will do for a while.
             if screens and not tracked:
                 tracked = _follow(geometry, weight).start(weight, name)
-            state |= _screening(tracked, 1, weight) if tracked else {}
+            state |= _screening(tracked, 1, weight, info.norm_before) if tracked else {}
         return new, state, figures
 
 
@@ -270,7 +279,8 @@ def _own_norm(geometry: Geometry, shape: tuple[int, ...]) -> TrackedBlocks | Tra
 def _parted(state: State) -> tuple[State, State]:
     """(state of the projection, vectors of the screen)."""
     tracked = {k.removeprefix(_TRACKED): v for k, v in state.items() if k.startswith(_TRACKED)}
-    own = {k: v for k, v in state.items() if k != _FIRINGS and not k.startswith(_TRACKED)}
+    counted = (_FIRINGS, _SEEN)
+    own = {k: v for k, v in state.items() if k not in counted and not k.startswith(_TRACKED)}
     return own, tracked
 
 
@@ -311,17 +321,25 @@ def _seen(follow: TrackedBlocks | TrackedOperator, state: State) -> Array:
     return arrays.namespace(norms[0]).stack(norms, axis=-1) if split else norms[0]
 
 
-def _screened(
-    geometry: Dense, own: State, tracked: State, firings: int, bound: Any
-) -> Steps[tuple[State, Figures] | None]:
+def _screened(geometry: Dense, state: State, bound: Any) -> Steps[tuple[State, Figures] | None]:
     """`update` where the estimate is clearly inside and no certificate is due; else None."""
-    follow = TrackedBlocks(geometry)
+    follow, (own, tracked) = TrackedBlocks(geometry), _parted(state)
+    firings = int(arrays.to_numpy(state[_FIRINGS]))
     tracked = yield from follow.half_advance_by_products(tracked, to_left=firings % 2 == 0)
     norm = _seen(follow, tracked)
     firings = (firings + 1) % _CERTIFY_EVERY
-    if not firings or not _below(norm, _CLEARLY * bound):
+    if not firings or not _below(norm, _CLEARLY * bound) or not _is_steady(norm, state):
         return None
-    return own | _screening(tracked, firings, norm), {"norm_before": norm, "norm_after": norm}
+    return own | _screening(tracked, firings, norm, norm), {"norm_before": norm, "norm_after": norm}
+
+
+def _is_steady(norms: Array, state: State) -> bool:
+    """Whether estimates are about those of the firing before; else weights were replaced."""
+    before = state.get(_SEEN)
+    if before is None or before.shape != norms.shape:
+        return True
+    xp, before = arrays.namespace(norms), arrays.like(before, norms)
+    return bool(arrays.truth(xp.all(xp.abs(norms - before) <= _STEADY * before)))
 
 
 def _below(norms: Array, bound: Any) -> bool:
@@ -329,9 +347,10 @@ def _below(norms: Array, bound: Any) -> bool:
     return bool(arrays.truth(arrays.namespace(norms).all(norms < bound)))
 
 
-def _screening(tracked: State, firings: int, like: Array) -> State:
-    """The vectors alone, and how often they were trusted."""
-    return _prefixed(tracked, _TRACKED) | {_FIRINGS: arrays.constant(np.asarray(firings), like)}
+def _screening(tracked: State, firings: int, like: Array, seen: Array) -> State:
+    """The vectors alone, how often they were trusted, and what was seen along them."""
+    counted = {_FIRINGS: arrays.constant(np.asarray(firings), like), _SEEN: seen}
+    return _prefixed(tracked, _TRACKED) | counted
 
 
 def _prefixed(tracked: State, prefix: str) -> State:

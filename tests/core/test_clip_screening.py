@@ -91,17 +91,38 @@ def test_a_fooled_estimate_lasts_to_the_hundredth_firing(
     skip_unless_needed(eager)
     screening = Screening(monkeypatch, Dense())
     screening.fire(eager.array(CALM))
-    grown, low = eager.array(GROWN), eager.array(np.asarray(0.5))
+    seen = np.linalg.norm(CALM, 2)
+    grown, low = eager.array(GROWN), eager.array(np.asarray(seen))
     blind = lambda weight, geometry, state, to_left: (low, state)  # noqa: E731
     monkeypatch.setattr("specops.rules.clip._estimate", blind)
     for firing in range(2, 100):
         new, figures = screening.fire(grown)
         assert new is grown, firing
     assert screening.certified == 1
-    assert float(figures["norm_after"]) == pytest.approx(0.5)
+    assert float(figures["norm_after"]) == pytest.approx(seen)
     new, figures = screening.fire(grown)
     np.testing.assert_allclose(eager.numpy(new), np.minimum(GROWN, 1.0), atol=1e-6)
     assert float(figures["norm_before"]) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("loaded", ["as large", "one direction"])
+def test_a_weight_that_was_replaced_is_certified(
+    loaded: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Along the old vectors it looks far smaller than it is."""
+    rng = np.random.default_rng(0)
+    first = rng.standard_normal((64, 64))
+    second = rng.standard_normal((64, 64))
+    if loaded == "one direction":
+        second = np.outer(second[0], second[1])
+    first, second = (x / np.linalg.norm(x, 2) for x in (first, second))
+    screening = Screening(monkeypatch, Dense())
+    for _ in range(3):
+        screening.fire(0.8 * first)
+    assert screening.certified == 1
+    new, figures = screening.fire(1.2 * second)
+    assert np.linalg.norm(new, 2) <= 1.0 + 1e-9
+    assert float(figures["norm_before"]) == pytest.approx(1.2)
 
 
 def test_the_count_starts_again_after_a_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
