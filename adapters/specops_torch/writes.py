@@ -11,6 +11,10 @@ _SAMPLED = 12
 """About as many entries of a parameter tell of writes that torch does not count."""
 
 
+_AT_ONCE = 2**20
+"""Entries that are widened together, as whole weights would be four times their memory."""
+
+
 def written(raw: torch.Tensor) -> tuple[int, int]:
     """What changes when a parameter is written to, cast or moved."""
     if type(raw) is not nn.Parameter and hasattr(raw, "device_mesh"):
@@ -40,6 +44,11 @@ def fingerprint(raw: torch.Tensor) -> tuple[float, ...]:
     """Numbers that change with any entry, the same for a copy."""
     with torch.no_grad():
         x = raw.detach()
-        x = (torch.view_as_real(x) if x.is_complex() else x).double().reshape(-1)
-        ramp = torch.arange(1, len(x) + 1, dtype=x.dtype, device=x.device)
-        return tuple(torch.stack([x.sum(), x.dot(x), x.dot(ramp)]).tolist())
+        parts = (torch.view_as_real(x) if x.is_complex() else x).reshape(-1).split(_AT_ONCE)
+        sums = torch.zeros(3, dtype=torch.float64, device=x.device)
+        for index, part in enumerate(parts):
+            part = part.double()
+            first = 1 + index * _AT_ONCE
+            ramp = torch.arange(first, first + len(part), dtype=part.dtype, device=x.device)
+            sums += torch.stack([part.sum(), part.dot(part), part.dot(ramp)])
+        return tuple(sums.tolist())

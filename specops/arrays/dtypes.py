@@ -48,7 +48,9 @@ def to_compute(xp: Namespace, w: Array) -> Array:
 def rounded(xp: Namespace, x: Array, dtype: Any) -> Array:
     """`x` in `dtype`, to that precision also where a compiler would rather keep more."""
     bits = _HALF.get(dtype_name(dtype))
-    return xp.astype(x, dtype) if bits is None else library(x).rounded(xp, x, dtype, bits)
+    return (
+        xp.astype(x, dtype, copy=False) if bits is None else library(x).rounded(xp, x, dtype, bits)
+    )
 
 
 def real_dtype(xp: Namespace, dtype: Any) -> Any:

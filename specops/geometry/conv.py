@@ -9,6 +9,7 @@ import array_api_compat as compat
 
 from specops.errors import GeometryError
 from specops.geometry.arguments import every_axis, integer, integers, per_axis
+from specops.geometry.dense import Dense
 from specops.geometry.sizes import ConvSizes
 from specops.typing import Array
 
@@ -193,6 +194,16 @@ class Conv:
         """Whether the operator is block diagonal in Fourier space, all its values known."""
         sizes = self.sizes(shape)
         return sizes.circular and sizes.fine is not None and sizes.stride_divides
+
+    def repeated_matrix(self, shape: tuple[int, ...]) -> Dense | None:
+        """The matrix that the operator is copies of, where it is those of one: else None.
+
+        Of 1×1 kernels and of patches that do not overlap. Norms and nearest weights are the
+        matrix's; what counts how often a value is there is not.
+        """
+        if self.groups > 1 or not self.sizes(shape).repeats_a_matrix:
+            return None
+        return Dense(out_axes=(self.channel_axes[self.transposed],))
 
     def kernel(self, w: Array) -> Array:
         """`w` as (groups, rows, columns, *kernel), rows being the coarse grid's channels."""

@@ -31,6 +31,32 @@ class ConvSizes:
         return tuple(d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True))
 
     @property
+    def apart(self) -> bool:
+        """Whether no two outputs share an input: patches that do not overlap, 1×1 kernels."""
+        return all(s >= span for s, span in zip(self.stride, self.spans, strict=True))
+
+    @property
+    def repeats_a_matrix(self) -> bool:
+        """Whether each output has inputs of its own, and one of them all that the kernel reads.
+
+        The operator is then copies of the kernel as a matrix, and of parts of it at the edges.
+        """
+        if self.fine is None:
+            return set(self.kernel) == {1}
+        if not self.apart:
+            return False
+        if self.circular:
+            return self.stride_divides or set(self.kernel) == {1}
+        assert self.coarse is not None
+        assert self.lower is not None
+        given = zip(self.fine, self.coarse, self.lower, self.stride, self.spans, strict=True)
+        return all(
+            # The first output that begins inside the grid ends there as well.
+            -(-lower // s) <= min(m - 1, (n + lower - span) // s)
+            for n, m, lower, s, span in given
+        )
+
+    @property
     def uses(self) -> tuple[tuple[int, ...], ...]:
         """How many outputs read each tap inside the grid, along each axis."""
         assert self.fine is not None

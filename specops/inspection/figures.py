@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from specops import arrays
-from specops.geometry import Conv, ConvSizes, Dense, Geometry
+from specops.geometry import Conv, Dense, Geometry
 from specops.inspection.large import norm_bounds
 from specops.inspection.spectrum import CIRCULAR, RESHAPED, Figures, from_values, worst
 from specops.maps.convolution import ConvOperator
@@ -132,7 +132,7 @@ def _every_size(w: np.ndarray, geometry: Conv, method: Method) -> Figures:
     sizes = geometry.sizes(tuple(w.shape))
     if all(k == 1 for k in sizes.kernel):
         return _positions(w, geometry, method, "1×1: the same matrix at every position")
-    if _apart(sizes):
+    if sizes.apart:
         return _positions(w, geometry, method, "patches that do not overlap: a matrix for each")
     scale = 2.0 ** math.floor(math.log2(float(np.abs(w).max(initial=0.0)) or 1.0))
     scaled = w / w.dtype.type(scale)  # exact, and far from the ends of single precision
@@ -214,7 +214,7 @@ def _repeated(w: np.ndarray, geometry: Conv) -> np.ndarray | None:
     assert sizes.coarse is not None
     last = [(m - 1) * s for m, s in zip(sizes.coarse, sizes.stride, strict=True)]
     inside = all(a + b <= n for a, b, n in zip(last, sizes.spans, sizes.fine, strict=True))
-    if not _apart(sizes) or any(sizes.lower or ()) or not inside:
+    if not sizes.apart or any(sizes.lower or ()) or not inside:
         return None
     values = np.concatenate([exact_values(a) for a in _at_one_position(w, geometry)])
     found = np.repeat(-np.sort(-values), math.prod(sizes.coarse))
@@ -225,11 +225,6 @@ def _at_one_position(w: np.ndarray, geometry: Conv) -> np.ndarray:
     """The matrices (groups, rows, columns·taps) that act at each position."""
     kernel = geometry.kernel(w)
     return np.asarray(kernel.reshape(*kernel.shape[:2], -1))
-
-
-def _apart(sizes: ConvSizes) -> bool:
-    """Whether no two outputs share an input."""
-    return all(s >= span for s, span in zip(sizes.stride, sizes.spans, strict=True))
 
 
 def _circular(w: np.ndarray, geometry: Conv, method: Method) -> Figures | None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from specops import arrays
 from specops.errors import NonFiniteError, NonFiniteWarning
-from specops.geometry import Dense, Geometry, resolve_geometry
+from specops.geometry import Conv, Dense, Geometry, resolve_geometry
 from specops.maps.unread import without_unread
 from specops.typing import Array, Namespace
 from specops.warned import warn
@@ -43,11 +43,19 @@ class MatrixBlock:
     """Undo the scale on values of shape (*batch, k), NaN where a matrix was not finite."""
 
 
-def prepare(w: Array, geometry: Geometry | None, *, scaled: bool = True) -> Prepared:
-    """Check a weight against its geometry and bring it to compute dtype (and scale)."""
+def prepare(
+    w: Array, geometry: Geometry | None, *, scaled: bool = True, once: bool = False
+) -> Prepared:
+    """Check a weight against its geometry and bring it to compute dtype (and scale).
+
+    `once` where it does not matter how often a singular value is there: a convolution that is
+    copies of one matrix is then taken for that.
+    """
     xp = arrays.namespace(w)
     geometry = resolve_geometry(w.ndim, geometry)
     geometry.check(tuple(w.shape))
+    if once and isinstance(geometry, Conv):
+        geometry = geometry.repeated_matrix(tuple(w.shape)) or geometry
     w = arrays.to_compute(xp, w)
     if isinstance(geometry, Dense):
         return Prepared(xp, w, geometry, None)

@@ -17,13 +17,19 @@ _GATHERED_UP_TO = 2**20
 """Entries of a table that a compiled program carries: a choice, 4 MiB."""
 
 
+ALL = slice(None)
+
+
 class Windows(Protocol):
     """The views of a grid that lie under one tap each."""
 
-    def seen(self, x: Array) -> Array:
+    in_parts: bool
+    """Whether some of the taps can be asked for."""
+
+    def seen(self, x: Array, taps: slice = ALL) -> Array:
         """Of x (..., groups, columns, *fine): (..., groups, taps·columns, coarse)."""
 
-    def summed(self, parts: Array) -> Array:
+    def summed(self, parts: Array, taps: slice = ALL) -> Array:
         """Of parts (..., groups, taps, columns, *coarse), each where its tap saw it, on the grid:
         (..., groups, columns, *fine)."""
 
@@ -40,6 +46,8 @@ def windows(sizes: ConvSizes, like: Array) -> Windows:
 class SlicedWindows:
     """By strided slices of the padded grid."""
 
+    in_parts = True
+
     def __init__(self, sizes: ConvSizes) -> None:
         assert sizes.fine is not None
         assert sizes.coarse is not None
@@ -54,21 +62,20 @@ class SlicedWindows:
             )
         )
 
-    def seen(self, x: Array) -> Array:
+    def seen(self, x: Array, taps: slice = ALL) -> Array:
         """As `Windows.seen`."""
-        xp, padded = arrays.namespace(x), self._pad(x)
+        xp, padded, some = arrays.namespace(x), self._pad(x), self._taps[taps]
         axis = padded.ndim - len(self._fine) - 1
-        seen = xp.concat([padded[(..., *self._window(t))] for t in self._taps], axis=axis)
-        rows = len(self._taps) * self.sizes.columns
-        return xp.reshape(seen, (*x.shape[:axis], rows, -1))
+        seen = xp.concat([padded[(..., *self._window(t))] for t in some], axis=axis)
+        return xp.reshape(seen, (*x.shape[:axis], len(some) * self.sizes.columns, -1))
 
-    def summed(self, parts: Array) -> Array:
+    def summed(self, parts: Array, taps: slice = ALL) -> Array:
         """As `Windows.summed`."""
         grid = len(self._coarse)
         lead, columns = parts.shape[: parts.ndim - grid - 2], self.sizes.columns
         padded = arrays.zeros((*lead, columns, *self._padded), like=parts)
         rest = [slice(None)] * (1 + grid)
-        for index, tap in enumerate(self._taps):
+        for index, tap in enumerate(self._taps[taps]):
             padded = arrays.add_at(padded, (..., *self._window(tap)), parts[(..., index, *rest)])
         return self._unpad(padded)
 
@@ -121,11 +128,13 @@ class SlicedWindows:
 class GatheredWindows:
     """By one gather from a table: a compiler has a fifth of the work that slices give it."""
 
+    in_parts = False
+
     def __init__(self, sizes: ConvSizes) -> None:
         self.sizes = sizes
         self._reads, self._returns = _tables(sizes)
 
-    def seen(self, x: Array) -> Array:
+    def seen(self, x: Array, taps: slice = ALL) -> Array:
         """As `Windows.seen`."""
         xp, sizes = arrays.namespace(x), self.sizes
         lead = x.shape[: x.ndim - len(sizes.kernel) - 1]
@@ -135,16 +144,16 @@ class GatheredWindows:
         found = xp.permute_dims(found, (*range(n), n + 1, n, n + 2))
         return xp.reshape(found, (*lead, sizes.columns * math.prod(sizes.kernel), -1))
 
-    def summed(self, parts: Array) -> Array:
+    def summed(self, parts: Array, taps: slice = ALL) -> Array:
         """As `Windows.summed`."""
-        xp, sizes, taps = arrays.namespace(parts), self.sizes, math.prod(self.sizes.kernel)
+        xp, sizes, count = arrays.namespace(parts), self.sizes, math.prod(self.sizes.kernel)
         assert sizes.fine is not None
         lead = parts.shape[: parts.ndim - len(sizes.kernel) - 2]
         n = len(lead)
-        parts = xp.reshape(parts, (*lead, taps, sizes.columns, -1))
+        parts = xp.reshape(parts, (*lead, count, sizes.columns, -1))
         parts = xp.permute_dims(parts, (*range(n), n + 1, n, n + 2))
         found = _taken(xp.reshape(parts, (*lead, sizes.columns, -1)), self._returns)
-        found = xp.sum(xp.reshape(found, (*lead, sizes.columns, taps, -1)), axis=-2)
+        found = xp.sum(xp.reshape(found, (*lead, sizes.columns, count, -1)), axis=-2)
         return xp.reshape(found, (*lead, sizes.columns, *sizes.fine))
 
 

@@ -151,8 +151,11 @@ def project_spectral_ball(
     matrix G of the stored weight: exact up to its rounding, 1e-13 or so. Where a device has no
     double precision, and while a compiler traces, single precision decides.
 
-    The operator of a zero-padded Conv, and of a circular one whose stride does not divide its
-    grid, has no blocks. It is constrained itself, its norm then equal to the bound, where its
+    A Conv without groups that is copies of one matrix, of 1×1 kernels or patches that do not
+    overlap, is projected as that matrix, unless `method` or `iterations` is given.
+
+    The operator of any other zero-padded Conv, and of a circular one whose stride does not divide
+    its grid, has no blocks. It is constrained itself, its norm then equal to the bound, where its
     matrix is small: rows·columns·min(rows, columns), summed over the groups, is at most 512³,
     as of 32 channels on 4² points or 2 on 16². `method` is "auto" or "cutting-planes" for it; the
     former goes on by ADMM on the explicit matrix where many half-spaces are active or after 100
@@ -197,7 +200,8 @@ def project_spectral_ball(
     if iterations is not None:
         iterations = integer(iterations, "iterations", least=1)
     start = given_state(state)
-    given = prepare(w, geometry)
+    # Methods and rounds are asked for of kernels.
+    given = prepare(w, geometry, once=method == "auto" and iterations is None)
     measure = return_info and measure_norms
     methods = _METHODS[type(given.geometry)]
     if method not in methods:

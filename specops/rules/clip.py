@@ -132,7 +132,7 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         """
         if not self.screen:
             return {}
-        follow = _own_norm(self.view(geometry), tuple(weight.shape))
+        follow = _own_norm(self._map(weight, geometry), tuple(weight.shape))
         started = follow.start(weight, name)
         ones = arrays.namespace(weight).ones_like(_seen(follow, started))
         counted = {_FIRINGS: arrays.constant(np.asarray(0.0), weight), _SHORT: ones}
@@ -144,7 +144,7 @@ class ClipSpectralNorm(Scheduled, WeightRule):
     ) -> tuple[Array, State, Figures]:
         """Project where needed; the figures are ``norm_before`` and ``norm_after``."""
         bound = self._bound(step, name, geometry)
-        geometry = self.view(geometry)
+        geometry = self._map(weight, geometry)
         if any(key.startswith(_WATCHED) for key in state):
             return self._watched(weight, geometry, state, bound)
         own, tracked = _parted(state)
@@ -178,7 +178,7 @@ class ClipSpectralNorm(Scheduled, WeightRule):
     ) -> tuple[Array, State, Figures]:
         """As `update`, certified."""
         bound = self._bound(step, name, geometry)
-        geometry = self.view(geometry)
+        geometry = self._map(weight, geometry)
         own, tracked = _parted(state)
         # Vectors to follow are found by the next firing, if there is one.
         return self._certified(weight, geometry, own, tracked or None, bound, name, screens=False)
@@ -199,6 +199,13 @@ class ClipSpectralNorm(Scheduled, WeightRule):
 
     def _bound(self, step: int, name: str, geometry: Geometry) -> Any:
         return bound_at(self.max_norm, step, name, geometry, "max_norm")
+
+    def _map(self, weight: Array, geometry: Geometry) -> Geometry:
+        """`view`; where that is copies of a matrix, the matrix."""
+        geometry = self.view(geometry)
+        if isinstance(geometry, Conv):
+            return geometry.repeated_matrix(tuple(weight.shape)) or geometry
+        return geometry
 
     def _watched(
         self, weight: Array, geometry: Geometry, state: State, bound: Any

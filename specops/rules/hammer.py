@@ -69,4 +69,4 @@ class SpectralHammer(Following, Cap):
         if arrays.truth(xp.all(xp.stack([xp.all(e == 0) for e in excesses]))):
             return weight, state, figures
         new = follow.subtract(arrays.to_compute(xp, weight), state, excesses)
-        return nan_without(bound, xp.astype(new, weight.dtype)), state, figures
+        return nan_without(bound, xp.astype(new, weight.dtype, copy=False)), state, figures

@@ -34,7 +34,7 @@ def normalize(w: Array, follow: Tracked, state: State, scale: Any = 1.0) -> Arra
     xp = arrays.namespace(w)
     a = _near_one(xp, w)
     factors = tuple(scale / arrays.nonzero(xp, n) for n in follow.norms(a, state))
-    return xp.astype(follow.scaled(a, factors), w.dtype)
+    return xp.astype(follow.scaled(a, factors), w.dtype, copy=False)
 
 
 def limit_stable_rank(w: Array, follow: Tracked, state: State, ratio: Any) -> Array:
@@ -67,7 +67,7 @@ def limit_stable_rank(w: Array, follow: Tracked, state: State, ratio: Any) -> Ar
     there = tuple(xp.astype(n != 0, n.dtype) for n in norms)
     if isinstance(follow, TrackedOperator):
         if min(follow.geometry.sizes(tuple(w.shape)).matrix_shape()) == 1:
-            return xp.astype(unit, w.dtype)
+            return xp.astype(unit, w.dtype, copy=False)
         result = _limited_operator(
             xp, unit, follow.geometry, follow.gradients(state)[0], ratio, there[0]
         )
@@ -82,7 +82,7 @@ def limit_stable_rank(w: Array, follow: Tracked, state: State, ratio: Any) -> Ar
             lead = xp.astype(nonzero, dyad.dtype)[..., None, None] * dyad
             blocks.append(_limited(xp, b, lead, ratio * min(b.shape[-2:])))
         result = follow.geometry.assemble(tuple(blocks), w.shape)
-    return xp.astype(result, w.dtype)
+    return xp.astype(result, w.dtype, copy=False)
 
 
 def stable_ranks(w: Array, follow: Tracked, state: State, ratio: Any) -> tuple[Array, Array]:

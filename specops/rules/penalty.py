@@ -134,4 +134,4 @@ def _term(
     xp: Namespace, w: Array, follow: Tracked, state: State, norms: tuple[Array, ...], strength: Any
 ) -> Array:
     factors = tuple(strength * norm for norm in norms)
-    return xp.astype(follow.gradient(w, state, factors), w.dtype)
+    return xp.astype(follow.gradient(w, state, factors), w.dtype, copy=False)

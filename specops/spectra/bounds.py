@@ -107,7 +107,7 @@ def spectral_norm_bounds(
     if rtol is not None:
         rtol = check_bound(rtol, "rtol")
     max_evaluations = integer(max_evaluations, "max_evaluations", least=0)
-    given = prepare(w, geometry)
+    given = prepare(w, geometry, once=True)
     single = isinstance(given.geometry, Dense) and given.geometry.splits is None and w.ndim == 2
     if start is not None and not single:
         raise ValueError("start needs a single matrix: no Conv, stack or splits")
@@ -119,7 +119,7 @@ def spectral_norm_bounds(
 @arrays.entry
 def norm_from_above(w: Array, geometry: Geometry | None = None) -> Array:
     """The upper end of `spectral_norm_bounds`, without the Lanczos run that the lower may take."""
-    given = prepare(w, geometry)
+    given = prepare(w, geometry, once=True)
     if isinstance(given.geometry, Dense):
         return _dense_bounds(given, given.geometry, None).upper
     return _conv_bounds(given, given.geometry, None, 0, enclosed=False).upper

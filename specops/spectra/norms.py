@@ -68,7 +68,7 @@ def spectral_norm(w: Array, geometry: Geometry | None = None) -> Array | tuple[A
     >>> float(spectral_norm(np.ones((1, 1, 3, 3)), Dense()))
     3.0
     """
-    given = prepare(w, geometry)
+    given = prepare(w, geometry, once=True)
     if isinstance(given.geometry, Dense):
         norms = tuple(
             block.restore(matrix_norms(given.xp, block.matrices)[..., None])[..., 0]

@@ -250,6 +250,8 @@ def measured_norm(w: Any, geometry: Geometry) -> dict[str, Any]:
     w = arrays.in_double(arrays.to_compute(xp, w))
     xp = arrays.namespace(w)
     if not isinstance(geometry, Dense):
+        geometry = geometry.repeated_matrix(tuple(w.shape)) or geometry
+    if not isinstance(geometry, Dense):
         layer = small_explicit_map(geometry.sizes(tuple(w.shape)))
         if layer is not None:
             return {"norm": explicit_norm(w, geometry, layer), "norm_is": "exact"}
