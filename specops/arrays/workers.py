@@ -40,14 +40,14 @@ _before: list[tuple[Any, int]] = []
 
 
 def _controller(user_api: str) -> Any:
-    return _controller_of(user_api, tuple(m in sys.modules for m in ("torch", "scipy")))
+    return _controller_of(user_api, len(sys.modules))
 
 
 @lru_cache(maxsize=8)
-def _controller_of(user_api: str, loaded: tuple[bool, ...]) -> Any:
+def _controller_of(user_api: str, modules: int) -> Any:
     from threadpoolctl import ThreadpoolController
 
-    del loaded  # a library imported since then brings threads of its own
+    del modules  # one imported since then may have brought threads of its own
     return ThreadpoolController().select(user_api=user_api)
 
 

@@ -230,3 +230,22 @@ def test_a_thread_that_begins_with_a_small_weight_keeps_the_number_of_torch() ->
             assert found.pop() == number
     finally:
         torch.set_num_threads(before)
+
+
+def test_libraries_that_are_imported_later_are_limited_too() -> None:
+    """scipy.linalg brings a BLAS of its own, and scipy alone does not."""
+    pytest.importorskip("scipy")
+    script = (
+        "import os, numpy, scipy, specops\n"
+        "from threadpoolctl import threadpool_info\n"
+        "from specops.arrays import workers\n"
+        "def threads():\n"
+        "    with workers.one_blas_thread():\n"
+        "        return [x['num_threads'] for x in threadpool_info() if x['user_api'] == 'blas']\n"
+        "before = threads()\n"
+        "import scipy.linalg\n"
+        "after = threads()\n"
+        "assert len(after) > len(before) and set(after) == {1}, (before, after)\n"
+    )
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
