@@ -13,7 +13,6 @@ from specops.errors import StateError
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import non_negative
 from specops.maps.every_size import on_a_torus
-from specops.maps.explicit import small_explicit_map
 from specops.projections import project_spectral_ball
 from specops.rules.base import (
     Figures,
@@ -24,31 +23,30 @@ from specops.rules.base import (
     measured_as,
     shown,
 )
+from specops.rules.screening import (
+    CERTIFY_EVERY,
+    CLEARLY,
+    FIRINGS,
+    estimate,
+    follow_of,
+    is_steady,
+    is_trusted,
+    parted,
+    prefixed,
+    screened,
+    screening,
+    seen_along,
+)
 from specops.rules.stages import WeightRule
 from specops.tracking import (
     Steps,
     TrackedBlocks,
     TrackedOperator,
-    TrackedTorus,
     check_norm,
-    vectors,
 )
 from specops.typing import Array, State
 
-_CLEARLY = 0.9
-"""Part of the bound below which an estimate, which is a lower bound, is trusted."""
-_CERTIFY_EVERY = 100
-"""Firings at which estimates are trusted before a certificate again: a choice that leaves it a
-hundredth of its cost, against steps for which a norm may be above what was seen of it."""
-_STEADY = 0.1
-"""Relative change of an estimate between firings up to which training explains it: a choice. Along
-old vectors of a weight that was loaded or reset it is a fifth to a half of the norm, which only by
-chance is what it was."""
-_TRACKED = "tracked."
 _WATCHED = "watched."
-_FIRINGS = "firings"
-_SEEN = "seen"
-"""The latest estimate that was trusted."""
 _SHORT = "short"
 """By what factor the estimate fell short of the norm when that was last certified."""
 
@@ -134,9 +132,9 @@ class ClipSpectralNorm(Scheduled, WeightRule):
             return {}
         follow = _own_norm(self._map(weight, geometry), tuple(weight.shape))
         started = follow.start(weight, name)
-        ones = arrays.namespace(weight).ones_like(_seen(follow, started))
-        counted = {_FIRINGS: arrays.constant(np.asarray(0.0), weight), _SHORT: ones}
-        return _prefixed(started, _WATCHED) | counted
+        ones = arrays.namespace(weight).ones_like(seen_along(follow, started))
+        counted = {FIRINGS: arrays.constant(np.asarray(0.0), weight), _SHORT: ones}
+        return prefixed(started, _WATCHED) | counted
 
     @arrays.entry
     def update(
@@ -147,20 +145,19 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         geometry = self._map(weight, geometry)
         if any(key.startswith(_WATCHED) for key in state):
             return self._watched(weight, geometry, state, bound)
-        own, tracked = _parted(state)
+        own, tracked = parted(state)
         seen, firings = None, 0
         if tracked and arrays.is_concrete(weight):
-            firings = int(arrays.to_numpy(state[_FIRINGS]))
-            seen = _estimate(weight, geometry, tracked, to_left=firings % 2 == 0)
-        if seen is not None and not _is_steady(seen[0], state):
-            seen = None
-        if seen is not None and _below(seen[0], _CLEARLY * bound):
+            firings = int(arrays.to_numpy(state[FIRINGS]))
+            seen = estimate(weight, geometry, tracked, to_left=firings % 2 == 0)
+        if seen is not None and is_trusted(seen[0], state, bound):
             norm, tracked = seen
             figures = {"norm_before": norm, "norm_after": norm}
-            firings = (firings + 1) % _CERTIFY_EVERY
+            firings = (firings + 1) % CERTIFY_EVERY
             if firings or self._is_inside(weight, bound, geometry):
-                return weight, own | _screening(tracked, firings, weight, norm), figures
-        return self._certified(weight, geometry, own, seen and seen[1], bound, name)
+                return weight, own | screening(tracked, firings, weight, norm), figures
+        followed = seen[1] if seen is not None and is_steady(seen[0], state) else None
+        return self._certified(weight, geometry, own, followed, bound, name)
 
     def by_products(
         self, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
@@ -168,9 +165,9 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         """A firing that an estimate decides, of matrices."""
         bound = self._bound(step, name, geometry)
         geometry = self.view(geometry)
-        if not _parted(state)[1] or not isinstance(geometry, Dense):
+        if not parted(state)[1] or not isinstance(geometry, Dense):
             return None
-        return _screened(geometry, state, bound)
+        return screened(geometry, state, bound)
 
     @arrays.entry
     def enforce(
@@ -179,7 +176,7 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         """As `update`, certified."""
         bound = self._bound(step, name, geometry)
         geometry = self._map(weight, geometry)
-        own, tracked = _parted(state)
+        own, tracked = parted(state)
         # Vectors to follow are found by the next firing, if there is one.
         return self._certified(weight, geometry, own, tracked or None, bound, name, screens=False)
 
@@ -213,11 +210,11 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         xp, follow = arrays.namespace(weight), _own_norm(geometry, tuple(weight.shape))
         own = {k.removeprefix(_WATCHED): v for k, v in state.items() if k.startswith(_WATCHED)}
         moved = follow.advance(weight, own)
-        estimate, short = _seen(follow, moved), state[_SHORT]
+        found, short = seen_along(follow, moved), state[_SHORT]
         # Among many large values one step a firing is long in finding the largest.
-        seen = estimate * short
-        firings = state[_FIRINGS]
-        trusted = xp.all(seen < _CLEARLY * bound) & (firings > 0) & (firings < _CERTIFY_EVERY)
+        seen = found * short
+        firings = state[FIRINGS]
+        trusted = xp.all(seen < CLEARLY * bound) & (firings > 0) & (firings < CERTIFY_EVERY)
 
         def certify() -> tuple[Array, Array, Array]:
             new, info = project_spectral_ball(
@@ -233,10 +230,10 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         inside = xp.astype(xp.all(before <= bound), firings.dtype)
         firings = xp.where(trusted, firings + 1.0, inside)
         one = xp.ones_like(short)
-        now = before / xp.where(estimate > 0, estimate, one)
-        short = xp.where(trusted, short, xp.where((estimate > 0) & (now > 1), now, one))
+        now = before / xp.where(found > 0, found, one)
+        short = xp.where(trusted, short, xp.where((found > 0) & (now > 1), now, one))
         figures = {"norm_before": before, "norm_after": after}
-        return new, _prefixed(moved, _WATCHED) | {_FIRINGS: firings, _SHORT: short}, figures
+        return new, prefixed(moved, _WATCHED) | {FIRINGS: firings, _SHORT: short}, figures
 
     def _is_inside(self, weight: Array, bound: Any, geometry: Geometry) -> bool:
         """Certified, without measuring more than that takes."""
@@ -271,8 +268,8 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         if self.screen and new is weight and arrays.is_concrete(weight):
             # Inside: from here on an estimate will do for a while.
             if screens and not tracked:
-                tracked = _follow(geometry, weight).start(weight, name)
-            state |= _screening(tracked, 1, weight, info.norm_before) if tracked else {}
+                tracked = follow_of(geometry, weight).start(weight, name)
+            state |= screening(tracked, 1, weight, info.norm_before) if tracked else {}
         return new, state, figures
 
 
@@ -281,84 +278,3 @@ def _own_norm(geometry: Geometry, shape: tuple[int, ...]) -> TrackedBlocks | Tra
     if isinstance(geometry, Dense):
         return TrackedBlocks(geometry)
     return TrackedOperator(geometry if geometry.grid is not None else on_a_torus(geometry, shape))
-
-
-def _parted(state: State) -> tuple[State, State]:
-    """(state of the projection, vectors of the screen)."""
-    tracked = {k.removeprefix(_TRACKED): v for k, v in state.items() if k.startswith(_TRACKED)}
-    counted = (_FIRINGS, _SEEN)
-    own = {k: v for k, v in state.items() if k not in counted and not k.startswith(_TRACKED)}
-    return own, tracked
-
-
-def _follow(geometry: Geometry, weight: Array) -> TrackedBlocks | TrackedOperator | TrackedTorus:
-    """What follows the norm that the projection constrains."""
-    if isinstance(geometry, Dense):
-        return TrackedBlocks(geometry)
-    if small_explicit_map(geometry.sizes(tuple(weight.shape))) is not None:
-        return TrackedOperator(geometry)
-    return TrackedTorus(geometry)
-
-
-def _estimate(
-    weight: Array, geometry: Geometry, state: State, *, to_left: bool
-) -> tuple[Array, State] | None:
-    """(norms of shape (*batch[, blocks]) from below, the new state); None: start anew.
-
-    Matrices take half a step at a firing, to one side and to the other in turn: weights move
-    little in between, and large ones cost what it takes to read them.
-    """
-    follow = _follow(geometry, weight)
-    try:
-        if isinstance(follow, TrackedTorus):
-            return follow.estimate(weight, state)
-        if isinstance(follow, TrackedOperator):
-            state = follow.advance(weight, state)
-        else:
-            state = follow.half_advance(weight, state, to_left=to_left)
-    except StateError:
-        return None
-    return _seen(follow, state), state
-
-
-def _seen(follow: TrackedBlocks | TrackedOperator, state: State) -> Array:
-    """The norms that the latest step gave; those of split blocks along a last axis."""
-    norms, geometry = follow.measured(state), follow.geometry
-    split = isinstance(geometry, Dense) and geometry.splits is not None
-    return arrays.namespace(norms[0]).stack(norms, axis=-1) if split else norms[0]
-
-
-def _screened(geometry: Dense, state: State, bound: Any) -> Steps[tuple[State, Figures] | None]:
-    """`update` where the estimate is clearly inside and no certificate is due; else None."""
-    follow, (own, tracked) = TrackedBlocks(geometry), _parted(state)
-    firings = int(arrays.to_numpy(state[_FIRINGS]))
-    tracked = yield from follow.half_advance_by_products(tracked, to_left=firings % 2 == 0)
-    norm = _seen(follow, tracked)
-    firings = (firings + 1) % _CERTIFY_EVERY
-    if not firings or not _below(norm, _CLEARLY * bound) or not _is_steady(norm, state):
-        return None
-    return own | _screening(tracked, firings, norm, norm), {"norm_before": norm, "norm_after": norm}
-
-
-def _is_steady(norms: Array, state: State) -> bool:
-    """Whether estimates are about those of the firing before; else weights were replaced."""
-    before = state.get(_SEEN)
-    if before is None or before.shape != norms.shape:
-        return True
-    xp, before = arrays.namespace(norms), arrays.like(before, norms)
-    return bool(arrays.truth(xp.all(xp.abs(norms - before) <= _STEADY * before)))
-
-
-def _below(norms: Array, bound: Any) -> bool:
-    """Whether all are; a norm that is not finite is not."""
-    return bool(arrays.truth(arrays.namespace(norms).all(norms < bound)))
-
-
-def _screening(tracked: State, firings: int, like: Array, seen: Array) -> State:
-    """The vectors alone, how often they were trusted, and what was seen along them."""
-    counted = {_FIRINGS: arrays.constant(np.asarray(firings), like), _SEEN: seen}
-    return _prefixed(tracked, _TRACKED) | counted
-
-
-def _prefixed(tracked: State, prefix: str) -> State:
-    return {prefix + key: x for key, x in vectors(tracked).items()}

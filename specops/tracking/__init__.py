@@ -25,7 +25,7 @@ from specops.tracking.matrices import (
     vectors,
 )
 from specops.tracking.operator import TrackedOperator
-from specops.tracking.power import Pairs, stepped_on_host
+from specops.tracking.power import Pairs, checked, stepped_on_host
 from specops.tracking.torus import TrackedTorus
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "Wanted",
     "are_alike",
     "check_norm",
+    "checked",
     "is_measured",
     "packed",
     "saw_nothing",

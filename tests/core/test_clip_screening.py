@@ -94,7 +94,7 @@ def test_a_fooled_estimate_lasts_to_the_hundredth_firing(
     seen = np.linalg.norm(CALM, 2)
     grown, low = eager.array(GROWN), eager.array(np.asarray(seen))
     blind = lambda weight, geometry, state, to_left: (low, state)  # noqa: E731
-    monkeypatch.setattr("specops.rules.clip._estimate", blind)
+    monkeypatch.setattr("specops.rules.clip.estimate", blind)
     for firing in range(2, 100):
         new, figures = screening.fire(grown)
         assert new is grown, firing
