@@ -82,8 +82,8 @@ def largest_singular_triplet(
     v = arrays.compiled(
         _leading_vector,
         (type(operator), operator.sizes, tolerance, max_steps),
-        operator.data,
         xp.reshape(start, (blocks, 1, columns)),
+        operator.data,
     )
     v = _safe_divide(xp, v, xp.linalg.vector_norm(v))
     u = operator.matvec(v)
@@ -96,11 +96,11 @@ def _leading_vector(
     sizes: Hashable,
     tolerance: float | None,
     max_steps: int,
-    data: Array,
     start: Array,
+    data: Any,
 ) -> Array:
     """The leading Ritz vector of the block in which it is largest; `start` (blocks, 1, columns)."""
-    xp = arrays.namespace(data)
+    xp = arrays.namespace(start)
     operator = kind(data, sizes)
     blocks, _, columns = start.shape
     eps = arrays.epsilon(start.dtype)

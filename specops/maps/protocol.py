@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from specops.typing import Array
 
@@ -29,11 +29,11 @@ class BlockOperator(Operator, Protocol):
     A is ``type(A)(A.data, A.sizes)``.
     """
 
-    def __init__(self, data: Array, sizes: Hashable) -> None: ...
+    def __init__(self, data: Any, sizes: Any) -> None: ...
 
     @property
-    def data(self) -> Array:
-        """The array that it is made of."""
+    def data(self) -> Any:
+        """The array, or tuple of arrays, that it is made of."""
 
     @property
     def sizes(self) -> Hashable:

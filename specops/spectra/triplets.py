@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from specops import arrays
 from specops.arrays.solvers import svd
 from specops.errors import UnsupportedGeometryError
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import integer
+from specops.linalg.deflation import triplets_by_deflation
 from specops.linalg.lobpcg import leading_triplets
+from specops.maps.convolution import ConvOperator
 from specops.maps.operator import LinearOperator, linear_operator
 from specops.maps.prepare import Prepared, matrix_blocks, prepare
 from specops.maps.symbol import symbol_of
+from specops.spectra.norms import plane_wave
 from specops.spectra.start import checked_start
 from specops.spectra.torus_triplets import torus_triplets
 from specops.typing import Array, Namespace
@@ -59,10 +64,12 @@ def top_singular_triplets(
     Notes
     -----
     Matrices, circular convolutions (by the blocks of their symbol, where the stride divides the
-    grid) and other operators of up to 2^20 entries are decomposed. Larger ones are iterated to
-    residuals of √ε/10: values are then lower bounds, accurate to about ε, and the last of a
-    cluster that `k` cuts through may be missed for a neighbour as large. Compilers and vmap iterate
-    large circular ones, too, and 24 rounds without a test of convergence.
+    grid) and other operators of up to 2^20 entries are decomposed. Of larger ones the triplets are
+    found one after another by Lanczos, to residuals of √ε/10, in single precision 1e-6: values are
+    then lower bounds, accurate to about ε, and the last of a cluster that `k` cuts through may be
+    missed for a neighbour as large. From a `start`, under compilers and vmap, and where torch is to
+    differentiate, all are iterated together, traced ones in 24 rounds without a test of
+    convergence; so are large circular convolutions then.
 
     Examples
     --------
@@ -99,10 +106,11 @@ def top_singular_triplets(
     if start is None and operator.shape[0] * operator.shape[1] <= _DECOMPOSED_UP_TO:
         u, s, vh = svd(xp, operator.to_matrix())
         return u[:, :k], given.scale * s[:k], arrays.adjoint(xp, vh)[:, :k]
+    if start is None and arrays.is_concrete(given.w):
+        u, s, v = _one_by_one(given, given.geometry, k)
+        return u, given.scale * s, v
     if start is None:
-        width = min(k + 4, *operator.shape)
-        noise = arrays.start_vector("triplets", operator.shape[1] * width)
-        start = arrays.constant(noise.reshape(-1, width), given.w)
+        start = arrays.constant(_noise(operator.shape[1], min(k + 4, *operator.shape)), given.w)
     start = _widened(xp, start, k, operator, given.w.dtype)
     u, s, v = _iterated(xp, operator, start, k, traced)
     return u, given.scale * s, v
@@ -120,11 +128,33 @@ def _by_blocks(given: Prepared, k: int) -> tuple[Array, Array, Array] | None:
     symbol = symbol_of(sizes, sizes.fine, not arrays.is_complex(kernel))
     if k > min(sizes.matrix_shape()) - symbol.zero_values:
         return None
-    u, s, v = torus_triplets(xp, kernel, symbol, k)
+    return _as_it_acts(xp, geometry, *torus_triplets(xp, kernel, symbol, k))
+
+
+def _one_by_one(given: Prepared, geometry: Conv, k: int) -> tuple[Array, Array, Array]:
+    """Of a convolution whose values are known."""
+    xp, sizes = given.xp, geometry.sizes(tuple(given.w.shape))
+    kernel = geometry.kernel(given.w)
+    operator = ConvOperator(kernel, sizes)
+    start = operator.rmatvec(plane_wave(xp, kernel, sizes))[:, None]
+    if k > 1:
+        noise = arrays.constant(_noise(operator.shape[1], k - 1), given.w)
+        start = xp.concat([start, xp.astype(noise, start.dtype)], axis=1)
+    return _as_it_acts(xp, geometry, *triplets_by_deflation(xp, operator, start, k))
+
+
+def _as_it_acts(
+    xp: Namespace, geometry: Conv, u: Array, s: Array, v: Array
+) -> tuple[Array, Array, Array]:
+    """Triplets of the operator of a kernel, as those of the layer."""
     if geometry.transposed:
         # It acts by the transpose of that convolution, not by its adjoint.
-        u, v = arrays.conjugate(xp, v), arrays.conjugate(xp, u)
+        return arrays.conjugate(xp, v), s, arrays.conjugate(xp, u)
     return u, s, v
+
+
+def _noise(length: int, count: int) -> np.ndarray:
+    return arrays.start_vector("triplets", length * count).reshape(length, count)
 
 
 def _iterated(
