@@ -68,7 +68,8 @@ def project_stable_rank(
         The map; None is ``Dense()`` for a two-dimensional array.
     ratio : float, optional
         In (0, 1]: r = max(1, ratio · min(rows, columns)) of the map's matrix; for a Conv that
-        of the whole operator, all channels and positions, all groups.
+        of the whole operator, all channels and positions, all groups, and in the place of 1
+        the least stable rank of a kernel along its leading direction (Notes).
     target : float, optional
         r itself, finite and at least 1. Exactly one of the two is given; each may also be a
         0-d array of the caller's namespace, which a compiler may trace.
@@ -116,8 +117,9 @@ def project_stable_rank(
     it is found again for the pair that leads in the result, which never takes it further away,
     up to 10 times (once while a compiler traces). So the result is proven to be feasible, and
     nearest *in the cone of its direction*; it is *not* guaranteed to be nearest over all of them. A
-    cone has a least stable rank, n²/‖E‖² on an n×n torus; while a compiler traces, a target
-    below it gives a kernel where it is least. Nearness is that of the kernels.
+    cone has a least stable rank, n²/‖E‖² on an n×n torus; a ratio that asks for less gives a
+    kernel where it is least, and while a compiler traces a target does, too. Nearness is that of
+    the kernels.
 
     References
     ----------

@@ -26,7 +26,9 @@ class ProjectStableRank(Scheduled, WeightRule):
     ----------
     ratio, target : float or callable
         Exactly one: r = max(1, ratio · min(rows, columns)), or r itself; or a schedule
-        ``(step, name, geometry) -> float``.
+        ``(step, name, geometry) -> float``. Kernels of convolutions have a least stable rank that
+        is above 1, n² for 1×1 taps on n×n points: a ratio that asks for less leads there, and a
+        target below it is refused.
     preserve : int
         Leading singular triplets to keep; matrices only.
     norm : "operator" or "reshaped"

@@ -142,7 +142,19 @@ def test_targets_below_every_kernel_say_what_is_feasible() -> None:
         text = rf"target=2.0 is below {least:.3g}\d*, the least .* 3×3 kernel .* to 243"
         with pytest.raises(ValueError, match=text):
             project_stable_rank(k, geometry, target=2.0)
-        with pytest.raises(ValueError, match=r"ratio=0.01, stable rank 2.43, is below"):
-            project_stable_rank(k, geometry, ratio=0.01)
+        lowest = project_stable_rank(k, geometry, ratio=0.01)
+        assert ranks(lowest, geometry) == pytest.approx(least, rel=1e-3)
         got = project_stable_rank(k, geometry, target=least * (1 + 1e-9))
         assert ranks(got, geometry) <= least * (1 + 1e-8)
+
+
+def test_one_ratio_serves_layers_whose_kernels_cannot_have_so_little() -> None:
+    """A 1×1 kernel is the same matrix at every point: 36 times the stable rank of that."""
+    w, geometry = weight((4, 3, 1, 1)), Conv((6, 6))
+    got, info = project_stable_rank(w, geometry, ratio=0.1, return_info=True)
+    assert ranks(got, geometry) == pytest.approx(36.0)
+    assert info.rank_after == pytest.approx(36.0)
+    matrix = project_stable_rank(w[..., 0, 0], ratio=0.1)
+    np.testing.assert_allclose(got[..., 0, 0], matrix, atol=1e-12)
+    again, _ = project_stable_rank(got, geometry, ratio=0.1, return_info=True, state=info.state)
+    assert again is got

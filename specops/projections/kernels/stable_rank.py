@@ -55,15 +55,17 @@ def project_kernel(
     direction, v = leading_direction(xp, geometry.kernel(given.w), sizes, state.pop("v", None))
     refuse_unread(state)
     candidates, rank, least = kernel_candidates(given, geometry, direction, limit)
+    if ratio is not None:
+        # As 1 of matrices: one ratio is for all layers of a network.
+        limit = xp.where(limit < least, least, limit)
     above = rank > limit * (1.0 + tolerance)
     info = StableRankInfo(rank, rank, xp.zeros_like(rank), 0, 0, _state(v))
     if arrays.truth(above) is False:
         return w, info
     if arrays.truth(limit < least * (1.0 - tolerance)):
-        asked = f"target={target}" if ratio is None else f"ratio={ratio}, stable rank {limit:.6g},"
         taps = "×".join(map(str, sizes.kernel))
         raise ValueError(
-            f"{asked} is below {float(least):.6g}, the least stable rank of a {taps} kernel along "
+            f"target={target} is below {float(least):.6g}, the least stable rank of a {taps} kernel along "
             f"its leading direction: feasible are {float(least):.6g} to "
             f"{min(sizes.matrix_shape())}"
         )
