@@ -242,8 +242,9 @@ class InUse:
         self._own, self.state, self.drifting = raw, state, False
         self._written, self._copied, self._loaded = since or written(raw), None, False
         self._sample = None if state is None else sample(raw)
-        # On a device that would be waited for.
-        self._saw_nothing = raw.is_cpu and state is not None and self._is_of_nothing(state)
+        # A device would be waited for: as long as the weight is known to be zero.
+        looks = raw.is_cpu or self._saw_nothing
+        self._saw_nothing = looks and state is not None and self._is_of_nothing(state)
 
     def _is_as_measured(self, raw: torch.Tensor, state: State | None) -> bool | None:
         """Whether norms of this state are of the parameter as it is; None where nothing tells.
@@ -293,6 +294,7 @@ class InUse:
     def load(self, state: State | None, raw: torch.Tensor, *, drifting: bool) -> None:
         """Use vectors of a checkpoint, if they are of the parameter as it is."""
         self.take(state, raw)
+        self._saw_nothing = state is not None and self._is_of_nothing(state)
         self.drifting, self._sample = drifting, None
         if self.sharded:
             # Of which the whole is known in the next forward pass.

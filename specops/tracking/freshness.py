@@ -32,9 +32,13 @@ def is_measured(
     With `closely`, but for the rounding of their products.
     """
     xp, within = arrays.namespace(w), _ROUNDING if closely else _SAME
-    norms = follow.norms(arrays.to_compute(xp, w), s)
+    w = arrays.to_compute(xp, w)
     changed = [
         xp.any(xp.abs(now - then) > within * xp.abs(then))
-        for now, then in zip(norms, follow.measured(s), strict=True)
+        for now, then in zip(follow.norms(w, s), follow.measured(s), strict=True)
     ]
+    if isinstance(follow, TrackedOperator):
+        # Zeros leave a gradient of zeros, along which the norm of any kernel is zero.
+        (then,) = follow.measured(s)
+        changed.append((then == 0) & (xp.max(xp.abs(w)) > 0))
     return not any(bool(flag) for flag in changed)

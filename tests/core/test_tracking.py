@@ -22,7 +22,7 @@ from specops import (
 from specops.arrays.numpy import NumPy
 from specops.geometry import Geometry
 from specops.maps.every_size import on_a_torus
-from specops.tracking import TrackedTorus, track
+from specops.tracking import TrackedTorus, is_measured, track
 from tests import oracle
 from tests.backends import Backend
 from tests.core.laws import outcome
@@ -209,6 +209,15 @@ def test_from_zero_to_a_norm(eager: Backend, norm: Any) -> None:
         state = follow.advance(eager.array(grown, "float32"), state, 40)
         got = flat(eager.numpy(x) for x in follow.measured(state))
         np.testing.assert_allclose(got, true_norms(grown, geometry, norm), rtol=1e-3)
+
+
+@every_norm
+def test_the_norm_of_zeros_is_that_of_no_other_weight(norm: Any) -> None:
+    for shape, geometry in (DENSE[1], CONVS[4]):
+        follow, zeros = track(geometry, norm), np.zeros(shape)
+        state = follow.start(zeros, "w")
+        assert is_measured(follow, zeros, state)
+        assert not is_measured(follow, weight(shape), state)
 
 
 def test_every_group_is_followed() -> None:

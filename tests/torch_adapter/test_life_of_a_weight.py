@@ -477,6 +477,54 @@ def test_a_weight_that_was_zero_has_no_directions_yet(rule: Any, every: int, how
         assert used(layer) == pytest.approx(1.0, rel=0.02)
 
 
+@pytest.mark.parametrize("norm", ["reshaped", "operator", "bidirectional"])
+@pytest.mark.parametrize("how", ["resumed", "data"])
+def test_a_kernel_that_was_zero_is_measured_when_it_is_none(norm: Any, how: str) -> None:
+    """By a run that resumes after the first step away from zero, or by a write not counted."""
+
+    def begun() -> tuple[nn.Conv2d, Any]:
+        torch.manual_seed(0)
+        layer = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        nn.init.zeros_(layer.weight)
+        attachment = specops.attach(None, layer, SpectralNormalization(norm=norm), every=4)
+        layer(torch.zeros(1, 3, 6, 6))
+        return layer, attachment
+
+    layer, attachment = begun()
+    kernel = torch.randn(4, 3, 3, 3)
+    if how == "resumed":
+        with torch.no_grad():
+            raw(layer).copy_(kernel)
+        attachment.step()
+        saved = copy.deepcopy(layer.state_dict()), attachment.state_dict()
+        layer, attachment = begun()
+        layer.load_state_dict(saved[0])
+        attachment.load_state_dict(saved[1])
+    else:
+        raw(layer).data.copy_(kernel)
+    (geometry,) = attachment.geometries().values()
+    reference = SpectralNormalization(norm=norm)
+    wanted = reference.apply(kernel, geometry, reference.init(kernel, geometry, "weight"))
+    torch.testing.assert_close(layer.weight.detach().as_subclass(torch.Tensor), wanted)
+
+
+def test_a_step_that_leaves_zeros_on_a_device_finds_no_directions_either() -> None:
+    """A warmup from a rate of zero: whether a weight is zero a device is asked while it is."""
+
+    class Elsewhere(nn.Parameter):
+        is_cpu = False
+
+    in_use = InUse(SN, "weight", Dense(), None)
+    weight = Elsewhere(torch.zeros(4, 3))
+    in_use.measure(weight)
+    assert in_use.forgotten
+    in_use.take(SN.init(weight.detach(), Dense(), "weight"), weight)
+    assert in_use.forgotten
+    weight.data.fill_(1.0)
+    in_use.take(SN.init(weight.detach(), Dense(), "weight"), weight)
+    assert not in_use.forgotten
+
+
 # Copies, replicas, functional calls
 
 
