@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from specops.geometry import Conv
@@ -131,6 +132,7 @@ class DeclaredSize:
 
     def __init__(self, name: str, geometry: Conv) -> None:
         self.name, self.geometry, self.told = name, geometry, False
+        self.described = geometry.describe()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """The hook itself."""
@@ -143,11 +145,17 @@ class DeclaredSize:
         if seen == grid or (covered and self.geometry.boundary != "circular"):
             return
         self.told = True
-        caution(
-            f"{self.name} was declared as {self.geometry.describe()} and meets inputs of "
-            f"{'×'.join(map(str, seen))}, of which neither its rule nor reports speak: declare the "
-            f"size that it meets, or none, for every size"
-        )
+        # Compilers may know no sizes.
+        met = "another size" if torch.compiler.is_compiling() else "×".join(map(str, seen))
+        _caution(self.name, self.described, met)
+
+
+@torch.compiler.assume_constant_result  # called while a graph is made, and not broken by it
+def _caution(name: str, described: str, met: str) -> None:
+    caution(
+        f"{name} was declared as {described} and meets inputs of {met}, of which neither its rule "
+        f"nor reports speak: declare the size that it meets, or none, for every size"
+    )
 
 
 class FirstSize:

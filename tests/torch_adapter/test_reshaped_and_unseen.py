@@ -85,3 +85,20 @@ def test_projecting_without_a_size_warns() -> None:
         warnings.simplefilter("error")
         specops.project(model, ClipAndCut(0.1), geometries={"0.weight": Conv((6, 6), padding=1)})
         specops.project(model, ClipSpectralNorm(0.1))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_layer_that_meets_other_inputs_than_declared_says_so(dynamic: bool) -> None:
+    """In one graph, which the warning does not break."""
+    torch._dynamo.reset()
+    layer = nn.Conv2d(2, 2, 3, padding=1)
+    declared = {"weight": Conv((4, 4), padding=1)}
+    specops.attach(None, layer, ClipSpectralNorm(1.0), geometries=declared)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=dynamic)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled(torch.zeros(1, 2, 4, 4))
+    x = torch.randn(1, 2, 9, 9)
+    with pytest.warns(errors.CautionWarning, match=r"declared as conv 4×4.*of another size"):
+        y = compiled(x)
+    torch.testing.assert_close(y, layer(x))
