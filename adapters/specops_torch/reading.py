@@ -89,6 +89,16 @@ class _Reading:
             make, arguments = _make, (self.plain, self.attributes, *arguments[1:])
         return (make, arguments, *rest)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Without the weight in use, which torch would compute to see whether the name is taken."""
+        held = self.__dict__.get(_HELD, {})
+        in_use = held.pop(name, None)
+        try:
+            super().register_parameter(name, param)  # type: ignore[misc]
+        finally:
+            if in_use is not None:
+                held[name] = in_use
+
     def __prepare_scriptable__(self) -> Any:
         names = ", ".join(in_use.name for in_use in self.__dict__.get(_HELD, {}).values())
         raise AdapterError(

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 import specops
-from specops import ClipAndCut, ClipSpectralNorm, Conv, NormalizeIfAbove, errors
+from specops import (
+    ClipAndCut,
+    ClipSpectralNorm,
+    Conv,
+    NormalizeIfAbove,
+    SpectralNormalization,
+    errors,
+)
 
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
@@ -102,3 +109,19 @@ def test_a_compiled_layer_that_meets_other_inputs_than_declared_says_so(dynamic:
     with pytest.warns(errors.CautionWarning, match=r"declared as conv 4×4.*of another size"):
         y = compiled(x)
     torch.testing.assert_close(y, layer(x))
+
+
+@pytest.mark.parametrize("how", ["assigned", "loaded"])
+def test_a_parameter_takes_the_place_of_one_whose_layer_has_not_run(how: str) -> None:
+    """What the layer will use is not asked for: it depends on the size of an input."""
+    layer = nn.Conv2d(2, 3, 3, padding=1, bias=False)
+    specops.attach(None, layer, SpectralNormalization(norm="operator"))
+    kernel = nn.Parameter(torch.randn(3, 2, 3, 3))
+    if how == "assigned":
+        layer.weight = kernel
+    else:
+        layer.load_state_dict({"weight": kernel}, assign=True)
+    assert layer._parameters["weight"] is kernel
+    layer(torch.zeros(1, 2, 6, 6))
+    used = layer.weight.detach().double().numpy()
+    assert specops.spectral_norm(used, Conv((6, 6), padding=1)) == pytest.approx(1.0, rel=1e-4)
