@@ -268,7 +268,9 @@ class InUse:
     def stepped(self, raw: torch.Tensor) -> None:
         """An optimizer's step may have changed the parameter."""
         self._sample = None
-        if not self.forgotten and self._written != written(raw):
+        if self._saw_nothing:
+            self.forget()  # also where nobody has counted the writes
+        elif not self.forgotten and self._written != written(raw):
             self.drifting, self._written = True, written(raw)
 
     def has_drifted(self, raw: torch.Tensor) -> bool:
