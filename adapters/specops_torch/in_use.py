@@ -244,7 +244,7 @@ class InUse:
         self._sample = None if state is None else sample(raw)
         # A device would be waited for: as long as the weight is known to be zero.
         looks = raw.is_cpu or self._saw_nothing
-        self._saw_nothing = looks and state is not None and self._is_of_nothing(state)
+        self._saw_nothing = looks and self._is_of_nothing(state)
 
     def _is_as_measured(self, raw: torch.Tensor, state: State | None) -> bool | None:
         """Whether norms of this state are of the parameter as it is; None where nothing tells.
@@ -252,14 +252,12 @@ class InUse:
         Writes that torch does not count show in a sample, or not at all. Another thread may have
         taken another state meanwhile.
         """
-        then = self._sample
-        now = None if then is None else sample(raw)
+        now = None if (then := self._sample) is None else sample(raw)
         return None if now is None or self.state is not state else now == then
 
     def is_fresh(self, raw: torch.Tensor) -> bool:
         """Whether the vectors are of the parameter as it is, steps in between included."""
-        known = self.state is not None and self._own is raw
-        return known and self._written == written(raw)
+        return self.state is not None and self._own is raw and self._written == written(raw)
 
     def is_replaced(self, raw: torch.Tensor) -> bool:
         """Whether this is another tensor than the one whose vectors are known."""
@@ -268,8 +266,10 @@ class InUse:
     def stepped(self, raw: torch.Tensor) -> None:
         """An optimizer's step may have changed the parameter."""
         self._sample = None
-        if self._saw_nothing:
-            self.forget()  # also where nobody has counted the writes
+        if self._saw_nothing and not self.sharded:
+            # Whoever wrote may not have counted, and compiled code does not look.
+            if self._written != written(raw) or not self._fits(raw, self.state):
+                self.measure(raw)
         elif not self.forgotten and self._written != written(raw):
             self.drifting, self._written = True, written(raw)
 
@@ -296,7 +296,7 @@ class InUse:
     def load(self, state: State | None, raw: torch.Tensor, *, drifting: bool) -> None:
         """Use vectors of a checkpoint, if they are of the parameter as it is."""
         self.take(state, raw)
-        self._saw_nothing = state is not None and self._is_of_nothing(state)
+        self._saw_nothing = self._is_of_nothing(state)
         self.drifting, self._sample = drifting, None
         if self.sharded:
             # Of which the whole is known in the next forward pass.
@@ -317,9 +317,9 @@ class InUse:
         with torch.no_grad():
             return is_measured(follow, raw.detach(), state, closely=closely)
 
-    def _is_of_nothing(self, state: State) -> bool:
+    def _is_of_nothing(self, state: State | None) -> bool:
         follow = self._follow
-        return follow is not None and bool(state) and saw_nothing(follow, state)
+        return bool(follow and state and saw_nothing(follow, state))
 
     def _measured(self, raw: torch.Tensor) -> State | None:
         if self.state is not None and self._follow is None:

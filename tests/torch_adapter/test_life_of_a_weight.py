@@ -491,6 +491,25 @@ def test_a_weight_that_was_zero_has_no_directions_yet(rule: Any, every: int, how
         assert used(layer) == pytest.approx(1.0, rel=0.02)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@new_compilers
+def test_compiled_code_uses_directions_of_a_weight_that_was_zero() -> None:
+    """It looks at no weight: the step away from zero finds them, before vectors are due."""
+    torch._dynamo.reset()
+    layer = nn.Linear(12, 8, bias=False)
+    nn.init.zeros_(layer.weight)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
+    specops.attach(optimizer, layer, SN, every=4)
+    compiled = torch.compile(layer, backend="eager")
+    compiled(torch.eye(12))
+    torch.manual_seed(0)
+    gradient = torch.randn(8, 12)
+    for _ in range(3):
+        raw(layer).grad = gradient + 0.1 * torch.randn(8, 12)
+        optimizer.step()
+        assert float(top(compiled(torch.eye(12)).detach())) == pytest.approx(1.0, rel=0.02)
+
+
 @pytest.mark.parametrize("norm", ["reshaped", "operator", "bidirectional"])
 @pytest.mark.parametrize("how", ["resumed", "data"])
 def test_a_kernel_that_was_zero_is_measured_when_it_is_none(norm: Any, how: str) -> None:
