@@ -65,8 +65,8 @@ def project_kernel(
     if arrays.truth(limit < least * (1.0 - tolerance)):
         taps = "×".join(map(str, sizes.kernel))
         raise ValueError(
-            f"target={target} is below {float(least):.6g}, the least stable rank of a {taps} kernel along "
-            f"its leading direction: feasible are {float(least):.6g} to "
+            f"target={target} is below {float(least):.6g}, the least stable rank of a {taps} "
+            f"kernel along its leading direction: feasible are {float(least):.6g} to "
             f"{min(sizes.matrix_shape())}"
         )
     info.iterations = 1
