@@ -1,4 +1,4 @@
-"""What the author of an adapter imports, beside the names of `specops` itself.
+"""What the author of an adapter imports, besides the names of `specops` itself.
 
 `BaseAttachment` says what to write; `examples/adapter_sklearn.py` is the smallest adapter,
 `examples/adapter_keras` one with a guide, and `specops.testing.AdapterSuite` checks it.

@@ -16,7 +16,7 @@ from specops.tables import print_table
 
 _CLOSED = 141
 _INTERRUPTED = 130
-"""As shells give for the signals PIPE and INT."""
+"""Exit statuses, as shells report for the signals PIPE and INT."""
 _HEADERS = ("adapter", "available", "supports", "detail")
 
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # σ, and names from files, in terminals and pipes of every encoding.
+            # Output has σ and names from files: escape what the terminal's encoding lacks.
             stream.reconfigure(errors="backslashreplace")
     parser = _parser()
     given = parser.parse_args(arguments)
@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = given.run(given)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Who reads has seen enough; nor is Python to say so when it ends.
+        # The reader (`head`, say) has closed the pipe. Without this redirection Python would
+        # complain about it once more when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _CLOSED
     except KeyboardInterrupt:
@@ -71,7 +72,7 @@ def _adapters(given: argparse.Namespace) -> int:
     from specops.plugins import statuses
 
     with warnings.catch_warnings():
-        # A broken plugin has its reason in the table.
+        # No warning: the table says why a plugin is broken.
         warnings.simplefilter("ignore", PluginWarning)
         found = statuses()
     rows = [(s.name, "yes" if s.available else "no", s.supports, s.detail) for s in found]

@@ -16,7 +16,7 @@ from specops.training.report import Report
 
 PROJECT = "specops"
 Reader = TypeVar("Reader")
-"""`specops.checkpoints.Checkpoint`, which stands above."""
+"""`specops.checkpoints.Checkpoint`, which belongs to a higher floor than this module."""
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 

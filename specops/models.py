@@ -1,4 +1,4 @@
-"""`attach` and `project`: the two verbs for whole models, handed to the model's adapter."""
+"""`attach` and `project` for whole models: both call the adapter of the model's framework."""
 
 from __future__ import annotations
 

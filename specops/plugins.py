@@ -64,7 +64,7 @@ def find_adapter(model: Any, optimizer: Any = None) -> Adapter:
 
 
 def statuses() -> list[AdapterStatus]:
-    """Every installed adapter, with the broken ones and why they are."""
+    """The status of every installed adapter; of a broken one, why it is broken."""
     found = list(answers("specops_adapter_status", AdapterStatus, []))
     failed = [AdapterStatus(name, False, reason) for name, reason in _broken.items()]
     return sorted(found + failed, key=lambda status: status.name)
@@ -82,7 +82,7 @@ def answers(hook: str, kind: type, refusals: list[SpecopsError], **arguments: An
             result = implementation.function(**chosen)
             if result is not None and not isinstance(result, kind):
                 raise TypeError(f"{hook} returned {result!r}, no {kind.__name__}")
-            if isinstance(result, type):  # which has the methods of an adapter, too
+            if isinstance(result, type):  # a class passes the protocol's check for methods, too
                 name = result.__name__
                 raise TypeError(f"{hook} returned the class {name}, no instance: {name}()")
         except SpecopsError as error:

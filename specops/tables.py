@@ -17,7 +17,7 @@ def print_table(
     dim: Sequence[bool] | None = None,
     right: Sequence[str] = (),
 ) -> None:
-    """Print: by rich where there is a terminal and rich is installed, else `aligned`.
+    """Print a table: with rich in a terminal, if it is installed, else as `aligned` text.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ def print_table(
 
 
 def printable(text: str) -> str:
-    """On one line, and without what a terminal would obey: names come from files."""
+    """The text on one line, with control characters escaped: names may come from any file."""
     joined = " ".join(text.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
 
@@ -50,7 +50,7 @@ def rich_table(
     right: Sequence[str] = (),
     caption: str = "",
 ) -> Any:
-    """A `rich.table.Table`; cells are no markup, whatever brackets they have."""
+    """A `rich.table.Table`; brackets in cells are not read as markup."""
     from rich.table import Table
     from rich.text import Text
 
@@ -66,7 +66,7 @@ def rich_table(
 
 
 def aligned(table: Rows, right: Sequence[bool] | None = None, *, rule: bool = False) -> str:
-    """Columns of equal width; what is wrapped in a cell stands on one line.
+    """Text with columns of equal width, and one line per row.
 
     With `rule` a line separates the first row, the headers, from the others.
     """

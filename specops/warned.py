@@ -1,4 +1,4 @@
-"""Warnings that point at the user's line, however deep in specops they are found."""
+"""Warnings that point at the user's line, however deep in specops they arise."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Warn, located where the user called these packages, or torch, whose hooks call them."""
+    """Warn, located where the user called specops, or torch, whose hooks call specops."""
     frame, level = inspect.currentframe(), 1
     while frame is not None and _is_passed(frame.f_globals.get("__name__", "")):
         frame, level = frame.f_back, level + 1

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from specops.geometry import Dense
 from specops.geometry.fused import Surroundings, fused, fused_stack
-from specops_jax.layers import Role
+from specops.training.role import Role
 
 
 def taken_apart(roles: Mapping[str, Role]) -> dict[str, Role]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from inspect import getattr_static
 from itertools import combinations
 from typing import Any
 
 from specops.errors import GeometryError
-from specops.geometry import Conv, Dense, Geometry
+from specops.geometry import Conv, Dense
+from specops.training.role import Role
 
 COMPUTED = (
     "{} computes the layer's weight from it, so that it is not the layer's map: bound the layer by "
@@ -26,21 +27,6 @@ _KERNELS = (
 )
 VECTOR = "a bias or scale, no matrix"
 EMBEDDING = "an embedding: a table of rows, constrained only by a rule that names it"
-
-
-@dataclass(frozen=True)
-class Role:
-    """What an array is: a map, or why it is none."""
-
-    geometry: Geometry | None = None
-    obstacle: str = ""
-    opt_in: str = ""
-    remark: str = ""
-    """What is to be known of the geometry: that it takes several maps for one."""
-    shape: tuple[int, ...] = ()
-    """Of the array."""
-    skipped: str = ""
-    """Why no rule is meant for it, though a pattern names its layer."""
 
 
 def dense(batch: int = 0, outputs: int = 1) -> Role:

@@ -9,8 +9,8 @@ from typing import Any
 
 from specops.errors import AdapterError
 from specops.geometry import Geometry
+from specops.training.role import Role
 from specops_jax.fused import taken_apart
-from specops_jax.layers import Role
 
 _LIBRARIES = {"flax.linen": "linen", "flax.nnx": "nnx", "equinox": "equinox", "haiku": "haiku"}
 

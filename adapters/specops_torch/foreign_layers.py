@@ -8,7 +8,7 @@ from torch import nn
 
 from specops.geometry import Dense
 from specops.geometry.fused import Surroundings, fused_experts
-from specops_torch.role import Role
+from specops.training.role import Role
 
 _OUTPUTS_LAST = Dense(out_axes=(-1,))
 

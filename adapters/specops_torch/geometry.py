@@ -9,9 +9,9 @@ from torch import nn
 from specops.errors import GeometryError, UnsupportedGeometryError
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import every_axis
+from specops.training.role import Role
 from specops_torch.foreign_layers import foreign_role
 from specops_torch.own_forward import obstacle_of
-from specops_torch.role import Role
 
 CONVOLUTIONS = (
     nn.Conv1d,

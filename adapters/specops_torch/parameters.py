@@ -9,12 +9,12 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from specops.geometry import Dense
+from specops.training.role import Role
 from specops.training.weight import Weight
 from specops_torch.location import FROZEN, OUTSIDE, Location
 from specops_torch.own_forward import added_to
 from specops_torch.pieces import is_sharded
 from specops_torch.replicated import ReplicatedLocation
-from specops_torch.role import Role
 from specops_torch.sharded import ShardedLocation, is_fully_sharded, reshard
 from specops_torch.surroundings import WRAPPERS, role_within
 from specops_torch.unrecognised import refuse_unrecognised

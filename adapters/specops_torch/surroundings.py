@@ -10,8 +10,8 @@ from torch import nn
 
 from specops.geometry import Conv, Dense
 from specops.geometry.fused import Surroundings, fused, fused_kernel
+from specops.training.role import Role
 from specops_torch.geometry import role_of
-from specops_torch.role import Role
 
 WRAPPERS = {
     "DistributedDataParallel": "module",

@@ -21,12 +21,12 @@ _OFF = ": to switch a layer off, give it no rule"
 
 
 def check_stages(stages: Any) -> tuple[Stage, ...]:
-    """Those that an adapter claims.
+    """The stages that an adapter claims, if they are valid.
 
     Raises
     ------
     TypeError
-        None, others than there are, or no tuple of them, as ``("weights")`` is none.
+        They are no tuple of one or more stages; ``("weights")`` is a string, not a tuple.
     """
     if not isinstance(stages, tuple) or not stages or not set(stages) <= set(get_args(Stage)):
         raise TypeError(
@@ -36,12 +36,14 @@ def check_stages(stages: Any) -> tuple[Stage, ...]:
 
 
 def check_result(rule: Any, array: Any, weight: Array) -> None:
-    """Raise unless what an `update` gave could be written, or added: numbers would be repeated.
+    """Raise unless the first result of `update` can be written, or added to the gradient.
+
+    Without this check a single number would be broadcast over the whole weight.
 
     Raises
     ------
     UnsupportedArrayError
-        No array, one of another shape than the weight, or a weight that is not finite.
+        It is no array, has another shape than the weight, or would write NaN or infinity.
     """
     if array is weight:
         return
@@ -52,7 +54,7 @@ def check_result(rule: Any, array: Any, weight: Array) -> None:
             f"{rule!r} gave {given} for a weight of shape {tuple(weight.shape)}: the first of what "
             f"update() returns has to be an array of the weight's shape"
         )
-    # Gradients of scaled losses may overflow, and their steps are left out.
+    # Gradients may overflow where losses are scaled; training loops skip such steps themselves.
     written = rule.stage == "weights"
     if written and arrays.truth(arrays.all_finite(arrays.namespace(array), array)) is False:
         raise UnsupportedArrayError(f"{rule!r} gave NaN or infinity for a weight that is finite")
@@ -95,7 +97,7 @@ class Scheduled:
     """A rule whose numbers may be schedules; a base of dataclasses."""
 
     def is_scheduled(self) -> bool:
-        """Whether any of them is."""
+        """Whether any of its numbers is a schedule."""
         return any(map(callable, vars(self).values()))
 
     def __repr__(self) -> str:
@@ -104,8 +106,8 @@ class Scheduled:
 
 
 def shown(value: Any) -> str:
-    """A number, or the name of its schedule, whose address would differ from run to run."""
-    function = getattr(value, "func", value)  # of a partial one
+    """The repr of a number, or the name of a schedule: its repr differs from run to run."""
+    function = getattr(value, "func", value)  # the function inside functools.partial
     return getattr(function, "__name__", repr(value)) if callable(value) else repr(value)
 
 
@@ -115,7 +117,7 @@ def at(value: Any, step: int, name: str, geometry: Geometry) -> Any:
     Raises
     ------
     PlanError
-        A schedule of other arguments, as optimizers' own are.
+        The schedule takes other arguments, as the schedules of optimizers do.
     """
     if not callable(value):
         return value
@@ -126,7 +128,7 @@ def at(value: Any, step: int, name: str, geometry: Geometry) -> Any:
             raise
         raise PlanError(
             f"schedules are called with (step, name, geometry), which {shown(value)} does not "
-            f"take: one of the step alone goes as lambda step, name, geometry: schedule(step)"
+            f"take: wrap one of the step alone as lambda step, name, geometry: schedule(step)"
         ) from error
 
 
@@ -135,7 +137,7 @@ def _takes_three(function: Any) -> bool:
         signature(function).bind(0, "", None)
     except TypeError:
         return False
-    except ValueError:  # compiled functions need not have one
+    except ValueError:  # functions written in C need not have a signature
         pass
     return True
 
@@ -147,12 +149,12 @@ def check_scheduled(value: Any, what: str) -> None:
 
 
 def bound_at(value: Any, step: int, name: str, geometry: Geometry, what: str) -> Any:
-    """`at`, checked: a positive bound."""
+    """What `at` gives, checked to be a positive bound."""
     return check_bound(at(value, step, name, geometry), what, _OFF)
 
 
 def figure(norms: tuple[Array, ...]) -> Array:
-    """Norms as one figure: those of blocks along a last axis."""
+    """The norms as one array: those of several blocks are stacked along a last axis."""
     return arrays.namespace(norms[0]).stack(norms, axis=-1) if len(norms) > 1 else norms[0]
 
 

@@ -29,17 +29,18 @@ _NORMS = ("operator", "reshaped")
 _REACH = 1.3
 """σ₁/c up to which one round of the soft cap's polynomials is monotone: 81/62, rounded down."""
 _FAR = 64.0
-"""σ₁/c from which a matrix is scaled down before the polynomials, so that their rounds are bounded:
+"""A matrix with a larger σ₁/c is first scaled down to this one, which bounds the number of rounds:
 a choice."""
 _CAP_ROUNDS_WHEN_TRACED = 16
-"""As many as σ₁ = 64·c takes: one, and ln(64/1.3)/ln(81/62) = 14.6 rounded up."""
+"""The rounds that σ₁ = 64·c needs: one, and ln(64/1.3)/ln(81/62) = 14.6 rounded up."""
 _HALVINGS = 50
-"""Of an interval of at most 1/3: to the rounding of double precision."""
+"""Bisections for α: they shrink its interval, at most 1/3 long, to the rounding of double
+precision."""
 
 
 @dataclass(frozen=True, repr=False)
 class Cap(Scheduled, WeightRule):
-    """What the caps have in common. Each is a dataclass too, so that errors name it."""
+    """The base of the caps. Each of them is a dataclass too, so that errors name its own class."""
 
     max_norm: float | Schedule
     _: KW_ONLY
@@ -106,7 +107,7 @@ class NormalizeIfAbove(Cap):
         given = prepare(weight, view, scaled=False)
         xp = given.xp
         before = _norms(given.w, view)
-        # A little below, so that rounding stays inside.
+        # Slightly below the bound, so that rounding does not exceed it.
         target = bound * (1.0 - 4.0 * arrays.epsilon(weight.dtype))
         factors = tuple(
             xp.where(n > bound, target / arrays.nonzero(xp, n), xp.ones_like(n)) for n in before
@@ -114,7 +115,7 @@ class NormalizeIfAbove(Cap):
         if arrays.truth(xp.all(xp.stack([xp.all(f == 1.0) for f in factors]))):
             result = weight
         else:
-            # All entries, those that the map never reads as well.
+            # Scales all entries, including kernel taps that the map never reads.
             new = _scaled(arrays.to_compute(xp, weight), view, factors)
             result = nan_without(bound, xp.astype(new, weight.dtype))
         after = tuple(n * f for n, f in zip(before, factors, strict=True))
@@ -155,7 +156,7 @@ class SpectralSoftCap(Cap):
     """
 
     def obstacle(self, geometry: Geometry) -> str:
-        """Why not a convolution's operator."""
+        """Why a convolution's operator cannot be capped; "" for other maps."""
         if isinstance(geometry, Conv) and self.norm == "operator":
             return (
                 'a polynomial of a convolution is no kernel of the same support: norm="reshaped" '
@@ -199,7 +200,7 @@ def _norms(w: Array, view: Geometry) -> tuple[Array, ...]:
 
 
 def check_norms(xp: Namespace, norms: tuple[Array, ...]) -> None:
-    """Raise if one is beyond its precision: to scale by it would give zeros, or infinity."""
+    """Raise if a norm overflows its dtype: scaling by it would give zeros or infinity."""
     if arrays.truth(xp.any(xp.stack([xp.any(xp.isinf(n)) for n in norms]))):
         dtype = arrays.dtype_name(norms[0].dtype)
         raise NonFiniteError(f"its norm is beyond {dtype}: look for a diverged step")
@@ -219,7 +220,7 @@ def _soft_cap(xp: Namespace, a: Array, top: Array) -> tuple[Array, Array]:
     rounds = _CAP_ROUNDS_WHEN_TRACED
     if arrays.is_concrete(top):
         highest = float(xp.max(top))
-        # Each round at the end of its reach multiplies the norm by 62/81.
+        # With the largest α that is allowed, a round multiplies the norm by 62/81.
         deep = math.ceil(math.log(max(highest, 1.0) / _REACH) / math.log(81.0 / 62.0))
         rounds = 1 + max(0, deep)
     for _ in range(rounds):
@@ -232,7 +233,7 @@ def _soft_cap(xp: Namespace, a: Array, top: Array) -> tuple[Array, Array]:
 
 
 def _least_alpha(xp: Namespace, top: Array) -> Array:
-    """The least α ≥ 0 with p₂(p₁(top)) ≤ 1, at most the last for which p₁ is monotone."""
+    """The least α ≥ 0 with p₂(p₁(top)) ≤ 1, but at most the largest with which p₁ is monotone."""
     top = xp.where(top > 1.0, top, xp.ones_like(top))
     most = 1.0 / (3.0 * top**2)
 
@@ -243,8 +244,8 @@ def _least_alpha(xp: Namespace, top: Array) -> Array:
         return xp.where(enough, ends[0], middle), xp.where(enough, middle, ends[1])
 
     _, high = arrays.fori(xp, 0, _HALVINGS, halve, (xp.zeros_like(top), most))
-    # What a root of f(α, σ₁) adds to derivatives is -∂f/∂σ₁ / ∂f/∂α; at the end it is that of the
-    # end.
+    # The derivative of α by σ₁: -∂f/∂σ₁ / ∂f/∂α where α is a root of f(α, σ₁); where α is the
+    # largest that is allowed, the derivative of this limit.
     high = arrays.stop_gradient(high)
     y = top - high * top**3
     slope = arrays.stop_gradient(top**3 * (1.0 + 3.0 * high * y**2) - y**3)

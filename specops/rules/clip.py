@@ -48,7 +48,7 @@ from specops.typing import Array, State
 
 _WATCHED = "watched."
 _SHORT = "short"
-"""By what factor the estimate fell short of the norm when that was last certified."""
+"""Key of the state: the last certified norm, divided by the estimate at the same firing."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,10 @@ class ClipSpectralNorm(Scheduled, WeightRule):
 
     @arrays.entry
     def watch(self, weight: Array, geometry: Geometry, name: str) -> State:
-        """A state whose keys and shapes stay, for compiled loops: {} where nothing is screened.
+        """A state for compiled loops, whose keys and shapes stay; {} without screening.
 
-        With it `update` decides on the device whether to project. What is watched is the norm
-        of `view` itself, by vectors of its size; for every size, that on a small torus.
+        With this state `update` decides on the device whether to project. The vectors follow the
+        norm of `view` itself or, where that has no input size, the norm on a small torus.
         """
         if not self.screen:
             return {}
@@ -165,7 +165,7 @@ class ClipSpectralNorm(Scheduled, WeightRule):
     def by_products(
         self, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> Steps[tuple[State, Figures] | None] | None:
-        """A firing that an estimate decides, of matrices."""
+        """A firing of matrices that the estimate alone decides."""
         bound = self._bound(step, name, geometry)
         geometry = self.view(geometry)
         if not parted(state)[1] or not isinstance(geometry, Dense):
@@ -176,23 +176,23 @@ class ClipSpectralNorm(Scheduled, WeightRule):
     def enforce(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:
-        """As `update`, certified."""
+        """As `update`, but always with a certified norm."""
         bound = self._bound(step, name, geometry)
         geometry = self._map(weight, geometry)
         own, tracked = parted(state)
-        # Vectors to follow are found by the next firing, if there is one.
+        # It starts no vectors for screening: the next firing does, if there is one.
         return self._certified(weight, geometry, own, tracked or None, bound, name, screens=False)
 
     def refuses_nonfinite(self, geometry: Geometry) -> bool:
-        """Of stacks it may leave matrices alone that an estimate finds inside."""
+        """True but for stacks, of which it may leave alone matrices that it estimates inside."""
         return not (isinstance(geometry, Dense) and geometry.batch_axes)
 
     def costly_to_compile(self, geometry: Geometry) -> bool:
-        """Of convolutions: rounds of decompositions, which end when the values allow it."""
+        """True for convolutions: how many decompositions they take depends on the values."""
         return isinstance(self.view(geometry), Conv)
 
     def numbers_at(self, step: int, name: str, geometry: Geometry) -> dict[str, Any]:
-        """The bound."""
+        """The bound, if it is a schedule or an array."""
         if not (callable(self.max_norm) or arrays.is_array(self.max_norm)):
             return {}
         return {"max_norm": self._bound(step, name, geometry)}
@@ -201,7 +201,7 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         return bound_at(self.max_norm, step, name, geometry, "max_norm")
 
     def _map(self, weight: Array, geometry: Geometry) -> Geometry:
-        """`view`; where that is copies of a matrix, the matrix."""
+        """The `view`; if its map consists of copies of one matrix, that matrix."""
         geometry = self.view(geometry)
         if isinstance(geometry, Conv):
             return geometry.repeated_matrix(tuple(weight.shape)) or geometry
@@ -210,11 +210,12 @@ class ClipSpectralNorm(Scheduled, WeightRule):
     def _watched(
         self, weight: Array, geometry: Geometry, state: State, bound: Any
     ) -> tuple[Array, State, Figures]:
+        """`update` in a compiled loop: the estimate decides on the device whether to project."""
         xp, follow = arrays.namespace(weight), _own_norm(geometry, tuple(weight.shape))
         own = {k.removeprefix(_WATCHED): v for k, v in state.items() if k.startswith(_WATCHED)}
         moved = follow.advance(weight, own)
         found, short = seen_along(follow, moved), state[_SHORT]
-        # Among many large values one step a firing is long in finding the largest.
+        # Among many large values one step per firing finds the largest slowly: hence the factor.
         seen = found * short
         firings = state[FIRINGS]
         trusted = xp.all(seen < CLEARLY * bound) & (firings > 0) & (firings < CERTIFY_EVERY)
@@ -239,7 +240,7 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         return new, prefixed(moved, _WATCHED) | {FIRINGS: firings, _SHORT: short}, figures
 
     def _is_inside(self, weight: Array, bound: Any, geometry: Geometry) -> bool:
-        """Certified, without measuring more than that takes."""
+        """Whether the weight is certified to be inside; measures no more than that takes."""
         return project_spectral_ball(weight, bound, geometry) is weight
 
     def _certified(
@@ -253,6 +254,7 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         *,
         screens: bool = True,
     ) -> tuple[Array, State, Figures]:
+        """Project, with a certified norm; `screens`: a weight inside is screened from now on."""
         project = partial(
             project_spectral_ball,
             weight,
@@ -264,12 +266,12 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         try:
             new, info = project(state=own)
         except StateError:
-            # The input size, the layer or its shape has changed since.
+            # The state belongs to another input size, layer or shape.
             new, info = project()
         figures = {"norm_before": info.norm_before, "norm_after": info.norm_after}
         state = dict(info.state)
         if self.screen and new is weight and arrays.is_concrete(weight):
-            # Inside: from here on an estimate will do for a while.
+            # Inside: the next firings only estimate the norm.
             if screens and not tracked:
                 tracked = follow_of(geometry, weight).start(weight, name)
             state |= screening(tracked, 1, weight, info.norm_before) if tracked else {}
@@ -277,7 +279,7 @@ class ClipSpectralNorm(Scheduled, WeightRule):
 
 
 def _own_norm(geometry: Geometry, shape: tuple[int, ...]) -> TrackedBlocks | TrackedOperator:
-    """What estimates the layer's own norm in compiled code; for every size, that on a torus."""
+    """What estimates the layer's norm in compiled code; without an input size, on a torus."""
     if isinstance(geometry, Dense):
         return TrackedBlocks(geometry)
     return TrackedOperator(geometry if geometry.grid is not None else on_a_torus(geometry, shape))

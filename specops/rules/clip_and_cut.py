@@ -25,7 +25,7 @@ class ClipAndCut(Scheduled, WeightRule):
 
     What is cut off raises singular values again, so that the norm afterwards exceeds `max_norm`
     as a rule, and nothing says by how much: see the notes. For a bound take `ClipSpectralNorm`.
-    Of a Dense weight nothing is cut, and the two are one.
+    For a Dense weight nothing is cut, and the two rules are the same.
 
     Parameters
     ----------
@@ -71,11 +71,11 @@ class ClipAndCut(Scheduled, WeightRule):
         return {}
 
     def needs_input_size(self) -> bool:
-        """For the torus."""
+        """True: the torus has the size of the input."""
         return True
 
     def refuses_nonfinite(self, geometry: Geometry) -> bool:
-        """Of stacks it leaves single matrices as they are."""
+        """True but for stacks, of which it leaves single matrices as they are."""
         return not (isinstance(geometry, Dense) and geometry.batch_axes)
 
     @arrays.entry

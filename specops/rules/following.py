@@ -1,4 +1,4 @@
-"""What rules have in common whose state is the leading singular pairs of a norm."""
+"""The base of rules whose state holds the leading singular pairs of a norm."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Following(Scheduled):
         return track(geometry, self.norm)
 
     def needs_input_size(self) -> bool:
-        """For the operator's norm."""
+        """True for the operator's norm, which depends on the input size."""
         return self.norm == "operator"
 
     @arrays.entry
@@ -31,7 +31,7 @@ class Following(Scheduled):
     def _advanced(
         self, weight: Array, geometry: Geometry, state: State, name: str, rounds: int
     ) -> State:
-        """The state after so many steps; a new one where the input size has changed since."""
+        """The state after so many steps; a new one if the old one is of another input size."""
         follow = self.tracked(geometry)
         try:
             return follow.advance(weight, state, rounds)

@@ -33,7 +33,7 @@ RANKS = ("rank_before", "rank_after")
 
 
 class _Tracking(Following, ForwardRule):
-    """A rule that divides by the norm it follows. Each has `iterations`."""
+    """A rule that divides by a tracked norm; subclasses have `iterations`."""
 
     def view(self, geometry: Geometry) -> Geometry:
         """The map of that norm; for "bidirectional" the layer's own."""
@@ -43,14 +43,14 @@ class _Tracking(Following, ForwardRule):
     def update(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:
-        """Advance the vectors; the figure is ``norm``, from below."""
+        """Advance the vectors; the figure is ``norm``, a lower bound."""
         state = self._advanced(weight, geometry, state, name, self.iterations)
         return weight, state, {"norm": figure(self.tracked(geometry).measured(state))}
 
     def by_products(
         self, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> Steps[tuple[State, Figures] | None] | None:
-        """Of matrices."""
+        """One firing by products, for matrices."""
         follow = self.tracked(geometry)
         if not state or not isinstance(follow, TrackedBlocks):
             return None
@@ -235,7 +235,7 @@ class StableRankNormalization(_Tracking):
         return {"ratio": check_ratio(at(self.ratio, step, name, geometry))}
 
     def is_traceable(self, geometry: Geometry) -> bool:
-        """A convolution's operator needs tables that are made outside."""
+        """False for a convolution's operator, which needs tables made outside the compiler."""
         return self.norm != "operator" or isinstance(geometry, Dense)
 
     def caution(self, geometry: Geometry, shape: tuple[int, ...]) -> str:
@@ -256,7 +256,7 @@ class StableRankNormalization(_Tracking):
     def update(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:
-        """Advance the vectors; the figures are ``norm``, from below, and the stable ranks.
+        """Advance the vectors; the figures are ``norm``, a lower bound, and the stable ranks.
 
         ``rank_before`` is that of the weight, ``rank_after`` that of the one in use, both with
         the norm along the vectors; of several matrices the largest.

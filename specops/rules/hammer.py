@@ -1,4 +1,4 @@
-"""Striking the largest singular value alone."""
+"""`SpectralHammer`: set the largest singular value to a bound, and touch no other."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from specops.rules.following import Following
 from specops.typing import Array, State
 
 _STEPS_AT_FIRING = 4
-"""Of the iteration: after a strike another pair leads, which it must find. A choice: as many as a
-compiler is given one by one."""
+"""Power steps per firing: after a strike another pair leads, which they must find. A choice: the
+most steps that compiled code has unrolled, not as a loop."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,7 +63,7 @@ class SpectralHammer(Following, Cap):
         before = follow.measured(state)
         check_norms(xp, before)
         excesses = tuple(xp.where(n > bound, n - bound, xp.zeros_like(n)) for n in before)
-        # A difference would cancel far above the bound.
+        # Not n - excess, which would cancel far above the bound.
         after = tuple(xp.where(n > bound, xp.zeros_like(n) + bound, n) for n in before)
         figures = {"norm_before": figure(before), "norm_after": figure(after)}
         if arrays.truth(xp.all(xp.stack([xp.all(e == 0) for e in excesses]))):

@@ -86,9 +86,9 @@ def limit_stable_rank(w: Array, follow: Tracked, state: State, ratio: Any) -> Ar
 
 
 def stable_ranks(w: Array, follow: Tracked, state: State, ratio: Any) -> tuple[Array, Array]:
-    """The largest stable rank of the followed matrices, and what `limit_stable_rank` makes of it.
+    """The largest stable rank of the tracked matrices: (before, after `limit_stable_rank`).
 
-    With the norms along the vectors; 0 for zeros.
+    Both use the norms along the tracked vectors; the stable rank of a zero matrix is 0.
     """
     xp = arrays.namespace(w)
     a = arrays.stop_gradient(_near_one(xp, w))
@@ -115,13 +115,13 @@ def stable_ranks(w: Array, follow: Tracked, state: State, ratio: Any) -> tuple[A
 
 
 def _near_one(xp: Namespace, w: Array) -> Array:
-    """The weight over a power of two: a quotient is the same at any scale, its squares are not."""
+    """The weight over a power of two near its size: squares of its entries do not overflow."""
     a = arrays.to_compute(xp, w)
     return a / arrays.magnitude(xp, arrays.stop_gradient(a))
 
 
 def _limited(xp: Namespace, a: Array, lead: Array, rank: Any) -> Array:
-    """Of matrices with ⟨lead, A⟩ = 1 for a unit dyad: the part beside it scaled down."""
+    """Matrices A with all but their part `lead`, a unit dyad with ⟨lead, A⟩ = 1, scaled down."""
     rest = a - lead
     squared = xp.sum(xp.abs(rest) ** 2, axis=(-2, -1))
     factor = _factor(xp, rank - 1.0, squared)
@@ -131,6 +131,7 @@ def _limited(xp: Namespace, a: Array, lead: Array, rank: Any) -> Array:
 def _limited_operator(
     xp: Namespace, w: Array, geometry: Conv, gradient: Array, ratio: Any, there: Array
 ) -> Array:
+    """`_limited` in the space of kernels, in the Frobenius norm of the operator."""
     kernel = geometry.kernel(w)
     sizes = geometry.sizes(tuple(w.shape))
     taps = taps_of(sizes)
@@ -164,7 +165,7 @@ def _factor(xp: Namespace, room: Any, squared: Array) -> Array:
 
 
 def check_ratio(ratio: Any) -> Any:
-    """The ratio. Raise unless it is in (0, 1]; traced ones as `check_bound`."""
+    """The ratio; raise unless it is in (0, 1]. Traced ratios are treated as by `check_bound`."""
     found = number_where(ratio, lambda x: (x > 0) & (x <= 1))
     if found is None:
         raise ValueError(f"ratio must be in (0, 1], got {ratio!r}")

@@ -84,7 +84,7 @@ class SpectralNormPenalty(Following, GradientRule):
     def advance(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[State, Figures]:
-        """The state and figures of `update`, for who adds λσuvᴴ from the vectors in place."""
+        """The state and figures of `update`, for adapters that add λσuvᴴ in place themselves."""
         state = self._advanced(weight, geometry, state, name, self.iterations)
         strength = self.strength_at(step, name, geometry)
         return state, self._figures(self.tracked(geometry), state, strength)
@@ -92,7 +92,7 @@ class SpectralNormPenalty(Following, GradientRule):
     def by_products(
         self, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> Steps[tuple[State, Figures] | None] | None:
-        """Of matrices."""
+        """One firing by products, for matrices."""
         follow = self.tracked(geometry)
         if not state or not isinstance(follow, TrackedBlocks):
             return None

@@ -1,4 +1,7 @@
-"""Screening of weights that were found inside a ball: by estimates, until a certificate is due."""
+"""Screening: the norm of a weight that was certified inside a ball is only estimated for a while.
+
+The next certificate is due after some firings, or when an estimate is large or jumps.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +25,23 @@ from specops.tracking import (
 from specops.typing import Array, State
 
 CLEARLY = 0.9
-"""Part of the bound below which an estimate, which is a lower bound, is trusted."""
+"""An estimate, which is only a lower bound of the norm, is trusted below this part of the bound."""
 CERTIFY_EVERY = 100
-"""Firings at which estimates are trusted before a certificate again: a choice that leaves it a
-hundredth of its cost, against steps for which a norm may be above what was seen of it."""
+"""Firings from one certificate to the next: a choice. It divides the cost of certificates by a
+hundred; for so many firings, a norm may be larger than its estimate shows."""
 _STEADY = 0.1
-"""Relative change of an estimate between firings up to which training explains it: a choice. Along
-old vectors of a weight that was loaded or reset it is a fifth to a half of the norm, which only by
-chance is what it was."""
+"""Relative change of an estimate between two firings that training explains: a choice. After a
+weight was loaded or reset, the old vectors see a fifth to a half of its norm, which is close to the
+previous estimate only by chance."""
 _TRACKED = "tracked."
 FIRINGS = "firings"
+"""Key of the state: firings since the last certificate, which counts as the first."""
 _SEEN = "seen"
-"""The latest estimate that was trusted."""
+"""Key of the state: the latest norm that was certified or trusted."""
 
 
 def parted(state: State) -> tuple[State, State]:
-    """(state of the projection, vectors of the screen)."""
+    """A state in two parts: (the state of the projection, the vectors for screening)."""
     tracked = {k.removeprefix(_TRACKED): v for k, v in state.items() if k.startswith(_TRACKED)}
     counted = (FIRINGS, _SEEN)
     own = {k: v for k, v in state.items() if k not in counted and not k.startswith(_TRACKED)}
@@ -45,7 +49,7 @@ def parted(state: State) -> tuple[State, State]:
 
 
 def follow_of(geometry: Geometry, weight: Array) -> TrackedBlocks | TrackedOperator | TrackedTorus:
-    """What follows the norm that the projection constrains."""
+    """What tracks the norm that the projection constrains."""
     if isinstance(geometry, Dense):
         return TrackedBlocks(geometry)
     if small_explicit_map(geometry.sizes(tuple(weight.shape))) is not None:
@@ -56,10 +60,10 @@ def follow_of(geometry: Geometry, weight: Array) -> TrackedBlocks | TrackedOpera
 def estimate(
     weight: Array, geometry: Geometry, state: State, *, to_left: bool
 ) -> tuple[Array, State] | None:
-    """(norms of shape (*batch[, blocks]) from below, the new state); None: start anew.
+    """(lower bounds of the norms, of shape (*batch[, blocks]); the new state); None: start anew.
 
-    Matrices take half a step at a firing, to one side and to the other in turn: weights move
-    little in between, and large ones cost what it takes to read them.
+    Matrices take half a power step per firing, from the left and from the right in turn: weights
+    change little in between, and half a step reads a large weight only once.
     """
     follow = follow_of(geometry, weight)
     try:
@@ -75,14 +79,14 @@ def estimate(
 
 
 def seen_along(follow: TrackedBlocks | TrackedOperator, state: State) -> Array:
-    """The norms that the latest step gave; those of split blocks along a last axis."""
+    """The norms that the latest step measured; those of split blocks along a last axis."""
     norms, geometry = follow.measured(state), follow.geometry
     split = isinstance(geometry, Dense) and geometry.splits is not None
     return arrays.namespace(norms[0]).stack(norms, axis=-1) if split else norms[0]
 
 
 def screened(geometry: Dense, state: State, bound: Any) -> Steps[tuple[State, Figures] | None]:
-    """`update` where the estimate is clearly inside and no certificate is due; else None."""
+    """The result of `update` if the estimate is trusted and no certificate is due, else None."""
     follow, (own, tracked) = TrackedBlocks(geometry), parted(state)
     firings = int(arrays.to_numpy(state[FIRINGS]))
     tracked = yield from follow.half_advance_by_products(tracked, to_left=firings % 2 == 0)
@@ -94,9 +98,9 @@ def screened(geometry: Dense, state: State, bound: Any) -> Steps[tuple[State, Fi
 
 
 def is_trusted(norms: Array, state: State, bound: Any) -> bool:
-    """Whether estimates are clearly inside, and about those of the firing before.
+    """Whether all estimates are clearly inside the bound and close to those of the last firing.
 
-    One that is not finite is neither.
+    An estimate that is not finite never is.
     """
     xp = arrays.namespace(norms)
     trusted, steady = norms < CLEARLY * bound, _steady(norms, state)
@@ -104,13 +108,13 @@ def is_trusted(norms: Array, state: State, bound: Any) -> bool:
 
 
 def is_steady(norms: Array, state: State) -> bool:
-    """Whether estimates are about those of the firing before; else weights were replaced."""
+    """Whether all estimates are close to those of the last firing; else weights were replaced."""
     steady = _steady(norms, state)
     return steady is None or bool(arrays.truth(arrays.namespace(norms).all(steady)))
 
 
 def _steady(norms: Array, state: State) -> Array | None:
-    """For each norm; None where nothing was seen before, or of another shape."""
+    """For each norm, whether it is close to that of the last firing; None if there was none."""
     try:
         before = checked(state, _SEEN, tuple(norms.shape), norms)
     except StateError:
@@ -119,7 +123,7 @@ def _steady(norms: Array, state: State) -> Array | None:
 
 
 def screening(tracked: State, firings: int, like: Array, seen: Array) -> State:
-    """The vectors alone, how often they were trusted, and what was seen along them."""
+    """The state of the screen: the vectors, the number of firings, the latest norm."""
     counted = {FIRINGS: arrays.constant(np.asarray(firings), like), _SEEN: seen}
     return prefixed(tracked, _TRACKED) | counted
 

@@ -1,8 +1,8 @@
-"""The protocol of each stage: what a rule must have, and all that adapters ask beyond it.
+"""The protocol of each stage: what a rule must have, and what else adapters may ask of it.
 
-A rule needs `stage`, `init` and `update`, of stage "forward" also `apply`. Every other member
-has a default here. A class that inherits from its protocol has the defaults; of any other
-object `completed` makes a rule that has them.
+A rule needs `stage`, `init` and `update`; one of stage "forward" also needs `apply`. Every other
+member has a default here. A class that inherits from its stage's protocol has the defaults;
+`completed` wraps any other object in a rule that has them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from specops.tracking import Steps, Tracked
 from specops.typing import Array, State
 
 Formula = Literal["", "normalized", "rank limited", "penalty"]
-_SPEAKS_OF = {
+_CLAIMS_ABOUT = {
     "formula": (
         *("init", "update", "apply", "advance", "tracked"),
         *("arguments", "fixed_scale", "strength_at", "penalty"),
@@ -29,7 +29,10 @@ _SPEAKS_OF = {
     "by_products": ("init", "update", "advance", "tracked", "view", "strength_at"),
     "costly_to_compile": ("watch", "update", "view", "numbers_at"),
 }
-"""Members that say something of methods, which a subclass may have others of."""
+"""For each member, the methods about which it makes a claim.
+
+A subclass that replaces one of these methods falls back to the default of the member.
+"""
 
 
 class _AnyStage(Rule, Protocol):
@@ -38,21 +41,21 @@ class _AnyStage(Rule, Protocol):
     limits_stable_rank: ClassVar[bool] = False
     """Whether reports show the stable rank of `view`."""
     formula: ClassVar[Formula] = ""
-    """What it computes, where an adapter may do it by fewer operations; "": nobody knows.
+    """What the rule computes, if adapters may compute it by fewer operations; "" if unknown.
 
-    "normalized" is s·W/σ, "rank limited" `StableRankNormalization`, "penalty" λσuvᴴ, with
-    vectors that advance by `iterations` steps. A subclass for which a method that takes part is
-    another one, of its own or of a mixin, has none, unless it says so.
+    "normalized" is s·W/σ, "rank limited" `StableRankNormalization`, "penalty" λσuvᴴ; the vectors
+    advance by `iterations` steps. A subclass that replaces a method on which this depends, by its
+    own or by that of a mixin, has "", unless it names a formula itself.
     """
     iterations: int = 1
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        for member, methods in _SPEAKS_OF.items():
-            knowing = [base for base in cls.__mro__ if member in vars(base)]
-            if not knowing:
+        for member, methods in _CLAIMS_ABOUT.items():
+            claiming = next((base for base in cls.__mro__ if member in vars(base)), None)
+            if claiming is None:
                 continue
-            if any(getattr(cls, m, None) is not getattr(knowing[0], m, None) for m in methods):
+            if any(getattr(cls, m, None) is not getattr(claiming, m, None) for m in methods):
                 home = _AnyStage if hasattr(_AnyStage, member) else WeightRule
                 setattr(cls, member, getattr(home, member))
 
@@ -61,7 +64,7 @@ class _AnyStage(Rule, Protocol):
         return ""
 
     def caution(self, geometry: Geometry, shape: tuple[int, ...]) -> str:
-        """What its user should know of a weight of this shape; "" for nothing."""
+        """What the user should know about a weight of this shape under the rule; "" for nothing."""
         return ""
 
     def view(self, geometry: Geometry) -> Geometry:
@@ -77,11 +80,11 @@ class _AnyStage(Rule, Protocol):
         return False
 
     def is_scheduled(self) -> bool:
-        """Whether it depends on the weight's name, or its numbers on the step.
+        """Whether the rule depends on the weight's name, or its numbers on the step.
 
-        A rule that says no lets compilers make one body for all weights that are alike, which
-        is handed the step as ever, but the name of any of them; its `arguments` are not asked.
-        Of a rule that does not say, nobody knows: each weight has a body of its own.
+        With False, one compiled function may serve all weights that are alike. It is called with
+        the step as usual, but with the name of any of them, and `arguments` is not called. With
+        True, the default, each weight has a compiled function of its own.
         """
         return True
 
@@ -90,16 +93,16 @@ class _AnyStage(Rule, Protocol):
     ) -> Steps[tuple[State, Figures] | None] | None:
         """One firing of a weight of which no device holds more than a part.
 
-        A computation that asks for products of the weight with vectors, and returns the new state
-        and the figures of a firing that leaves the weight as it is; None where it takes the
-        weight itself after all. None instead of a computation: it always does.
-
-        A subclass for which a method that takes part is another one has none, unless it says so.
+        The result is a generator that asks for products of the weight with vectors. It returns
+        the new state and the figures of a firing that leaves the weight unchanged, or None if the
+        firing turns out to need the whole weight. A rule that always needs the whole weight gives
+        None instead of a generator, as does a subclass that replaces a method on which the
+        generator depends, unless it has a `by_products` of its own.
         """
         return None
 
     def watch(self, weight: Array, geometry: Geometry, name: str) -> State:
-        """The state before the first firing of a compiled loop: keys and shapes stay."""
+        """The state before a compiled loop, which must not change its keys or shapes."""
         return self.init(weight, geometry, name)
 
 
@@ -111,25 +114,26 @@ class WeightRule(_AnyStage, Protocol):
     def enforce(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, State, Figures]:
-        """As `update`, where its effect must be certain: the last word before an export."""
+        """As `update`, but with a certain effect: called last, before an export."""
         return self.update(weight, geometry, state, step=step, name=name)
 
     def refuses_nonfinite(self, geometry: Geometry) -> bool:
-        """Whether it raises `NonFiniteError` itself where any entry is NaN or infinite."""
+        """Whether `update` itself raises `NonFiniteError` if any entry is NaN or infinite."""
         return False
 
     def costly_to_compile(self, geometry: Geometry) -> bool:
-        """Whether programs for a CPU had better call `update` back than compile it.
+        """Whether compiled programs on a CPU should call `update` on the host, not compile it.
 
-        It is handed NumPy's arrays then, and must not use the library of the program meanwhile. A
-        subclass with an `update` of its own is compiled, unless it says so too.
+        `update` then gets NumPy arrays, and must not use the library of the program meanwhile. A
+        subclass with an `update` of its own is compiled, unless it has its own answer here too.
         """
         return False
 
     def numbers_at(self, step: int, name: str, geometry: Geometry) -> dict[str, Any]:
-        """Attributes that are schedules, at this step, or arrays: what a program alone may know.
+        """The values of those attributes that are arrays or, at this step, schedules.
 
-        For who calls back, with numbers in their place: see `with_numbers`.
+        Only the running program may know them. It sends them along when it calls `update` on the
+        host, where `with_numbers` puts them in place.
         """
         return {}
 
@@ -149,21 +153,21 @@ class GradientRule(_AnyStage, Protocol):
     def penalty(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[Array, Array]:
-        """(what it adds to the loss, and to the gradient) with a state that stays as it is.
+        """(what the rule adds to the loss, what it adds to the gradient); the state stays.
 
-        For optimizers that evaluate the loss again. The value is the figure ``penalty`` of
-        `update`; of a rule without one it is 0, which line searches cannot work with.
+        For optimizers that evaluate the loss several times. The first is the figure ``penalty`` of
+        `update`, or 0 if the rule has no such figure, with which line searches cannot work.
         """
         term, _, figures = self.update(weight, geometry, state, step=step, name=name)
         if "penalty" in figures:
             return figures["penalty"], term
-        # Real, beside a weight that may be complex.
+        # The loss is real, even where the weight is complex.
         return arrays.namespace(weight).abs(arrays.zeros((), weight)), term
 
     def advance(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> tuple[State, Figures]:
-        """The state and figures of `update`, for who knows the term by the `formula`."""
+        """The state and figures of `update`, for adapters that get the term from `formula`."""
         return self.update(weight, geometry, state, step=step, name=name)[1:]
 
     def strength_at(self, step: int, name: str, geometry: Geometry) -> Any:
@@ -183,7 +187,7 @@ class ForwardRule(_AnyStage, Protocol):
         """The weight that the layer uses: pure and differentiable."""
 
     def arguments(self, step: int, name: str, geometry: Geometry) -> dict[str, Any]:
-        """What `apply` is handed at this step beside the name.
+        """The keyword arguments of `apply` at this step, besides the name.
 
         Numbers other than `step` may be handed over as arrays, so that a compiled forward
         pass is not compiled anew.
@@ -203,10 +207,10 @@ StagedRule: TypeAlias = WeightRule | GradientRule | ForwardRule
 
 
 def completed(rule: Rule) -> StagedRule:
-    """The rule with every member of its stage's protocol, defaults for what it leaves out.
+    """The rule with every member of its stage's protocol: defaults replace what it leaves out.
 
-    One that inherits from the protocol comes back as it is; of an unknown stage it has what
-    every stage has.
+    A rule that inherits from the protocol is returned as it is. A rule of an unknown stage gets
+    the members that are common to all stages.
 
     Examples
     --------
@@ -227,9 +231,10 @@ def completed(rule: Rule) -> StagedRule:
 
 
 class _Completed:
-    """A rule of others; `_with_members` of its stage's protocol.
+    """A wrapped third-party rule; subclasses add the members of a stage's protocol.
 
-    They are methods of a class, which compilers trace, and ask the rule at each call.
+    These members are methods of a class, so that compilers can trace them. At each call they ask
+    the wrapped rule.
     """
 
     def __init__(self, rule: Rule) -> None:
@@ -264,7 +269,7 @@ def _with_members(protocol: type) -> type[_Completed]:
 
 
 def _member(name: str, default: Any) -> Any:
-    """The rule's own, or the default."""
+    """A member that uses what the wrapped rule has under this name, or else the default."""
     if getattr(default, "__isabstractmethod__", False):
         return property(lambda self: getattr(self.rule, name))
     if not isinstance(default, FunctionType):

@@ -1,4 +1,4 @@
-"""What an adapter's plugin hands to specops, of attachments that share `BaseAttachment`."""
+"""`BaseAdapter`: what a plugin returns to specops if its attachment is a `BaseAttachment`."""
 
 from __future__ import annotations
 

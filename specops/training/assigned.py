@@ -1,4 +1,4 @@
-"""What adapters keep of one weight under a rule has these parts in common."""
+"""`Assigned`: the base of the classes in which adapters keep one weight under a rule."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from specops.training.plan import Assignment
 
 
 class Assigned:
-    """The parts of an `assignment` whose rule acts; a base of the adapters' own classes."""
+    """Shorthands for the parts of an `assignment` that has a rule."""
 
     assignment: Assignment
 
@@ -52,14 +52,14 @@ class Assigned:
 
     @property
     def geometry(self) -> Geometry:
-        """The map that it stands for."""
+        """The map that the weight stands for."""
         geometry = self.assignment.weight.geometry
         assert geometry is not None
         return geometry
 
 
 def warn_of(assignment: Assignment) -> None:
-    """Say what a rule has to say of a weight that it comes to act on."""
+    """Warn of what the rule's `caution` says about a weight that it begins to act on."""
     rule, weight = assignment.rule, assignment.weight
     if rule is None or weight.geometry is None:
         return
@@ -69,7 +69,7 @@ def warn_of(assignment: Assignment) -> None:
 
 
 def inactive(*, was_assigned: bool) -> AdapterError:
-    """What to raise where an attachment is asked to act that does not."""
+    """The error to raise if an attachment should act that is detached, or not yet assigned."""
     if was_assigned:
         return AdapterError("this attachment is detached and does nothing: attach again")
     return AdapterError(
@@ -91,9 +91,9 @@ def check_saved(
         Another version, or other names.
     """
     if "version" not in state:
-        raise AdapterError("not what an attachment's state_dict gives: it has no version")
+        raise AdapterError("the state is not from an attachment's state_dict: it has no version")
     if state["version"] != 1:
-        raise AdapterError(f"unknown version {state['version']!r} of the state")
+        raise AdapterError(f"the state has the unknown version {state['version']!r}")
     expected, found = set(names), set(state["weights"])
     left = {a.weight.name: a.reason for a in assignments if a.weight.name not in expected}
     known = sorted(found & left.keys())

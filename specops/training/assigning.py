@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
@@ -20,7 +21,7 @@ C_co = TypeVar("C_co", bound=Constrained[Any], covariant=True)
 
 
 class Attaching(Protocol[C_co]):
-    """What is asked of an attachment here."""
+    """The part of an attachment that `assigned` uses."""
 
     plan: Plan
 
@@ -37,12 +38,12 @@ def assigned(
     *,
     again: bool,
 ) -> tuple[list[Assignment], list[C]]:
-    """(a decision about every parameter, those under a rule).
+    """(a decision about every parameter, the weights under a rule).
 
-    Those constrained before go on with their states and sizes, or are released. An error leaves
-    nothing of the others behind; one of the plan, and all that is known before layers are changed,
-    leaves those as they are. At first what the plan leaves alone is warned of; `again`, patterns
-    may have nothing left to act on.
+    Weights that were constrained before go on with their states and sizes, or are released. On an
+    error no other weight stays constrained; if it is found before layers are changed, as those of
+    the plan are, the weights constrained before stay as they were. The first call warns of what
+    the plan leaves alone. `again`, a pattern may match no weight any more.
 
     Raises
     ------
@@ -59,60 +60,74 @@ def assigned(
         aliases={p.weight.name: p.aliases for p in parameters},
         again=again,
     )
+    decided = attachment.plan.assign(weights, again=again)
     before = {c.parameter.place: c for c in constrained}
-    assignments: list[Assignment] = []
-    left: dict[Any, Assignment] = {}
-    acting: list[tuple[Parameter, Assignment, C | None]] = []
-    result: list[C] = []
     new: list[C] = []
-    listed = [(p, p.weight, p.declared) for p in parameters]
-    pairs = zip(parameters, attachment.plan.assign(weights, again=again), strict=True)
-    try:
-        for parameter, decided in pairs:
-            attachment.check_rule(decided.rule)
-            if decided.weight is not parameter.weight:
-                parameter.weight, parameter.declared = decided.weight, True
-            assignment = _checked(decided, parameter)
-            assignments.append(assignment)
-            if assignment.rule is None:
-                left.setdefault(parameter.place, assignment)
-                continue
-            kept = before.get(parameter.place)
-            same = kept is not None and kept.rule is assignment.rule
-            goes_on = kept is not None and same and kept.is_of(parameter, assignment)
-            acting.append((parameter, assignment, before.pop(parameter.place) if goes_on else None))
+    with _undone_on_error(parameters, new):
+        pairs = [(p, _settled(attachment, p, a)) for p, a in zip(parameters, decided, strict=True)]
+        assignments = [a for _, a in pairs]
+        acting = [(p, a, _continued(before, p, a)) for p, a in pairs if a.rule is not None]
         if not again:
             warn_of_coverage(assignments)
+        left: dict[Any, Assignment] = {}
+        for p, a in pairs:
+            if a.rule is None:
+                left.setdefault(p.place, a)
         staying = [
             (c, left[place])
             for place, c in before.items()
             if place in left and attachment.goes_on(c, left[place])
         ]
+        # Released before others are taken, for a tied weight may be taken at another of its places.
         for c in before.values():
-            # First, for a tied weight may be taken at another of its places.
             if not any(c is other for other, _ in staying):
                 c.release()
-        for parameter, assignment, kept in acting:
+        result: list[C] = []
+        for p, a, kept in acting:
             if kept is None:
-                kept = _taken(attachment, parameter, assignment)
+                kept = _taken(attachment, p, a)
                 new.append(kept)
             result.append(kept)
-    except BaseException:
-        for c in new:
-            c.release()
-        for p, weight, declared in listed:
-            p.weight, p.declared = weight, declared
-        raise
-    for parameter, assignment, kept in acting:
+    for p, a, kept in acting:
         if kept is not None:
-            kept.resume(parameter, assignment)
-    for c, decided in staying:
-        c.rename(decided.weight.name)
+            kept.resume(p, a)
+    for c, a in staying:
+        c.rename(a.weight.name)
     return assignments, [*result, *(c for c, _ in staying)]
 
 
+@contextmanager
+def _undone_on_error(parameters: Sequence[Parameter], new: Sequence[C]) -> Iterator[None]:
+    """On an error, release the `new` weights and describe parameters as they were."""
+    described = [(p, p.weight, p.declared) for p in parameters]
+    try:
+        yield
+    except BaseException:
+        for c in new:
+            c.release()
+        for p, weight, is_declared in described:
+            p.weight, p.declared = weight, is_declared
+        raise
+
+
+def _settled(attachment: Attaching[C], parameter: Parameter, decided: Assignment) -> Assignment:
+    """What the plan decided, if the adapter and the weight allow it; notes a declared map."""
+    attachment.check_rule(decided.rule)
+    if decided.weight is not parameter.weight:
+        parameter.weight, parameter.declared = decided.weight, True
+    return _checked(decided, parameter)
+
+
+def _continued(before: dict[Any, C], parameter: Parameter, assignment: Assignment) -> C | None:
+    """The constrained weight that goes on, taken out of `before`; None for a new one."""
+    kept = before.get(parameter.place)
+    if kept is None or kept.rule is not assignment.rule or not kept.is_of(parameter, assignment):
+        return None
+    return before.pop(parameter.place)
+
+
 def _check_names(parameters: Sequence[Parameter]) -> None:
-    """Raise where a name stands for two: states and reports go by names."""
+    """Raise if two parameters have one name, because states and reports are keyed by names."""
     named: dict[str, Parameter] = {}
     for p in parameters:
         other = named.setdefault(p.weight.name, p)
@@ -136,7 +151,7 @@ def _checked(assignment: Assignment, parameter: Parameter) -> Assignment:
 
 
 def _unsized(rule: Any, geometry: Geometry) -> str:
-    """Why vectors of the operator's own norm cannot be followed; empty if they can."""
+    """Why the rule cannot track the operator's norm without an input size; empty if it can."""
     if geometry.has_size or not rule.needs_input_size():
         return ""
     return (
@@ -146,7 +161,7 @@ def _unsized(rule: Any, geometry: Geometry) -> str:
 
 
 def _taken(attachment: Attaching[C], parameter: Parameter, assignment: Assignment) -> C:
-    """A weight that a rule comes to act on."""
+    """A weight that comes under a rule, with its hooks in place."""
     warn_of(assignment)
     parameter.watch()
     c = attachment.constrain(parameter, assignment)

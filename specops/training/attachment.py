@@ -1,4 +1,4 @@
-"""What every adapter's attachment shares: it lists, reads and writes weights, the rest is here."""
+"""`BaseAttachment`: all of an attachment except listing, reading and writing a model's weights."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class BaseAttachment(ABC, Generic[C]):
 
     An adapter writes `parameters`, calls `assign` when the model is at hand, and lets something
     call `step` after each step of the optimizer. If it claims more `stages`, it also lets
-    something call `before_step` with the gradients, and its layers use what `weights` gives. What
-    it hung on the framework it takes off again in `detach`: a detached one raises in `step`.
+    something call `before_step` with the gradients, and its layers use what `weights` gives. In
+    `detach` it removes its hooks from the framework: a detached attachment raises in `step`.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ class BaseAttachment(ABC, Generic[C]):
     """
 
     stages: tuple[Stage, ...] = ("weights",)
-    """Of the rules that it runs; others are refused."""
+    """The stages whose rules it runs; other rules are refused."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class BaseAttachment(ABC, Generic[C]):
         """Every parameter of the model as it is now."""
 
     def constrain(self, parameter: Any, assignment: Assignment) -> C:
-        """What is kept of a weight that a rule is to act on."""
+        """The object that keeps a weight on which a rule is to act, and the rule's state."""
         return cast(C, Constrained(parameter, assignment))
 
     def check_rule(self, rule: Any) -> None:
@@ -91,7 +91,7 @@ class BaseAttachment(ABC, Generic[C]):
             )
 
     def goes_on(self, c: C, decided: Assignment) -> bool:
-        """Whether a weight that no rule is to act on any more stays as the rule left it."""
+        """Whether a weight that no rule acts on any more stays as the rule left it."""
         return False
 
     def look(self) -> None:
@@ -181,7 +181,7 @@ class BaseAttachment(ABC, Generic[C]):
         write(outcomes)
 
     def add(self, gradient: Any, term: Array) -> Any:
-        """A gradient and the term of a rule."""
+        """The sum of a gradient and a rule's term."""
         return gradient + arrays.namespace(term).astype(term, gradient.dtype)
 
     def _penalise(self, gradients: MutableMapping[str, Any]) -> None:
@@ -264,16 +264,16 @@ class BaseAttachment(ABC, Generic[C]):
         return Report(tuple(rows))
 
     def _is_waiting(self, a: Assignment) -> bool:
-        """Whether steps were counted, and none of them was the first at which the rule acts."""
+        """Whether training has begun, but has not reached the first step at which the rule acts."""
         assert a.rule is not None
         return a.rule.stage != "forward" and 0 < self.steps < self.plan.start + a.every
 
     def under_rules(self) -> Sequence[C]:
-        """What is kept of each weight under a rule; none once detached."""
+        """The weights under a rule; none once detached."""
         return tuple(self._constrained) if self._attached else ()
 
     def measured(self, constrained: Sequence[C]) -> dict[str, dict[str, Any]]:
-        """What a report's rows say of weights under rules, by name."""
+        """What a report's rows say about weights under rules, by name."""
         return {c.name: c.measured(self.steps + 1) for c in constrained}
 
     # Life
@@ -336,12 +336,12 @@ class BaseAttachment(ABC, Generic[C]):
                 used.append((c, c.used(self.steps + 1)))
             except SpecopsError as error:
                 reason = str(error).removeprefix(f"{c.name}: ")
-                raise type(error)(f"{c.name}, which nothing was folded for: {reason}") from error
+                raise type(error)(f"{c.name} (no weight was folded): {reason}") from error
         for c, weight in used:
             with c.parameter.context():
                 c.parameter.write(weight)
 
 
 def without_gradient(c: Constrained[Any], step: int) -> Record:
-    """The record of a weight that no loss depends on."""
+    """The record of a weight that has no gradient, because the loss does not depend on it."""
     return {"step": step, "name": c.name, "skipped": "no gradient"}

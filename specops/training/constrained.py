@@ -70,14 +70,14 @@ class Constrained(Assigned, Generic[P]):
         return reason or (UNSEEN if self.needs_size else "")
 
     def is_of(self, parameter: P, assignment: Assignment) -> bool:
-        """Whether a parameter that was listed anew is this weight."""
+        """Whether a parameter, from a new listing of the model, is still this weight."""
         old, new = self.assignment.weight, assignment.weight
         if (new.shape, new.dtype) != (old.shape, old.dtype):
             return False
         return new.geometry == old.geometry or parameter.learns_size
 
     def resume(self, parameter: P, assignment: Assignment) -> None:
-        """Go on with a parameter that was listed anew, and that `is_of` this weight."""
+        """Go on with a parameter of a new listing, which `is_of` has accepted."""
         self.parameter.unwatch()
         parameter.watch()
         parameter.see(self.parameter.sizes())
@@ -95,7 +95,7 @@ class Constrained(Assigned, Generic[P]):
     # Firing
 
     def why_not(self, weight: Array) -> str:
-        """A reason to leave the weight alone this time; empty, or `NonFiniteError`, otherwise."""
+        """A reason to leave the weight alone this time, or ""; raises if it is not finite."""
         reason = self.parameter.frozen()
         if not reason and self.needs_size:
             reason = UNSEEN
@@ -116,7 +116,7 @@ class Constrained(Assigned, Generic[P]):
         return act(weight, self.geometry, state, step=step, name=self.name)
 
     def keep(self, outcome: Outcome[Any]) -> None:
-        """Store what a firing gave: of rules on weights the array, of all the state."""
+        """Store the result of a firing: the rule's state and, from a rule on weights, the array."""
         if outcome.array is None:
             return
         if outcome.changes_weight:
@@ -127,7 +127,7 @@ class Constrained(Assigned, Generic[P]):
     # The weight in use
 
     def prepare(self) -> None:
-        """Let a forward rule find its vectors; a weight that is not finite waits for a step."""
+        """Let a forward rule find its vectors; one that is not finite is tried at a later step."""
         if self.needs_size:
             return
         with contextlib.suppress(NonFiniteError), self.parameter.context():
@@ -149,16 +149,16 @@ class Constrained(Assigned, Generic[P]):
             return rule.apply(w, self.geometry, self.state, step=step, name=self.name)
 
     def _is_written_to(self, w: Array) -> bool:
-        """Whether the norm along the vectors is not what it was: a checkpoint, an average."""
+        """Whether the norm along the vectors has changed: by a loaded checkpoint, by averaging."""
         follow = self.rule.tracked(self.geometry)
         if self.drifting or follow is None:
             return self._saw_nothing()
         assert self.state is not None
-        # A norm that is not finite is for the next step to report.
+        # If the norm is not finite, the next step reports it.
         return not is_measured(follow, w, self.state)
 
     def _saw_nothing(self) -> bool:
-        """Whether a forward rule's vectors are of a weight that was zero, a new head's."""
+        """Whether a forward rule's vectors come from a weight of zeros, such as a new head's."""
         if self.stage != "forward" or not self.state:
             return False
         follow = self.rule.tracked(self.geometry)
@@ -180,7 +180,7 @@ class Constrained(Assigned, Generic[P]):
         return {"state": kept, "sizes": self.parameter.sizes(), "drifting": self.drifting}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Restore `state_dict`, whose arrays may have been to the host."""
+        """Restore `state_dict`, whose arrays may have been moved to the host since."""
         state = saved["state"]
         self.parameter.see(saved.get("sizes"))
         with self.parameter.context():
@@ -214,5 +214,5 @@ class Constrained(Assigned, Generic[P]):
 
 
 def _holds_nan(x: Array) -> bool:
-    # Integers and booleans as well, which no weight is made of.
+    # Not `isnan`: states may hold integers and booleans.
     return bool(compat.array_namespace(x).any(x != x))

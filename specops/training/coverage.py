@@ -1,4 +1,4 @@
-"""What is said once, when a plan begins, of what it leaves alone."""
+"""Warnings, once when a plan begins, about what it leaves alone."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _SHOWN = 4
 
 
 def warn_of_coverage(assignments: Sequence[Assignment]) -> None:
-    """Warn where of most matrices no map is known, so that a plan leaves them alone.
+    """Warn if a plan leaves most matrices alone because their maps are not known.
 
-    Those that the plan excludes, or does not name, are the user's choice. Of those under a rule,
-    what is to be known of their maps.
+    Matrices that the plan excludes or does not name do not count: they are the user's choice. Also
+    warns of the remarks on the maps of weights under a rule.
     """
     warn_of_remarks((a.weight.name, a.weight.remark) for a in assignments if a.rule is not None)
     acting = sum(a.rule is not None for a in assignments)
@@ -37,7 +37,7 @@ def warn_of_coverage(assignments: Sequence[Assignment]) -> None:
 
 
 def warn_of_remarks(remarks: Iterable[tuple[str, str]]) -> None:
-    """Warn once of each remark, (name, remark), on the maps of weights; empty ones are none."""
+    """Warn once per remark on the maps of weights, from pairs (name, remark or "")."""
     found: dict[str, list[str]] = {}
     for name, remark in remarks:
         found.setdefault(remark, []).append(name)

@@ -14,11 +14,11 @@ from specops.training.cautions import caution
 from specops.training.weight import Weight, unmeasurable
 
 _FEW = 7
-"""Taps along an axis of usual kernels, at the most."""
+"""Most taps that usual kernels have along an axis."""
 
 
 def declared(geometries: Any) -> dict[str, Geometry]:
-    """The maps by patterns of names; None is none."""
+    """The user's maps by patterns of names: `geometries`, checked; None means no maps."""
     if geometries is not None and not isinstance(geometries, Mapping):
         raise GeometryError(
             f"geometries must be a dict of patterns to maps, such as {{'*.weight': Dense()}}, got "
@@ -36,9 +36,10 @@ def override_geometries(
 ) -> list[Weight]:
     """Replace inferred geometries by the user's, the first pattern that matches winning.
 
-    `aliases` are further names of a weight (tied tensors), under which it may be meant. A kernel
-    whose map contradicts what its layer says, or its shape, is warned of. Patterns may mean weights
-    that are left alone, frozen ones say; `again`, of a model where each was found, nothing at all.
+    `aliases` are further names of a weight (tied tensors), which patterns may match, too. Warns if
+    a map contradicts the layer of a kernel, or its shape. Every pattern has to match a weight, if
+    only one that is left alone, such as a frozen one; `again`, when all have matched before, those
+    without any match are accepted.
     """
     geometries, aliases = declared(geometries), aliases or {}
     unused, vectors = set(geometries), set[str]()
@@ -83,7 +84,7 @@ def _check_fit(weight: Weight, geometry: Any) -> None:
 
 
 def _contradiction(weight: Weight, geometry: Geometry) -> str:
-    """What speaks against a declared map; empty if nothing does."""
+    """Why a declared map is likely wrong; empty if nothing says so."""
     if not isinstance(geometry, Conv):
         return ""
     found, axes = weight.geometry, len(weight.shape) - 2
@@ -98,7 +99,7 @@ def _contradiction(weight: Weight, geometry: Geometry) -> str:
 
 
 def _of_layer(geometry: Conv, axes: int) -> dict[str, Any]:
-    """What a layer knows of its map; input sizes and padding are the user's to choose."""
+    """The options that a layer fixes; input sizes and padding are the user's to choose."""
     return {
         "layout": geometry.layout,
         "transposed": geometry.transposed,
@@ -109,7 +110,7 @@ def _of_layer(geometry: Conv, axes: int) -> dict[str, Any]:
 
 
 def _other_layout(shape: tuple[int, ...], geometry: Conv) -> str:
-    """Whether a layout with channels at the other end makes taps of what now are channels."""
+    """Why the layout with channels at the other end is more likely; empty if it is not."""
     axes = len(shape) - 2
     if axes < 2:
         return ""
@@ -121,6 +122,6 @@ def _other_layout(shape: tuple[int, ...], geometry: Conv) -> str:
     sizes = ["×".join(map(str, x)) for x in (taps, others)]
     likely = "*IO" if geometry.spatial_last else "OI*"
     return (
-        f"with layout={geometry.layout!r} it is a kernel of {sizes[0]} taps. Of {sizes[1]} taps it "
-        f"would be with channels at the other end, layout={likely!r}"
+        f"with layout={geometry.layout!r} it is a kernel of {sizes[0]} taps. With channels at the "
+        f"other end, layout={likely!r}, it would be one of {sizes[1]} taps"
     )

@@ -1,4 +1,4 @@
-"""One firing of rules: all are computed first, then checked, then written."""
+"""One firing of rules: all results are computed first, then checked, then written."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Firing(Generic[C]):
 
 
 def _warn_unseen(c: Constrained[Any]) -> None:
-    """Say once that a rule after the step does nothing until an input was seen."""
+    """Warn once that a rule does nothing to a weight until its layer has seen an input."""
     if not c.told:
         c.told = True
         caution(

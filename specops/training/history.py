@@ -1,4 +1,4 @@
-"""The latest firings of an attachment, and who is told about them."""
+"""The latest firings of an attachment, and the listeners that are told about them."""
 
 from __future__ import annotations
 

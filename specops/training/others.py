@@ -1,4 +1,4 @@
-"""What is said of a weight on which another attachment acts already."""
+"""The warning about a weight on which another attachment acts already."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from specops.training.attachment import BaseAttachment
 from specops.training.cautions import caution
 
 _BEGUN: WeakSet[BaseAttachment[Any]] = WeakSet()
-"""The attachments of this process."""
+"""The attachments that were made in this process, while somebody holds them."""
 
 
 def warn_of_others(attachment: Any) -> None:
-    """Warn where a rule of the same stage acts on a weight already, for another attachment."""
+    """Warn if a rule of another attachment, of the same stage, acts on a weight already."""
     if not isinstance(attachment, BaseAttachment):
         return
     others = _others(attachment)
     if others:
-        # What nobody holds any more may be in a circle still.
+        # Attachments that nobody uses any more may still be alive in reference cycles.
         gc.collect()
         others = _others(attachment)
     _BEGUN.add(attachment)
@@ -32,7 +32,7 @@ def warn_of_others(attachment: Any) -> None:
                 f"{name}{more} is under {rule!r} already, by another attachment, and both will "
                 f"act: detach() that one first, or give each weight one rule in one plan"
             )
-        except CautionWarning:  # which users may have made an error
+        except CautionWarning:  # raised if the user turned warnings into errors
             attachment.detach()
             raise
 
@@ -44,6 +44,6 @@ def _others(attachment: Any) -> list[tuple[str, Any]]:
 
 
 def _keys(c: Any) -> list[tuple[int, str]]:
-    """Of the memory and the stage; none where an adapter does not tell memory apart."""
+    """(memory, stage) of a weight; none if the adapter does not identify memory."""
     identity = c.parameter.identity()
     return [] if identity is None else [(identity, c.stage)]

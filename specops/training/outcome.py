@@ -1,4 +1,4 @@
-"""What a rule gave for one weight, before anything is written."""
+"""`Outcome`: the result of a rule for one weight, before anything is written."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ C = TypeVar("C", bound=Assigned)
 
 @dataclass(slots=True)
 class Outcome(Generic[C]):
-    """What a rule gave for one weight; nothing of it has been written yet."""
+    """The result of a rule for one weight; nothing of it has been written yet."""
 
     constrained: C
     weight: Array
-    """As the rule was given it."""
+    """The weight that the rule was given."""
     array: Array | None
-    """The new weight, or the term of a gradient; None where the rule was skipped."""
+    """The new weight, or the term to add to a gradient; None if the rule was skipped."""
     state: State | None
     record: Record
 

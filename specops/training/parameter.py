@@ -45,7 +45,7 @@ class Parameter(ABC):
         """Store an array of the shape that `read` gives."""
 
     def geometry(self) -> Geometry:
-        """The map now: of a convolution, at the size known by now."""
+        """The map as it is known now: a convolution at the input size that is known by now."""
         geometry = self.weight.geometry
         assert geometry is not None
         return geometry
@@ -56,7 +56,7 @@ class Parameter(ABC):
 
     @property
     def place(self) -> Any:
-        """What tells it among the parameters when they are listed anew: its name."""
+        """What identifies the parameter when a model is listed anew: by default its name."""
         return self.weight.name
 
     def frozen(self) -> str:
@@ -67,28 +67,28 @@ class Parameter(ABC):
         """Raise, before the first of several is written, if this one cannot be."""
 
     def context(self) -> AbstractContextManager[None]:
-        """What a computation with the array has to run in (a device)."""
+        """The context in which computations with the array have to run, such as a device."""
         return _NO_CONTEXT
 
     def watch(self) -> None:  # noqa: B027 - most have none
-        """A rule acts on it from now on: the place for hooks that learn sizes."""
+        """Called when a rule begins to act on it: the place for hooks that learn sizes."""
 
     def unwatch(self) -> None:  # noqa: B027 - most have none
         """Undo `watch`."""
 
     def sizes(self) -> Any:
-        """What `geometry` has learnt, for a checkpoint; None if nothing."""
+        """The sizes that `geometry` has learnt, for a checkpoint; None if it has learnt none."""
         return None
 
     def see(self, sizes: Any) -> None:  # noqa: B027 - most have none
-        """Take note of `sizes` of a checkpoint, if there are any."""
+        """Take over the `sizes` of a checkpoint, if it has any."""
 
     def saved(self, value: Array) -> Any:
         """One array of a rule's state, for a checkpoint: a copy."""
         return copy.deepcopy(value)
 
     def restored(self, value: Any) -> Array:
-        """What `saved` gave, or a NumPy array of it, beside the parameter: a copy."""
+        """A copy, on the parameter's device, of what `saved` gave or of a NumPy array of it."""
         own = self.read()
         if type(value) is type(own) and arrays.device_of(value) == arrays.device_of(own):
             return copy.deepcopy(value)

@@ -24,11 +24,11 @@ class Assignment:
     every: int = 1
     reason: str = ""
     lenient: bool = False
-    """Whether a misfit found later is a reason to skip rather than an error."""
+    """Whether the weight is skipped, with no error, if the rule turns out not to suit its map."""
 
 
 NO_MAP = "no geometry is known for it"
-"""Why a weight without an obstacle of its own is left alone."""
+"""The reason to leave a weight alone that has no geometry and names no obstacle."""
 _KINDS = ("conv", "dense", "embedding")
 
 
@@ -40,13 +40,13 @@ class _Entry:
 
     @property
     def kind(self) -> str:
-        """Of maps, where the pattern begins with one: "conv:*"."""
+        """The kind of maps that a pattern such as "conv:*" asks for; empty if it asks for none."""
         head, colon, _ = self.pattern.partition(":")
         return head if colon and head in _KINDS else ""
 
     @property
     def names(self) -> str:
-        """The pattern of names alone."""
+        """The pattern of names, without the kind."""
         return self.pattern.removeprefix(f"{self.kind}:") if self.kind else self.pattern
 
     @property
@@ -115,7 +115,7 @@ class Plan:
 
     @classmethod
     def of(cls, rule_or_plan: Any, every: int | None = None) -> Plan:
-        """A plan from a bare rule ("*") or a plan, with another `every` where one is given."""
+        """A plan from a rule for all weights ("*") or from a plan, with `every` if it is given."""
         if isinstance(rule_or_plan, Plan):
             return rule_or_plan if every is None else replace(rule_or_plan, every=every)
         if isinstance(rule_or_plan, list | tuple | dict):
@@ -135,7 +135,7 @@ class Plan:
         for entry in self._parsed:
             if entry.rule is not None and entry.rule.stage == "gradients":
                 raise AdapterError(
-                    f"{entry.rule!r} acts on gradients, and there are none: attach it"
+                    f"{entry.rule!r} acts on gradients, and here there are none: attach it instead"
                 )
         entries = [(entry.pattern, entry.rule) for entry in self._parsed]
         return Plan(entries)
@@ -148,9 +148,10 @@ class Plan:
         return (step - self.start) % interval == 0
 
     def assign(self, weights: Sequence[Weight], *, again: bool = False) -> list[Assignment]:
-        """Decide about every weight; raise `PlanError` where a named pattern cannot hold.
+        """Decide about every weight; raise `PlanError` if a pattern cannot be followed.
 
-        Patterns that were found in a model may have nothing left `again`: layers freeze and go.
+        `again`, with a model that was assigned before, a pattern may match nothing any more:
+        layers may have been frozen or removed.
         """
         used: list[list[Assignment]] = [[] for _ in self._parsed]
         result = []
@@ -214,8 +215,8 @@ class Plan:
         names = [w.name for w in weights]
         if not names:
             raise PlanError(
-                "the model has no parameters to act on: of a quantised or frozen program act on "
-                "the model that it was made from"
+                "the model has no parameters to act on: if it is quantised or a frozen program, "
+                "pass the model that it was made from"
             )
         if assignments:
             reasons = "; ".join(f"{a.weight.name}: {a.reason}" for a in assignments[:5])
@@ -230,7 +231,7 @@ class Plan:
             )
         if entry.kind and any(fnmatchcase(name, entry.names) for name in names):
             raise PlanError(
-                f"pattern {entry.pattern!r} matches no parameter: those that match "
+                f"pattern {entry.pattern!r} matches no parameter: those with a name that matches "
                 f"{entry.names!r} are no {entry.kind} maps"
             )
         close = difflib.get_close_matches(entry.names, names, n=3, cutoff=0.3) or names[:3]

@@ -158,7 +158,7 @@ class Report:
         return headers, [_cells(r) + tuple(text(r) for _, text in further) for r in self.rows]
 
     def _further(self) -> list[tuple[str, Callable[[ReportRow], str]]]:
-        """Columns of what some rows have."""
+        """(header, text of a row) of the columns that appear only if a row has a value."""
         columns: list[tuple[str, Callable[[ReportRow], str]]] = []
         if any(row.rule_norm is not None for row in self.rows):
             columns.append((_RULE, lambda row: _norm_text(row.rule_norm, "")))
@@ -191,7 +191,7 @@ def plan_rows(assignments: Sequence[Assignment]) -> list[ReportRow]:
 
 
 def geometry_text(geometry: Geometry | None, remark: str) -> str:
-    """A map in words, and what is to be known of it."""
+    """A map in words, and the adapter's remark on it."""
     text = "" if geometry is None else geometry.describe()
     return f"{text}: {remark}" if text and remark else text
 
@@ -223,7 +223,7 @@ def _normalized_text(row: ReportRow) -> str:
 
 
 def measured(w: Any, geometry: Geometry, rule: StagedRule) -> dict[str, Any]:
-    """What a row says of a weight: `measured_norm`, and what else its rule is about."""
+    """The figures of a row: `measured_norm`, and the stable rank or norm that the rule is about."""
     found = measured_norm(w, geometry)
     if found["norm_is"] == "not finite":
         return found
@@ -240,9 +240,9 @@ def measured(w: Any, geometry: Geometry, rule: StagedRule) -> dict[str, Any]:
 
 
 def measured_norm(w: Any, geometry: Geometry) -> dict[str, Any]:
-    """`norm` and `norm_is` of a row: exact where it can be, else a certified upper bound.
+    """`norm` and `norm_is` of a row: the norm exactly if possible, else a certified upper bound.
 
-    In double precision, so that what was stored inside a bound is not said to exceed it.
+    In double precision, so that rounding does not lift a weight above the bound that it satisfies.
     """
     xp = arrays.namespace(w)
     if not bool(arrays.all_finite(xp, w)):

@@ -1,4 +1,4 @@
-"""One parameter of a model as a plan sees it."""
+"""`Weight`: one parameter of a model as a plan sees it."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Weight:
         unusable: str = "",
         remark: str = "",
     ) -> Weight:
-        """The same, where fewer than two axes, no entries or the dtype may rule it out already."""
+        """A weight; fewer than two axes, no entries or its dtype may rule it out already."""
         if len(shape) < 2:
             skipped = f"{len(shape)}-d: a bias or scale, no matrix"
         elif 0 in shape:
@@ -87,9 +87,9 @@ def unmeasurable(dtype: str) -> str:
 
 
 def is_misfit(error: Exception, geometry: Geometry, shape: tuple[int, ...]) -> bool:
-    """Whether the map is to blame for an error of a rule: no array, or no rule, for such a map.
+    """Whether a rule's error means that the map fits neither the array nor the rule.
 
-    What a rule raises otherwise, be it a `GeometryError`, is a mistake that nobody may skip.
+    Any other error, even a `GeometryError`, is a mistake that must not be skipped.
     """
     if not isinstance(error, GeometryError):
         return False

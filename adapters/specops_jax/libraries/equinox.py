@@ -9,11 +9,11 @@ import jax
 
 from specops.geometry import Dense
 from specops.geometry.fused import gates_of
+from specops.training.role import Role
 from specops_jax.layers import (
     COMPUTED,
     EMBEDDING,
     VECTOR,
-    Role,
     as_called,
     at_both,
     convolution,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from specops_jax.layers import Role, convolution, transposed_convolution
+from specops.training.role import Role
+from specops_jax.layers import convolution, transposed_convolution
 
 
 def flax_convolution(layer: Any, shape: tuple[int, ...] | None, *, transposed: bool) -> Role:

@@ -8,10 +8,10 @@ import jax
 
 from specops.errors import AdapterError
 from specops.geometry.fused import gates_of
+from specops.training.role import Role
 from specops_jax.layers import (
     EMBEDDING,
     VECTOR,
-    Role,
     as_called,
     at_both,
     convolution,

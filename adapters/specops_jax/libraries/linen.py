@@ -7,11 +7,11 @@ from typing import Any
 import jax
 
 from specops.errors import AdapterError
+from specops.training.role import Role
 from specops_jax.layers import (
     COMPUTED,
     EMBEDDING,
     VECTOR,
-    Role,
     as_called,
     at_both,
     dense,

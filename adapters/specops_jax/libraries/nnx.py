@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import reduce
 from typing import Any
 
+from specops.training.role import Role
 from specops_jax.layers import (
     COMPUTED,
     EMBEDDING,
     VECTOR,
-    Role,
     as_called,
     at_both,
     dense,
