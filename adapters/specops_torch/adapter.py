@@ -1,4 +1,4 @@
-"""`attach`, and what the torch plugin hands to specops."""
+"""`attach`, and the adapter that the torch plugin gives to specops."""
 
 from __future__ import annotations
 

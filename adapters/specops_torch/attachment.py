@@ -74,11 +74,11 @@ class Attachment(BaseAttachment[Constrained]):
         return locate(self._model, self._followed.parameters, shared=self._replicas is not None)
 
     def constrain(self, parameter: Location, assignment: Assignment) -> Constrained:
-        """What is kept of a weight that a rule is to act on."""
+        """The object that keeps a weight on which a rule is to act, and the rule's state."""
         return constrained_at(parameter, assignment)
 
     def check_rule(self, rule: Any) -> None:
-        """Raise `AdapterError` if the rule has not what its stage needs here."""
+        """Raise `AdapterError` if the rule lacks the method that its stage needs here."""
         check_stage(rule, _NEEDS)
 
     def assign(self) -> None:
@@ -91,14 +91,14 @@ class Attachment(BaseAttachment[Constrained]):
         self._followed.look()
 
     def goes_on(self, c: Constrained, decided: Assignment) -> bool:
-        """A layer whose weight was frozen, or taken out of the optimizer, goes on as it was."""
+        """True for a forward rule's weight that was frozen, or left the optimizer."""
         goes_on = c.in_use is not None and decided.reason.startswith((FROZEN, OUTSIDE))
         if goes_on:
             c.let_go()
         return goes_on
 
     def under_rules(self) -> Sequence[Constrained]:
-        """What is kept of each weight under a rule; none once hooks are lost, or detached."""
+        """The weights under a rule; none once hooks are lost, or detached."""
         lost = self._followed.has_hooks and not self._followed.calls_hooks
         return () if lost else super().under_rules()
 
@@ -114,10 +114,10 @@ class Attachment(BaseAttachment[Constrained]):
 
     @torch.no_grad()
     def before_step(self, parameter: nn.Parameter | None = None) -> None:
-        """Let rules of stage "gradients" add to the gradients, before an optimizer's step; of
-        several ranks average those of trainable scales.
+        """Let rules of stage "gradients" add to the gradients, before an optimizer's step; with
+        several ranks, average the gradients of trainable scales.
 
-        Only for ``attach(None, ...)``: of all parameters, or of one that is about to be stepped.
+        Only for ``attach(None, ...)``: for all parameters, or for one that is about to be stepped.
         """
         self.check_attached()
         if parameter is None:
@@ -178,7 +178,7 @@ class Attachment(BaseAttachment[Constrained]):
         self.caution("enforce()")
 
     def write(self, outcomes: Sequence[Outcome[Constrained]]) -> None:
-        """Write new weights, keep the states of rules, and remember how far weights went."""
+        """Write new weights, keep the states of rules, and note how much weights changed."""
         changed = [o for o in outcomes if o.changes_weight and o.array is not None]
         if changed:
             self._went((o.constrained, o.weight, o.array) for o in changed)
@@ -193,7 +193,7 @@ class Attachment(BaseAttachment[Constrained]):
             reshard(self._model)
 
     def caution(self, act: str) -> None:
-        """Warn where batch normalisation evaluates with statistics of other weights."""
+        """Warn if batch normalisation would evaluate with statistics of earlier weights."""
         self._statistics.caution(act)
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -219,7 +219,7 @@ class Attachment(BaseAttachment[Constrained]):
                 c.in_use.measure(c.location.parameter)
 
     def measured(self, constrained: Sequence[Constrained]) -> dict[str, dict[str, Any]]:
-        """What a report says of weights, and of them with the batch normalisation behind them."""
+        """What a report says about weights, alone and with the batch normalisation behind them."""
         normalized = behind(self._model, {c.location.module for c in constrained})
         stale = set(self._statistics.stale().values()) if normalized else set()
 
@@ -263,7 +263,7 @@ class Attachment(BaseAttachment[Constrained]):
         self._attached = False
 
     def _forward_rules_began(self) -> None:
-        """From now on layers use other weights than those that batches have seen."""
+        """Note that layers now use other weights than those that batch statistics are of."""
         known = [(c, x) for c in self._constrained if (x := c.in_use) is not None and x.state]
         with torch.no_grad():
             self._went((c, c.location.read(), c.used()) for c, _ in known)
@@ -286,7 +286,7 @@ class Attachment(BaseAttachment[Constrained]):
 
     @in_full_precision
     def _act(self, due: list[Constrained], step: int, stepped: list[Constrained]) -> None:
-        """After a step: weights first, then the vectors of what forward passes will use."""
+        """Fire after a step: rules on weights first, then the vectors of forward rules."""
         for c in stepped:
             if c.in_use is not None:
                 c.in_use.stepped(c.location.parameter)
@@ -315,7 +315,7 @@ class Attachment(BaseAttachment[Constrained]):
         self._scales.average()
         for c in self._constrained:
             c.refuse_sharded(self._model)
-            # What is written from now to the end of the step is the step.
+            # Writes from now to the end of the step count as the step. Earlier ones do not.
             if c.in_use is not None and not c.in_use.is_fresh(c.location.parameter):
                 c.in_use.forget()
         due = self.due("gradients", self.steps + 1)
@@ -325,7 +325,7 @@ class Attachment(BaseAttachment[Constrained]):
             refuse_parts(due)
             wrapped = self._scales.averaging(searching(closure, self._constrained))
             if due:
-                # The closure will erase what is added now.
+                # The closure erases what would be added now: it adds the terms itself.
                 outcomes = self._firing.compute(due, self.steps + 1)
                 up = self._followed.maximized()
                 wrapped = with_penalty(wrapped, outcomes, self.steps + 1, up)
@@ -334,7 +334,7 @@ class Attachment(BaseAttachment[Constrained]):
                 return args, {**kwargs, "closure": wrapped}
             return (args[0], wrapped, *args[2:]), kwargs
         if due and not overflowed(optimizer):
-            # A fused optimizer under GradScaler divides by this in its step.
+            # A fused optimizer under GradScaler divides gradients by this scale in its step.
             scale = getattr(optimizer, "grad_scale", None)
             self._add_gradients(self.steps + 1, due, scale)
         return None

@@ -78,7 +78,7 @@ def balance_norms(model: nn.Sequential, x: torch.Tensor) -> dict[str, float]:
     shared = [p for m in modules for p in (m.weight, m.bias) if p is not None]
     if len(set(map(id, shared))) != len(shared):
         raise AdapterError(
-            "a layer, a weight or a bias occurs twice in the chain: it has one factor only"
+            "a layer, a weight or a bias occurs twice in the chain, but can only be rescaled once"
         )
     seen = recorded(model, x)
     geometries = [seen[id(m)].geometry(m) if id(m) in seen else geometry_of(m) for m in modules]

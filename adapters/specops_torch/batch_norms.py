@@ -1,4 +1,4 @@
-"""Batch normalisation as the diagonal map that it is in evaluation."""
+"""Batch normalisation in evaluation, where it is a diagonal map."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def scaled(layer: Any, w: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 def behind(
     model: nn.Module, layers: Collection[nn.Module]
 ) -> dict[nn.Module, dict[nn.Module, torch.Tensor]]:
-    """By layer, the batch normalisations that are registered right after it, as diagonals.
+    """For each layer, the batch normalisations registered right after it, as diagonals.
 
-    Networks that are not sequential may compute in another order: this is what blocks of one
-    convolution and one normalisation each, as ResNets have, look like. Sharded ones are brought
-    together, which all ranks do alike.
+    This is right for blocks of a convolution and its normalisation, as ResNets have them; networks
+    that are not sequential may compute in another order than they register layers. Sharded
+    statistics are gathered, so that all ranks have to call this.
     """
     found: dict[nn.Module, dict[nn.Module, torch.Tensor]] = {}
     for parent in model.modules():
@@ -66,9 +66,9 @@ def behind(
 def norm_with(
     layer: nn.Module, w: torch.Tensor, geometry: Geometry, following: Iterable[torch.Tensor]
 ) -> float | None:
-    """The norm of a layer and the normalisation behind it; None where it is not computed.
+    """The norm of a layer together with the normalisation after it; None if not computed.
 
-    The largest, where a layer is shared by several blocks.
+    If several blocks share the layer, the largest of their norms.
     """
     if not isinstance(layer, (*CONVOLUTIONS, nn.Linear)):
         return None

@@ -65,7 +65,7 @@ def open_torch(path: Path, zipped: bool) -> Checkpoint:
 
 
 class _ZipCheckpoint(Checkpoint):
-    """A reader that lists tensors without their numbers and finds those in the file itself."""
+    """A reader that lists tensors without loading them, and reads each from the file on demand."""
 
     def __init__(self, path: Path, records: dict[int, _Record]) -> None:
         self._records = records
@@ -88,7 +88,7 @@ class _ZipCheckpoint(Checkpoint):
                 self._tensors.setdefault(name, leaf)
             entries.append(entry)
         if self._tensors and not any(map(_position, self._tensors.values())):
-            # Releases of torch before 2.7 do not say where a tensor's numbers are.
+            # torch before 2.7 does not say where in the file a tensor's values are.
             raise NotImplementedError
         super().__init__(path, "torch", entries, layout="torch")
 
@@ -161,7 +161,7 @@ class _WholeCheckpoint(Checkpoint):
 
 
 def _place(tensor: torch.Tensor, storage: int | None) -> Any:
-    """What two names of the same numbers have in common."""
+    """A key that is equal for two names of the same values."""
     if not tensor.dim() or not tensor.numel():
         return object()
     view = tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
@@ -194,10 +194,10 @@ def _records(path: Path) -> dict[int, _Record]:
 
 
 def _load(path: Path, device: str) -> Any:
-    """The objects in the file; tensors on the meta device have no numbers."""
+    """The objects in the file; with device "meta", tensors have no values."""
     import torch
 
-    # As an open file: torch.load takes names that end in .safetensors for that format.
+    # Not by name: torch.load would read a name that ends in .safetensors as that format.
     with path.open("rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -213,7 +213,7 @@ def _load(path: Path, device: str) -> Any:
 
 
 def _refusal(path: Path, error: Exception) -> str:
-    """Why the pickle was refused, without torch's advice on how to run it all the same."""
+    """Why the pickle was refused, without torch's advice on how to run it nevertheless."""
     from torch import _weights_only_unpickler
 
     text = str(error)

@@ -18,7 +18,7 @@ def chosen_layers(
     *,
     with_last: bool = True,
 ) -> Chosen:
-    """(name, layer) of those named, in that order; where None are, of all of these kinds.
+    """(name, layer) of the named layers, in that order, or of all layers of these kinds.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The weights of a model and the maps that they are, for functions on arrays."""
+"""The weights of a model with their geometries, for functions that take arrays."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from specops_torch.sizes import SizeRecorder
 from specops_torch.surroundings import role_within
 
 _RAW = ("_orig", "_g", "_v")
-"""What torch's older reparametrisations append to the names of the parameters that they keep."""
+"""Suffixes of the parameters that torch's older reparametrisations keep."""
 
 
 @torch.no_grad()
@@ -89,7 +89,7 @@ def weights_and_geometries(
     remarks: list[tuple[str, str]] = []
     matched: set[str] = set()
     tied: set[int] = set()
-    with evaluating(model):  # or reading a weight may advance what normalises it
+    with evaluating(model):  # in training, reading a weight may advance its normalisation
         places = [(*place, getattr(modules[place[0]], place[1])) for place in _places(modules)]
     for path, attribute, w in places:
         module, name = modules[path], f"{path}.{attribute}".lstrip(".")
@@ -139,7 +139,7 @@ def _places(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str]]:
             continue
         for hook in module._forward_pre_hooks.values():
             if type(hook).__module__.startswith("torch.nn.utils."):
-                # What they put into the weight's place is of the parameters at the last forward.
+                # These hooks compute the weight at each forward pass: bring it up to date.
                 hook(module, ())
         computed: list[str] = []
         if parametrize.is_parametrized(module):
@@ -157,7 +157,7 @@ def _places(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str]]:
 def _single(
     name: str, w: torch.Tensor, geometry: Geometry
 ) -> Iterator[tuple[str, torch.Tensor, Geometry]]:
-    """The blocks of a fused weight, stacked or not; any other as it is."""
+    """The blocks of a fused weight, one by one, stacked or not; any other weight as it is."""
     if isinstance(geometry, Dense) and geometry.splits is not None:
         stacked = tuple(range(len(geometry.batch_axes)))
         single = Dense(out_axes=(len(stacked),), batch_axes=stacked)
@@ -168,7 +168,7 @@ def _single(
 
 
 def recorded(model: nn.Module, x: Any) -> dict[int, SizeRecorder]:
-    """What every convolution sees of a batch in evaluation, by the id of its module."""
+    """The input sizes of all convolutions for a batch in evaluation, by the id of the module."""
     recorders: dict[int, SizeRecorder] = {}
     handles = []
     for module in model.modules():

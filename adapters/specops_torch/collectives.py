@@ -1,4 +1,4 @@
-"""What ranks send to each other: bytes to each, sums to all, objects to all."""
+"""Collectives: bytes to each rank, sums to all, objects to all."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from torch import distributed as dist
 
 _ALIGNED = 16
-"""Bytes to whose multiples every tensor is filled up, so that any dtype may be read in place."""
+"""Every tensor is padded to a multiple of so many bytes, so that any dtype can be read in place."""
 _PREFIX = 16
-"""Bytes of two integers: how long a message is, and how long the description in it."""
+"""Bytes of two integers at the start: the lengths of the message and of its description."""
 
 
 def is_distributed() -> bool:
@@ -24,12 +24,12 @@ def is_distributed() -> bool:
 
 
 def byte_size(shape: Sequence[int], dtype: torch.dtype) -> int:
-    """Of a tensor, filled up."""
+    """The size of a tensor in bytes, with padding."""
     return _filled(math.prod(shape) * dtype.itemsize)
 
 
 def as_bytes(tensors: Iterable[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Tensors one after the other, each filled up."""
+    """The bytes of tensors, one after the other, each padded."""
     parts = []
     for tensor in tensors:
         raw = tensor.detach().to(device).contiguous().reshape(-1).view(torch.uint8)
@@ -38,20 +38,20 @@ def as_bytes(tensors: Iterable[torch.Tensor], device: torch.device) -> torch.Ten
 
 
 class Reader:
-    """Takes tensors from bytes in the order in which they were written."""
+    """Reads tensors from bytes in the order in which they were written."""
 
     def __init__(self, buffer: torch.Tensor) -> None:
         self._buffer, self._at = buffer, 0
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """The next one, a view."""
+        """The next tensor, a view of the bytes."""
         size = math.prod(shape) * dtype.itemsize
         raw = self._buffer[self._at : self._at + size]
         self._at += _filled(size)
         return raw.view(dtype).reshape(tuple(shape))
 
     def skip(self, size: int) -> torch.Tensor:
-        """So many bytes as they are."""
+        """The next `size` bytes as they are."""
         self._at += size
         return self._buffer[self._at - size : self._at]
 
@@ -67,12 +67,12 @@ def message(content: Any, device: torch.device) -> torch.Tensor:
 
 
 def message_length(buffer: torch.Tensor) -> int:
-    """Of a message of which at least the beginning is there."""
+    """The length of a message, of which at least the beginning is there."""
     return int(buffer[:_PREFIX].view(torch.int64)[0])
 
 
 def content_of(buffer: torch.Tensor) -> Any:
-    """What `message` was given."""
+    """The object in a message: undoes `message`."""
     reader = Reader(buffer)
     _, length = reader.take((2,), torch.int64).tolist()
     text = reader.take((length,), torch.uint8)
@@ -81,7 +81,7 @@ def content_of(buffer: torch.Tensor) -> Any:
 
 @contextmanager
 def about(names: Sequence[str]) -> Iterator[None]:
-    """Name the weights in what a collective raises when another rank has ended or stays away."""
+    """Add the names of weights to the error of a collective that another rank did not join."""
     try:
         yield
     except RuntimeError as error:
@@ -93,7 +93,7 @@ def about(names: Sequence[str]) -> Iterator[None]:
 def exchanged(
     outgoing: Sequence[torch.Tensor], sizes: Sequence[int], group: Any
 ) -> list[torch.Tensor]:
-    """What every rank has sent to this one, in one collective; `sizes` are known beforehand."""
+    """What every rank has sent to this one, of the given `sizes`, in one collective."""
     received = outgoing[0].new_empty(sum(sizes))
     sent = [len(part) for part in outgoing]
     dist.all_to_all_single(received, torch.cat(list(outgoing)), list(sizes), sent, group=group)
@@ -112,7 +112,7 @@ def added(tensors: Sequence[torch.Tensor], group: Any, device: torch.device) -> 
 
 
 def highest(numbers: Sequence[int], group: Any, device: torch.device) -> list[int]:
-    """Of each number the largest that a rank has."""
+    """The maximum of each number over the ranks."""
     packed = torch.tensor(list(numbers), dtype=torch.int32, device=device)
     dist.all_reduce(packed, dist.ReduceOp.MAX, group=group)
     found: list[int] = packed.tolist()
@@ -120,7 +120,7 @@ def highest(numbers: Sequence[int], group: Any, device: torch.device) -> list[in
 
 
 def objects(mine: Any, group: Any) -> list[Any]:
-    """What every rank has, by rank."""
+    """The objects of all ranks, by rank."""
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, mine, group=group)
     return found
@@ -131,7 +131,7 @@ def _filled(size: int) -> int:
 
 
 class _Slot:
-    """Stands for a tensor in a description."""
+    """The placeholder of a tensor in a description."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.shape, self.dtype = tuple(tensor.shape), tensor.dtype

@@ -57,7 +57,7 @@ class Constrained(training.Constrained[Location]):
 
     @property
     def location(self) -> Location:
-        """Where it is."""
+        """Where the weight is."""
         return self.parameter
 
     @property
@@ -71,7 +71,7 @@ class Constrained(training.Constrained[Location]):
 
     @property
     def sized(self) -> Geometry:
-        """The geometry now, or the latest that had a size: circular layers may see several."""
+        """The geometry now, or the latest with a size: circular layers may have seen several."""
         geometry = self.geometry
         if self.in_use is None or geometry.has_size:
             return geometry
@@ -83,9 +83,9 @@ class Constrained(training.Constrained[Location]):
         return self.sized.has_size
 
     def is_of(self, parameter: Location, assignment: Assignment) -> bool:
-        """Whether it is a weight of the same module, and the same map: blocks may have grown."""
+        """Whether the parameter is still this weight, of the same module and map."""
         same = assignment.weight.geometry == self.assignment.weight.geometry
-        # By the names of layers that move a map may be declared no longer.
+        # When layers move and their names change, the user's map may no longer be declared for it.
         learns = parameter.learns_size and self.location.learns_size
         if self.location.module is not parameter.module or not (same or learns):
             return False
@@ -93,7 +93,7 @@ class Constrained(training.Constrained[Location]):
         return self.in_use is None or set(self.answering) == set(parameter.holders())
 
     def resume(self, parameter: Location, assignment: Assignment) -> None:
-        """Go on, hooks and all."""
+        """Go on with the parameter as it is listed now; hooks stay."""
         self.assignment = assignment
         self.location.share(parameter.others, parameter.aliases)
         self.rename(self.name)
@@ -106,7 +106,7 @@ class Constrained(training.Constrained[Location]):
             self.in_use.name = name
 
     def let_go(self) -> None:
-        """Leave layers alone that hold another weight since."""
+        """Release the layers that hold another weight by now, and keep the others."""
         assert self.in_use is not None
         held = set(self.location.holders())
         for place in set(self.answering) - held:
@@ -127,13 +127,13 @@ class Constrained(training.Constrained[Location]):
         super().release()
 
     def refuse_sharded(self, model: nn.Module) -> None:
-        """Raise if the parameter is, or in forward passes will be, a part of a matrix since."""
+        """Raise if the parameter was sharded after attaching, so that it is a part of a matrix."""
         parameter = self.location.parameter
         if parameter is self._whole:
             return
         refuse_sharded(self.name, parameter)
         if any(map(is_fully_sharded, model.modules())):
-            # Between forward passes it may be brought together, and is no parameter then.
+            # Outside forward passes `fully_shard` may have gathered it: it looks whole then.
             raise AdapterError(
                 f"{self.name} is sharded (fully_shard) since it was attached: shard first, then "
                 f"make the optimizer, then attach"
@@ -143,7 +143,7 @@ class Constrained(training.Constrained[Location]):
     # Firing
 
     def why_not(self, weight: torch.Tensor) -> str:
-        """A reason to leave the weight alone this time; empty, or an error, otherwise."""
+        """A reason to leave the weight alone this time, or ""; raises if it is not finite."""
         reason = self.location.frozen()
         if reason:
             return reason
@@ -188,7 +188,7 @@ class Constrained(training.Constrained[Location]):
         return term, state, self.checked(figures) if weight.is_cpu else figures
 
     def checked(self, figures: dict[str, Any]) -> dict[str, Any]:
-        """Figures, if they are finite: where it costs no wait for a device; else losses tell."""
+        """The figures; raises if they are not finite. Called where that needs no device sync."""
         _check_finite(figures)
         return figures
 
@@ -201,14 +201,14 @@ class Constrained(training.Constrained[Location]):
             self.in_use.take(outcome.state, self.location.parameter, self._since)
 
     def adds_in_place(self, geometry: Geometry) -> bool:
-        """Whether the term of a penalty need not be made: it is λσuvᴴ, and the vectors fit."""
+        """Whether a penalty's term λσuvᴴ can be added to the gradient in place, from vectors."""
         gradient = self.location.parameter.grad
         if gradient is None or gradient.dtype not in DTYPES or not gradient.is_contiguous():
             return False
         return self.rule.formula == "penalty" and self.count_blocks(geometry) > 0
 
     def count_blocks(self, geometry: Geometry) -> int:
-        """`row_blocks` of the norm that is followed."""
+        """`row_blocks` of the tracked norm."""
         if self._blocks is None or self._blocks[0] is not geometry:
             self._blocks = geometry, row_blocks(self.rule.tracked(geometry))
         return self._blocks[1]
@@ -218,7 +218,10 @@ class Constrained(training.Constrained[Location]):
         self._seen = None if gradient is None else (weakref.ref(gradient), gradient._version)
 
     def has_seen(self, gradient: torch.Tensor) -> bool:
-        """Whether that is this one, as it is; a new one may stand at the old one's address."""
+        """Whether the latest step had this gradient, unchanged since.
+
+        A weak reference tells, for a new gradient may have the address of the old one.
+        """
         return (
             self._seen is not None
             and self._seen[0]() is gradient
@@ -230,14 +233,14 @@ class Constrained(training.Constrained[Location]):
     def prepare(self) -> None:
         """Let every layer that holds the weight use the one that the rule gives."""
         in_use = self.make_in_use()
-        # The norm of a convolution's operator waits for the size of its first input.
+        # The norm of a convolution's operator needs the size of its first input.
         if not self.needs_size:
-            # A weight that is not finite is met at its first step, by the user's policy.
+            # If the weight is not finite, its first step reports it by the user's policy.
             in_use.measure(self.location.parameter)
         self.read_through(in_use)
 
     def make_in_use(self) -> InUse:
-        """The weight in use, of which nothing is known yet."""
+        """A new weight in use, not measured yet."""
         location = self.location
         lenient = self.assignment.lenient
         self.in_use = InUse(self.rule, self.name, self.geometry, location.recorder, lenient=lenient)
@@ -258,7 +261,7 @@ class Constrained(training.Constrained[Location]):
                 self.handles.append(
                     holder.register_forward_pre_hook(FirstSize(in_use), with_kwargs=True)
                 )
-        # Gradients that are there already were not made under the rule.
+        # Gradients that exist already do not come from layers under the rule.
         self.see(location.parameter.grad)
 
     def used(self, step: int = 1) -> torch.Tensor:
@@ -267,15 +270,15 @@ class Constrained(training.Constrained[Location]):
         if self.in_use is None or not self.answering:
             return raw
         used = self.in_use(raw)
-        # What is written to a plain tensor is lost, as everywhere in torch.
+        # A plain tensor: writing to it does not reach the parameter.
         return used if used is raw else used.as_subclass(torch.Tensor)
 
     def schedule(self, step: int) -> None:
-        """Bring schedules to the step that comes next, as tensors: no recompilation."""
+        """Set schedules to their values at the next step, as tensors to avoid recompilation."""
         if self.in_use is None:
             return
         if not self.rule.formula:
-            # Only of a formula is it known what depends on the step.
+            # Without a formula `apply` may depend on the step.
             self.in_use.overrides["step"] = step
         if not self.rule.is_scheduled():
             return
@@ -292,9 +295,9 @@ class Constrained(training.Constrained[Location]):
             self.in_use.overrides[key] = value
 
     def norm(self, following: Collection[torch.Tensor]) -> dict[str, Any]:
-        """What a report says of it, and of it with the batch normalisation behind it, if any."""
+        """What a report says about it, alone and with batch normalisation that follows it."""
         if self.in_use is not None and self.needs_size:
-            return {}  # what its layer will use depends on it
+            return {}  # the weight that its layer will use depends on the size
         with torch.no_grad():
             w, geometry = self.used().detach(), self.geometry
         found = measured(w, geometry, self.rule)
@@ -321,9 +324,9 @@ class Constrained(training.Constrained[Location]):
 
 
 def _finite(weight: torch.Tensor) -> bool:
-    if weight.dtype == torch.complex32:  # which torch cannot add up
+    if weight.dtype == torch.complex32:  # torch has no sum for it
         weight = torch.view_as_real(weight)
-    # The sum is one pass; where it overflows, look closer.
+    # The sum takes one pass; if it overflows, all entries are looked at.
     return cmath.isfinite(weight.sum().item()) or bool(torch.isfinite(weight).all())
 
 

@@ -1,4 +1,4 @@
-"""What a critic of its own tells of a generator: two losses that go by one name in papers."""
+"""How well a fresh critic detects generated samples: two losses that papers call by one name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from specops.geometry.arguments import check_bound, integer
 from specops_torch.evaluation import seeded
 
 _AT_ONCE = 1000
-"""Generated samples judged at once: a choice of memory."""
+"""Generated samples per batch of the critic: a choice, which limits memory."""
 
 
 def neural_divergence(

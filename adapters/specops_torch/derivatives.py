@@ -111,7 +111,7 @@ class HessianOperator:
         total = torch.zeros_like(x)
         for loss in self._losses:
             gradients = self._gradients(loss)
-            # Of what depends on the parameters: linear losses have no second derivative.
+            # Only gradients that depend on the parameters: a linear loss has no second derivative.
             used = [(g, v) for g, v in zip(gradients, direction, strict=True) if g.requires_grad]
             if not used:
                 continue
@@ -138,7 +138,7 @@ class HessianOperator:
         return gradients
 
     def _unchanged(self) -> bool:
-        """By the values too: what is written through `.data` leaves the version as it is."""
+        """Compares values, too: a write through `.data` does not change the version."""
         return all(
             p._version == version and torch.equal(p, known)
             for p, (version, known) in zip(self._parameters, self._known, strict=True)
@@ -186,7 +186,7 @@ def hessian_operator(
     losses = [loss] if callable(loss) else list(loss)
     if not losses:
         raise AdapterError("there is no loss")
-    # Each once: what two modules share is one set of entries.
+    # Each parameter once, even if several modules share it.
     distinct = {id(p): p for p in parameters if p.requires_grad}
     return HessianOperator(losses, list(distinct.values()))
 

@@ -1,7 +1,7 @@
-"""What torch.distributed.checkpoint writes: shards, and a pickle that says what is where.
+"""Folders of torch.distributed.checkpoint: shards, and a pickle with the index of their contents.
 
-That pickle is read as data: its classes become plain records, and whatever else it asks for is
-refused. Pieces of tensors go through ``torch.load(..., weights_only=True)``.
+The pickle is read as data: its classes become plain records, and anything else in it is refused.
+Pieces of tensors are read by ``torch.load(..., weights_only=True)``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from specops.checkpoints.room import check_memory
 from specops.errors import CheckpointError
 
 METADATA = ".metadata"
-_LIMIT = 1 << 28  # bytes of it
+_LIMIT = 1 << 28  # bytes of the metadata file
 _PACKAGE = "torch.distributed.checkpoint."
 _OTHER_TYPES = ("quint", "qint", "bits", "float4", "float8", "uint", "int")
 
@@ -38,7 +38,7 @@ class _Piece(NamedTuple):
 
 
 class _Record:
-    """What a class of torch.distributed.checkpoint becomes."""
+    """The plain record that stands for an object of torch.distributed.checkpoint."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
@@ -68,7 +68,7 @@ class _Reader(pickle.Unpickler):
 
 
 class DistributedCheckpoint(Checkpoint):
-    """A reader that puts tensors together of the pieces that ranks have written.
+    """A reader that assembles tensors from the pieces that ranks have written.
 
     Parameters
     ----------

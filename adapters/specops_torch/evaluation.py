@@ -1,4 +1,4 @@
-"""A module in evaluation, or a seed, for a while."""
+"""Contexts: a module in evaluation mode, and a temporary seed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[nn.Module]:
-    """The module in evaluation; each of its parts gets its own mode back."""
+    """The module in evaluation mode; afterwards each of its submodules gets its own mode back."""
     modes = [(part, part.training) for part in module.modules()]
     try:
         yield module.eval()
@@ -22,7 +22,7 @@ def evaluating(module: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """A seed whose generators, those of devices too, are put back afterwards."""
+    """Random numbers from this seed; afterwards all generators, of devices too, are restored."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield

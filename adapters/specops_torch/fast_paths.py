@@ -1,8 +1,8 @@
-"""Vectors of one matrix on the CPU, advanced without a look at what else a weight could be.
+"""A fast path that advances the singular vectors of one matrix on the CPU.
 
-`specops.tracking` asks at every step of which library, device, geometry and precision a weight
-is, which takes longer than the step itself for a small layer. ``ENABLED = False`` advances
-everything by the rules.
+`specops.tracking` looks up the library, device, geometry and precision of a weight at every step,
+which takes longer than the step itself for a small layer. With ``ENABLED = False`` the rules
+advance everything themselves.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from specops.tracking import Pairs, packed, stepped_on_host, unpacked
 
 ENABLED = True
 DTYPES = (torch.float32, torch.float64)
-"""Of weights that are computed with as they are stored, here and in place."""
+"""The dtypes of weights with which computations need no cast, here and in place."""
 transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
-"""Whether torch.func is at work, under which what is computed from a tensor has no memory."""
+"""Whether a torch.func transform is active, under which tensors have no memory of their own."""
 
 
 def advanced(
@@ -31,9 +31,9 @@ def advanced(
     state: Mapping[str, torch.Tensor],
     step: int,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]] | None:
-    """(the state after the rule's steps, its figures); None where the rule must do it.
+    """(the state after the rule's steps, its figures), for a weight that is one matrix.
 
-    Of a weight that is one matrix.
+    None if the rule itself has to advance the vectors.
     """
     if not ENABLED or not rule.formula or not raw.is_cpu or raw.dtype not in DTYPES:
         return None

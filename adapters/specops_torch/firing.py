@@ -1,4 +1,4 @@
-"""What a step does to gradients: penalties are added, and they are asked where they come from."""
+"""Gradients at a step: penalties are added, and weights that no forward pass used are refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from specops_torch.sharded_constrained import ShardedConstrained
 
 
 def with_gradient(due: Sequence[Constrained]) -> list[Constrained]:
-    """Those that a penalty can be added to.
+    """The weights with a gradient, to which a penalty can be added.
 
     Raises
     ------
@@ -37,12 +37,12 @@ def add_terms(
     loss_scale: torch.Tensor | None,
     maximized: Container[int],
 ) -> None:
-    """Add what rules of stage "gradients" gave, scaled like the loss; take it off an objective."""
+    """Add the terms of rules to gradients, scaled like the loss; subtract if it is maximized."""
     for o in outcomes:
         c, step, scale = o.constrained, o.record["step"], loss_scale
         if id(c.location.parameter) in maximized:
             scale = torch.tensor(-1.0) if scale is None else -scale
-        # A term of this formula is a new array: where it was not made, the vectors give it.
+        # Where the outcome has the weight in place of a term, the vectors give the term λσuvᴴ.
         by_vectors = o.array is o.weight and c.rule.formula == "penalty"
         if o.array is not None and isinstance(c, ShardedConstrained):
             c.add_term(step, None if by_vectors else o.array, o.state, scale)
@@ -88,7 +88,7 @@ def stepped(constrained: Sequence[Constrained]) -> None:
 
 
 def _add_dyads(c: Constrained, state: Any, step: int, scale: Any) -> None:
-    """λσuvᵀ for each block of rows, which the gradient takes in place."""
+    """Add λσuvᵀ to each block of rows of the gradient, in place."""
     gradient, geometry = c.location.parameter.grad, c.geometry
     strength, follow = c.gradient_rule.strength_at(step, c.name, geometry), c.rule.tracked(geometry)
     assert gradient is not None

@@ -1,4 +1,4 @@
-"""Layers of Hugging Face's transformers, known by what they are called and have."""
+"""Layers of Hugging Face's transformers, recognised by their class names and attributes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _OUTPUTS_LAST = Dense(out_axes=(-1,))
 
 
 def foreign_role(module: nn.Module, parameter: str) -> Role | None:
-    """The role of a parameter; None where the layer is none of these."""
+    """The role of a parameter; None if the layer is not one of these."""
     kind = type(module).__name__
     weight: Any = getattr(module, parameter, None)
     shape = tuple(getattr(weight, "shape", ()))
@@ -28,7 +28,7 @@ def foreign_role(module: nn.Module, parameter: str) -> Role | None:
 
 
 def _experts(module: nn.Module, parameter: str, shape: tuple[int, ...]) -> Role | None:
-    """Maps of each expert, (experts, outputs, inputs) or the other way round."""
+    """Stacked experts, with axes (experts, outputs, inputs) or (experts, inputs, outputs)."""
     if shape[0] != getattr(module, "num_experts", shape[0]):
         return None
     concatenated = getattr(module, "is_concatenated", None)

@@ -24,13 +24,13 @@ from specops_torch.fast_paths import DTYPES, transformed
 
 ENABLED = True
 _LEAST, _GREATEST = 1e-12, 1e12
-"""Norms whose squares single precision holds."""
+"""The range of norms whose squares single precision can hold."""
 _APART = 1e-3
-"""F/σ² − 1 from which single precision has digits left after the difference."""
+"""The least F/σ² − 1 that single precision still resolves: below it, digits cancel."""
 
 
 class Kind(NamedTuple):
-    """How a rule sees a weight: as blocks of rows, or along an array like itself."""
+    """What the fused operation needs to know of a rule and geometry."""
 
     follow: Tracked
     limits: bool
@@ -40,12 +40,12 @@ class Kind(NamedTuple):
 
     @property
     def argument(self) -> str:
-        """Of `apply`, for that number."""
+        """The argument of `apply` that takes this number."""
         return "ratio" if self.limits else "scale"
 
 
 def kind_of(rule: Any, geometry: Geometry) -> Kind | None:
-    """The kind; None for what is computed by the rule's `apply` alone."""
+    """The kind; None if only the rule's `apply` can compute it."""
     limits, follow = rule.formula == "rank limited", rule.tracked(geometry)
     if not (limits or rule.formula == "normalized"):
         return None
@@ -59,7 +59,7 @@ def kind_of(rule: Any, geometry: Geometry) -> Kind | None:
 
 @lru_cache(maxsize=1024)
 def row_blocks(follow: Tracked | None) -> int:
-    """How many blocks of the rows of the weight, flattened, are followed; 0 if something else."""
+    """How many blocks of rows of the flattened weight are tracked; 0 if it is something else."""
     if not isinstance(follow, TrackedBlocks):
         return 0
     view = follow.geometry
@@ -76,9 +76,9 @@ def used(
     *,
     as_measured: bool,
 ) -> torch.Tensor | None:
-    """The weight in use of a layer's own parameter; None where the rule's `apply` must do it.
+    """The weight in use of a layer's own parameter; None if the rule's `apply` must compute it.
 
-    `as_measured` are the state's norms those of the parameter as it is.
+    With `as_measured`, the norms in the state are those of the parameter as it is.
     """
     if not ENABLED or not raw.is_cpu or raw.dtype not in DTYPES:
         return None
@@ -120,7 +120,7 @@ def used(
 
 
 class _Known(NamedTuple):
-    """What is constant in one operation."""
+    """The constants of one operation."""
 
     plain: Callable[[torch.Tensor], torch.Tensor]
     """The rule's `apply`."""
@@ -129,7 +129,7 @@ class _Known(NamedTuple):
 
 
 def _along(w: torch.Tensor, vectors: Sequence[torch.Tensor]) -> float:
-    """⟨u, Wv⟩, or ⟨W, G⟩ with a gradient like the weight."""
+    """⟨u, Wv⟩ for vectors (u, v); ⟨W, G⟩ for a single array G of the weight's shape."""
     if len(vectors) == 1:
         return float((w * vectors[0]).sum())
     u, v = vectors
@@ -141,7 +141,7 @@ class _Coefficients(NamedTuple):
     b: float
     sigma: float
     squared: float
-    """F; 0 where no stable rank is limited."""
+    """F; 0 if the rule does not limit the stable rank."""
     rest: float
     """F/σ² − 1."""
 
@@ -196,7 +196,7 @@ class _Used(torch.autograd.Function):
 
 def _gradient(known: _Known, g: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     if torch.is_grad_enabled():
-        # It is to be differentiated again.
+        # The gradient itself will be differentiated (create_graph).
         (twice,) = torch.autograd.grad(known.plain(w), w, g, create_graph=True)
         return twice
     if len(known.coefficients) == 1:
@@ -220,7 +220,7 @@ def _part(c: _Coefficients, w: torch.Tensor, g: torch.Tensor, pair: Any) -> torc
 def _updated(
     x: torch.Tensor, a: float, pair: Any, b: float = 1.0, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """a·x + b·uvᵀ, or with a gradient like the weight in place of uvᵀ."""
+    """a·x + b·uvᵀ; a single array of the weight's shape may stand in place of uvᵀ."""
     if b == 0.0:
         return torch.mul(x, a, out=out)
     if len(pair) == 1:

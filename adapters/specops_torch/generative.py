@@ -63,7 +63,7 @@ def inception_score(
     splits = integer(splits, "splits", least=1)
     kind = _metric("inception", "InceptionScore")
     with warnings.catch_warnings():
-        # That it keeps all logits is known, and they are few.
+        # It warns that it keeps all logits in memory; they are few.
         warnings.simplefilter("ignore", UserWarning)
         metric = kind(feature=_LogProbabilities(classifier), splits=splits)
     count = _fill(metric, images)
@@ -72,7 +72,7 @@ def inception_score(
             f"{count} images cannot be divided into {splits} splits: give a multiple of it"
         )
     with seeded(seed), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of a single split's deviation
+        warnings.simplefilter("ignore", UserWarning)  # a single split has no deviation
         mean, deviation = metric.compute()
     return InceptionScore(float(mean), float(deviation))
 
@@ -184,7 +184,7 @@ class _Features(nn.Module):
         super().__init__()
         self._held = [module]  # not a submodule: moving the metric must not move it
         if sample is not None:
-            # Or torchmetrics asks with an image of Inception's size.
+            # Without it torchmetrics would call the module with an image of Inception's size.
             self.num_features = int(self(sample[:1]).shape[-1])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -200,9 +200,9 @@ class _Features(nn.Module):
 
 
 class _LogProbabilities(_Features):
-    """Logits whose probabilities stay above zero, of which torchmetrics takes the logarithm.
+    """Logits whose probabilities stay above zero, because torchmetrics takes their logarithm.
 
-    By less than rounding: by the root of the least normal number.
+    The least probability is the square root of the least normal number, far below rounding.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def _plain_role(
     input_shape: tuple[int, ...] | None,
     output_padding: tuple[int, ...] | None,
 ) -> Role | None:
-    """The role in a layer of torch's own; None of others."""
+    """The role in one of torch's own layers; None for other layers."""
     if isinstance(module, CONVOLUTIONS) and parameter == "weight":
         return _convolution(module, input_shape, output_padding)
     if isinstance(module, nn.Linear) and parameter == "weight":
@@ -119,7 +119,7 @@ def _convolution(
 ) -> Role:
     mode = module.padding_mode
     if mode != "zeros" and not _pads(module) and not _is_torus(module, input_shape):
-        mode = "zeros"  # of which none is read
+        mode = "zeros"  # nothing is padded, so that any mode is right
     if mode == "circular" and not _circular_is_torus(module):
         return Role(
             obstacle=f"circular padding {module.padding} does not give n/stride outputs for a "
@@ -147,14 +147,14 @@ def _convolution(
 
 
 def _pads(module: Any) -> bool:
-    """Whether anything is added to an input, so that the mode of padding matters."""
+    """Whether the layer pads its input at all, so that the mode of padding matters."""
     if module.padding == "same":
         return any(k > 1 for k in module.kernel_size)
     return any(_paddings(module))
 
 
 def _is_torus(module: Any, input_shape: tuple[int, ...] | None) -> bool:
-    """Whether the mode is circular and a layer of this input, or of any, a map on a torus."""
+    """Whether the layer is circular, and a map on the torus of this input (None: of any)."""
     if module.padding_mode != "circular" or not _circular_is_torus(module):
         return False
     strides = every_axis(module.stride, len(module.kernel_size), "stride")
@@ -174,6 +174,6 @@ def _circular_is_torus(module: Any) -> bool:
 
 
 def _paddings(module: Any) -> tuple[int, ...]:
-    """Of each axis, where it is not "same"."""
+    """The padding of each axis, if it is not "same"."""
     padding = 0 if module.padding == "valid" else module.padding
     return every_axis(padding, len(module.kernel_size), "padding")

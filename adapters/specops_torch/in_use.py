@@ -26,11 +26,11 @@ _FORGOTTEN = (-1, -1)
 class InUse:
     """One weight's rule, vectors and scale, as the layers that hold it need them.
 
-    The vectors are those of one tensor as it was written last: the layer's own parameter. Where
-    that has been written to since, by anybody but the optimizer's step, they are measured anew;
-    any other tensor in its place (of a functional call, a replica, a mapped stack) is measured
-    for itself. It refers to no module and no optimizer, so that a model that carries it can be
-    copied and pickled.
+    The vectors belong to one tensor, the layer's own parameter, in its latest version. If anything
+    but the optimizer's step has written to it since, they are measured anew. Any other tensor in
+    its place (in a functional call, a replica, a mapped stack) is measured at each use. The object
+    refers to no module and no optimizer, so that a model that carries it can be copied and
+    pickled.
 
     Parameters
     ----------
@@ -57,28 +57,28 @@ class InUse:
         self.lenient = lenient
         self.state: State | None = None
         self.overrides: dict[str, Any] = {}
-        """Values of schedules and trained scales, and the step that comes next for rules that
-        take it, by the argument of the rule's `apply`."""
+        """Keyword arguments for the rule's `apply`: the values of schedules and trained scales,
+        and the next step for rules that take it."""
         self.sharing: list[torch.Tensor] | None = None
-        """The weights of all layers whose trained scale is this one's."""
+        """The weights of all layers that share this trained scale."""
         self.ran = False
         self.drifting = False
         """Whether steps have changed the weight since its vectors were advanced."""
         self.searching = False
-        """Whether an optimizer evaluates a closure: what it writes in between are its steps."""
+        """Whether an optimizer evaluates a closure, so that writes in between are its steps."""
         self.sharded = False
-        """Whether the parameter is a DTensor, which layers meet brought together."""
+        """Whether the parameter is a DTensor, which layers see gathered."""
         self.reduced = False
-        """Whether `fully_shard` has sent the gradient that came together with the scale's."""
+        """Whether `fully_shard` has reduced the weight's gradient of the same backward pass."""
         self._loaded = False
         self._saw_nothing = False
-        """Whether the vectors are of a weight that was zero, a new head's."""
+        """Whether the vectors were found for a weight of zeros, such as a new head's."""
         self._own: torch.Tensor | None = None
         self._written: tuple[int, int] | None = None
         self._copied: tuple[float, ...] | None = None
-        """Of a copy: what its vectors were of."""
+        """In a copy: the fingerprint of the weight that the vectors belong to."""
         self._sample: bytes | None = None
-        """Entries of the parameter whose norms the vectors were advanced with."""
+        """Some entries of the parameter when the vectors were advanced on it."""
         self._kind: tuple[Any, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -103,21 +103,21 @@ class InUse:
         compiling = torch.compiler.is_compiling()
         plain = compiling or (type(raw) is nn.Parameter and not raw.is_meta)
         if not plain and (raw.is_meta or hasattr(raw, "device_mesh")):
-            # Of one nothing but the shape is known; the other is a part of the weight, which
-            # engines look at between forward passes, and which a step refuses by name.
+            # A meta tensor has no values. A DTensor is a part of the weight, which engines look
+            # at between forward passes; the next step refuses it, by name.
             return raw
         self.ran = True
         if not compiling:
             self._clear_scale(raw)
         device = raw.device.type
         if torch.is_autocast_enabled(device):
-            # What the backward pass does may run under autocast as well.
+            # Autocast off for the backward pass as well, which may run under it.
             with torch.autocast(device, enabled=False):
                 return self._used(raw)
         return self._used(raw)
 
     def _clear_scale(self, raw: torch.Tensor) -> None:
-        """``model.zero_grad()`` does not know trained scales: they follow their weight."""
+        """Reset a trained scale's gradient with its weight's: `zero_grad` does not know it."""
         scale = self.overrides.get("scale")
         if scale is None or not scale.is_leaf or not self._is_own(raw):
             return
@@ -138,11 +138,11 @@ class InUse:
         state = self.state
         as_measured = self._is_as_measured(raw, state)
         if as_measured is False and not self._fits(raw, state):
-            # Written to in a way that torch does not count.
+            # Something has written to it in a way that torch does not count.
             self.measure(raw)
             state = self.state
         if state is None:
-            return raw  # not finite: the next step says so, or goes on, as the user chose
+            return raw  # not finite: the next step applies the user's policy
         kind = self._fused()
         used = (
             None
@@ -153,7 +153,7 @@ class InUse:
         return WeightInUse.of(self._applied(raw, state) if used is None else used, raw)
 
     def _plain(self, raw: torch.Tensor, state: State) -> torch.Tensor:
-        """What the rule gives."""
+        """The weight in use as the rule computes it, without a fused path."""
         options: dict[str, Any] = dict(self.overrides)
         if "scale" in options and not raw.requires_grad:
             # A frozen layer trains no scale.
@@ -168,7 +168,7 @@ class InUse:
 
     @torch.compiler.disable
     def _interpreted(self, raw: torch.Tensor, state: State) -> torch.Tensor:
-        """What needs tables that a compiler does not trace."""
+        """`_plain` for rules that need tables, which a compiler cannot trace."""
         return self._plain(raw, state)
 
     def _fused(self) -> Any:
@@ -183,23 +183,23 @@ class InUse:
         return self.rule.tracked(self.geometry)  # type: ignore[no-any-return]
 
     def _source(self, raw: torch.Tensor) -> torch.Tensor:
-        """The parameter whose writes count: the sharded one of one that was brought together."""
+        """The parameter whose writes count: for a gathered one, the sharded parameter."""
         return self._own if self.sharded and self._own is not None else raw
 
     def _is_own(self, raw: torch.Tensor) -> bool:
         if self.sharded:
             return type(raw) is nn.Parameter
         if self._own is None:
-            # A model that was copied: its layer's parameter is the first that is met.
+            # In a copied model, the first parameter that comes is the layer's own.
             if not isinstance(raw, nn.Parameter):
                 return False
             self._own = raw
-        # One in the place of another is measured at each use, until a step finds it there: what
-        # an engine puts there for a forward pass may change without being written to.
+        # A parameter in the place of this one is measured at each use, until a step finds it there:
+        # an engine may put one there for a forward pass, and change it without a counted write.
         return self._own is raw
 
     def _look(self, raw: torch.Tensor) -> None:
-        """The parameter is not as it was when the vectors were found or advanced."""
+        """Decide what a parameter that changed since its vectors were found means for them."""
         stepping = self.searching and self.state is not None and not self.forgotten
         if self._loaded and not self.forgotten and self._fits(raw, self.state):
             self._loaded, self._written = False, written(self._source(raw))
@@ -207,7 +207,7 @@ class InUse:
             self.drifting, self._written = True, written(self._source(raw))
             self._sample = None
         elif self._written is None and self._copied and self._copied == fingerprint(raw):
-            # It was copied together with the vectors, and not written to since.
+            # The parameter was copied together with the vectors, and not written to since.
             self._written, self._copied = written(raw), None
         else:
             self.measure(raw)
@@ -222,12 +222,12 @@ class InUse:
             self._saw_nothing = self._is_of_nothing(state)
 
     def wait_for(self, own: torch.Tensor) -> None:
-        """Measure when the layer first meets a sharded parameter brought together."""
+        """Measure a sharded parameter when its layer first sees it gathered."""
         self.take(None, own)
         self.sharded, self._written = True, None
 
     def of_whole(self, whole: torch.Tensor) -> torch.Tensor:
-        """The weight in use of a sharded parameter that was brought together."""
+        """The weight in use of a sharded parameter that was gathered."""
         if self._written != written(self._source(whole)):
             self._look(whole)
         return whole if self.state is None else self._plain(whole, self.state)
@@ -242,21 +242,21 @@ class InUse:
         self._own, self.state, self.drifting = raw, state, False
         self._written, self._copied, self._loaded = since or written(raw), None, False
         self._sample = None if state is None else sample(raw)
-        # A device would be waited for: as long as the weight is known to be zero.
+        # On another device this would need a sync, which is taken while the weight may be zero.
         looks = raw.is_cpu or self._saw_nothing
         self._saw_nothing = looks and self._is_of_nothing(state)
 
     def _is_as_measured(self, raw: torch.Tensor, state: State | None) -> bool | None:
-        """Whether norms of this state are of the parameter as it is; None where nothing tells.
+        """Whether the norms in this state are of the parameter as it is; None if unknown.
 
-        Writes that torch does not count show in a sample, or not at all. Another thread may have
-        taken another state meanwhile.
+        A sample of entries shows some of the writes that torch does not count. Meanwhile another
+        thread may have set another state.
         """
         now = None if (then := self._sample) is None else sample(raw)
         return None if now is None or self.state is not state else now == then
 
     def is_fresh(self, raw: torch.Tensor) -> bool:
-        """Whether the vectors are of the parameter as it is, steps in between included."""
+        """Whether only steps have written to the parameter since the vectors were found."""
         return self.state is not None and self._own is raw and self._written == written(raw)
 
     def is_replaced(self, raw: torch.Tensor) -> bool:
@@ -274,10 +274,10 @@ class InUse:
             self.drifting, self._written = True, written(raw)
 
     def has_drifted(self, raw: torch.Tensor) -> bool:
-        """Whether vectors are of an earlier weight, also where nobody has counted the writes.
+        """Whether the vectors are behind the weight by steps, or by writes that nobody counted.
 
-        Those of a parameter that was replaced since, or written to by others than its optimizer,
-        are of no use to the one that is there.
+        False if the parameter was replaced, or written to by anything but its optimizer: its
+        vectors are of no use then.
         """
         known = self.state is not None and not self.sharded
         if known and self._own is not None and not self.is_fresh(raw):
@@ -285,24 +285,24 @@ class InUse:
         return self.drifting or (known and not self._fits(raw, self.state))
 
     def forget(self) -> None:
-        """Measure at the next use, whatever was known."""
+        """Measure at the next use, whatever is known now."""
         self._written = _FORGOTTEN
 
     @property
     def forgotten(self) -> bool:
-        """Whether the vectors are known to be of another weight, or of none."""
+        """Whether the vectors are known to belong to another weight, or to zeros."""
         return self._saw_nothing or self._written == _FORGOTTEN
 
     def load(self, state: State | None, raw: torch.Tensor, *, drifting: bool) -> None:
-        """Use vectors of a checkpoint, if they are of the parameter as it is."""
+        """Use the vectors of a checkpoint, if they fit the parameter as it is."""
         self.take(state, raw)
         self._saw_nothing = self._is_of_nothing(state)
         self.drifting, self._sample = drifting, None
         if self.sharded:
-            # Of which the whole is known in the next forward pass.
+            # Whether they fit shows in the next forward pass, which gathers the whole weight.
             self._loaded, self._written = state is not None, None
         elif state is None:
-            # It was saved before the layer had met an input, or while it was not finite.
+            # It was saved before the layer had seen an input, or while it was not finite.
             self._written = None
         elif not drifting and not self._fits(raw, state):
             self.forget()
@@ -310,7 +310,7 @@ class InUse:
             self._sample = sample(raw)
 
     def _fits(self, raw: torch.Tensor, state: State | None, *, closely: bool = False) -> bool:
-        """Whether norms along the vectors are those that were measured."""
+        """Whether the norms along the vectors are still those that were measured."""
         follow = self._follow
         if self.drifting or state is None or follow is None:
             return state is not None
@@ -323,12 +323,12 @@ class InUse:
 
     def _measured(self, raw: torch.Tensor) -> State | None:
         if self.state is not None and self._follow is None:
-            return self.state  # of a rule of others, which need not be about the weight
+            return self.state  # a third-party rule's, which need not depend on the weight
         try:
             with torch.inference_mode(False), torch.no_grad():
                 weight = raw.detach()
                 if weight.is_inference() or self.sharded or not self._is_own(raw):
-                    # A view for NumPy would pin memory that is somebody else's.
+                    # A clone, because NumPy's view would keep memory alive that others own.
                     weight = weight.clone()
                 state: State = self.rule.init(weight, self.geometry, self.name)
                 return state
@@ -341,9 +341,9 @@ class InUse:
 
 
 def _is_reset(parameter: torch.Tensor) -> bool:
-    """Whether its gradient is none, or zeros; of a sharded one they are not asked for."""
+    """Whether its gradient is None or zeros; a sharded gradient counts only if None."""
     gradient = parameter.grad
     if gradient is None or hasattr(gradient, "device_mesh"):
         return gradient is None
-    # One entry mostly tells; to look at all of them takes as long as a forward pass.
+    # One entry usually decides: to look at all of them takes as long as a forward pass.
     return not (gradient[(0,) * gradient.ndim] or gradient.any())

@@ -128,7 +128,7 @@ def layerwise_jacobian_penalty(
         def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             if name in entered:
                 raise AdapterError(f"{name} ran twice: what enters it is no single x")
-            # Of its own, so that the derivative is along this layer and nothing writes to it.
+            # A copy, so that derivatives end at this layer and nothing writes to it.
             given = args[0] if args else next(iter(kwargs.values()))
             own = given.clone() if given.requires_grad else given.clone().requires_grad_()
             entered[name] = own

@@ -10,8 +10,8 @@ from specops.warned import warn
 from specops_torch.constrained import Constrained
 
 _UNSEEN = 10
-"""Changes of every weight, apart from steps that were seen, from which a hook must be lost: an
-average that is swapped in and out to be evaluated makes two."""
+"""How often every weight has to change without a step until hooks count as lost: swapping an
+average in and out for an evaluation changes each of them twice."""
 
 
 class Liveness:
@@ -21,11 +21,11 @@ class Liveness:
         self._versions: dict[int, int] = {}
 
     def seen(self, constrained: Iterable[Constrained]) -> None:
-        """A step, or a change that is the attachment's own."""
+        """Note the weights as they are after a step, or after a change by the attachment itself."""
         self._versions = _versions(constrained)
 
     def check(self, constrained: Iterable[Constrained], step: int) -> None:
-        """Warn if all weights move without a step."""
+        """Warn if all weights have changed without a step."""
         now = _versions(constrained)
         unseen = [now[key] - old for key, old in self._versions.items() if key in now]
         if not unseen or min(unseen) < _UNSEEN:

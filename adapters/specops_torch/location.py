@@ -30,12 +30,12 @@ class Location(Parameter):
     others: list[nn.Module] = field(default_factory=list, repr=False)
     """Modules that hold the same tensor."""
     aliases: list[str] = field(default_factory=list, repr=False)
-    """Their names for it."""
+    """The names of the same tensor in those modules."""
     handles: list[Any] = field(default_factory=list, repr=False)
 
     @property
     def place(self) -> tuple[nn.Module, str]:
-        """Names move where layers are inserted or taken out."""
+        """The module and attribute: names change when layers are inserted or taken out."""
         return self.module, self.attribute
 
     @property
@@ -50,7 +50,7 @@ class Location(Parameter):
         return found
 
     def holders(self) -> list[tuple[nn.Module, str]]:
-        """Every module that holds the tensor, and its name for it."""
+        """Every module that holds the tensor, and the attribute in which it does."""
         parameter = self.parameter
         modules = {id(m): m for m in (self.module, *self.others)}
         return [
@@ -70,12 +70,12 @@ class Location(Parameter):
             self.parameter.copy_(value)
 
     def identity(self) -> int | None:
-        """Of the tensor object, which modules share where weights are tied."""
+        """The id of the tensor object, which modules share if weights are tied."""
         found = self.module._parameters.get(self.attribute)
         return None if found is None else id(found)
 
     def frozen(self) -> str:
-        """A layer may be frozen after attaching."""
+        """Why nothing may act on it now: layers may be frozen after attaching."""
         return "" if self.parameter.requires_grad else FROZEN
 
     @property
@@ -93,7 +93,7 @@ class Location(Parameter):
             self._hook(DeclaredSize(self.weight.name, declared))
 
     def share(self, others: list[nn.Module], aliases: list[str]) -> None:
-        """Other modules hold it since it was listed."""
+        """Take over which other modules hold the tensor, as a new listing found them."""
         self.aliases = aliases
         if set(others) == set(self.others):
             return
@@ -123,12 +123,12 @@ class Location(Parameter):
         return None if self.recorder is None else self.recorder.state()
 
     def see(self, sizes: Any) -> None:
-        """Take over what a recorder knew."""
+        """Take over the sizes of a checkpoint."""
         if self.recorder is not None and sizes is not None:
             self.recorder.load(sizes)
 
     def see_also(self, sizes: Any) -> None:
-        """Take in what a recorder of the same layer knows elsewhere."""
+        """Add the sizes that a recorder of the same layer has seen on another rank."""
         if self.recorder is not None and sizes is not None:
             self.recorder.merge(sizes)
 

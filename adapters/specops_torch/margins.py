@@ -49,7 +49,7 @@ def margin_jacobians(
             if not isinstance(output, Tensor):
                 raise AdapterError(f"{name} gives {type(output).__name__}, no tensor")
             seen[name] = output if output.requires_grad else output.detach().requires_grad_()
-            # A copy goes on: activations may write to it in place.
+            # The next layer gets a copy, because activations may write to it in place.
             return seen[name].clone()
 
         return hook

@@ -24,7 +24,7 @@ class Followed:
     def __init__(self, optimizer: torch.optim.Optimizer | None) -> None:
         try:
             if optimizer is not None:
-                # Wrappers may inherit the method without what it needs.
+                # Wrappers may inherit the method without the attributes that it needs.
                 optimizer.register_step_post_hook(_nothing).remove()
         except AttributeError:
             raise AdapterError(
@@ -43,11 +43,11 @@ class Followed:
 
     @property
     def parameters(self) -> list[nn.Parameter] | None:
-        """Those that it trains; None for all of the model's."""
+        """The parameters that it trains; None for all parameters of the model."""
         return None if self._held is None else list(self._held.values())
 
     def has_changed(self) -> bool:
-        """Whether parameters came, left or thawed since the latest `look`."""
+        """Whether parameters were added, removed or unfrozen since the latest `look`."""
         held = self._holds()
         if held is None or self._held is None:
             return False
@@ -67,10 +67,10 @@ class Followed:
             ]
 
     def _outermost(self, act: Callable[..., Any]) -> Callable[..., Any]:
-        """Without the steps that a subclass takes within its own, by ``super().step()``, and
-        without those that only make an optimizer's state."""
+        """A hook that ignores steps within a step (``super().step()`` in a subclass), and steps
+        that only make an optimizer's state."""
         kinds = type(self.optimizer).__mro__
-        nests = sum("step" in vars(kind) for kind in kinds) > 2  # `Optimizer` has one, too
+        nests = sum("step" in vars(kind) for kind in kinds) > 2  # one of them is `Optimizer`'s
 
         def once(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
             if (nests and self._is_within_step()) or _makes_state(optimizer, kwargs):
@@ -81,8 +81,8 @@ class Followed:
         return disabled
 
     def _is_within_step(self) -> bool:
-        # torch calls hooks in a wrapper of its own around each class's `step`. Counting calls
-        # would go wrong after a step that raised, which no hook hears of.
+        # torch wraps the `step` of each class, and every wrapper calls the hooks. Counting their
+        # calls would go wrong after a step that raised, because then the post-hook is not called.
         kind: Any = type(self.optimizer)
         code = getattr(kind.step, "__code__", None)
         frame, found = inspect.currentframe(), 0
@@ -94,12 +94,12 @@ class Followed:
 
     @property
     def has_hooks(self) -> bool:
-        """Whether hooks were given to it, and not taken off again."""
+        """Whether hooks were registered, and not removed by `unhook`."""
         return bool(self._hooks)
 
     @property
     def calls_hooks(self) -> bool:
-        """Whether it has them still: they are lost where optimizers are copied."""
+        """Whether the optimizer still has the hooks: copies of an optimizer lose them."""
         held = [(hook.hooks_dict_ref(), hook.id) for hook in self._hooks]
         return bool(held) and all(hooks is not None and key in hooks for hooks, key in held)
 
@@ -126,13 +126,14 @@ def overflowed(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _nothing(*_: Any) -> None:
-    """A hook."""
+    """A hook that does nothing."""
 
 
 def _makes_state(optimizer: torch.optim.Optimizer, kwargs: Any) -> bool:
-    """Whether it is a step of rate 0 as `torch.distributed.checkpoint` takes one to have a state.
+    """Whether this is the step of rate 0 by which `torch.distributed.checkpoint` makes a state.
 
-    It is recognised by its call; gradients, zeros then, may be zeros on one rank alone.
+    It is recognised by its arguments. Its gradients are zeros, but those of a real step may be
+    zeros on one rank, too.
     """
     if "closure" not in kwargs or kwargs["closure"] is not None:
         return False

@@ -1,4 +1,4 @@
-"""Layers that compute something else from their weight than their class of torch does."""
+"""Layers that may compute something else from their weight than torch's own class does."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ _BESIDE_FORWARD = {"extra_repr", "reset_parameters", "reset_running_stats", "fla
 
 
 def computes_plainly(module: nn.Module) -> bool:
-    """Whether a module computes what its class of torch does, and nothing of its own.
+    """Whether a module computes exactly what its torch class does.
 
-    Neither a subclass nor the module itself replaces a method of that class, but by a wrapper that
-    says that it wraps that very method (`functools.wraps`), as mixed precision and hooks of others
-    do.
+    No subclass, and not the module itself, may replace a method of that class, except by a wrapper
+    of this very method (`functools.wraps`), as mixed precision and third-party hooks install.
     """
     kinds = [k for k in type(module).__mro__ if k.__module__.startswith("torch.nn.modules.")]
     plain: Any = next(iter(kinds), nn.Module)
@@ -40,13 +39,13 @@ def computes_plainly(module: nn.Module) -> bool:
 
 
 def runs_in_turn(module: nn.Module) -> bool:
-    """Whether a module runs its parts one after the other, as torch's Sequential does."""
+    """Whether a module runs its children one after the other, as torch's Sequential does."""
     forward = vars(module).get("forward", type(module).forward)
     return _function(forward) is nn.Sequential.forward
 
 
 def hook_of_others(module: nn.Module) -> Any:
-    """A forward hook that may change what the module computes; None if there is none."""
+    """A third-party forward hook, which may change what the module computes; None if none."""
     for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
         homes = (type(hook).__module__, getattr(hook, "__module__", "") or "")
         if not any(home.startswith((*_OURS, _OF_LAZY_LAYERS)) for home in homes):
@@ -70,7 +69,7 @@ def obstacle_of(module: nn.Module) -> str:
 
 
 def added_to(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """By the paths of layers that an adapter of peft changes, why they are no map."""
+    """Why layers that a peft adapter changes are no maps, by the paths of these layers."""
     return {
         f"{path}.base_layer".removeprefix("."): (
             f"{type(module).__name__} {_change(module)}, so that it is not the layer's map: merge "
@@ -82,7 +81,7 @@ def added_to(modules: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def _change(module: nn.Module) -> str:
-    """What a layer of peft does to the one that it holds; "" if it is none."""
+    """What a peft layer does to the layer that it wraps; "" for other modules."""
     if hasattr(module, "lora_A"):
         return "adds lora_B·lora_A to it"
     parts = getattr(module, "adapter_layer_names", None)

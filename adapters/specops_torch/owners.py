@@ -1,4 +1,4 @@
-"""Ranks share work: each weight goes to one of them as a whole, and what is found to all."""
+"""Ranks divide work: one rank, the owner, gets a whole weight and sends its result to all."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ from specops_torch.collectives import (
 from specops_torch.shared import SharedLocation
 
 _ROOM = 1.25
-"""Times the bytes that an owner told last of a weight are kept ready for the next time: a choice.
-More than there is room for takes two further collectives."""
+"""The buffer for an owner's next message about a weight, in sizes of its latest message: a choice.
+A message that does not fit takes two further collectives."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What an owner found of one weight."""
+    """The result of an owner's work on one weight."""
 
     value: torch.Tensor | None
-    """An array like the weight, of which each rank gets its part; None: nothing."""
+    """An array of the weight's shape, of which each rank gets its part; None if there is none."""
     told: Any
-    """What all ranks get: dicts, lists, tensors, numbers and words."""
+    """What all ranks get: dicts, lists, tensors, numbers and strings."""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """That the work on a weight raised."""
+    """An error that the work on a weight raised."""
 
     pickled: bytes
     text: str
 
     @classmethod
     def by(cls, error: Exception, name: str) -> Failed:
-        """The error, as others may raise it, who have not seen where it came from."""
+        """The error in a form that other ranks can raise, with its traceback as a note."""
         error.add_note("".join(traceback.format_exception(error)))
         notes = " ".join(getattr(error, "__notes__", ()))
         text = f"{name}: {type(error).__name__}: {error} {notes}".strip()
@@ -64,7 +64,7 @@ class Failed:
         return cls(pickled, text)
 
     def error(self) -> Exception:
-        """The same for this rank."""
+        """The error to raise on this rank."""
         return pickle.loads(self.pickled) if self.pickled else AdapterError(self.text)
 
 
@@ -116,7 +116,7 @@ def _at(work: Work, members: Sequence[int], at: int) -> Found:
 
 
 def cost_of(x: SharedLocation) -> float:
-    """Of decomposing its matrices; of a kernel, as of a square matrix with so many entries."""
+    """The cost of decomposing its matrices; a kernel counts as a square matrix of its size."""
     shape, geometry = tuple(x.parameter.shape), x.weight.geometry
     entries = math.prod(shape)
     if not isinstance(geometry, Dense):
@@ -127,7 +127,7 @@ def cost_of(x: SharedLocation) -> float:
 
 
 def owners_of(costs: Sequence[float], ranks: int) -> list[int]:
-    """An owner for each weight: the costliest first, to who has least to do."""
+    """An owner for each weight: the costliest first, each to the rank with the least work."""
     load, owners = [0.0] * ranks, [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         owners[i] = min(range(ranks), key=lambda rank: (load[rank], rank))
@@ -188,7 +188,7 @@ def _one_group(
 
 
 def _gather(given: Sequence[SharedLocation], owners: Sequence[int], ranks: int) -> None:
-    """Bring each weight together on its owner."""
+    """Gather each weight on its owner."""
     layout = given[0].known
     sources = [x.known.sources(owner) for x, owner in zip(given, owners, strict=True)]
     outgoing: list[list[torch.Tensor]] = [[] for _ in range(ranks)]
@@ -214,7 +214,7 @@ def _gather(given: Sequence[SharedLocation], owners: Sequence[int], ranks: int) 
 def _to_rank(
     x: SharedLocation, rank: int, result: Found | Failed, text: torch.Tensor, value: bool
 ) -> list[torch.Tensor]:
-    """What an owner sends to a rank of one weight."""
+    """What an owner sends to a rank about one weight."""
     room = text.new_zeros(max(0, x.capacity - len(text)))
     parts = [text[: x.capacity], room]
     if not value:
@@ -229,7 +229,7 @@ def _to_rank(
 def _long_texts(
     texts: Sequence[torch.Tensor], mine: dict[int, tuple[Any, torch.Tensor]], group: Any
 ) -> dict[int, torch.Tensor]:
-    """Those for which there was too little room."""
+    """The messages that did not fit into their buffers, by the index of the weight."""
     cut = [i for i, text in enumerate(texts) if message_length(text) > len(text)]
     if not cut:
         return {}

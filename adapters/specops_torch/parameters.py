@@ -25,8 +25,8 @@ def locate(
 ) -> list[Location]:
     """Describe every parameter of `model`, each name once and each tensor's first name first.
 
-    `trained` are the optimizer's parameters; None stands for all. With `shared`, ranks share the
-    work on what all of them hold.
+    `trained` are the optimizer's parameters; None stands for all. With `shared`, ranks divide the
+    work on parameters that all of them hold.
     """
     refuse_unrecognised(model)
     together = _fully_sharded(model)
@@ -60,7 +60,7 @@ def locate(
 
 
 def _fully_sharded(model: nn.Module) -> set[int]:
-    """The modules whose parameters `fully_shard` brings together for forward passes."""
+    """The modules whose parameters `fully_shard` gathers for forward passes."""
     roots = [module for module in model.modules() if is_fully_sharded(module)]
     if roots:
         reshard(model)
@@ -68,7 +68,7 @@ def _fully_sharded(model: nn.Module) -> set[int]:
 
 
 def _wrapped_paths(model: nn.Module) -> set[str]:
-    """Paths of modules that only stand inside a wrapper (DDP, torch.compile, checkpointing)."""
+    """Paths of the modules inside a wrapper (DDP, torch.compile, checkpointing)."""
     return {
         f"{path}.{WRAPPERS[kind.__name__]}".removeprefix(".")
         for path, module in model.named_modules(remove_duplicate=False)
@@ -78,7 +78,7 @@ def _wrapped_paths(model: nn.Module) -> set[str]:
 
 
 def _plain_name(name: str, wrapped: set[str]) -> str:
-    """A parameter's path as it is without wrappers."""
+    """A parameter's path as it would be without wrappers."""
     parts = name.split(".")
     kept = [p for i, p in enumerate(parts) if ".".join(parts[: i + 1]) not in wrapped]
     return ".".join(kept)
@@ -140,7 +140,10 @@ def _parametrised(name: str) -> Role | None:
 
 
 def _tie(earlier: Location, location: Location) -> Location:
-    """Let one name speak for a tensor, a plain map before an embedding; skip the other."""
+    """Choose which of two names a tied tensor goes by, and skip the other.
+
+    The name under which it is a plain map is preferred to that of an embedding.
+    """
     a, b = earlier.weight, location.weight
     if a.skipped or b.skipped:
         return earlier

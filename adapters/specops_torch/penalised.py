@@ -1,4 +1,4 @@
-"""Closures that evaluate a loss again: its penalties must come along each time."""
+"""Closures for optimizers that evaluate the loss several times: each time penalties are added."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from specops_torch.sharded_constrained import ShardedConstrained
 
 
 def searching(closure: Callable[[], Any], constrained: Sequence[Constrained]) -> Callable[[], Any]:
-    """The closure, in which changed weights are the optimizer's steps and nobody else's doing.
+    """The closure, wrapped so that changes of weights within it count as the optimizer's steps.
 
-    A line search compares values of one function, so its vectors stay what they are.
+    A line search compares values of one function, so the singular vectors must stay as they are.
     """
     uses = [c.in_use for c in constrained if c.in_use is not None]
 
@@ -48,14 +48,11 @@ def with_penalty(
     step: int,
     maximized: Container[int],
 ) -> Callable[[], Any]:
-    """The closure's loss and gradients plus those of the penalties, with vectors of now.
+    """The closure with the penalties added to its loss and gradients (subtracted if maximized).
 
-    Of what is maximised they are taken off.
-
-    `outcomes` of a firing before the step give the vectors.
-
-    An optimizer that calls it several times in one step, as LBFGS does, sees one function. A
-    closure that returns nothing goes on returning nothing.
+    Their vectors are those of `outcomes`, a firing before the step, and stay fixed: an optimizer
+    that calls the closure several times in one step, as LBFGS does, sees one function. A closure
+    that returns nothing still returns nothing.
     """
 
     for o in outcomes:
@@ -63,7 +60,7 @@ def with_penalty(
     due = [o.constrained for o in outcomes if o.array is not None]
 
     def wrapped() -> Any:
-        # The caller's grad mode is the closure's: LBFGS enables it.
+        # Called in the grad mode of the caller, which LBFGS sets.
         loss = closure()
         with torch.no_grad():
             for c in due:

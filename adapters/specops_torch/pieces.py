@@ -26,7 +26,7 @@ class Piece:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the rank's own tensor."""
+        """The shape of the rank's own tensor."""
         return tuple(sum(stop - start for start, stop in runs) for runs in self.axes)
 
     @property
@@ -42,17 +42,17 @@ class Piece:
         return own
 
     def put(self, whole: torch.Tensor, own: torch.Tensor) -> None:
-        """Write a rank's entries to where they belong."""
+        """Write a rank's entries to their places in the whole tensor."""
         for there, here in self._boxes():
             whole[there] = own[here]
 
     def indices(self, axis: int) -> torch.Tensor:
-        """Along one axis."""
+        """The indices along one axis."""
         ranges = [torch.arange(start, stop) for start, stop in self.axes[axis]]
         return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64)
 
     def _boxes(self) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
-        """(where in the whole, where in the rank's own) of each block without gaps."""
+        """(slices in the whole tensor, slices in the rank's own) of each contiguous block."""
         placed = []
         for runs in self.axes:
             ends = list(itertools.accumulate(stop - start for start, stop in runs))
@@ -70,7 +70,7 @@ class Layout:
     group: Any
     rank: int
     device: torch.device
-    """Of what is sent."""
+    """The device on which data are sent."""
     pieces: tuple[Piece, ...]
 
     @property
@@ -80,11 +80,11 @@ class Layout:
 
     @property
     def speaks(self) -> bool:
-        """Whether this rank is the one of several replicas whose part of a sum counts."""
+        """Whether this rank's part counts in sums: of several replicas only the first does."""
         return not self.own.is_empty and self.pieces.index(self.own) == self.rank
 
     def sources(self, owner: int) -> list[int]:
-        """Ranks that together hold every entry once: among replicas, those in the owner's place."""
+        """Ranks that together hold every entry once, with the owner itself among them."""
         holders: dict[Piece, list[int]] = {}
         for rank, piece in enumerate(self.pieces):
             if not piece.is_empty:
@@ -95,7 +95,7 @@ class Layout:
 
 
 def is_sharded(parameter: Any) -> bool:
-    """Whether it is a DTensor."""
+    """Whether a parameter is a DTensor."""
     return type(parameter) is not torch.nn.Parameter and hasattr(parameter, "device_mesh")
 
 
@@ -122,9 +122,9 @@ def piece_of(parameter: Any) -> Piece:
 
 
 def layouts(parameters: Sequence[tuple[str, Any, Any]], groups: dict[Any, Any]) -> list[Layout]:
-    """Of named DTensors: every rank of their meshes asks for the same at the same time.
+    """The layouts of DTensors; every rank of their meshes has to call this at the same time.
 
-    Beside its name and itself each has what else must be the same on all ranks.
+    Each parameter comes as (name, tensor, what else must be the same on all ranks).
 
     Raises
     ------

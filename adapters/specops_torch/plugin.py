@@ -1,4 +1,4 @@
-"""Hooks through which specops finds this adapter; imports torch only for what is torch's."""
+"""Hooks through which specops finds this adapter; torch is imported only if one has to use it."""
 
 from __future__ import annotations
 

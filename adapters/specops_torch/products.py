@@ -1,4 +1,4 @@
-"""Products of sharded matrices with vectors: every rank multiplies its part, and sums are sent."""
+"""Products of sharded matrices with vectors: each rank multiplies its part, then ranks sum up."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from specops_torch.shared import SharedLocation
 
 @dataclass(frozen=True)
 class _Block:
-    """Of one block of `splits`: which rows of a rank's matrix are in it, and as which of its."""
+    """For one block of `splits`: which rows of a rank's matrix it has, and as which of its rows."""
 
     here: Any
     there: torch.Tensor
@@ -28,7 +28,7 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Cut:
-    """A rank's part of the matrices that a weight is."""
+    """A rank's part of the matrices that a weight consists of."""
 
     stack: torch.Tensor
     columns: torch.Tensor
@@ -57,12 +57,12 @@ def _cut(geometry: Dense, shape: tuple[int, ...], piece: Piece, device: str) -> 
 
 
 def _whole(geometry: Dense) -> Dense:
-    """The matrix that the blocks are laid side by side in."""
+    """The matrix in which all blocks lie side by side."""
     return replace(geometry, splits=None, repeats=1)
 
 
 def _flat_indices(shape: tuple[int, ...], piece: Piece, axes: tuple[int, ...]) -> torch.Tensor:
-    """Of the axes flattened, those that the rank holds."""
+    """The indices that the rank holds, along the flattened axes."""
     found = torch.zeros(1, dtype=torch.int64)
     for axis in axes:
         found = (found[:, None] * shape[axis] + piece.indices(axis)).reshape(-1)
@@ -72,9 +72,9 @@ def _flat_indices(shape: tuple[int, ...], piece: Piece, axes: tuple[int, ...]) -
 def multiplied(
     asked: Sequence[tuple[SharedLocation, Wanted]],
 ) -> tuple[list[tuple[torch.Tensor, ...]], list[Exception | None]]:
-    """(the products that are wanted, what failed here), by one collective.
+    """(the products that are wanted, the errors on this rank), by one collective.
 
-    All are of one mesh. Where this rank fails to multiply its part, all ranks get NaN.
+    All weights are of one mesh. If a rank fails to multiply its part, all ranks get NaN.
     """
     parts: list[torch.Tensor] = []
     failures: list[Exception | None] = []

@@ -1,9 +1,9 @@
-"""A layer answers its attribute with the weight in use.
+"""Reading a layer's attribute (``layer.weight``) gives the weight in use.
 
-The layer's class becomes a subclass of itself in which the attribute is a property: reading it
+The layer's class is replaced by a subclass of it in which the attribute is a property: reading it
 computes the weight in use from the raw parameter, which stays where it was, under its own name.
-Nothing is put in and taken out around a forward pass, so it does not matter who reads the
-weight, when, or in which thread.
+Nothing is swapped around a forward pass, so it does not matter who reads the weight, when, or in
+which thread.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from specops_torch.in_use import InUse
 
 _HELD = "_specops_in_use"
 _live: WeakSet[InUse] = WeakSet()
-"""Those of attachments; not those that came along when a model was copied."""
+"""The weights in use of attachments; not their copies in copied models."""
 
 
 def read_through(module: nn.Module, attribute: str, in_use: InUse) -> None:
@@ -57,7 +57,7 @@ def answer_plainly(module: nn.Module, attribute: str, in_use: InUse) -> None:
     del held[attribute]
     if not held:
         del module.__dict__[_HELD]
-        # Others may have made a subclass of ours since; then the properties give the parameter.
+        # If others have subclassed our class since, its properties give the parameter from now on.
         if "plain" in vars(type(module)):
             module.__class__ = type(module).plain
 
@@ -68,21 +68,21 @@ def is_read_through(module: nn.Module) -> bool:
 
 
 def brought_together(module: nn.Module, attribute: str, parameter: Any) -> torch.Tensor:
-    """The whole weight that a layer of a sharded parameter uses; a collective."""
+    """The whole weight that a layer with a sharded parameter uses; a collective call."""
     whole: torch.Tensor = parameter.full_tensor()
     in_use = module.__dict__.get(_HELD, {}).get(attribute)
     return whole if in_use is None else in_use.of_whole(whole)
 
 
 class _Reading:
-    """What the subclasses have in common."""
+    """The base of the classes that layers get."""
 
     plain: type[nn.Module]
     """The layer's own class."""
     attributes: tuple[str, ...]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As the layer's own class is copied and pickled, which others can import."""
+        """Copy and pickle by way of the layer's own class, which can be imported."""
         reduced: Any = super().__reduce_ex__(protocol)
         make, arguments, *rest = reduced
         if make is copyreg.__newobj__ and arguments[0] is type(self):  # type: ignore[attr-defined]
@@ -109,7 +109,7 @@ class _Reading:
 
 
 class _Recurrent(_Reading):
-    """Recurrent layers keep their weights in a list: theirs is made whenever it is read."""
+    """For recurrent layers, which keep their weights in a list: it is made when it is read."""
 
     _flat_weights_names: list[str]
 
@@ -122,10 +122,10 @@ class _Recurrent(_Reading):
         del weights
 
     def _update_flat_weights(self) -> None:
-        """The list is never out of date."""
+        """Nothing to do: the list is never out of date."""
 
     def flatten_parameters(self) -> None:
-        """The weights in use have no memory of their own to be laid out in."""
+        """Nothing to do: weights in use have no fixed memory that could be laid out."""
 
 
 def _property(attribute: str) -> property:
@@ -141,11 +141,11 @@ def _property(attribute: str) -> property:
         try:
             return in_use(raw)
         except AttributeError as error:
-            # Python would take it for a missing property, and give the raw parameter instead.
+            # Python would take it for a missing attribute, and give the raw parameter instead.
             raise AdapterError(f"{in_use.name}: {in_use.rule!r} failed: {error}") from error
 
     def write(self: Any, value: Any) -> None:
-        # Parameters are set by torch.nn.Module before it comes to this.
+        # Not for parameters, which torch.nn.Module sets itself before Python calls this.
         self.__dict__[attribute] = value
 
     def delete(self: Any) -> None:

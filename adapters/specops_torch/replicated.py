@@ -1,4 +1,4 @@
-"""Weights that all ranks of a group hold alike, as under DistributedDataParallel."""
+"""Weights of which all ranks of a group hold a copy, as under DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class ReplicatedLocation(SharedLocation):
 
 
 def replicas_of(model: nn.Module, named: Any) -> Any:
-    """The group whose ranks hold the same weights: the one named, or that of
-    DistributedDataParallel around the model, or a part of it; None where there is neither."""
+    """The group whose ranks hold copies: the named one, or that of DistributedDataParallel
+    around the model or a part of it; None if there is neither."""
     wrapped = (m for m in model.modules() if isinstance(m, DistributedDataParallel))
     return named or next((m.process_group for m in wrapped), None)
 
 
 def settle_replicas(constrained: Sequence[Any], group: Any) -> None:
-    """Learn that all ranks have those that are new, under equal rules; all ranks call it alike.
+    """Check that all ranks hold new weights under equal rules; all ranks have to call this.
 
     Raises
     ------
@@ -83,7 +83,7 @@ def _check_alike(everybody: Sequence[Any]) -> None:
             listed = {entry[0] for entry in set(theirs) ^ set(everybody[0])} or {"their order"}
             raise AdapterError(
                 f"ranks hold no replicas under equal rules, {', '.join(sorted(listed)[:5])} "
-                f"differ: attach the same after DistributedDataParallel has made them alike, "
+                f"differ: attach the same plan after DistributedDataParallel has made them equal, "
                 f"or leave out replicas="
             )
 

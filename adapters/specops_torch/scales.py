@@ -20,7 +20,7 @@ from specops_torch.sharded_constrained import ShardedConstrained
 
 _GROUP = "specops scales"
 _held: WeakSet[Scales] = WeakSet()
-"""Those whose parameters an optimizer has."""
+"""The scales of attachments whose parameters an optimizer holds."""
 
 
 class Scales:
@@ -37,15 +37,15 @@ class Scales:
         self._model, self._replicas = model, replicas
         self.parameters: dict[str, nn.Parameter] = {}
         self._given: list[nn.Parameter] = []
-        """Also those of layers that were taken out since, which an optimizer keeps."""
+        """All that an optimizer was given, also of layers that were removed since."""
         self._rules: list[Any] = []
         self._group: Any = None
-        """Whose ranks meet different batches."""
+        """The process group whose ranks see different batches."""
         self._averaged: bool | None = False
-        """Whether their gradients were since the last step; None once it was said that not."""
+        """Whether gradients were averaged since the last step; None once a warning said not."""
 
     def give(self, constrained: Sequence[Constrained], optimizer: Any) -> None:
-        """Make what is missing, hand it to the layers and to the optimizer."""
+        """Make missing scales, and hand them to the layers and to the optimizer."""
         self._group = replicas_of(self._model, self._replicas)
         new: list[nn.Parameter] = []
         users: dict[str, list[Constrained]] = {}
@@ -95,7 +95,7 @@ class Scales:
                 _add_group(optimizer, [p for p in new if (id(p) in rising) == climbs], climbs)
 
     def _rename(self, layers: dict[str, Constrained]) -> None:
-        """Let parameters stay with their layers where these have other names than before."""
+        """Keep each parameter with its layer if layers have changed their names."""
         held = {name: c.in_use.overrides.get("scale") for name, c in layers.items() if c.in_use}
         moved = {name: scale for name, scale in held.items() if scale is not None}
         own = {id(scale) for scale in moved.values()}
@@ -103,7 +103,7 @@ class Scales:
         self.parameters = left | moved
 
     def averaging(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """The closure, whose gradients an optimizer uses as soon as it returns."""
+        """The closure, averaging before it returns: the optimizer then uses the gradients."""
 
         def wrapped() -> Any:
             loss = closure()
@@ -114,8 +114,8 @@ class Scales:
 
     @torch.no_grad()
     def average(self) -> None:
-        """Gradients over the ranks, as `fully_shard` and DDP do those of layers: where a layer
-        ran on some ranks only, the others count as zeros."""
+        """Average gradients over the ranks, as `fully_shard` and DDP do for layers: a rank on which
+        the layer did not run counts with a gradient of zero."""
         scales = list(self.parameters.values())
         if self._group is None or not scales:
             return
@@ -129,7 +129,7 @@ class Scales:
                 p.grad = total / ranks
 
     def check_averaged(self) -> None:
-        """After a step: warn once if nobody has asked for the mean over the ranks before it."""
+        """After a step: warn once if `average` was not called before it."""
         if self._group is not None and self.parameters and self._averaged is False:
             caution(
                 "trainable scales were stepped by the gradients of this rank alone: call "
@@ -157,7 +157,7 @@ class Scales:
             optimizer.state.pop(p, None)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Their values."""
+        """The values of the scales."""
         return {key: p.detach().clone() for key, p in self.parameters.items()}
 
     @torch.no_grad()
@@ -167,7 +167,7 @@ class Scales:
             self.parameters[key].copy_(torch.as_tensor(value))
 
     def check(self, saved: dict[str, torch.Tensor]) -> None:
-        """Raise if these are the values of other scales."""
+        """Raise if saved values are those of other scales."""
         if set(saved) != set(self.parameters):
             raise AdapterError(
                 f"the state has scales {sorted(saved)}, expected {sorted(self.parameters)}"

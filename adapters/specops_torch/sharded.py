@@ -1,4 +1,4 @@
-"""A weight of which every rank holds a part: read and written as the logical matrix that it is."""
+"""A weight of which every rank holds a part, read and written as one logical matrix."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from specops_torch.shared import SharedLocation
 class ShardedLocation(SharedLocation):
     """A DTensor parameter.
 
-    Its shape, and so its geometry and blocks, are those of the logical weight, which `read` gives
-    where it has been brought together; `write` takes that, or this rank's part.
+    Its shape, geometry and blocks are those of the logical weight. `read` gives that weight if it
+    has been gathered, else this rank's part; `write` takes either.
     """
 
     held: Any = None
     is_brought_together: bool = False
-    """Whether `fully_shard` brings it together for forward passes."""
+    """Whether `fully_shard` gathers it for forward passes."""
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter that the optimizer has: between two forward passes layers may hold it
-        brought together, as `fully_shard` leaves it after an evaluation."""
+        """The parameter that the optimizer has. Between forward passes layers may hold the gathered
+        one instead, as `fully_shard` leaves it after an evaluation."""
         found = self.module._parameters.get(self.attribute)
         if is_sharded(found):
             self.held = found
@@ -47,7 +47,7 @@ class ShardedLocation(SharedLocation):
 
     @property
     def is_stale(self) -> bool:
-        """Whether its layer holds a copy that was made before the latest write."""
+        """Whether its layer holds a gathered copy, from before the latest write."""
         return not is_sharded(self.module._parameters.get(self.attribute))
 
     def gathered(self) -> torch.Tensor:
@@ -56,7 +56,7 @@ class ShardedLocation(SharedLocation):
         return whole
 
     def write(self, value: torch.Tensor) -> None:
-        """In place: of a whole weight this rank's part."""
+        """Write in place: this rank's part, also if a whole weight is given."""
         own = self.known.own
         if value.shape == self.parameter.shape:
             value = own.take(value)
@@ -64,7 +64,7 @@ class ShardedLocation(SharedLocation):
             self.local.copy_(value.reshape(self.local.shape))
 
     def identity(self) -> int | None:
-        """Of the parameter that the optimizer has."""
+        """The id of the parameter that the optimizer has."""
         return id(self.parameter)
 
     def holders(self) -> list[tuple[nn.Module, str]]:
@@ -74,7 +74,7 @@ class ShardedLocation(SharedLocation):
 
 
 def settle(constrained: Sequence[Any], groups: dict[Any, Any]) -> None:
-    """Learn which ranks hold what of those that are new; all ranks call it alike.
+    """Learn which part of each new weight every rank holds; all ranks have to call this.
 
     Raises
     ------
@@ -89,8 +89,8 @@ def settle(constrained: Sequence[Any], groups: dict[Any, Any]) -> None:
         placements = c.location.held.placements
         if any(p.is_partial() for p in placements):
             raise AdapterError(
-                f"{c.name} is a sum that was not taken yet (placements {placements}): redistribute "
-                f"it to Shard or Replicate"
+                f"{c.name} is a partial sum (placements {placements}): redistribute it to Shard or "
+                f"Replicate first"
             )
     found = layouts([(c.name, c.location.parameter, c.how) for c in new], groups)
     for c, layout in zip(new, found, strict=True):
@@ -98,9 +98,9 @@ def settle(constrained: Sequence[Any], groups: dict[Any, Any]) -> None:
 
 
 def agree_on_sizes(locations: Sequence[SharedLocation]) -> None:
-    """Let every rank know the largest input that any has met; all ranks call it alike.
+    """Tell every rank the largest input that any rank has seen; all ranks have to call this.
 
-    Of one weight there is one operator, whichever rank owns it, and batches differ in size.
+    The operator of a weight must be the same on all ranks, but their batches may differ in size.
     """
     by_group: dict[int, list[ShardedLocation]] = {}
     for x in locations:
@@ -115,7 +115,7 @@ def agree_on_sizes(locations: Sequence[SharedLocation]) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of weights that `fully_shard` has brought together: the next forward does it anew."""
+    """Free the weights that `fully_shard` has gathered: the next forward pass gathers them anew."""
     for module in model.modules():
         if is_fully_sharded(module):
             module.reshard()

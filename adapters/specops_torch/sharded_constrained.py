@@ -23,7 +23,7 @@ from specops_torch.shared_constrained import SharedConstrained
 
 
 def constrained_at(location: Location, assignment: Assignment) -> Constrained:
-    """What is kept of a weight there: on replicas only rules on weights are worth sharing."""
+    """The object that keeps a weight; for replicas only rules on weights are worth sharing."""
     if isinstance(location, ShardedLocation):
         return ShardedConstrained(location, assignment)
     stage = None if assignment.rule is None else assignment.rule.stage
@@ -33,7 +33,7 @@ def constrained_at(location: Location, assignment: Assignment) -> Constrained:
 
 
 def settle_all(constrained: Sequence[Constrained], groups: dict[Any, Any], replicas: Any) -> None:
-    """Learn which ranks hold what of those that are new; all ranks call it alike."""
+    """Learn which part of each new weight every rank holds; all ranks have to call this."""
     settle(constrained, groups)
     settle_replicas([c for c in constrained if isinstance(c, SharedConstrained)], replicas)
 
@@ -41,8 +41,8 @@ def settle_all(constrained: Sequence[Constrained], groups: dict[Any, Any], repli
 class ShardedConstrained(SharedConstrained):
     """A weight that no rank holds as a whole, except while it owns it.
 
-    Layers under a forward rule find their states in the first forward pass, which brings the
-    weight together anyway.
+    Layers under a forward rule find their states in the first forward pass, which gathers the
+    weight anyway.
     """
 
     @property
@@ -52,7 +52,7 @@ class ShardedConstrained(SharedConstrained):
         return self.parameter
 
     def resume(self, parameter: Any, assignment: Assignment) -> None:
-        """Go on; with another tensor in its place, from its next forward pass on."""
+        """Go on; if another tensor is in its place, measure it in its next forward pass."""
         super().resume(parameter, assignment)
         self.location.held = parameter.held
         if self.in_use is not None and self.in_use.is_replaced(parameter.held):
@@ -60,10 +60,10 @@ class ShardedConstrained(SharedConstrained):
             self._watch_gradient()
 
     def refuse_sharded(self, model: nn.Module) -> None:
-        """It was so from the beginning."""
+        """Nothing to refuse: it was sharded from the beginning."""
 
     def steps_by_products(self, step: int) -> Any:
-        """As ever; of penalties those whose term each rank makes of the vectors."""
+        """As before, but for penalties only if each rank can make its term from the vectors."""
         if self.in_use is not None and self.in_use.forgotten:
             return None
         if self.stage == "gradients" and not self.adds_in_place(self.geometry):
@@ -80,11 +80,11 @@ class ShardedConstrained(SharedConstrained):
         return self.rule.formula == "penalty" and isinstance(follow, TrackedBlocks)
 
     def add_term(self, step: int, term: Any, state: Any, scale: torch.Tensor | None) -> None:
-        """Add to this rank's part of the gradient: `term`, a part too, or what vectors give."""
+        """Add `term`, this rank's part, to the gradient; None: make the term from the vectors."""
         parameter: Any = self.location.parameter
         gradient = parameter.grad
         if gradient.placements != parameter.placements:
-            # Of a replicated weight each rank may have its part of a sum.
+            # The gradient of a replicated weight may be a partial sum on each rank.
             gradient = gradient.redistribute(parameter.device_mesh, parameter.placements)
             parameter.grad = gradient
         own: torch.Tensor = gradient.to_local()
@@ -111,19 +111,19 @@ class ShardedConstrained(SharedConstrained):
         self._watch_gradient()
 
     def used(self, step: int = 1) -> torch.Tensor:
-        """The weight as its layers use it: of a forward rule the whole, by a collective."""
+        """The weight as its layers use it; under a forward rule it is gathered, by a collective."""
         x = self.location
         if self.in_use is None or not self.answering:
             return x.read() if x.whole is not None else x.parameter
         return self.in_use.of_whole(x.gathered() if x.whole is None else x.whole)
 
     def _watch_gradient(self) -> None:
-        """Between backward passes that are accumulated `fully_shard` shows none."""
+        """Note when `fully_shard` has reduced the gradient: before that it shows none."""
         in_use = self.in_use
         if in_use is None or self.forward_rule.trained_scale() is None:
             return
 
-        # It refers to the parameter, and torch keeps hooks where no garbage is looked for.
+        # A weak reference: torch keeps hooks where the garbage collector cannot see the cycle.
         known = weakref.ref(in_use)
 
         def reduced(_: Any) -> None:
@@ -140,7 +140,7 @@ class ShardedConstrained(SharedConstrained):
         if kinds in (["Shard"], ["Replicate", "Shard"]) and x.is_brought_together:
             return
         raise AdapterError(
-            f"{self.name} is in parts during forward passes too (placements "
+            f"{self.name} is sharded during forward passes too (placements "
             f"{x.held.placements}), and {self.rule!r} needs the whole there: use a rule on "
             f"weights or gradients for it (ClipSpectralNorm, SpectralNormPenalty), exclude it "
             f'with ("{self.name}", None), or shard it by fully_shard alone'

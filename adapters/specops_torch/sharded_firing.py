@@ -1,7 +1,8 @@
 """A firing of rules on weights of which every rank holds a part.
 
-Rules that say so are first tried by products with the weights, which are sums over the ranks. What
-takes a weight itself goes to the rank that owns it. All ranks decide alike, and fail alike.
+Rules with `by_products` are first tried by products with the weights, which are sums over the
+ranks. A firing that needs a whole weight is done by the rank that owns it. All ranks decide and
+fail together.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class ShardedFiring(Firing[Constrained]):
 
 
 def measured(constrained: Sequence[Constrained], measure: Measure) -> dict[str, dict[str, Any]]:
-    """What is measured of each weight, by name; of sharded ones each by its owner."""
+    """The measurements of each weight, by name; a sharded weight is measured by its owner."""
     sharded = [c for c in constrained if isinstance(c, ShardedConstrained)]
     agree_on_sizes([c.location for c in sharded])
     told = shared(
@@ -101,12 +102,12 @@ def measured(constrained: Sequence[Constrained], measure: Measure) -> dict[str, 
 
 
 def _follows_size(c: SharedConstrained) -> bool:
-    """Whether its rule is about an operator, which a convolution is of each size another."""
+    """Whether its rule is about a convolution's operator, which depends on the input size."""
     return not isinstance(c.rule.view(c.geometry), Dense)
 
 
 def _outcome(c: SharedConstrained, found: Found) -> Outcome[Constrained]:
-    """What the owner found, as this rank's part of it."""
+    """This rank's part of what the owner found."""
     acted, changed, state, record, c.misfit, c.moved = found.told
     local = c.location.local
     array = (found.value if changed else local) if acted else None
@@ -114,7 +115,7 @@ def _outcome(c: SharedConstrained, found: Found) -> Outcome[Constrained]:
 
 
 def _by_products(due: Sequence[SharedConstrained], step: int) -> list[SharedConstrained]:
-    """Those for which products will not do; the others are advanced.
+    """Advance the weights for which products suffice, and return the others.
 
     One collective for each round of products, and one in which the ranks agree.
     """
@@ -131,7 +132,7 @@ def _one_group(due: Sequence[SharedConstrained], step: int) -> list[str]:
     tried, undone = [], []
 
     def go_on(c: SharedConstrained, steps: Any, answer: Any) -> None:
-        """Until it asks for more, or is done."""
+        """Run the generator until it asks for the next products, or is done."""
         try:
             asking[c.name] = c, steps, steps.send(answer)
         except StopIteration as stopped:
@@ -174,7 +175,7 @@ def _one_group(due: Sequence[SharedConstrained], step: int) -> list[str]:
 
 
 def _named(c: SharedConstrained, errors: dict[str, Exception], step: int) -> Exception:
-    """The error of a weight, as this rank knows it."""
+    """The error for a weight that failed on some rank, in as much detail as this rank knows."""
     error = errors.get(c.name)
     if error is None:
         return AdapterError(f"{c.name} at step {step}: {c.rule!r} failed on another rank")

@@ -1,4 +1,4 @@
-"""A weight that concerns the ranks of a group together: who holds what of it."""
+"""A weight that the ranks of a group share: which part of it each rank holds."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from specops_torch.pieces import Layout
 
 @dataclass
 class SharedLocation(Location):
-    """A parameter of which every rank holds a part, or the same.
+    """A parameter of which every rank holds a part, or a copy.
 
-    `read` gives the whole where it has been brought together (`whole`), else what this rank holds.
+    `read` gives the `whole` parameter if it has been gathered, else what this rank holds.
     """
 
     layout: Layout | None = None
     whole: torch.Tensor | None = field(default=None, repr=False)
     capacity: int = 4096
-    """Bytes that are expected of what an owner tells of it, beside its entries."""
+    """Bytes reserved for what its owner sends to all ranks besides its entries."""
 
     @property
     def known(self) -> Layout:
-        """Who holds what."""
+        """Which part each rank holds."""
         assert self.layout is not None
         return self.layout
 
@@ -34,10 +34,10 @@ class SharedLocation(Location):
         return self.parameter.detach()
 
     def read(self) -> torch.Tensor:
-        """The whole where it is at hand, else what this rank holds."""
+        """The whole parameter if it has been gathered, else what this rank holds."""
         return self.local if self.whole is None else self.whole
 
     def learn(self, layout: Layout) -> None:
-        """Remember who holds what."""
+        """Remember which part each rank holds."""
         self.layout = layout
         self.capacity += 16 * sum(self.parameter.shape)

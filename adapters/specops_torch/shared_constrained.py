@@ -20,7 +20,7 @@ class SharedConstrained(Constrained):
     advanced: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
     """(new state, figures) of a firing by products, until it is recorded."""
     moved: torch.Tensor | None = None
-    """How far its owner moved it last, relative to its norm, if anybody asks."""
+    """Its relative change when its owner last fired, if that is asked for."""
 
     @property
     def location(self) -> SharedLocation:
@@ -30,30 +30,30 @@ class SharedConstrained(Constrained):
 
     @property
     def how(self) -> tuple[Any, ...]:
-        """What has to be the same on all ranks, wherever functions and tensors lie there."""
+        """What has to be the same on all ranks, without addresses and devices."""
         rule = re.sub(r" at 0x[0-9a-f]+|, device='[^']*'", "", repr(self.rule))
         return rule, self.assignment.every, repr(self.assignment.weight.geometry)
 
     @property
     def waits(self) -> bool:
-        """Whether a firing leaves it alone on every rank, for reasons that need no numbers."""
+        """Whether a firing leaves it alone on every rank, whatever its values are."""
         return bool(self.location.frozen()) or self.needs_size
 
     def why_not(self, weight: torch.Tensor) -> str:
-        """As ever; what was advanced by products has been looked at whole."""
+        """As before; a weight that was advanced by products is known to be finite."""
         if self.advanced is not None:
             return self.location.frozen()
         return super().why_not(weight)
 
     def act(self, weight: torch.Tensor, step: int, *, certain: bool) -> Any:
-        """What products have given, or on its owner what the rule gives."""
+        """The result of a firing by products, or else, on its owner, that of the rule."""
         if self.advanced is None:
             return super().act(weight, step, certain=certain)
         (state, figures), self.advanced = self.advanced, None
         return weight, state, self.checked(figures)
 
     def steps_by_products(self, step: int) -> Any:
-        """The computation of a firing that needs no more than products; None where it does."""
+        """The generator of a firing by products; None if the firing needs the whole weight."""
         if self.state is None:
             return None
         return self.rule.by_products(self.geometry, self.state, step=step, name=self.name)

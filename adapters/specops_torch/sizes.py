@@ -54,7 +54,7 @@ class SizeRecorder:
     def geometry(self, module: Any) -> Any:
         """The module's geometry at the size seen, or for every size."""
         sizes = self.sizes()
-        # What a layer reads at each call may change: strides for dilations, to mention one.
+        # A user may change these attributes between calls, such as strides for dilations.
         key = (sizes, module.stride, module.padding, module.dilation)
         if self._known is None or self._known[0] != key:
             self._known = (key, role_of(module, "weight", *sizes).geometry)
@@ -80,7 +80,7 @@ class SizeRecorder:
         self.varies = state["varies"]
 
     def merge(self, state: dict[str, Any]) -> None:
-        """Take in what the same layer has met elsewhere: the `state` of another recorder."""
+        """Add what the same layer has seen on another rank: the `state` of its recorder."""
         if state["input_shape"] is not None:
             self._record(tuple(state["input_shape"]))
         if state["output_padding"] is not None:
@@ -114,7 +114,7 @@ def _largest(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
 
 @contextmanager
 def unrecorded(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Forward passes whose sizes no recorder keeps."""
+    """A context for forward passes whose sizes no recorder keeps."""
     hooks = [h for m in modules for h in m._forward_hooks.values() if isinstance(h, SizeRecorder)]
     known = [dict(vars(recorder)) for recorder in hooks]
     try:
@@ -125,9 +125,10 @@ def unrecorded(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 class DeclaredSize:
-    """A forward hook that says once if a convolution meets inputs that its declared map is not of.
+    """A forward hook that warns once if a convolution's inputs are not of its declared size.
 
-    Smaller ones with a zero boundary are parts of it, and bounded with it.
+    It accepts smaller inputs with a zero boundary: their maps are parts of the declared one, and
+    bounded with it.
     """
 
     def __init__(self, name: str, geometry: Conv) -> None:
@@ -145,21 +146,21 @@ class DeclaredSize:
         if seen == grid or (covered and self.geometry.boundary != "circular"):
             return
         self.told = True
-        # Compilers may know no sizes.
+        # Compilers may not know sizes.
         met = "another size" if torch.compiler.is_compiling() else "×".join(map(str, seen))
         _caution(self.name, self.described, met)
 
 
-@torch.compiler.assume_constant_result  # called while a graph is made, and not broken by it
+@torch.compiler.assume_constant_result  # It is called during tracing and does not break the graph.
 def _caution(name: str, described: str, met: str) -> None:
     caution(
-        f"{name} was declared as {described} and meets inputs of {met}, of which neither its rule "
-        f"nor reports speak: declare the size that it meets, or none, for every size"
+        f"{name} was declared as {described} and meets inputs of {met}, for which neither its rule "
+        f"nor reports hold: declare the size that it meets, or none, for every size"
     )
 
 
 class FirstSize:
-    """A forward pre-hook: the size of a convolution's first input, before its weight is read."""
+    """A forward pre-hook that learns a convolution's first input size before its weight is read."""
 
     def __init__(self, in_use: Any) -> None:
         self.in_use = in_use

@@ -1,4 +1,4 @@
-"""Running statistics of batch normalisation that are of other weights than rules have left."""
+"""Stale running statistics: batch normalisation that has not seen what rules did to weights."""
 
 from __future__ import annotations
 
@@ -13,37 +13,38 @@ from specops.training.cautions import caution
 from specops_torch.batch_norms import BATCH_NORMS
 
 _STALE = 1e-2
-"""Change of a weight, relative to its norm, that statistics may have missed.
+"""Relative change of a weight that statistics may have missed without a warning.
 
 Of the four convolutions of ``examples/train_digits.py``, without training after it: all shrunk by
 1e-2, outputs move by 5 %, as much as by estimating the statistics from other batches (4 %), and
 accuracy stays; by 1e-1, 51 % and 15 points are lost."""
 _GROWTH = 2
-"""Times the change of the latest firing that a step since may have undone on its own account.
+"""A change of up to so many times the latest one, per batch since, only takes back what steps added.
 
-A rule that acts after every step takes back what the step added, 1e-2 to 8e-2 there, from 1.0 to
-1.6 times what it took back a step before: no batch has ever seen it."""
+A rule that acts after every step takes back what the step added, 1e-2 to 8e-2 there: from 1.0 to
+1.6 times as much as a step before. No batch has ever seen what it takes back."""
 _NAMED = 3
-"""Layers that a warning names."""
+"""How many layers a warning names."""
 
 
 @dataclass
 class _Missed:
-    """What statistics had not seen of the weights before them, when those were last changed."""
+    """The change of the preceding weights that statistics had not seen at their last change."""
 
     change: torch.Tensor
     latest: torch.Tensor
-    """Of the last firing alone."""
+    """The change by the last firing alone."""
     batches: torch.Tensor
     written: int
 
 
 class Statistics:
-    """Of the batch normalisations of a model, what they have missed.
+    """The changes of weights that the batch normalisations of a model have missed.
 
-    An average with momentum m keeps (1 − m)ⁿ of what it was before the n latest batches, and so
-    much of a change is missing from it. Averages that somebody else has written to since, as
-    `torch.optim.swa_utils.update_bn` does, are new. Until somebody asks, no device is waited for.
+    A running average with momentum m keeps (1 − m)ⁿ of its value before the n latest batches, and
+    misses so much of a change. Averages that something else has written to since, such as
+    `torch.optim.swa_utils.update_bn`, are up to date. No device sync happens until results are
+    asked for.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -51,15 +52,15 @@ class Statistics:
         self._missed: dict[nn.Module, _Missed] = {}
 
     def are_kept(self) -> bool:
-        """Whether there are any."""
+        """Whether the model has batch normalisations."""
         return any(isinstance(module, BATCH_NORMS) for module in self._model.modules())
 
     @torch.no_grad()
     def changed(self, changes: Mapping[nn.Module, torch.Tensor]) -> None:
-        """Rules have changed weights, relative to their norms by so much, by layer.
+        """Note the relative changes of weights by rules, by layer.
 
-        What is registered after the first of these layers follows it. A normalisation that
-        evaluates while its model trains is a fixed map, and the same in evaluation.
+        All that is registered after the first of these layers is taken to follow it. A
+        normalisation in evaluation mode while its model trains is a fixed map and misses nothing.
         """
         largest: torch.Tensor | None = None
         for module in self._model.modules():
@@ -72,7 +73,7 @@ class Statistics:
                     self._add(module, largest)
 
     def stale(self) -> dict[str, nn.Module]:
-        """The normalisations whose statistics are of other weights, by name."""
+        """The normalisations whose statistics are stale, by name."""
         return {
             name: module
             for name, module in self._model.named_modules()
@@ -80,7 +81,7 @@ class Statistics:
         }
 
     def caution(self, act: str) -> None:
-        """Warn of those, in one sentence."""
+        """Warn of stale statistics, in one sentence."""
         names = list(self.stale())
         if not names:
             return
@@ -108,7 +109,7 @@ class Statistics:
 
 
 def relative_change(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Of a weight, in its Frobenius norm."""
+    """‖after − before‖/‖before‖ in the Frobenius norm."""
     half = before.dtype in (torch.float16, torch.bfloat16)
     old, new = (x.detach().float() if half else x.detach() for x in (before, after))
     norm = torch.linalg.vector_norm(old).clamp(min=torch.finfo(old.dtype).tiny)
@@ -122,7 +123,7 @@ def _remaining(norm: Any, missed: _Missed) -> tuple[torch.Tensor, torch.Tensor]:
     seen = (batches - then).float()
     mean = norm.momentum is None  # of all batches so far
     share = then / batches.clamp(min=1) if mean else (1.0 - norm.momentum) ** seen
-    # Each batch writes to the counter once: other writes are not those of batches.
+    # Each batch writes to the counter once. More writes mean that something else wrote to it.
     only_batches = seen == _written(batches) - missed.written
     share = torch.where(only_batches, share, 0.0)
     return share, torch.where(only_batches, seen, 0.0)
@@ -133,5 +134,5 @@ def _written(counter: torch.Tensor) -> int:
 
 
 def _has_run(norm: Any) -> bool:
-    """Whether statistics are not those that a layer is made with."""
+    """Whether statistics differ from those of a new layer."""
     return bool(norm.running_mean.any()) or bool((norm.running_var != 1).any())

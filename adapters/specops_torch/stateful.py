@@ -11,7 +11,7 @@ from specops_torch.attachment import Attachment
 
 
 class Stateful:
-    """What `torch.distributed.checkpoint` saves and loads of an attachment.
+    """An attachment in a form that `torch.distributed.checkpoint` can save and load.
 
     All ranks hold the same state, which is stored once, so that it can be loaded on any number of
     them, into a fresh attachment of the same plan. Load the model first.
@@ -34,7 +34,7 @@ class Stateful:
         self._attachment = attachment
 
     def state_dict(self) -> dict[str, Any]:
-        """One entry, whose shape does not depend on what a rule has kept so far."""
+        """The state as one entry, whose form does not depend on the rules' states."""
         buffer = io.BytesIO()
         torch.save(self._attachment.state_dict(), buffer)
         return {"attachment": buffer.getvalue()}

@@ -1,4 +1,4 @@
-"""The maps of fused layers: blocks that a layer alone does not know, by the model around it."""
+"""The maps of fused layers, whose blocks only the model around a layer tells."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WRAPPERS = {
     "OptimizedModule": "_orig_mod",
     "CheckpointWrapper": "_checkpoint_wrapped_module",
 }
-"""Modules that hold another one, and what they call it."""
+"""Modules that wrap another one, and the attribute in which they hold it."""
 
 
 def role_within(
@@ -59,7 +59,7 @@ def role_within(
 
 
 def _settings(modules: Mapping[str, nn.Module], path: str) -> Any:
-    """Values of the configuration of the layer, or of the nearest module around it that has one."""
+    """A lookup in the configuration of the layer, or of the nearest module around it with one."""
     while True:
         config = getattr(modules.get(path), "config", None)
         if config is not None or not path:
@@ -71,7 +71,7 @@ def _settings(modules: Mapping[str, nn.Module], path: str) -> Any:
 
 
 def _beside(modules: Mapping[str, nn.Module], block: str) -> Any:
-    """Shapes of the weights of the layers of a block, and of its own parameters."""
+    """A lookup of shapes by name: of the weights of a block's layers, and of its parameters."""
 
     def shape(name: str) -> tuple[int, ...]:
         within = block

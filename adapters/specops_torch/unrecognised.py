@@ -1,4 +1,4 @@
-"""Parameters that hide the matrices they are of: refused by name, with the remedy."""
+"""Parameters that hide the matrices that they belong to: refused by name, with a remedy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from specops_torch.pieces import is_sharded
 
 
 def refuse_unrecognised(model: nn.Module) -> None:
-    """Raise if parameters are parts of matrices that nothing here can tell the wholes of.
+    """Raise if parameters are parts of matrices whose whole is not known here.
 
     Raises
     ------
@@ -22,7 +22,7 @@ def refuse_unrecognised(model: nn.Module) -> None:
         if type(module).__name__ == "FullyShardedDataParallel":
             raise AdapterError(
                 f"{path or 'the model'} is wrapped in FSDP1, which hides the shapes of its "
-                f"parameters: attach before wrapping is no help, use fully_shard or DDP"
+                f"parameters: use fully_shard or DDP (attaching before wrapping does not help)"
             )
     for name, parameter in model.named_parameters():
         reason = _hidden(parameter)
@@ -31,7 +31,7 @@ def refuse_unrecognised(model: nn.Module) -> None:
 
 
 def refuse_sharded(name: str, parameter: Any) -> None:
-    """Raise if a parameter that was whole is a part of a matrix now."""
+    """Raise if a parameter has become a part of a matrix since it was attached."""
     if is_sharded(parameter):
         raise AdapterError(
             f"{name} is sharded (DTensor) since it was attached: shard first, then make the "

@@ -11,13 +11,14 @@ from specops.training.cautions import caution
 
 
 class WeightInUse(torch.Tensor):
-    """Read, it is the weight in use; what is written to it reaches the raw parameter.
+    """The weight in use when it is read; writing to it writes to the raw parameter.
 
-    Initialisers, ``layer.weight.copy_(...)``, ``layer.weight[3:] = ...``, ``.data``, ``.grad``,
-    ``.requires_grad`` and hooks on gradients so mean what they mean on the plain layer. Results
-    of operations are plain tensors. A view of it, and ``out=`` of an operation, are of these
-    numbers and not of the parameter: what is written there is lost, with a warning if the tensor
-    itself was still held then (as by an initialiser), without one for ``layer.weight[0].fill_``.
+    So initialisers, ``layer.weight.copy_(...)``, ``layer.weight[3:] = ...``, ``.data``, ``.grad``,
+    ``.requires_grad`` and hooks on gradients mean what they mean on the plain layer. Results of
+    operations are plain tensors. A view of it, or its use as ``out=`` of an operation, has the
+    memory of the weight in use, not of the parameter: what is written there is lost. A warning
+    follows if the tensor itself was still held then (as by an initialiser), but not after
+    ``layer.weight[0].fill_(...)``.
     """
 
     # As torch.nn.Parameter: operations see a plain tensor, at no cost.

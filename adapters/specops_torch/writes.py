@@ -1,4 +1,4 @@
-"""What tells that a tensor was written to since."""
+"""Noticing that a tensor was written to."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ from torch import nn
 from specops_torch.fast_paths import transformed
 
 _SAMPLED = 12
-"""About as many entries of a parameter tell of writes that torch does not count."""
+"""About how many entries of a parameter are sampled to notice writes that torch does not count."""
 
 
 _AT_ONCE = 2**20
-"""Entries that are widened together, as whole weights would be four times their memory."""
+"""Entries that are cast to double at a time: a whole weight could take four times its memory."""
 
 
 def written(raw: torch.Tensor) -> tuple[int, int]:
-    """What changes when a parameter is written to, cast or moved."""
+    """Numbers that change when a parameter is written to, cast or moved."""
     if type(raw) is not nn.Parameter and hasattr(raw, "device_mesh"):
         with torch.no_grad():
-            # Optimizers write to the one, checkpoints to the other.
+            # Optimizers write to the DTensor, checkpoints to its local tensor.
             return raw._version, raw.to_local()._version
     return 0 if raw.is_inference() else raw._version, raw.data_ptr()
 
 
 def sample(raw: torch.Tensor) -> bytes | None:
-    """Entries all over a parameter on the CPU, a pass over which costs more than to ask.
+    """Some entries from all over a parameter on the CPU, which cost less than a pass over it.
 
-    None in double precision, where differences of single entries are taken
-    (`torch.autograd.gradcheck`), which no sample would show.
+    None in double precision, for which `torch.autograd.gradcheck` changes single entries that a
+    sample would miss.
     """
     if type(raw) is not nn.Parameter or not raw.is_cpu or raw.dtype != torch.float32:
         return None
     if not raw.is_contiguous() or transformed():
         return None
     entries = raw.detach().numpy().reshape(-1)
-    # An odd distance meets several columns where their number is even.
+    # With an odd stride the sample covers several columns even if their number is even.
     found: bytes = entries[:: len(entries) // _SAMPLED | 1].tobytes()
     return found
 
 
 def fingerprint(raw: torch.Tensor) -> tuple[float, ...]:
-    """Numbers that change with any entry, the same for a copy."""
+    """Sums that change with any entry, and are the same for a copy."""
     with torch.no_grad():
         x = raw.detach()
         parts = (torch.view_as_real(x) if x.is_complex() else x).reshape(-1).split(_AT_ONCE)

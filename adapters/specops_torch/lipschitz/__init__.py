@@ -1,4 +1,4 @@
-"""The Lipschitz bound of a torch model, read off its layers and what stands between them."""
+"""A Lipschitz bound of a torch model, from its layers and the operations between them."""
 
 from __future__ import annotations
 

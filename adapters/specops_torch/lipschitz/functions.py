@@ -1,4 +1,4 @@
-"""Rules of functions and methods of torch, by what they are called."""
+"""Rules for torch's functions and methods, by name: how each changes a Lipschitz bound."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from specops_torch.lipschitz.rules import (
 
 
 def is_constant(target: Any, args: tuple[Any, ...]) -> bool:
-    """Whether an operation asks a tensor for nothing but its kind: shapes, or zeros like it."""
+    """Whether a result does not depend on a tensor's values: its shape, say, or zeros like it."""
     if target is getattr:
         return args[1] in ("shape", "ndim", "dtype", "device", "layout", "is_cuda")
     return target in _OF_KIND
@@ -51,7 +51,7 @@ def _concatenated(value: Any, /, parts: Any, *options: Any, **named: Any) -> flo
 
 
 def _larger(value: torch.Tensor, /, a: Any, b: Any) -> float:
-    """Each entry moves no further than one argument's or the other's."""
+    """Each entry of a maximum changes no more than the same entry of one of the arguments."""
     return root_of_squares(x.log + repeats(value, x) for x in varying([a, b]))
 
 
@@ -104,7 +104,7 @@ def _averaging(value: torch.Tensor, /, x: Any, *options: Any, **named: Any) -> f
 
 
 def _selection(value: Any, /, x: Any, index: Any) -> float:
-    """Basic indices take every entry once at the most."""
+    """Basic indices take every entry at most once."""
     parts = index if isinstance(index, tuple) else (index,)
     for part in parts:
         if not (part is None or part is Ellipsis or isinstance(part, int | slice)):
@@ -196,7 +196,7 @@ def _padding(result: Any, /, x: Any, pad: Any, mode: str = "constant", value: An
 
 
 def _like(value: torch.Tensor, /, x: Any, other: Any) -> float:
-    """Of the second argument only the shape or the kind counts."""
+    """The first argument in another's shape or dtype, whose values do not count."""
     return x.log + repeats(value, x) if isinstance(x, Varying) else -math.inf
 
 
@@ -214,7 +214,7 @@ def _parts(value: Any, /, x: Any, *options: Any, **named: Any) -> float:
 
 
 def _as(kind: Any, *takes: str) -> Rule:
-    """The rule of a layer, for the function that takes the same options, in this order."""
+    """The rule of a layer class, for the function that `takes` the same options in this order."""
 
     def rule(value: Any, /, x: Any, *options: Any, **named: Any) -> float:
         source = only(x, options, named)

@@ -45,8 +45,8 @@ _ONE = (
 _MAX_POOL = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _AVERAGE_POOL = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _NO_JUMP = 20.0
-"""Threshold of Softplus from which its jump to the identity, e⁻²⁰, is less than the rounding of 20
-in float32; torch's default."""
+"""The least threshold of Softplus, torch's default, at which its jump to the identity, e⁻²⁰, is
+less than the rounding of 20 in float32."""
 _ADAPTIVE = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 _ADAPTIVE_MAX = (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
 STEEPEST = {
@@ -63,20 +63,20 @@ STEEPEST = {
 
 
 def run(name: str, layer: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    """(the output, the weight that the layer used), nothing of it left behind."""
+    """(the output, the weight that the layer used); leaves no hooks behind."""
     used: list[Any] = []
     if isinstance(layer, BATCH_NORMS):
         diagonal(name, layer)
 
     def look(module: nn.Module, _: Any) -> None:
-        # The last pre-hook: what others put into the weight's place is there.
+        # This pre-hook runs last, after those that compute the weight.
         weight = getattr(module, "weight", None)
         used.append(weight if weight is None else weight.detach().clone())
 
     handle = layer.register_forward_pre_hook(look)
     try:
         with unrecorded([layer]):
-            # What a subclass adds in a __call__ of its own is an operation by itself.
+            # Not layer(...): what a subclass's own __call__ adds is traced as separate operations.
             y = nn.Module.__call__(layer, *args, **kwargs)
     finally:
         handle.remove()
@@ -90,13 +90,13 @@ def factor_of(layer: nn.Module, x: torch.Tensor, weight: Any) -> float:
     if isinstance(layer, BATCH_NORMS):
         return float(diagonal(type(layer).__name__, layer).abs().max())
     if x.is_complex():
-        raise Refused("of complex numbers its Lipschitz constant is not known")
+        raise Refused("its Lipschitz constant is not known for complex numbers")
     known = _of_activation(layer)
     return _of_pooling(layer, tuple(x.shape)) if known is None else known
 
 
 def joint_factor(layer: nn.Module, x: torch.Tensor, weight: Any, norm: Any) -> float:
-    """The norm of a layer and the batch normalisation behind it, as one map."""
+    """The norm of a layer and the batch normalisation after it, as one map."""
     joint = scaled(layer, weight, diagonal(type(norm).__name__, norm))
     return product([(joint, _geometry(layer, x))]).factors[0]
 
@@ -155,7 +155,7 @@ def _pooled(
 
 
 def _windows(layer: Any) -> int:
-    """In how many windows of a max pooling an entry may be."""
+    """The number of windows of a max pooling in which an entry may be."""
     count = _axes(layer, _MAX_POOL)
     options = (layer.kernel_size, layer.stride, layer.dilation)
     axes = zip(*(_sizes(option, count) for option in options), strict=True)
@@ -163,7 +163,7 @@ def _windows(layer: Any) -> int:
 
 
 def _adaptive_windows(layer: Any, spatial: tuple[int, ...]) -> int:
-    """The same of an adaptive one, whose window i of m reaches from ⌊in/m⌋ to ⌈(i + 1)n/m⌉."""
+    """The same for adaptive pooling, whose window i of m reaches from ⌊in/m⌋ to ⌈(i + 1)n/m⌉."""
     most = 1
     for n, wanted in zip(spatial, _sizes(layer.output_size, len(spatial)), strict=True):
         m = n if wanted is None else wanted
@@ -173,7 +173,7 @@ def _adaptive_windows(layer: Any, spatial: tuple[int, ...]) -> int:
 
 
 def _average(layer: Any, spatial: tuple[int, ...]) -> float:
-    """The norm of an average pooling: the product of what it is along each axis."""
+    """The norm of an average pooling: the product of its norms along the axes."""
     count = len(spatial)
     if getattr(layer, "divisor_override", None):
         raise Refused("with divisor_override it is no average")

@@ -1,4 +1,4 @@
-"""What a model does to its input, operation by operation, as `torch.fx` follows it."""
+"""The graph of a model's operations on its input, as `torch.fx` traces it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Operations:
 
 
 def operations_of(model: nn.Module) -> Operations:
-    """The graph of a model; what tracing it sets on its modules is put back."""
+    """The graph of a model; attributes that tracing sets on its modules are restored."""
     check_hooks(type(model).__name__, model)
     called = type(model).__call__ is nn.Module.__call__
     if not called or not _wraps(vars(model).get("forward"), type(model)):
@@ -58,13 +58,13 @@ def operations_of(model: nn.Module) -> Operations:
 
 
 def output_of(model: nn.Module, x: torch.Tensor) -> tuple[Any, bool]:
-    """(what a model itself gives, whether by numbers of half precision); nothing is left behind."""
+    """(the model's own output, whether half precision occurred); the model is restored."""
     with _restored(model), unrecorded(model.modules()), _Dtypes() as met:
         return model(x), met.half
 
 
 class _Dtypes(TorchFunctionMode):
-    """Notices numbers of half precision, where autocast makes them too."""
+    """Notices results in half precision, also where autocast makes them."""
 
     half = False
 
@@ -77,13 +77,13 @@ class _Dtypes(TorchFunctionMode):
 
 
 def _wraps(forward: Any, kind: Any) -> bool:
-    """Whether a forward set on an object says (`functools.wraps`) that it is its class's."""
+    """Whether a forward set on an object only wraps its class's (by `functools.wraps`)."""
     found = None if forward is None else inspect.unwrap(forward)
     return found is None or getattr(found, "__func__", found) is inspect.unwrap(kind.forward)
 
 
 def check_hooks(name: str, module: nn.Module) -> None:
-    """Raise where a hook of others may change what a module computes."""
+    """Raise if a third-party hook may change what a module computes."""
     hook = hook_of_others(module)
     if hook is not None:
         raise AdapterError(
@@ -92,7 +92,7 @@ def check_hooks(name: str, module: nn.Module) -> None:
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:
-    """Defaults of all arguments of a forward pass but the first."""
+    """The defaults of all arguments of a forward pass except the first."""
     given = list(inspect.signature(model.forward).parameters.values())
     rest = [p for p in given[1:] if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     needed = [p.name for p in rest if p.default is p.empty]
@@ -105,7 +105,7 @@ def _defaults(model: nn.Module) -> dict[str, Any]:
 
 
 class _Proxy(fx.Proxy):
-    """Says where Python changes a tensor in place, of which others may hold a view."""
+    """Records in-place operators (``+=``), which also change other views of the tensor."""
 
 
 def _in_place(name: str) -> Callable[[Any, Any], Any]:
@@ -122,7 +122,7 @@ for _name in _IN_PLACE:
 
 
 class _Tracer(fx.Tracer):
-    """Modules of torch are one operation each; tensors that a forward pass finds are constants."""
+    """A tracer with torch's modules as single operations, and existing tensors as constants."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class _Tracer(fx.Tracer):
         return False
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        # Parameters as they are: what is computed from them alone is a constant, too.
+        # Parameters as tensors: what is computed from them alone is a constant, too.
         return attr_val
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -154,7 +154,7 @@ class _Tracer(fx.Tracer):
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """A forward pass may set attributes: here, to what is no tensor."""
+    """Restore attributes afterwards: a traced forward pass may set them to proxies."""
     held = [
         space
         for module in model.modules()

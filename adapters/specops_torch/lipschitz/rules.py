@@ -1,4 +1,4 @@
-"""How bounds of the arguments of an operation become that of its value, in logarithms."""
+"""Rules: from Lipschitz bounds of an operation's arguments to that of its value, in logarithms."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def reason(name: str) -> str:
 
 
 class Refused(Exception):
-    """Why no bound of an operation is known."""
+    """Raised with the reason why no bound of an operation is known."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class Varying:
 
 
 def log(x: float) -> float:
-    """-inf for zero."""
+    """The logarithm; -inf for zero."""
     if math.isnan(x):
         raise Refused("it holds NaN")
     return math.log(x) if x > 0.0 else -math.inf
 
 
 def only(x: Any, *others: Any) -> Varying:
-    """The first argument, where it alone depends on the input."""
+    """The first argument, if it alone depends on the input; refuses other cases."""
     if not isinstance(x, Varying):
         raise Refused("it depends on the input by another argument than its first")
     if any(True for _ in varying(others)):
@@ -59,7 +59,7 @@ def only(x: Any, *others: Any) -> Varying:
 
 
 def varying(arguments: Any) -> Iterable[Varying]:
-    """Every argument that depends on the input, in lists and tuples too; each as often as given."""
+    """Every argument that depends on the input, also in containers, as often as it occurs."""
     if isinstance(arguments, Varying):
         yield arguments
     elif isinstance(arguments, list | tuple):
@@ -70,7 +70,7 @@ def varying(arguments: Any) -> Iterable[Varying]:
 
 
 def numel(x: Any) -> int:
-    """Of a tensor, or of several together."""
+    """The number of entries of a tensor, or of several together."""
     return x.numel() if isinstance(x, torch.Tensor) else sum(map(numel, x))
 
 
@@ -94,7 +94,7 @@ def root_of_squares(logs: Iterable[float]) -> float:
 
 
 def factor(constant: float) -> Rule:
-    """A map of its first argument with a known constant, whatever its options."""
+    """The rule of a map of its first argument with a known constant, whatever its options."""
 
     def rule(value: Any, /, x: Any, *options: Any, **named: Any) -> float:
         return only(x, options, named).log + log(constant)

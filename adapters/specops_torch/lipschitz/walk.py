@@ -21,8 +21,8 @@ from specops_torch.lipschitz.operations import HINT, Operations, output_of
 from specops_torch.lipschitz.rules import Refused, Varying, log, reason
 
 _ROUNDING, _ROUNDING_OF_HALF = 1e-3, 0.05
-"""Of the largest output: mixed precision within a forward pass changes it by less, 0.024 at most in
-15 chains of 50 layers in bfloat16."""
+"""Relative to the largest output: mixed precision changes a forward pass by less, by at most 0.024
+in 15 chains of 50 layers in bfloat16."""
 
 
 def walk(model: nn.Module, operations: Operations, x: torch.Tensor) -> LipschitzBound:
@@ -31,18 +31,18 @@ def walk(model: nn.Module, operations: Operations, x: torch.Tensor) -> Lipschitz
 
 
 class _Walk:
-    """Operations in order: what each gives, and its bound since all paths last met."""
+    """The operations in order: the value of each, and its bound since all paths last met."""
 
     def __init__(self, model: nn.Module, operations: Operations, x: torch.Tensor) -> None:
         self.model, self.operations, self.x = model, operations, x
         self.sample = x.clone()  # the walk may write to its own
         self.values: dict[fx.Node, Any] = {}
         self.logs: dict[fx.Node, float] = {}
-        """Of the operations that depend on the input, for small changes where all paths met."""
+        """The log bounds of operations that depend on the input, from where all paths last met."""
         self.versions: dict[fx.Node, list[int]] = {}
         self.written = {name: _versions(t) for name, t in operations.constants.items()}
         self.fused: dict[fx.Node, tuple[float, Any]] = {}
-        """Layers whose batch normalisation follows: the bound before them, and how they ran."""
+        """Layers that a batch normalisation follows: (the bound before them, how they ran)."""
         self.live = _reaching(next(iter(reversed(operations.graph.nodes))))
 
     def bound(self) -> LipschitzBound:
@@ -77,7 +77,7 @@ class _Walk:
                 if any(u in self.live and order[u] > order[node] for u in n.users)
             }
             if open_nodes == {node} and node not in self.fused:
-                # All paths go through this one: what follows starts anew.
+                # All paths go through this node: the bound starts anew after it.
                 if node.op != "placeholder":
                     found.append(self.logs[node])
                     names.append(self._name(since))
@@ -139,7 +139,7 @@ class _Walk:
             self.logs[node] = self.logs[source] + log(factor_of(layer, x, weight))
 
     def _normalised(self, node: fx.Node, layer: Any, y: Any) -> bool:
-        """Whether nothing but a batch normalisation of a layer's output channels uses it."""
+        """Whether only a batch normalisation of the layer's output channels uses its output."""
         following = [n for n in node.users if n in self.live]
         if len(following) != 1 or following[0].op != "call_module" or len(node.users) != 1:
             return False
@@ -147,7 +147,7 @@ class _Walk:
         if not isinstance(norm, BATCH_NORMS):
             return False
         diagonal(self._label(following[0]), norm)
-        # Without a batch before them channels are what the normalisation takes for samples.
+        # Without a batch axis the normalisation would take channels for samples.
         if isinstance(layer, CONVOLUTIONS) and y.ndim == len(layer.kernel_size) + 2:
             return bool(layer.out_channels == norm.num_features)
         if isinstance(layer, nn.Linear) and y.ndim == 2:
@@ -164,7 +164,7 @@ class _Walk:
         value = self.values[node] = function(*args[method:], **kwargs)
         if not varying or node not in self.live:
             return
-        # Zeros like x, and not x.new_full(shape, x.sum()).
+        # Such as zeros like x, but not x.new_full(shape, x.sum()).
         if is_constant(target, args) and varying == node.all_input_nodes[:1]:
             return
         rule = (METHODS if method else FUNCTIONS).get(target)
@@ -193,10 +193,10 @@ class _Walk:
             )
 
     def _check_followed(self, value: torch.Tensor) -> None:
-        """That the operations are what the model computes, and nothing reached the output unseen.
+        """Check that the traced operations are what the model computes.
 
-        Python may take another way for the stand-in that torch.fx passes through the model than
-        for a tensor (``isinstance``), and write to tensors that were there before.
+        For the proxy that torch.fx passes through the model, Python may take another branch than
+        for a tensor (``isinstance``), and the model may write to tensors that existed before.
         """
         constants = self.operations.constants
         if any(_versions(t) != self.written[name] for name, t in constants.items()):
