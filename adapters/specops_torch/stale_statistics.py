@@ -19,7 +19,7 @@ Of the four convolutions of ``examples/train_digits.py``, without training after
 1e-2, outputs move by 5 %, as much as by estimating the statistics from other batches (4 %), and
 accuracy stays; by 1e-1, 51 % and 15 points are lost."""
 _GROWTH = 2
-"""A change of up to so many times the latest one, per batch since, only takes back what steps added.
+"""A change of at most so many times the latest, per batch since, only undoes what steps added.
 
 A rule that acts after every step takes back what the step added, 1e-2 to 8e-2 there: from 1.0 to
 1.6 times as much as a step before. No batch has ever seen what it takes back."""

@@ -35,7 +35,7 @@ def integers(value: Any, name: str, *, least: int | None = None) -> tuple[int, .
 
 
 def per_axis(value: Any, ndim: int | None, name: str, *, least: int) -> int | tuple[int, ...]:
-    """One int per spatial axis; one int for all while their number is not known."""
+    """One int per spatial axis; a single int if all are equal and their number is not known."""
     if ndim is not None:
         return every_axis(value, ndim, name, least=least)
     values = integers(value, name, least=least)
@@ -68,7 +68,7 @@ def non_negative(value: Any, name: str) -> float:
 def check_bound(value: Any, name: str, remedy: str = "") -> Any:
     """A positive finite bound: a float, or the caller's own 0-d array.
 
-    While a compiler traces, values are not known: what turns out to be no bound becomes NaN.
+    While a compiler traces, values are not known: an invalid bound then becomes NaN.
     """
     found = number_where(value, lambda x: (x > 0) & (x < math.inf))
     if found is None:
@@ -77,9 +77,9 @@ def check_bound(value: Any, name: str, remedy: str = "") -> Any:
 
 
 def number_where(value: Any, fits: Callable[[Any], Any]) -> Any:
-    """A number as a float, or a 0-d array as it is, where `fits` says so; else None.
+    """A number as a float, or a 0-d array as it is, if it `fits`; else None.
 
-    A traced array becomes NaN where it turns out not to fit.
+    A traced array becomes NaN if it turns out not to fit.
     """
     if _is_real(value):
         return float(value) if fits(value) else None
@@ -100,15 +100,15 @@ def _is_real(value: Any) -> bool:
 
 
 def nan_unless(fits: Any, value: Any) -> Any:
-    """`value`, or NaN where a traced condition turns out not to hold."""
+    """`value`, or NaN where the traced condition `fits` turns out to be false."""
     xp, value = compat.array_namespace(value), value * 1.0
     return xp.where(fits, value, xp.full_like(value, math.nan))
 
 
 def nan_without(bound: Any, result: Any) -> Any:
-    """`result`, or NaN throughout where a traced bound turned out to be none.
+    """`result`, or NaN throughout if a traced bound turned out to be invalid (NaN).
 
-    Comparisons with such a bound would otherwise pass for a weight that is inside.
+    Without it, comparisons with NaN would let the weight pass as one inside the bound.
     """
     if not (arrays.is_array(bound) and arrays.is_traced(bound)):
         return result

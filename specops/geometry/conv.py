@@ -15,8 +15,8 @@ from specops.typing import Array
 
 Padding = Literal["same", "valid"] | int | tuple[int, ...] | tuple[tuple[int, int], ...]
 
-# Where the kernel's axes stand: is the grouped ("full") channel axis the output, and do the
-# spatial axes come last?
+# For each layout two answers: is the channel axis that counts all groups ("full") that of the
+# outputs, and do the spatial axes come last?
 _LAYOUTS = {"OI*": (True, True), "IO*": (False, True), "*IO": (True, False), "*OI": (False, False)}
 _REFUSED_BOUNDARIES = ("reflect", "replicate", "symmetric", "edge")
 
@@ -126,7 +126,7 @@ class Conv:
 
     @property
     def grid(self) -> tuple[int, ...] | None:
-        """`input_shape`, which is a tuple or None once it is checked."""
+        """`input_shape`, as a tuple or None."""
         assert not isinstance(self.input_shape, int)
         return self.input_shape
 
@@ -139,12 +139,12 @@ class Conv:
 
     @property
     def spatial_last(self) -> bool:
-        """Whether the kernel's axes come after those of the channels."""
+        """Whether the spatial axes come after those of the channels."""
         return _LAYOUTS[self.layout][1]
 
     @property
     def has_size(self) -> bool:
-        """Whether it is one operator, and not one for each size of an input."""
+        """Whether the input size is known, so that it is one operator, not one for each size."""
         return self.grid is not None
 
     def check(self, shape: tuple[int, ...]) -> None:
@@ -191,22 +191,22 @@ class Conv:
         )
 
     def has_exact_spectrum(self, shape: tuple[int, ...]) -> bool:
-        """Whether the operator is block diagonal in Fourier space, all its values known."""
+        """Whether the operator is block diagonal in Fourier space, which gives all its values."""
         sizes = self.sizes(shape)
         return sizes.circular and sizes.fine is not None and sizes.stride_divides
 
     def repeated_matrix(self, shape: tuple[int, ...]) -> Dense | None:
-        """The matrix that the operator is copies of, where it is those of one: else None.
+        """The matrix of which the operator consists of copies; None if it does not.
 
-        Of 1×1 kernels and of patches that do not overlap. Norms and nearest weights are the
-        matrix's; what counts how often a value is there is not.
+        It does for 1×1 kernels and for patches that do not overlap. Norms and nearest weights are
+        then those of the matrix, but not what depends on the multiplicity of singular values.
         """
         if self.groups > 1 or not self.sizes(shape).repeats_a_matrix:
             return None
         return Dense(out_axes=(self.channel_axes[self.transposed],))
 
     def kernel(self, w: Array) -> Array:
-        """`w` as (groups, rows, columns, *kernel), rows being the coarse grid's channels."""
+        """`w` as (groups, rows, columns, *kernel); rows are the channels of the coarse grid."""
         xp = compat.array_namespace(w)
         full_is_out, spatial_last = _LAYOUTS[self.layout]
         if not spatial_last:
@@ -228,7 +228,7 @@ class Conv:
     def transpose(self) -> Conv:
         """The geometry under which the same array stands for the transposed operator.
 
-        Only for the sizes that both directions share: circular, or no input size.
+        Defined only if it does not depend on the kernel: circular, or without an input size.
         """
         if self.grid is not None and self.boundary != "circular":
             raise GeometryError("the transpose of a zero-padded Conv needs the kernel's sizes")
@@ -251,10 +251,11 @@ class Conv:
         )
 
     def covering(self, grid: tuple[int, ...] | None) -> Conv:
-        """The geometry that bounds a layer of this one on another input size as well.
+        """The geometry whose norm bounds that of this layer on another input size as well.
 
-        That of the larger sizes, of which the operators of the smaller ones are parts; that of
-        every size where they are not: on a torus, and where "same" padding begins elsewhere.
+        It has the larger of the two sizes along each axis if the operators of smaller inputs are
+        parts of it. They are not on a torus, nor where "same" padding begins at another offset:
+        there it is the geometry of every size.
         """
         if self.grid is None or grid is None or self.boundary == "circular":
             return self if grid == self.grid else replace(self, input_shape=None)
@@ -272,7 +273,7 @@ class Conv:
         dilation: tuple[int, ...],
         extra: tuple[int, ...],
     ) -> tuple[tuple[int, ...] | None, ...]:
-        """(fine, coarse, lower) of the convolution that this one is or transposes."""
+        """(fine grid, coarse grid, lower padding) of the convolution that this is or transposes."""
         if self.grid is None:
             return None, None, None
         fine, coarse, lower = [], [], []

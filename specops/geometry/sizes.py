@@ -37,9 +37,9 @@ class ConvSizes:
 
     @property
     def repeats_a_matrix(self) -> bool:
-        """Whether each output has inputs of its own, and one of them all that the kernel reads.
+        """Whether no two outputs share an input, and one output reads inputs for all taps.
 
-        The operator is then copies of the kernel as a matrix, and of parts of it at the edges.
+        The operator then consists of copies of the kernel as a matrix, and of parts at the edges.
         """
         if self.fine is None:
             return set(self.kernel) == {1}
@@ -51,7 +51,7 @@ class ConvSizes:
         assert self.lower is not None
         given = zip(self.fine, self.coarse, self.lower, self.stride, self.spans, strict=True)
         return all(
-            # The first output that begins inside the grid ends there as well.
+            # The first output whose window begins inside the grid also has its end inside.
             -(-lower // s) <= min(m - 1, (n + lower - span) // s)
             for n, m, lower, s, span in given
         )
@@ -83,7 +83,7 @@ class ConvSizes:
 
     @property
     def reads_all(self) -> bool:
-        """Whether every tap acts on some input."""
+        """Whether every tap is read inside the grid by some output."""
         return tuple(map(len, self.read)) == self.kernel
 
     @property
@@ -100,9 +100,9 @@ class ConvSizes:
         return not any(n % s for n, s in zip(self.fine, self.stride, strict=True))
 
     def with_dividing_strides(self) -> ConvSizes:
-        """The circular convolution of which this circular one is a choice of rows.
+        """A circular convolution whose strides divide the grid, which contains this one's rows.
 
-        Strides that do not divide the grid, which "every size" includes, become 1.
+        Strides that do not divide become 1; of a convolution without a grid size, all do.
         """
         if self.fine is None:
             return replace(self, stride=(1,) * len(self.stride))
@@ -113,9 +113,9 @@ class ConvSizes:
     def enclosing_torus(self) -> tuple[int, ...]:
         """The grid of a circular convolution that contains this one as a submatrix.
 
-        It is the grid itself for a circular boundary. For a zero boundary the wrapped reads
-        must fall on padding: N ≥ n less the first index read, N ≥ one past the last, N/s ≥
-        outputs. Taps that are never read do not count.
+        For a circular boundary it is the grid itself. For a zero boundary, reads that wrap around
+        must fall on padding, so that N ≥ n − (the first index read), N ≥ (the last index read) + 1
+        and N/s ≥ outputs. Taps that are never read do not count.
         """
         assert self.fine is not None
         assert self.coarse is not None

@@ -1,7 +1,7 @@
 """A convolution as a linear operator: products with it and with its adjoint, matrix free.
 
-Each product is one matrix product with the views of the grid that the kernel's taps see, one under
-the other: of so many taps at a time as memory is for.
+Each product is one matrix product of the kernel with the stacked views of the grid that its taps
+see (im2col), for as many taps at a time as memory allows.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from specops.maps.windows import windows
 from specops.typing import Array
 
 _SEEN_AT_ONCE = 2**23
-"""Entries of a vector that taps see at a time: a choice of memory, 64 MiB in double precision. A
-product of 384 channels, 31×31 taps and 32×32 points took 0.4 of the time of all taps at once."""
+"""Entries of the stacked views at a time: a choice of memory, 64 MiB in double precision. A product
+of 384 channels, 31×31 taps and 32×32 points took 0.4 of the time of all taps at once."""
 
 
 class ConvOperator:
@@ -81,18 +81,18 @@ class ConvOperator:
         found = xp.reshape(found, (sizes.groups, sizes.rows, *sizes.kernel, sizes.columns))
         order = (0, 1, found.ndim - 1, *range(2, found.ndim - 1))
         found = xp.permute_dims(found, order)
-        # Laid out as a kernel: torch hands a layout on to whatever is computed from it.
+        # Reshaped to be contiguous: in torch the layout would pass on to all that follows.
         return xp.reshape(xp.reshape(found, (-1,)), found.shape)
 
     def _parts(self) -> list[slice]:
-        """The taps, so many at a time."""
+        """Slices of the taps, as many at a time as memory allows."""
         entries = self.sizes.groups * self.sizes.columns * math.prod(self._coarse)
         some = max(1, _SEEN_AT_ONCE // entries) if self._windows.in_parts else self._taps
         starts = range(0, self._taps, some)
         return [slice(first, min(first + some, self._taps)) for first in starts]
 
     def _columns(self, taps: slice) -> Array:
-        """Those of the kernel as a matrix that are of these taps."""
+        """The columns of the kernel, as a matrix, that belong to these taps."""
         columns = self.sizes.columns
         return self._matrix[..., taps.start * columns : taps.stop * columns]
 
@@ -115,7 +115,7 @@ class ConvOperator:
         for t, (n, d, uses) in enumerate(zip(self._fine, sizes.dilation, sizes.uses, strict=True)):
             landings, landing = np.unique(d * np.arange(len(uses)) % n, return_inverse=True)
             if sizes.circular and len(landings) < len(uses):
-                # Taps that wrap onto each other add up, at every output, before they are squared.
+                # Taps that wrap onto the same entry add up before they are squared.
                 kernel = arrays.along_axis(xp, kernel, np.eye(len(landings))[landing], 3 + t)
                 uses = uses[: len(landings)]
             counts = np.multiply.outer(counts, np.array(uses, float))

@@ -9,9 +9,9 @@ from specops.geometry import Conv, ConvSizes
 from specops.maps.symbol import Symbol, symbol_of
 
 _ANY_SIZE_GRID = 32
-"""Points per axis at the least: the certificate then over-estimates the norm for 3² taps by 1 %
-at most (4 % with 16 points, 0.24 % with 64), and with eight points for each tap after the first,
-which longer kernels get, by 2 % per axis."""
+"""Fewest points per axis. The certificate then over-estimates the norm for 3² taps by at most 1 %
+(4 % with 16 points, 0.24 % with 64). Longer kernels get eight points for each tap after the first,
+with which it over-estimates by 2 % per axis."""
 
 
 def certified_symbol(sizes: ConvSizes, conjugate_pairs: bool) -> tuple[Symbol, float]:
@@ -38,7 +38,7 @@ def certified_symbol(sizes: ConvSizes, conjugate_pairs: bool) -> tuple[Symbol, f
 
 
 def on_a_torus(geometry: Conv, shape: tuple[int, ...]) -> Conv:
-    """What is certified of a layer for every size, on a small torus: of a norm from below."""
+    """The layer on the small torus that `certified_symbol` uses: its norm is a lower bound."""
     sizes = geometry.sizes(shape)
     phases = _phases(sizes.with_dividing_strides() if sizes.circular else sizes)
     points = [max(1, 8 * (taps - 1)) for _, taps in phases]

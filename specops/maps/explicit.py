@@ -1,4 +1,4 @@
-"""A convolution as explicit matrices, one a group: linear in its kernel, with the adjoint."""
+"""A convolution as explicit matrices, one per group: a linear map of kernels, and its adjoint."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from specops.geometry import Conv, ConvSizes
 from specops.typing import Array
 
 _LARGEST_WORK = 512.0**3
-"""Rows times columns times the smaller of both, of all groups together, up to which a map counts as
-small. Training the example on digits, rules then take 3.2 s beside 3 s of steps, and as much where
-no map is small; up to 1024³, which takes in its 48 channels on 4² points, 14 s."""
+"""Rows × columns × the smaller of both, over all groups, up to which a map counts as small. In the
+training example on digits rules then take 3.2 s beside 3 s of steps, the same as if no map counted
+as small; with 1024³, which includes its 48 channels on 4² points, they take 14 s."""
 
 
 class ExplicitMap:
@@ -84,7 +84,7 @@ def explicit_norm(w: Array, geometry: Conv, layer: ExplicitMap) -> float:
     """‖A‖ of a finite weight whose values are known, by the explicit matrices of its layer."""
     values = arrays.to_numpy(arrays.to_compute(arrays.namespace(w), w))
     kernel = geometry.kernel(values.astype(np.result_type(values, np.float64)))
-    # Squares of tiny or huge entries leave the range.
+    # Scaled, because squares of tiny or huge entries would leave the range.
     unit = float(np.abs(kernel).max()) or 1.0
     return unit * norm_of(layer.matrices(kernel / unit))
 
@@ -92,7 +92,7 @@ def explicit_norm(w: Array, geometry: Conv, layer: ExplicitMap) -> float:
 def small_explicit_map(sizes: ConvSizes) -> ExplicitMap | None:
     """The map of a layer that is no torus and small enough to be decomposed; None for others.
 
-    Small is, for as many inputs as outputs, 512 of each: 32 channels on 4² points, 2 on 16².
+    With as many inputs as outputs, small is up to 512 of each: 32 channels on 4² points, 2 on 16².
     """
     if sizes.fine is None or (sizes.circular and sizes.stride_divides):
         return None
@@ -100,7 +100,7 @@ def small_explicit_map(sizes: ConvSizes) -> ExplicitMap | None:
     if sizes.groups * float(rows) * columns * min(rows, columns) > _LARGEST_WORK:
         return None
     if sizes.wraps:
-        # Taps that wrap onto each other: A*A is not diagonal.
+        # A*A is not diagonal if taps wrap onto each other.
         return None
     return _explicit_map(sizes)
 

@@ -177,7 +177,7 @@ def linear_operator(
     forward, backward = (_by_rows(xp, f) for f in (operator.matvec, operator.rmatvec))
     if not given.geometry.transposed:
         return LinearOperator(operator.shape, given.w, forward, backward, operator.to_matrix)
-    # The weight of a transposed convolution acts by its transpose, not its adjoint.
+    # A transposed convolution acts by the transpose of the convolution, not by its adjoint.
     plain = _conv_operator(arrays.conjugate(xp, given.w), given.geometry)
     return LinearOperator(
         operator.shape[::-1],

@@ -1,4 +1,4 @@
-"""What every measurement starts with: checks, compute dtype, and a safe scale."""
+"""How every measurement starts: checks, a cast to the compute dtype, and a safe scale."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from specops.warned import warn
 class Prepared:
     """A checked weight. ``given weight = scale · w`` (for Conv; Dense scales each matrix).
 
-    Of a kernel the taps that are never read are zero.
+    Kernel taps that are never read are set to zero.
     """
 
     xp: Namespace
@@ -32,7 +32,7 @@ class Prepared:
 
 @dataclass
 class MatrixBlock:
-    """Stacked matrices scaled to entries near 1, non-finite ones replaced by zeros."""
+    """Stacked matrices scaled to entries near 1; those that are not finite become zeros."""
 
     matrices: Array
     scale: Array
@@ -40,7 +40,7 @@ class MatrixBlock:
     finite: Array
     """(*batch,) booleans"""
     restore: Callable[[Array], Array]
-    """Undo the scale on values of shape (*batch, k), NaN where a matrix was not finite."""
+    """Undoes the scale on values of shape (*batch, k); gives NaN if a matrix was not finite."""
 
 
 def prepare(
@@ -48,8 +48,8 @@ def prepare(
 ) -> Prepared:
     """Check a weight against its geometry and bring it to compute dtype (and scale).
 
-    `once` where it does not matter how often a singular value is there: a convolution that is
-    copies of one matrix is then taken for that.
+    Pass `once` if the multiplicity of singular values does not matter: a convolution that consists
+    of copies of one matrix is then treated as that matrix.
     """
     xp = arrays.namespace(w)
     geometry = resolve_geometry(w.ndim, geometry)
@@ -69,13 +69,13 @@ def prepare(
 
 
 def matrix_blocks(given: Prepared) -> tuple[MatrixBlock, ...]:
-    """The blocks of a Dense weight, each matrix on its own scale, bad ones isolated."""
+    """The blocks of a Dense weight, each matrix with its own scale, bad ones isolated."""
     assert isinstance(given.geometry, Dense)
     return tuple(_block(given.xp, m) for m in given.geometry.blocks(given.w))
 
 
 def _block(xp: Namespace, matrices: Array) -> MatrixBlock:
-    # The largest entry is NaN where one is.
+    # If any entry is NaN, the largest is.
     largest = arrays.largest_entry(xp, matrices, (-2, -1), keepdims=True)
     finite = xp.isfinite(largest[..., 0, 0])
     if arrays.truth(xp.all(finite)) is False:

@@ -24,9 +24,9 @@ class Operator(Protocol):
 
 
 class BlockOperator(Operator, Protocol):
-    """An operator of equal diagonal blocks that a compiler can make again from its parts.
+    """An operator of diagonal blocks of equal size, which a compiler can rebuild from its parts.
 
-    A is ``type(A)(A.data, A.sizes)``.
+    A equals ``type(A)(A.data, A.sizes)``.
     """
 
     def __init__(self, data: Any, sizes: Any) -> None: ...
@@ -37,8 +37,8 @@ class BlockOperator(Operator, Protocol):
 
     @property
     def sizes(self) -> Hashable:
-        """The rest of what it is made of."""
+        """The other, static part that it is made of."""
 
     @property
     def blocks(self) -> int:
-        """How many equal blocks it is known to have; vectors list them one after another."""
+        """How many blocks it is known to have; vectors list their entries block by block."""

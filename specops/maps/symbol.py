@@ -29,7 +29,7 @@ _ALL = slice(None)
 
 @dataclass(frozen=True)
 class _Axis:
-    """One spatial axis: where each tap goes, and how many frequencies differ."""
+    """One spatial axis: the phase and shift of each tap, and the number of distinct frequencies."""
 
     phases: int
     shifts: tuple[int, ...]
@@ -41,9 +41,9 @@ class _Axis:
     Taps that are never read land nowhere.
     """
     read_phases: tuple[int, ...]
-    """The places within a stride that taps read, ascending."""
+    """The phases (positions within a stride) that taps read, ascending."""
     firsts: tuple[int, ...]
-    """Of each of them the shift that is dropped."""
+    """For each of these phases, the shift that is dropped."""
 
     @property
     def is_identity(self) -> bool:
@@ -53,7 +53,7 @@ class _Axis:
 
 def _axis(taps: int, read: tuple[int, ...], stride: int, dilation: int, fine: int) -> _Axis:
     coarse = fine // stride
-    # An axis without any is one whose only coefficient is zero.
+    # An axis that reads no tap gets a single coefficient, which is zero.
     offsets = dilation * np.array(read or (0,))
     phase, shift = offsets % stride, offsets // stride % coarse
     firsts = []
@@ -138,13 +138,13 @@ class Symbol:
 
     @cached_property
     def angles(self) -> np.ndarray:
-        """(frequencies, shifts): θ·b, reduced modulo the period before it meets cos and sin."""
+        """θ·b, (frequencies, shifts), reduced modulo the period for the sake of cos and sin."""
         return _angles(tuple((a.period, a.shifts) for a in self.axes), self.conjugate_pairs)
 
     def coefficients(self, xp: Namespace, kernel: Array) -> Array:
         """A kernel (groups, rows, columns, *taps) as (shifts, groups·rows·phases·columns)."""
         dtype = kernel.dtype
-        # What is left where taps cancel is not to be their rounding.
+        # Where taps wrap onto each other they may cancel: in double, so that no rounding is left.
         double = arrays.double_dtype(xp, kernel) if self.folds else None
         kernel = kernel if double is None else xp.astype(kernel, double)
         for t, axis in enumerate(self.axes):
@@ -155,11 +155,11 @@ class Symbol:
         kernel = xp.reshape(kernel, (*kernel.shape[:3], *split))
         phases = [3 + 2 * t for t in range(len(self.axes))]
         kernel = xp.permute_dims(kernel, (*(p + 1 for p in phases), 0, 1, *phases, 2))
-        # Not the width of `angles`, a large table that not everybody needs.
+        # Not by the shape of `angles`, which would build a large table that may not be needed.
         return xp.reshape(kernel, (math.prod(len(axis.shifts) for axis in self.axes), -1))
 
     def kernel(self, xp: Namespace, coefficients: Array) -> Array:
-        """The least-norm kernel with these coefficients: slots that no tap fills are dropped."""
+        """The least-norm kernel with these coefficients; those that no tap reaches are dropped."""
         sizes = self.sizes
         shifts = [len(axis.shifts) for axis in self.axes]
         phases = [axis.phases for axis in self.axes]
@@ -207,7 +207,7 @@ class Symbol:
 
     @cached_property
     def multiplicities(self) -> np.ndarray:
-        """Index that repeats each frequency as often as it counts."""
+        """Indices of frequencies, each repeated as often as it counts."""
         return np.repeat(np.arange(len(self.counts)), self.counts)
 
 
@@ -219,7 +219,7 @@ def symbol_of(sizes: ConvSizes, torus: tuple[int, ...], conjugate_pairs: bool = 
 
 @lru_cache(maxsize=32)
 def _angles(axes: tuple[tuple[int, tuple[int, ...]], ...], conjugate_pairs: bool) -> np.ndarray:
-    """Layers that differ in their channels share this table, which grows with the grid."""
+    """`Symbol.angles`, cached: layers that differ only in their channels share this large table."""
     frequencies, _ = _representatives(tuple(period for period, _ in axes), conjugate_pairs)
     total = np.zeros((len(frequencies), 1))
     for t, (period, shifts) in enumerate(axes):

@@ -1,4 +1,4 @@
-"""Taps that only ever read padding: entries of a kernel that are no part of its map."""
+"""Unread taps: entries of a kernel that only ever meet padding, and are no part of its map."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def with_unread(result: Array, w: Array, geometry: Conv) -> Array:
 
 @lru_cache(maxsize=256)
 def _read(geometry: Conv, shape: tuple[int, ...]) -> np.ndarray | None:
-    """Which entries are read, to be broadcast against the weight; None if all are."""
+    """A mask of the entries that are read, which broadcasts to the weight; None if all are."""
     sizes = geometry.sizes(shape)
     if sizes.reads_all:
         return None

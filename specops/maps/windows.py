@@ -1,4 +1,4 @@
-"""What each tap of a convolution sees of a grid, and the adjoint: sums of what the taps give."""
+"""The view of a grid that each tap of a convolution reads, and the adjoint, which sums up views."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from specops.geometry import ConvSizes
 from specops.typing import Array
 
 _GATHERED_UP_TO = 2**20
-"""Entries of a table that a compiled program carries: a choice, 4 MiB."""
+"""Most entries of an index table that a compiled program may hold: a choice, 4 MiB."""
 
 
 ALL = slice(None)
 
 
 class Windows(Protocol):
-    """The views of a grid that lie under one tap each."""
+    """The views of a grid, one for each tap."""
 
     in_parts: bool
-    """Whether some of the taps can be asked for."""
+    """Whether views can be asked for a part of the taps."""
 
     def seen(self, x: Array, taps: slice = ALL) -> Array:
-        """Of x (..., groups, columns, *fine): (..., groups, taps·columns, coarse)."""
+        """The views of x (..., groups, columns, *fine) as (..., groups, taps·columns, coarse)."""
 
     def summed(self, parts: Array, taps: slice = ALL) -> Array:
-        """Of parts (..., groups, taps, columns, *coarse), each where its tap saw it, on the grid:
-        (..., groups, columns, *fine)."""
+        """The adjoint: adds parts (..., groups, taps, columns, *coarse) to the grid points that
+        their taps read, (..., groups, columns, *fine)."""
 
 
 def windows(sizes: ConvSizes, like: Array) -> Windows:
-    """For arrays of a library that writes to slices in place, or for a compiler."""
+    """Windows by a gather, for compiled code with tables that are not too large, or by slices."""
     assert sizes.coarse is not None
     entries = math.prod(sizes.kernel) * max(math.prod(sizes.coarse), math.prod(sizes.fine or ()))
     if arrays.is_staged(like) and entries <= _GATHERED_UP_TO:
@@ -44,7 +44,7 @@ def windows(sizes: ConvSizes, like: Array) -> Windows:
 
 
 class SlicedWindows:
-    """By strided slices of the padded grid."""
+    """Views as strided slices of the padded grid."""
 
     in_parts = True
 
@@ -126,7 +126,7 @@ class SlicedWindows:
 
 
 class GatheredWindows:
-    """By one gather from a table: a compiler has a fifth of the work that slices give it."""
+    """Views by one gather from an index table, which compiles five times faster than slices."""
 
     in_parts = False
 
@@ -158,7 +158,7 @@ class GatheredWindows:
 
 
 def _taken(x: Array, table: np.ndarray) -> Array:
-    """Entries of the last axis, of which one behind the last is zero."""
+    """Entries of the last axis by a table of indices; the index past the end gives zero."""
     xp = arrays.namespace(x)
     x = xp.concat([x, arrays.zeros((*x.shape[:-1], 1), like=x)], axis=-1)
     return xp.take(x, arrays.constant(table, x), axis=-1)
@@ -166,8 +166,8 @@ def _taken(x: Array, table: np.ndarray) -> Array:
 
 @lru_cache(maxsize=16)
 def _tables(sizes: ConvSizes) -> tuple[np.ndarray, np.ndarray]:
-    """(grid point that each tap reads for each output, output, counted through all taps, that
-    each tap returns to each grid point); where there is none, one behind the last."""
+    """Two index tables: the grid point that each tap reads for each output, and the (tap, output)
+    that each tap returns to each grid point. The index past the end stands for none."""
     assert sizes.fine is not None
     assert sizes.coarse is not None
     assert sizes.lower is not None
@@ -192,6 +192,6 @@ def _tables(sizes: ConvSizes) -> tuple[np.ndarray, np.ndarray]:
     reads = np.where(inside, points, size)
     returns = np.full((len(points), size), len(points) * outputs)
     tap, output = np.nonzero(inside)
-    # Of one tap no two outputs read the same point.
+    # With one tap no two outputs read the same point.
     returns[tap, points[inside]] = tap * outputs + output
     return reads.ravel().astype(np.int32), returns.ravel().astype(np.int32)

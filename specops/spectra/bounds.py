@@ -23,8 +23,8 @@ from specops.spectra.supremum import supremum
 from specops.typing import Array, Namespace
 
 _LARGER_TORI = 8
-"""Tori tried after the least one, each larger by a stride: a choice of time against a tighter upper
-bound. The least one alone leaves brackets of 0.2 to 0.8 %, typically."""
+"""How many larger tori are tried after the smallest, each larger by a stride: a choice of time
+against a tighter upper bound. The smallest alone typically leaves brackets of 0.2 to 0.8 %."""
 
 
 @arrays.record()
@@ -118,7 +118,7 @@ def spectral_norm_bounds(
 
 @arrays.entry
 def norm_from_above(w: Array, geometry: Geometry | None = None) -> Array:
-    """The upper end of `spectral_norm_bounds`, without the Lanczos run that the lower may take."""
+    """The upper end of `spectral_norm_bounds`, without the Lanczos run for the lower end."""
     given = prepare(w, geometry, once=True)
     if isinstance(given.geometry, Dense):
         return _dense_bounds(given, given.geometry, None).upper
@@ -154,7 +154,7 @@ def _conv_bounds(
     *,
     enclosed: bool = True,
 ) -> NormBounds:
-    """Both ends; where it need not be enclosed, of the lower one nothing is certain."""
+    """Both ends of the interval; without `enclosed` only the upper one is certain."""
     xp = given.xp
     kernel = geometry.kernel(given.w)
     sizes = geometry.sizes(tuple(given.w.shape))
@@ -162,11 +162,11 @@ def _conv_bounds(
     slack = _slack(kernel.dtype, sum(symbol.block_shape) + 4 * math.prod(sizes.kernel) + 16)
 
     def widened(lower: Array, upper: Array) -> NormBounds:
-        """By what rounding may do."""
+        """The interval, widened by the possible rounding."""
         lower, upper = lower * (1.0 - slack), upper * (1.0 + slack)
         if sizes.wraps:
-            # Taps that wrap onto each other: their sums are rounded, to which the norm of what is
-            # left where they cancel is no measure.
+            # Taps that wrap onto each other are summed. Where they cancel, the rounding of the sum
+            # may be large beside the norm that is left, so it is bounded by the kernel's own size.
             count = math.prod(sizes.kernel)
             more = _slack(kernel.dtype, count) * xp.sqrt(count * xp.sum(xp.abs(kernel) ** 2))
             lower, upper = lower - more, upper + more
@@ -191,7 +191,7 @@ def _conv_bounds(
 def _least_torus(
     xp: Namespace, kernel: Array, sizes: ConvSizes, lower: Array, upper: Array, rtol: float
 ) -> Array:
-    """The least norm among tori that contain the operator, until it is close enough."""
+    """The smallest norm among tori that contain the operator, until it is close enough."""
     torus = sizes.enclosing_torus()
     for _ in range(_LARGER_TORI):
         if arrays.truth(upper <= (1.0 + rtol) * lower):

@@ -19,8 +19,8 @@ from specops.spectra.torus import leading_block, leading_vectors, likely_block
 from specops.typing import Array, Namespace
 
 SMALL_OPERATOR = 2**16
-"""Entries up to which a zero-padded operator is decomposed as a matrix: as many as those from which
-`linalg.norms` found a few products with a matrix worth more than its singular values."""
+"""Most entries of a zero-padded operator that is decomposed as a matrix: as many as from which
+`linalg.norms` found a few products with a matrix cheaper than its singular values."""
 
 
 @arrays.entry
@@ -128,9 +128,9 @@ def torus_norm(xp: Namespace, kernel: Array, symbol: Symbol) -> Array:
 
 
 def lanczos_norm(xp: Namespace, kernel: Array, sizes: ConvSizes) -> Array:
-    """σ₁ by Lanczos, from below, converged; the derivative holds its vectors constant.
+    """σ₁ by Lanczos until it converges from below; the derivative holds its vectors constant.
 
-    Operators so small that their explicit matrix costs no more are decomposed.
+    Small operators, whose explicit matrix costs no more, are decomposed instead.
     """
 
     def triplet(kernel: Array) -> tuple[Array, Array, Array]:
@@ -150,17 +150,16 @@ def lanczos_norm(xp: Namespace, kernel: Array, sizes: ConvSizes) -> Array:
 
 
 def plane_wave(xp: Namespace, kernel: Array, sizes: ConvSizes) -> Array:
-    """An output near the leading left singular vector of a convolution.
+    """An approximation of the leading left singular vector of a convolution.
 
     The leading left singular vector of the maximising block, as a plane wave under a sine
-    window, plus as much of every direction in every group, so that no symmetry can hide the
-    maximum.
+    window, plus noise of the same size in every group, so that no symmetry can hide the maximum.
     """
     assert sizes.coarse is not None
     symbol, _ = certified_symbol(sizes, not arrays.is_complex(kernel))
     leading = likely_block(xp, kernel, symbol)
     channels = leading_vectors(xp, kernel, symbol, leading)[0]
-    # Outputs of a stride that the symbol replaces by 1 are that far apart on its grid.
+    # Where the symbol has stride 1 instead of s, the outputs are s points apart on its grid.
     apart = np.array(sizes.stride) / np.array(symbol.sizes.stride)
     turns = arrays.constant(symbol.frequencies * apart / np.array(symbol.coarse), kernel)
     turn = xp.take(turns, leading.frequency, axis=0)[0, :]
@@ -175,5 +174,5 @@ def plane_wave(xp: Namespace, kernel: Array, sizes: ConvSizes) -> Array:
     wave = xp.reshape(chosen[:, None, None] * wave, (sizes.groups, -1))
     noise = arrays.start_vector("lanczos", math.prod(wave.shape)).reshape(wave.shape)
     noise = arrays.constant(noise / np.linalg.norm(noise, axis=1, keepdims=True), kernel)
-    # As long as a plane wave of that window, which its real part alone need not be.
+    # Noise of the length of the windowed plane wave, whose real part alone may be shorter.
     return xp.reshape(wave + xp.linalg.vector_norm(window) * noise, (-1,))

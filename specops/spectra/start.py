@@ -1,4 +1,4 @@
-"""Vectors that a caller gives to start from."""
+"""Checks of the vectors from which a caller wants an iteration to start."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from specops.typing import Array, Namespace
 
 
 def checked_start(xp: Namespace, start: Array, columns: int, least: int, dtype: Any) -> Array:
-    """The vectors (columns, p) in the weight's dtype.
+    """The caller's vectors, of shape (columns, p), in the weight's dtype.
 
     Raises
     ------

@@ -11,8 +11,8 @@ from specops.arrays.host import gram
 from specops.maps.symbol import Symbol
 
 _LARGEST_TURN = 0.49 * np.pi
-"""Σ δ h up to which the first cells are wide: below a quarter turn, where the cosine vanishes and
-bounds nothing, by so much that it is 1/32 at the least."""
+"""The first cells are so small that Σ δ h is at most this. At a quarter turn (π/2) the cosine would
+vanish and bound nothing; here it is at least 1/32."""
 
 
 def supremum(
@@ -23,14 +23,14 @@ def supremum(
     A matrix-valued trigonometric polynomial of degrees 2δ_t falls off no faster than
     cos(Σ δ_t h_t) within half-widths h_t of a point where its norm is largest, so a cell around
     ω holds at most σ₁(ω)/cos(Σ δ_t h_t). Cells that cannot beat the best value seen are
-    dropped, the others split in three along each axis. Flat symbols drop nothing: after
-    `max_evaluations` the bracket is what it is.
+    dropped, the others split in three along each axis. A flat symbol lets no cell be dropped: after
+    `max_evaluations` the bracket is returned as it is.
     """
     coefficients = symbol.coefficients(np, kernel)
     shifts = np.array(list(itertools.product(*(a.shifts for a in symbol.axes))), dtype=float)
     degrees = np.array([max(a.shifts) for a in symbol.axes]) / 2.0
     half = np.pi / np.array(symbol.coarse)
-    # Cells need Σ δ h below a quarter turn before they bound anything.
+    # Cells only bound anything if Σ δ h is below a quarter turn.
     counts = np.array(symbol.coarse)
     while degrees @ half >= _LARGEST_TURN:
         counts, half = counts * 2, half / 2
@@ -46,7 +46,7 @@ def supremum(
     values = norms(points)
     evaluated = len(points)
     best = float(values.max())
-    # On the whole grid the axes' cosines multiply, which is less than that of their sum.
+    # A bound from the first grid as a whole: by the product of the axes' cosines, not cos Σ δ h.
     whole = best / float(np.prod(np.cos(degrees * half)))
     while True:
         reach = float(np.cos(degrees @ half))
@@ -69,8 +69,8 @@ def supremum(
 def _norms(
     coefficients: np.ndarray, symbol: Symbol, shifts: np.ndarray, points: np.ndarray
 ) -> np.ndarray:
-    """σ₁ of the blocks at any frequencies, groups' largest, in double precision."""
-    # Neither phases nor blocks of all points at once.
+    """σ₁ of the blocks at any frequencies, the largest over groups, in double precision."""
+    # In chunks, which limits the memory of phases and blocks.
     item_bytes = 16 * max(coefficients.shape[1], len(shifts))
     wide = coefficients.astype(np.complex128)
 

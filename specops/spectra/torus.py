@@ -1,4 +1,4 @@
-"""Circular convolutions: all singular values, or the largest, from the blocks of the symbol."""
+"""Circular convolutions: all singular values, or the largest one, from the symbol's blocks."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from specops.maps.symbol import Symbol
 from specops.typing import Array, Namespace
 
 _RANKING_STEPS = {True: 8, False: 24}
-"""Power steps that rank the blocks, by whether one is cheap to solve: the others are worth a better
-ranking. A choice that costs time only: no ranking changes the norm."""
+"""Power steps to rank the blocks, for blocks that are cheap to solve (True) and for others, which
+are worth a better ranking. A choice that affects time only: no ranking changes the norm."""
 _FEW_SHIFTS = 32
-"""Shifts up to which one complex product makes the blocks, as 5² taps do, instead of two real ones
-and a copy: half the multiplications are saved only where there are many. A choice."""
+"""With at most so many shifts (5² taps, say) one complex product makes the blocks, instead of two
+real ones and a copy, which save half the multiplications. A choice."""
 _KEPT_GRAM_BYTES = 2**28
-"""Gram matrices up to which the estimates leave theirs to the certificates: a choice of memory,
-256 MiB, against forming them twice."""
+"""Gram matrices of at most so many bytes are kept from the estimates for the certificates, not
+formed twice: a choice of memory, 256 MiB."""
 _DIRECT_BELOW = 160
-"""Smaller side of a block below which all eigenvalues of its Gram matrix are computed, from which
-Lanczos finds the largest: a choice that costs time only, as both are exact."""
+"""Below this smaller side of a block, all eigenvalues of its Gram matrix are computed; from it on,
+Lanczos finds the largest. A choice that affects time only: both are exact."""
 
 
 def torus_values(xp: Namespace, kernel: Array, symbol: Symbol) -> Array:
@@ -89,8 +89,8 @@ def leading_norm(
 ) -> tuple[float, np.ndarray]:
     """(σ₁ of coefficients on the host, the blocks that may exceed σ₁·(1 − margin)).
 
-    The latter are indices (count, 2) over frequency and group. Near what is `expected` the search
-    costs a certificate of that, and a few blocks.
+    The latter are indices (count, 2) over frequency and group. If σ₁ is near the `expected` value,
+    the search costs only a certificate of that value and a few blocks.
     """
     search = _HostSearch(coefficients, symbol, margin)
     norm, _ = search.run(expected)
@@ -98,14 +98,14 @@ def leading_norm(
 
 
 def ranked_blocks(coefficients: np.ndarray, symbol: Symbol) -> np.ndarray:
-    """Indices over frequencies and groups, by falling estimates of their norms."""
+    """Indices of blocks over frequencies and groups, by decreasing estimates of their norms."""
     return np.argsort(-_estimates(coefficients, symbol), kind="stable")
 
 
 def likely_block(xp: Namespace, kernel: Array, symbol: Symbol) -> Leading:
-    """`leading_block` by estimates in single precision, where they are cheaper: for a start.
+    """`leading_block`, or a likely one by cheaper estimates in single precision, to start from.
 
-    The kernel's entries are near 1.
+    The kernel's entries have to be near 1.
     """
     on_host = arrays.on_host(kernel)
     if on_host is None:
@@ -119,7 +119,7 @@ def likely_block(xp: Namespace, kernel: Array, symbol: Symbol) -> Leading:
 
 
 def _estimates(coefficients: np.ndarray, symbol: Symbol) -> np.ndarray:
-    """Of the squared norm of every block, from below."""
+    """Lower bounds of the squared norm of every block."""
     with workers.one_blas_thread():
         return _HostSearch(coefficients, symbol).estimates()
 
@@ -151,7 +151,7 @@ def leading_matrix(
 
 
 def host_blocks(coefficients: np.ndarray, symbol: Symbol, chunk: slice | np.ndarray) -> np.ndarray:
-    """`Symbol.blocks`; with few shifts one complex product beats two real ones and a copy."""
+    """`Symbol.blocks` on the host; with few shifts by one complex product."""
     if symbol.angles.shape[1] > _FEW_SHIFTS:
         return np.asarray(symbol.blocks(np, coefficients, chunk))
     double = coefficients.real.dtype == np.float64
@@ -172,8 +172,8 @@ def map_blocks(
     work: Callable[[Array, Any], Any],
     chosen: np.ndarray | None = None,
 ) -> list[Any]:
-    """``work(blocks, which)`` over all frequencies, or those chosen: by chunks on the host, else
-    at once. `which` is a slice of them, or their indices."""
+    """``work(blocks, which)`` over all frequencies, or those `chosen`: in chunks on the host, on
+    devices all at once. `which` is a slice of the frequencies, or their indices."""
     count = len(symbol.frequencies) if chosen is None else len(chosen)
     if arrays.by_workers(coefficients):
 
@@ -217,7 +217,7 @@ class _HostSearch:
             return self._search()
 
     def estimates(self) -> np.ndarray:
-        """Of every block, from below."""
+        """Lower bounds of the squared norm of every block."""
         return np.concatenate(self._chunks(self._estimate))
 
     def _search(self) -> tuple[float, int]:
@@ -229,7 +229,7 @@ class _HostSearch:
         return self._best(sigma, best, doubtful[np.argsort(-estimates[doubtful], kind="stable")])
 
     def _above(self, sigma: float) -> np.ndarray:
-        """Indices of blocks that may exceed it."""
+        """Indices of blocks whose norm may exceed σ."""
         return np.flatnonzero(
             np.concatenate(self._chunks(lambda chunk: self._exceeds(chunk, sigma)))
         )

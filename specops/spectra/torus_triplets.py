@@ -1,4 +1,4 @@
-"""Circular convolutions: leading singular triplets, as waves under the vectors of blocks."""
+"""Circular convolutions: leading singular triplets, from singular vectors of blocks and waves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from specops.typing import Array, Namespace
 
 
 def torus_triplets(xp: Namespace, kernel: Array, symbol: Symbol, k: int) -> tuple[Array, ...]:
-    r"""(u, s, v) of the `k` largest values of a circular convolution whose values are known now.
+    r"""(u, s, v) for the `k` largest values of a circular convolution, whose weight is concrete.
 
     A singular vector of the block at θ belongs to the wave :math:`e^{i\theta q}` on the coarse
     grid, times :math:`\sqrt 2` and its real or imaginary part where the kernel is real and −θ is
@@ -42,7 +42,7 @@ def _triplets(xp: Namespace, kernel: Array, symbol: Symbol, k: int) -> tuple[Arr
     sizes, coefficients = symbol.sizes, symbol.coefficients(xp, kernel)
     block, mirrored, wave, odd = _waves(symbol)
     values = block_values(xp, coefficients, symbol)
-    # By wave, group and place within a block.
+    # Indexed by wave, group and position within a block.
     every = xp.reshape(xp.take(values, arrays.constant(block, values), axis=0), (-1,))
     known = arrays.to_numpy(arrays.stop_gradient(every))
     best = np.argsort(-known, kind="stable")[:k]
@@ -59,7 +59,7 @@ def _triplets(xp: Namespace, kernel: Array, symbol: Symbol, k: int) -> tuple[Arr
     coarse, fine, phases = _positions(symbol)
     left = _on_grid(xp, left[:, :, None], wave[waves], coarse, symbol)
     right = xp.reshape(right, (k, symbol.phases, sizes.columns))
-    # Phases that no tap reads see zero.
+    # The vectors are zero at phases that no tap reads.
     seen = arrays.constant((phases >= 0).astype(float), right)
     right = xp.take(right, arrays.constant(np.maximum(phases, 0), right), axis=1)
     right = xp.matrix_transpose(right) * xp.astype(seen, right.dtype)
@@ -76,8 +76,8 @@ def _triplets(xp: Namespace, kernel: Array, symbol: Symbol, k: int) -> tuple[Arr
 def _vectors(
     xp: Namespace, coefficients: Array, symbol: Symbol, pairs: np.ndarray
 ) -> tuple[Array, Array]:
-    """u and vᴴ of blocks, counted through frequencies and groups; of real ones real, complex as
-    their dtype is."""
+    """u and vᴴ of chosen blocks, indexed over frequencies and groups. Real blocks get real vectors,
+    in the complex dtype."""
     groups = symbol.sizes.groups
     frequencies, group = np.divmod(pairs, groups)
     own = xp.reshape(symbol.blocks(xp, coefficients, frequencies), (-1, *symbol.block_shape))
@@ -96,9 +96,9 @@ def _vectors(
 
 
 def _waves(symbol: Symbol) -> tuple[np.ndarray, ...]:
-    """Of each point of the coarse grid's frequencies: (the index of the block that its vectors
-    come from, whether that is the conjugate, the frequency of its wave (axes,), whether it stands
-    for the imaginary part)."""
+    """For each frequency of the coarse grid: (the index of the block that its vectors come from,
+    whether they are conjugated, the frequency of its wave (axes,), whether the wave is the
+    imaginary part)."""
     grid = np.indices(symbol.coarse).reshape(len(symbol.coarse), -1)
     odd = np.zeros(grid.shape[1], bool)
     if symbol.conjugate_pairs:
@@ -122,8 +122,8 @@ def _is_own_mirror(frequencies: np.ndarray, periods: tuple[int, ...]) -> np.ndar
 
 
 def _positions(symbol: Symbol) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of points of the coarse and of the fine grid: their places (axes, points) in turns of a
-    wave, and the phase of the fine ones, −1 where none is read."""
+    """Positions (axes, points) of the points of the coarse and of the fine grid, in turns of a
+    wave, and the phases of the fine points: −1 where none is read."""
     sizes = symbol.sizes
     assert sizes.lower is not None
     coarse = np.indices(symbol.coarse).reshape(len(symbol.coarse), -1)
@@ -144,7 +144,7 @@ def _positions(symbol: Symbol) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _on_grid(
     xp: Namespace, vectors: Array, waves: np.ndarray, places: np.ndarray, symbol: Symbol
 ) -> Array:
-    """Vectors (k, channels, 1 or points) under their waves: (k, channels, points), unit length."""
+    """Vectors (k, channels, 1 or points) times their waves: (k, channels, points), unit length."""
     sides = np.array(symbol.coarse)
     turns = sum(np.outer(waves[:, t], places[t]) % sides[t] / sides[t] for t in range(len(sides)))
     waved = np.exp(2j * np.pi * turns) / math.sqrt(math.prod(symbol.coarse))
@@ -152,13 +152,13 @@ def _on_grid(
 
 
 def _in_group(xp: Namespace, vectors: Array, groups: np.ndarray, count: int) -> Array:
-    """(k, channels, points) of one group each as columns (all channels · points, k)."""
+    """Vectors (k, channels, points) of one group each, as columns (all channels · points, k)."""
     one_hot = xp.astype(arrays.constant(np.eye(count)[groups], vectors), vectors.dtype)
     spread = one_hot[:, :, None, None] * vectors[:, None, :, :]
     return xp.matrix_transpose(xp.reshape(spread, (vectors.shape[0], -1)))
 
 
 def _rows(xp: Namespace, stack: Array, which: np.ndarray) -> Array:
-    """Rows of stacked matrices, counted through all of them."""
+    """Rows of stacked matrices, indexed through the whole stack."""
     flat = xp.reshape(stack, (-1, stack.shape[-1]))
     return xp.take(flat, arrays.constant(which, flat), axis=0)

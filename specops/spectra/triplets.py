@@ -1,4 +1,4 @@
-"""`top_singular_triplets`: directions with their values."""
+"""`top_singular_triplets`: the largest singular values with their vectors."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from specops.spectra.torus_triplets import torus_triplets
 from specops.typing import Array, Namespace
 
 _DECOMPOSED_UP_TO = 2**20
-"""Entries of a convolution's matrix up to which it is decomposed, so that its triplets are exact:
-8 MiB in double precision. A choice; beyond it they are iterated."""
+"""A convolution's matrix of at most so many entries is decomposed, so that its triplets are exact:
+8 MiB in double precision. A choice; beyond it they are found by iteration."""
 _ROUNDS = {False: 1000, True: 24}
-"""Of the iteration, by whether a compiler or vmap traces it, which takes all of them: compilation
-grows with their number. A choice."""
+"""Most rounds of the iteration: a choice. When a compiler or vmap traces it (True), it runs all of
+them, and compile time grows with their number."""
 
 
 @arrays.entry
@@ -117,7 +117,7 @@ def top_singular_triplets(
 
 
 def _by_blocks(given: Prepared, k: int) -> tuple[Array, Array, Array] | None:
-    """Of a circular convolution, by its symbol; None of others, and under compilers."""
+    """The triplets of a circular convolution, by its symbol; None for others, and when traced."""
     xp, geometry = given.xp, given.geometry
     assert isinstance(geometry, Conv)
     shape = tuple(given.w.shape)
@@ -132,7 +132,7 @@ def _by_blocks(given: Prepared, k: int) -> tuple[Array, Array, Array] | None:
 
 
 def _one_by_one(given: Prepared, geometry: Conv, k: int) -> tuple[Array, Array, Array]:
-    """Of a convolution whose values are known."""
+    """The triplets of a convolution, found one after another by Lanczos."""
     xp, sizes = given.xp, geometry.sizes(tuple(given.w.shape))
     kernel = geometry.kernel(given.w)
     operator = ConvOperator(kernel, sizes)
@@ -146,9 +146,9 @@ def _one_by_one(given: Prepared, geometry: Conv, k: int) -> tuple[Array, Array, 
 def _as_it_acts(
     xp: Namespace, geometry: Conv, u: Array, s: Array, v: Array
 ) -> tuple[Array, Array, Array]:
-    """Triplets of the operator of a kernel, as those of the layer."""
+    """Turn triplets of the kernel's operator into those of the layer."""
     if geometry.transposed:
-        # It acts by the transpose of that convolution, not by its adjoint.
+        # It acts by the transpose of the convolution, not by its adjoint.
         return arrays.conjugate(xp, v), s, arrays.conjugate(xp, u)
     return u, s, v
 
@@ -165,9 +165,9 @@ def _iterated(
 
 
 def _widened(xp: Namespace, start: Array, k: int, operator: LinearOperator, dtype: Any) -> Array:
-    """The start in the weight's dtype, with two fixed random columns where there is room.
+    """The start in the weight's dtype, with two fixed random columns if there is room.
 
-    An exact singular vector that is not leading would otherwise be taken for the answer.
+    Without them, a start at an exact singular vector that does not lead would stay there.
     """
     columns = operator.shape[1]
     start = checked_start(xp, start, columns, k, dtype)
@@ -180,4 +180,4 @@ def _widened(xp: Namespace, start: Array, k: int, operator: LinearOperator, dtyp
 
 def _check_count(k: int, shape: Any) -> None:
     if k > min(shape):
-        raise ValueError(f"k={k} of a map that has {min(shape)} singular values")
+        raise ValueError(f"k={k} is more than the {min(shape)} singular values of the map")

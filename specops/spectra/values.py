@@ -15,8 +15,8 @@ from specops.spectra.torus import torus_values
 from specops.typing import Array
 
 _LARGEST_EXPLICIT = 2**24
-"""Entries of a zero-padded operator's matrix beyond which its values are refused: 128 MiB in double
-precision, and as long as the SVD of 4096². A choice; its norm and bounds need no matrix."""
+"""Most entries of a zero-padded operator's matrix for which all values are computed: 128 MiB in
+double precision, and the time of the SVD of 4096². A choice; norm and bounds need no matrix."""
 
 
 @arrays.entry
@@ -72,9 +72,9 @@ def values_changed(
     geometry: Geometry | None,
     function: Callable[[Array, Callable[[Array], Array]], Array],
 ) -> Array | tuple[Array, ...]:
-    """A function of the values in units of the weight, where they neither overflow nor underflow.
+    """A function of the values of the scaled weight, which neither overflow nor underflow.
 
-    Its second argument undoes the units, and is NaN where a matrix of a stack is not finite.
+    Its second argument undoes the scale, and gives NaN where a matrix of a stack is not finite.
     """
     given = prepare(w, geometry)
     if isinstance(given.geometry, Dense):

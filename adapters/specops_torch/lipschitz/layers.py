@@ -117,7 +117,7 @@ def _of_activation(layer: nn.Module) -> float | None:
         return steeper(abs(float(layer.negative_slope)))
     if isinstance(layer, nn.ELU):
         return steeper(abs(float(layer.alpha)))
-    # Where they bend the wrong way or jump nothing bounds them.
+    # With other parameters these functions jump, or have no bounded slope.
     smooth = isinstance(layer, nn.CELU) and layer.alpha > 0
     if smooth or (isinstance(layer, nn.Softplus) and layer.threshold >= _NO_JUMP):
         return 1.0
@@ -127,7 +127,7 @@ def _of_activation(layer: nn.Module) -> float | None:
 
 
 def steeper(slope: float) -> float:
-    """Of a slope and 1 the steeper; NaN stays NaN."""
+    """The larger of a slope and 1; NaN stays NaN."""
     return slope if math.isnan(slope) else max(1.0, slope)
 
 
@@ -143,7 +143,7 @@ def _of_pooling(layer: nn.Module, shape: tuple[int, ...]) -> float:
 
 
 def _axes(layer: nn.Module, kinds: tuple[type[nn.Module], ...]) -> int:
-    """How many axes a layer of kinds for 1, 2 and 3 pools over."""
+    """How many axes a layer pools over; `kinds` are the classes for 1, 2 and 3 axes."""
     return next(n for n, kind in enumerate(kinds, 1) if isinstance(layer, kind))
 
 

@@ -1,7 +1,8 @@
-"""Layers that hold several maps in one array: which blocks these are, by what layers are called.
+"""Fused layers, which hold several maps in one array: the blocks that these maps are.
 
-What all who meet such a layer go by, in a file or in a model: the blocks are the same. A name is
-believed where what is around the layer agrees: the sizes of its neighbours, or a configuration.
+Layers are recognised by their names, in the same way in a model and in a checkpoint. A name counts
+only if the layer's surroundings agree with it: the sizes of neighbouring layers, or a
+configuration.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ def fused(layer: str, shape: Shape, out: int, around: Surroundings) -> Fused | N
 
 
 def fused_stack(layer: str, shape: Shape, out: int, around: Surroundings) -> Fused | None:
-    """The same of many layers at once: matrices stacked along the first axis.
+    """As `fused`, for matrices of many layers that are stacked along the first axis.
 
-    `out` is 1 or -1; neighbours count without the first axis, where it is as long.
+    `out` is 1 or -1. Neighbours are taken without their first axis, which must be as long.
     """
 
     def beside(name: str) -> Shape:
@@ -68,5 +69,5 @@ def fused_stack(layer: str, shape: Shape, out: int, around: Surroundings) -> Fus
 
 
 def fused_kernel(layer: str) -> str:
-    """What is to be known of a convolution of this name: that it takes several maps for one."""
+    """A remark on a convolution of this name, if it holds several maps that are treated as one."""
     return "query, key and value of all heads are taken for one map" if layer in QUERIES else ""

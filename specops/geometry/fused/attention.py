@@ -1,4 +1,4 @@
-"""Query, key and value in one matrix, or key and value."""
+"""Attention layers with query, key and value, or key and value alone, in one matrix."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ QUERIES: Final = (
     *("to_qkv", "qkv_linear", "att_proj", "wqkv", "in_proj_qkv"),
 )
 _KEYS: Final = {"kv": ("q",), "to_kv": ("to_q",), "kv_proj": ("q_proj",), "c_attn": ("q_attn",)}
-"""Keys and values in one, and what the queries beside them are called."""
+"""Names of layers with keys and values in one, and of the layer with the queries beside them."""
 _BACK: Final = (
     *("o_proj", "out_proj", "proj", "dense", "c_proj", "Wo", "wo", "to_out", "to_out.0"),
     *("proj_out", "out", "projection", "../output.dense"),
 )
-"""The projection behind an attention, by its names: as many inputs as there are queries."""
+"""Names of the projection after an attention, which has as many inputs as there are queries."""
 _BY_HEADS: Final = {
     "query_key_value": ("gpt_neox", "gpt_neox_japanese", "bloom", "persimmon"),
     "qkv_proj": ("minimax",),
 }
-"""Models of Hugging Face, by what they call the layer, that store it head by head."""
+"""Hugging Face models that store the layer head by head, by the layer's name."""
 _OTHERWISE: Final = ("codegen", "minimax", "gpt_bigcode", "internlm2")
-"""Models that do not store the three one after the other."""
+"""Models that do not store query, key and value one after the other."""
 _CODEGEN_PARTS: Final = 4
-"""In which CodeGen stores its heads, as many as the accelerators had that it was trained on."""
+"""CodeGen stores its heads in so many parts, one for each accelerator that it was trained on."""
 _THREE: Final = "query, key and value"
 
 
 def attention(layer: str, rows: int, columns: int, out: int, around: Surroundings) -> Fused | None:
-    """The maps of such a layer; None of others."""
+    """The maps of such a layer; None for other layers."""
     if layer == "in_proj_weight" and rows == 3 * columns:
         return Fused.of(out, (columns,) * 3, f"{_THREE} in one")
     known = _by_model(layer, rows, around)
@@ -51,7 +51,7 @@ def attention(layer: str, rows: int, columns: int, out: int, around: Surrounding
 
 
 def _keys(layer: str, rows: int, out: int, around: Surroundings) -> Fused:
-    """Key and value, one after the other where there are as many of each as of queries."""
+    """Key and value, one after the other, if each has as many outputs as there are queries."""
     if rows % 2:
         return Fused.whole(out, f"key and value are taken for one matrix, of {rows} outputs")
     halves = (rows // 2,) * 2
@@ -62,11 +62,11 @@ def _keys(layer: str, rows: int, out: int, around: Surroundings) -> Fused:
 
 
 _Known = tuple[tuple[int, ...], int, str]
-"""Splits, repeats and what speaks for them."""
+"""(splits, repeats, the reason for them)."""
 
 
 def _by_model(layer: str, rows: int, around: Surroundings) -> _Known | None:
-    """As some models are known to store their attention."""
+    """The blocks of models that are known to store their attention in a way of their own."""
     model, heads = around.setting("model_type"), around.count("num_attention_heads", "n_head")
     width = around.count("hidden_size", "n_embd", "n_embed") // (heads or 1)
     by_heads = model in _BY_HEADS.get(layer, ())
@@ -90,7 +90,10 @@ def _by_model(layer: str, rows: int, around: Surroundings) -> _Known | None:
 
 
 def _by_sizes(layer: str, rows: int, columns: int, out: int, around: Surroundings) -> _Known | None:
-    """As most store it, one after the other: how large each is by the configuration, or around."""
+    """The blocks one after the other, as most models store them.
+
+    The configuration or the neighbouring layers tell how large each is.
+    """
     if layer in ("query_key_value", "wqkv") or around.setting("model_type") in _OTHERWISE:
         return None
     queries = around.inputs(_BACK, out)
@@ -108,8 +111,8 @@ def _by_sizes(layer: str, rows: int, columns: int, out: int, around: Surrounding
     rest, odd = divmod(rows - queries, 2)
     if not queries or odd or rest <= 0:
         return None
-    # Fewer keys than queries: of heads that share them. Where there are more or fewer queries than
-    # inputs too, it may as well be the values that the layer behind has for inputs.
+    # Fewer keys than queries: heads share keys. If the number of queries also differs from that of
+    # the inputs, the inputs of the layer behind may be the values, and the blocks are not known.
     if rest == queries or rest < queries == columns:
         return (queries, rest, rest), 1, f"{_THREE} in one"
     return None

@@ -1,4 +1,4 @@
-"""Stacked experts: which axis is that of outputs, and the two maps of `gate_up_proj`."""
+"""Stacked experts: which axis holds the outputs, and the two maps of `gate_up_proj`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from specops.geometry.dense import Dense
 from specops.geometry.fused.known import Fused, Shape, Surroundings
 
 PAIRS: Final = {"gate_up_proj": "down_proj", "input_linear": "output_linear"}
-"""Gates and what they gate, and the stack behind these."""
+"""Names of stacks with gates and the values that they gate, and of the stack after each."""
 
 
 def fused_experts(
@@ -19,7 +19,7 @@ def fused_experts(
     turned: bool | None = None,
     alternating: bool | None = None,
 ) -> Fused | None:
-    """The maps of stacked experts; None where it is not known which axis is that of outputs.
+    """The maps of stacked experts; None if it is not known which axis holds the outputs.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ def fused_experts(
 
 
 def _is_turned(parameter: str, shape: Shape, around: Surroundings) -> bool | None:
-    """Whether stacks are (experts, inputs, outputs); None: nothing says."""
+    """Whether stacks are (experts, inputs, outputs); None if nothing tells."""
     up = next((name for name, back in PAIRS.items() if parameter in (name, back)), "")
     down = bool(up) and parameter != up
     other = around.beside(up if down else PAIRS[up]) if up else ()

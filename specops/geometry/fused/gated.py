@@ -1,4 +1,4 @@
-"""A gate beside what it gates: two maps of the same input in one matrix."""
+"""Gated layers: the gate and the values that it gates, two maps of one input in one matrix."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ _BEHIND: Final = {
     "dense_h_to_4h": "dense_4h_to_h",
     "proj": "../2",
 }
-"""The layer behind the two, which has half as many inputs. The last is that of diffusers."""
+"""Names of fused layers, and of the layer after each, with half as many inputs as the fused one has
+outputs. The last is that of diffusers."""
 
 
 def gated(layer: str, rows: int, columns: int, out: int, around: Surroundings) -> Fused | None:
-    """The two halves where the layer behind has as many inputs as one of them has outputs.
+    """The two halves, if the layer behind has as many inputs as one of them has outputs.
 
-    Flux has an attention and a layer beside it in one; both their outputs go into the layer behind.
+    Flux fuses an attention with a parallel layer; the layer behind takes the outputs of both.
     """
     if layer not in _BEHIND:
         return None

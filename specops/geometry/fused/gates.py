@@ -7,18 +7,18 @@ from typing import Final
 from specops.geometry.fused.known import Fused, Surroundings
 
 CELLS: Final = {4: "an LSTM", 3: "a GRU"}
-"""Cells by how many gates they have."""
+"""Names of cells, by their number of gates."""
 
 
 def gates(layer: str, rows: int, columns: int, out: int, around: Surroundings) -> Fused | None:
-    """Of the two layers of flax' nnx cells: the recurrent one has an input for each unit."""
+    """The gates in the two layers of flax nnx cells: the recurrent one has an input per unit."""
     if layer not in ("dense_i", "dense_h"):
         return None
     return gates_of(around.inputs(["dense_h"], out), rows, out)
 
 
 def gates_of(hidden: int, rows: int, out: int) -> Fused | None:
-    """So many outputs as the gates of a cell with this many units; None if it is no such cell."""
+    """Gates with `hidden` outputs each; None if the rows are not those of a known cell."""
     if not hidden or rows % hidden or rows // hidden not in CELLS:
         return None
     count = rows // hidden

@@ -1,4 +1,4 @@
-"""What is known around a layer, and what is found: the maps that its array holds."""
+"""`Surroundings`, what is known around a layer, and `Fused`, the maps found in its array."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Surroundings:
         return next((n for n in found if type(n) is int and n > 0), 0)
 
     def inputs(self, names: Sequence[str], out: int) -> int:
-        """Of the first of these layers that is there and a matrix; 0 where none is."""
+        """How many inputs the first of these layers has that exists and is a matrix; 0 if none."""
         return next((s[1 + out] for n in names if len(s := self.beside(n)) == 2), 0)
 
     def outputs(self, names: Sequence[str], out: int) -> int:
-        """As `inputs`."""
+        """How many outputs that layer has; 0 if there is none."""
         return next((s[out] for n in names if len(s := self.beside(n)) == 2), 0)
 
 
@@ -66,14 +66,14 @@ class Fused:
 
     @classmethod
     def of(cls, out: int, splits: Sequence[int], why: str, repeats: int = 1) -> Fused:
-        """Blocks of these sizes along the outputs; a single one is the whole."""
+        """Blocks of these sizes along the outputs; a single one is the whole matrix."""
         if len(splits) == 1:
             return cls(Dense(out_axes=(out,)), why)
         return cls(Dense(out_axes=(out,), splits=tuple(splits), repeats=repeats), why)
 
     @classmethod
     def whole(cls, out: int, doubt: str, likely: Sequence[int] = ()) -> Fused:
-        """The whole matrix, that may be several; by its name alone these."""
+        """The whole matrix as one map, with a doubt: its name suggests the `likely` blocks."""
         blocks = Dense(out_axes=(out,), splits=tuple(likely)) if likely else None
         return cls(Dense(out_axes=(out,)), doubt, doubt, blocks)
 

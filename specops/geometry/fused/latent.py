@@ -6,7 +6,7 @@ from specops.geometry.fused.known import Fused, Surroundings
 
 
 def latent(layer: str, rows: int, columns: int, out: int, around: Surroundings) -> Fused | None:
-    """What is kept of keys and values beside a key of positions; keys beside values by heads."""
+    """The latent of keys and values beside a positional key; or keys beside values, by heads."""
     if layer == "kv_a_proj_with_mqa":
         kept = around.inputs(["kv_b_proj"], out) or around.count("kv_lora_rank")
         if 0 < kept < rows:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from specops.geometry.fused.known import Fused, Surroundings
 
 _GATED = ("qwen3_next", "qwen3_5")
-"""How their types begin."""
+"""How the `model_type` of these models begins."""
 
 
 def linear_attention(
     layer: str, rows: int, columns: int, out: int, around: Surroundings
 ) -> Fused | None:
-    """Queries beside their gates head by head, and what a delta rule takes."""
+    """Queries beside their gates, head by head; or the inputs of a gated delta rule."""
     if layer == "q_proj":
         heads, kind = around.count("num_attention_heads"), around.setting("model_type")
         if not (isinstance(kind, str) and kind.startswith(_GATED)):

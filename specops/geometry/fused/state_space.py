@@ -1,4 +1,4 @@
-"""State spaces and short convolutions: what their one projection of the input gives."""
+"""State-space and short-convolution layers: the maps in their one projection of the input."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def state_space(
 
 
 def _input(rows: int, inner: int, out: int, around: Surroundings) -> Fused | None:
-    """By the filter of each channel that follows, and the layer behind."""
+    """The maps of `in_proj`, by the channel-wise convolution that follows and the layer behind."""
     short, *plain = (around.beside(name)[:1] for name in ("conv1d", "conv", "spatial_conv"))
     if inner and (inner,) in plain and rows == 3 * inner:
         return Fused.of(out, (inner,) * 3, "two gates and an input in one")
@@ -48,7 +48,7 @@ def _input(rows: int, inner: int, out: int, around: Surroundings) -> Fused | Non
 
 
 def _by_heads(rows: int, out: int, around: Surroundings) -> Fused | None:
-    """DeBERTa's queries, keys and values: the biases of two of them stand beside."""
+    """DeBERTa's queries, keys and values, recognised by the biases of two of them beside it."""
     bias = rows // 3
     if rows % 3 or not around.beside("q_bias") == around.beside("v_bias") == (bias,):
         return None
