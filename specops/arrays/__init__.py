@@ -1,8 +1,8 @@
-"""The only floor that tells array libraries apart.
+"""The only package of specops that distinguishes array libraries.
 
 Algorithms see a namespace `xp` of the Array API standard, its arrays, and the functions below.
-`standard.py` says how each of them is done with the standard alone; what one library does
-better, or only can do otherwise, stands in the file of its name. `libraries.py` finds it.
+`standard.py` implements each function with the standard alone. What a library does better, or can
+only do differently, is in the file of its name; `libraries.py` chooses by the array.
 """
 
 from specops.arrays.dtypes import (

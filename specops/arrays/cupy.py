@@ -1,4 +1,4 @@
-"""CuPy: values live on a GPU, and solvers fail without a word unless asked to raise."""
+"""CuPy: values live on a GPU, and solvers fail silently unless told to raise."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class CuPy(Library):
 
     @contextmanager
     def ieee_products(self) -> Iterator[None]:
-        """What CUPY_TF32=1 sets, for which there is no other switch."""
+        """Undo CUPY_TF32=1, for which there is no other switch."""
         import cupy
 
         products = cupy._core._routines_linalg

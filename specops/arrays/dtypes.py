@@ -1,4 +1,4 @@
-"""Dtypes: which are measured, which one computes, and what their rounding is."""
+"""Dtypes: those that are supported, those in which computations run, and their rounding."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ COMPUTE = {
     "complex64": "complex64",
     "complex128": "complex128",
 }
-"""The dtype that decompositions of each one run in."""
+"""For each supported dtype, the one in which its decompositions run."""
 REAL = {"complex32": "float16", "complex64": "float32", "complex128": "float64"}
 COMPLEX = {"float32": "complex64", "float64": "complex128"}
 _HALF = {"float16": (5, 10), "bfloat16": (8, 7)}
-"""Exponent and mantissa bits."""
+"""The numbers of exponent and mantissa bits."""
 
 
 def dtype_name(dtype: Any) -> str:
@@ -35,7 +35,7 @@ def dtype_name(dtype: Any) -> str:
 
 @lru_cache(maxsize=64)
 def _name_in_numpy(dtype: np.dtype[Any]) -> str:
-    # NumPy puts it together anew each time, which takes as long as an operation on a small array.
+    # Cached: NumPy builds the name at each call, which takes as long as a small array operation.
     return str(dtype)
 
 
@@ -46,7 +46,7 @@ def to_compute(xp: Namespace, w: Array) -> Array:
 
 
 def rounded(xp: Namespace, x: Array, dtype: Any) -> Array:
-    """`x` in `dtype`, to that precision also where a compiler would rather keep more."""
+    """`x` in `dtype`, really rounded, also where a compiler would keep more precision."""
     bits = _HALF.get(dtype_name(dtype))
     return (
         xp.astype(x, dtype, copy=False) if bits is None else library(x).rounded(xp, x, dtype, bits)

@@ -26,7 +26,7 @@ def check_finite(xp: Namespace, w: Array, what: str = "the weight") -> None:
 
 
 def largest_entry(xp: Namespace, x: Array, axis: Any = None, *, keepdims: bool = False) -> Array:
-    """max|x|, NaN where an entry is: in one pass where the library has one."""
+    """max|x|, or NaN if an entry is NaN; in one pass if the library has one."""
     return library(x).largest_entry(xp, x, axis, keepdims)
 
 
@@ -39,14 +39,14 @@ def magnitude(xp: Namespace, x: Array, axis: Any = None) -> Array:
 
 
 def power_below(xp: Namespace, largest: Array) -> Array:
-    """The power of two at or below positive numbers; 1 for zero and what is not finite.
+    """The power of two at or below positive numbers; 1 for zero and numbers that are not finite.
 
-    A constant for differentiation, as it is one between powers.
+    A constant for differentiation, because it is constant between powers.
     """
     largest = stop_gradient(largest)
     ones = xp.ones_like(largest)
     exponent = xp.floor(xp.log2(xp.where(largest > 0, largest, ones)))
-    # Short of the ends of the range, so that the reciprocal is a normal number, too.
+    # Not up to the ends of the range, so that the reciprocal is a normal number, too.
     limit = 1000.0 if dtype_name(largest.dtype) == "float64" else 120.0
     exponent = xp.clip(exponent, -limit, limit)
     return xp.where(xp.isfinite(exponent), 2.0**exponent, ones)
@@ -68,7 +68,7 @@ def add_diagonal(xp: Namespace, a: Array, values: Array) -> Array:
 
 
 def complex_of(xp: Namespace, real: Array, imag: Array) -> Array:
-    """real + i·imag, in one pass where the library has one."""
+    """real + i·imag, in one pass if the library has one."""
     return library(real).complex_of(xp, real, imag, complex_dtype(xp, real.dtype))
 
 

@@ -1,4 +1,4 @@
-"""What public functions of arrays do before their own work."""
+"""`entry`: what public functions of arrays do before their own work."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ R = TypeVar("R")
 
 
 def entry(function: Callable[P, R]) -> Callable[P, R]:
-    """Run `in_full_precision`, and on NumPy what JAX would dispatch operation by operation.
+    """Run `in_full_precision`, and run JAX arrays on the CPU through NumPy outside of jit.
 
-    Outside of jit JAX compiles each operation for each new shape, which takes it seconds where
-    NumPy takes milliseconds. Where the first array is one of JAX on one CPU device, arrays go in
-    as views, and results come back as arrays of JAX; under jit, grad and vmap, and on other
-    devices, nothing changes.
+    Outside of jit JAX compiles each operation for each new shape, which takes seconds where NumPy
+    takes milliseconds. If the first array is a JAX array on a single CPU device, the function gets
+    NumPy views, and its results are converted back. Under jit, grad and vmap, and on other devices,
+    nothing changes.
     """
     whole = in_full_precision(function)
 

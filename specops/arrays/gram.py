@@ -1,6 +1,6 @@
-"""Gram matrices of the smaller side; of what is above the diagonal some may be missing.
+"""Gram matrices of the smaller side; entries above the diagonal may be missing.
 
-Solvers and factorisations of Hermitian matrices read the lower triangle only.
+Solvers and factorisations of Hermitian matrices read only the lower triangle.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from specops.arrays.libraries import library
 from specops.typing import Array, Namespace
 
 _LONG = 4096
-"""Length up to which sums in single precision, in whatever order, drift by less than 1e-4."""
+"""Sums of so many terms in single precision, in any order, drift by less than 1e-4."""
 
 
 def gram(xp: Namespace, a: Array, dtype: Any = None) -> Array:

@@ -1,6 +1,6 @@
-"""Solvers for stacks of matrices of NumPy's.
+"""Solvers for stacks of NumPy matrices.
 
-Single precision stays single: NumPy's public functions compute it in double, at twice the time.
+They keep single precision, which NumPy's public functions compute in double, in twice the time.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ except (ImportError, AttributeError):
     _SINGLE = False
 
 _GRAM_FROM = 96
-"""Smaller side from which single precision uses the Gram matrix in double."""
+"""Smaller side from which values in single precision come from the Gram matrix in double."""
 _GRAM_ASPECT = 1.5
-"""Larger side over the smaller from which the Gram matrix pays at any size, as measured on the
-blocks of convolutions."""
+"""Ratio of the larger to the smaller side from which the Gram matrix pays at any size, as measured
+on the blocks of convolutions."""
 _BEYOND = 1e18
-"""A bound of norms whose square is a number in single precision, and whose matrices' are below."""
+"""A bound of norms whose square does not overflow in single precision, and which no scaled matrix
+reaches."""
 _HALVE_FROM = 192
 """Side from which a complex Gram matrix is formed by halves, which saves a quarter of the
-multiplications and more: a choice against small products, as halves are then 96 and more."""
+multiplications and more. A choice that avoids small products: halves are then 96 and more."""
 
 
 def stack_svdvals(a: np.ndarray) -> np.ndarray:
@@ -59,9 +60,9 @@ def eigh(a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def gram(a: np.ndarray) -> np.ndarray:
-    """AAᴴ or AᴴA, whichever is smaller; large ones by halves, the upper from the lower."""
+    """AAᴴ or AᴴA, whichever is smaller; if large, by halves, with the upper part by symmetry."""
     if a.dtype.kind == "f":
-        # A product with its own transpose: NumPy computes half of it.
+        # For a product of a matrix with its own transpose NumPy computes only half.
         turned = a.swapaxes(-1, -2)
         return np.asarray(a @ turned if a.shape[-2] <= a.shape[-1] else turned @ a)
     rows = a if a.shape[-2] <= a.shape[-1] else a.conj().swapaxes(-1, -2)
@@ -93,7 +94,7 @@ def _by_gram(a: np.ndarray) -> np.ndarray:
 def exceeds(grams: np.ndarray, bound: float) -> np.ndarray:
     """Which Gram matrices have an eigenvalue above bound², up to rounding.
 
-    The others have a Cholesky factor of ``bound²·I − G``, which is the certificate.
+    For the others ``bound²·I − G`` has a Cholesky factor, which is the certificate.
     """
     n = grams.shape[-1]
     shifted = -grams
@@ -105,7 +106,7 @@ def exceeds(grams: np.ndarray, bound: float) -> np.ndarray:
 def have_factors(matrices: np.ndarray) -> np.ndarray:
     """Which of stacked Hermitian matrices, which are overwritten, have a Cholesky factor."""
     if _SINGLE:
-        # In place: pages of a new result cost more than the factor of a small matrix.
+        # In place, because memory for a new result costs more than the factor of a small matrix.
         with np.errstate(invalid="ignore"):
             factors = _lapack.cholesky_lo(matrices, out=matrices)
         return np.asarray(~np.isnan(factors[..., -1, -1]))

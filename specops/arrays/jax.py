@@ -1,4 +1,4 @@
-"""JAX: values may be traced, loops are primitives, and eager loops are slow."""
+"""JAX: values may be traced, loops are primitives, and loops outside of jit are slow."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Jax(Library):
         return None
 
     def has_double(self, x: Array) -> bool:
-        """Where JAX is configured for it; to ask a tracer for its device walks the whole trace."""
+        """Whether JAX is set to it; asking a tracer for its device would walk the whole trace."""
         return bool(jax.config.jax_enable_x64)
 
     def placed(self, xp: Namespace, values: np.ndarray, like: Array) -> Array:
@@ -52,14 +52,15 @@ class Jax(Library):
         """Whether operations on `x` run one by one, on one CPU device."""
         if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
             return False
-        # Neither laid out over a mesh nor keys of random numbers.
+        # Excludes arrays that are sharded over a mesh, and random keys.
         alone = isinstance(x.sharding, jax.sharding.SingleDeviceSharding)
         return alone and isinstance(x.dtype, np.dtype) and x.device.platform == "cpu"
 
     def on_numpy(self, function: Any, weight: Any, args: Any, kwargs: Any) -> Any:
-        """The function's value, computed from NumPy's views and put back; what it passes on stays.
+        """The function's result, computed from NumPy views and converted back to JAX arrays.
 
-        As it is where a tracer is among the arguments, or behind one of them.
+        Arrays that it returns unchanged stay the caller's. If a tracer is among the arguments, or
+        inside one of them, the function runs as it is.
         """
         leaves, structure = jax.tree.flatten((args, kwargs))
         if any(isinstance(x, jax.core.Tracer) for x in leaves):
@@ -69,14 +70,14 @@ class Jax(Library):
         own, named = jax.tree.unflatten(structure, views)
         try:
             result = function(*own, **named)
-        except jax.errors.JAXTypeError:  # of a tracer that a schedule gave
+        except jax.errors.JAXTypeError:  # a schedule gave a tracer
             return function(*args, **kwargs)
-        # What lies elsewhere was put there.
+        # If the weight is not on the default device, the user put it where it is.
         elsewhere = weight.device != jax.devices()[0]
         return _put_back(result, given, weight.device if elsewhere else None)
 
     def _view(self, x: Any, given: dict[int, Any]) -> Any:
-        """NumPy's view, noted in `given`; of a mapping that is no tree to JAX its values'."""
+        """A NumPy view, noted in `given`; of a mapping that is no JAX tree, one with views."""
         if isinstance(x, Mapping):
             return _like(x, {key: self._view(value, given) for key, value in x.items()})
         view = np.asarray(x) if self.is_dispatched(x) else x
@@ -165,7 +166,7 @@ class Jax(Library):
         return _jit(function, len(static))(*static, *arrays)
 
     def argmax(self, xp: Namespace, flat: Array) -> Array:
-        """On the host where the value is known: no program for it."""
+        """On the host if the value is known, which saves compiling a program."""
         if self.is_staged(flat):
             return super().argmax(xp, flat)
         return xp.asarray(np.asarray([np.argmax(np.asarray(flat))], np.int32))
@@ -175,12 +176,12 @@ class Jax(Library):
         return a @ b
 
     def eigh(self, xp: Namespace, a: Array) -> tuple[Array, Array]:
-        """Of the lower triangle, not of a mean with the upper one."""
+        """From the lower triangle alone, without symmetrizing."""
         values, vectors = jax.numpy.linalg.eigh(a, symmetrize_input=False)
         return values, vectors
 
     def has_cholesky(self, xp: Namespace, a: Array) -> Array:
-        """By the last entry: a factor that does not exist is NaN throughout."""
+        """By the last entry: where no factor exists, the result is NaN throughout."""
         factor = jax.lax.linalg.cholesky(a, symmetrize_input=False)
         return xp.isfinite(xp.real(factor[..., -1, -1]))
 
@@ -189,18 +190,18 @@ class Jax(Library):
         return jax.lax.complex(real, imag)
 
     def add_at(self, x: Array, index: Any, value: Array) -> Array:
-        """Arrays do not change."""
+        """A new array, because JAX arrays cannot be changed."""
         return x.at[index].add(value)
 
     def broadcasting(self) -> AbstractContextManager[None]:
-        """Whatever ``jax_numpy_rank_promotion`` says of the user's own code."""
+        """Allow broadcasting here, even if the user's ``jax_numpy_rank_promotion`` forbids it."""
         if jax.config.jax_numpy_rank_promotion == "allow":
             return nullcontext()
         context: AbstractContextManager[None] = jax.numpy_rank_promotion("allow")
         return context
 
     def ieee_products(self) -> AbstractContextManager[None]:
-        """The setting of the precision."""
+        """By JAX's setting of the precision of products."""
         context: AbstractContextManager[None] = jax.default_matmul_precision("highest")
         return context
 
@@ -211,21 +212,21 @@ def _jit(function: Any, static: int) -> Any:
 
 
 def _like(x: Any, values: dict[Any, Any]) -> Any:
-    """A mapping of the kind of `x` with other values; `x` itself where they are its own."""
+    """A mapping of the type of `x` with other values; `x` itself if they are its own."""
     if all(values[key] is x[key] for key in x):
         return x
     if not isinstance(x, MutableMapping):
         try:
             return type(x)(values)
-        except TypeError:  # made of something else than a mapping
+        except TypeError:  # its constructor does not take a mapping
             return values
-    found = copy(x)  # with whatever else it has, as defaults
+    found = copy(x)  # keeps its other attributes, such as defaults
     found.update(values)
     return found
 
 
 def _put_back(x: Any, given: dict[int, Any], device: Any) -> Any:
-    """Arrays of JAX for NumPy's, in containers and dataclasses too."""
+    """JAX arrays in place of NumPy arrays, also within containers and dataclasses."""
     if isinstance(x, np.ndarray | np.generic):
         if id(x) in given:
             return given[id(x)]
@@ -242,7 +243,7 @@ def _put_back(x: Any, given: dict[int, Any], device: Any) -> Any:
 
 
 def _register(kind: type, fixed: tuple[str, ...]) -> None:
-    """So that functions under ``jit`` and ``vmap`` may return records."""
+    """Register a record with JAX, so that functions under ``jit`` and ``vmap`` may return it."""
     names = [field.name for field in dataclasses.fields(kind)]
     free = [name for name in names if name not in fixed]
     jax.tree_util.register_dataclass(kind, free, list(fixed))

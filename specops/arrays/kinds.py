@@ -1,7 +1,7 @@
-"""Which kinds of arrays are measured, and what to do first with those that are not.
+"""Which kinds of arrays are supported, and what to do with others first.
 
-Measured are arrays of NumPy, CuPy, torch and JAX, and of every library of the Array API standard
-that follows a version of it from `OLDEST` on and whose arrays hold all their values.
+Supported are arrays of NumPy, CuPy, torch and JAX, and of every library that follows the Array API
+standard from version `OLDEST` on and whose arrays hold all their values.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _WAYS_OUT = {
     "todense": "is sparse",
     "unwrap_numpy": "is a node of a graph",
 }
-"""Methods that such kinds are left by, the best first, and what is then said of them."""
+"""Methods by which unsupported kinds are converted, the best first, and what messages call them."""
 _ARGUMENTS = {"filled": "0.0"}
 
 
@@ -92,7 +92,7 @@ def _problem_of_values(w: Array) -> str | None:
 
 
 def problem(w: object) -> str | None:
-    """Why the kind of `w` cannot be measured and what to do then; its values are not looked at."""
+    """Why the kind of `w` is not supported, and a remedy; values are not looked at."""
     kind: Any = type(w)
     found, is_native = _of_type(kind)
     if found is not None or is_native:
@@ -107,7 +107,7 @@ def problem(w: object) -> str | None:
 
 @lru_cache(100)
 def _of_type(kind: type) -> tuple[str | None, bool]:
-    """(what is wrong with all arrays of a type, whether it needs no look at its namespace)."""
+    """(what is wrong with all arrays of a type, whether its namespace need not be checked)."""
     name = _name(kind)
     if kind.__name__.startswith("Uninitialized"):
         return f"the weight is a lazy {name} without a shape yet: run one forward pass first", True
@@ -116,8 +116,8 @@ def _of_type(kind: type) -> tuple[str | None, bool]:
     if any(base.__name__ == "MaskedTensor" for base in kind.__mro__):
         return f"got {name}, which {_MASKED}: convert it with w.to_tensor(0.0) first", True
     if any(base.__name__ == "DTensor" for base in kind.__mro__):
-        # Some of what torch gives of them, and float() of that, is one rank's part of a sum.
-        return f"got {name}, {_IN_PARTS}: bring it together with w.full_tensor() first", True
+        # Some operations on them, and float() of their results, give one rank's part of a sum.
+        return f"got {name}, {_IN_PARTS}: gather it with w.full_tensor() first", True
     is_native = any(
         library in sys.modules and issubclass(kind, getattr(sys.modules[library], base))
         for library, base in _NATIVE
@@ -138,8 +138,8 @@ def _of_type(kind: type) -> tuple[str | None, bool]:
 
 
 def problem_of_namespace(xp: Namespace) -> str | None:
-    """What a library lacks; one that states no version is taken for new enough."""
-    # Some change what they follow while they run.
+    """What a library lacks; one that states no version is taken to be new enough."""
+    # The version is read each time, because some libraries let users change it.
     return _of_version(xp, getattr(xp, "__array_api_version__", None))
 
 

@@ -1,4 +1,4 @@
-"""Which array library something belongs to."""
+"""The array library to which an array or a namespace belongs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from specops.typing import Array, Namespace
 
 _STANDARD, _NUMPY = Library(), NumPy()
 _TOLD_BY_BASE: list[tuple[Any, Library]] = []
-"""(class, library) of torch once it is met: compilers guard what is read here, and it stays."""
+"""(class, library) of torch, once a tensor has come: constant from then on, as compilers need
+it."""
 _BY_TYPE: dict[type, Library] = {np.ndarray: _NUMPY, bool: _STANDARD}
 _BY_NAMESPACE: dict[str, Library] = {}
 _OF_OTHERS = (("jax", "Array"), ("jax.core", "Tracer"), ("cupy", "ndarray"))
@@ -21,11 +22,11 @@ _INSTANCES: dict[str, Library] = {"numpy": _NUMPY}
 
 
 def library(x: Array) -> Library:
-    """What is known of the library of an array, by the type of the array."""
+    """The library of an array, by the type of the array."""
     for base, found in _TOLD_BY_BASE:
         if isinstance(x, base):
             return found
-    # Another thread may be importing it now: without its class there are no tensors yet.
+    # Another thread may be importing torch now; without the class there are no tensors yet.
     tensor = None if _TOLD_BY_BASE else getattr(sys.modules.get("torch"), "Tensor", None)
     if tensor is not None and isinstance(x, tensor):
         _TOLD_BY_BASE.append((tensor, _instance("torch")))
@@ -35,7 +36,7 @@ def library(x: Array) -> Library:
 
 
 def library_of(xp: Namespace) -> Library:
-    """The same of a namespace."""
+    """The library of a namespace."""
     name = getattr(xp, "__name__", "")
     found = _BY_NAMESPACE.get(name)
     if found is None:
@@ -46,7 +47,7 @@ def library_of(xp: Namespace) -> Library:
 
 
 def if_loaded(module: str) -> Library | None:
-    """What is known of a library that something has imported, None if nothing has."""
+    """A library by its module's name; None if nothing has imported it."""
     return None if sys.modules.get(module) is None else _instance(module)
 
 
@@ -66,7 +67,7 @@ def _instance(name: str) -> Library:
 
 
 def _made(name: str) -> Library:
-    # Written out, since compilers follow no import by name.
+    # Imports are written out, because compilers cannot follow an import by name.
     if name == "torch":
         from specops.arrays.torch import Torch
 

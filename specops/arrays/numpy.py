@@ -1,4 +1,4 @@
-"""NumPy: what it does better, and what it warns of without need."""
+"""NumPy: what it does better than the standard says, and warnings that it need not give."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ class NumPy(Library):
     def matmul(self, a: Array, b: Array) -> Array:
         """The product, without the warnings of invalid values.
 
-        Where a factor may be a single row or column, NumPy calls BLAS's product with a vector,
-        and OpenBLAS's in single precision computes with lanes it never filled if the matrix has
-        five columns. They do not reach the result, but a signalling NaN in them raises the
-        processor's flag, of which NumPy then warns for finite matrices.
+        For a single row or column NumPy calls BLAS's product of a matrix with a vector. OpenBLAS's
+        in single precision computes with lanes that it never filled, if the matrix has five
+        columns. They do not reach the result, but a signalling NaN in them raises the processor's
+        flag, and NumPy then warns although the matrices are finite.
         """
         with np.errstate(invalid="ignore"):
             return a @ b
@@ -81,13 +81,13 @@ class NumPy(Library):
         return host.gram(a.astype(dtype, copy=False))
 
     def one_thread(self, x: Array) -> AbstractContextManager[Any]:
-        """Of BLAS."""
+        """One BLAS thread."""
         return workers.one_blas_thread()
 
     def eigh(self, xp: Namespace, a: Array) -> tuple[Array, Array]:
-        """In single precision where NumPy's public function takes double, at twice the time."""
+        """Keeps single precision, which NumPy's public function computes in double."""
         return host.eigh(a)
 
     def has_cholesky(self, xp: Namespace, a: Array) -> Array:
-        """In single precision where NumPy's public function takes double."""
+        """Keeps single precision, which NumPy's public function computes in double."""
         return host.have_factors(a.copy())

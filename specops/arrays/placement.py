@@ -1,4 +1,4 @@
-"""Where arrays live: tables put beside them, and views of them on the host."""
+"""Where arrays live: constant tables on their device, and views of them on the host."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from specops.typing import Array
 
 
 def device_of(x: Array) -> Any:
-    """The device of a concrete array; None where the library places arrays itself."""
+    """The device of a concrete array; None if the library places arrays itself."""
     return library(x).device(x)
 
 
@@ -34,12 +34,12 @@ def constant(values: np.ndarray, like: Array, *, complex: bool = False) -> Array
 
 
 def like(values: Array, other: Array) -> Array:
-    """`values` of any library and device on those of `other`, in its compute precision."""
+    """`values` in the library, on the device and in the compute precision of `other`."""
     return constant(to_numpy(values), other, complex=is_complex(other))
 
 
 def in_double(x: Array) -> Array:
-    """A concrete array in double precision: on its device, or on the host where that has none."""
+    """A concrete array in double precision: on its device, or on the host if that has none."""
     xp, target = compat.array_namespace(x), "complex128" if is_complex(x) else "float64"
     if not library(x).has_double(x):
         return to_numpy(x).astype(target)
@@ -57,17 +57,17 @@ def to_numpy(x: Array) -> np.ndarray:
 
 
 def on_host(x: Array) -> np.ndarray | None:
-    """A NumPy view of a concrete array of the CPU that carries no derivative; None of others."""
+    """A NumPy view of a concrete array on the CPU without a derivative; None for others."""
     return library(x).on_host(x)
 
 
 def is_constant_on_host(x: Array) -> bool:
-    """Whether NumPy sees the values of `x` in place: NumPy's own, and torch's constants."""
+    """Whether NumPy can view the values of `x` in place: NumPy arrays, and constant tensors."""
     return library(x).is_constant_on_host(x)
 
 
 def seen(x: Array) -> np.ndarray:
-    """The view in place of what `is_constant_on_host` is true of."""
+    """The NumPy view, in place, of an array for which `is_constant_on_host` is true."""
     return library(x).seen(x)
 
 
@@ -79,13 +79,13 @@ def from_host(values: np.ndarray, like: Array) -> Array:
 def solves_alone(a: Array) -> bool:
     """Whether a single matrix is better left to its own library than to workers on the host.
 
-    torch's LAPACK is faster there, and its threads and NumPy's slow each other down.
+    torch's LAPACK is faster there, and the threads of torch and NumPy slow each other down.
     """
     return a.ndim == 2 and library(a).solves_alone
 
 
 def by_workers(a: Array) -> bool:
-    """Whether stacks of small matrices like `a` are taken by `workers`, chunk by chunk."""
+    """Whether stacks of small matrices like `a` are given to `workers`, in chunks."""
     return library(a).by_workers
 
 

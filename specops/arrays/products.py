@@ -21,7 +21,7 @@ R = TypeVar("R")
 
 
 def matmul(a: Array, b: Array) -> Array:
-    """The product a b, without a word about entries that are not finite."""
+    """The product a b, without warnings about entries that are not finite."""
     return library(a).matmul(a, b)
 
 
@@ -34,14 +34,14 @@ def along_axis(xp: Namespace, x: Array, table: np.ndarray, axis: int) -> Array:
 
 
 def images(a: Array, x: Array) -> Array:
-    """The rows of x as Ax, again as rows."""
+    """Ax for each row x, again as rows."""
     # BLAS is up to three times as fast with two columns beside a matrix as with two rows.
     xp = compat.array_namespace(a)
     return xp.matrix_transpose(matmul(a, xp.matrix_transpose(x)))
 
 
 def coimages(a: Array, x: Array) -> Array:
-    """The rows of x as Aᵀx, again as rows, without conjugation."""
+    """Aᵀx for each row x, again as rows, without conjugation."""
     xp, blocks = compat.array_namespace(a), library(a).row_blocks(a)
     if blocks is None:
         return matmul(x, a)
@@ -58,8 +58,8 @@ def ieee_products(xp: Namespace) -> AbstractContextManager[None]:
 def in_full_precision(function: Callable[P, R]) -> Callable[P, R]:
     """Run without torch's autocast, which takes products in half precision.
 
-    And with one thread where the first argument is small, and with the standard's broadcasting
-    where JAX is told to refuse that.
+    It also runs with one thread if the first argument is small, and allows the standard's
+    broadcasting if JAX was told to refuse it.
     """
 
     @functools.wraps(function)
@@ -71,7 +71,7 @@ def in_full_precision(function: Callable[P, R]) -> Callable[P, R]:
             first = args[0] if args else next(iter(kwargs.values()), None)
             try:
                 shape = getattr(first, "shape", ())
-            except RuntimeError:  # of a lazy layer's weight, which the function refuses
+            except RuntimeError:  # a lazy layer's weight has no shape; the function refuses it
                 shape = ()
             sized = isinstance(shape, tuple) and all(isinstance(n, int) for n in shape)
             if compiling or not sized or not workers.is_small(shape):

@@ -1,4 +1,4 @@
-"""Records of arrays that functions return, told to libraries which take results apart."""
+"""Records of arrays that functions return; libraries that transform results have to know them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _TOLD: list[Callable[[type, tuple[str, ...]], None]] = []
 
 
 def record(*fixed: str) -> Callable[[K], K]:
-    """Decorate a dataclass of arrays, but for the fields `fixed`."""
+    """Decorate a dataclass of arrays; the fields `fixed` hold something else."""
 
     def decorate(kind: K) -> K:
         _RECORDS.append((kind, fixed))
@@ -23,7 +23,7 @@ def record(*fixed: str) -> Callable[[K], K]:
 
 
 def tell_of_records(tell: Callable[[type, tuple[str, ...]], None]) -> None:
-    """Call this with every record, and its fixed fields, that is known or will be."""
+    """Call `tell` with every record and its fixed fields, now and for later records."""
     _TOLD.append(tell)
     for kind, fixed in _RECORDS:
         tell(kind, fixed)

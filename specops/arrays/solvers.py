@@ -1,4 +1,4 @@
-"""Decompositions of stacked matrices that survive a solver that gives up."""
+"""Decompositions of stacked matrices, with fallbacks for solvers that do not converge."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from specops.typing import Array, Namespace
 
 
 def svdvals(xp: Namespace, a: Array) -> Array:
-    """Singular values of stacked matrices, descending; survives a solver that gives up.
+    """Singular values of stacked matrices, descending, with fallbacks.
 
-    Weights that were just clipped have many equal singular values, which some LAPACK builds
-    fail on in single precision: the second try is in double precision, the third by the
+    Weights that were just clipped have many equal singular values, on which some LAPACK builds
+    fail in single precision. The second attempt is in double precision, the third by the
     eigenvalues of the Gram matrix.
     """
     try:
@@ -52,7 +52,7 @@ def svd(xp: Namespace, a: Array) -> tuple[Array, Array, Array]:
 def eigh(xp: Namespace, a: Array) -> tuple[Array, Array]:
     """Eigenvalues, ascending, and eigenvectors of stacked Hermitian matrices.
 
-    In double precision where single fails.
+    In double precision if single precision fails.
     """
     if is_staged(a):
         fine, a = _without_infinity(xp, a)
@@ -73,14 +73,14 @@ def eigh(xp: Namespace, a: Array) -> tuple[Array, Array]:
 
 
 def eigh_of_finite(xp: Namespace, a: Array) -> tuple[Array, Array]:
-    """`eigh` of matrices known to be finite, where a compiler is spared the test."""
+    """`eigh` of matrices that are known to be finite; compiled code leaves out the test."""
     return library(a).eigh(xp, a) if is_staged(a) else eigh(xp, a)
 
 
 def _without_infinity(xp: Namespace, a: Array) -> tuple[Array, Array]:
-    """(which matrices are finite, zeros in place of others): LAPACK may never end on infinity.
+    """(which matrices are finite, the matrices with zeros in place of others).
 
-    Where values are known the callers have refused such matrices before.
+    LAPACK may never end on infinity. Of concrete matrices callers have refused such ones before.
     """
     fine = xp.all(xp.isfinite(a), axis=(-2, -1), keepdims=True)
     return fine, xp.where(fine, a, xp.zeros_like(a))
@@ -110,7 +110,7 @@ def _svd_by_gram(xp: Namespace, a: Array) -> tuple[Array, Array, Array]:
     with library(a).solving():
         _, v = xp.linalg.eigh(adjoint(xp, tall) @ tall)
     v = xp.flip(v, axis=-1)
-    # QR of A·V has R diagonal up to rounding: its diagonal gives sharper values than sqrt(λ).
+    # The R of A·V = QR is diagonal up to rounding, and gives more precise values than sqrt(λ).
     q, r = xp.linalg.qr(tall @ v)
     diagonal = xp.linalg.diagonal(r)
     s = xp.abs(diagonal)
@@ -123,7 +123,7 @@ def _svd_by_gram(xp: Namespace, a: Array) -> tuple[Array, Array, Array]:
 
 
 def _reordered(xp: Namespace, a: Array, order: Array) -> Array:
-    """The columns of stacked matrices in the order of each; ``take_along_axis`` came in 2024.12."""
+    """Columns of stacked matrices, reordered: ``take_along_axis``, which came with 2024.12."""
     n = a.shape[-1]
     starts = np.arange(math.prod(a.shape[:-1])).reshape((*a.shape[:-1], 1)) * n
     index = constant(starts, a) + xp.astype(order, xp.int32)[..., None, :]
@@ -134,7 +134,7 @@ def _reordered(xp: Namespace, a: Array, order: Array) -> Array:
 def try_cholesky(xp: Namespace, a: Array) -> tuple[Array, Array]:
     """(Cholesky factors of stacked matrices, which of them exist); never an exception.
 
-    Where there is no factor anything may stand in its place.
+    Where a matrix has no factor, the result may hold anything.
     """
     return library(a).try_cholesky(xp, a)
 
@@ -142,6 +142,6 @@ def try_cholesky(xp: Namespace, a: Array) -> tuple[Array, Array]:
 def has_cholesky(xp: Namespace, a: Array) -> Array:
     """Which of stacked Hermitian matrices have a factor; `a` must not be used again.
 
-    Only lower triangles are read.
+    Only the lower triangles are read.
     """
     return library(a).has_cholesky(xp, a)

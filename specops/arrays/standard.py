@@ -1,7 +1,7 @@
-"""What the algorithms ask of an array library, done with the Array API standard alone.
+"""`Library`: what algorithms need of an array library, done with the Array API standard alone.
 
 The classes in `numpy.py`, `torch.py`, `jax.py` and `cupy.py` override what their library does
-better or can only do otherwise. `libraries.py` says which one an array belongs to.
+better, or can only do differently. `libraries.py` finds the one to which an array belongs.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ import numpy as np
 from specops.typing import Array, Namespace
 
 SPLIT_FROM = 2**16
-"""Entries of a matrix from which its products with a few vectors gain from threads, which torch
-uses for blocks of rows only: with one thread they run at a third of the speed of memory."""
+"""Entries of a matrix from which its products with a few vectors gain from threads; with one thread
+they run at a third of the speed of memory. torch uses threads for blocks of rows only."""
 
 
 class Library:
-    """A library of which only the standard is known."""
+    """A library of which no more is known than that it follows the standard."""
 
     by_workers = False
-    """Whether stacks of small matrices are taken by workers of ours on the host."""
+    """Whether stacks of small matrices are given to `workers` on the host."""
     solves_alone = False
     """Whether a single matrix is better left to its own solvers than to workers on the host."""
 
     finds_indices = False
-    """Whether ``argmax`` works on each of its devices, one without integers of 64 bits too."""
+    """Whether ``argmax`` works on all of its devices, also on those without 64-bit integers."""
 
     # Where arrays live
 
     def device(self, x: Array) -> Any:
-        """Its device; None where the library places arrays itself."""
+        """Its device; None if the library places arrays itself."""
         return compat.device(x)
 
     def placed(self, xp: Namespace, values: np.ndarray, like: Array) -> Array:
@@ -52,27 +52,27 @@ class Library:
         return np.asarray(compat.to_device(x, info.default_device()))
 
     def is_dispatched(self, x: Any) -> bool:
-        """Whether operations on `x` run one by one, and had better not; see `entry`."""
+        """Whether operations on `x` would run one by one, which is slow: see `entry`."""
         return False
 
     def on_numpy(self, function: Any, weight: Any, args: Any, kwargs: Any) -> Any:
-        """The function's value, of arrays for which that is so computed from NumPy's views."""
+        """The function's result; for arrays that are dispatched, computed from NumPy views."""
         return function(*args, **kwargs)
 
     def on_host(self, x: Array) -> np.ndarray | None:
-        """A NumPy view of a concrete array of the CPU that carries no derivative; None if not."""
+        """A NumPy view of a concrete array on the CPU without a derivative; None for others."""
         return None
 
     def is_constant_on_host(self, x: Array) -> bool:
-        """Whether `seen` may be asked: NumPy sees the values without a copy, and changes them."""
+        """Whether `seen` may be called: NumPy can view the values, and change them in place."""
         return False
 
     def seen(self, x: Array) -> np.ndarray:
-        """The NumPy view of what `is_constant_on_host` is true of."""
+        """The NumPy view of an array for which `is_constant_on_host` is true."""
         raise NotImplementedError
 
     def from_host(self, values: np.ndarray, like: Array) -> Array:
-        """A NumPy result, which may be kept, in the library of `like`."""
+        """A NumPy result in the library of `like`."""
         return compat.array_namespace(like).asarray(values.copy())
 
     # Dtypes
@@ -97,7 +97,7 @@ class Library:
     # Values that are unknown, and derivatives
 
     def is_compiling(self) -> bool:
-        """Whether a compiler follows this code, which does not follow every check of types."""
+        """Whether a compiler is tracing this code; it cannot follow every check of types."""
         return False
 
     def truth(self, flag: Array) -> bool | None:
@@ -125,7 +125,7 @@ class Library:
         return value(x, *constants)
 
     def expanded(self, decompose: Any, expansion: Any, x: Array, *parameters: Array) -> Any:
-        """``expansion(None, decompose(x), *parameters)``, differentiated as it says itself."""
+        """``expansion(None, decompose(x), *parameters)`` with the derivative of `expansion`."""
         return expansion(None, decompose(x), *parameters)
 
     # Control flow
@@ -140,7 +140,7 @@ class Library:
         """``yes()`` or ``no()``."""
         known = self.truth(flag)
         if known is None:
-            raise TypeError("a branch depends on values that are not known while they are traced")
+            raise TypeError("a branch depends on values, which are not known during tracing")
         return yes() if known else no()
 
     def while_loop(self, cond: Any, body: Any, carry: Any) -> Any:
@@ -156,7 +156,7 @@ class Library:
     # Entries
 
     def largest_entry(self, xp: Namespace, x: Array, axis: Any, keepdims: bool) -> Array:
-        """max|x|, NaN where an entry is."""
+        """max|x|, or NaN if an entry is NaN."""
         return xp.linalg.vector_norm(x, ord=math.inf, axis=axis, keepdims=keepdims)
 
     def all_finite(self, xp: Namespace, x: Array, axis: Any) -> Array:
@@ -177,28 +177,28 @@ class Library:
     def add_at(self, x: Array, index: Any, value: Array) -> Array:
         """`x` with `value` added at `index`; `x` must not be used again.
 
-        `array_api_extra.at` asks more of each call: ten times the time of this for the grids of
-        a convolution's taps, which are added one by one.
+        `array_api_extra.at` does more at each call: it takes ten times as long for a convolution's
+        taps, which are added one by one.
         """
         x[index] += value
         return x
 
     def add_diagonal(self, xp: Namespace, a: Array, values: Array) -> Array:
-        """Stacked matrices plus a multiple (..., 1) of the identity each; `a` is not used again."""
+        """Stacked matrices plus multiples (..., 1) of the identity; `a` must not be used again."""
         return a + values[..., None] * xp.eye(a.shape[-1], dtype=a.dtype, device=self.device(a))
 
     # Products and solvers
 
     def matmul(self, a: Array, b: Array) -> Array:
-        """The product a b, without a word about entries that are not finite.
+        """The product a b, without warnings about entries that are not finite.
 
-        Many libraries compute with NumPy's arrays, and warn where it does.
+        Many libraries compute by NumPy, and warn where it does.
         """
         with np.errstate(invalid="ignore"):
             return a @ b
 
     def broadcasting(self) -> AbstractContextManager[None]:
-        """Arrays of fewer axes taken with others, as the standard has it."""
+        """A context in which arrays of different ranks broadcast, as the standard says."""
         return nullcontext()
 
     def ieee_products(self) -> AbstractContextManager[None]:
@@ -206,16 +206,16 @@ class Library:
         return nullcontext()
 
     def row_blocks(self, a: Array) -> Array | None:
-        """A matrix as a stack of blocks of rows, where its products are faster so."""
+        """A matrix as a stack of blocks of rows, if products are faster this way; else None."""
         return None
 
     def gram(self, xp: Namespace, a: Array, dtype: Any) -> Array:
-        """AAᴴ or AᴴA, whichever is smaller; above the diagonal anything may stand."""
+        """AAᴴ or AᴴA, whichever is smaller; entries above the diagonal may be anything."""
         rows = self.rows(xp, xp.astype(a, dtype, copy=False))
         return rows @ self.adjoint(xp, rows)
 
     def rows(self, xp: Namespace, a: Array) -> Array:
-        """`a` or its adjoint: what has no more rows than columns."""
+        """`a` or its adjoint, whichever has no more rows than columns."""
         return a if a.shape[-2] <= a.shape[-1] else self.adjoint(xp, a)
 
     def adjoint(self, xp: Namespace, a: Array) -> Array:
@@ -224,15 +224,15 @@ class Library:
         return xp.conj(turned) if self.is_complex(a) else turned
 
     def solving(self) -> AbstractContextManager[None]:
-        """Let solvers raise where they fail."""
+        """A context in which solvers raise if they fail."""
         return nullcontext()
 
     def one_thread(self, x: Array) -> AbstractContextManager[Any]:
-        """Work on `x` with one thread, where threads are this process's own."""
+        """A context in which work on `x` takes one thread, if threads are this process's own."""
         return nullcontext()
 
     def eigh(self, xp: Namespace, a: Array) -> tuple[Array, Array]:
-        """Eigenvalues, ascending, and eigenvectors; raises where the solver gives up."""
+        """Eigenvalues, ascending, and eigenvectors; raises if the solver does not converge."""
         values, vectors = xp.linalg.eigh(a)
         return values, vectors
 
@@ -249,7 +249,7 @@ class Library:
             elif a.shape[0] == 1:
                 factor = self.try_cholesky(xp, a[0, ...])[0][None, ...]
             else:
-                # By halves: few calls where few have no factor.
+                # By halves, which takes few calls if few matrices have no factor.
                 half = a.shape[0] // 2
                 halves = (a[:half, ...], a[half:, ...])
                 factor = xp.concat([self.try_cholesky(xp, part)[0] for part in halves], axis=0)
@@ -265,5 +265,5 @@ class Library:
 
 
 def did_not_converge(error: Exception) -> bool:
-    """Whether a solver gave up: each library has an exception of its own, of one name."""
+    """Whether a solver did not converge; each library has an exception class of this name."""
     return type(error).__name__ in {"LinAlgError", "_LinAlgError"}

@@ -1,4 +1,4 @@
-"""torch: compilers and transforms that hide values, autograd, autocast, and slow corners."""
+"""torch: compilers and transforms that hide values, autograd, autocast, and slow operations."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from specops.arrays.standard import SPLIT_FROM, Library
 from specops.typing import Array, Namespace
 
 _FACTOR_FROM = 256
-"""Side from which a Cholesky factor by blocks of columns, in place, takes half the time: torch's
-own copies a triangle against the order of memory."""
+"""Side from which a Cholesky factor by blocks of columns, in place, takes half the time of torch's
+own, which copies a triangle against the order of memory."""
 _FACTOR_BLOCK = 96
-"""Columns of such a block: a choice of few products against small corners, which are copied."""
+"""Columns of such a block: a choice between few products and small diagonal blocks, which are
+copied."""
 _STRIPS_FROM = 512
-"""Smaller side from which a Gram matrix is formed in its lower triangle only, by strips of columns
-that are then 64 wide and more: a choice of fewer multiplications against thinner products."""
+"""Smaller side from which only the lower triangle of a Gram matrix is formed, in strips of columns
+that are then at least 64 wide: a choice between fewer multiplications and thinner products."""
 _STRIPS = 8
-"""Strips of that triangle: they take 9/16 of the multiplications of the whole, where more would
-take down to a half."""
+"""The number of strips: with it they take 9/16 of the multiplications of the whole matrix; more
+strips would take down to a half."""
 _CAST = 512
-"""Length of the pieces cast to double precision: small enough to stay in the cache."""
+"""Length of the pieces that are cast to double precision: small enough to stay in the cache."""
 
 
 class Torch(Library):
@@ -43,11 +44,11 @@ class Torch(Library):
         return xp.asarray(values, device=like.device)
 
     def zeros(self, shape: tuple[int, ...], like: Array) -> Array:
-        """Under vmap mapped like `like`."""
+        """Zeros of the dtype and device of `like`; under vmap batched like it."""
         return like.new_zeros(shape)
 
     def to_numpy(self, x: Array) -> np.ndarray:
-        """A view of what lives on the CPU, else a copy."""
+        """A view if it is on the CPU, else a copy."""
         return np.asarray(_values(x))
 
     def on_host(self, x: Array) -> np.ndarray | None:
@@ -70,7 +71,7 @@ class Torch(Library):
         return array
 
     def from_host(self, values: np.ndarray, like: Array) -> Array:
-        """Shares memory where it may."""
+        """Shares memory if possible."""
         if not values.flags.writeable or min(values.strides, default=0) < 0:
             values = values.copy()
         return torch.from_numpy(values)
@@ -88,7 +89,7 @@ class Torch(Library):
         return bool(torch.compiler.is_compiling())
 
     def truth(self, flag: Array) -> bool | None:
-        """None under a compiler, and where it differs across an axis mapped by vmap."""
+        """None under a compiler, and under vmap if the flag differs along the mapped axis."""
         if torch.compiler.is_compiling():
             return None
         try:
@@ -120,14 +121,14 @@ class Torch(Library):
         return x
 
     def with_derivative(self, value: Any, surrogate: Any, x: Array, *constants: Array) -> Array:
-        """The surrogate's derivative, computed where one is asked for."""
+        """The surrogate is computed only if a derivative is needed."""
         if not is_differentiated(x):
             return value(x, *constants)
         along = surrogate(x, *constants)
         return value(self.stop_gradient(x), *constants) + (along - along.detach())
 
     def expanded(self, decompose: Any, expansion: Any, x: Array, *parameters: Array) -> Any:
-        """A function of autograd; a compiler sees the expansion about a constant instead."""
+        """An autograd function; under a compiler, the expansion about a constant instead."""
         if not any(is_differentiated(y) for y in (x, *parameters)):
             return expansion(None, decompose(x), *parameters)
         fixed = self.stop_gradient(x)
@@ -137,7 +138,7 @@ class Torch(Library):
         return _Expansion.apply(decompose, expansion, len(factors), x, *factors, *parameters)
 
     def largest_entry(self, xp: Namespace, x: Array, axis: Any, keepdims: bool) -> Array:
-        """From least and greatest values, which the CPU finds twenty times faster."""
+        """From the minimum and maximum, which the CPU finds twenty times faster than the norm."""
         if not _scans_slowly(x):
             return super().largest_entry(xp, x, axis, keepdims)
         dims = () if axis is None else axis
@@ -164,12 +165,12 @@ class Torch(Library):
 
     @contextmanager
     def ieee_products(self) -> Iterator[None]:
-        """The setting of the GPU's products; a compiler does not see it."""
+        """By torch's setting for products on GPUs, which compiled code does not see."""
         if torch.compiler.is_compiling():
             yield
             return
         settings: Any = torch.backends.cuda.matmul
-        # The older switch refuses to be read once the newer one has been set.
+        # The older switch cannot be read once the newer one has been set.
         new = hasattr(settings, "fp32_precision")
         name, ieee = ("fp32_precision", "ieee") if new else ("allow_tf32", False)
         before = getattr(settings, name)
@@ -180,7 +181,7 @@ class Torch(Library):
             setattr(settings, name, before)
 
     def without_autocast(self, function: Callable[[], Any]) -> Any:
-        """Autocast takes products in half precision."""
+        """Run without autocast, under which products are in half precision."""
         for device in ("cpu", "cuda", "xpu"):
             if torch.is_autocast_enabled(device):
                 with torch.autocast(device, enabled=False):
@@ -189,20 +190,20 @@ class Torch(Library):
 
     @contextmanager
     def one_thread(self, x: Array) -> Iterator[None]:
-        """Of NumPy's BLAS, which sees its tensors, and of torch's own.
+        """One thread in NumPy's BLAS, which works on views of tensors, and in torch's own.
 
-        Not by `torch.set_num_threads`: threads that begin meanwhile would keep that number.
+        Not by `torch.set_num_threads`: threads that start meanwhile would keep that number.
         """
         if torch.compiler.is_compiling() or x.device.type != "cpu":
             yield
             return
-        # A thread takes torch's number at its first operation, or when asked for it.
+        # A thread takes over torch's number at its first operation, or when it is asked for it.
         torch.get_num_threads()
         with workers.one_blas_thread(), workers.one_openmp_thread():
             yield
 
     def row_blocks(self, a: Array) -> Array | None:
-        """As many blocks as threads, or twice as many."""
+        """As many blocks as threads, or twice as many; None if threads do not pay."""
         if a.numel() < SPLIT_FROM or not a.is_contiguous() or not self.is_constant_on_host(a):
             return None
         threads = torch.get_num_threads()
@@ -210,7 +211,7 @@ class Torch(Library):
         return a.view(count, -1, a.shape[1]) if count else None
 
     def gram(self, xp: Namespace, a: Array, dtype: Any) -> Array:
-        """Only the lower triangle of large ones, cast piece by piece."""
+        """Of large matrices only the lower triangle, cast piece by piece."""
         if not self._by_strips(a):
             return super().gram(xp, a, dtype)
         size = min(a.shape)
@@ -221,7 +222,7 @@ class Torch(Library):
         return large and self.on_host(a) is not None
 
     def _fill_lower(self, xp: Namespace, out: Array, a: Array) -> Array:
-        """G in the lower triangle of `out`, in its precision."""
+        """Write the Gram matrix to the lower triangle of `out`, in the precision of `out`."""
         rows = self.rows(xp, a)
         size, length = rows.shape
         piece = length if out.dtype == a.dtype else _CAST
@@ -246,7 +247,7 @@ class Torch(Library):
 
 
 class _Expansion(torch.autograd.Function):  # type: ignore[misc]
-    """`Torch.expanded`: the factors come along, so that a first derivative reuses them."""
+    """`Torch.expanded`; the factors are arguments, so that a first derivative can reuse them."""
 
     generate_vmap_rule = True
 
@@ -262,7 +263,7 @@ class _Expansion(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def _at(ctx: Any) -> tuple[Any, tuple[Array, ...]]:
-        """(the expansion by h and the parameters, where it is differentiated)."""
+        """(the expansion as a function of h and the parameters, the point of its derivative)."""
         x, *others = ctx.saved_tensors
         factors, parameters = others[: ctx.count], others[ctx.count :]
         if torch.is_grad_enabled():
@@ -287,7 +288,7 @@ class _Expansion(torch.autograd.Function):  # type: ignore[misc]
         known = tuple(
             torch.zeros_like(p) if t is None else t for p, t in zip(point, along, strict=True)
         )
-        # Forward mode knows no nesting: the derivative of the pullback, which is linear.
+        # Forward mode cannot be nested, so the derivative is that of the pullback, which is linear.
         images, pull = torch.func.vjp(function, *point)
         zeros = tuple(map(torch.zeros_like, images))
         _, push = torch.func.vjp(lambda *cotangents: pull(cotangents), *zeros)
@@ -315,12 +316,12 @@ def _values(x: Array) -> np.ndarray | None:
 
 
 def _scans_slowly(x: Array) -> bool:
-    """Whether only least and greatest values are found fast: on the CPU."""
+    """Whether scans other than minimum and maximum are slow, as they are on the CPU."""
     return bool(x.device.type == "cpu" and x.is_floating_point() and x.numel() > 0)
 
 
 def _factors_in_place(a: Array) -> bool:
-    """Left-looking: each block of columns less the product of those before it, then solved."""
+    """A left-looking Cholesky: from each block of columns subtract products of those before it."""
     size = a.shape[0]
     for start in range(0, size, _FACTOR_BLOCK):
         stop = min(start + _FACTOR_BLOCK, size)

@@ -1,4 +1,4 @@
-"""Values that are unknown while a program is traced, loops that can be, and derivatives."""
+"""Values that are unknown during tracing, loops that compilers can trace, and derivatives."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def stop_gradient(x: Array) -> Array:
 def with_derivative(value: Any, surrogate: Any, x: Array, *constants: Array) -> Array:
     """``value(x, *constants)``, which differentiates by x like ``surrogate(x, *constants)``.
 
-    The surrogate is only computed where a derivative is asked for.
+    The surrogate is computed only if a derivative is asked for.
     """
     return library(x).with_derivative(value, surrogate, x, *constants)
 
 
 def expanded(decompose: Any, expansion: Any, x: Array, *parameters: Array) -> Any:
-    """``expansion(None, decompose(x), *parameters)``, differentiated as it says itself.
+    """``expansion(None, decompose(x), *parameters)`` with derivatives that `expansion` defines.
 
-    The derivatives are those of ``expansion(h, decompose(x), *parameters)`` by h at 0 and by the
-    parameters. They are computed where asked for, and by factors that are functions of x for
-    derivatives of a higher order.
+    They are those of ``expansion(h, decompose(x), *parameters)`` by h at 0 and by the parameters,
+    and are computed only if asked for. For derivatives of higher order the factors are
+    differentiated, too, as functions of x.
     """
     return library(x).expanded(decompose, expansion, x, *parameters)
 
@@ -57,7 +57,7 @@ def fori(xp: Namespace, first: int, last: int, body: Any, carry: Any) -> Any:
 
 
 def cond(flag: Array, yes: Any, no: Any) -> Any:
-    """``yes()`` or ``no()``, decided on the device where the flag is only being traced."""
+    """``yes()`` or ``no()``, decided on the device if the flag is traced."""
     return library(flag).cond(flag, yes, no)
 
 
@@ -67,5 +67,5 @@ def while_loop(xp: Namespace, cond: Any, body: Any, carry: Any) -> Any:
 
 
 def compiled(function: Any, static: tuple[Any, ...], *arrays: Array) -> Any:
-    """``function(*static, *arrays)``, compiled once per shape where eager loops are slow."""
+    """``function(*static, *arrays)``, compiled once per shape if eager loops are slow."""
     return library(arrays[0]).compiled(function, static, *arrays)

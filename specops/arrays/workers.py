@@ -1,10 +1,10 @@
-"""Workers for stacks of small matrices on the CPU: many LAPACK calls at once, not one in pieces.
+"""Workers for stacks of small matrices on the CPU: many single-threaded LAPACK calls in parallel.
 
-LAPACK gains little from threads inside one small matrix and loses much when they fight over
-cores, most of all with those of other processes: whole public functions on small weights run with
-one thread. Work on a stack is cut into chunks, and as many workers as BLAS had threads take them,
-each with one BLAS thread while it lasts. A user who gave BLAS one thread gets one worker; whatever
-was set is set again afterwards.
+LAPACK gains little from threads inside one small matrix, and loses much when threads compete for
+cores, most of all with those of other processes. So public functions run with one thread on small
+weights. Work on a stack is cut into chunks for as many workers as BLAS had threads, and each worker
+has one BLAS thread meanwhile. A user who gave BLAS one thread gets one worker. All settings are
+restored afterwards.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from functools import lru_cache
 from typing import Any
 
 _CHUNK_BYTES = 4 * 2**20
-"""Blocks of one chunk at most, a choice of memory per worker: with chunks twice as large a pool was
-4.5 to 6.6 times as fast as torch's SVD of all blocks at once, in a sixth to a third of the
+"""Most bytes of a chunk's blocks, a choice of memory per worker. With chunks twice as large a pool
+was 4.5 to 6.6 times as fast as torch's SVD of all blocks at once, in a sixth to a third of the
 memory."""
 _ALONE_BYTES = 2**19
-"""Of a whole stack that one thread takes: projections of small kernels were up to a third slower
-with a second one, which cost more to begin than it took off."""
+"""Up to so many bytes one thread works on a whole stack: projections of small kernels were up to a
+third slower with a second one, which took longer to start than it saved."""
 _SMALL_MATRIX, _SMALL_WEIGHT = 2**16, 2**17
-"""Entries of a weight's largest matrix, and of the weight, up to which a function takes one thread.
-On two cores that other processes kept busy its functions took 2 to 35 times as long with two
-threads at 256×256 and at 32 of 64×64, up to 30 times as much of the processor; those of torch
-began threads from 4×4 on, NumPy's from 28×28 on."""
+"""Up to so many entries of a weight's largest matrix, and of the weight, a function takes one
+thread. On two cores that other processes kept busy, functions on 256×256 and on 32 of 64×64 took 2
+to 35 times as long with two threads, and up to 30 times as much processor time. torch starts
+threads from 4×4 on, NumPy from 28×28 on."""
 
 _lock = threading.Lock()
 _limited = False
 _before: list[tuple[Any, int]] = []
-"""The libraries that are limited, and their numbers of threads."""
+"""The libraries that are limited, and the numbers of threads that they had."""
 
 
 def _controller(user_api: str) -> Any:
@@ -47,16 +47,16 @@ def _controller(user_api: str) -> Any:
 def _controller_of(user_api: str, modules: int) -> Any:
     from threadpoolctl import ThreadpoolController
 
-    del modules  # one imported since then may have brought threads of its own
+    del modules  # part of the cache's key: a module imported since may bring threads of its own
     return ThreadpoolController().select(user_api=user_api)
 
 
 @contextmanager
 def one_blas_thread() -> Iterator[int]:
-    """One BLAS thread per caller for the duration; yields how many there were.
+    """One BLAS thread per caller meanwhile; yields how many there were.
 
-    The thread that limits BLAS lifts the limit, since some libraries obey no other; for threads
-    that are inside then it ends early.
+    The thread that set the limit removes it, because some libraries obey no other thread. For
+    other threads that are inside at that moment the limit ends early.
     """
     global _limited, _before
     with _lock:
@@ -76,7 +76,7 @@ def one_blas_thread() -> Iterator[int]:
 
 
 def _forget() -> None:
-    """In a forked child: the thread that held the lock, or the limit, is not there."""
+    """Reset in a forked child, where the thread that held the lock, or the limit, is missing."""
     global _lock, _limited
     _lock = threading.Lock()
     if _limited:
@@ -90,10 +90,10 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def one_openmp_thread() -> Iterator[None]:
-    """One thread of OpenMP for the duration, in the calling thread: each has a number of its own.
+    """One OpenMP thread meanwhile for the calling thread: each thread has its own number.
 
-    torch's operations obey it, and its LAPACK until `torch.set_num_threads` has given that a number
-    of the process.
+    torch's operations obey it. So does torch's LAPACK, unless `torch.set_num_threads` was called,
+    which sets a number for the whole process.
     """
     before = [(lib, lib.num_threads) for lib in _controller("openmp").lib_controllers]
     _set(before, 1)
@@ -104,12 +104,12 @@ def one_openmp_thread() -> Iterator[None]:
 
 
 def _set(libraries: list[tuple[Any, int]], count: int | None) -> None:
-    """That many threads, or as many as there were."""
+    """Set so many threads, or (None) as many as there were."""
     for lib, threads in libraries:
         if threads != 1:
             lib.set_num_threads(threads if count is None else count)
             if count is None and hasattr(lib, "clear_controlling_thread"):
-                lib.clear_controlling_thread()  # other threads may limit it again
+                lib.clear_controlling_thread()  # from now on other threads may limit it
 
 
 def is_small(shape: tuple[int, ...]) -> bool:
@@ -132,7 +132,7 @@ def map_chunks(function: Callable[[slice], Any], count: int, item_bytes: int) ->
 
 
 def _shared(function: Callable[[slice], Any], chunks: list[slice], workers: int) -> list[Any]:
-    """The caller takes chunks too: beside busy processes it need not wait for others to begin."""
+    """Results by several workers; the caller works, too, and need not wait for others to start."""
     results: list[Any] = [None] * len(chunks)
     left = deque(enumerate(chunks))
 
@@ -145,12 +145,12 @@ def _shared(function: Callable[[slice], Any], chunks: list[slice], workers: int)
             try:
                 results[at] = function(chunk)
             except BaseException:
-                left.clear()  # nobody begins another
+                left.clear()  # so that no worker takes another chunk
                 raise
 
     pool = ThreadPoolExecutor(workers - 1)
     others: list[Future[None]] = []
-    with suppress(RuntimeError):  # Where no thread can begin the caller takes all.
+    with suppress(RuntimeError):  # if no thread can start, the caller takes all chunks
         others += (pool.submit(take) for _ in range(workers - 1))
     try:
         take()

@@ -35,7 +35,7 @@ def krylov_triplets(
         for _ in range(2):
             block = np.linalg.qr(block - before @ (before.conj().T @ block))[0]
         basis[:, end : end + width] = block
-    # Of an exhausted space what was left is noise, which lies in it once it is normalised.
+    # In an exhausted space the rest was noise, which after normalisation lies in the space again.
     basis = np.linalg.qr(basis)[0]
     u, s, qh = np.linalg.svd(a @ basis, full_matrices=False)
     return u, s, basis @ qh.conj().T

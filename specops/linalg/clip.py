@@ -1,4 +1,4 @@
-"""Clipping the singular values of stacked matrices, and what is known of the result."""
+"""Clipping the singular values of stacked matrices, with what is known about the result."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from specops.linalg.value_functions import between
 from specops.typing import Array, Namespace
 
 _WARM_UP_TO = 0.25
-"""Fraction of the singular values up to which a warm start is kept. Of normal matrices of 512²,
-whose values have no gaps, following 2 % took 0.6 of the time of eigenvectors and 6 % twice that
-time; of 1024² 2 % took half. More pays only where values fall off."""
+"""Largest fraction of the singular values for which a warm start is kept. For normal matrices of
+512², whose values have no gaps, following 2 % took 0.6 of the time of eigenvectors and 6 % twice
+that time; at 1024² 2 % took half. A larger fraction pays only where values fall off."""
 _WARM_SPARE = 8
-"""Vectors a warm start has beside twice those above the limit, for values that rise until then."""
+"""A warm start keeps twice the vectors above the limit and so many more, for values that rise."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Clipped:
     basis: Array | None = None
 
     def gap(self, xp: Namespace, a: Array, final: Array, limit: Array, within: Array) -> Array:
-        """2(primal − dual)/‖a‖², or the square of the proven distance over ‖a‖².
+        """A bound of ‖final − nearest‖²/‖a‖², nearest being the nearest to `a` of norm ≤ `limit`.
 
-        Of `final` to the nearest matrix to `a` of norm at most `limit`; 0 where `a` is `within`.
+        It is 2(primal − dual)/‖a‖² or comes from a proven distance; 0 where `a` is `within`.
         """
         whole = arrays.nonzero(xp, _squared(xp, a))
         if self.error is not None:
@@ -70,9 +70,9 @@ def clip(
 ) -> Clipped:
     r"""``U min(Σ, limit) Vᴴ`` for stacked matrices.
 
-    By what must be taken off where σ₁ ≤ 4·limit: a fraction of the cost of an SVD, and the
-    small singular values never matter. Beyond that the difference cancels, so there, and under
-    tracing, it is an SVD.
+    For σ₁ ≤ 4·limit, what exceeds the limit is computed and subtracted: a fraction of the cost of
+    an SVD, and the small singular values never matter. Beyond that the difference would cancel, so
+    there, and under tracing, it is an SVD.
 
     Parameters
     ----------
@@ -105,7 +105,7 @@ def clip(
 
 
 def _warm_start(squares: Array, vectors: Array) -> Array | None:
-    """The eigenvectors to start from next time: those above 1 and as many again, if few."""
+    """The eigenvectors to start from next time: those above 1 and as many more, if few."""
     side = vectors.shape[-1]
     width = 2 * int(np.sum(arrays.to_numpy(squares) > 1.0)) + _WARM_SPARE
     if width > _WARM_UP_TO * side:

@@ -8,11 +8,11 @@ from specops.linalg.lobpcg import leading_triplets, with_small_columns
 from specops.typing import Array, Namespace
 
 _ITERATIONS = 12
-"""Normal matrices of 256² to 1024² that had changed by 1e-3 took 5 to 9 rounds in single precision
-and all 13 in double, where what is left is seen by the test of the result."""
+"""Most rounds. Normal matrices of 256² to 1024² that had changed by 1e-3 took 5 to 9 rounds in
+single precision and all 13 in double, where the test of the result sees what is left."""
 _RESIDUAL = {"float32": 3e-6, "float64": 1e-9}
-"""Of a vector, over σ₁: 25 units of rounding in single precision; in double a value errs by its
-square over the gap, 1e-18 and more."""
+"""Residual of a vector, over σ₁, at which it has converged: 25 units of rounding in single
+precision. In double precision the value then errs by its square over the gap, 1e-18 and more."""
 _UNCONVERGED_MARGIN = {"float32": 4e-6, "float64": 1e-11}
 """Relative distance from the limit that unconverged vectors need: without it the same matrices
 were up to 2e-7 and 1e-13 above the limit."""
@@ -22,8 +22,8 @@ def clip_by_lobpcg(xp: Namespace, a: Array, limit: Array, start: Array) -> Clipp
     r"""A − U max(Σ − limit, 0) Vᴴ, σ₁ and the basis to start from next time; None if it fails.
 
     A few rounds of Rayleigh–Ritz iteration follow the singular vectors of a slowly changing
-    matrix. Whether anything was left above the limit is for the caller to test. None where
-    nothing above the limit was seen, or more than `start` can hold.
+    matrix. The caller has to test whether any value is still above the limit. None if no value
+    above the limit was found, or more than `start` has vectors.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ def clip_by_lobpcg(xp: Namespace, a: Array, limit: Array, start: Array) -> Clipp
             xp, operator, start, width, iterations=iterations, tolerance=tolerance, floor=limit
         )
         tolerance = residual * min(1.0, float(limit) / max(float(s[0]), 1e-30))
-        # Values from below: if all are above, there are more.
+        # These are lower bounds of the leading values: if all are above the limit, others may be.
         if arrays.truth(s[width - 1] >= limit):
             return None
     if arrays.truth(s[0] <= limit):

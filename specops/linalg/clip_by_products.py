@@ -1,6 +1,6 @@
 r"""Clipping singular values with matrix products alone, and a proof of the result.
 
-What accelerators are fast at. With A = WᴴW/c² (on the smaller side; n × n) the nearest matrix
+Accelerators are fast at products. With A = WᴴW/c² (on the smaller side; n × n) the nearest matrix
 of norm at most c is
 
 .. math:: P(W) = W B_*^{-1/2},\quad B_* = \max(I, A) = I + \tfrac12(T + |T|),\quad T = A - I.
@@ -9,8 +9,8 @@ of norm at most c is
 2. H = Hermitian part of TS, which is |T| if S is the sign; B = I + ½(T + H);
 3. G ≈ B^(−1/2) by the coupled iteration; X = WG.
 
-Products of n³ multiplications for square matrices, the proof being 5 of them and two Cholesky
-factors; of them all, 3 per quintic go into S and 4 per quintic less 3 into G:
+The number of products of n³ multiplications, for square matrices. The proof takes 5 of them and two
+Cholesky factors; S takes 3 per quintic, and G 4 per quintic less 3:
 
 ==================  ==========  ===========
 products in all     σ₁ ≤ 2c     σ₁ ≤ 5c
@@ -70,15 +70,15 @@ from specops.linalg.rounding import frobenius, product_rounding
 from specops.typing import Array, Namespace
 
 NEAR, FAR = 2.0, 5.0
-"""Ratios σ₁/limit that the quintics are fitted to; beyond, the clip is done in stages: 57 products
-at ratio 5 instead of two stages of 47 each."""
+"""Ratios σ₁/limit to which the quintics are fitted; beyond, the clip is done in stages. At ratio 5
+it takes 57 products, instead of two stages of 47 each."""
 MOST_STAGES = 8
-"""Of ratio 5 each: as much as single precision tells apart, σ₁ = 4e5·c."""
+"""Most stages, of ratio 5 each: up to σ₁ = 4e5·c, as much as single precision resolves."""
 SLACK = 1e-4
-"""Relative excess over the norms that rounding and an earlier stage may cause: a thousand units in
-single precision."""
+"""Relative excess over the given norms that rounding and an earlier stage may cause: a thousand
+units of rounding in single precision."""
 SIGN_RESOLUTION = 300.0
-"""Least |T| whose sign is resolved at σ₁ = 2c, in units of ε·‖T‖; an error of 1/8 of it in X."""
+"""Least |T| whose sign is resolved at σ₁ = 2c, in units of ε·‖T‖; X then errs by 1/8 of it."""
 # Fitted at import: compilers cannot look into the fit.
 _SIGN = {
     (eps, reach): sign_quintics(SIGN_RESOLUTION * eps / (reach**2 - 1.0), 8.0 * eps)
@@ -182,7 +182,7 @@ def _sign_error(xp: Namespace, t: Array, s: Array, ts: Array, h: Array, nu: Arra
         + 2.0 * rounding
         + product_rounding(xp, ts, s, tss)
     )
-    # What rounding may have taken off the eigenvalues of H that are zero.
+    # By how much rounding may have moved eigenvalues of H that are zero below zero.
     shift = rounding / math.sqrt(t.shape[-1]) + 3.0 * arrays.epsilon(t.dtype) * nu
     return math.sqrt(0.5) * residual + negative_part(xp, h, shift)
 
@@ -199,7 +199,7 @@ def _root_error(xp: Namespace, b: Array, g: Array, beta: Array) -> Array:
     )
     size = frobenius(xp, b)
     k = xp.sqrt(2.0 * size)
-    # |λ(G)|² ≥ (1 − E)/‖B‖: what is above minus that is positive.
+    # |λ(G)|² ≥ (1 − E)/‖B‖: if no eigenvalue is below minus its root, all are positive.
     indefinite = negative_part(xp, g, xp.zeros_like(size))
     proven = (beta <= 0.5) & (e <= 0.25) & (k * e <= 0.25) & (indefinite**2 * size < 0.75)
     zero = xp.zeros_like(e)

@@ -1,4 +1,4 @@
-"""Clipping singular values that are known, by the method that suits shape and device."""
+"""Clipping singular values of concrete matrices, by the method that suits shape and device."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from specops.typing import Array, Namespace
 
 METHODS = ("auto", "eigh", "svd", "products")
 _ACCEPTED_ERROR = {"float32": 2e-5, "float64": 1e-12}
-"""Proven error of the product method, in units of σ₁√n, below which it stands: 170 and 4500 units
-of rounding, where 40 to 104 were proven for normal matrices of 64² to 400 × 800 at σ₁ = 1.5 to
-20·c."""
+"""Largest proven error, in units of σ₁√n, with which the result of the product method is accepted:
+170 and 4500 units of rounding. For normal matrices of 64² to 400 × 800 with σ₁ = 1.5 to 20·c, 40 to
+104 were proven."""
 
 
 def clip_concrete(xp: Namespace, a: Array, limit: Array, method: str) -> Clipped:

@@ -1,4 +1,4 @@
-"""How far a Hermitian matrix is from the positive semidefinite ones, certified."""
+"""The distance of a Hermitian matrix from the positive semidefinite ones, certified."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def negative_part(xp: Namespace, a: Array, shift: Array) -> Array:
 
     .. math:: \|A_-\|_F \le \|A + \eta I - LL^H\|_F + \eta\sqrt n,
 
-    so the Cholesky factor of A + ηI is only a guess: where the library breaks off and what it
-    then leaves in L does not matter. A third of one product and one product.
+    so the Cholesky factor of A + ηI is only a guess, and it does not matter what a library leaves
+    in L when it breaks off. The cost is that of one product and a third.
 
     Parameters
     ----------

@@ -14,28 +14,30 @@ from specops.maps.protocol import BlockOperator
 from specops.typing import Array, Namespace
 
 _BASIS, _KEPT, _BETWEEN = 32, 16, 8
-"""Vectors of a full basis, those that a restart keeps, and steps between two tests. Of zero-padded
-convolutions 24 and fewer vectors took up to twice as many products where values are close, and 48
-no fewer than 32."""
+"""Vectors of a full basis, vectors that a restart keeps, and steps between two tests. For
+zero-padded convolutions with close values, 24 and fewer vectors took up to twice as many products;
+48 took no fewer than 32."""
 _NEGLIGIBLE_UNITS = 16.0
-"""Units of the last place, of the largest entry of AᴴA in the basis, below which what a product
-leaves is taken for nothing: values lose no more by it."""
+"""What a product leaves outside the basis counts as zero below so many units in the last place of
+the largest entry of AᴴA in the basis: values lose no more by that."""
 _SEEN, _LATE = 1e-6, 256
-"""Residual, relative, and steps; one is enough to believe the gap: before, a leader may lie
-beyond it that the start hardly saw. Of 600 separable kernels of signs none then was more than 1e-5
-off in single precision; with 1e-5 one in 300 was, by 5e-4, and without it one in 15, by up to 7e-4.
-Normal kernels take 1.1 to 2.2 times the products, orthogonal ones up to five times; residuals in
-double precision are below it in any case. Values of long one-dimensional kernels, which 256 steps
-hardly tell apart, were no nearer after 1024."""
+"""A relative residual and a number of steps. The gap to the second Ritz value is trusted once one
+of them is reached; before, a larger value may exist whose vector the start hardly contains. Of 600
+separable kernels of signs none then was more than 1e-5 off in single precision; with a residual of
+1e-5 one in 300 was, by 5e-4, and without any one in 15, by up to 7e-4. Normal kernels take 1.1 to
+2.2 times the products, orthogonal ones up to five times; in double precision residuals are smaller
+in any case. Values of long one-dimensional kernels, which 256 steps hardly separate, were no closer
+after 1024."""
 OF_VECTORS = 64.0
-"""Units of rounding, as a `tolerance`, for those who want the vector: of a normal 700×500 in single
-precision what is computed from it was 1.5e-4 off, and 1.5e-3 where only the value has converged."""
+"""A `tolerance` in units of rounding for callers that need the vector. For a normal 700×500 matrix
+in single precision, what they compute from it was 1.5e-4 off, against 1.5e-3 with a vector of which
+only the value has converged."""
 INDEPENDENT = 0.5
-"""Least norm of a unit vector without its part in the basis: as in the test "twice is enough" of
-Kahan, what is left then is orthogonal to a few units of rounding."""
+"""If a unit vector has at least this norm without its part in the basis, that rest is orthogonal to
+the basis to a few units of rounding, as in Kahan's test "twice is enough"."""
 _State = tuple[Array, Array, Array, Array, Any, Any, Any]
-"""(basis, AᴴA in it, Ritz values, Ritz vectors, how many vectors have had their product, steps so
-far, whether they suffice)."""
+"""(basis, AᴴA in the basis, Ritz values, Ritz vectors, the number of vectors whose product is
+known, steps so far, whether all blocks have converged)."""
 
 
 def largest_singular_triplet(
@@ -50,10 +52,10 @@ def largest_singular_triplet(
 
     Lanczos on AᴴA, which is Golub–Kahan–Lanczos with the right vectors only: they alone are
     reorthogonalised and kept. A full basis of 32 is restarted from its 16 leading Ritz vectors.
-    One basis per diagonal block, all advanced together, so that a block whose norm is close to
-    the largest is not missed because the start hardly sees it. σ is computed from the unit
-    vector v, so that whatever happens on the way to it, it is a lower bound of ‖A‖ up to the
-    rounding of one product.
+    Each diagonal block has a basis of its own, and all are advanced together, so that a block whose
+    norm is close to the largest is not missed because the start hardly contains its vectors. σ is
+    computed from the unit vector v, so it is a lower bound of ‖A‖, up to the rounding of one
+    product, whatever happened before.
 
     With θ, θ₂ the leading Ritz values of AᴴA and r = ‖AᴴA v − θv‖, a block has converged when
     min(r, r²/(θ − θ₂)), by which θ is short, is below 8 units in the last place of θ and r below
@@ -119,22 +121,8 @@ def _leading_vector(
         extend = partial(_step, xp, operator, eps)
         basis, inside = arrays.fori(xp, used, used + between, extend, (basis, inside))
         used = used + between
-        if staged:
-            # Behind all others, since AᴴA has no negative values.
-            unused = arrays.constant(np.arange(size), inside) >= used
-            behind = arrays.constant(-np.eye(size), inside)
-            values, vectors = eigh(xp, xp.where(unused[:, None], behind, inside[:, :size, :size]))
-        else:
-            values, vectors = eigh(xp, inside[:, :used, :used])
-        theta = values[:, -1]
-        residual = inside[:, used - 1, used] * xp.abs(vectors[:, used - 1, -1])
-        residual = _safe_divide(xp, residual, theta)
-        if tolerance is not None:
-            found = residual <= tolerance
-        else:
-            gap = _safe_divide(xp, theta - values[:, -2], theta) if size > 1 else theta
-            seen = (residual <= _SEEN) | (steps >= _LATE)
-            found = (residual <= 8 * eps) | ((residual**2 <= 8 * eps * gap) & seen)
+        values, vectors = _ritz(xp, inside, used, size, staged=staged)
+        found = _have_converged(xp, inside, values, vectors, used, steps, eps, tolerance)
         return basis, inside, values, vectors, used, steps + between, xp.all(found)
 
     start = start / arrays.magnitude(xp, start, axis=(1, 2))
@@ -157,6 +145,39 @@ def _leading_vector(
     return xp.reshape(v * xp.astype(one_hot, v.dtype)[:, None], (-1,))
 
 
+def _ritz(
+    xp: Namespace, inside: Array, used: Any, size: int, *, staged: bool
+) -> tuple[Array, Array]:
+    """Ritz values, ascending, and vectors, from AᴴA in the `used` part of the basis."""
+    if not staged:
+        return eigh(xp, inside[:, :used, :used])
+    # Unused rows get the value -1, which comes before all others, since AᴴA has no negative values.
+    unused = arrays.constant(np.arange(size), inside) >= used
+    behind = arrays.constant(-np.eye(size), inside)
+    return eigh(xp, xp.where(unused[:, None], behind, inside[:, :size, :size]))
+
+
+def _have_converged(
+    xp: Namespace,
+    inside: Array,
+    values: Array,
+    vectors: Array,
+    used: Any,
+    steps: Any,
+    eps: float,
+    tolerance: float | None,
+) -> Array:
+    """For each block, whether its leading Ritz vector has: see `largest_singular_triplet`."""
+    theta = values[:, -1]
+    residual = inside[:, used - 1, used] * xp.abs(vectors[:, used - 1, -1])
+    residual = _safe_divide(xp, residual, theta)
+    if tolerance is not None:
+        return residual <= tolerance
+    gap = _safe_divide(xp, theta - values[:, -2], theta) if values.shape[-1] > 1 else theta
+    trusted = (residual <= _SEEN) | (steps >= _LATE)
+    return (residual <= 8 * eps) | ((residual**2 <= 8 * eps * gap) & trusted)
+
+
 def _step(
     xp: Namespace, operator: BlockOperator, eps: float, j: Any, carry: tuple[Array, Array]
 ) -> tuple[Array, Array]:
@@ -166,10 +187,10 @@ def _step(
     image = operator.matvec(xp.reshape(basis[:, j, :], (-1,)))
     x = xp.reshape(operator.rmatvec(image), (operator.blocks, -1))
     along = arrays.real_part(xp, xp.sum(arrays.conjugate(xp, basis[:, j, :]) * x, axis=-1))
-    # What the recurrence knows is most of what x has in the basis; one pass then does for the rest.
+    # The recurrence removes most of x's part in the basis; one pass then suffices for the rest.
     for coupling, i in ((along, j), (inside[:, j - 1, j], j - 1)):
         x = x - xp.astype(coupling, x.dtype)[:, None] * basis[:, i, :]
-    # Only a compiler does not know that what follows are zeros.
+    # The rows after j are zeros. They are left out, except in compiled code, where j is not known.
     known = basis[:, : j + 1, :] if isinstance(j, int) else basis
     before = xp.linalg.vector_norm(x, axis=-1)
     x = _without(xp, x, known)
@@ -181,15 +202,15 @@ def _step(
         left = xp.linalg.vector_norm(y, axis=-1)
         return _safe_divide(xp, y, left[:, None]), left
 
-    # Where little is left it is mostly rounding, some of it along the basis: its size shows, and
-    # can be removed, only once the vector is normalised.
+    # If little is left, it is mostly rounding, some of it along the basis. That part shows, and can
+    # be removed, only once the vector is normalised.
     if arrays.is_traced(x) and not arrays.is_staged(x):
         x, left = again()
     else:
         little = xp.any(norm < 0.5 * before)
         x, left = arrays.cond(little, again, lambda: (x, xp.ones_like(norm)))
     inside = arrays.add_at(inside, (every, j, j), along)
-    # Below rounding the Krylov space is exhausted: its next vector would be noise.
+    # If less than rounding is left, the Krylov space is exhausted: a next vector would be noise.
     least = _NEGLIGIBLE_UNITS * eps * xp.max(xp.abs(inside), axis=(1, 2))
     fine = (norm > least) & (left > INDEPENDENT)
     norm = xp.where(fine, norm, xp.zeros_like(norm))
@@ -202,7 +223,7 @@ def _step(
 def _restarted(
     xp: Namespace, basis: Array, inside: Array, values: Array, vectors: Array
 ) -> tuple[Array, Array, int]:
-    """The leading Ritz vectors of a full basis and its last vector: (basis, AᴴA in it, kept)."""
+    """Restart a full basis with its leading Ritz vectors and last vector: (basis, AᴴA, kept)."""
     size = inside.shape[-1] - 1
     count = min(_KEPT, size // 2)
     values, vectors = values[:, size - count :], vectors[:, :, size - count :]
@@ -220,15 +241,16 @@ def _restarted(
 
 
 def _combined(xp: Namespace, vectors: Array, basis: Array) -> Array:
-    """Ritz vectors, as rows. AᴴA is real in its basis even if A is complex; some libraries do
-    not mix the two.
+    """Ritz vectors, as rows.
+
+    AᴴA is real in its basis even if A is complex, hence the cast: some libraries do not mix them.
     """
     turned = xp.astype(xp.matrix_transpose(vectors), basis.dtype)
     return turned @ basis[:, : vectors.shape[1], :]
 
 
 def _grow(xp: Namespace, x: Array, rows: int, columns: int) -> Array:
-    """`x` in the corner of a zero array."""
+    """`x` padded with zeros to so many rows and columns."""
     below = arrays.zeros((x.shape[0], rows - x.shape[1], x.shape[2]), like=x)
     x = xp.concat([x, below], axis=1)
     beside = arrays.zeros((x.shape[0], rows, columns - x.shape[2]), like=x)

@@ -56,7 +56,7 @@ def enclosure(xp: Namespace, a: Array, v: Array) -> tuple[Array, Array]:
     v : array, shape (n, p)
         Linearly independent columns, p ≤ min(m, n).
     """
-    # The certificate needs orthonormal columns, whatever the caller's rounding.
+    # The certificate needs orthonormal columns; those of the caller may be so up to rounding only.
     v = xp.linalg.qr(xp.linalg.qr(v)[0])[0]
     u, s, qh = svd(xp, arrays.matmul(a, v))
     v = v @ arrays.adjoint(xp, qh)

@@ -15,12 +15,12 @@ from specops.maps.matrix import MatrixOperator
 from specops.typing import Array, Namespace
 
 BEYOND = 1e9
-"""Limit, for entries near 1, that no matrix reaches: it would have 1e18 entries."""
+"""A limit that no matrix with entries near 1 reaches: it would need 1e18 entries."""
 _TRIAL_STEPS = 3
-"""Power steps before a factorisation: they gave away every one of 30 normal matrices of 256² to
-1024² at σ₁ = 1.2 times the limit and none at 1.05."""
+"""Power steps before a factorisation. Of 30 normal matrices of 256² to 1024² they detected all with
+σ₁ = 1.2 times the limit, and none with 1.05."""
 _TRIAL_FROM = 256
-"""Smaller side from which the steps are worth it: a quarter of the time of a factorisation at
+"""Smaller side from which the steps pay: they take a quarter of the time of a factorisation at
 256², a three-hundredth at 1024²."""
 
 
@@ -53,7 +53,7 @@ def inside(xp: Namespace, a: Array, limit: Array, *, sharp: bool = False) -> Arr
         found = np.concatenate(workers.map_chunks(work, len(flat), flat[0].nbytes))
         return arrays.constant(found.reshape(a.shape[:-2]), a)
     double = arrays.double_dtype(xp, a)
-    # No norm is less than an entry; larger ones, and limits out of sight, would overflow.
+    # A norm is at least the largest entry. Larger entries, and huge limits, would overflow.
     possible = arrays.largest_entry(xp, a, (-2, -1)) <= 2.0 * limit
     beyond = xp.full_like(limit, BEYOND)
     limit = xp.where(limit < beyond, limit, beyond)
@@ -77,18 +77,18 @@ def _host_inside(a: np.ndarray, limit: np.ndarray, sharp: bool) -> np.ndarray:
     unit = limit[:, None, None]
     result = np.zeros(len(a), bool)
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        # No norm is less than an entry, and squares of large ones would overflow.
+        # A norm is at least the largest entry; squares of larger entries would overflow.
         rest = np.flatnonzero(arrays.largest_entry(np, a, (-2, -1)) <= 2.0 * limit)
         if not sharp and a.real.dtype == np.float32:
             scaled = (a if len(rest) == len(a) else a[rest]) / unit[rest].astype(a.real.dtype)
             if len(rest) == 1 and seen_outside(np, scaled[0], 1.0):
                 return result
             uncertain = host.exceeds(gram(np, scaled), 1.0 - CHOLESKY_MARGIN["float32"])
-            del scaled  # Of a large matrix each copy counts.
+            del scaled  # each copy of a large matrix counts
             result[rest] = ~uncertain
             rest = rest[uncertain]
     if len(rest):
-        # Divided only now: a quotient in single precision would round.
+        # Divided here again, in double: the quotient in single precision was rounded.
         few = a if len(rest) == len(a) else a[rest]
         kind = np.result_type(a, np.float64)
         double = np.divide(few, unit[rest].astype(float), dtype=kind)
@@ -97,9 +97,9 @@ def _host_inside(a: np.ndarray, limit: np.ndarray, sharp: bool) -> np.ndarray:
 
 
 def seen_outside(xp: Namespace, a: Array, limit: Any) -> bool:
-    """Whether a few power steps, far cheaper than a factorisation, exceed the limit already.
+    """Whether a few power steps, far cheaper than a factorisation, already exceed the limit.
 
-    Never for a small matrix (m, n), whose factorisation is cheap.
+    False for small matrices (m, n), whose factorisation is cheap.
     """
     if min(a.shape) < _TRIAL_FROM:
         return False
@@ -110,7 +110,7 @@ def seen_outside(xp: Namespace, a: Array, limit: Any) -> bool:
     for _ in range(_TRIAL_STEPS):
         v = operator.matvec(operator.rmatvec(v / xp.astype(norm, v.dtype)))
         norm = xp.linalg.vector_norm(v)
-        # From unit vectors, ‖AAᴴv‖ never exceeds ‖A‖².
+        # ‖AAᴴv‖ never exceeds ‖A‖² for unit vectors v.
         if arrays.truth(norm > limit**2 * (1.0 + CHOLESKY_MARGIN["float32"])):
             return True
         if not arrays.truth(norm > 0):

@@ -1,4 +1,4 @@
-"""Lanczos tridiagonalisation of a symmetric operator whose products only are known."""
+"""Lanczos tridiagonalisation of a symmetric operator that is known by its products."""
 
 from __future__ import annotations
 
@@ -90,11 +90,11 @@ def lanczos(
         diagonal.append(along)
         beside.append(rest)
         found = _ritz(diagonal, beside, eps)
-        # Below rounding the space is exhausted: what is left is noise.
+        # If less than rounding is left, the space is exhausted: the rest is noise.
         exhausted = rest <= 8 * eps * np.abs(found.values).max() or len(diagonal) == size
         if not exhausted:
-            # Again, since once leaves components that grow into copies of values already found,
-            # and of a normalised vector: where little was left, most of it may be rounding.
+            # A second pass: after one, components remain that grow into copies of values already
+            # found. On the normalised vector: where little was left, most may be rounding.
             x = _without(xp, x / rest, basis)
             left = float(safe_norm(x))
             exhausted = left < INDEPENDENT

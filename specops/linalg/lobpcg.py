@@ -11,15 +11,15 @@ from specops.maps.protocol import Operator
 from specops.typing import Array, Namespace
 
 _DEPENDENT = 1e-6
-"""Length of what is new in a column, over the longest, at which it is taken for rounding: eight
-units in single precision."""
+"""If the new part of a column is shorter than this, relative to the longest, it counts as rounding:
+eight units in single precision."""
 _DRIFTS = 8
-"""Rounds from which the rounding that images of V gather is taken out at the end: in single
-precision it grew from 7e-8 of σ₁ after 4 rounds to 2e-7 after 200."""
+"""After so many rounds AV is computed anew at the end, because its updates gather rounding: in
+single precision it grew from 7e-8 of σ₁ after 4 rounds to 2e-7 after 200."""
 
 
 def with_small_columns(xp: Namespace, a: Array) -> MatrixOperator:
-    """The matrix or its adjoint: that whose right vectors belong to the smaller side."""
+    """The matrix or its adjoint, whichever has its right singular vectors on the smaller side."""
     return MatrixOperator(arrays.adjoint(xp, a) if a.shape[0] <= a.shape[1] else a)
 
 
@@ -109,7 +109,7 @@ def leading_triplets(
 
 
 def _apply(product: Any, x: Array) -> Array:
-    """A product with every column; operators take vectors as rows."""
+    """Products with the columns of `x`, for operators that take vectors as rows."""
     xp = arrays.namespace(x)
     return xp.matrix_transpose(product(xp.matrix_transpose(x)))
 
@@ -134,5 +134,5 @@ def _orthonormal(xp: Namespace, x: Array, against: Array | None = None) -> Array
 
 
 def _without(xp: Namespace, x: Array, basis: Array) -> Array:
-    """Columns less their parts along orthonormal ones."""
+    """The columns of `x` less their parts along an orthonormal basis."""
     return x - arrays.matmul(basis, arrays.matmul(arrays.adjoint(xp, basis), x))

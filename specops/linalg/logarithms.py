@@ -1,4 +1,4 @@
-"""Numbers known by their logarithms, such as products of many norms."""
+"""Numbers that are kept as logarithms, such as products of many norms."""
 
 from __future__ import annotations
 

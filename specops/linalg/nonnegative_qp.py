@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 _RIDGE = 1e-12
-"""Of the mean diagonal: makes faces of dependent variables regular, and moves a minimum by as
-much."""
+"""A ridge, in units of the mean diagonal: it makes faces of dependent variables regular, and moves
+a minimum by as much."""
 _ENTERING_AT_ONCE = 16
-"""Variables that enter at once: programs of 200 variables took 67 solutions one by one, 18 by
-fours, 14 by sixteens and 13 by sixty-fours."""
+"""Most variables that enter at once. Programs of 200 variables took 67 solutions if they entered
+one by one, 18 by fours, 14 by sixteens and 13 by sixty-fours."""
 _UNRELATED = 0.5
 """Largest cosine between variables that enter at once: at 0.3 and 0.8 they took as many."""
 
@@ -67,7 +67,7 @@ def nonnegative_qp(hessian: np.ndarray, linear: np.ndarray, start: np.ndarray) -
 def _entering(
     h: np.ndarray, lengths: np.ndarray, steepness: np.ndarray, floor: float, most: int
 ) -> np.ndarray:
-    """The steepest variables, each at a wide angle to those before."""
+    """The variables of steepest descent, each at a wide angle to those before it."""
     entering = np.zeros(len(steepness), bool)
     steepness = steepness.copy()
     for _ in range(most):
@@ -81,7 +81,7 @@ def _entering(
 
 
 def _descend(h: np.ndarray, linear: np.ndarray, x: np.ndarray, free: np.ndarray) -> np.ndarray:
-    """Minimise over ever smaller faces until the minimiser is inside its face."""
+    """Minimise over smaller and smaller faces, until the minimiser is inside its face."""
     x, free = x.copy(), free.copy()
     while free.any():
         index = np.flatnonzero(free)

@@ -1,4 +1,4 @@
-"""The largest singular values of matrices whose values are known."""
+"""The largest singular values of concrete matrices."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from specops.linalg.lobpcg import leading_triplets, with_small_columns
 from specops.typing import Array, Namespace
 
 _ROUNDS_ABOVE = 2**16
-"""Entries from which a few products with a matrix cost less than its singular values: twice as much
-at 256², half at 362², a seventh at 1024²."""
+"""Entries from which a few products with a matrix cost less than its singular values: they take
+twice the time at 256², half at 362², a seventh at 1024²."""
 _WIDTH = 4
 _NORM_ROUNDS = 24
 _NORM_RESIDUAL = 1e-2
-"""Over σ₁: with so many vectors and rounds the norm of normal matrices of 256² to 1024² was 5e-5
-to 2e-4 too small."""
+"""Residual over σ₁ at which rounds end. With these numbers of vectors and rounds the norm of normal
+matrices of 256² to 1024² was 5e-5 to 2e-4 too small."""
 
 
 def norms(xp: Namespace, a: Array, start: Array | None) -> tuple[Array, Array | None]:
     """(largest singular values of stacked matrices, the basis to start from next time).
 
-    Of a single large matrix by a few rounds from `start`: from below, to about 1e-4.
+    A single large matrix takes a few rounds from `start`, which give a lower bound, to about 1e-4.
     """
     if a.ndim == 2 and math.prod(a.shape) > _ROUNDS_ABOVE:
         return _by_rounds(xp, a, start)

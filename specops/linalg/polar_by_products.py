@@ -10,7 +10,7 @@ from specops.linalg.rounding import frobenius, product_rounding
 from specops.typing import Array, Namespace
 
 POLAR_RESOLUTION = 100.0
-"""Least singular value that becomes 1, in units of ε·σ₁."""
+"""The smallest singular values that are mapped to 1, in units of ε·σ₁."""
 _POLAR = {eps: sign_quintics(POLAR_RESOLUTION * eps, 8.0 * eps) for eps in EPSILONS}
 
 

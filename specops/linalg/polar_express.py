@@ -9,25 +9,25 @@ from specops.typing import Array
 
 Quintic = tuple[float, float, float]
 EPSILONS = (2.0**-23, 2.0**-52)
-"""Of single and double precision, which coefficients are fitted for."""
+"""The ε of single and double precision, for which coefficients are fitted."""
 CUSHION = 0.05
-"""Least ratio of the ends of the interval that a quintic is fitted to: without it single precision
+"""Least ratio of the ends of an interval to which a quintic is fitted: without it single precision
 lost a digit, and bfloat16 gave NaN."""
 MARGIN = 0.01
-"""Fraction of the half-width of an interval that rounding may lead out of it: every extremum maps
-to the end, where the next slope is 20 and more."""
+"""By what fraction of its half-width an interval is extended for rounding: every extremum maps to
+its end, where the slope of the next quintic is 20 and more."""
 PRODUCTS_FROM = 128
 """Smaller side from which an accelerator is faster at products than at eigenvalues."""
 _FLAT = 1e-3
-"""Half-width of an interval below 1 from which the Newton–Schulz quintic stands for the minimax
-one: it errs by 2e-8 there and the next step by its cube, while the discriminant of the extrema has
-lost five digits."""
+"""For intervals around 1 of a smaller half-width the Newton–Schulz quintic replaces the minimax
+one. It errs by 2e-8 there, and the next step by its cube; the discriminant of the extrema would
+have lost five digits."""
 _MOST_STEPS = 60
-"""Twice what the longest interval in double precision, [1e-16, 1], takes."""
+"""Most steps: twice as many as the longest interval in double precision, [1e-16, 1], takes."""
 
 
 def suits_products(a: Array, method: str) -> bool:
-    """Whether stacked matrices go by products: as asked, or on accelerators if left open."""
+    """Whether to treat stacked matrices by products: as asked, or for "auto" on accelerators."""
     if method != "auto" or min(a.shape[-2:]) < PRODUCTS_FROM:
         return method == "products"
     return arrays.on_host(a) is None and not arrays.is_traced(a)

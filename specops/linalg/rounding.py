@@ -8,8 +8,8 @@ from specops import arrays
 from specops.typing import Array, Namespace
 
 CHOLESKY_MARGIN = {"float32": 1e-4, "float64": 1e-10}
-"""Relative margin of a limit within which a Cholesky factor in that precision proves nothing: of
-normal matrices of 64² to 1024² single precision misjudged limits within 6e-8 of the norm."""
+"""Relative margin around a limit within which a Cholesky factor in this precision proves nothing.
+For normal matrices of 64² to 1024² single precision misjudged limits within 6e-8 of the norm."""
 
 
 def product_rounding(xp: Namespace, a: Array, b: Array, product: Array) -> Array:
@@ -19,11 +19,12 @@ def product_rounding(xp: Namespace, a: Array, b: Array, product: Array) -> Array
               \Bigl(\sum_l \|a_{:l}\|^2\|b_{l:}\|^2 + \|AB\|_F^2\Bigr)^{1/2}
               + \tfrac18\varepsilon k\,\|(AB)_{\mathrm{even}}\|_F,
 
-    k being the length of the inner products. The bound k·ε·‖A‖·‖B‖ that always holds is too
-    large to be of use; as the rounding errors of a sum are nearly independent, they grow like
-    √k. Where they are not, in sums of terms of equal size, they drift like k: the last term
-    holds the entries between even rows of A and even columns of B, those whose entries have
-    about one modulus. Two to three times the errors measured (OpenBLAS, MKL, Eigen).
+    k being the length of the inner products. The bound k·ε·‖A‖·‖B‖, which always holds, is too
+    large to be useful: the rounding errors of a sum are nearly independent, so they grow like √k.
+    They are not in sums of terms of equal size, where they drift like k. The last term accounts for
+    these: it has the entries between even rows of A and even columns of B, which are those whose
+    entries have about the same modulus. The model is two to three times the errors that were
+    measured (OpenBLAS, MKL, Eigen).
 
     References
     ----------
@@ -40,7 +41,7 @@ def product_rounding(xp: Namespace, a: Array, b: Array, product: Array) -> Array
 
 
 def _even(xp: Namespace, squares: Array, axis: int) -> Array:
-    """Where the entries along an axis have about one modulus."""
+    """Whether the entries along an axis have about the same modulus."""
     total = xp.sum(squares, axis=axis)
     return total**2 >= 0.9 * squares.shape[axis] * xp.sum(squares**2, axis=axis)
 

@@ -12,17 +12,17 @@ from specops.linalg.value_functions import above
 from specops.typing import Array, Namespace
 
 GRAM_RANGE = 4.0
-"""σ₁/limit up to which Gram matrices resolve the limit and differences do not cancel: there they
-were more accurate in single precision than the SVD (5e-7 against 1.7e-6 of σ₁)."""
+"""Largest σ₁/limit for which Gram matrices resolve the limit and differences do not cancel. In
+single precision they were more accurate there than the SVD (5e-7 against 1.7e-6 of σ₁)."""
 _DOUBLE_GRAM_RANGE = 1e3
-"""The same for Gram matrices in double precision of matrices in single: squares lose six of their
-sixteen digits, and the seven of single precision remain."""
+"""The same for matrices in single precision with Gram matrices in double: squares lose six of their
+sixteen digits, so that the seven of single precision remain."""
 _ONE_BY_ONE_FROM = 128
-"""Side from which the matrices of a stack get their own number of vectors each: that took 2.5
-times as long as all together at 64², as long and less memory from 128² on."""
+"""Side from which each matrix of a stack gets its own number of vectors. This took 2.5 times as
+long as all together at 64², but from 128² on as long, with less memory."""
 _TINY = 1e-9
-"""Limits below which squares divided by theirs are not safe in single precision: 1e-18, and ε times
-that of an eigenvalue, is still far above 1e-38."""
+"""Below such limits quotients of squares are not safe in single precision. At this limit its
+square, 1e-18, and ε times that, are still far above 1e-38."""
 
 
 def soft_threshold(
@@ -70,14 +70,14 @@ def by_gram(
     # Eigenvectors have no derivative where values are repeated.
     if not (arrays.is_concrete(a) and arrays.is_concrete(limit)):
         return None
-    # σ₁ is at least the largest entry; checked before anything is squared.
+    # σ₁ is at least the largest entry, which is checked before anything is squared.
     if not arrays.truth(xp.all(arrays.largest_entry(xp, a, (-2, -1)) <= reach * limit)):
         return None
     tiny = not arrays.truth(xp.all(limit >= _TINY))
     if tiny:
         a, grams = a / xp.astype(limit, a.dtype)[..., None, None], None
     if grams is not None:
-        # No square of a singular value is above the largest, nor is a diagonal entry.
+        # σ₁² is at least the largest diagonal entry of the Gram matrix.
         diagonal = xp.real(xp.linalg.diagonal(grams))
         if not arrays.truth(xp.all(diagonal <= (reach * limit[..., None]) ** 2)):
             return None
@@ -89,7 +89,7 @@ def by_gram(
     sigma = xp.sqrt(xp.where(above, eigenvalues, xp.ones_like(eigenvalues)))
     total = xp.sum(sigma - 1.0, axis=-1) * limit
     if a.ndim == 2:
-        # One Newton step to orthonormal columns takes most of the solver's rounding away.
+        # One Newton step towards orthonormal columns removes most of the solver's rounding.
         kept = v[:, _first(xp, above) :]
         kept = kept * 1.5 - kept @ (0.5 * (arrays.adjoint(xp, kept) @ kept))
         result = _excess(xp, a, kept, sigma)
@@ -105,12 +105,12 @@ def by_gram(
 
 
 def _first(xp: Namespace, above: Array) -> int:
-    """Where ascending rows begin to be above, the first of them."""
+    """The first column, over all ascending rows, at which a row is `above`."""
     return int(xp.min(xp.sum(xp.astype(~above, xp.int32), axis=-1, dtype=xp.int32)))
 
 
 def _excess(xp: Namespace, a: Array, v: Array, sigma: Array) -> Array:
-    """A V diag(1 − 1/σ) Vᴴ, or with V on the left, for the last of all `sigma`."""
+    """A V diag(1 − 1/σ) Vᴴ, or with V on the left; V belongs to the last values of `sigma`."""
     count = v.shape[-1]
     sigma = sigma[..., sigma.shape[-1] - count :]
     vh, wide = arrays.adjoint(xp, v), a.shape[-2] <= a.shape[-1]

@@ -28,8 +28,8 @@ from specops.arrays.solvers import svd
 from specops.typing import Array, Namespace
 
 Function = Callable[..., tuple[Array, Array]]
-"""(f(s), f′(s)) of descending values (..., k) and of parameters: the slope, by which f changes with
-one value alone, where values are equal."""
+"""(f(s), f′(s)) of descending values (..., k) and of parameters. The slope f′ is that by one value
+alone; it is used where values are equal."""
 
 
 def spectral_function(
@@ -80,7 +80,7 @@ def leading_pair(xp: Namespace, a: Array) -> Array:
 def _expanded(
     xp: Namespace, h: Array, factors: tuple[Array, ...], function: Function
 ) -> tuple[Array, Array]:
-    """F(A + h) and its values, to first order."""
+    """F(A + h) and its singular values, to first order in h."""
     u, s, vh = factors
     uh, v = arrays.adjoint(xp, u), arrays.adjoint(xp, vh)
     k = uh @ h @ v
@@ -106,7 +106,7 @@ def _expanded(
 
 
 def _differences(xp: Namespace, s: Array, f: Array, slopes: Array) -> Array:
-    """(fᵢ − fⱼ)/(σᵢ − σⱼ); the slope between neighbours of one slope, as differences cancel."""
+    """(fᵢ − fⱼ)/(σᵢ − σⱼ); for close values of equal slope that slope, as differences cancel."""
     left, right = s[..., :, None], s[..., None, :]
     apart = left - right
     smooth = slopes[..., :, None] == slopes[..., None, :]

@@ -1,7 +1,6 @@
 """Functions of singular values for `spectral_function`: piecewise linear, with their slopes.
 
-A value that lies on a kink up to rounding counts half to either side: the derivative is then the
-mean of the two.
+A value on a kink, up to rounding, counts half to either side: its derivative is the mean of both.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ from specops.typing import Array, Namespace
 
 
 def between(xp: Namespace, s: Array, lower: Any, upper: Any) -> tuple[Array, Array]:
-    """(clip(σ, lower, upper), its slope); bounds broadcast with σ, None is none."""
+    """(clip(σ, lower, upper), its slope); bounds broadcast with σ, None means no bound."""
     value, smooth, slope = s, xp.zeros_like(s), xp.ones_like(s)
     for bound, sign in ((lower, 1.0), (upper, -1.0)):
         if bound is not None:
             bound = bound + xp.zeros_like(s)
             value = xp.where(sign * (bound - value) > 0, bound, value)
             share = _step(xp, sign * (bound - s), s)
-            # A bound may be infinite, and so may what is in units of the weight.
+            # A bound may be infinite, also after division by the weight's scale.
             known = (share > 0) & xp.isfinite(bound)
             smooth = smooth + share * xp.where(known, bound, xp.zeros_like(s))
             slope = slope - share
@@ -41,7 +40,7 @@ def above_for_sum(xp: Namespace, s: Array, total: Array) -> tuple[Array, Array]:
     ----------
     Duchi, Shalev-Shwartz, Singer & Chandra 2008.
     """
-    # Differences to the largest value: a total far below it would be rounded off the threshold.
+    # Differences to the largest value: a total far below it would vanish in rounding otherwise.
     below = s - s[..., :1]
     count = xp.cumulative_sum(xp.ones_like(s), axis=-1)
     kept = below * count - xp.cumulative_sum(below, axis=-1) > -total[..., None]
@@ -68,6 +67,6 @@ def _step(xp: Namespace, x: Array, s: Array) -> Array:
 
 
 def _of_value(value: Array, smooth: Array) -> Array:
-    """The value, which differentiates like what is smooth."""
+    """The value, with the derivative of `smooth`."""
     value, fixed = arrays.stop_gradient(value), arrays.stop_gradient(smooth)
     return value + (smooth - fixed)

@@ -105,19 +105,19 @@ def balance_norms(
 def _norm(index: int, w: Array, geometry: Geometry | None) -> float:
     if isinstance(geometry, Dense) and (geometry.batch_axes or geometry.splits):
         raise GeometryError(
-            f"weights[{index}] is {geometry.describe()}, which has several norms: balance the "
-            f"matrices for themselves"
+            f"weights[{index}] is {geometry.describe()}, which has several norms: balance its "
+            f"matrices one by one"
         )
     measured: Any = spectral_norm(w, geometry)
     norm = float(measured)
     if not math.isfinite(norm):
         raise NonFiniteError(f"weights[{index}] has no finite norm")
     if norm == 0.0:
-        raise ValueError(f"weights[{index}] is zero: no factor gives it another norm")
+        raise ValueError(f"weights[{index}] is zero: no factor can change its norm")
     return norm
 
 
 def _times(x: Array, log: float) -> Array:
-    """In two steps: a factor may leave the range that the product is in."""
+    """x·e^log, in two steps: the factor may overflow although the product does not."""
     xp, half = arrays.namespace(x), exp(0.5 * log)
     return xp.astype(arrays.to_compute(xp, x) * half * half, x.dtype)

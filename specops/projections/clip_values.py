@@ -85,7 +85,7 @@ def clip_singular_values(
 
     def change(block: MatrixBlock) -> Array:
         def function(s: Array, scale: Array) -> tuple[Array, Array]:
-            # In units of the weight: bounds over its scale might overflow.
+            # Values are scaled back before they are clipped: bounds over the scale might overflow.
             values, slopes = between(xp, s * scale, lower, upper)
             return values, slopes * scale
 

@@ -1,4 +1,4 @@
-"""Ending a projection: feasible in the dtype that it is stored in, and tested there."""
+"""The end of a projection: a result that is feasible, and tested, in the dtype it is stored in."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from specops import arrays
 from specops.typing import Array, Namespace
 
 _ATTEMPTS = 40
-"""Steps double from about a unit of rounding up to a half: as many give way by 5e-4 in double
-precision and by 2^-18 and less in all others, where what is inside in theory fits long before."""
+"""Most attempts. Steps double, from about a unit of rounding up to a half. So many scale down by
+5e-4 in double precision, and to a factor of 2^-18 and less in all others; what is inside in theory
+fits long before."""
 _SCALE_ALL_FROM = 20
-"""Attempt from which the offset is scaled as well: by then the rest has given way by 5e-10 in
-double precision, a quarter in single and 98 % in half, so what is outside is so by the offset's
-own rounding."""
+"""Attempt from which the offset is scaled as well. By then the rest has been scaled down by 5e-10
+in double precision, a quarter in single and 98 % in half, so that the rounding of the offset itself
+must be the reason."""
 
 
 def store_within(
@@ -33,7 +34,7 @@ def store_within(
     rounding of `dtype`.
     """
     eps = arrays.epsilon(dtype)
-    # Half precision is too coarse to give away a unit at the first attempt.
+    # In half precision a whole unit would be too much for the first attempt.
     first = -6 if eps > 1e-4 else 1
     factor = xp.ones_like(arrays.real_part(xp, x))
     factor = factor[(..., *([0] * (x.ndim - batch)))]
@@ -41,7 +42,7 @@ def store_within(
     def stored(x: Array, offset: Array | None, factor: Array, late: Any) -> Array:
         scaled = x * _expand(factor, x)
         if offset is not None:
-            # Its own rounding may be what does not fit.
+            # Its own rounding may be the reason why the sum does not fit.
             plain = xp.ones_like(factor)
             by = xp.where(late, factor, plain) if arrays.is_traced(late) else plain
             scaled = scaled + offset * _expand(factor if late is True else by, x)
@@ -51,7 +52,7 @@ def store_within(
         return fits(arrays.to_compute(xp, stored(x, offset, factor, late)))
 
     if arrays.is_staged(x):
-        # What is found is a constant of the result, so that it can still be differentiated.
+        # The factor is a constant for differentiation, so that the result can be differentiated.
         fixed = arrays.stop_gradient(x)
         shift = None if offset is None else arrays.stop_gradient(offset)
 
@@ -63,7 +64,7 @@ def store_within(
             factor = xp.where(inside, factor, factor * step)
             return index + 1, factor, fit(fixed, shift, factor, index >= _SCALE_ALL_FROM)
 
-        # The first attempt is one of the loop: what a compiler is not given twice.
+        # The first attempt is part of the loop, so that it is not compiled twice.
         start = xp.asarray(0), factor, xp.zeros_like(factor, dtype=xp.bool)
         index, factor, _ = arrays.while_loop(
             xp, lambda carry: (carry[0] < _ATTEMPTS) & ~xp.all(carry[2]), attempt, start

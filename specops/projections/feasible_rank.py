@@ -1,4 +1,4 @@
-"""Ending a stable rank projection: feasible in the dtype that it is stored in."""
+"""The end of a stable rank projection: a result that is feasible in the dtype it is stored in."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from specops.errors import StateError
 from specops.typing import Array, Namespace, State
 
 _STORE_ROUNDS = 24
-"""A bound by reasoning, not a measurement: the least change doubles from ε/16, so by then it has
-been a half ten times in half precision; single and double need one round, as storing does not
-round them."""
+"""Most rounds: a bound by reasoning, not a measurement. The least change doubles from ε/16 up to a
+half, so in half precision ten of so many rounds take off a half; single and double precision need
+one round, as storing does not round them."""
 _STORE_ROUNDS_WHEN_TRACED = {True: 3, False: 1}
-"""By whether storing rounds: of 600 normal matrices in float16 and bfloat16 none took more than
-3."""
+"""Rounds if storing rounds the entries (True) and if not: of 600 normal matrices in float16 and
+bfloat16 none took more than 3."""
 _LARGEST_HALF = 65504.0
 """The largest number in float16."""
 
@@ -33,7 +33,7 @@ class Candidates:
     wanted: Array
     """The g of the nearest one within the limit, of shape (*batch,)."""
     growth: Array
-    """Of the stable rank with g²."""
+    """The growth of the stable rank with g²."""
 
 
 def rank_limit(xp: Namespace, ratio: Any, target: Any, side: int, like: Array) -> Array:
@@ -49,7 +49,7 @@ def rank_limit(xp: Namespace, ratio: Any, target: Any, side: int, like: Array) -
 
 
 def rank_tolerance(dtype: Any, compute_dtype: Any) -> float:
-    """Relative excess that is put down to rounding: entries stored in `dtype` add its square."""
+    """The relative excess that counts as rounding; storing in `dtype` adds the square of its ε."""
     return 8.0 * arrays.epsilon(compute_dtype) + arrays.epsilon(dtype) ** 2
 
 
@@ -58,8 +58,8 @@ def store_below(
 ) -> tuple[Array, Array, int]:
     """(candidate cast to `dtype`, its stable rank, rounds) with a rank of at most `limit`.
 
-    Rounding adds to the rest of the weight, so as much more of the rest is taken off, until the
-    stored array is feasible or no rest is left. Only matrices where `above` count. While a
+    Rounding adds to the rest of the weight, so as much more of the rest is removed, until the
+    stored array is feasible or no rest is left. Only matrices where `above` is true count. While a
     compiler traces, a half precision dtype gets three rounds.
     """
     g = candidates.wanted
@@ -84,7 +84,7 @@ def store_below(
 
 
 def _in_range(xp: Namespace, x: Array, dtype: Any, batch: int) -> Array:
-    """`x` scaled down, which leaves its stable rank alone, where float16 would overflow."""
+    """`x` scaled down if float16 would overflow, which does not change its stable rank."""
     if arrays.dtype_name(dtype) != "float16":
         return x
     largest = xp.max(xp.abs(x), axis=tuple(range(batch, x.ndim)), keepdims=True)
@@ -98,12 +98,12 @@ def energy(xp: Namespace, a: Array) -> Array:
 
 
 def shape_of(value: Any) -> str:
-    """What to say of a state's entry."""
+    """The shape of a state's entry, or its type, for messages."""
     return str(tuple(value.shape)) if hasattr(value, "shape") else type(value).__name__
 
 
 def refuse_unread(state: State) -> None:
-    """StateError unless every entry of a state has been taken out and used."""
+    """Raise StateError if entries of a state are left, which nothing has used."""
     if state:
         found = ", ".join(f"{name} {shape_of(value)}" for name, value in state.items())
         raise StateError(f"state does not belong to this weight and options: it holds {found}")

@@ -12,9 +12,9 @@ Change = Callable[[MatrixBlock], Array | None]
 
 
 def changed_blocks(given: Prepared, w: Array, change: Change) -> Array:
-    """`w` with ``change(block)`` in place of each block of matrices, None keeping the old ones.
+    """`w` with ``change(block)`` in place of each block of matrices; None keeps the block.
 
-    Matrices that are not finite stay as they were; `w` itself where nothing changes.
+    Matrices that are not finite stay as they were. If nothing changes, the result is `w` itself.
     """
     assert isinstance(given.geometry, Dense)
     blocks = matrix_blocks(given)

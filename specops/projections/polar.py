@@ -16,8 +16,8 @@ from specops.typing import Array, Namespace
 
 _METHODS = ("auto", "svd", "products")
 _ACCEPTED_RESIDUAL = {"float32": 1e-5, "float64": 1e-13}
-"""Distance from orthonormality, per √n, below which the product method stands: 84 and 450 units of
-rounding, where up to 15 were measured on normal matrices of 64² to 400 × 800."""
+"""Largest distance from orthonormality, per √n, with which the product method's result is accepted:
+84 and 450 units of rounding; up to 15 were measured on normal matrices of 64² to 400 × 800."""
 
 
 @arrays.entry
@@ -90,7 +90,7 @@ def polar_factor(w: Array, geometry: Geometry | None = None, *, method: str = "a
 
 
 def _by_products(xp: Namespace, a: Array, method: str) -> Array | None:
-    """The factor, or None where another method is due."""
+    """The factor by products; None if another method has to compute it."""
     if not suits_products(a, method):
         return None
     factor, error = polar_by_products(xp, a)

@@ -200,7 +200,7 @@ def project_spectral_ball(
     if iterations is not None:
         iterations = integer(iterations, "iterations", least=1)
     start = given_state(state)
-    # Methods and rounds are asked for of kernels.
+    # A method or a number of rounds is meant for a kernel: it is not treated as a matrix then.
     given = prepare(w, geometry, once=method == "auto" and iterations is None)
     measure = return_info and measure_norms
     methods = _METHODS[type(given.geometry)]

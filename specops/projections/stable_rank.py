@@ -146,7 +146,7 @@ def project_stable_rank(
 
 
 def check_stable_rank(ratio: Any, target: Any) -> tuple[Any, Any]:
-    """Both as given. Raise unless exactly one is, and in range; traced ones as `check_bound`."""
+    """Both as given; raise unless exactly one is, and in range. Traced ones as in `check_bound`."""
     if (ratio is None) == (target is None):
         raise ValueError(
             f"give exactly one of ratio and target, got ratio={ratio!r} and target={target!r}"

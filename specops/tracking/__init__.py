@@ -1,10 +1,10 @@
 """Norms of a weight followed from step to step by block iteration on its leading pairs.
 
 A tracked norm keeps unit vectors u, v of each matrix that it measures, and a second pair that
-looks for what grows elsewhere. `advance` takes one or more steps u ← Av/‖Av‖, v ← Aᴴu/‖Aᴴu‖;
-in between, σ = ⟨u, Av⟩ is linear in the weight with the gradient uvᴴ, and a lower bound of the
-norm. Vectors live in a flat dict of arrays, which is the state of the rules that use them.
-Its keys are known here alone. Nothing here changes what it is given.
+finds singular values which grow elsewhere. `advance` takes one or more steps u ← Av/‖Av‖,
+v ← Aᴴu/‖Aᴴu‖; in between, σ = ⟨u, Av⟩ is linear in the weight with the gradient uvᴴ, and a lower
+bound of the norm. Vectors live in a flat dict of arrays, which is the state of the rules that use
+them; only this package knows its keys. No function here changes its arguments.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def check_norm(norm: Any, allowed: tuple[str, ...] = get_args(Norm)) -> None:
 
 @lru_cache(maxsize=1024)
 def track(geometry: Geometry, norm: Norm) -> Tracked:
-    """The follower of a norm: all three are one for a Dense geometry."""
+    """What tracks this norm; for a Dense geometry all three norms are the same."""
     if isinstance(geometry, Dense):
         return TrackedBlocks(geometry)
     if norm == "operator":

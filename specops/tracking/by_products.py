@@ -1,4 +1,4 @@
-"""Steps of a weight that nobody holds as a whole: products with vectors are asked for."""
+"""Steps on a sharded weight, which no device holds as a whole: they ask for products with it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Wanted:
-    """Products that a step needs: who runs it sends an array like `rows` for each block.
+    """Products that a step asks for: of each block's matrices A with the vectors in `rows`.
 
-    Of each block's matrices A, shape (*batch, m, n), those with the vectors that are rows.
+    The matrices have the shape (*batch, m, n). The caller sends an array of rows for each block.
     """
 
     geometry: Dense
     rows: tuple[Array, ...]
     """(*batch, k, n), answered by rows Ax of shape (*batch, k, m); or (*batch, k, m), by Aᴴx."""
     to_left: bool
-    """Whether with A rather than its adjoint."""
+    """Whether the products are with A (rather than with its adjoint)."""
 
 
 Steps = Generator[Wanted, tuple[Array, ...], R]
-"""A computation that yields what it wants and is sent it."""
+"""A generator that yields the products it wants, and is sent them."""

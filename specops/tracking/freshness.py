@@ -1,4 +1,4 @@
-"""Whether a weight is still the one that a state's norms were measured of."""
+"""Whether a weight is still the one for which a state's norms were measured."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from specops.tracking.operator import TrackedOperator
 from specops.typing import Array, State
 
 _SAME = 1e-3
-"""Relative change of a norm along the same vectors that no rounding, of half precision either,
-explains."""
+"""A larger relative change of a norm along the same vectors is more than rounding, even in half
+precision."""
 _ROUNDING = 1e-5
-"""The same of the order in which single precision adds up."""
+"""The same for the rounding of sums in single precision, in another order."""
 
 
 def saw_nothing(follow: TrackedBlocks | TrackedKernel | TrackedOperator, s: State) -> bool:
@@ -27,9 +27,9 @@ def is_measured(
     *,
     closely: bool = False,
 ) -> bool:
-    """Whether norms along the vectors of a state are those it has; true of what is not finite.
+    """Whether the norms along a state's vectors are those in the state; True if not finite.
 
-    With `closely`, but for the rounding of their products.
+    With `closely`, only the rounding of products may differ.
     """
     xp, within = arrays.namespace(w), _ROUNDING if closely else _SAME
     w = arrays.to_compute(xp, w)

@@ -1,4 +1,4 @@
-"""Spectral norms of matrices and of reshaped kernels, followed from step to step."""
+"""Spectral norms of matrices and of reshaped kernels, tracked from step to step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from specops.typing import Array, Namespace, State
 Step = Callable[[Any, Array, Pairs], tuple[Pairs, Array]]
 Shapes = Mapping[str, tuple[int, ...]]
 GRADIENT = "axis"
-"""The key of a norm's gradient, as checkpoints have it."""
+"""The key of a norm's gradient in the state, which saved checkpoints contain."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,20 @@ class TrackedBlocks:
         return self._stepped(w, state, lambda xp, a, pairs: advanced(xp, a, pairs, rounds))
 
     def half_advance(self, w: Array, state: State, *, to_left: bool) -> State:
-        """The state after half a step, to u or to v: for half its time."""
+        """The state after half a step, which updates u (to the left) or v, in half the time."""
         return self._stepped(
             w, state, lambda xp, a, pairs: half_step(xp, a, pairs, to_left=to_left)
         )
 
     def advance_by_products(self, state: State, rounds: int) -> Steps[State]:
-        """`advance` of a weight that is known by its products with vectors alone."""
+        """`advance` for a weight that is known only by its products with vectors."""
         for _ in range(rounds):
             state = yield from self.half_advance_by_products(state, to_left=True)
             state = yield from self.half_advance_by_products(state, to_left=False)
         return state
 
     def half_advance_by_products(self, state: State, *, to_left: bool) -> Steps[State]:
-        """`half_advance` of such a weight."""
+        """`half_advance` for a weight that is known only by its products with vectors."""
         known = [unpacked(state, j) for j in self._indices]
         xp = arrays.namespace(known[0].u)
         near = [(p.v, p.q) if to_left else (p.u, p.p) for p in known]
@@ -89,7 +89,7 @@ class TrackedBlocks:
         return tuple(state[key] for key in self._keys[1])
 
     def directions(self, state: State) -> tuple[Array, ...]:
-        """What norms are taken along: u and v of each matrix in turn."""
+        """The vectors along which norms are taken: u and v of each matrix in turn."""
         return tuple(state[key] for key in self._keys[0])
 
     def gradients(self, state: State) -> tuple[Array, ...]:
@@ -97,7 +97,7 @@ class TrackedBlocks:
         return tuple(_outer(u, v) for u, v in self._leading(state))
 
     def gradient(self, w: Array, state: State, factors: tuple[Array, ...]) -> Array:
-        """Of the norms times their factors, summed; an array like the weight."""
+        """The gradient of the sum of norms times factors, an array of the weight's shape."""
         xp, blocks = arrays.namespace(w), []
         for (u, v), factor in zip(self._leading(state), factors, strict=True):
             blocks.append(_outer(u * xp.astype(factor, u.dtype)[..., None], v))
@@ -125,7 +125,7 @@ class TrackedBlocks:
 
     @cached_property
     def _keys(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Of the directions and of the norms; forward passes ask for them."""
+        """The state's keys of directions and of norms, cached for forward passes."""
         directions = tuple(f"{key}{j}" for j in self._indices for key in "uv")
         return directions, tuple(f"sigma{j}" for j in self._indices)
 
@@ -134,7 +134,7 @@ class TrackedBlocks:
 
 
 class AlongGradient:
-    """A norm that is ⟨W, G⟩ for its gradient G, an array like the kernel that the state has."""
+    """A norm computed as ⟨W, G⟩ with its gradient G, which is kept in the state."""
 
     def norms(self, w: Array, state: State) -> tuple[Array]:
         """⟨W, G⟩, differentiable; `w` in compute precision."""
@@ -145,7 +145,7 @@ class AlongGradient:
         return (state["sigma"],)
 
     def directions(self, state: State) -> tuple[Array]:
-        """What the norm is taken along: its gradient."""
+        """The array along which the norm is taken: its gradient."""
         return (state[GRADIENT],)
 
     def gradients(self, state: State) -> tuple[Array]:
@@ -153,7 +153,7 @@ class AlongGradient:
         return (state[GRADIENT],)
 
     def gradient(self, w: Array, state: State, factors: tuple[Array, ...]) -> Array:
-        """Of the norm times its factor; an array like the weight."""
+        """The gradient of the norm times its factor, an array of the weight's shape."""
         g = state[GRADIENT]
         return arrays.namespace(w).astype(factors[0], g.dtype) * g
 
@@ -196,7 +196,7 @@ class TrackedKernel(AlongGradient):
         return self._finished(xp, w, result)
 
     def _finished(self, xp: Namespace, w: Array, state: State) -> State:
-        """With the mean of the norms and its gradient, an array like the kernel."""
+        """The state with the mean of the norms, and its gradient in the shape of the kernel."""
         gradients, norms = [], []
         for i, view in enumerate(self.views):
             u, v = state[f"u{i}"], state[f"v{i}"]
@@ -210,17 +210,17 @@ class TrackedKernel(AlongGradient):
 
 @lru_cache(maxsize=1024)
 def _names(index: int) -> tuple[str, ...]:
-    """Of the vectors of one matrix in a state, and of its norm."""
+    """The state's keys of the vectors and of the norm of one matrix."""
     return tuple(f"{key}{index}" for key in (*Pairs._fields, "sigma"))
 
 
 def packed(index: int, pairs: Pairs, sigma: Array) -> State:
-    """The part of a state that is about one matrix."""
+    """The part of a state that belongs to one matrix."""
     return dict(zip(_names(index), (*pairs, sigma), strict=True))
 
 
 def unpacked(state: Mapping[str, Array], index: int) -> Pairs:
-    """The vectors of one matrix, as they are."""
+    """The vectors of one matrix, unchecked."""
     return Pairs(*map(state.__getitem__, _names(index)[:-1]))
 
 
@@ -242,7 +242,7 @@ def _pairs(state: State, index: int, a: Array) -> Pairs:
 
 
 def vectors(state: State) -> State:
-    """What `advance` goes on from: the state without the norms and gradients that it found."""
+    """The part of a state that `advance` needs: the vectors, without norms and gradients."""
     return {k: x for k, x in state.items() if not k.startswith(("sigma", GRADIENT))}
 
 

@@ -1,7 +1,7 @@
 """The steps of `specops.tracking.power` for one real matrix on the host, in few calls.
 
-A step on a small layer costs what its calls do: in the general form some four hundred
-microseconds, here about forty. Vectors are kept in double precision within a step.
+On a small layer a step takes the time of its calls: some four hundred microseconds in the general
+form, about forty here. Within a step vectors are kept in double precision.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import numpy as np
 from specops import arrays
 
 _ORDINARY = {4: (1e-60, 1e60), 8: (1e-280, 1e280)}
-"""Squares of lengths between which products in single, and in double, precision are ordinary."""
+"""The range of squared lengths, by item size, in which products neither overflow nor underflow."""
 _TWICE_IS_ENOUGH = 0.7
-"""Length of a unit vector's part beside another from which rounding has not spoilt the angle."""
+"""If a unit vector's part orthogonal to another is at least so long, rounding spoils no angle."""
 
 
 class Unusual(Exception):
-    """Numbers that only the general form is right for."""
+    """Raised for numbers that only the general form handles correctly."""
 
 
 class Side(NamedTuple):
-    """To which side a step goes, and the constants of `specops.tracking.power`."""
+    """The side to which a step goes, and the constants of `specops.tracking.power`."""
 
     to_left: bool
     stir: float
@@ -35,13 +35,13 @@ class Side(NamedTuple):
 
 
 Products = tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]
-"""The rows of an array as Ax, and as Aᵀx, again as rows."""
+"""Two functions: for an array with rows x they give Ax, and Aᵀx, as rows."""
 
 
 def step(
     products: Products, dtype: Any, near: np.ndarray, side: Side
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """(the two vectors of one side turned, those of the other side, the length of the first's).
+    """(both vectors of one side, turned; both of the other side; the length of the first image).
 
     `near` holds the leading vector and the second one as rows, in double precision.
     """
@@ -53,7 +53,7 @@ def step(
         raise Unusual
     angle = 0.5 * math.atan2(2.0 * abs(ab), aa - bb + reluctance * (aa + bb))
     cos, sin = math.cos(angle), math.sin(angle)
-    # The second vector takes the sign with which its image goes along with the first's.
+    # The second vector gets the sign with which its image has a positive overlap with the first's.
     sign = math.copysign(1.0, ab)
     turn = np.array(((cos, sin * sign), (-sin, cos * sign)))
     far, length = _orthonormal(turn.dot(far), stir, independent)
@@ -61,9 +61,9 @@ def step(
 
 
 def _orthonormal(rows: np.ndarray, stir: float, independent: float) -> tuple[np.ndarray, float]:
-    """(a unit vector along the first row and one beside it, the length of the first row).
+    """(a unit vector along the first row and one orthogonal to it, the length of the first row).
 
-    By products of the rows with each other, which are one call.
+    By the Gram matrix of the rows, which is a single call.
     """
     noise = 0.0
     if stir:
@@ -73,7 +73,7 @@ def _orthonormal(rows: np.ndarray, stir: float, independent: float) -> tuple[np.
     own = 1.0 / size if size > 0 else 0.0
     overlap, squared = own * gram[0][1], own * size
     if stir:
-        # Signs are arbitrary; what is mixed must not depend on them.
+        # The sign of a vector is arbitrary, and must not matter to the mixture.
         noise = math.copysign(stir, gram[1][2])
         overlap += noise * gram[0][2]
         squared += noise * (2.0 * own * gram[1][2] + noise)
@@ -89,5 +89,5 @@ def _orthonormal(rows: np.ndarray, stir: float, independent: float) -> tuple[np.
 
 @lru_cache(maxsize=256)
 def _noise(size: int) -> np.ndarray:
-    """As a row."""
+    """The fixed direction that is mixed into the second pair, as a row."""
     return arrays.start_vector("look-out", size)[None, :]

@@ -1,4 +1,4 @@
-"""The norm of a convolution's operator, followed from step to step by vectors of its size."""
+"""The norm of a convolution's operator, tracked from step to step by vectors of its size."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from specops.typing import Array, Namespace, State
 
 _OPERATOR_RESIDUAL = 1e-4
 """Residual, over σ₁, to which the first vectors are iterated; norms are then known to its square.
-Values come in pairs here, and what is iterated further turns within their plane by rounding."""
+Values come in pairs here, and further iterations would only turn vectors within a pair's plane."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class TrackedOperator(AlongGradient):
         _, _, v = largest_singular_triplet(
             xp, ConvOperator(near_one, sizes), start, tolerance=_OPERATOR_RESIDUAL
         )
-        # Groups that do not lead now may lead later: their vectors start from the name's.
+        # Groups that do not lead now may lead later: their vectors start from the name's noise.
         v = xp.reshape(v, (sizes.groups, -1))
         noise = arrays.start_vector(name, 2 * math.prod(v.shape)).reshape(2, *v.shape)
         first, second = filled(noise[0], kernel), filled(noise[1], kernel)
@@ -72,7 +72,7 @@ class TrackedOperator(AlongGradient):
         index = arrays.argmax(xp, sigmas)
         leads = xp.take(arrays.constant(np.eye(sizes.groups), sigmas), index, axis=0)[0, :]
         masked = pairs.u * xp.astype(leads, pairs.u.dtype)[:, None]
-        # The pair's gradient: σ is linear along it, whatever the other groups do.
+        # The gradient of the leading group's pair alone.
         gradient = operator.gradient(xp.reshape(masked, (-1,)), xp.reshape(pairs.v, (-1,)))
         return {
             "v": pairs.v,
@@ -114,7 +114,7 @@ class TrackedOperator(AlongGradient):
 def _stepped_on_host(
     operator: ConvOperator, v: Array, q: Array, rounds: int
 ) -> tuple[Pairs, Array] | None:
-    """The steps of a real map of one group on the CPU, in fewer calls; None of any other."""
+    """The steps for a real map of one group on the CPU, in fewer calls; None for other maps."""
     kernel = operator.data
     if operator.blocks > 1 or arrays.is_complex(kernel) or not arrays.is_constant_on_host(kernel):
         return None

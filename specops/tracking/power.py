@@ -22,21 +22,22 @@ _MATRIX_RESIDUAL = 1e-6
 """Residual, over σ₁, to which the first vectors are iterated: eight units of rounding in single
 precision. Norms are known to its square."""
 _UNROLLED = 4
-"""Steps up to which a compiler is given each of them."""
+"""Most steps that compiled code gets one by one, and not as a loop."""
 STIR = 0.3
-"""How much of a fixed direction is mixed into the second pair, which biases nothing but how fast
-it sees. Of 0.03 to 3, a third lags little (at most a quarter of the norm, seven steps above 2 %)
-behind leaders that grow by a tenth of the norm a step, and least behind slower ones."""
+"""How much of a fixed direction is mixed into the second pair. It affects only how fast that pair
+finds values that grow elsewhere. Of 0.03 to 3, a third lags little behind values that grow by a
+tenth of the norm per step (by at most a quarter of the norm, for seven steps by more than 2 %), and
+least behind slower ones."""
 RELUCTANCE = 0.01
-"""By how much the second of two squared lengths must exceed the first's to take its place, half
-as much as lengths. Of equal values, every second one on a torus, either is right, and turning
-by what rounding says of them would follow no direction for long."""
+"""By how much the second squared length must exceed the first, relatively, to take its place;
+lengths by half as much. Values are often equal (every second one on a torus). Either vector is
+right then, and without this margin rounding would turn the vectors at every step."""
 _NOT_ROUNDING = 1e-3
-"""Length of a unit vector's part beside another below which it is mostly rounding."""
+"""If the part of a unit vector orthogonal to another is shorter, it is mostly rounding."""
 _LEFT = on_host.Side(True, 0.0, RELUCTANCE, _NOT_ROUNDING)
 _RIGHT = on_host.Side(False, STIR, RELUCTANCE, _NOT_ROUNDING)
 _SVD_BELOW = 2**13
-"""Entries of a matrix up to which its decomposition costs less than the steps of Lanczos."""
+"""Up to so many entries a matrix is decomposed, which costs less than Lanczos steps."""
 
 
 def checked(state: State, key: str, shape: tuple[int, ...], like: Array) -> Array:
@@ -54,7 +55,7 @@ def checked(state: State, key: str, shape: tuple[int, ...], like: Array) -> Arra
         found = arrays.to_compute(arrays.namespace(found), found)
     wanted = arrays.real_dtype(arrays.namespace(like), like.dtype)
     real = arrays.real_dtype(arrays.namespace(found), found.dtype)
-    # Models are cast and moved after a state was made.
+    # A model may have been cast or moved after the state was made.
     if arrays.device_of(found) != arrays.device_of(like):
         return arrays.constant(arrays.to_numpy(found), like, complex=arrays.is_complex(found))
     if arrays.dtype_name(real) != arrays.dtype_name(wanted):
@@ -65,12 +66,12 @@ def checked(state: State, key: str, shape: tuple[int, ...], like: Array) -> Arra
 
 
 class Pairs(NamedTuple):
-    """Two pairs of singular vectors of stacked matrices: one that leads, one on the look-out.
+    """Two pairs of singular vectors of stacked matrices: the leading one, and one that searches.
 
-    Power steps on one pair never leave an invariant subspace, so a direction that grows outside
-    of it (a masked or pruned block, a new class) stays unseen. The second pair follows what
-    grows beside the first, with a little of every direction mixed in at each step, and changes
-    places with it where it is longer.
+    Power steps on one pair never leave an invariant subspace, so a value that grows outside of it
+    (in a masked or pruned block, for a new class) is not found. The second pair iterates in the
+    complement of the first, with a little of every direction mixed in at each step, and takes the
+    first's place when its value is larger.
     """
 
     u: Array
@@ -83,7 +84,7 @@ class Pairs(NamedTuple):
 
 
 Product = Callable[[Array, Array], tuple[Array, Array]]
-"""Of two vectors with a matrix."""
+"""Products of a matrix with two vectors."""
 
 
 def leading_pairs(xp: Namespace, a: Array, name: str) -> tuple[Pairs, Array]:
@@ -96,7 +97,7 @@ def leading_pairs(xp: Namespace, a: Array, name: str) -> tuple[Pairs, Array]:
         return filled(np.broadcast_to(vector, (*batch, size)).copy(), a)
 
     scaled, second = a / arrays.magnitude(xp, a, axis=(-2, -1)), generic("q", n)
-    # torch.func.vmap maps decompositions, but not what is written to in place.
+    # torch.func.vmap maps decompositions, but not Lanczos, which writes in place.
     mapped = arrays.is_traced(a) and not arrays.is_staged(a)
     if not batch and m * n > _SVD_BELOW and not mapped:
         v = largest_singular_triplet(
@@ -144,11 +145,11 @@ def half_step(xp: Namespace, a: Array, pairs: Pairs, *, to_left: bool) -> tuple[
 def stepped_on_host(
     a: Array, pairs: Pairs, steps: Sequence[bool]
 ) -> tuple[Pairs, np.ndarray] | None:
-    """(pairs, σ) of a real matrix on the CPU after steps to the left (True) and right in turn.
+    """(pairs, σ) of a real matrix on the CPU after the `steps`, to the left (True) or right.
 
-    Vectors are NumPy's, whose calls cost a fraction; products of a large matrix are its own
-    library's, whose threads and NumPy's slow each other down. None where numbers are so large or
-    small that only the general form is right.
+    Vectors are NumPy arrays, whose calls take less time. A large matrix is multiplied by its own
+    library, because the threads of two libraries slow each other down. None if numbers are so large
+    or small that only the general form handles them.
     """
     return steps_on_host(_products(a), pairs, steps)
 
@@ -156,11 +157,12 @@ def stepped_on_host(
 def steps_on_host(
     products: on_host.Products, pairs: Pairs, steps: Sequence[bool]
 ) -> tuple[Pairs, np.ndarray] | None:
-    """The same of a matrix that is known by its products; of the far side nothing is needed."""
+    """The same for a matrix that is known by its products; only vectors of one side are needed."""
     given = pairs[1::2] if steps[0] else pairs[0::2]
     dtype, near = given[0].dtype, np.concatenate(given, dtype=np.float64).reshape(2, -1)
     try:
-        # As `arrays.matmul`: of lanes that BLAS does not use, and what is unusual is looked at.
+        # BLAS may raise these flags for lanes that it does not use, as `NumPy.matmul` says; unusual
+        # numbers are found below.
         with np.errstate(invalid="ignore", over="ignore"):
             for to_left in steps:
                 side = _LEFT if to_left else _RIGHT
@@ -184,7 +186,7 @@ def _products(a: Array) -> on_host.Products:
 
 
 def _on_host(a: Array, pairs: Pairs) -> tuple[Array, Pairs] | None:
-    """A single real matrix on the CPU, and its pairs as NumPy sees them; None for others."""
+    """A single real matrix on the CPU, and its pairs as NumPy arrays; None for others."""
     if a.ndim != 2 or not arrays.is_constant_on_host(a) or arrays.is_complex(a):
         return None
     return a, Pairs(*map(arrays.seen, pairs))
@@ -206,7 +208,7 @@ def half_step_by(
 
 
 def back(pairs: Pairs, sigma: Any, like: Array) -> tuple[Pairs, Array]:
-    """What steps on the host found, in the library of `like`."""
+    """The pairs and norm that steps on the host found, in the library of `like`."""
     return Pairs(*(arrays.from_host(x, like) for x in pairs)), arrays.from_host(sigma, like)
 
 
@@ -227,7 +229,7 @@ def to_right_side(xp: Namespace, product: Product, pairs: Pairs) -> tuple[Pairs,
 
 
 def _scale(xp: Namespace, a: Array) -> Array:
-    """Powers of two near the entries, (*batch,): products over them keep to the dtype's range."""
+    """Powers of two near the entries, (*batch,), which keep products in the dtype's range."""
     return arrays.magnitude(xp, a, axis=(-2, -1))[..., 0, 0]
 
 
@@ -237,7 +239,7 @@ def _both(xp: Namespace, a: Array, scale: Array, pairs: Pairs) -> tuple[Pairs, A
 
 
 def _product(xp: Namespace, a: Array, scale: Array, to_left: bool) -> Product:
-    """Ax and Ay, or Aᴴx and Aᴴy, over the scale, without a transposed copy."""
+    """Ax and Ay, or Aᴴx and Aᴴy, divided by the scale, without a transposed copy."""
 
     def product(x: Array, y: Array) -> tuple[Array, Array]:
         rows = xp.stack([x, y], axis=-2) / xp.astype(scale, a.dtype)[..., None, None]
@@ -255,8 +257,8 @@ def _turned(
 ) -> tuple[Array, Array, Array, Array]:
     """Two orthonormal vectors turned within their plane until the first's image is longest.
 
-    That is Rayleigh–Ritz, in closed form, and a little reluctant: where both images are about
-    equally long, rounding would decide.
+    That is Rayleigh–Ritz in closed form. If both images are about equally long, the vectors are
+    not exchanged, for rounding would decide.
     """
     largest = xp.maximum(xp.max(xp.abs(image), axis=-1), xp.max(xp.abs(other), axis=-1))
     scale = xp.astype(1.0 / arrays.power_below(xp, largest), image.dtype)[..., None]
@@ -270,7 +272,7 @@ def _turned(
     angle = xp.where(fine, angle, xp.zeros_like(angle))
     cos = xp.astype(xp.cos(angle), image.dtype)[..., None]
     sin = xp.astype(xp.sin(angle), image.dtype)[..., None]
-    # What turns the second image into the phase (sign) of the first.
+    # The factor that gives the second image the phase (sign) of the first.
     usable = fine & (size > 0)
     phase = arrays.conjugate(xp, mixed) / xp.astype(
         xp.where(usable, size, xp.ones_like(size)), mixed.dtype
@@ -286,11 +288,11 @@ def _turned(
 
 
 def beside(xp: Namespace, x: Array, leading: Array, stir: float = 0.0) -> Array:
-    """A unit vector of x's part orthogonal to a unit vector, stirred; zeros where none is."""
+    """A unit vector along x's part orthogonal to `leading`, stirred; zeros if there is none."""
     x, _ = unit(xp, x, xp.zeros_like(x))
     if stir:
         noise = filled(arrays.start_vector("look-out", x.shape[-1]), x)
-        # Signs are arbitrary; what is mixed must not depend on them.
+        # The sign of a vector is arbitrary, and must not matter to the mixture.
         overlap = xp.sum(arrays.conjugate(xp, x) * noise, axis=-1)
         size = xp.abs(overlap)
         usable = size > 0
@@ -313,11 +315,11 @@ def _image(a: Array, v: Array) -> Array:
 
 
 def unit(xp: Namespace, x: Array, fallback: Array | None) -> tuple[Array, Array]:
-    """(x/‖x‖ along the last axis, ‖x‖): `fallback`, or x, where x is zero or not finite."""
+    """(x/‖x‖ along the last axis, ‖x‖); `fallback`, or x itself, where x is zero or not finite."""
     real = arrays.real_dtype(xp, x.dtype)
     double = arrays.double_dtype(xp, x)
     if double is None or double == x.dtype:
-        # Squares of what is scaled to 1 neither overflow nor vanish.
+        # Scaled to 1, so that squares neither overflow nor vanish.
         scale = xp.max(xp.abs(x), axis=-1, keepdims=True)
         scale = xp.where((scale > 0) & xp.isfinite(scale), scale, xp.ones_like(scale))
         norm = scale * xp.linalg.vector_norm(x / xp.astype(scale, x.dtype), axis=-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""The norm that projections of kernels constrain, followed at its leading frequencies."""
+"""The norm that projections of kernels constrain, tracked at its leading frequencies."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from specops.tracking.power import checked
 from specops.typing import Array, Namespace, State
 
 _FOLLOWED = 16
-"""Blocks followed, those that lead at the start: a choice of the cost of an estimate against how
-many may take the lead unseen until they are looked at."""
+"""How many blocks are tracked, those that lead at the start: a choice of the cost of an estimate
+against the chance that another block takes the lead before it is looked at."""
 _GENERIC_PART = 0.05
-"""Length of the generic vector beside an old unit vector: its bias, the square of what two steps
-leave of it, is far below what screens leave as room."""
+"""Length of the generic vector that is added to an old unit vector. Its bias, the square of what
+two steps leave of it, is far below the margin of the screening."""
 _LOOKED_AT = 8
-"""Other blocks at each estimate: half of those followed, so at half their cost."""
+"""How many other blocks each estimate looks at: half as many as are tracked, at half their cost."""
 _START_STEPS = 8
-"""Power steps at the start, whose vectors are generic, where an estimate takes two: a choice, as
-the estimates that follow go on from there."""
+"""Power steps at the start, from generic vectors; an estimate takes two. A choice, as the estimates
+that follow go on from there."""
 
 
 @dataclass(frozen=True)
 class TrackedTorus:
     """‖A‖₂ on the torus that contains a convolution, or for every size, from below.
 
-    The blocks of the symbol that lead when it starts are followed, each by a vector:
-    far cheaper than vectors of the size of the grid. The other blocks are looked at in turn, a
-    few at each estimate, and take the place of those that they exceed.
+    The symbol's blocks that lead at the start are tracked, each by a vector, which is far cheaper
+    than vectors of the size of the grid. The other blocks are looked at in turn, a few at each
+    estimate, and take the place of those that they exceed.
     """
 
     geometry: Conv
@@ -69,7 +69,7 @@ class TrackedTorus:
         others = others[~np.isin(others, chosen)]
         every = np.concatenate([chosen, others])
         generic = arrays.constant(_generic(columns)[None, :], kernel, complex=True)
-        # Stirred: power steps alone never leave an invariant subspace.
+        # A generic vector is added, because power steps never leave an invariant subspace.
         v = xp.concat([v + _GENERIC_PART * generic, xp.tile(generic, (len(others), 1))], axis=0)
         frequency, group = np.divmod(every, groups)
         blocks = symbol.blocks(xp, symbol.coefficients(xp, kernel), frequency)
@@ -109,12 +109,12 @@ class TrackedTorus:
 
 
 def _generic(columns: int) -> np.ndarray:
-    """A unit vector in no particular direction."""
+    """A fixed unit vector in no particular direction."""
     raw = arrays.start_vector("torus", 2 * columns).view(np.complex128)
     return np.asarray(raw / np.linalg.norm(raw))
 
 
 def _unit(xp: Namespace, x: Array) -> tuple[Array, Array]:
-    """(columns over their lengths, the lengths) of vectors near 1 or 0."""
+    """(columns over their lengths, the lengths), for columns of length near 1 or 0."""
     norm = xp.linalg.vector_norm(x, axis=(-2, -1), keepdims=True)
     return x / xp.astype(arrays.nonzero(xp, norm), x.dtype), norm[..., 0, 0]

@@ -13,7 +13,7 @@ from specops.projections.kernels.support import Support
 from specops.spectra.torus import block_bytes, host_blocks, leading_norm
 
 _AT_ONCE = 64
-"""Frequencies whose blocks are in memory together, at least."""
+"""At least so many frequencies have their blocks in memory together."""
 
 
 def near_limit(support: Support, x: np.ndarray, limit: float) -> np.ndarray:
@@ -36,9 +36,9 @@ def near_limit(support: Support, x: np.ndarray, limit: float) -> np.ndarray:
 def largest_and_active(
     support: Support, x: np.ndarray, expected: float | None = None
 ) -> tuple[float, np.ndarray]:
-    """(the largest singular value c, blocks of which those near c are some), in one pass.
+    """(the largest singular value c, blocks that include all those near c), in one pass.
 
-    At little more than the cost of a certificate where c is near what is expected.
+    If c is near the `expected` value, it costs little more than a certificate.
     """
     margin = CHOLESKY_MARGIN[arrays.dtype_name(x.real.dtype)]
     return leading_norm(support.coefficients(np, x), support.symbol, margin, expected)
@@ -61,7 +61,7 @@ def all_inside(support: Support, x: np.ndarray, limit: float, active: np.ndarray
 def violated(support: Support, x: np.ndarray, limit: float) -> tuple[float, Cuts, np.ndarray]:
     """(largest singular value or the limit, the triplets above the limit, the blocks near it).
 
-    The weight of each triplet is its singular value. In the precision of `x`.
+    The weight of each triplet is its singular value. Computed in the precision of `x`.
     """
     active = near_limit(support, x, limit)
     if not len(active):
@@ -88,7 +88,7 @@ def _triplets(
     which, position = np.nonzero(values > limit**2)
     own = vectors[which, :, position].astype(complex)
     picked = blocks[which].astype(complex)
-    # One product sharpens the value and gives the vectors of the other side.
+    # One product gives the vectors of the other side, and a more precise value.
     if wide:
         other = (own[:, None, :].conj() @ picked)[:, 0].conj()
     else:

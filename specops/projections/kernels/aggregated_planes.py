@@ -1,4 +1,4 @@
-"""The nearest kernel with operator norm at most c, by half-spaces whose sum alone is kept."""
+"""The nearest kernel with operator norm at most c, by half-spaces of which only a sum is kept."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from specops.projections.kernels.support import Support
 from specops.typing import Array, Namespace
 
 _UNITS = 2.0
-"""Units of rounding of ν·c by which the bound is lowered: at 1e-4 and 1e-3 above c, normal kernels
-were 0.8 units farther than it said at the most, in single precision."""
+"""The bound is lowered by so many units of rounding of ν·c. For normal kernels at 1e-4 and 1e-3
+above c, in single precision, it was too high by at most 0.8 units."""
 
 
 class Found(NamedTuple):
-    """A kernel inside the ball, and what is known of it."""
+    """A kernel inside the ball, and what is known about it."""
 
     x: Array
     norm: Array
-    """Of x."""
+    """The norm of x."""
     dual: Array
     """A lower bound of half the squared distance of the nearest kernel."""
     before: Array
@@ -37,7 +37,7 @@ class _Carry(NamedTuple):
     x: Array
     """The query X."""
     change: Array
-    """K − X, of which near the ball their difference would be rounding."""
+    """K − X, computed by itself: near the ball the difference would be all rounding."""
     plane: Array
     """E, a sum of half-spaces ⟨Y, E⟩ ≤ ν."""
     violation: Array
@@ -59,14 +59,14 @@ def nearest_by_summed_half_spaces(
     max_rounds: int,
     differentiable: bool,
 ) -> Found:
-    """As `stabilised_planes`, where a compiler knows neither values nor how many rounds it takes.
+    """As `stabilised_planes`, for compiled code, which knows neither values nor numbers of rounds.
 
-    Of the half-spaces so far their weighted sum is kept, which alone bounds the distance from below
-    as well as they do, so that a round ends with a quadratic program in two variables. At 0.9 to
-    0.1·σ₁ of normal kernels that took one round more than keeping all of them, at the most.
+    Only the weighted sum of the half-spaces so far is kept. It bounds the distance from below as
+    well as all of them do, so that a round ends with a quadratic program in two variables. For
+    normal kernels at 0.9 to 0.1·σ₁ that took at most one round more than keeping all.
 
-    What is certified holds in single precision, and just outside the ball: every difference that
-    rounding would fill is computed from what it is made of.
+    Certificates hold in single precision, and just outside the ball: each difference that would be
+    lost in rounding is computed from its parts instead.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ def nearest_by_summed_half_spaces(
         scale = xp.where(outside, target / over, xp.ones_like(top))
         share = xp.where(outside, (top - target) / over, xp.zeros_like(top))
         primal = 0.5 * _inner(xp, *(2 * [now.change + share * now.x]))
-        # ⟨X, E⟩ − ν of the half-space at the query X is what is above c, squared.
+        # At the query X itself ⟨X, E⟩ − ν is the sum of squares of what exceeds c.
         violations = now.violation, _inner(xp, now.change, new) + excess
         products = (_inner(xp, a, b) for a, b in ((now.plane, now.plane), (now.plane, new)))
         (a, b), dual = _of_two(xp, (*products, _inner(xp, new, new)), violations)
@@ -110,7 +110,7 @@ def nearest_by_summed_half_spaces(
             best.rounds + 1,
         )
         primal = xp.where(better, primal, now.primal)
-        # Of what is not a number nothing is decomposed again.
+        # These comparisons are false for NaN: it is not decomposed again.
         going = primal > (1.0 + tolerance.distance) ** 2 * best.dual
         going = going & ((top > limit) | ~first) & (best.rounds < max_rounds)
         violation = a * violations[0] + b * violations[1]
@@ -128,7 +128,7 @@ def nearest_by_summed_half_spaces(
     else:
         found = arrays.while_loop(xp, lambda now: now.going, advanced, start)
     best = found.best
-    # What products and sums may have added to the bound, which matters just outside the ball.
+    # Rounding may have raised the bound, which matters just outside the ball.
     dual = best.dual - _UNITS * arrays.epsilon(target.dtype) * _inner(xp, kernel, found.plane)
     inside = best.before <= limit
     return best._replace(dual=dual, rounds=xp.where(inside, xp.asarray(0), best.rounds))
@@ -139,8 +139,8 @@ def _half_space(
 ) -> tuple[Array, Array, Array]:
     """(A*Z, ⟨x, A*Z⟩ − c·ν, the largest singular value) of Z = S(A x), with ν ≥ ‖Z‖_*.
 
-    By eigenvectors V of Gram matrices, at less than half of what an SVD costs. With the lengths of
-    AV for singular values all of it holds whatever rounding has made of V, but for their own.
+    By eigenvectors V of Gram matrices, at less than half the cost of an SVD. The lengths of the
+    columns of AV serve as singular values, so that the result holds whatever rounding did to V.
     """
     symbol = support.symbol
     blocks = symbol.blocks(xp, support.coefficients(xp, x))
@@ -148,7 +148,7 @@ def _half_space(
     rows = xp.matrix_transpose(blocks) if tall else blocks
     conjugates = xp.conj(rows)
     _, v = eigh_of_finite(xp, rows @ xp.matrix_transpose(conjugates))
-    # Just outside the ball ν·c is far more than what is above c, and a millionth of it would show.
+    # Just outside the ball ν·c is far larger than the excess over c: an error of a millionth shows.
     v = v / xp.astype(xp.sqrt(xp.sum(xp.abs(v) ** 2, axis=-2, keepdims=True)), v.dtype)
     images = xp.conj(xp.matrix_transpose(v) @ conjugates)
     values = xp.sqrt(xp.sum(xp.abs(images) ** 2, axis=-1))
@@ -178,9 +178,9 @@ def _shares(support: Support) -> np.ndarray:
 def _of_two(
     xp: Namespace, gram: tuple[Array, ...], linear: tuple[Array, Array]
 ) -> tuple[tuple[Array, Array], Array]:
-    """(the x ≥ 0 of two entries that minimises ½xᵀGx − bᵀx, minus that minimum).
+    """(the x ≥ 0 of two entries that minimises ½xᵀGx − bᵀx, minus the minimum).
 
-    Of G the entries on and above the diagonal.
+    `gram` has the entries of G on and above the diagonal.
     """
     (a, b, c), (first, second) = gram, linear
     zero = xp.zeros_like(a)
@@ -195,7 +195,7 @@ def _of_two(
     determinant = a * c - b * b
     best = ratio(first * c - second * b, determinant), ratio(second * a - first * b, determinant)
     highest = value(*best)
-    # Where one is enough, or where rounding has spoilt what nearly parallel ones give.
+    # One half-space alone may be better; rounding spoils the solution of two nearly parallel ones.
     for x, y in ((ratio(first, a), zero), (zero, ratio(second, c))):
         higher = value(x, y) > highest
         best = xp.where(higher, x, best[0]), xp.where(higher, y, best[1])

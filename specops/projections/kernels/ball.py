@@ -34,7 +34,7 @@ def project_kernel(
     known = isinstance(max_norm, float) or arrays.is_concrete(max_norm)
     own = None
     if known and arrays.is_concrete(given.w):
-        # Wherever the kernel lives: its blocks are small matrices, many of them.
+        # On the host, also for kernels on devices: their blocks are many small matrices.
         own, state = layer_solver(problem, method, state)
         solver = own or HostSolver(problem)
         result, info = solver.project(method, iterations, tolerance, state, measure)

@@ -1,4 +1,4 @@
-"""Kernels into the operator ball where their values are known: in NumPy, to a certified gap."""
+"""Concrete kernels into the operator ball: in NumPy, to a certified gap."""
 
 from __future__ import annotations
 
@@ -30,32 +30,34 @@ _ROUNDS = {
     "dykstra": 200,
     "alternating": 30,
 }
-"""Measured on normal kernels of 8² to 16² channels and 3² taps, to a gap of 1e-4 at c = 0.9, 0.8
-and 0.5·σ₁: 2 to 3, 5 to 7 and 14 to 25 rounds of planes; 30 to 40, 50 to 80, 160 and more that are
-accelerated; 110 to 180 and over 200 of Dykstra's. Half-spaces, one a round, took 12 to 32 to within
-1 to 2 % of the distance at c = 0.5 and 0.25·σ₁. The alternation was within 1 % after 19 to 30."""
+"""Rounds by method. Measured on normal kernels of 8² to 16² channels and 3² taps, a gap of 1e-4 at
+c = 0.9, 0.8 and 0.5·σ₁ took 2 to 3, 5 to 7 and 14 to 25 rounds of cutting planes; 30 to 40, 50 to
+80 and 160 and more accelerated rounds; 110 to 180 and over 200 of Dykstra's method. Half-spaces,
+one per round, took 12 to 32 rounds to within 1 to 2 % of the distance at c = 0.5 and 0.25·σ₁. The
+alternation was within 1 % after 19 to 30."""
 _CLOSE_ENOUGH = 1e-2
-"""Excess at which the alternation stops and the final rescaling takes over: from there on it gains
-little by the round."""
+"""Relative excess at which the alternation stops and the final rescaling takes over: from there on
+each round gains little."""
 _CLEAR = 1e-3
-"""Relative distance from the limit beyond which measured norms decide: a thousand times what they
-err by in single precision."""
+"""Beyond this relative distance from the limit measured norms decide: it is a thousand times their
+error in single precision."""
 _ALTERNATE_ABOVE = 1e3
-"""A lower bound of σ₁, over c, from which the differences of the dual methods cancel: in single
-precision K − A*Z has lost three of its seven digits there, as many as the gap asks for."""
+"""If a lower bound of σ₁/c is larger, differences in the dual methods cancel: in single precision
+K − A*Z then loses three of its seven digits, and the gap needs the rest."""
 _SAMPLED = 8
-"""Blocks looked at before all: of 20 normal kernels of 16² channels on 16² points they gave away 8
-at σ₁ = 1.02·c, 17 at 1.1·c and all at 1.5·c."""
+"""How many blocks are looked at first. Of 20 normal kernels of 16² channels on 16² points they
+showed 8 to be outside at σ₁ = 1.02·c, 17 at 1.1·c and all at 1.5·c."""
 _FAR = {False: 2.0, True: 0.5}
-"""Singular values above c, per cut that is affordable, from which cuts are not begun with, by
-whether a distance is tolerated: at 0.9 of them 512² channels took 4 rounds of half-spaces and 4
-more of cuts before; at 0.25 a ResNet-20 in training took as long. Where none is, neighbours on a
-fine grid are cut together: with 1.25 to 2 of them cuts took a third to a twelfth of the time of
-acceleration on four kernels, and were begun in vain on one, 1.8 times as long."""
+"""Cuts are not tried if more singular values than so many per affordable cut are above c; True: a
+distance is tolerated. There, with 0.9 of them, 512² channels took 4 rounds of half-spaces, and 4
+more of cuts if these were tried first; with 0.25 a ResNet-20 in training took as long. Otherwise
+neighbours on a fine grid are cut together: with 1.25 to 2, cuts took a third to a twelfth of the
+time of acceleration on four kernels; on one they were tried in vain, which took 1.8 times as
+long."""
 _PATIENCE = 2e12
-"""Multiplications, as `Support.work` counts them, beyond which no more rounds are begun unasked: 74
-rounds of 64² channels on 32² points. A bound by reasoning, not a measurement: a minute at 3e10 of
-them a second."""
+"""Unless the caller asks for a number of rounds, no more begin after so many multiplications, as
+`Support.work` counts them: 74 rounds of 64² channels on 32² points. A bound by reasoning, not a
+measurement: a minute at 3e10 multiplications a second."""
 
 
 class HostSolver:
@@ -92,7 +94,7 @@ class HostSolver:
             if measure and not outside:
                 before, active = largest_and_active(self.support, x0, limit)
             if before <= limit * (1.0 - _CLEAR) or (
-                # NaN, too, is neither clearly inside nor clearly outside.
+                # Written so that NaN is neither clearly inside nor clearly outside.
                 not outside
                 and not before > limit * (1.0 + _CLEAR)
                 and self._fits(self._exact(self.kernel), active)
@@ -105,7 +107,7 @@ class HostSolver:
             if math.isnan(before):
                 before = found.first if found.first > limit else self._measured(x0)
             after = min(limit, self._norm_of(found, stored))
-        # Of kernels: their coordinates leave out what wraps to nothing.
+        # The distance of kernels: coordinates omit parts that cancel where taps wrap.
         found.primal = 0.5 * float(np.sum(np.abs(_double(self.kernel) - _double(kernel)) ** 2))
         gap = found.gap(_double(x0))
         return result, self._info(before, after, gap, found.rounds, found.cuts or start)
@@ -116,10 +118,10 @@ class HostSolver:
         return Cuts.from_state(state, self.support) if state else Cuts.none(self.support)
 
     def _norm_of(self, found: Solution, stored: np.ndarray) -> float:
-        """Of what was stored: known where it is what was scaled onto the sphere."""
+        """The norm of the stored kernel, which is known if it was scaled onto the sphere."""
         rounded = self.support.symbol.folds or self.problem.w.dtype != self.problem.given.w.dtype
         if found.scaled and not rounded:
-            # In double: squares of what is tiny would underflow.
+            # In double precision, because squares of tiny entries would underflow.
             size = float(np.linalg.norm(_double(found.x)))
             return self.target * float(np.linalg.norm(_double(stored))) / size if size > 0 else 0.0
         return self.limit * self._measured(stored / np.asarray(self.limit, stored.real.dtype))
@@ -131,7 +133,7 @@ class HostSolver:
     def _surely_outside(self) -> bool:
         """Whether a few blocks, the one of frequency zero among them, exceed the limit."""
         symbol, limit = self.support.symbol, self.limit * (1.0 + _CLEAR)
-        # In double: the square of a tiny limit would underflow.
+        # In double precision, because the square of a tiny limit would underflow.
         coefficients = self.support.coefficients(np, _double(self.x0))
         if seen_outside(np, host_blocks(coefficients, symbol, slice(1))[0, 0], limit):
             return True
@@ -177,7 +179,7 @@ class HostSolver:
     def _far(
         self, start: Cuts | HalfSpaces, iterations: int | None, tolerance: Tolerance
     ) -> Solution:
-        """Where singular values are too many for a half-space each."""
+        """The solution if too many singular values exceed the limit for a half-space each."""
         if not tolerance.loose:
             return self._by_dual("accelerated", iterations, tolerance)
         kernel = _double(self.x0)
@@ -193,7 +195,7 @@ class HostSolver:
 
     @workers.one_blas_thread()
     def _above(self) -> float:
-        """Singular values above the limit in all blocks, by a few of them."""
+        """The number of singular values above the limit in all blocks, estimated from a few."""
         count = len(self.support.symbol.frequencies)
         chosen = np.linspace(0, count - 1, max(2, min(_SAMPLED, count // 16))).astype(int)
         coefficients = self.support.coefficients(np, self.x0)
@@ -228,7 +230,7 @@ class HostSolver:
         return best[0]
 
     def _affordable(self, method: str) -> int:
-        """Rounds within `_PATIENCE`, at most 200, and never fewer than the table says."""
+        """Rounds within `_PATIENCE`, at most 200, and never fewer than `_ROUNDS` says."""
         return max(_ROUNDS[method], min(200, int(_PATIENCE / self.support.work)))
 
     def _alternating(self, iterations: int | None) -> Solution:
@@ -246,8 +248,8 @@ class HostSolver:
         if iterations is not None:
             top, active = largest_and_active(self.support, x)
         found = Solution.certified(_double(self.x0), _double(x), top, limit, 0.0, rounds)
-        # Without multipliers the distance is bounded from below by nothing but zero. A block
-        # near the limit is near the largest, which is above it or has been brought down to it.
+        # Without multipliers the only lower bound of the distance is zero. In the kernel as scaled
+        # onto the ball, blocks near the limit are those that were near the largest value.
         return replace(found, dual=0.0, active=active)
 
     def _store(self, found: Solution) -> tuple[Array, np.ndarray, np.ndarray]:
@@ -255,13 +257,13 @@ class HostSolver:
         given, w = self.problem.given, self.problem.w
         like = given.w
         weight = arrays.like(self.geometry.weight(self.support.kernel(np, found.x)), like)
-        # What wraps to nothing is not seen by the operator, and stays.
+        # The operator does not see parts that cancel where taps wrap: they stay as they are.
         unseen = self.support.unseen(np, _double(self.kernel))
         if unseen is not None:
             unseen = arrays.like(self.geometry.weight(unseen), like) * given.scale
         stored = kernel = self.x0
-        # Blocks far from the limit stay so, unless rounding is as coarse as half precision's, or
-        # that of what is not seen, however far below it the limit is.
+        # Blocks far from the limit stay far, unless rounding is coarse: in half precision, or that
+        # of unseen parts, which may be large beside the limit.
         active = found.active if w.dtype == like.dtype and unseen is None else None
 
         def fits(array: Array) -> Array:
@@ -273,12 +275,12 @@ class HostSolver:
         weight = weight * given.scale
         result = store_within(given.xp, weight, w.dtype, fits, offset=unseen)
         if unseen is not None and not arrays.truth(fits(arrays.to_compute(given.xp, result))):
-            # Not even a trace of what is not seen rounds to what is inside.
+            # With any remainder of the unseen part, rounding leads outside: store without it.
             result = store_within(given.xp, weight, w.dtype, fits)
         return result, stored, kernel
 
     def _exact(self, kernel: np.ndarray) -> np.ndarray:
-        """Its coordinates: where taps wrap onto each other their sums must not be rounded."""
+        """The kernel's coordinates, in double precision if taps wrap onto each other and add up."""
         kernel = _double(kernel) if self.support.symbol.folds else kernel
         coordinates: np.ndarray = self.support.coordinates(np, kernel)
         return coordinates

@@ -1,4 +1,4 @@
-"""Kernels into the operator ball where values are unknown, or differentiated."""
+"""Kernels into the operator ball if they are traced, or differentiated."""
 
 from __future__ import annotations
 
@@ -18,50 +18,39 @@ from specops.projections.kernels.support import Support
 from specops.typing import Array, Namespace
 
 _ROUNDS_WHEN_TRACED = {"accelerated": 20, "dykstra": 40, "alternating": 5}
-"""On normal kernels of 8² to 16² channels at c = 0.9 to 0.5·σ₁ the first two moved 2 to 15 %
-further than the nearest kernel is away, five rounds of alternation 5 to 50 %."""
+"""With these rounds, normal kernels of 8² to 16² channels at c = 0.9 to 0.5·σ₁ moved 2 to 15 %
+further than the nearest kernel is away by the first two methods, 5 to 50 % by five rounds of
+alternation."""
 _PLANES = 20
-"""Rounds of half-spaces at the most: kernels of 16 to 64 channels were certified within a tenth of
-the distance after 1 to 7."""
+"""Most rounds of half-spaces: kernels of 16 to 64 channels were certified within a tenth of the
+distance after 1 to 7."""
 
 
 def project_traced(
     problem: KernelProblem, method: str, iterations: int | None, tolerance: Tolerance
 ) -> tuple[Array, ProjectionInfo]:
-    """(the weight inside the ball, what happened) by first-order rounds.
+    """(the weight inside the ball, what happened), by first-order rounds or half-spaces.
 
-    As many as are asked for, or as the table says; fewer where a loose tolerance is met before. By
-    half-spaces where one is, and loops may be of unknown length.
+    There are as many rounds as the caller asks for, or as `_ROUNDS_WHEN_TRACED` says, and fewer if
+    a loose tolerance is met before. With a loose tolerance, and where a loop may have an unknown
+    length, half-spaces take the place of first-order rounds.
     """
     given, geometry, support = problem.given, problem.geometry, problem.support
     xp, w = given.xp, problem.w
     kernel = geometry.kernel(given.w)
     x0 = support.coordinates(xp, kernel)
-    # A loop carries what comes of it in the precision in which it computes.
+    # In the precision of the kernel: a loop must not change the dtype of what it carries.
     limit = xp.astype(problem.max_norm * problem.certificate / given.scale, given.scale.dtype)
     target = limit * problem.margin
     finite = arrays.all_finite(xp, w)
     automatic = method in ("auto", "cutting-planes")
     rounds = _Rounds("accelerated" if automatic else method, iterations, tolerance)
-    # Also where a derivative by one of them alone is asked for outside of a compiler.
+    # Either may be traced alone: for a derivative by only one of them, outside of a compiler.
     staged = arrays.is_staged(x0) or arrays.is_staged(target)
     if automatic and tolerance.loose and iterations is None and staged:
-
-        def found_by(change: Array | None, x0: Array, limit: Array, target: Array) -> Found:
-            return nearest_by_summed_half_spaces(
-                xp,
-                support,
-                x0 if change is None else x0 + change,
-                limit,
-                target,
-                tolerance=tolerance,
-                max_rounds=_PLANES,
-                differentiable=change is not None,
-            )
-
-        # Decompositions of infinities need not return.
+        # Decompositions of infinities might never end.
         safe = xp.where(finite, x0, xp.zeros_like(x0))
-        found: Found = arrays.expanded(lambda x: x, found_by, safe, limit, target)
+        found = _by_half_spaces(xp, support, safe, limit, target, tolerance)
     else:
         before = largest(xp, support, arrays.stop_gradient(x0))
         if arrays.truth(before <= limit):
@@ -83,26 +72,46 @@ def project_traced(
         return untouched | _is_inside(xp, support, coordinates(weight), limit)
 
     stored = store_within(xp, geometry.weight(result), w.dtype, fits)
-    # An infinite scale would not leave the other entries what they were.
+    # If an entry is infinite, the scale is too, and the other entries would not survive it.
     stored = xp.where(finite, stored, w)
     after = coordinates(arrays.to_compute(xp, stored))
     primal = 0.5 * xp.sum(xp.abs(x0 - after) ** 2)
     if unseen is not None:
         kept = support.unseen(xp, geometry.kernel(arrays.to_compute(xp, stored) / given.scale))
         primal = primal + 0.5 * xp.sum(xp.abs(unseen - kept) ** 2)
-    squared = xp.sum(xp.abs(x0) ** 2)
-    gap = 2.0 * (primal - found.dual) / arrays.nonzero(xp, squared)
+    gap = 2.0 * (primal - found.dual) / arrays.nonzero(xp, xp.sum(xp.abs(x0) ** 2))
     gap = xp.where(inside | (gap < 0), xp.zeros_like(gap), gap)
     unit = given.scale / problem.certificate
     norms = found.before * unit, _norm_of(xp, problem, found, after, limit) * unit
     return stored, ProjectionInfo(*norms, gap, found.rounds)
 
 
+def _by_half_spaces(
+    xp: Namespace, support: Support, x0: Array, limit: Array, target: Array, tolerance: Tolerance
+) -> Found:
+    """`nearest_by_summed_half_spaces`, differentiable by the kernel, the limit and the target."""
+
+    def found_by(change: Array | None, x0: Array, limit: Array, target: Array) -> Found:
+        return nearest_by_summed_half_spaces(
+            xp,
+            support,
+            x0 if change is None else x0 + change,
+            limit,
+            target,
+            tolerance=tolerance,
+            max_rounds=_PLANES,
+            differentiable=change is not None,
+        )
+
+    found: Found = arrays.expanded(lambda x: x, found_by, x0, limit, target)
+    return found
+
+
 def _is_inside(xp: Namespace, support: Support, x: Array, limit: Array) -> Array:
-    """Whether no block has a norm above the limit, by factors that exist only then."""
+    """Whether no block has a norm above the limit: only then their Cholesky factors exist."""
     if not arrays.is_staged(x):
         return largest(xp, support, x) <= limit
-    # Neither the square of a tiny limit nor that of a huge one is a number.
+    # Divided by the limit, because the square of a tiny or huge limit would under- or overflow.
     blocks = support.symbol.blocks(xp, support.coefficients(xp, x / limit))
     limits = xp.broadcast_to(xp.ones_like(limit), blocks.shape[:-2])
     return xp.all(has_cholesky(xp, below(xp, blocks, limits, blocks.dtype)))
@@ -111,7 +120,7 @@ def _is_inside(xp: Namespace, support: Support, x: Array, limit: Array) -> Array
 def _norm_of(
     xp: Namespace, problem: KernelProblem, found: Found, after: Array, limit: Array
 ) -> Array:
-    """Of what was stored: known, where that is what was found but for its rounding."""
+    """The norm of the stored kernel; it is known if storing did no more than scale and round."""
     if not arrays.is_staged(after) or problem.w.dtype != problem.given.w.dtype:
         return largest(xp, problem.support, after)
     # Squares of tiny limits would vanish.
@@ -123,7 +132,7 @@ def _norm_of(
 
 @dataclass(frozen=True)
 class _Rounds:
-    """First-order rounds: as many as were asked for, or as the table says."""
+    """First-order rounds, as many as the caller asks for or as `_ROUNDS_WHEN_TRACED` says."""
 
     method: str
     iterations: int | None
@@ -137,7 +146,7 @@ class _Rounds:
         target: Array,
         before: Array,
     ) -> Found:
-        """What they find, scaled onto the ball where it is outside."""
+        """The kernel that they find, scaled onto the ball if it is outside."""
         rounds: Any = self.iterations or _ROUNDS_WHEN_TRACED[self.method]
 
         def scaled(x: Array) -> tuple[Array, Array]:
@@ -155,7 +164,7 @@ class _Rounds:
 
         def bound(now: Dual) -> Array:
             """Half the squared distance of the nearest kernel is at least this."""
-            # Not x0 - now.x: just outside the ball its rounding would be all of the distance.
+            # Not x0 - now.x, which just outside the ball would be nothing but rounding.
             change = support.gather(xp, now.z)
             products = xp.real(xp.conj(x0) * change) - xp.abs(change) ** 2 * 0.5
             return xp.sum(products) - target * now.nuclear

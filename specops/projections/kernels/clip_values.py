@@ -19,7 +19,7 @@ from specops.typing import Array, Namespace
 
 
 def clip_kernel(given: Prepared, w: Array, lower: float, upper: float, iterations: int) -> Array:
-    """The weight after so many rounds of clipping its blocks and cutting back to its support."""
+    """The weight after some rounds of clipping its blocks and cutting back to its support."""
     xp, geometry = given.xp, given.geometry
     assert isinstance(geometry, Conv)
     if not geometry.has_exact_spectrum(tuple(w.shape)):
@@ -40,7 +40,7 @@ def clip_kernel(given: Prepared, w: Array, lower: float, upper: float, iteration
         low, high = (float(arrays.to_numpy(bound)) for bound in (low, high))
     for _ in range(iterations):
         x = _round(xp, support, x, low, high)
-    # A difference to the kernel would cancel far outside of the bounds.
+    # Not as the kernel plus a difference, which would cancel far outside of the bounds.
     result, unseen = support.kernel(xp, x), support.unseen(xp, kernel)
     result = geometry.weight(result if unseen is None else result + unseen)
     if on_host is not None:

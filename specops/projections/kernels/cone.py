@@ -17,11 +17,41 @@ from specops import arrays
 from specops.geometry import Conv
 from specops.maps.prepare import Prepared
 from specops.projections.feasible_rank import Candidates
-from specops.projections.kernels.taps import taps_of
+from specops.projections.kernels.taps import Taps, taps_of
 from specops.typing import Array, Namespace
 
 _BISECTIONS = 60
-"""Of [0, 1]: down to less than the spacing of numbers in double precision, 2^-53."""
+"""Bisections of [0, 1]: down to less than the spacing of numbers in double precision, 2^-53."""
+
+
+class _Weighted:
+    """Kernels in coordinates by tap: the norm of the operator, and the rank along E."""
+
+    def __init__(self, xp: Namespace, taps: Taps, kernel: Array, direction: Array) -> None:
+        self.xp = xp
+        self.z, self.e = taps.coordinates(xp, kernel), taps.coordinates(xp, direction)
+        seen = arrays.constant(taps.weights, self.z)
+        self.used = seen > 0
+        self.weights = xp.where(self.used, seen, xp.ones_like(seen))
+
+    def inner(self, x: Array, y: Array) -> Array:
+        """Re⟨x, y⟩ tap by tap, over the taps that reach the grid."""
+        xp = self.xp
+        product = arrays.real_part(xp, x * arrays.conjugate(xp, y))
+        per_tap = xp.sum(xp.sum(product, axis=-1), axis=-1)
+        return xp.where(self.used, per_tap, xp.zeros_like(per_tap))
+
+    def squared(self, x: Array) -> Array:
+        """‖A(X)‖_F²."""
+        return self.xp.sum(self.weights * self.inner(x, x))
+
+    def rank(self, x: Array) -> Array:
+        """‖A(X)‖_F²/⟨X, E⟩²; 0 for ⟨X, E⟩ = 0, infinite where it is negative."""
+        xp = self.xp
+        along = xp.sum(self.inner(x, self.e))
+        ratio = self.squared(x) / arrays.nonzero(xp, along) ** 2
+        worst = xp.full_like(ratio, math.inf)
+        return xp.where(along > 0, ratio, xp.where(along < 0, worst, 0.0 * ratio))
 
 
 def kernel_candidates(
@@ -33,35 +63,18 @@ def kernel_candidates(
     """
     xp, kernel = given.xp, geometry.kernel(given.w)
     taps = taps_of(geometry.sizes(tuple(given.w.shape)))
-    z, e = taps.coordinates(xp, kernel), taps.coordinates(xp, direction)
-    seen = arrays.constant(taps.weights, z)
-    used = seen > 0
-    weights = xp.where(used, seen, xp.ones_like(seen))
-
-    def inner(x: Array, y: Array) -> Array:
-        """Re⟨x, y⟩ tap by tap, over the taps that reach the grid."""
-        product = arrays.real_part(xp, x * arrays.conjugate(xp, y))
-        per_tap = xp.sum(xp.sum(product, axis=-1), axis=-1)
-        return xp.where(used, per_tap, xp.zeros_like(per_tap))
-
-    def rank(x: Array) -> Array:
-        along = xp.sum(inner(x, e))
-        ratio = xp.sum(weights * inner(x, x)) / arrays.nonzero(xp, along) ** 2
-        worst = xp.full_like(ratio, math.inf)
-        return xp.where(along > 0, ratio, xp.where(along < 0, worst, 0.0 * ratio))
-
-    e_squares = inner(e, e)
-    dual = arrays.nonzero(xp, xp.sum(e_squares / weights))
+    space = _Weighted(xp, taps, kernel, direction)
+    z, e, inner, weights = space.z, space.e, space.inner, space.weights
+    dual = arrays.nonzero(xp, xp.sum(inner(e, e) / weights))
     ray = z
     if len(set(taps.weights[taps.weights > 0])) > 1:
-        stats = (weights, inner(z, z), inner(z, e), e_squares)
-        of_z, of_e = _combination(xp, *stats, limit)
+        of_z, of_e = _combination(xp, weights, inner(z, z), inner(z, e), inner(e, e), limit)
         ray = _by_tap(of_z, z) * z + _by_tap(of_e, z) * e
     along = xp.sum(inner(ray, e))
     # The part along the direction, to which the rest is orthogonal in the weighted product.
     fixed = _by_tap(along / (weights * dual), e) * e
     rest = ray - fixed
-    energy = arrays.nonzero(xp, xp.sum(weights * inner(rest, rest)))
+    energy = arrays.nonzero(xp, space.squared(rest))
     with_fixed, with_rest = xp.sum(inner(z, fixed)), xp.sum(inner(z, rest))
     squares = [xp.sum(inner(x, y)) for x, y in ((fixed, fixed), (fixed, rest), (rest, rest))]
 
@@ -74,18 +87,18 @@ def kernel_candidates(
         if taps.folds:
             new = kernel + taps.kernel(xp, x - z, kernel)
         else:
-            new = taps.kernel(xp, xp.where(_by_tap(used, z), x, z), kernel)
+            new = taps.kernel(xp, xp.where(_by_tap(space.used, z), x, z), kernel)
         return geometry.weight(new) * given.scale
 
     def stored_rank(stored: Array) -> Array:
-        return rank(taps.coordinates(xp, geometry.kernel(stored / given.scale)))
+        return space.rank(taps.coordinates(xp, geometry.kernel(stored / given.scale)))
 
     reduced = limit * (1.0 - 4.0 * arrays.epsilon(z.dtype))
     least = 1.0 / dual
     room = xp.where(reduced > least, reduced - least, xp.zeros_like(least))
     wanted = xp.sqrt(room / energy) * along
     growth = energy / arrays.nonzero(xp, along) ** 2
-    return Candidates(weight, stored_rank, wanted, growth), rank(z), least
+    return Candidates(weight, stored_rank, wanted, growth), space.rank(z), least
 
 
 def _combination(
@@ -93,9 +106,9 @@ def _combination(
 ) -> tuple[Array, Array]:
     """Factors of z and e per tap whose sum points to the nearest point of the weighted cone.
 
-    min ‖x − z‖² with Σ d‖x_c‖² ≤ r⟨x, e⟩² makes (1 + λd)x = z + λr⟨x, e⟩e, so x is known but
-    for λ = τ/(1 − τ) and its length. The multiplier is a root in [0, 1] of a function without
-    poles: below the pole of ⟨x, e⟩ if ⟨x, e⟩ > 0 there, else above.
+    The minimiser of ‖x − z‖² with Σ d‖x_c‖² ≤ r⟨x, e⟩² satisfies (1 + λd)x = z + λr⟨x, e⟩e, so that
+    only λ = τ/(1 − τ) and the length of x are unknown. τ is the root in [0, 1] of a function
+    without poles. It lies below the pole of ⟨x, e⟩ if ⟨x, e⟩ > 0 there, else above.
     """
     given, given_xp = (weights, zz, ze, ee, limit), xp
     weights, zz, ze, ee, limit = (arrays.stop_gradient(x) for x in given)
@@ -112,7 +125,7 @@ def _combination(
         return _ray(xp, tau, d, r, ze, ee)
 
     def bisect(first: Array, second: Array, belongs: Any) -> Array:
-        """The end of what `belongs` with `first`."""
+        """The end of the points next to `first` that `belongs` accepts, by bisection."""
 
         def step(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
             middle = 0.5 * (ends[0] + ends[1])
@@ -146,7 +159,7 @@ def _combination(
 def _ray(
     xp: Namespace, tau: Array, d: Array, r: Array, ze: Array, ee: Array
 ) -> tuple[Array, Array, Array, Array]:
-    """(1 + λd over 1 + λ, ⟨x, e⟩, the factors of z and e but for that divisor) at a multiplier."""
+    """((1 + λd)/(1 + λ), ⟨x, e⟩, the factors of z and e without this divisor) at a multiplier."""
     pole = 1.0 - tau + tau * d
     along = xp.sum(ze / pole)
     return pole, along, 1.0 - r * tau * xp.sum(ee / pole), r * tau * along
@@ -162,14 +175,14 @@ def _differentiable(
     ee: Array,
     limit: Array,
 ) -> tuple[Array, Array]:
-    """The factors at a multiplier that was found, which moves as its equation does."""
+    """The factors at the multiplier τ, with its derivative by the implicit function theorem."""
     largest = xp.max(weights)
     d, r = weights / largest, limit / largest
 
     pole, along, of_z, of_e = _ray(xp, tau, d, r, ze, ee)
     energies = d * (of_z**2 * zz + 2.0 * of_z * of_e * ze + of_e**2 * ee) / pole**2
     excess = xp.sum(energies) - r * along**2
-    # By the multiplier: the derivatives of what stands above.
+    # The derivatives of the quantities above by the multiplier.
     pole_ = d - 1.0
     along_ = -xp.sum(ze * pole_ / pole**2)
     of_z_ = -r * xp.sum(ee / pole) + r * tau * xp.sum(ee * pole_ / pole**2)

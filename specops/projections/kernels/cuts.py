@@ -1,8 +1,8 @@
 """Cuts: the linear functionals whose maximum is the operator norm of a convolution.
 
-A cut is a frequency of the symbol with a unit vector on either side of its block B, and
-measures ⟨X, E⟩ = Re(uᴴ B(X) v) ≤ ‖B(X)‖. Its half-space ⟨X, E⟩ ≤ c contains the operator ball
-whatever weight its vectors came from, so cuts of an earlier weight remain valid.
+A cut consists of a frequency of the symbol, with block B, and of unit vectors u and v on its two
+sides. It measures ⟨X, E⟩ = Re(uᴴ B(X) v) ≤ ‖B(X)‖. Its half-space ⟨X, E⟩ ≤ c contains the operator
+ball, whichever weight the vectors came from, so that cuts of an earlier weight remain valid.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from specops.typing import Array, State
 
 _KEYS = ("frequency", "group", "left", "right", "weight")
 _AT_ONCE = 32
-"""Cuts whose blocks are in memory together, at least."""
+"""At least so many cuts have their blocks in memory together."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class Cuts:
         return cls(index, index, *vectors, np.zeros(0))
 
     def joined(self, other: Cuts) -> Cuts:
-        """These, then the others."""
+        """These cuts followed by the others."""
         pairs = ((getattr(self, key), getattr(other, key)) for key in _KEYS)
         return Cuts(*(np.concatenate(pair) for pair in pairs))
 
     def weighted(self, weight: np.ndarray) -> Cuts:
-        """The cuts of positive weight, with these weights."""
+        """The cuts with these weights, without those whose weight is zero."""
         return replace(self, weight=weight)._taken(np.flatnonzero(weight > 0))
 
     def reset(self) -> Cuts:
@@ -99,7 +99,7 @@ class Cuts:
             for position, j in zip(where, index, strict=True):
                 outer = np.outer(self.left[j] * self.weight[j], self.right[j].conj())
                 blocks[position, self.group[j]] += outer
-            # One of a pair of conjugate blocks: the average counts each block of the torus.
+            # `gather` counts each block of the torus, both of a conjugate pair; a cut is in one.
             counts = symbol.counts[frequencies] / np.prod(symbol.coarse)
             total = total + support.gather(np, blocks / counts[:, None, None, None], frequencies)
         return np.asarray(total)
@@ -120,7 +120,7 @@ class Cuts:
             mirrored += (own @ own.T) * (waves @ weighted.T)
         direct *= self.left.conj() @ self.left.T
         mirrored *= self.left @ self.left.T
-        # A real kernel sees only the real part of a cut: half of itself and its mirror image.
+        # A real kernel sees only the real part of a cut: the mean of the cut and its conjugate.
         result = (0.5 * (direct + mirrored) if symbol.conjugate_pairs else direct).real
         return np.asarray(result * (self.group[:, None] == self.group[None, :]))
 
@@ -132,7 +132,7 @@ class Cuts:
 
     @classmethod
     def from_state(cls, state: State, support: Support) -> Cuts:
-        """Read back what `state` made; StateError where it belongs to another geometry."""
+        """The cuts that `state` saved; raises StateError if they are of another geometry."""
         keys = (*_KEYS, "grid")
         if set(state) != set(keys) or not all(arrays.is_array(state[k]) for k in keys):
             raise StateError(f"the state must hold arrays {', '.join(keys)}, got {sorted(state)}")

@@ -16,20 +16,22 @@ from specops.projections.kernels.solution import Solution, Tolerance
 from specops.projections.kernels.support import Support
 
 _ADDED = 3
-"""Cuts added in one round, at most, per cut that is affordable: of those that normal kernels of 8²
-to 16² channels met in a round, 1/3 (c = 0.5·σ₁) to 1/9 (0.9·σ₁) were active in the end."""
+"""Most cuts added in one round, per affordable cut: of those that were violated in a round, for
+normal kernels of 8² to 16² channels, 1/3 (c = 0.5·σ₁) to 1/9 (0.9·σ₁) were active in the end."""
 _HOPELESS = 5
-"""Cuts in one round, per cut that is affordable, from which too many will stay: by that count."""
+"""If one round has more cuts than this per affordable cut, too many will stay, by the same
+count."""
 
 
 def most_cuts(support: Support, tolerance: Tolerance) -> int:
-    """Active cuts from which quadratic programs cost more than what takes their place.
+    """The most active cuts that are affordable: with more, another method costs less.
 
-    A dozen programs of about 30·N³ multiplications are set against a hundred rounds of a
-    first-order method, a bound by reasoning: 100 cuts are always affordable, at 4e8
-    multiplications, and more than 1000 never, at 4e11. Where a distance is tolerated and two
-    half-spaces a round do, a tenth of a round and 20 cuts are: of that, five times as many and
-    none, the quickest where small layers were trained, by less than their times scattered.
+    A bound by reasoning: a dozen quadratic programs of about 30·N³ multiplications should not cost
+    more than a hundred rounds of a first-order method. 100 cuts, 4e8 multiplications, are always
+    affordable, and more than 1000, 4e11, never. If a distance is tolerated, so that two half-spaces
+    per round suffice, the cost of a tenth of a round and 20 cuts are affordable: of this, five
+    times as much and no cuts at all it was the quickest in training small layers, by less than
+    times scattered.
     """
     rounds, least = (0.1, 20.0) if tolerance.loose else (100.0, 100.0)
     return int(min(1000.0, max(least, (rounds * support.work / (12.0 * 30.0)) ** (1.0 / 3.0))))

@@ -1,4 +1,4 @@
-"""What exceeds a limit in the blocks of a convolution, and the half-spaces that it gives."""
+"""The excess over a limit in the blocks of a convolution, and the half-spaces that it gives."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class Excess:
 def excess(
     support: Support, x: np.ndarray, limit: float, chosen: np.ndarray | None = None
 ) -> Excess:
-    """Above the limit, in the precision of `x`: of all blocks, or for the chosen frequencies.
+    """The excess over the limit, in the precision of `x`, at all or at the chosen frequencies.
 
-    Z is zero at the others, so that the half-space is one of all blocks in either case; `top` is
-    of those that were looked at, and sums are as if they stood for the rest.
+    Z is zero at other frequencies, so that the half-space is valid in either case. `top` is the
+    norm over the frequencies that were looked at; sums count these as a sample of all.
     """
     symbol, bound = support.symbol, np.asarray(limit, x.real.dtype)
     every = np.arange(len(symbol.frequencies))
@@ -58,7 +58,7 @@ def excess(
     def work(blocks: np.ndarray, which: Any) -> tuple[Any, ...]:
         z, nuclear, norms = thresholded(np, blocks, bound)
         which, first = every[which], int(np.argmax(norms.max(axis=-1)))
-        # A copy: the chunk's other blocks are not kept.
+        # A copy, so that the other blocks of the chunk can be freed.
         alone = z[first : first + 1].copy(), nuclear[first : first + 1], which[first : first + 1]
         return support.gather(np, z, which), share(nuclear, which), norms, alone
 
@@ -82,12 +82,12 @@ def excess(
 def thresholded(xp: Namespace, blocks: Array, limit: Array) -> tuple[Array, Array, Array]:
     """`soft_threshold` for (frequencies, groups, ...) blocks; on the host only of those above.
 
-    The others' norms are then given as 0.
+    The norms of the other blocks are then given as 0.
     """
     if not arrays.by_workers(blocks):
         return soft_threshold(xp, blocks, xp.broadcast_to(limit, blocks.shape[:-2]))
     grams = host.gram(blocks)
-    # No eigenvalue is below a diagonal entry: where most blocks are outside that says so.
+    # The largest eigenvalue is at least each diagonal entry: this shows most blocks to be outside.
     diagonal = np.diagonal(grams, axis1=-2, axis2=-1).real
     chosen = np.asarray((diagonal > float(limit) ** 2).any(axis=-1))
     if not chosen.all():

@@ -11,7 +11,7 @@ Dykstra's method on a subspace and a ball is the proximal gradient method on the
 
     max_Z ⟨K, A* Z⟩ − ½‖A* Z‖² − c‖Z‖_*,
 
-so both certify: X scaled onto the ball is feasible, and Z bounds the distance from below.
+so both methods certify: X scaled onto the ball is feasible, and Z bounds the distance from below.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from specops.spectra.torus import leading_norm, map_blocks
 from specops.typing import Array, Namespace
 
 _CHECK_EVERY = 10
-"""Rounds between two certificates, each of which takes an eighth of a round's time (64² channels
-on 32² points): so they cost about one part in eighty."""
+"""Rounds between two certificates. Each takes an eighth of a round's time (64² channels on 32²
+points), so that they cost about one part in eighty."""
 _ASK_WHEN_TRACED = 4
-"""The same where values are unknown, and one takes half a round's time: normal kernels of 16² to
-64² channels were certified within a tenth of the distance after 4 rounds at c = 0.25·σ₁, 8 at 0.5
-and 12 to 20 at 0.9."""
+"""The same for traced kernels, where a certificate takes half a round's time: normal kernels of 16²
+to 64² channels were certified within a tenth of the distance after 4 rounds at c = 0.25·σ₁, 8 at
+0.5 and 12 to 20 at 0.9."""
 _DIFFERENCE_UP_TO = 16.0
-"""Root mean square of the singular values, over c, up to which x − A*S(A x) is computed: the
-difference loses as much, four binary digits at the most."""
+"""x − A*S(A x) is computed as a difference if the root mean square of the singular values, over c,
+is at most this: the difference then loses no more than this factor, four binary digits."""
 
 
 def largest(xp: Namespace, support: Support, x: Array) -> Array:
@@ -64,7 +64,7 @@ def alternate(xp: Namespace, support: Support, x: Array, limit: Array) -> Array:
 
     parts = map_blocks(xp, symbol, coefficients, taken)
     total = support.per_tap(xp, sum(parts[1:], start=parts[0]))
-    # Far outside, the difference would cancel.
+    # Far outside the ball the difference would cancel.
     return x - total if near else total
 
 
@@ -80,7 +80,7 @@ class _Carry(NamedTuple):
     now: Dual
     ahead: Array
     x_ahead: Array
-    """K − A* ahead, extrapolated like it."""
+    """K − A* ahead, extrapolated in the same way."""
     t: Array
 
 
@@ -94,9 +94,9 @@ def dual_gradient(
     done: Callable[[Dual], Any] | None,
     max_rounds: int,
 ) -> tuple[Dual, Any]:
-    """Iterate from Z = 0 until `done`, asked now and then; (the last iterate, rounds).
+    """Iterate from Z = 0 until `done`, which is asked now and then: (the last iterate, rounds).
 
-    None: all rounds. What it says of values that are unknown is a boolean array.
+    With None all rounds run. For traced kernels `done` gives a boolean array.
 
     References
     ----------
@@ -145,8 +145,8 @@ def _asked(
     done: Callable[[Dual], Array],
     times: int,
 ) -> tuple[Dual, Array]:
-    """So many times four rounds, left out from where it is done: a loop of known length, which
-    can be differentiated."""
+    """`times` × four rounds, which are skipped once it is done: a loop of known length, which can
+    be differentiated."""
 
     def on(_: Any, held: tuple[_Carry, Array, Array]) -> tuple[_Carry, Array, Array]:
         carry, rounds, enough = held

@@ -1,4 +1,4 @@
-"""Half-spaces that contain the operator ball, each of which speaks for many singular values."""
+"""Half-spaces that contain the operator ball, each of which constrains many singular values."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class HalfSpaces:
 
     @classmethod
     def none(cls, like: np.ndarray) -> HalfSpaces:
-        """No half-space at all, for kernels like this."""
+        """No half-space at all, for kernels of this shape and dtype."""
         return cls(np.zeros((0, *like.shape), like.dtype), np.zeros(0), np.zeros(0))
 
     @property
@@ -46,7 +46,7 @@ class HalfSpaces:
         return self.direction.reshape(len(self), math.prod(self.direction.shape[1:]))
 
     def joined(self, planes: Sequence[tuple[np.ndarray, float]]) -> HalfSpaces:
-        """With these (E, ν) too, of no weight."""
+        """These half-spaces, and further (E, ν) without weight."""
         directions, nuclear = zip(*planes, strict=True)
         return HalfSpaces(
             np.concatenate([self.direction, np.stack(directions)]),
@@ -55,13 +55,13 @@ class HalfSpaces:
         )
 
     def inner(self, support: Support, x: np.ndarray) -> np.ndarray:
-        """⟨X, E⟩/ν for each of them, a lower bound of ‖A(X)‖."""
+        """⟨X, E⟩/ν for each half-space, a lower bound of ‖A(X)‖."""
         del support
         values = (self._flat.conj() @ x.reshape(-1)).real
         return np.asarray(values / np.where(self.nuclear > 0, self.nuclear, np.inf))
 
     def nearest(self, kernel: np.ndarray, limit: float) -> tuple[HalfSpaces, float, np.ndarray]:
-        """(those that hold the nearest point X of all, ½‖K − X‖², X)."""
+        """(the active half-spaces, ½‖K − X‖², X), X being the nearest point that is in all."""
         flat = self._flat
         gram = (flat.conj() @ flat.T).real
         linear = (flat.conj() @ kernel.reshape(-1)).real - limit * self.nuclear
@@ -72,7 +72,7 @@ class HalfSpaces:
         return HalfSpaces(self.direction[kept], self.nuclear[kept], weight[kept]), dual, x
 
     def state(self, support: Support, like: Array) -> State:
-        """Their weighted sum, which bounds the distance from below as well as they do."""
+        """The weighted sum, which bounds the distance from below as well as all of them do."""
         values = {
             "direction": np.tensordot(self.weight, self.direction, 1),
             "nuclear": np.asarray(self.weight @ self.nuclear),
@@ -82,7 +82,7 @@ class HalfSpaces:
 
     @classmethod
     def from_state(cls, state: State, support: Support, kernel: np.ndarray) -> HalfSpaces:
-        """Read back what `state` made; StateError where it belongs to another geometry."""
+        """The half-space that `state` saved; raises StateError if it is of another geometry."""
         if set(state) != {"direction", "nuclear", "taps"}:
             raise StateError(f"the state must hold direction, nuclear, taps, got {sorted(state)}")
         if not all(arrays.is_array(value) for value in state.values()):

@@ -1,4 +1,4 @@
-"""Kernels into the ball of their layer's own operator, where that is small enough to decompose."""
+"""Kernels into the ball of their layer's own operator, if it is small enough to decompose."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from specops.projections.kernels.solution import Tolerance
 from specops.typing import Array, State
 
 _OF_LAYERS = ("auto", "cutting-planes")
-"""Those of `project_spectral_ball` that constrain the layer itself."""
+"""The methods of `project_spectral_ball` that constrain the layer itself, not a torus."""
 _CLEARLY = 1.0 - 1e-9
-"""Distance from the limit beyond which measured norms decide: far more than what eigenvalues in
-double precision err by."""
+"""Measured norms decide if they are at least so far from the limit: the distance is far larger than
+the error of eigenvalues in double precision."""
 _FARTHEST = 1e6
-"""Largest entry, over c, up to which what is taken off in double precision leaves ten digits."""
+"""Up to this largest entry, over c, a subtraction in double precision leaves ten digits."""
 _PATIENCE = 2e12
-"""Multiplications, at 25 a decomposition for each entry of a cube, beyond which no more rounds are
-begun unasked: 75 rounds of 1024². A bound by reasoning: a minute at 3e10 of them a second."""
+"""Unless the caller asks for a number of rounds, no more begin after so many multiplications, 25·n³
+per decomposition: 75 rounds of 1024². A bound by reasoning: a minute at 3e10 a second."""
 
 
 class LayerSolver:
@@ -45,7 +45,7 @@ class LayerSolver:
         self.problem, self.layer, self.geometry = problem, layer, problem.geometry
         self.kernel = self._kernel(problem.given.w)
         self.limit = problem.bound / problem.unit
-        # Neither rounding nor what eigenvalues err by decides on which side the result lands.
+        # A margin, so that neither rounding nor errors of eigenvalues lead outside the ball.
         self.target = self.limit * (problem.margin - min(layer.shape) * np.finfo(float).eps)
 
     def project(
@@ -64,7 +64,7 @@ class LayerSolver:
         if before <= self.limit:
             before = norm_of(layer.matrices(kernel)) if measure else math.nan
             if before <= self.limit * _CLEARLY or (
-                # NaN, too, is neither clearly inside nor clearly outside.
+                # Written so that NaN is neither clearly inside nor clearly outside.
                 not before * _CLEARLY > self.limit
                 and not self._surely_outside()
                 and self._fits(kernel)
@@ -113,7 +113,7 @@ class LayerSolver:
         return np.asarray(kernel, np.result_type(kernel, np.float64))
 
     def _fits(self, kernel: np.ndarray) -> bool:
-        # Neither the square of a tiny limit nor that of a huge one is a number.
+        # Divided by the limit, because the square of a tiny or huge limit would under- or overflow.
         grams = host.gram(self.layer.matrices(kernel) / self.limit)
         return not bool(host.exceeds(grams, 1.0).any())
 
@@ -128,9 +128,9 @@ class LayerSolver:
 def layer_solver(
     problem: KernelProblem, method: str, state: State
 ) -> tuple[LayerSolver | None, State]:
-    """(the solver, the state it starts from) where the layer itself is constrained.
+    """(the solver, the state it starts from), if the layer itself is to be constrained.
 
-    (None, the state for the torus) where a torus that contains it is.
+    (None, the state for the torus) if a torus that contains it is to be constrained.
     """
     layer = None
     if method in _OF_LAYERS:
@@ -138,8 +138,8 @@ def layer_solver(
     if layer is None:
         return None, state
     solver = LayerSolver(problem, layer)
-    # No norm is less than an entry.
+    # The norm is at least the largest entry.
     if np.abs(solver.kernel).max() <= _FARTHEST * solver.limit:
         return solver, state
-    # What the layer's solver left when the weight was nearer is no state of another geometry.
+    # The layer's solver may have made the state when the weight was closer to the ball: drop it.
     return None, {} if LayerCuts.made(state) else state

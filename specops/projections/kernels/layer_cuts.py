@@ -16,13 +16,15 @@ from specops.projections.kernels.states import state_of, unit_rows
 from specops.typing import Array, State
 
 MOST_AT_ONCE = 64
-"""Cuts at most from one look at a kernel: a choice, of those that are active in the end."""
+"""Most cuts that one evaluation of a kernel gives: a choice, like the number that is active at the
+end."""
 KRYLOV_FROM = 256
-"""Smaller side above which leading triplets come from a block Krylov space: at 1024² that takes 0.1
-s and eigenvectors 0.33 s, at 512² 0.02 and 0.05."""
+"""For a larger smaller side, leading triplets come from a block Krylov space: at 1024² this takes
+0.1 s, against 0.33 s by eigenvectors; at 512² 0.02 against 0.05 s."""
 _WIDTH, _DEPTH = 16, 10
-"""Of that space: a kernel of 64² channels on 4² points took 8 rounds and 1.5 s at 0.9·σ₁; with a
-depth of 6 norms are too low by 0.3 %, of which certificates have to be taken back."""
+"""The width and depth of that space: a kernel of 64² channels on 4² points took 8 rounds and 1.5 s
+at 0.9·σ₁. With a depth of 6 norms are too low by 0.3 %, and certificates that use them are
+wrong."""
 _KEYS = ("group", "left", "right", "weight")
 
 
@@ -58,7 +60,7 @@ class LayerCuts:
         right: np.ndarray,
         weight: np.ndarray,
     ) -> LayerCuts:
-        """With their normals."""
+        """Cuts from their vectors, with the normals computed."""
         return cls(group, left, right, weight, layer.normals(left, right))
 
     @classmethod
@@ -68,12 +70,12 @@ class LayerCuts:
         return cls.of(layer, np.zeros(0, np.int64), left, right, np.zeros(0))
 
     def joined(self, other: LayerCuts) -> LayerCuts:
-        """These, then the others."""
+        """These cuts followed by the others."""
         pairs = ((getattr(self, key), getattr(other, key)) for key in (*_KEYS, "normal"))
         return LayerCuts(*(np.concatenate(pair) for pair in pairs))
 
     def taken(self, index: np.ndarray) -> LayerCuts:
-        """Those of an index."""
+        """The cuts at these indices."""
         return LayerCuts(*(getattr(self, key)[index] for key in (*_KEYS, "normal")))
 
     def inner(self, kernel: np.ndarray) -> np.ndarray:
@@ -113,7 +115,7 @@ class LayerCuts:
 
     @classmethod
     def from_state(cls, state: State, layer: ExplicitMap, dtype: np.dtype) -> LayerCuts:
-        """Read back what `state` made; StateError where it belongs to another geometry."""
+        """The cuts that `state` saved; raises StateError if they are of another geometry."""
         if not cls.made(state):
             raise StateError(f"the state must hold arrays {', '.join(_KEYS)}, got {sorted(state)}")
         group, left, right, weight = (arrays.to_numpy(state[key]) for key in _KEYS)
@@ -136,10 +138,10 @@ class LayerCuts:
 def above(
     layer: ExplicitMap, matrices: np.ndarray, limit: float, *, exact: bool
 ) -> tuple[float, LayerCuts, bool]:
-    """(σ₁, cuts by the largest singular values above the limit, whether they are sure).
+    """(σ₁, cuts by the largest singular values above the limit, whether both are exact).
 
-    The weights are those values; at most `MOST_AT_ONCE`. Unless it is to be exact, σ₁ of large
-    matrices is a lower bound, and some values may be missing.
+    The weights are the values; there are at most `MOST_AT_ONCE` cuts. Unless `exact` is asked for,
+    σ₁ of large matrices is a lower bound, and some values may be missing.
     """
     sure = exact or min(layer.shape) <= KRYLOV_FROM
     if sure:
@@ -173,7 +175,7 @@ def _leading(
 def excess(
     layer: ExplicitMap, matrices: np.ndarray, limit: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(singular values clipped at the limit, what that takes off, by how much each value)."""
+    """(matrices with clipped singular values, the part removed, the excess of each value)."""
     values, vectors = np.linalg.eigh(host.gram(matrices))
     sigma = np.sqrt(np.maximum(values, 0.0))
     over = np.maximum(sigma - limit, 0.0)

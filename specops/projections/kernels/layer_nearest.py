@@ -5,8 +5,8 @@ With A the map from kernels to matrices and D = A*A, which is diagonal:
     cutting planes   X = K − ΣλE, λ from the quadratic program over the cuts that X violated
     ADMM             X ← (1 + ρD)⁻¹(K + ρA*(Y − U)), Y ← clip(A X + U), U ← U + A X − Y
 
-Both bound the distance from below by the dual value of Z = ΣλE, or ρU: few cuts are active near
-the ball, where planes take a handful of rounds; far from it and to a small gap ADMM is ahead.
+Both bound the distance from below by the dual value, of Z = ΣλE or of ρU. Near the ball few cuts
+are active and planes take a handful of rounds; far from it, and for a small gap, ADMM is faster.
 """
 
 from __future__ import annotations
@@ -27,17 +27,19 @@ from specops.projections.kernels.layer_cuts import (
 from specops.projections.kernels.solution import Solution, Tolerance
 
 _MOST = 64
-"""Active cuts from which ADMM takes over: normal kernels of 2² to 8² channels and 3² taps had fewer
-at c = 0.5·σ₁, where a hundred rounds of planes led to gaps of 3e-9 to 1e-5 and of ADMM to 1e-4 to
-3e-4; of 8² channels and 7² taps on 3² points more: ADMM led to 1e-10 there, planes to 3e-5."""
+"""With more active cuts ADMM takes over. Normal kernels of 2² to 8² channels and 3² taps had fewer
+at c = 0.5·σ₁, where a hundred rounds of planes led to gaps of 3e-9 to 1e-5, and of ADMM to 1e-4 to
+3e-4. Those of 8² channels and 7² taps on 3² points had more: there ADMM led to 1e-10, planes to
+3e-5."""
 _STIFFNESS = 5.0
-"""ρ times the mean of D at first: of 2, 3, 5 and 10 the one that led to 1.1 times the nearest
-distance within 5 rounds at c = 0.97 to 0.25·σ₁ of the same kernels, and"""
+"""ρ times the mean of D at the start: of 2, 3, 5 and 10 the one that led to 1.1 times the nearest
+distance within 5 rounds at c = 0.97 to 0.25·σ₁ of the same kernels."""
 _STIFFER_EVERY, _STIFFEST = 15, 20.0
-"""rounds after which it doubles, up to where, times σ₁/c: at 0.17·σ₁ 400 rounds then led to gaps of
-4e-8 and less, where 100 at 5 led to 2e-3, and each doubling up to 80 to a smaller one."""
+"""The stiffness doubles after so many rounds, up to the second number times σ₁/c. At 0.17·σ₁ 400
+rounds then led to gaps of 4e-8 and less, where 100 rounds at 5 led to 2e-3; each doubling up to 80
+led to a smaller gap."""
 _PLANES = 100
-"""Rounds of planes, after which those that are slow leave off."""
+"""Rounds of planes after which ADMM takes over."""
 _RELAXED = 1.6
 """Over-relaxation, as Boyd et al. recommend."""
 
@@ -94,9 +96,9 @@ def _by_planes(
     *,
     gives_way: bool,
 ) -> tuple[Solution, LayerCuts, bool]:
-    """(the best point known to be inside, the cuts of the last one, whether too many are active).
+    """(the best point known to be inside, the last cuts, whether too many cuts are active).
 
-    No point is known to be inside before the first is looked through for all its values.
+    No point is known to be inside before all singular values of the first have been computed.
     """
     x, dual, best = kernel, 0.0, Solution(kernel, math.inf, 0.0, 0)
     if len(cuts):
@@ -108,14 +110,14 @@ def _by_planes(
             top, new, sure = above(layer, matrices, limit, exact=exact)
             now = Solution.certified(kernel, x, top, limit, nuclear, rounds)
             now.dual = dual = max(dual, now.dual)
-            # Of a large layer that is far outside more is hidden than it is looked through for.
+            # A large layer far outside has more values above the limit than the first look finds.
             hidden = not sure and rounds == 1 and len(new) == MOST_AT_ONCE
             many = hidden or len(cuts) > _MOST or rounds == _PLANES
             many = many and gives_way and rounds < max_rounds
             ends = not len(new) or rounds == max_rounds or now.suffices(kernel, tolerance)
             if sure or many or not ends:
                 break
-            # A lower bound of the norm ends nothing; the norm is cheaper than all its vectors.
+            # To stop, the norm itself is needed, not a lower bound; it costs less than all vectors.
             now = Solution.certified(kernel, x, norm_of(matrices), limit, nuclear, rounds)
             now.dual = dual
             sure = now.suffices(kernel, tolerance)
@@ -144,7 +146,7 @@ def _by_admm(
     max_rounds: int,
     best: Solution,
 ) -> tuple[Solution, LayerCuts]:
-    """From the dual point of the cuts, and on from the rounds of `best`."""
+    """ADMM from the dual point of the cuts; continues to count the rounds of `best`."""
     unit = np.count_nonzero(layer.uses) / float(layer.uses.sum())
     rho, stiffest = _STIFFNESS * unit, _STIFFEST * unit * norm_of(layer.matrices(kernel)) / limit
     dual = cuts.matrices(layer) / rho
@@ -158,7 +160,7 @@ def _by_admm(
             x = (kernel + rho * layer.gather(clipped - dual)) / (1.0 + rho * layer.uses)
             image = _RELAXED * layer.matrices(x) + (1.0 - _RELAXED) * clipped
         clipped, dual, over = excess(layer, image + dual, limit)
-        # The dual value is that of another point, which is no nearer as a rule.
+        # The dual value belongs to another point than x, which usually is no nearer.
         other = kernel - rho * layer.gather(dual)
         below = Solution.certified(kernel, other, 0.0, limit, rho * float(over.sum())).dual
         top = norm_of(layer.matrices(x))
@@ -166,5 +168,5 @@ def _by_admm(
         best = now.better(replace(best, rounds=0))
         if best.suffices(kernel, tolerance):
             break
-    # The largest parts of the dual point are where planes of a similar kernel start from.
+    # For the next, similar kernel, planes start from the largest parts of the dual point.
     return best, above(layer, rho * dual, 0.0, exact=True)[1]

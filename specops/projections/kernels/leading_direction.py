@@ -20,8 +20,8 @@ from specops.spectra.torus import leading_block, leading_matrix
 from specops.typing import Array, Namespace
 
 _NOISE = 0.05
-"""Length of the random vector beside an old unit vector: without it a group that has taken the
-lead is not found, as a test shows."""
+"""Length of the random vector that is added to an old unit vector: without it a group that has
+taken the lead is not found, as a test shows."""
 
 
 def leading_direction(
@@ -29,7 +29,7 @@ def leading_direction(
 ) -> tuple[Array, Array | None]:
     """(E, v) with ⟨K, E⟩ = σ₁ and ⟨X, E⟩ ≤ ‖A(X)‖ for every kernel X.
 
-    v is what the next call may start from; None where the direction is not iterated.
+    v is a start for the next call; None if the direction is not found by iteration.
     """
     assert sizes.fine is not None
     if sizes.circular and sizes.stride_divides:
@@ -46,14 +46,14 @@ def leading_direction(
         tolerance = OF_VECTORS * arrays.epsilon(kernel.dtype)
         _, _, v = largest_singular_triplet(xp, operator, start, tolerance=tolerance)
         v = v / arrays.nonzero(xp, xp.linalg.vector_norm(v))
-    # The pair's own image, so that u is a unit vector whether or not v has converged.
+    # u from the image of v, so that it is a unit vector whether or not v has converged.
     u = operator.matvec(v)
     u = u / arrays.nonzero(xp, xp.linalg.vector_norm(u))
     return operator.gradient(u, v), v if iterated else None
 
 
 def _leading_vector(xp: Namespace, matrix: Array) -> Array:
-    """The right singular vector, with a derivative where other values are repeated."""
+    """The leading right singular vector, with a derivative even if other values are repeated."""
     u, _, vh = svd(xp, arrays.stop_gradient(matrix))
 
     def turned(matrix: Array, u: Array, _: Array) -> Array:
@@ -90,7 +90,7 @@ def _torus_direction(xp: Namespace, kernel: Array, symbol: Symbol) -> Array:
     e = phases[:, :, None, None] * outer
     e = e if arrays.is_complex(kernel) else xp.real(e)
     e = symbol.kernel(xp, xp.reshape(e, (e.shape[0], -1)))
-    # `Symbol.kernel` spreads a coefficient over the taps that land on it; each has all of it.
+    # `Symbol.kernel` divides a coefficient among the taps that land on it; here each gets all.
     for t, axis in enumerate(symbol.axes):
         sharing = axis.scatter @ axis.scatter.sum(axis=0)
         e = e * arrays.constant(sharing.reshape(-1, *[1] * (len(symbol.axes) - t - 1)), kernel)

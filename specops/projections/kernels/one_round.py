@@ -22,8 +22,8 @@ from specops.typing import Array
 def clip_and_cut(w: Array, max_norm: Any, geometry: Conv) -> tuple[Array, Array, Array]:
     """(the kernel after one round, its norm before, its norm as stored) on the input's torus.
 
-    `w` itself where no singular value is above `max_norm`. What is cut off raises the others
-    again, so that the result is outside the ball as a rule.
+    It is `w` itself if no singular value is above `max_norm`. Cutting back raises singular values
+    again, so that the result usually is outside the ball.
     """
     given = prepare(w, geometry)
     sizes = geometry.sizes(tuple(w.shape))
@@ -36,7 +36,7 @@ def clip_and_cut(w: Array, max_norm: Any, geometry: Conv) -> tuple[Array, Array,
     xp = np if known else given.xp
 
     def seen(x: Array) -> Array:
-        # Wherever the kernel lives: its blocks are small matrices, many of them.
+        # On the host, also for kernels on devices: their blocks are many small matrices.
         return arrays.to_numpy(x) if known else x
 
     def back(x: Array) -> Array:

@@ -1,4 +1,4 @@
-"""A kernel to be brought into the operator ball: its support, its bound, its units."""
+"""`KernelProblem`: a kernel to bring into the operator ball, its support, bound and scale."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class KernelProblem:
 
     @classmethod
     def of(cls, given: Prepared, w: Array, max_norm: Any) -> KernelProblem:
-        """With the support and the grid that belong to the geometry."""
+        """The problem of a prepared weight, with the support and grid of its geometry."""
         assert isinstance(given.geometry, Conv)
         sizes = given.geometry.sizes(tuple(w.shape))
         symbol, certificate = certified_symbol(sizes, not arrays.is_complex(given.w))
@@ -52,7 +52,7 @@ class KernelProblem:
 
     @property
     def unit(self) -> float:
-        """The scale of the prepared weight; of values that are known, as `bound`."""
+        """The scale of the prepared weight as a number; only for concrete weights, as `bound`."""
         return float(arrays.to_numpy(self.given.scale))
 
     @property
@@ -64,7 +64,7 @@ class KernelProblem:
     def info(
         self, before: float, after: float, gap: float, rounds: int, state: State
     ) -> ProjectionInfo:
-        """What a solver on the host has found, its norms those of the weight as given."""
+        """The figures of a solver on the host; its norms are those of the weight as given."""
         norm_before, norm_after, relative = (
             arrays.constant(np.asarray(x), self.given.w) for x in (before, after, gap)
         )
@@ -72,6 +72,5 @@ class KernelProblem:
 
     @property
     def margin(self) -> float:
-        """What the limit is multiplied by, so that rounding does not decide on which side of it
-        the result lands."""
+        """A factor slightly below 1 for the limit, so that rounding does not lead outside of it."""
         return 1.0 - 4.0 * arrays.epsilon(self.given.w.dtype)

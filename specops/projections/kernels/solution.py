@@ -1,4 +1,4 @@
-"""A point of the operator ball and what is certified of it, and when that is enough."""
+"""A point of the operator ball with its certificate, and the tolerance for which it suffices."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from specops.projections.kernels.half_spaces import HalfSpaces
 from specops.typing import Array
 
 _LOOSE = 0.01
-"""At c = 0.5 and 0.25·σ₁ it took 25 to 32 rounds against 30 to 50; to a gap of 1e-4 over 100, which
-left 3 to 5 times the gap of 120 to 200."""
+"""From this tolerance of the distance on, half-spaces take fewer rounds than acceleration: at c =
+0.5 and 0.25·σ₁ 25 to 32 against 30 to 50. To a gap of 1e-4 they took over 100 rounds, and left 3 to
+5 times the gap that 120 to 200 accelerated rounds did."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,13 @@ class Tolerance:
 
     @property
     def loose(self) -> bool:
-        """Whether two half-spaces a round take fewer of them than acceleration."""
+        """Whether two half-spaces per round take fewer rounds than acceleration."""
         return self.distance >= _LOOSE
 
 
 @dataclass
 class Solution:
-    """A point of the ball in coordinates of a support, and what is known of it.
+    """A point of the ball in coordinates of a support, and what is known about it.
 
     Attributes
     ----------
@@ -61,9 +62,9 @@ class Solution:
     cuts: Cuts | HalfSpaces | None = None
     active: np.ndarray | None = None
     scaled: bool = False
-    """Whether x was outside, so that it now is on the sphere."""
+    """Whether x was outside and has been scaled onto the sphere."""
     first: float = 0.0
-    """The norm of K, where a round began there and found it above c."""
+    """The norm of K, if a round began at K and found it above c."""
     overflowed: bool = False
     """Whether it stopped because too many cuts were active."""
 
@@ -78,10 +79,10 @@ class Solution:
         rounds: int = 0,
         change: np.ndarray | None = None,
     ) -> Solution:
-        """X = K − A*Z of norm `top`, scaled into the ball, and what Z of this nuclear norm bounds.
+        """X = K − A*Z of norm `top`, scaled into the ball, with the bound that Z gives.
 
-        The dual objective is ⟨K, A*Z⟩ − ½‖A*Z‖² − c‖Z‖_*. `change` is A*Z where that is known
-        better than from X, whose rounding may be all of the distance.
+        The dual objective is ⟨K, A*Z⟩ − ½‖A*Z‖² − c‖Z‖_*, `nuclear` being ‖Z‖_*. Pass A*Z as
+        `change` if it is known: K − X may be nothing but rounding.
         """
         change = kernel - x if change is None else change
         dual = float(np.sum((kernel.conj() * change).real)) - 0.5 * _squared(change)
@@ -91,7 +92,7 @@ class Solution:
         return cls(feasible, primal, dual, rounds, scaled=top > limit)
 
     def suffices(self, kernel: np.ndarray, tolerance: Tolerance) -> bool:
-        """Whether one of the two is certified."""
+        """Whether the tolerance of the distance, or that of the gap, is certified."""
         moved = self.primal <= (1.0 + tolerance.distance) ** 2 * self.dual
         return moved or self.gap(kernel) <= tolerance.gap
 
@@ -100,7 +101,7 @@ class Solution:
         return max(0.0, 2.0 * (self.primal - self.dual)) / max(_squared(kernel), 1e-300)
 
     def better(self, other: Solution) -> Solution:
-        """The nearer point with the higher bound, after the rounds of both."""
+        """The nearer of two points, with the higher bound and the rounds of both."""
         nearer = self if self.primal <= other.primal else other
         dual, rounds = max(self.dual, other.dual), self.rounds + other.rounds
         first = max(self.first, other.first)

@@ -1,4 +1,4 @@
-"""The nearest kernel with operator norm at most c, by two half-spaces a round."""
+"""The nearest kernel with operator norm at most c, by two half-spaces per round."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from specops.projections.kernels.solution import Solution, Tolerance
 from specops.projections.kernels.support import Support
 
 OUTER = 0.5
-"""Share of the minimiser over the half-spaces in the next query: of 0.3, 0.5, 0.7 and 0.85 the best
-in its worst case, on normal kernels at c = 0.9 to 0.25·σ₁. All of it takes twice the rounds."""
+"""Share of the minimiser over the half-spaces in the next query: of 0.3, 0.5, 0.7 and 0.85 the one
+with the best worst case, on normal kernels at c = 0.9 to 0.25·σ₁. A share of 1 takes twice the
+rounds."""
 
 
 @one_blas_thread()
@@ -31,20 +32,20 @@ def nearest_by_half_spaces(
 ) -> Solution:
     r"""Solve :math:`\min_X \tfrac12\|K-X\|^2` subject to ``‖A(X)‖ ≤ c`` where K is far outside.
 
-    A half-space for each of thousands of singular values is too much. With S(·) soft
-    thresholding of the blocks at c, that of :math:`Z = S(A Y)` for any kernel Y speaks for all:
+    A half-space for each of thousands of singular values would be too many. With S(·) soft
+    thresholding of the blocks at c, :math:`Z = S(A Y)` of any kernel Y gives one for all of them:
 
     .. math:: \|A(X)\| \le c \;\Rightarrow\; \langle X, A^*Z\rangle \le c\|Z\|_*.
 
-    Each round adds that of its query Y, and that of the block alone that is farthest out, whose
-    excess a scaling would have to pay for; the nearest point X of all so far bounds the
-    distance from below. Y scaled onto the ball is feasible. The next query lies between X,
-    which is outside the ball, and the round of alternating projections from Y, which is nearly
-    inside: at one of the two alone the method is that of Kelley, which swings, or does not end
-    at the nearest point.
+    Each round adds that half-space of its query Y, and one of the farthest block alone, which
+    decides how much Y has to be scaled. The nearest point X in all half-spaces so far bounds the
+    distance from below; Y scaled onto the ball is feasible. The next query lies between X,
+    which is outside the ball, and the result of a round of alternating projections from Y, which is
+    nearly inside. With X alone the method would be that of Kelley, which oscillates; with the other
+    alone it would not end at the nearest point.
 
-    Where there are many frequencies for the size of the kernel, neighbours say nearly the same:
-    the first rounds look at a sample of them. Their half-spaces hold for all.
+    With many frequencies for the size of the kernel, neighbours give nearly the same information:
+    the first rounds look at a sample of frequencies. Their half-spaces are valid for all.
 
     Parameters
     ----------
@@ -75,7 +76,7 @@ def nearest_by_half_spaces(
 
 
 class _Search:
-    """The half-spaces so far, the nearest point of all, and the next query."""
+    """The half-spaces so far, the nearest point that is in all of them, and the next query."""
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class _Search:
     def run(
         self, tolerance: Tolerance, max_rounds: int, chosen: np.ndarray | None = None
     ) -> Solution:
-        """Rounds until a point is near enough, on all frequencies or as if there were no others."""
+        """Rounds until a point is near enough, on all frequencies or only the chosen ones."""
         kernel, limit = self.kernel, self.limit
         best = Solution(0.0 * kernel, math.inf, self.dual, 0)
         for rounds in range(1, max_rounds + 1):

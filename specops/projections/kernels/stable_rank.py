@@ -22,11 +22,11 @@ from specops.projections.kernels.leading_direction import leading_direction
 from specops.typing import Array, State
 
 _DIRECTIONS = 10
-"""Of 40 normal kernels of 4² channels and 3² taps 33 took one or two directions, none over
-four."""
+"""Most directions along which a kernel is moved. Of 40 normal kernels of 4² channels and 3² taps 33
+took one or two, none over four."""
 _ROOM = 1e-3
-"""Relative room below r at which a kernel is not moved along its new direction any more: what
-`StableRankInfo.rank_after` may be off by."""
+"""A kernel is not moved along its new direction if its rank there is at most so far below r,
+relatively: `StableRankInfo.rank_after` may be off by as much."""
 
 
 def project_kernel(
@@ -71,7 +71,7 @@ def project_kernel(
         )
     info.iterations = 1
     while info.iterations < _DIRECTIONS and not arrays.is_traced(given.w):
-        # The result lies in the cone of its own direction too, whose nearest point is nearer yet.
+        # The result also lies in the cone of its own direction, whose nearest point is nearer.
         nearest = candidates.weight(candidates.wanted)
         direction, v = leading_direction(xp, geometry.kernel(nearest / given.scale), sizes, v)
         following, _, _ = kernel_candidates(given, geometry, direction, limit)

@@ -1,4 +1,4 @@
-"""What solvers of kernels leave for the next call: NumPy's arrays as a state, and read back."""
+"""States that solvers of kernels leave for the next call, from NumPy arrays and back."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ def state_of(values: Mapping[str, np.ndarray], like: Array) -> State:
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:
-    """Rows of length 1, as they were before the state was stored; zeros stay zero."""
+    """Rows scaled back to length 1, which storing may have changed by rounding; zeros stay zero."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.asarray(vectors / np.where(norms > 0, norms, 1.0))

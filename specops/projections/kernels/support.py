@@ -12,8 +12,9 @@ from specops.maps.symbol import Symbol
 from specops.typing import Array, Namespace
 
 _SAMPLED = 4
-"""Of 2, 3, 4 and 6 frequencies a period the least time in all for the layers of a ResNet-20 in
-training: two thirds of that of rounds on all frequencies. At 2 the sample says too little."""
+"""Frequencies of a sample per period. Of 2, 3, 4 and 6 this took the least time for the layers of a
+ResNet-20 in training, two thirds of that of rounds on all frequencies. With 2 the sample tells too
+little."""
 
 
 class Support:
@@ -57,7 +58,10 @@ class Support:
 
     @property
     def sample(self) -> np.ndarray:
-        """Frequencies, some for each period of the fastest wave in a block: none if nearly all."""
+        """A sample of frequencies, some for each period of the fastest wave in a block.
+
+        It is empty if the sample would contain nearly all.
+        """
         symbol = self.symbol
         strides = [max(1, int(a.period / (_SAMPLED * max(1, *a.shifts)))) for a in symbol.axes]
         if math.prod(strides) == 1:
@@ -65,23 +69,23 @@ class Support:
         return np.flatnonzero((symbol.frequencies % strides == 0).all(axis=1))
 
     def coordinates(self, xp: Namespace, kernel: Array) -> Array:
-        """Of a kernel (groups, rows, columns, *taps)."""
+        """The coordinates of a kernel (groups, rows, columns, *taps)."""
         return self._scaled(xp, self.symbol.coefficients(xp, kernel), -0.5)
 
     def kernel(self, xp: Namespace, x: Array) -> Array:
-        """The least kernel with these coordinates."""
+        """The kernel of least norm with these coordinates."""
         return self.symbol.kernel(xp, self._scaled(xp, x, 0.5))
 
     def unseen(self, xp: Namespace, kernel: Array) -> Array | None:
-        """The part of a kernel whose taps cancel where they wrap onto each other, if any can."""
+        """The part of a kernel that cancels where taps wrap onto each other; None if none do."""
         if not self.symbol.folds:
             return None
         part = kernel - self.kernel(xp, self.coordinates(xp, kernel))
-        # A small part of a large kernel is rounded to what the operator would see.
+        # The rounding of a large kernel would be seen by the operator: it is removed again.
         return part - self.kernel(xp, self.coordinates(xp, part))
 
     def coefficients(self, xp: Namespace, x: Array) -> Array:
-        """The symbol's coefficients."""
+        """The symbol's coefficients of a kernel with these coordinates."""
         return self._scaled(xp, x, 0.5)
 
     def gather(self, xp: Namespace, blocks: Array, chosen: Any = slice(None)) -> Array:

@@ -1,4 +1,4 @@
-"""Coordinates of a kernel, tap by tap, in which the Frobenius norm of its operator is diagonal."""
+"""Coordinates of a kernel by tap, in which its operator's squared Frobenius norm is diagonal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from specops.typing import Array, Namespace
 
 @dataclass(frozen=True)
 class Taps:
-    """Orthonormal coordinates in which ‖A(K)‖_F² is diagonal: one for each tap that differs."""
+    """Orthonormal coordinates in which ‖A(K)‖_F² is diagonal: one per distinct grid offset."""
 
     fold: np.ndarray
     """(taps, coordinates), orthonormal columns."""
@@ -32,11 +32,11 @@ class Taps:
         if self.folds:
             fold = arrays.constant(self.fold, z, complex=arrays.is_complex(z))
             z = arrays.matmul(z, fold)
-        # Contiguous taps, or single precision sums over the channels lose digits.
+        # With each tap's entries contiguous, sums over channels in single precision keep digits.
         return xp.reshape(xp.permute_dims(z, (2, 0, 1)), (self.fold.shape[1], *z.shape[:2]))
 
     def kernel(self, xp: Namespace, z: Array, like: Array) -> Array:
-        """The kernel of these coordinates that has nothing that cancels in folding."""
+        """The kernel with these coordinates, without a part that cancels where taps wrap."""
         z = xp.permute_dims(z, (1, 2, 0))
         if self.folds:
             unfold = arrays.constant(self.fold.T, z, complex=arrays.is_complex(z))

@@ -65,19 +65,19 @@ def project_matrices(
 
 
 def _limits(xp: Namespace, block: MatrixBlock, max_norm: Any) -> tuple[Array, Array]:
-    """(the bound in units of the block's scale, what to aim at)."""
+    """(the bound in units of the block's scale, a slightly smaller one to aim at)."""
     a = block.matrices
-    # Scales are powers of two, so the bound is all that rounds: down.
+    # The bound is rounded down; the division by the scale, a power of two, rounds nothing.
     limit = _rounded_down(max_norm, a) / block.scale[..., 0, 0]
     # A margin for the rounding of the solver.
     margin = (2.0 + math.sqrt(min(a.shape[-2:])) / 3.0) * arrays.epsilon(a.dtype)
     target = limit * (1.0 - margin)
-    # No matrix of the scale reaches it, and its square is an ordinary number.
+    # No matrix of this scale reaches BEYOND, whose square does not overflow.
     return limit, xp.where(target < BEYOND, target, xp.full_like(target, BEYOND))
 
 
 def _rounded_down(bound: Any, a: Array) -> Any:
-    """A number that the precision of `a` holds, at most the bound; arrays as they are."""
+    """The bound, rounded down to a number in the precision of `a`; arrays as they are."""
     if not isinstance(bound, float):
         return bound
     kind = np.dtype(arrays.dtype_name(arrays.real_dtype(arrays.namespace(a), a.dtype))).type
@@ -86,7 +86,7 @@ def _rounded_down(bound: Any, a: Array) -> Any:
 
 
 def _of_finite(xp: Namespace, block: MatrixBlock, info: ProjectionInfo) -> ProjectionInfo:
-    """The figures, NaN for matrices that are not finite."""
+    """The figures, with NaN for matrices that are not finite."""
     before, after, gap = (
         xp.where(block.finite, x, xp.full_like(x, math.nan))
         for x in (info.norm_before, info.norm_after, info.gap)

@@ -1,4 +1,4 @@
-"""Matrices of spectral norm at most c: the nearest ones, by the method that suits the device."""
+"""Concrete matrices onto the spectral ball, by the method that suits the device."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def project_concrete(
     if start is not None and method == "auto":
         found = clip_by_lobpcg(xp, a, limit, start)
     if found is not None:
-        # All or nothing: what a warm start missed is not worth scaling down for.
+        # If a warm start missed a value, its result is dropped, not scaled down.
         stored = xp.astype(found.matrices * block.scale, dtype)
         if not arrays.truth(fits(arrays.to_compute(xp, stored))):
             found = None
@@ -77,7 +77,7 @@ def _state(basis: Array | None) -> dict[str, Array]:
 
 
 def _checked(a: Array, start: Array) -> Array:
-    """The state's vectors on the library, device and precision of `a`."""
+    """The state's vectors, in the library, on the device and in the precision of `a`."""
     side = min(a.shape[-2:])
     shape = tuple(start.shape) if arrays.is_array(start) else None
     if a.ndim != 2 or shape is None or len(shape) != 2 or shape[0] != side:

@@ -1,4 +1,4 @@
-"""Matrices onto the spectral ball where values are unknown, or differentiated: by SVD."""
+"""Matrices onto the spectral ball if they are traced, or differentiated: by SVD."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def project_traced(
 ) -> tuple[Array | None, ProjectionInfo]:
     """(the matrices as stored, None if all were inside; what happened).
 
-    Every decision is left to the compiler, or differentiated through the vectors.
+    Nothing here depends on the values of arrays, so that compilers can trace it.
     """
     a, unit = block.matrices, block.scale[..., 0, 0]
     fixed = arrays.stop_gradient(a)
@@ -37,9 +37,9 @@ def project_traced(
 
     x = clipped * block.scale
     if dtype == a.dtype:
-        # Storing rounds nothing, and the target's margin is that of the solver's rounding. What is
-        # measured outside all the same gives way once, by two margins: a loop would end when all
-        # of a stack are done, which devices that share it would have to agree on.
+        # Storing rounds nothing, and the target has a margin for the solver's rounding. A matrix
+        # that is outside nevertheless is scaled down once, by two margins. A loop would run until a
+        # whole stack is done, on which devices that share the stack would have to agree.
         x = xp.astype(x, dtype)  # a bound may be of higher precision
         after = norm(x)
         less = (target / limit) ** 2 * limit / xp.where(fits(after), limit, after)

@@ -14,15 +14,16 @@ from specops.projections.feasible_rank import Candidates, energy, shape_of
 from specops.typing import Array, Namespace
 
 _ITERATE_ABOVE = 2**25
-"""rows · columns · min(rows, columns) from which a few products cost less than an SVD: of 200² the
-SVD took 0.7 of the time of an iteration, of 322² as long, of 512² four times as long."""
+"""rows · columns · min(rows, columns) from which a few products cost less than an SVD: at 200² the
+SVD took 0.7 of the time of the iteration, at 322² as long, at 512² four times as long."""
 _FEW_TRIPLETS = 16
-"""Triplets from which the SVD of 512² takes no longer than their iteration: 1.3 s both."""
+"""With so many triplets the SVD of 512² takes no longer than their iteration: 1.3 s both."""
 _LOBPCG_ROUNDS_WHEN_TRACED = 6
-"""From vectors of a normal matrix of 512² that has changed by 1e-3 since: values to 1e-8."""
+"""Rounds that gave values to 1e-8, from vectors of a normal matrix of 512² that had changed by
+1e-3."""
 _RANDOM_PART = 0.01
-"""Length of the random vector beside an old unit vector, which alone may be a singular vector that
-no longer leads: a product with it shows what does."""
+"""Length of the random vector that is added to an old unit vector. That alone may be a singular
+vector that no longer leads; a product with the sum shows the one that does."""
 
 
 def matrix_candidates(
@@ -70,7 +71,7 @@ def matrix_candidates(
 
 
 def _leading_part(xp: Namespace, a: Array, v: Array, stays: Array) -> Array:
-    """A V Vᴴ of the columns that stay, differentiated as the leading part of the SVD of A."""
+    """A V Vᴴ for the columns that stay, with the derivative of the leading part of A's SVD."""
 
     def along(a: Array, v: Array, stays: Array) -> Array:
         images = arrays.matmul(a, v)
