@@ -1,4 +1,4 @@
-"""A checkpoint beside a file of low-rank updates of it: the weights that the network runs."""
+"""A checkpoint compared with low-rank updates of it: the weights with the updates added."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def with_updates(
     progress: Callable[[int, int, str], None] | None = None,
     listed: Callable[[Sequence[Entry]], None] | None = None,
 ) -> Comparison:
-    """The comparison with pairs of weights of the first, and those plus updates of the second.
+    """The comparison, with pairs of a weight of the first and that weight plus its update.
 
-    Where the second says how much of an update to add (α). Its figures are those of the
-    difference. A pair that cannot be added or measured stays apart.
+    This needs the second to say how much of an update to add (α). The figures of the difference are
+    those of the update. A weight and an update that cannot be added or measured stay unpaired.
     """
     hints = hints or Hints()
     bases = {w.name: w for w in one.measured if w.name in set(comparison.only_one)}
@@ -73,9 +73,9 @@ def with_updates(
 
 
 def base_of(name: str, bases: Iterable[str]) -> str:
-    """The name of the weight that an update is of; "" if it is of none, or it may be of several.
+    """The name of the weight to which an update belongs; "" if it is none, or may be several.
 
-    kohya's names have underlines for dots, and begin with the part of the model.
+    kohya's names have underscores for dots, and begin with the part of the model.
     """
     if not name.endswith(UPDATE):
         return ""
@@ -100,7 +100,7 @@ def _sum(
     adapter: Mapping[str, Any],
     method: Method,
 ) -> tuple[WeightFigures, Figures] | None:
-    """(the row of a weight plus its update, the figures of what it adds); None if it cannot be."""
+    """(the row of a weight plus its update, the figures of the update); None if not possible."""
     composed = update.composed
     made = None if composed is None else composed.update
     if composed is None or made is None or made.obstacle:
@@ -125,6 +125,6 @@ def _sum(
     )
     own = update.assumption.geometry
     same = not made.lengths and own is not None and own.describe() == geometry.describe()
-    # The factors of an update are cheaper than all of it.
+    # The factors of an update are cheaper to decompose than their product.
     difference = load(second, update) if same else total - w
     return row, measured_as(difference, readings[0], method).figures

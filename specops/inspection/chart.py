@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 _POINTS = 120
-"""Of a curve: more cannot be told apart at its size."""
+"""Most points of a curve: more could not be distinguished at its size."""
 _WIDTH, _HEIGHT = 420, 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 38
 
 
 def chart(name: str, curves: Mapping[str, np.ndarray]) -> str:
-    """Curves of descending values by the classes that style them, on common axes."""
+    """Curves of descending values, by the CSS classes that style them, on common axes."""
     every = np.concatenate(list(curves.values()))
     count, top = max(map(len, curves.values())), float(every.max())
     first = next(iter(curves.values()))

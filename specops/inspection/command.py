@@ -59,6 +59,31 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", help="a file or folder")
+    _add_hints(parser)
+    parser.add_argument(
+        "--method",
+        choices=["auto", "exact", "bounds"],
+        default="auto",
+        help="all singular values, or certified bounds of the largest; auto: bounds for matrices "
+        "whose smaller side exceeds 2048",
+    )
+    parser.add_argument(
+        "--compare",
+        metavar="OTHER",
+        help="a second checkpoint of the same model, or low-rank updates of it",
+    )
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="tensors to leave alone; may be repeated",
+    )
+    _add_outputs(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_hints(parser: argparse.ArgumentParser) -> None:
     known = parser.add_argument_group("what the file does not say")
     known.add_argument(
         "--input-size",
@@ -92,25 +117,9 @@ def add_parser(commands: Any) -> None:
         default="",
         help="order of a kernel's axes, where the file does not tell",
     )
-    parser.add_argument(
-        "--method",
-        choices=["auto", "exact", "bounds"],
-        default="auto",
-        help="all singular values, or certified bounds of the largest; auto: bounds for matrices "
-        "whose smaller side exceeds 2048",
-    )
-    parser.add_argument(
-        "--compare",
-        metavar="OTHER",
-        help="a second checkpoint of the same model, or low-rank updates of it",
-    )
-    parser.add_argument(
-        "--exclude",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="tensors to leave alone; may be repeated",
-    )
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output (default: a table)")
     shape = output.add_mutually_exclusive_group()
     shape.add_argument("--json", action="store_true", help="JSON on standard output")
@@ -120,7 +129,6 @@ def add_parser(commands: Any) -> None:
     )
     output.add_argument("--html", metavar="FILE", help="also write a page with all spectra")
     output.add_argument("--plot", metavar="FILE", help="also draw all spectra (.png, .pdf, .svg)")
-    parser.set_defaults(run=run)
 
 
 def run(given: argparse.Namespace) -> int:
@@ -130,7 +138,7 @@ def run(given: argparse.Namespace) -> int:
         hints = _hints(given)
         _check_outputs(given)
         if given.compare:
-            open_checkpoint(given.compare).close()  # before hours of work, not after
+            open_checkpoint(given.compare).close()  # an error shows now, not after hours of work
         found = _inspect(given.checkpoint, hints, given)
         if given.compare and not found.interrupted:
             other = _inspect(given.compare, hints, given)
@@ -222,7 +230,7 @@ def _plot(found: Inspection, other: Inspection | None, path: str) -> int:
 
 
 def _labelled(weight: WeightFigures) -> str:
-    """The name, and which map's the spectrum is where it is not that of the row."""
+    """The name, and of which map the spectrum is if it is not the map of the row."""
     f = weight.figures
     of = f.beside_of if f is not None and f.spectrum is None else ""
     return f"{weight.name} ({of})" if of else weight.name
@@ -285,7 +293,7 @@ def _size(text: str) -> tuple[int, ...]:
 
 
 def _check_outputs(given: argparse.Namespace) -> None:
-    """Before hours of work, not after."""
+    """Raise for outputs that cannot be written: now, not after hours of work."""
     if given.csv and given.compare:
         raise ValueError("--csv holds one checkpoint: take --json or --html with --compare")
     inputs = [Path(path) for path in (given.checkpoint, given.compare) if path]

@@ -48,7 +48,7 @@ _DROPPED_FIRST = (
 
 @dataclass(frozen=True)
 class Pair:
-    """A weight of the same name in both, without what wrappers put before it."""
+    """A weight of the same name in both, apart from prefixes of wrappers."""
 
     name: str
     one: WeightFigures
@@ -56,7 +56,7 @@ class Pair:
 
     @property
     def ratio(self) -> float | None:
-        """Of the largest singular values, other to one; of brackets, their middles."""
+        """The ratio of the largest singular values, other to one; of brackets, of their middles."""
         if self.one.figures is None or self.other.figures is None:
             return None
         below = middle(self.one.figures)
@@ -65,7 +65,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two checkpoints have in common, and what not.
+    """Which weights two checkpoints have in common, and which not.
 
     Attributes
     ----------
@@ -102,11 +102,11 @@ class Comparison:
         return found
 
     def difference(self, pair: Pair) -> Figures | None:
-        """Of second − first, where it is known."""
+        """The figures of second − first, if they are known."""
         return None if self.differences is None else self.differences.get(pair.name)
 
     def lines(self, shown: Callable[[Sequence[str]], str] = ", ".join) -> list[str]:
-        """What to know of the pairs, and what has no partner; names as `shown` puts them."""
+        """Remarks on the pairs, and weights without a partner; `shown` joins their names."""
         known = self.differences
         remarks = {
             "taken for another map in the second, of which its figures are": [
@@ -195,6 +195,6 @@ def _of(weight: WeightFigures, key: str) -> Any:
 
 
 def _unique(weights: dict[str, WeightFigures]) -> dict[str, WeightFigures]:
-    """By bare name, where no two have the same."""
+    """The weights by bare name, if no other has the same."""
     counts = Counter(map(bare_name, weights))
     return {bare_name(name): w for name, w in weights.items() if counts[bare_name(name)] == 1}

@@ -1,4 +1,4 @@
-"""Weights that a file holds in several tensors: normalised, pruned, and low-rank updates."""
+"""Weights that are computed from several tensors of a file: normalised, pruned, and updates."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _normalised(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Composed]:
         g = shapes.get(lengths)
         if not weight or g is None or not _are_lengths(g, shape):
             continue
-        # One length is that of the whole tensor; else one for each index of an axis.
+        # A single length is for the whole tensor; otherwise there is one per index of an axis.
         axes = tuple(i for i, n in enumerate(g) if n == 1) if math.prod(g) > 1 else None
         yield Composed(
             weight,
@@ -93,7 +93,7 @@ class _Normalise:
 
 
 def _directions(name: str) -> tuple[str, str]:
-    """(the weight, its lengths) of a tensor that may hold directions; empty: it does not."""
+    """The names (weight, lengths) if a tensor may hold directions; empty if not."""
     stem, _, last = name.rpartition(".")
     dot = "." if stem else ""
     if last.endswith("_v") and last != "_v":
@@ -105,7 +105,7 @@ def _directions(name: str) -> tuple[str, str]:
 
 
 def _are_lengths(g: tuple[int, ...], v: tuple[int, ...]) -> bool:
-    """One length for the whole tensor, or one for each index of an axis."""
+    """Whether these are lengths: one for the whole tensor, or one per index of an axis."""
     if g in ((), (1,)):
         return len(v) > 1
     along = [a for a, b in zip(g, v, strict=False) if a == b != 1]

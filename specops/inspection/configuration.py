@@ -1,4 +1,4 @@
-"""What a checkpoint's own configuration says of its layers: Keras' and that of Hugging Face."""
+"""A checkpoint's own configuration, of Keras or Hugging Face, and what it says about layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DEPTHWISE_PARTS: Final = ("0", "depthwise_kernel")
 
 @dataclass(frozen=True)
 class Layer:
-    """What is known of the layer that a tensor belongs to.
+    """What is known about the layer to which a tensor belongs.
 
     Attributes
     ----------
@@ -74,7 +74,7 @@ class Configuration:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Configuration:
-        """Of a checkpoint: in it, or in a file of a known name beside it."""
+        """The configuration of a checkpoint: in it, or in a file of a known name beside it."""
         if checkpoint.configuration:
             layers = {str(c.get("name")): found for found in _keras_layers(checkpoint.configuration)
                       for c in [found.get("config", {})]}  # fmt: skip
@@ -88,7 +88,7 @@ class Configuration:
         )
 
     def value(self, key: str) -> Any:
-        """A setting of Hugging Face; of a model in parts, that of the part that has it."""
+        """A setting of Hugging Face; for a model with parts, that of the one part that has it."""
         if key in self.values:
             return self.values[key]
         found = [
@@ -97,7 +97,7 @@ class Configuration:
         return found[0] if len(found) == 1 else None
 
     def layer(self, name: str) -> Layer | None:
-        """What is said of the layer that a tensor belongs to; None: nothing."""
+        """What is known about the layer to which a tensor belongs; None if nothing."""
         if self.values:
             return _of_hugging_face(name, self)
         parts = name.split("/")
@@ -118,7 +118,7 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _keras_layers(config: Any) -> Iterator[Mapping[str, Any]]:
-    """The configurations of all layers, those inside of others too."""
+    """The configurations of all layers, also of those inside other layers."""
     pending = [config]
     while pending:
         thing = pending.pop()
@@ -166,7 +166,7 @@ def _numbers(given: Any, otherwise: int) -> int | tuple[int, ...]:
 
 
 def _of_hugging_face(name: str, configuration: Configuration) -> Layer | None:
-    """What is known of the convolutions of some models."""
+    """What is known about the convolutions of some models."""
     value = configuration.value
     extractor = re.search(r"feature_extractor\.conv_layers\.(\d+)\.", name)
     strides = value("conv_stride")
@@ -184,7 +184,7 @@ def _of_hugging_face(name: str, configuration: Configuration) -> Layer | None:
 
 
 def _patches(name: str, configuration: Configuration) -> Layer | None:
-    """Of images: as far apart as they are wide, unless the configuration has steps of its own."""
+    """Patches of images: their stride is their size, unless the configuration has another."""
     value = configuration.value
     stages, numbers = value("strides"), [int(n) for n in re.findall(r"\.(\d+)\.", name)]
     if isinstance(stages, list) and len(numbers) == 1 and numbers[0] < len(stages):
@@ -200,6 +200,6 @@ def _patches(name: str, configuration: Configuration) -> Layer | None:
     frames = _numbers(value("tubelet_size") or value("temporal_patch_size"), 0)
     if isinstance(size, int) and isinstance(frames, int) and size and frames:
         size = (frames, size, size)
-    # Some name all three lengths, and no patch.
+    # Some configurations give all three lengths, and no patch size.
     size = size or (frames if isinstance(frames, tuple) else 0)
     return Layer("patches", stride=size, groups=1, padding="valid") if size else None

@@ -63,7 +63,7 @@ def _figures(
 
 def _minus(a: Weight, b: Weight) -> Any:
     if isinstance(a, tuple) and isinstance(b, tuple):
-        # B′A′ − BA is a product as well, of the ranks' sum.
+        # B′A′ − BA is also a product of two factors, whose rank is the sum of both ranks.
         return np.concatenate([a[0], -b[0]], axis=1), np.concatenate([a[1], b[1]])
     if isinstance(a, tuple) or isinstance(b, tuple):
         raise ValueError("one is a low-rank update, the other is not")

@@ -1,4 +1,4 @@
-"""`inspect`: the command's work as a function."""
+"""`inspect`: the command `specops inspect` as a function."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def inspect(
 
 
 def _of_conv(name: str, given: Any) -> dict[str, Any]:
-    """Of each pattern what `Conv` makes of an argument, which it checks."""
+    """The values by pattern, as `Conv` checks and stores the argument of this name."""
     conv: Any = Conv
     return {k: getattr(conv(None, **{name: v}), name) for k, v in _table(given).items()}
 

@@ -18,19 +18,20 @@ from specops.spectra import singular_values, spectral_norm, spectral_norm_bounds
 Method = Literal["auto", "exact", "bounds"]
 BOUNDED = "certified bounds"
 LANCZOS = "by Lanczos"
-"""How methods are told apart in what they say of themselves."""
+"""Words by which `Figures.method` can be recognised."""
 _EXACT_UP_TO = 2048
-"""Smaller side of a matrix up to which all its values are computed."""
+"""Largest smaller side of a matrix for which all values are computed."""
 _EXPLICIT_UP_TO = {"auto": 2**22, "exact": 2**24, "bounds": 0}
-"""Entries of a zero-padded convolution's matrix up to which it is decomposed."""
+"""Most entries of a zero-padded convolution's matrix that is decomposed, by method."""
 _REFINED_UP_TO = 128
-"""Channels up to which a supremum over all frequencies is refined."""
+"""Most channels for which a supremum over all frequencies is refined."""
 _CHUNK = 2**22
-"""Entries of which a triangular factor is made at once: a choice of memory, 32 MiB in double."""
+"""Entries of a slice from which a triangular factor is made: a choice of memory, 32 MiB in
+double."""
 _SAFE = 1e-4
-"""The largest entry, or its inverse, from which ‖AᵀAv‖² fits into single precision with room."""
+"""If the largest entry is between this and its inverse, ‖AᵀAv‖² fits into single precision."""
 _TORUS_UP_TO = 2**35
-"""Multiplications for the values of the circular layer that are made without being asked: half a
+"""Most multiplications for which the values of the circular layer are computed unasked: half a
 minute on two cores."""
 
 
@@ -45,7 +46,7 @@ def figures_of(w: np.ndarray, geometry: Geometry, method: Method = "auto") -> Fi
 
 
 def takes_bounds(side: int, method: Method) -> bool:
-    """Whether of matrices with this smaller side the norm is bounded and nothing decomposed."""
+    """Whether matrices with this smaller side get bounds of the norm, without a decomposition."""
     return method == "bounds" or (method == "auto" and side > _EXACT_UP_TO)
 
 
@@ -62,9 +63,9 @@ def _matrix(a: np.ndarray, method: Method) -> Figures:
 
 
 def product_figures(b: np.ndarray, a: np.ndarray, geometry: Dense | None = None) -> Figures:
-    """Of B·A, from the triangular factors of B and Aᵀ: no matrix larger than the rank is made.
+    """The figures of B·A, from the triangular factors of B and Aᵀ: B·A itself is never formed.
 
-    A geometry with splits has them along the rows of B.
+    Splits of the geometry are along the rows of B.
     """
     split = Dense() if geometry is None else Dense(splits=geometry.splits, repeats=geometry.repeats)
     right: Any = np.linalg.qr(a.T, mode="r")
@@ -79,14 +80,14 @@ def product_figures(b: np.ndarray, a: np.ndarray, geometry: Dense | None = None)
 
 
 def exact_values(a: np.ndarray) -> np.ndarray:
-    """All singular values in double precision, with little memory beside two copies of `a`."""
+    """All singular values in double precision, in little more memory than two copies of `a`."""
     a = a.T if a.shape[0] < a.shape[1] else a
     wide = np.complex128 if np.iscomplexobj(a) else np.float64
     rows, columns = a.shape
     if rows <= 2 * columns:
         square = a.astype(wide)
     else:
-        # Triangular factors of slices one after the other: A itself is never copied whole.
+        # Triangular factors slice by slice, so that A is never copied as a whole.
         step = max(columns, _CHUNK // columns)
         square = np.zeros((0, columns), wide)
         factor: Any
@@ -121,14 +122,14 @@ def _bounded(a: np.ndarray) -> Figures:
 
 
 def _largest(a: np.ndarray) -> float:
-    """max|a|, of real entries without a copy of all."""
+    """max|a|; for real entries without a copy of the whole array."""
     if np.iscomplexobj(a):
         return float(np.abs(a).max(initial=0.0))
     return max(float(a.max(initial=0.0)), -float(a.min(initial=0.0)))
 
 
 def _every_size(w: np.ndarray, geometry: Conv, method: Method) -> Figures:
-    """The operator's supremum over input sizes; beside it the reshaped kernel."""
+    """The figures of the supremum over input sizes, with those of the reshaped kernel beside it."""
     sizes = geometry.sizes(tuple(w.shape))
     if all(k == 1 for k in sizes.kernel):
         return _positions(w, geometry, method, "1×1: the same matrix at every position")
@@ -152,7 +153,7 @@ def _every_size(w: np.ndarray, geometry: Conv, method: Method) -> Figures:
 
 
 def _positions(w: np.ndarray, geometry: Conv, method: Method, why: str) -> Figures:
-    """Of a layer that is one matrix at every position: exact at every size."""
+    """The figures of a layer that applies one matrix at every position: exact at every size."""
     text = f"{why}; ranks and ‖·‖_F of one position"
     groups = _at_one_position(w, geometry)
     if takes_bounds(min(groups.shape[1:]), method):
@@ -196,7 +197,7 @@ def _sized(w: np.ndarray, geometry: Conv, method: Method) -> Figures:
 
 
 def _cost(rows: int, columns: int) -> str:
-    """Of decomposing a matrix: its memory, and how long at 10¹⁰ multiplications in a second."""
+    """The cost of decomposing a matrix: memory, and time at 10¹⁰ multiplications a second."""
     hours = 4.0 * rows * columns * min(rows, columns) / 3.0 / 1e10 / 3600.0
     time = f"{hours:.1f} hours" if hours > 1.0 else f"{max(60.0 * hours, 0.1):.1f} minutes"
     limit = _EXPLICIT_UP_TO["exact"]
@@ -208,7 +209,7 @@ def _cost(rows: int, columns: int) -> str:
 
 
 def _repeated(w: np.ndarray, geometry: Conv) -> np.ndarray | None:
-    """All values of a layer whose outputs share no input: those of its matrix at each position."""
+    """All values of a layer whose outputs share no input, from its matrices; None for others."""
     sizes = geometry.sizes(tuple(w.shape))
     assert sizes.fine is not None
     assert sizes.coarse is not None
@@ -228,7 +229,7 @@ def _at_one_position(w: np.ndarray, geometry: Conv) -> np.ndarray:
 
 
 def _circular(w: np.ndarray, geometry: Conv, method: Method) -> Figures | None:
-    """All values of the same layer with circular padding; None where they cost too much."""
+    """All values of the same layer with circular padding; None if they cost too much."""
     circular = replace(geometry, boundary="circular", padding="same", output_padding=0)
     if not circular.has_exact_spectrum(tuple(w.shape)):
         return None

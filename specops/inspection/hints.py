@@ -1,4 +1,4 @@
-"""What a checkpoint does not say and the user knows."""
+"""`Hints`: what the user knows about a model and its checkpoint does not say."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OPTIONS: Final = {
     "padding": "--padding",
     "groups": "--groups",
 }
-"""The hints that are of convolutions, and what the command calls them."""
+"""The hints about convolutions, and the command's options for them."""
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Hints:
         return [option for key, option in OPTIONS.items() if self.of(name, key) is not None]
 
     def named(self, name: str) -> list[str]:
-        """The options whose pattern means this name, not all names."""
+        """The options with a pattern that matches this name and is not "*"."""
         return [
             option
             for key, option in OPTIONS.items()
@@ -63,7 +63,7 @@ class Hints:
         ]
 
     def meant(self, names: list[str]) -> list[tuple[str, str, list[str]]]:
-        """(option, pattern, the names it matches) of each hint that is not for all names."""
+        """(option, pattern, the names it matches) for each hint whose pattern is not "*"."""
         found = []
         for key, option in OPTIONS.items():
             for pattern in getattr(self, key):
@@ -76,7 +76,7 @@ class Hints:
         return [option for key, option in OPTIONS.items() if "*" in getattr(self, key)]
 
     def excludes(self, name: str) -> bool:
-        """Whether the user wants to hear nothing of it."""
+        """Whether the user excludes this name."""
         return any(matches(name, pattern) for pattern in self.exclude)
 
     def unused(self, names: list[str]) -> list[str]:
@@ -87,7 +87,7 @@ class Hints:
 
 
 def bare_name(name: str) -> str:
-    """A name without what wrappers put before it, in whatever order."""
+    """A name without prefixes of wrappers, in whatever order they come."""
     while True:
         shorter = name
         for prefix in _PREFIXES:

@@ -1,6 +1,6 @@
-"""Certified bounds of the norm of a large matrix: to 1e-3 from one Gram matrix, or to 1e-5.
+"""Certified bounds of the norm of a large matrix, to 1e-3 from one Gram matrix, or to 1e-5.
 
-Both need a lower bound, by a vector, and an upper one, by a factorisation that exists only for
+The lower bound comes from a vector, the upper one from a Cholesky factor, which exists only for
 limits above the norm.
 """
 
@@ -17,23 +17,23 @@ from specops.linalg.rounding import CHOLESKY_MARGIN
 from specops.maps.matrix import MatrixOperator
 
 _SLICE_ENTRIES = 2**20
-"""Entries cast to double precision at once: a choice of memory, 8 MiB."""
+"""Entries that are cast to double precision at a time: a choice of memory, 8 MiB."""
 _SUMMED = 4096
-"""Rows summed at once in single precision: so many drift by less than the margin of the factor."""
+"""Rows that are summed in single precision: such sums drift by less than the factor's margin."""
 _SINGLE_FROM = 2048
-"""Smaller side above which single precision is tried first: of 4096² it took 3.7 s of processor
-time where double took 11.2 s. A choice: smaller ones take too little for it to matter."""
+"""With a larger smaller side single precision is tried first: at 4096² it took 3.7 s of processor
+time, and double 11.2 s. A choice: for smaller matrices it hardly matters."""
 _STEPS = 32
-"""Of Lanczos on the Gram matrix, each half of what a step on A takes: of six normal matrices of
-2304² to 4096² the norm was at most 8e-5 too small after so many, 3e-3 after 24; of 45 of 4096²
-four were more than 5e-4 short, and none after as many again."""
+"""Steps of Lanczos on the Gram matrix, each of which takes half the time of a step on A. For six
+normal matrices of 2304² to 4096² the norm was at most 8e-5 too small after so many, 3e-3 after 24.
+Of 45 of 4096² four were more than 5e-4 too small, and none after twice as many."""
 _ROOM = 5e-4
-"""Above the lower bound, where the factor is looked for."""
+"""How far above the lower bound, relatively, the Cholesky factor is tried."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Of the norm of a matrix, and its Frobenius norm."""
+    """Bounds of the norm of a matrix, and its Frobenius norm."""
 
     lower: float
     upper: float
@@ -41,10 +41,10 @@ class Bounds:
 
 
 def norm_bounds(a: np.ndarray) -> Bounds:
-    """Of a matrix (m, n) other than zero, scaled so that squares neither overflow nor underflow.
+    """Bounds for a nonzero matrix (m, n), scaled so that squares neither overflow nor underflow.
 
-    The upper bound is that of a Cholesky factor as in `specops.linalg.inside`; failing that, of
-    the Frobenius norm.
+    The upper bound comes from a Cholesky factor as in `specops.linalg.inside`; if there is none, it
+    is the Frobenius norm.
     """
     a = a if a.shape[0] >= a.shape[1] else a.T
     single = a.real.dtype == np.float32
@@ -53,7 +53,7 @@ def norm_bounds(a: np.ndarray) -> Bounds:
 
 
 def _by_single(a: np.ndarray) -> Bounds | None:
-    """To 6e-4, if Lanczos has come so far after few steps, or as many again."""
+    """Bounds to 6e-4; None if Lanczos is not that accurate after few steps, or twice as many."""
     v = _start(a.shape[1], a)
     for _ in range(2):
         gram = _gram(a, a.dtype, _SUMMED)
@@ -69,7 +69,7 @@ def _by_single(a: np.ndarray) -> Bounds | None:
 
 
 def _by_double(a: np.ndarray) -> Bounds:
-    """To 1e-5, if Lanczos has converged."""
+    """Bounds to 1e-5, if Lanczos has converged."""
     v = largest_singular_triplet(np, MatrixOperator(a), _start(a.shape[1], a), tolerance=1e-5)[2]
     sigma, frobenius = _measured(a, v)
     gram = _gram(a, np.result_type(a, np.float64), _slice(a))
@@ -91,11 +91,11 @@ def _by_double(a: np.ndarray) -> Bounds:
 
 
 def _gram(a: np.ndarray, dtype: np.dtype, step: int) -> np.ndarray:
-    """AᴴA from so many rows at a time, so that few copies are made."""
+    """AᴴA, summed over slices of `step` rows, which saves memory for copies."""
     total: np.ndarray | None = None
     for at in range(0, len(a), step):
         rows = a[at : at + step].astype(dtype, copy=False)
-        # A product with its own transpose: NumPy computes half of it.
+        # For a product of a matrix with its own transpose NumPy computes only half.
         part = (rows.conj() if np.iscomplexobj(rows) else rows).T @ rows
         if total is None:
             total = part
@@ -126,10 +126,10 @@ def _slice(a: np.ndarray) -> int:
 
 
 def _below(a: np.ndarray, sigma: float) -> float:
-    """Less the rounding of a product."""
+    """A lower bound: σ less the rounding of a product."""
     return sigma * (1.0 - sum(a.shape) * float(np.finfo(float).eps))
 
 
 def _above(a: np.ndarray, frobenius: float) -> float:
-    """With the rounding of a sum of squares."""
+    """An upper bound: the Frobenius norm plus the rounding of a sum of squares."""
     return frobenius * (1.0 + a.size * float(np.finfo(float).eps))

@@ -1,4 +1,4 @@
-"""What is said of an inspection beside its figures."""
+"""Remarks on an inspection, beside its figures."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from specops.inspection.spectrum import CIRCULAR, RESHAPED
 
 _NAMED = 3
 _SPEAKERS = ("LMHeadModel", "ForCausalLM", "ForConditionalGeneration", "ForMaskedLM")
-"""Models that have a matrix of outputs."""
+"""Endings of architectures that have a matrix of outputs."""
 _TOKENS = ("embed_tokens.weight", "wte.weight", "shared.weight", "word_embeddings.weight")
 
 
 def grouped_problems(weights: list[WeightFigures]) -> list[str]:
-    """A line for each reason why what should have been measured was not."""
+    """A line for each reason why weights that should have been measured were not."""
     found: dict[str, list[str]] = {}
     for weight in weights:
         if weight.skipped and not weight.harmless:
@@ -70,7 +70,7 @@ def notes_on(measured: list[WeightFigures], method: Method) -> list[str]:
 
 
 def _beside(measured: list[WeightFigures], of: str) -> list[str]:
-    """Weights with figures of that other map, of one reading at least where there are several."""
+    """Weights with figures of another map, `of`, in at least one of their readings."""
     return [
         w.name
         for w in measured

@@ -45,11 +45,11 @@ _DROPPED_FIRST = (
 _EQUAL = 1.0 + 5e-6
 """A bracket whose ends agree to the digits shown is shown as one number, the upper bound."""
 _NAMES = re.compile(r"[A-Za-z_]\w*([./]\w+)+")
-"""Names of other tensors in what speaks for a map."""
+"""Names of other tensors within the reasons for a map."""
 _PATTERNS = 4
-"""Kinds of names that are shown of one reason."""
+"""Most patterns of names that are shown for one reason."""
 MARKS = {RESHAPED: "ʳ", CIRCULAR: "ᶜ"}
-"""Of figures that are of another map than the rest of their row."""
+"""Marks of figures that are of another map than the rest of their row."""
 _KEYS = (
     "sigma_min",
     "frobenius",
@@ -79,9 +79,9 @@ def show(inspection: Inspection, verbose: bool = False) -> None:
 
 
 def folded(names: Sequence[str]) -> str:
-    """Patterns of names, numbers as *, with how many each stands for where it is more than one.
+    """Names as patterns with * for numbers, each with its count if that is more than one.
 
-    Where these are many kinds, patterns of the last component alone.
+    If there are many patterns, they are of the last component alone.
     """
     kinds = _kinds(names, lambda name: re.sub(r"\d+", "*", name))
     if len(kinds) > _PATTERNS:
@@ -109,7 +109,7 @@ def show_table(
     right: Sequence[str],
     dim: Sequence[bool] | None = None,
 ) -> None:
-    """Print the columns that a terminal has room for, and which it has not; all in a file."""
+    """Print the columns that a terminal has room for, and name the others; in a file all."""
     kept = list(range(len(headers)))
     if sys.stdout.isatty():
         widths = [max(len(row[i]) for row in (headers, *rows)) + 3 for i in kept]
@@ -127,7 +127,7 @@ def show_table(
 
 
 def wrapped(text: str) -> str:
-    """A remark on the lines of a terminal."""
+    """A remark, wrapped to the width of the terminal."""
     text = printable(text)
     width = shutil.get_terminal_size((100, 24)).columns
     return textwrap.fill(
@@ -136,7 +136,7 @@ def wrapped(text: str) -> str:
 
 
 def summary(inspection: Inspection) -> str:
-    """Totals in a line."""
+    """The totals in one line."""
     found = inspection.totals()
     text = (
         f"{printable(inspection.path)} ({inspection.format}): {found['measured']} of "
@@ -175,7 +175,7 @@ def cells(weight: WeightFigures) -> tuple[str, ...]:
 def figure_text(
     f: Figures, key: str, text: Callable[[float | None], str] = lambda v: number_text(v)
 ) -> str:
-    """A figure; where it is known of another map only, that one, marked."""
+    """A figure as text; if it is known only for another map, that one, with a mark."""
     value = getattr(f, key)
     if value is None and f.beside is not None and getattr(f.beside, key) is not None:
         return text(getattr(f.beside, key)) + MARKS[f.beside_of]
@@ -183,7 +183,7 @@ def figure_text(
 
 
 def sigma_text(f: Figures) -> str:
-    """σ_max, or its bracket."""
+    """σ_max, or its bracket, as text."""
     if isinstance(f.sigma_max, tuple):
         low, high = f.sigma_max
         return f"{high:.5g}" if high <= low * _EQUAL else f"[{low:.5g}, {high:.5g}]"
@@ -191,7 +191,7 @@ def sigma_text(f: Figures) -> str:
 
 
 def number_text(value: float | None) -> str:
-    """Five digits; empty for what was not computed."""
+    """A number with five digits; empty for None, which was not computed."""
     return "" if value is None else f"{value:.5g}"
 
 

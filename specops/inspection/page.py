@@ -1,4 +1,4 @@
-"""An inspection as one HTML file that needs nothing else: sortable, with every spectrum."""
+"""An inspection as one self-contained HTML file: a sortable table, and every spectrum."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAPS = {
     RESHAPED: "the reshaped kernel's",
     CIRCULAR: "those of the layer with circular padding",
 }
-"""Whose singular values are drawn, where they are not those of the row."""
+"""Whose singular values are drawn, if they are not those of the row's own map."""
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8886; --accent: #0072b2; --faint: #888; }
@@ -88,7 +88,7 @@ def as_html(inspection: Inspection, comparison: Comparison | None = None) -> str
     """The page; with a comparison, its table too."""
     partners = {} if comparison is None else {p.one.name: p for p in comparison.pairs}
     plots = "\n".join(
-        # What it is compared with was measured for the likeliest reading, the first.
+        # A comparison is of the likeliest reading, which is the first.
         _figure(
             reading, None if place else partners.get(w.name), comparison, _anchor(w.name, place)
         )
@@ -139,7 +139,7 @@ def _table(inspection: Inspection) -> str:
 
 
 def _decided(inspection: Inspection) -> str:
-    """What tensors were taken for."""
+    """The maps that tensors were taken for."""
     return "".join(
         f"<details><summary>{len(names)} taken as: {escape(why)}</summary>"
         f"<p>{escape(', '.join(names))}</p></details>"
@@ -175,7 +175,7 @@ def _compared(comparison: Comparison | None) -> str:
 
 
 def _key(comparison: Comparison | None) -> str:
-    """Which curve is whose."""
+    """The legend of the curves."""
     if comparison is None:
         return ""
     one, other = (escape(path) for path in comparison.paths)
@@ -187,7 +187,7 @@ def _key(comparison: Comparison | None) -> str:
 
 
 def _skipped(inspection: Inspection) -> str:
-    """What nothing was to be measured of, by reason."""
+    """The tensors that were skipped, by reason."""
     return "".join(
         f"<details><summary>{len(names)} skipped: {escape(reason)}</summary>"
         f"<p>{escape(', '.join(names))}</p></details>"
@@ -196,7 +196,7 @@ def _skipped(inspection: Inspection) -> str:
 
 
 def _breakable(name: str) -> str:
-    """Long names may go on in the next line after a dot, slash or underscore."""
+    """A name that may be broken into lines after a dot, slash or underscore."""
     return re.sub(r"(?<=[./_])(?=[^./_])", "<wbr>", escape(name))
 
 
@@ -219,25 +219,25 @@ def _row(weight: WeightFigures, kinds: list[str]) -> str:
 
 
 def _values(weight: WeightFigures) -> list[Any]:
-    """What columns are sorted by; empty for what is missing."""
+    """The values by which columns are sorted; empty for missing ones."""
     head = [weight.name, math.prod(weight.shape or ()), weight.dtype, weight.geometry]
     f = weight.figures
     if f is None:
         return [*head, *[""] * (len(HEADERS) - 4)]
     keys = ("sigma_min", "frobenius", "stable_rank", "effective_rank", "condition_number")
     figures = [upper(f), *(_shown(f, key) for key in (*keys, "collapsed"))]
-    # JavaScript's name for it.
+    # "Infinity" is JavaScript's name.
     return [*head, *("" if v is None else "Infinity" if v == math.inf else v for v in figures)]
 
 
 def _shown(f: Figures, key: str) -> float | None:
-    """A figure as the table has it: of the other map where that of the row is not known."""
+    """A figure as in the table: that of the other map if the row's own is not known."""
     value: float | None = getattr(f, key)
     return getattr(f.beside, key) if value is None and f.beside is not None else value
 
 
 def _anchor(name: str, place: int) -> str:
-    """Of a weight's drawing, or that of one of its readings."""
+    """The HTML id of the figure of a weight, or of one of its readings."""
     named = "".join(c if c.isalnum() else f"-{ord(c):x}-" for c in name)
     return f"weight-{named}" + (f"--{place}" if place else "")
 

@@ -1,4 +1,4 @@
-"""What there is to measure in a checkpoint: its tensors, and weights put together of several."""
+"""What there is to measure in a checkpoint: its tensors, and weights composed of several."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from specops.inspection.hints import Hints
 from specops.inspection.results import TIED
 
 _IN_ORDER = ("torch", "equinox")
-"""Formats whose tensors stand in the order in which a model has them."""
+"""Formats whose tensors have the order of the model's layers."""
 EXCLUDED = "excluded, as asked"
 Weight = np.ndarray | tuple[np.ndarray, np.ndarray]
-"""An array, or two factors whose product it is."""
+"""An array, or two factors whose product is the weight."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def plan_of(checkpoint: Checkpoint, hints: Hints) -> list[Item]:
     kept = tuple(e for e in checkpoint.entries if not hints.excludes(e.name))
     composed = find_composed(kept, configuration)
     whole = {c.sources[0]: c for c in composed}
-    # The first that is made of a tensor has it: an update, and not what it is added to.
+    # A tensor belongs to the first weight composed of it: to an update, not to base plus update.
     belongs = {n: c.name for c in reversed(composed) for n in c.sources if n != c.base}
     listed: list[tuple[Entry, Composed | None]] = []
     for entry in checkpoint.entries:

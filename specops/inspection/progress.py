@@ -1,4 +1,4 @@
-"""How far the inspection of a checkpoint is, on a terminal."""
+"""A progress bar for the inspection of a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from specops.inspection.figures import Method, takes_bounds
 from specops.tables import printable
 
 _DECOMPOSED = 15.0
-"""Time of all singular values over that of bounds of the norm, each for its products: an estimate,
-which the bar corrects as it goes."""
+"""The time of all singular values, in units of that of bounds of the norm: an estimate, which the
+bar corrects as it goes."""
 _READ = 500.0
-"""Products in the time that an entry takes to be read and cast: an estimate as well."""
+"""The time to read and cast an entry, in units of a product: an estimate as well."""
 _REMEMBERED = 3600.0
-"""Seconds whose speed tells the time that is left: a tensor may take minutes."""
+"""Seconds over which the speed is averaged to estimate the time left: a tensor may take minutes."""
 
 
 def work(entry: Entry, method: Method) -> float:
-    """What a tensor takes, in products of a factorisation: from its shape, before it is read."""
+    """The work for a tensor, in products, estimated from its shape before it is read."""
     if entry.problem or entry.shape is None:
         return 1.0
     size = math.prod(entry.shape)
@@ -37,7 +37,7 @@ def work(entry: Entry, method: Method) -> float:
 
 @contextlib.contextmanager
 def shown_progress(method: Method) -> Iterator[dict[str, Any]]:
-    """What `inspect_checkpoint` calls to move a bar on standard error, if that is a terminal."""
+    """Callbacks for `inspect_checkpoint` that move a bar on standard error, if it is a terminal."""
     if not (sys.stderr.isatty() and find_spec("rich")):
         yield {}
         return

@@ -9,12 +9,12 @@ from typing import Any
 from specops.inspection.spectrum import Figures
 
 TIED = "tied: the same tensor as"
-"""How what is said of a tensor begins that another one is too."""
+"""The beginning of the reason to skip a tensor that is the same as another one."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One map that a tensor may stand for: in words, what speaks for it, and its figures."""
+    """One map that a tensor may stand for: in words, with the reason for it and its figures."""
 
     geometry: str
     why: str
@@ -57,7 +57,7 @@ class WeightFigures:
     readings: tuple[Measured, ...] = ()
 
     def apart(self) -> list[WeightFigures]:
-        """One for each reading, or this one."""
+        """One weight for each reading, or this one."""
         found = [replace(self, readings=(), **vars(m)) for m in self.readings]
         return found or [self]
 
@@ -70,7 +70,7 @@ class WeightFigures:
         readings: list[Measured],
         sources: tuple[str, ...] = (),
     ) -> WeightFigures:
-        """Of one reading, or of several that nothing decides between."""
+        """The weight in one reading, or in several if nothing decides between them."""
         if len(readings) == 1:
             (one,) = readings
             return cls(name, shape, dtype, one.geometry, one.why, one.figures, sources=sources)
@@ -130,7 +130,7 @@ class Inspection:
 
     @property
     def listed(self) -> list[WeightFigures]:
-        """Those measured, and those that should have been."""
+        """The weights that were measured, and those that should have been."""
         return [w for w in self.weights if not (w.skipped and w.harmless)]
 
     def decisions(self) -> dict[str, list[str]]:
@@ -164,6 +164,6 @@ class Inspection:
 
 
 def upper(figures: Figures | None) -> float:
-    """σ_max, or what it is at most."""
+    """σ_max, or its upper bound."""
     assert figures is not None
     return figures.ends[1]

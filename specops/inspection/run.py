@@ -100,7 +100,7 @@ def inspect_checkpoint(
 
 
 def _refused(items: list[Item], hints: Hints) -> list[str]:
-    """Hints for convolutions that were given where there are none."""
+    """Notes on hints for convolutions that match other weights."""
     found = []
     convolutions = any(
         isinstance(r.geometry, Conv) for item in items for r in item.assumption.readings
@@ -148,7 +148,7 @@ def _row(checkpoint: Checkpoint, item: Item, method: Method) -> WeightFigures:
 
 
 def measured_as(w: Weight, reading: Reading, method: Method) -> Measured:
-    """A weight as one map that it may be.
+    """A weight measured as one of the maps that it may be.
 
     Raises
     ------
@@ -163,7 +163,7 @@ def measured_as(w: Weight, reading: Reading, method: Method) -> Measured:
 
 
 def measure(w: Weight, reading: Reading, method: Method) -> Figures:
-    """The figures of a weight, in memory or as two factors, that is read in this way."""
+    """The figures of a weight, an array or two factors, in this reading."""
     if isinstance(w, tuple):
         assert isinstance(reading.geometry, Dense)
         return product_figures(*w, reading.geometry)
@@ -194,7 +194,7 @@ def _skip(item: Item, reason: str, harmless: bool) -> WeightFigures:
 
 
 def _not_finite(w: Weight) -> tuple[int, int]:
-    """How many entries are not finite, of how many. In slices: a mask would be another copy."""
+    """(how many entries are not finite, of how many), in slices to save the memory of a mask."""
     bad, size, step = 0, 0, 2**22
     for part in w if isinstance(w, tuple) else (w,):
         flat = part.reshape(-1)

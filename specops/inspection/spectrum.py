@@ -1,4 +1,4 @@
-"""What is known of one weight, from its singular values or without them."""
+"""`Figures`: what is known about one weight, from its singular values or without them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 COLLAPSED_BELOW = 0.01
 """A direction counts as collapsed below this fraction of the largest singular value."""
 RESHAPED, CIRCULAR = "reshaped", "circular"
-"""What other map the figures beside a convolution's norm are of."""
+"""Which other map the figures beside a convolution's norm belong to."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What is known of one weight. None where it was not computed.
+    """What is known about one weight; None for a figure that was not computed.
 
-    All of one map: the one that `beside` has is another one.
+    All figures are of one map; those in `beside` are of another map of the same weight.
 
     Attributes
     ----------
@@ -63,7 +63,7 @@ class Figures:
 
     @property
     def ends(self) -> tuple[float, float]:
-        """Lower and upper bound of σ_max: the same number twice where it is known."""
+        """Lower and upper bound of σ_max: the same number twice if it is known exactly."""
         sigma = self.sigma_max
         return sigma if isinstance(sigma, tuple) else (sigma, sigma)
 
@@ -76,12 +76,12 @@ class Figures:
 
 
 def from_values(values: np.ndarray, method: str) -> Figures:
-    """Of singular values in descending order."""
+    """The figures of singular values in descending order."""
     top, least = float(values[0]), float(values[-1])
-    # What decompositions leave of a singular matrix.
+    # A smaller value is rounding: decompositions of singular matrices leave it in place of 0.
     least = least if least > len(values) * np.finfo(float).eps * top else 0.0
     if top == 0.0:
-        # As specops.stable_rank and its like define them for the zero matrix.
+        # As specops.stable_rank and the other functions define them for the zero matrix.
         return Figures(0.0, 0.0, method, 0.0, 0.0, 0.0, math.inf, None, values)
     shares, energy = values / values.sum(), float(np.sum((values / top) ** 2))
     entropy = -float(np.sum(shares[shares > 0] * np.log(shares[shares > 0])))
@@ -99,7 +99,7 @@ def from_values(values: np.ndarray, method: str) -> Figures:
 
 
 def worst(found: list[Figures]) -> Figures:
-    """Of a stack: extremes over its matrices, all their values together."""
+    """The figures of a stack: extremes over its matrices, and all their values together."""
 
     def over(key: str, function: Any) -> Any:
         values = [getattr(f, key) for f in found]

@@ -93,55 +93,61 @@ def _roles(layer: Any, x: Any) -> dict[str, Role]:
         return {"w_i": _gates(layer, 3), "w_h": _gates(layer, 3)}
     if isinstance(layer, hk.Embed):
         return {"embeddings": Role(dense().geometry, opt_in=EMBEDDING)}
-    if isinstance(layer, hk.ConvND | hk.ConvNDTranspose):
-        ndim = layer.num_spatial_dims
-        last = layer.channel_index == -1
-        shape = tuple(x.shape[-ndim - 1 : -1] if last else x.shape[-ndim:])
-        masked = layer.mask is not None
     if isinstance(layer, hk.ConvNDTranspose):
-        if layer.output_shape is not None:
-            return {"w": Role(obstacle="a transposed layer of given output shape")}
-        return {
-            "w": transposed_convolution(
-                kernel=layer.kernel_shape,
-                stride=layer.stride,
-                dilation=1,
-                padding=layer.padding,
-                layout="*OI",
-                flipped=False,
-                input_shape=shape,
-                masked=masked,
-            )
-        }
+        return {"w": _transposed(layer, _grid(x, layer.num_spatial_dims, layer.channel_index))}
     if isinstance(layer, hk.ConvND):
-        return {
-            "w": convolution(
-                kernel=layer.kernel_shape,
-                stride=layer.stride,
-                dilation=layer.kernel_dilation,
-                padding=layer.padding,
-                groups=layer.feature_group_count,
-                layout="*IO",
-                input_shape=shape,
-                input_dilation=layer.lhs_dilation,
-                masked=masked,
-            )
-        }
+        return {"w": _convolution(layer, _grid(x, layer.num_spatial_dims, layer.channel_index))}
     if isinstance(layer, hk.DepthwiseConv1D | hk.DepthwiseConv2D | hk.DepthwiseConv3D):
-        ndim, last = len(layer.kernel_shape), hk.get_channel_index(layer.data_format) == -1
-        return {
-            "w": convolution(
-                kernel=layer.kernel_shape,
-                stride=layer.stride,
-                dilation=layer.rhs_dilation,
-                padding=layer.padding,
-                groups=int(x.shape[-1] if last else x.shape[-ndim - 1]),
-                layout="*IO",
-                input_shape=tuple(x.shape[-ndim - 1 : -1] if last else x.shape[-ndim:]),
-                input_dilation=layer.lhs_dilation,
-            )
-        }
+        return {"w": _depthwise(layer, x, hk.get_channel_index(layer.data_format))}
     return {}
+
+
+def _grid(x: Any, ndim: int, channel_index: int) -> tuple[int, ...]:
+    """The sizes of an input along its spatial axes."""
+    return tuple(x.shape[-ndim - 1 : -1] if channel_index == -1 else x.shape[-ndim:])
+
+
+def _transposed(layer: Any, grid: tuple[int, ...]) -> Role:
+    if layer.output_shape is not None:
+        return Role(obstacle="a transposed layer of given output shape")
+    return transposed_convolution(
+        kernel=layer.kernel_shape,
+        stride=layer.stride,
+        dilation=1,
+        padding=layer.padding,
+        layout="*OI",
+        flipped=False,
+        input_shape=grid,
+        masked=layer.mask is not None,
+    )
+
+
+def _convolution(layer: Any, grid: tuple[int, ...]) -> Role:
+    return convolution(
+        kernel=layer.kernel_shape,
+        stride=layer.stride,
+        dilation=layer.kernel_dilation,
+        padding=layer.padding,
+        groups=layer.feature_group_count,
+        layout="*IO",
+        input_shape=grid,
+        input_dilation=layer.lhs_dilation,
+        masked=layer.mask is not None,
+    )
+
+
+def _depthwise(layer: Any, x: Any, channel_index: int) -> Role:
+    ndim = len(layer.kernel_shape)
+    return convolution(
+        kernel=layer.kernel_shape,
+        stride=layer.stride,
+        dilation=layer.rhs_dilation,
+        padding=layer.padding,
+        groups=int(x.shape[-1] if channel_index == -1 else x.shape[-ndim - 1]),
+        layout="*IO",
+        input_shape=_grid(x, ndim, channel_index),
+        input_dilation=layer.lhs_dilation,
+    )
 
 
 def _gates(layer: Any, count: int) -> Role:

@@ -1,4 +1,4 @@
-"""Which map a tensor of a checkpoint is taken for: by its name, its shape and its neighbours."""
+"""Which map a tensor of a checkpoint stands for, by its name, its shape and its neighbours."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Assumption", "Context", "Reading", "assume"]
 def assume(name: str, shape: tuple[int, ...], dtype: str, context: Context) -> Assumption:
     """The maps that a tensor may stand for.
 
-    More than one where neither names, nor neighbours, nor the file's configuration decide.
+    There is more than one if names, neighbours and the file's configuration do not decide.
     """
     skipped = no_map(name, shape, dtype, context)
     if skipped is not None:
@@ -32,7 +32,7 @@ def assume(name: str, shape: tuple[int, ...], dtype: str, context: Context) -> A
 
 
 def _is_as_stored(name: str) -> bool:
-    """Whether a layer's own weight is not stored, but what it is computed from."""
+    """Whether a tensor is not the layer's own weight, but one from which it is computed."""
     last = name.rpartition(".")[2]
     return "parametrizations." in name or last in ("weight_v", "weight_orig")
 

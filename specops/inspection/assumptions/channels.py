@@ -1,4 +1,4 @@
-"""Groups of a kernel, judged by the channels of its neighbours."""
+"""The groups of a kernel, inferred from the channels of its neighbours."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from specops.inspection.assumptions.context import Context, Kernel, are_in_order
 
 _DEPTHWISE: Final = ("depthwise", "dwconv", "conv_dw", "dw_conv")
 _KERAS_PLAIN: Final = re.compile(r"(^|/)conv\dd(_\d+)?/")
-"""Files of Keras name layers after their classes: one for depthwise layers is another one."""
+"""Plain convolutions in Keras files, which name layers after classes: depthwise ones differ."""
 ASSUMED: Final = ", one group assumed"
 _STEMS: Final = (1, 3)
-"""Channels of grey and of coloured images."""
+"""The channels of grey and of colour images."""
 
 
 @dataclass(frozen=True)
 class Groups:
-    """A number of groups, and what speaks for it."""
+    """A number of groups, and the reason for it."""
 
     count: int
     why: str
 
 
 def groups_of(name: str, outputs: int, inputs: int, context: Context) -> list[Groups]:
-    """How many groups a kernel may have: one answer, or all that nothing decides between.
+    """How many groups a kernel may have: one answer, or all candidates if nothing decides.
 
     `outputs` are the channels of the axis that is never divided, `inputs` those of one group.
     """
@@ -50,12 +50,12 @@ def is_depthwise_by_name(name: str) -> bool:
 
 
 def is_gated_convolution(name: str, context: Context) -> bool:
-    """Whether a kernel is of Keras' ConvLSTM."""
+    """Whether a kernel belongs to a ConvLSTM of Keras."""
     return context.layout == "keras" and "conv_lstm" in name.lower()
 
 
 def _is_of_a_state_space(name: str, context: Context) -> bool:
-    """The short convolution of Mamba and LFM2 and their like."""
+    """Whether it is the short convolution of Mamba, LFM2 and similar models."""
     stem = name.rpartition(".conv1d.")[0]
     if stem and f"{stem}.A_log" in context.shapes:
         return True
@@ -67,12 +67,12 @@ def _is_of_a_state_space(name: str, context: Context) -> bool:
 def _one_input(
     name: str, outputs: int, before: tuple[Kernel, ...], context: Context
 ) -> list[Groups]:
-    """Depthwise, or a layer that sees one channel: a stem, the last of a decoder."""
+    """Depthwise, or a dense layer that sees a single channel: a stem, or the end of a decoder."""
     depthwise = [Groups(outputs, "")]
     part = _part(name, context)
     feeding = [k for k in before if k.outputs == outputs]
     if context.is_sorted:
-        # What the names do not put in order may come before it as well.
+        # Kernels whose names give no order may come before it, too.
         parts = parts_of(name)
         feeding += [
             k
@@ -83,7 +83,7 @@ def _one_input(
     first = not inside and (len(context.kernels) > 1) and not _has_coloured_stem(context)
     first = first and not _is_among_matrices(name, outputs, context)
     dense = first or bool(inside and inside[-1].outputs == 1)
-    # Behind transposed layers it may be one that gives a single channel.
+    # After transposed layers it may be a dense layer with a single output channel.
     either = bool(feeding) and feeding[-1].turned and not context.behind(name)
     near = bool(before) or any(_are_of_one_block(k.name, name) for k in feeding)
     if feeding and near and not dense and not either:
@@ -98,14 +98,14 @@ def _one_input(
 
 
 def _are_of_one_block(one: str, other: str) -> bool:
-    """Whether names differ in a layer's own part alone, up to what wraps it."""
+    """Whether two names differ only in the layer's own part, or in that of a wrapper."""
     parts, others = parts_of(one), parts_of(other)
     alike = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(parts, others, strict=False))))
     return alike >= len(others) - 3
 
 
 def _is_among_matrices(name: str, outputs: int, context: Context) -> bool:
-    """Whether a matrix of the same block has as many inputs or outputs: no image comes first."""
+    """Whether a matrix of its block has as many inputs or outputs, so that it is no image stem."""
     block = block_of(name)
     alike = (n for n, s in context.shapes.items() if block and len(s) == 2 and outputs in s)
     return any(block_of(n) == block for n in alike)
@@ -116,7 +116,7 @@ def _has_coloured_stem(context: Context) -> bool:
 
 
 def _like_others(name: str, outputs: int, inputs: int, context: Context) -> list[Groups]:
-    """As a layer alone tells, and where that is not sure as it is in all other blocks."""
+    """What a layer alone tells; if that is not certain, what that layer in other blocks does."""
     found = _alone(name, outputs, inputs, context)
     if len(found) == 1 or (inputs == 1 and not _is_among_matrices(name, outputs, context)):
         return found
@@ -140,7 +140,7 @@ def _without_numbers(name: str) -> str:
 
 
 def _alone(name: str, outputs: int, inputs: int, context: Context) -> list[Groups]:
-    """What a layer alone tells; kept, as each of many like layers asks all others."""
+    """What a layer alone tells; cached, because each of many similar layers asks all others."""
     key = "groups", name, outputs, inputs
     if key not in context.kept:
         context.kept[key] = _by_neighbours(name, outputs, inputs, context)
@@ -149,7 +149,7 @@ def _alone(name: str, outputs: int, inputs: int, context: Context) -> list[Group
 
 
 def _by_neighbours(name: str, outputs: int, inputs: int, context: Context) -> list[Groups]:
-    """One group, unless what comes before has a multiple of the channels and nothing has these."""
+    """One group, unless the layer before has a multiple of the channels and no other fits."""
     before = context.before(name)
     if inputs == 1:
         return _one_input(name, outputs, before, context)
@@ -169,10 +169,10 @@ def _by_neighbours(name: str, outputs: int, inputs: int, context: Context) -> li
             grouped = [Groups(count, f", in {count} groups by the outputs of {nearest.name}")]
     block = block_of(name)
     if grouped and nearest is not None and (nearest.outputs, nearest.inputs) == (outputs, inputs):
-        # The same layer again, whose outputs may be halved by a gate.
+        # The same layer once more: a gate may halve its outputs.
         return [*grouped, Groups(1, "")]
     if given or any(block_of(n) == block for n, s in context.shapes.items() if s == (inputs,)):
-        # A sequence says groups, another layer gives one group: nothing decides.
+        # The sequence suggests groups, another layer a single group: nothing decides.
         return [*(grouped if follows is not None else []), Groups(1, "")]
     if grouped:
         return grouped
@@ -181,12 +181,12 @@ def _by_neighbours(name: str, outputs: int, inputs: int, context: Context) -> li
 
 
 def _in_sequence(name: str, before: tuple[Kernel, ...]) -> Kernel | None:
-    """The kernel before in a numbered sequence: the same name but for one number that is less."""
+    """The previous kernel of a numbered sequence: the same name with one smaller number."""
     parts = parts_of(name)
     numbered = [i for i, part in enumerate(parts) if re.search(r"\d", part)]
     if not numbered:
         return None
-    # The innermost number: others count blocks, between which other layers may stand.
+    # The innermost number: outer ones count blocks, between which there may be other layers.
     at = numbered[-1]
     lead, rest = parts[:at], parts[at + 1 :]
     found: list[tuple[int, Kernel]] = []

@@ -1,4 +1,4 @@
-"""What is known beside a tensor's own name and shape: the other tensors, hints, configuration."""
+"""`Context`: what is known besides a tensor's name and shape: other tensors, hints, settings."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from specops.inspection.hints import Hints, bare_name
 from specops.inspection.low_rank import UPDATE
 
 LEAF: Final = "leaf."
-"""What tensors are called that a file has without names, in the order of the model."""
+"""The prefix of made-up names, for files that hold tensors in order but without names."""
 
 
 _ATTENTION: Final = ("query", "key", "value")
 _PROJECTIONS: Final = ("out", "attention_output", "output_dense")
-"""How projections to heads, and those back from them, are called."""
+"""Names of the projections to heads, and of those back from them."""
 _VARIABLES: Final = r"(?:^|[./])(?:kernel|bias|scale|embedding|weight|mean|var)"
 _OF_LAYER: Final = re.compile(r"((?:.*[./])?)[^./]+([./][^./]+)")
-"""A name as (what leads to the layer) layer (the tensor's own part)."""
+"""A name as (path to the layer) layer (the tensor's own part)."""
 _NUMBERED: Final = re.compile(r"((?:.*\.)?)(\d+)\.weight")
 _ENDS: Final = re.compile(rf"{_VARIABLES}(\.value)$|(:\d+)$")
 
@@ -63,7 +63,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Context:
-    """What is known beside a tensor's own name and shape.
+    """What is known besides a tensor's own name and shape.
 
     Attributes
     ----------
@@ -94,7 +94,7 @@ class Context:
         configuration: Configuration,
         ordered: bool = False,
     ) -> Context:
-        """Of a checkpoint's entries."""
+        """The context of a checkpoint's entries."""
         shapes = {e.name: e.shape for e in entries if e.shape is not None}
         return cls(shapes, hints.layout or layout, hints, configuration, ordered)
 
@@ -110,7 +110,7 @@ class Context:
         return name[:at] + last + end
 
     def around(self, name: str) -> Surroundings:
-        """What is known around a tensor: other layers of its block, or stacks beside it."""
+        """The surroundings of a tensor: other layers of its block, or stacks beside it."""
         end = _end_of(name)
         of_layer = _OF_LAYER.fullmatch(name.removesuffix(end))
 
@@ -142,9 +142,9 @@ class Context:
         return next((self.shapes[n] for n in names if n in self.shapes), None)
 
     def behind(self, name: str) -> int:
-        """The channels of a kernel's outputs, by its bias or else by the norm right behind it.
+        """The channels of a kernel's outputs, by its bias or the norm right after it; 0 if unknown.
 
-        In a numbered sequence, where nothing else can stand between; 0 if nothing says.
+        The norm counts only in a numbered sequence, where nothing else can be in between.
         """
         bias = self.bias(name)
         if bias is not None:
@@ -158,7 +158,7 @@ class Context:
 
     @cached_property
     def kept(self) -> dict[tuple[Any, ...], Any]:
-        """What was found of one layer and is asked for again for others."""
+        """A cache of what was found about a layer and is needed again for others."""
         return {}
 
     @cached_property
@@ -168,11 +168,11 @@ class Context:
 
     @cached_property
     def wraps_layers(self) -> bool:
-        """Whether there are layers inside of an adapter's."""
+        """Whether the layers of an adapter wrap layers."""
         return any(".base_layer." in name for name in self.shapes)
 
     def is_of_scaled(self, name: str) -> bool:
-        """Whether scales of this name stand beside what they scale."""
+        """Whether this is the name of scales, next to the tensor that they scale."""
         whose = unscaled(name)
         return whose in self.shapes or self._unscaled[whose] > 1
 
@@ -182,7 +182,7 @@ class Context:
 
     @cached_property
     def kernels(self) -> tuple[Kernel, ...]:
-        """All tensors with taps, as the network runs through them, as far as names tell."""
+        """All tensors with taps, in the order of the network as far as names tell it."""
         found = []
         for name, shape in self.shapes.items():
             if not 3 <= len(shape) <= 5 or 0 in shape or _no_kernel(name, shape):
@@ -200,12 +200,12 @@ class Context:
 
     @cached_property
     def is_sorted(self) -> bool:
-        """Whether tensors stand in the order of their names, and not in that of the network."""
+        """Whether tensors are in the order of their names, not in that of the network."""
         names = [name for name, shape in self.shapes.items() if len(shape) > 1]
         return self.layout != "torch" or not (self.ordered or names != sorted(names))
 
     def before(self, name: str) -> tuple[Kernel, ...]:
-        """The kernels that a signal meets before this one, as far as order or numbers tell."""
+        """The kernels that come before this one in the network, as far as order or numbers tell."""
         names = [kernel.name for kernel in self.kernels]
         found = self.kernels[: names.index(name)] if name in names else ()
         if self.is_sorted:
@@ -215,17 +215,17 @@ class Context:
 
 
 def parts_of(name: str) -> list[str]:
-    """The components of a name, without what flax' nnx and older Keras put behind a variable."""
+    """The components of a name, without suffixes that flax nnx and older Keras add to variables."""
     return name.removesuffix(_end_of(name)).replace("/", ".").split(".")
 
 
 def is_attention(parts: list[str]) -> bool:
-    """Whether a name is of a query, key or value."""
+    """Whether a name is that of a query, key or value."""
     return any(p.lstrip("_").startswith(_ATTENTION) for p in parts)
 
 
 def is_behind_attention(parts: list[str]) -> bool:
-    """Whether a name is of the projection back from heads."""
+    """Whether a name is that of the projection back from heads."""
     return any(p.lstrip("_") in _PROJECTIONS for p in parts)
 
 
@@ -241,7 +241,7 @@ def part_of(name: str) -> str:
 
 
 def block_of(name: str) -> str:
-    """What tensors of one block have in common: a name up to its last number."""
+    """The part of a name that tensors of one block share: the name up to its last number."""
     parts = parts_of(name)
     at = [i for i, part in enumerate(parts[:-1]) if part.isdecimal()]
     return ".".join(parts[: at[-1] + 1]) if at else ""
@@ -254,7 +254,7 @@ def are_in_order(one: list[str], other: list[str]) -> bool:
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """What sorts layer.10 behind layer.9."""
+    """A key that sorts layer.10 after layer.9."""
     return [(int(t), "") if t.isdecimal() else (-1, t) for t in re.split(r"(\d+)", name)]
 
 

@@ -1,4 +1,4 @@
-"""Kernels that an einsum multiplies by, as Keras' EinsumDense has them."""
+"""Kernels of einsum layers, such as Keras' EinsumDense."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from specops.inspection.assumptions.reading import Assumption, Reading
 
 
 def einsum(name: str, shape: tuple[int, ...], context: Context) -> Assumption | None:
-    """By the equation in the configuration; None of other layers.
+    """The map by the equation in the configuration; None for other layers.
 
-    Where the file has none, one of its ends is that of outputs.
+    Without an equation in the file, either the first or the last axes are those of outputs.
     """
     told = context.configuration.layer(name)
     if told is not None and told.equation:
@@ -28,7 +28,7 @@ def einsum(name: str, shape: tuple[int, ...], context: Context) -> Assumption | 
 
 
 def _of_equation(equation: str, axes: int) -> Dense | None:
-    """The map of the second operand of "input,kernel->output"; None of other equations."""
+    """The map of the second operand of "input,kernel->output"; None for other equations."""
     left, arrow, output = equation.replace(" ", "").replace("...", "").partition("->")
     operand, comma, kernel = left.partition(",")
     letters = {*operand, *kernel, *output}

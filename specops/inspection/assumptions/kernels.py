@@ -1,4 +1,4 @@
-"""Which convolution a kernel of a checkpoint is taken for."""
+"""Which convolution a kernel of a checkpoint stands for."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from specops.inspection.assumptions.stacks import WIDEST_TAP
 from specops.inspection.assumptions.strides import strides_of
 
 _MOST_FREQUENCIES: Final = 2**20
-"""Of a grid on which the supremum over all sizes is bracketed."""
+"""Most frequencies of the grid on which the supremum over all sizes is bracketed."""
 _TRANSPOSED: Final = ("transpose", "deconv", "upconv")
 _GATES: Final = "4 gates are taken for one map"
 Layout = Literal["OI*", "IO*", "*IO", "*OI"]
@@ -121,7 +121,7 @@ def _padding(
     name: str,
     context: Context,
 ) -> tuple[Any, Any, str]:
-    """(padding, output padding, what is assumed of them)."""
+    """(padding, output padding, what is assumed about them)."""
     told, given = context.configuration.layer(name), context.hints.of(name, "padding")
     if size is None or context.hints.boundary != "zeros":
         moot = ", padding counts only where zeros end at an input size"
@@ -130,13 +130,13 @@ def _padding(
     if given is not None:
         more = [0] * len(spans)
         if transposed and isinstance(given, int):
-            # That many times the size, where that padding can give it.
+            # The output is stride times the input, if this padding can give that.
             wanted = [s - k + 2 * given for s, k in zip(steps, spans, strict=True)]
             more = [n if 0 <= n < s else 0 for n, s in zip(wanted, steps, strict=True)]
         return given, tuple(more), f", padding {given} as given"
     if told is not None and told.padding is not None:
         padding = told.padding
-        if padding == "causal":  # of one axis
+        if padding == "causal":  # only for one spatial axis
             padding = ((spans[0] - 1, 0),)
         return padding, 0, f", padding {told.padding} by {context.configuration.source}"
     halves = tuple(k // 2 for k in spans)
@@ -145,7 +145,7 @@ def _padding(
     if not transposed:
         # torch pads both sides alike at strides too
         return halves, 0, ", zeros of half a kernel around"
-    # That many times the size, with torch's padding, which is the same on both sides.
+    # The output is stride times the input, with torch's padding, the same on both sides.
     return halves, tuple(s - 1 for s in steps), ", padding of half a kernel assumed"
 
 
@@ -157,7 +157,7 @@ def _groups(
     layout: Layout,
     context: Context,
 ) -> tuple[tuple[int, ...] | None, list[Groups]]:
-    """(the shape to see it in, how many groups it may have)."""
+    """(the shape in which to view the kernel, how many groups it may have)."""
     given = context.hints.of(name, "groups")
     if given is not None:
         return None, [Groups(given, f", {given} groups as given")]
@@ -166,7 +166,7 @@ def _groups(
     separable = "separable" in name.lower() and parts_of(name)[-1] in ("0", "depthwise_kernel")
     depthwise = told is not None and told.depthwise
     if context.layout == "keras" and (depthwise or is_depthwise_by_name(name) or separable):
-        # (*taps, channels, multiplier), where outputs of a channel stand together.
+        # (*taps, channels, multiplier): the outputs of a channel are adjacent.
         seen = (*shape[:-2], 1, inputs * outputs)
         return seen, [Groups(inputs, ", depthwise: (taps, channels, multiplier)")]
     count = told.groups or (outputs // inputs if told.width == inputs else 0) if told else 0

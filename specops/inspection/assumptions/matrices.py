@@ -1,4 +1,4 @@
-"""Matrices: which axis is the output, and the blocks of those that hold several maps."""
+"""Matrices: which axis is the output, and the blocks of matrices that hold several maps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NO_TABLES: Final = ("embed_out", "unembed")
 
 
 def matrix(name: str, shape: tuple[int, ...], context: Context) -> Assumption:
-    """What a tensor of two axes is taken for."""
+    """The maps that a tensor of two axes may stand for."""
     parts = parts_of(name)
     out, how = _output_axis(name, shape, context)
     gates = _gates(name, parts, shape, out, context)
@@ -41,13 +41,13 @@ def matrix(name: str, shape: tuple[int, ...], context: Context) -> Assumption:
 
 
 def _all_experts(parts: list[str]) -> bool:
-    """Whether a matrix is of experts and none is numbered, as DBRX and MegaBlocks store them."""
+    """Whether a matrix holds all experts, unnumbered, as DBRX and MegaBlocks store them."""
     at = parts.index("experts") if "experts" in parts[:-1] else len(parts)
     return at < len(parts) and not any(part.isdecimal() for part in parts[at + 1 :])
 
 
 def _output_axis(name: str, shape: tuple[int, ...], context: Context) -> tuple[int, str]:
-    """(0 or -1, what speaks for it beside the file's layout)."""
+    """(0 or -1, the reason for it besides the file's layout)."""
     out = -1 if context.taps_first else 0
     bias = context.bias(name)
     if not context.taps_first and bias == (shape[1],) != (shape[0],):
@@ -78,11 +78,11 @@ def _gates(
         elif projected:
             hidden = context.shapes[context.beside(name, "weight_hr" + end)][1]
         elif bias and bias[0] % 4 == 0:
-            return None  # a recurrent matrix is missing: nothing tells gates from a plain layer
-    elif "lstm" in "".join(parts[-3:-2]) and parts[-2:] == ["linear", "w"]:  # of haiku
+            return None  # without a recurrent matrix, gates look like a plain layer
+    elif "lstm" in "".join(parts[-3:-2]) and parts[-2:] == ["linear", "w"]:  # haiku
         beside = rows // 4 if rows % 4 == 0 and context.bias(name) == (rows,) else 0
         hidden = beside if shape[1 + out] > beside else 0
-    elif parts[-1] in ("w_i", "w_h") and context.taps_first:  # of haiku
+    elif parts[-1] in ("w_i", "w_h") and context.taps_first:  # haiku
         recurrent = context.shapes.get(context.beside(name, "w_h"), ())
         hidden = recurrent[0] if len(recurrent) == 2 else 0
     elif any(word in part.lower() for word in ("lstm", "gru", "cell") for part in parts):
@@ -95,10 +95,10 @@ def _gates(
 
 
 def _unnamed_gates(name: str, out: int, context: Context) -> tuple[Reading, bool] | None:
-    """(the gates, whether that is sure) of a cell of equinox in a file without names.
+    """(the gates, whether that is certain) of a cell of equinox in a file without names.
 
-    Both its matrices come before its biases, those of a GRU being one of all gates and another of
-    one. Layers without biases may look alike, unless what follows is a layer of as many inputs.
+    Both matrices of a cell come before its biases; a GRU has a bias of all gates and another of one
+    gate. Layers without biases may look the same, unless a layer with as many inputs follows.
     """
     if not name.startswith(LEAF):
         return None
@@ -122,9 +122,9 @@ def _unnamed_gates(name: str, out: int, context: Context) -> tuple[Reading, bool
 def _fused(
     name: str, parts: list[str], shape: tuple[int, ...], out: int, context: Context
 ) -> list[Reading]:
-    """The maps of a matrix that holds several, and all as one where nothing decides."""
+    """The maps of a matrix that holds several; also all as one map, if nothing decides."""
     if name.endswith(UPDATE):
-        layer, out = parts[-1].removesuffix(UPDATE), 0  # of a layer, outputs first
+        layer, out = parts[-1].removesuffix(UPDATE), 0  # named after the layer, outputs first
     else:
         layer = parts[-1] if parts[-1] == "in_proj_weight" else (parts[-2:-1] or [""])[0]
     found = fused(layer, shape, out, context.around(name))

@@ -1,4 +1,4 @@
-"""Tensors that stand for no linear map, or for one that is not that of the numbers stored."""
+"""Tensors that stand for no linear map, or whose map is not that of the numbers stored."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _OPTIMIZERS = {
     *("optimizer_state", "optimizer_states"),
 }
 _MOMENTS = {"nu", "nu_max", "trace", "e_g", "e_x"}
-"""How the fields of optax's states are called that hold an array for each parameter."""
+"""Fields of optax states that hold an array for each parameter."""
 _AS_IN_MODELS = {"mu", "m", "m1", "m2", "v", "n", "g"}
-"""The same where a model has layers that are called so too."""
+"""More such fields, whose names layers of models may have, too."""
 _OF_STATES = {
     *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg"),
     *("acc_delta", "grad_avg", "grad_sum", "acc_grads", "sum_of_squares", "prev_updates"),
@@ -29,12 +29,12 @@ _OF_STATES = {
     *("base_optimizer_state", "init_params", "init_particles", "cumulative_gradients", "grad_acc"),
     *("subgradients", "inner_states"),
 }
-"""The same of torch and of optax, where no layer is called so."""
+"""Fields of torch's and optax's states with names that no layer has."""
 _FLAT = ("flat_param", "_flat_param")
 _WEIGHTS = {"weight", "kernel", "qweight", "qzeros", "weight_packed", "0"}
 _PACKED = {"W_q", "_data", "codes", "Qidxs"}
 _PACKED_ENDS = ("_blocks", "qdata")
-"""What is packed of HQQ, quanto, AQLM and QuIP; of GPT-OSS and torchao."""
+"""Names and endings of packed weights: of HQQ, quanto, AQLM and QuIP; of GPT-OSS and torchao."""
 _STATE_SPACE = {"a_log", "a_logs", "dt_bias"}
 _LEARNT_INPUTS = ("token", "position_embedding", "pos_embed", "_embed", "query_tokens", "latents")
 _BUFFERS = {
@@ -47,7 +47,7 @@ _ADAPTER = re.compile(
     r"|trainable_tokens|unilora|vblora|waveft|lora|hada|lokr)_"
 )
 _LOW_RANK = ("lora", "hada", "lokr")
-"""How peft's kinds of adapters begin the names of their parameters."""
+"""Beginnings of the names of parameters of peft's low-rank adapters."""
 _TABLES_OF_BIASES = ("bias_table", "position_bias", "rel_pos_h", "rel_pos_w")
 
 
@@ -99,7 +99,7 @@ def no_map(name: str, shape: tuple[int, ...], dtype: str, context: Context) -> A
 
 
 def _adapter(shape: tuple[int, ...], parts: list[str], context: Context) -> Assumption | None:
-    """What is left of an adapter when its updates are put together."""
+    """A part of an adapter that is not used in an update; None for other tensors."""
     known = context.configuration.adapter or context.wraps_layers
     kind = next((m[1] for part in parts[-3:] if (m := _ADAPTER.match(part))), "") if known else ""
     if not kind or (kind in _LOW_RANK and len(shape) < 2):
@@ -111,10 +111,11 @@ def _adapter(shape: tuple[int, ...], parts: list[str], context: Context) -> Assu
 
 
 def _is_moment(parts: list[str], shape: tuple[int, ...], context: Context) -> bool:
-    """Whether a parameter of this shape is called what stands behind a field of an optax state.
+    """Whether a tensor is a moment in an optax state: a parameter of its shape has the same name.
 
-    That state is a tuple, and the user chose what it is called in the checkpoint. A model's own
-    layers have no count of steps nor second moments beside them.
+    "The same name" means the part after the field of the state. The state is a tuple, and the user
+    chose its name in the checkpoint. Beside a model's own layers there is no count of steps, and
+    there are no second moments.
     """
     fields = (
         i
@@ -155,7 +156,7 @@ def _quantised(name: str, last: str, dtype: str, context: Context) -> Assumption
 def _is_bias(name: str, shape: tuple[int, ...], parts: list[str], context: Context) -> bool:
     last = parts[-1].lower()
     words = last.split("_")
-    # State spaces have a matrix B.
+    # Not in state spaces, which have a matrix B.
     if (
         parts[-1] == "b"
         or {"bias", "biases"} & set(words)
@@ -167,7 +168,7 @@ def _is_bias(name: str, shape: tuple[int, ...], parts: list[str], context: Conte
         return len(before) == len(shape) + 1 and before[0] == shape[0] and set(shape[1:]) == {1}
     if context.layout != "keras":
         return False
-    # Keras numbers the variables of a layer: the bias comes last.
+    # Keras numbers the variables of a layer; the bias is the last.
     recurrent = last == "2" and any("cell" in part for part in parts)
     multiplied = is_attention(parts) or any(p.startswith("einsum_dense") for p in parts)
     return recurrent or (last == "1" and multiplied)
@@ -176,7 +177,7 @@ def _is_bias(name: str, shape: tuple[int, ...], parts: list[str], context: Conte
 def _is_of_spectral_normalization(
     name: str, shape: tuple[int, ...], parts: list[str], context: Context
 ) -> bool:
-    """Its vector, or the kernel of the layer inside once more: it normalises that one in place."""
+    """Whether it is the vector of Keras' SpectralNormalization, or its copy of the inner kernel."""
     if not any(p.startswith("spectral_normalization") for p in parts[-3:-2]):
         return False
     inner = f"{name.rpartition('vars/')[0]}layer/vars/0"

@@ -1,4 +1,4 @@
-"""What a tensor may be taken for: one reading, several that nothing decides between, or none."""
+"""The readings of a tensor: one map, several if nothing decides between them, or none."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Assumption:
-    """What a tensor is taken for.
+    """The maps that a tensor is assumed to be, or the reason why it is none.
 
     Attributes
     ----------
@@ -46,7 +46,7 @@ class Assumption:
 
     @classmethod
     def of(cls, *readings: Reading) -> Assumption:
-        """These readings, without those that only repeat a map."""
+        """These readings, each map only once."""
         found = {(r.geometry, r.shape): r for r in reversed(readings)}
         return cls(tuple(found[key] for key in reversed(found)))
 

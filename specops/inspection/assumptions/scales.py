@@ -14,11 +14,11 @@ SCALES: Final = (
     ".absmax",
     ".zero",
 )
-"""How the names of scales end."""
+"""Endings of the names of scales."""
 
 
 def unscaled(name: str) -> str:
-    """A weight's name without what marks its scales, or itself as packed."""
+    """The name without the ending that marks it as scales, or as a packed weight."""
     for end in SCALES:
         if name.endswith(end):
             name = name.removesuffix(end)

@@ -16,15 +16,15 @@ from specops.inspection.assumptions.context import (
 from specops.inspection.assumptions.reading import Reading
 
 WIDEST_TAP: Final = 31
-"""Kernels rarely reach further."""
+"""Kernels rarely have more taps along an axis."""
 _STACKED: Final = {"layers", "blocks", "stack", "stacked", "scan", "scanned", "repeated", "vmap"}
 Verdict = Literal["stack", "kernel", ""]
 
 
 def heads(name: str, shape: tuple[int, ...], context: Context) -> Reading | None:
-    """A projection of attention by heads, as flax and Keras have them, stacked or not.
+    """A projection of attention by heads, as flax and Keras store them, stacked or not.
 
-    Or another layer of several axes of outputs, where its bias has them.
+    Also another layer with several output axes, if its bias has the same axes.
     """
     parts, bias = parts_of(name), context.bias(name)
     if len(shape) == 3 and bias == shape[1:] and shape[0] != shape[1] and context.taps_first:
@@ -45,7 +45,7 @@ def heads(name: str, shape: tuple[int, ...], context: Context) -> Reading | None
 def stack_or_kernel(
     name: str, shape: tuple[int, ...], context: Context
 ) -> tuple[Verdict, str, str]:
-    """Whether three axes are matrices or channels with taps; "": nothing decides.
+    """Whether three axes are stacked matrices, or channels with taps; "" if nothing decides.
 
     Returns
     -------
@@ -79,7 +79,7 @@ def stack_or_kernel(
 
 
 def stack(name: str, shape: tuple[int, ...], why: str, context: Context) -> Reading:
-    """The matrices along the first axis; of experts with what is fused taken apart."""
+    """The matrices along the first axis; for experts, fused ones are split into their maps."""
     parts = parts_of(name)
     parameter = parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
     if parameter in PAIRS:
@@ -96,7 +96,7 @@ def stack(name: str, shape: tuple[int, ...], why: str, context: Context) -> Read
 
 
 def _stacked_by_name(parts: list[str], context: Context) -> str:
-    """The word for many layers that no number of one of them follows."""
+    """A component that means many layers, and is not followed by the number of one; else ""."""
     if context.layout == "keras":
         return ""  # its files have a group "layers", numbered or not
     for part, follower in pairwise(parts):

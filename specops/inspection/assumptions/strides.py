@@ -1,4 +1,4 @@
-"""The stride of a kernel: given, told by the configuration, or implied by two input sizes."""
+"""The stride of a kernel: given, in the configuration, or implied by two input sizes."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ ASSUMED: Final = ", stride 1 assumed"
 """The norm at any other stride is no larger."""
 _PATCHES: Final = ("patch_embed", "patch_embedding", "patch_embeddings", "patchify")
 _LARGEST_STEM: Final = 4
-"""Channels of images: behind them, more channels go with less resolution."""
+"""Most channels of images: after the stem, more channels go with less resolution."""
 _SHORTCUTS: Final = ("downsample", "shortcut", "skip")
 
 
 @dataclass(frozen=True)
 class Stride:
-    """A stride, and what speaks for it."""
+    """A stride, and the reason for it."""
 
     value: int | tuple[int, ...]
     why: str
 
 
 def strides_of(name: str, taps: tuple[int, ...], context: Context) -> list[Stride]:
-    """The strides that a kernel may have: one answer, or all that nothing decides between."""
+    """The strides that a kernel may have: one answer, or all candidates if nothing decides."""
     given = context.hints.of(name, "stride")
     if given is not None:
         return [Stride(given, f", stride {given} as given")]
@@ -35,7 +35,7 @@ def strides_of(name: str, taps: tuple[int, ...], context: Context) -> list[Strid
     square = len(taps) > 1 and len(set(taps)) == 1 and taps[0] > 1
     if square and any(word in low for word in _PATCHES):
         apart = Stride(taps[0], f", stride {taps[0]}: patches, by its name")
-        # With a middle they mostly overlap.
+        # Patches of odd size usually overlap.
         overlapping = Stride(1, ", overlapping patches at stride 1")
         return [apart, overlapping] if taps[0] % 2 else [apart]
     size = context.hints.of(name, "input_size")
@@ -52,14 +52,14 @@ def strides_of(name: str, taps: tuple[int, ...], context: Context) -> list[Strid
         for stride in range(factor - 1, 0, -1):
             if factor % stride == 0:
                 found.append(Stride(stride, f", stride {stride} and pooling behind it, {smaller}"))
-        # Channels mostly grow where the size shrinks.
+        # Channels usually grow where the size shrinks.
         pooled = _grows(follower, context) and _keeps(name, context)
         return found[::-1] if pooled else found
     return [Stride(1, "" if max(taps) == 1 else ASSUMED)]
 
 
 def _implied(name: str, size: tuple[int, ...], context: Context) -> tuple[int, str]:
-    """The factor between a kernel's size and that of the next, and the next; 0: none."""
+    """(the factor from a kernel's input size to that of the next kernel, the next); 0 if none."""
     names = [kernel.name for kernel in context.kernels]
     after = names[names.index(name) + 1 :] if name in names else []
     sizes = ((n, context.hints.of(n, "input_size")) for n in after[:1])
@@ -75,7 +75,7 @@ def _implied(name: str, size: tuple[int, ...], context: Context) -> tuple[int, s
 
 
 def _grows(name: str, context: Context) -> bool:
-    """Whether a kernel has more outputs than inputs, where that says something: behind a stem."""
+    """Whether a kernel has more outputs than inputs; after the stem, where that means something."""
     found = next((k for k in context.kernels if k.name == name), None)
     return found is not None and found.inputs > _LARGEST_STEM and found.outputs > found.inputs
 
@@ -86,7 +86,7 @@ def _keeps(name: str, context: Context) -> bool:
 
 
 def _has_shortcut(name: str, context: Context) -> bool:
-    """Whether the block has a path beside it, which pooling would have to follow."""
+    """Whether the block has a shortcut, which would need pooling as well."""
     block = block_of(name)
     return bool(block) and any(
         word in kernel.name.lower() and block_of(kernel.name).startswith(block)

@@ -15,7 +15,7 @@ __all__ = ["UPDATE", "Tensors", "Update", "find_updates"]
 
 
 def find_updates(shapes: Shapes, adapter: Mapping[str, Any]) -> Iterator[Update]:
-    """Each update in a file. The only one of its layer is called by that and `UPDATE`."""
+    """Each update in a file. If a layer has only one, its name is the layer's plus `UPDATE`."""
     found = list(loras(shapes, adapter))
     adapters = Counter(update.layer for update in found)
     for update in found:

@@ -1,4 +1,4 @@
-"""Updates B·A: LoRA and its like, of matrices, kernels, tables and stacked parameters."""
+"""Updates B·A: LoRA and similar ones, of matrices, kernels, embeddings and stacked parameters."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _PAIRS: Final = (
     (r"\.lora_down()(\.weight)$", ".lora_up{1}{2}"),
 )
 _FLAX: Final = re.compile(r"(.+)([./])lora_a(\.value)?")
-"""Stem, what separates names, what nnx puts behind a variable."""
+"""(stem), (separator of names), (suffix that nnx adds to a variable)."""
 _LENGTHS: Final = ("lora_magnitude_vector", "dora_scale")
 _CHANGED_BASES: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Ways of peft to begin an update that take it off the weight that it is of."""
+"""Initialisations of peft that subtract the initial update from the base weight."""
 _VARIANTS: Final = ("use_qalora", "use_bdlora", "kasa_config", "monteclora_config")
 """Settings of peft under which an update is not B·A alone."""
 _ROUNDING: Final = 1e-5
-"""What AdaLoRA adds to the rank that it divides by."""
+"""The number that AdaLoRA adds to the rank by which it divides."""
 
 
 def loras(shapes: Shapes, adapter: Mapping[str, Any]) -> Iterator[Update]:
@@ -101,7 +101,7 @@ def _bases(layer: str) -> tuple[str, ...]:
 
 
 def _of_flax(shapes: Shapes) -> Iterator[Update]:
-    """Those of nnx.LoRA: (inputs, rank) and (rank, outputs), as they are, added to a kernel."""
+    """Updates of nnx.LoRA: factors (inputs, rank) and (rank, outputs), added to a kernel."""
     for first, shape in shapes.items():
         found = _FLAX.fullmatch(first)
         if found is None:
@@ -120,7 +120,7 @@ def _of_flax(shapes: Shapes) -> Iterator[Update]:
 
 
 def _obstacle(layer: str, adapter: Mapping[str, Any]) -> str:
-    """What speaks against adding B·A to the base; "" if nothing."""
+    """Why B·A cannot be added to the base; "" if it can."""
     if layer.endswith(".base_layer.out_proj"):
         return "behind an attention, where peft (0.21) adds it twice"
     begun = adapter.get("init_lora_weights")
@@ -136,7 +136,7 @@ class _Lora:
     second: str
     scale: Scale
     groups: int = 1
-    """Of a convolution's outputs, each of which sees its own part of the ranks."""
+    """Groups of a convolution's outputs, each of which uses its own part of the ranks."""
 
     def factors(self, tensors: Tensors) -> tuple[np.ndarray, np.ndarray]:
         """B with the scale, without its axes of taps, and A."""
@@ -175,7 +175,7 @@ class _Mid:
 
 @dataclass(frozen=True)
 class _Stack:
-    """peft's update of a stack of matrices: ranks are sorted otherwise in the two factors."""
+    """peft's update of a stack of matrices: the two factors have ranks in different orders."""
 
     outer: _Lora
     count: int
@@ -188,7 +188,7 @@ class _Stack:
 
 @dataclass(frozen=True)
 class _Adaptive:
-    """AdaLoRA's, with singular values of its own."""
+    """AdaLoRA's update, which has singular values of its own."""
 
     outer: _Lora
     values: str

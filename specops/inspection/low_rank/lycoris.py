@@ -13,7 +13,7 @@ from specops.inspection.low_rank.scale import Scale, scale_of_product
 from specops.inspection.low_rank.update import DORA, UPDATE, Shapes, Tensors, Update
 
 _FIRST: Final = re.compile(r"(.+)\.(hada_w1_a|lokr_w1|lokr_w1_a)(\.[^.]+)?")
-"""Layer, factor, and where a model is saved whole the name of the adapter."""
+"""(layer), (factor), and (name of the adapter) if a whole model was saved."""
 _FLAT: Final = "; of a convolution, its reshaped kernel"
 
 
@@ -28,7 +28,7 @@ def products(shapes: Shapes, adapter: Mapping[str, Any]) -> Iterator[Update]:
 
 
 def _loha(layer: str, which: str, shapes: Shapes, adapter: Mapping[str, Any]) -> Iterator[Update]:
-    """(w1_a w1_b) ∘ (w2_a w2_b), with Tucker cores of convolutions where there are any."""
+    """(w1_a w1_b) ∘ (w2_a w2_b), for convolutions possibly with Tucker cores."""
     names = tuple(f"{layer}.hada_w{i}_{x}{which}" for i in (1, 2) for x in "ab")
     if any(len(shapes.get(n, ())) != 2 for n in names):
         return
@@ -76,7 +76,7 @@ class _Hadamard:
 
 
 def _lokr(layer: str, which: str, shapes: Shapes, adapter: Mapping[str, Any]) -> Iterator[Update]:
-    """w1 ⊗ w2, either of them whole or a product, the second with a Tucker core or not."""
+    """w1 ⊗ w2, each of them whole or a product, the second possibly with a Tucker core."""
     parts = [_factor(f"{layer}.lokr_w{i}", f"{layer}.lokr_t{i}", which, shapes) for i in (1, 2)]
     if any(part is None for part in parts):
         return
@@ -123,7 +123,7 @@ class _Kronecker:
 
 
 def _whole(names: tuple[str, ...], tensors: Tensors) -> np.ndarray:
-    """A factor as it is stored, or the product of two matrices, around a Tucker core or not."""
+    """A factor as it is stored, or a product of two matrices, possibly with a Tucker core."""
     parts = [tensors[n].astype(np.float64) for n in names]
     if len(parts) == 1:
         return parts[0]

@@ -1,4 +1,4 @@
-"""Weights with a low-rank update added: what a network runs that has both."""
+"""Weights with a low-rank update added, as a network uses them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from specops.inspection.low_rank.update import Make, Shapes, Tensors, Update
 def find_merged(
     updates: Iterable[Update], shapes: Shapes, adapter: Mapping[str, Any]
 ) -> Iterator[tuple[str, tuple[int, ...], tuple[str, ...], str, Make, str]]:
-    """(name, shape, sources, how, how to make it, base) of each base + update in a file.
+    """(name, shape, sources, description, function, base) of each base + update in a file.
 
-    Where the file has the base, says how much of the update to add, and has no other update: which
-    of several is in use, no file says.
+    The file must have the base, say how much of the update to add, and have no other update of it:
+    no file says which of several is in use.
     """
     for update in updates:
         base = next((n for n in update.bases if n in shapes), "")
@@ -45,10 +45,10 @@ class _Merged:
 def is_turned(
     update: Update, base: tuple[int, ...], adapter: Mapping[str, Any], outputs_last: bool = False
 ) -> bool:
-    """Whether an update is added transposed: that of a table, and of layers (inputs, outputs).
+    """Whether an update is added transposed, as for embeddings and layers (inputs, outputs).
 
-    Their shapes tell; of square ones what else is known of the layer, or peft's settings, which
-    are those of the last layer where there are several kinds.
+    Shapes tell, unless they are square. Then other knowledge of the layer does, or peft's settings,
+    which are those of the last layer if there are several kinds.
     """
     if update.turned or len(update.shape) != 2 or len(base) != 2:
         return update.turned
@@ -58,14 +58,14 @@ def is_turned(
 
 
 def _fits(update: Update, base: tuple[int, ...], turned: bool) -> bool:
-    """Whether it may be an update of a weight of this shape, whatever axes its taps are in."""
+    """Whether the update fits a weight of this shape, in whatever axes its taps are."""
     shape = update.shape[::-1] if turned else update.shape
     flat = len(shape) != len(base) > 2 and shape[0] == base[0]
     return shape == base or (flat and math.prod(shape) == math.prod(base))
 
 
 def added(base: np.ndarray, update: Update, tensors: Tensors, turned: bool) -> np.ndarray:
-    """base + update, in double precision; with DoRA's lengths.
+    """base + update in double precision, rescaled to DoRA's lengths if there are any.
 
     Raises
     ------
@@ -84,7 +84,7 @@ def added(base: np.ndarray, update: Update, tensors: Tensors, turned: bool) -> n
 
 
 def _of_lengths(w: np.ndarray, lengths: np.ndarray, name: str) -> np.ndarray:
-    """The weight with these lengths along its outputs; LyCORIS has those along inputs too."""
+    """The weight with these lengths along its outputs, or, as LyCORIS may store, its inputs."""
     axis = 0
     if name.endswith("dora_scale") and lengths.shape[:1] != w.shape[:1]:
         axis = 1

@@ -1,4 +1,4 @@
-"""What an update is multiplied by: α/rank where the file, or peft's settings, have α."""
+"""The factor of an update: α/rank, if the file or peft's settings have α."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _IN_SETTINGS: Final = "as adapter_config.json has"
 
 @dataclass(frozen=True)
 class Scale:
-    """A factor, and where it is from.
+    """A factor, and where it comes from.
 
     Attributes
     ----------
@@ -47,12 +47,12 @@ class Scale:
 
     @property
     def obstacle(self) -> str:
-        """Why what it multiplies cannot be added; "" if it can."""
+        """Why an update with this scale cannot be added; "" if it can."""
         return UNSCALED if self.words == UNSCALED else ""
 
 
 def scale_of(layer: str, rank: int, shapes: Shapes, adapter: Mapping[str, Any]) -> Scale:
-    """Of an update B·A."""
+    """The scale of an update B·A."""
     if shapes.get(f"{layer}.alpha") in ((), (1,)):
         return Scale(f"{layer}.alpha", rank, 1.0, f"times α/{rank}")
     alpha = _of_pattern(adapter.get("alpha_pattern"), layer, adapter.get("lora_alpha"))
@@ -63,13 +63,13 @@ def scale_of(layer: str, rank: int, shapes: Shapes, adapter: Mapping[str, Any]) 
 
 
 def scale_of_product(layer: str, rank: int, shapes: Shapes, adapter: Mapping[str, Any]) -> Scale:
-    """Of an update by LoHa or LoKr; `rank` 0 where no tensor has it, all factors being whole."""
+    """The scale of an update by LoHa or LoKr; `rank` is 0 if all factors are whole."""
     alpha = _of_pattern(adapter.get("alpha_pattern"), layer, adapter.get("alpha"))
     told = rank_of(layer, adapter)
     if isinstance(alpha, int | float) and told:
         return Scale("", told, alpha / told, f"times {alpha / told:.4g}, {_IN_SETTINGS}")
     if not rank:
-        # LyCORIS does not scale what it keeps whole.
+        # LyCORIS does not scale updates with whole factors.
         return Scale("", 1, 1.0, "not scaled")
     if shapes.get(f"{layer}.alpha") in ((), (1,)):
         return Scale(f"{layer}.alpha", rank, 1.0, f"times α/{rank}")
@@ -77,13 +77,13 @@ def scale_of_product(layer: str, rank: int, shapes: Shapes, adapter: Mapping[str
 
 
 def rank_of(layer: str, adapter: Mapping[str, Any]) -> int:
-    """The rank that peft's settings give a layer; 0 where they do not."""
+    """The rank that peft's settings give a layer; 0 if they give none."""
     rank = _of_pattern(adapter.get("rank_pattern"), layer, adapter.get("r"))
     return rank if type(rank) is int and rank > 0 else 0
 
 
 def _of_pattern(table: Any, layer: str, otherwise: Any) -> Any:
-    """The value of the first key that matches, as peft reads them: expressions of ends of names."""
+    """The value of the first key that matches; as in peft, an expression for endings of names."""
     if isinstance(table, dict):
         for key, value in table.items():
             try:

@@ -1,4 +1,4 @@
-"""What is known of a low-rank update of a weight."""
+"""`Update`: what is known about a low-rank update of a weight."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Tensors = Mapping[str, np.ndarray]
 Shapes = Mapping[str, tuple[int, ...]]
 Make = Callable[[Tensors], np.ndarray | tuple[np.ndarray, np.ndarray]]
 UPDATE: Final = " (update)"
-"""What follows the name of a layer in that of its update."""
+"""The suffix that makes a layer's name the name of its update."""
 
 DORA: Final = "; DoRA scales its sum with the base weight anew"
 
 
 @dataclass(frozen=True)
 class Update:
-    """What is added to a weight.
+    """A low-rank update of a weight.
 
     Attributes
     ----------
