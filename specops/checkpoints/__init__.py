@@ -1,4 +1,4 @@
-"""Reading the tensors of a saved model one at a time, whatever wrote it."""
+"""Reading the tensors of a saved model one at a time, in many formats."""
 
 from specops.checkpoints.base import Checkpoint, Entry
 from specops.checkpoints.opening import open_checkpoint

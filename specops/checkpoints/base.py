@@ -25,7 +25,8 @@ class Entry:
     name: str
     """As stored: "layer1.0.conv1.weight", "layers/dense/vars/0"."""
     shape: tuple[int, ...] | None
-    """None where it is unknown: of a lost file, of a false header, of what is no tensor."""
+    """None if it is unknown: for a missing file, a damaged header, or an entry that is no
+    tensor."""
     dtype: str
     """The stored type: "float32", "bfloat16", "float8_e4m3fn", "int8"."""
     problem: str = ""
@@ -33,7 +34,7 @@ class Entry:
     harmless: bool = False
     """Whether nothing is missing if it is not read: a plain value."""
     same_as: str = ""
-    """Another tensor that these numbers belong to as well, as in models with tied weights."""
+    """Another tensor with the same memory, as in models with tied weights."""
 
 
 class Checkpoint(ABC):
@@ -138,7 +139,7 @@ class Checkpoint(ABC):
         """The tensor of an entry without a problem; any exception becomes a CheckpointError."""
 
     def close(self) -> None:  # noqa: B027 (most readers keep nothing open)
-        """Let go of the file. Reading afterwards is an error or opens it again."""
+        """Close the file. Reading afterwards is an error or opens it again."""
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -149,7 +150,7 @@ class Checkpoint(ABC):
 
 @contextmanager
 def explained(path: Path, doing: str = "") -> Iterator[None]:
-    """Turn whatever a damaged file provokes into one line that names the file."""
+    """Turn any error that a damaged file causes into one line that names the file."""
     try:
         yield
     except CheckpointError:
@@ -165,7 +166,7 @@ def explained(path: Path, doing: str = "") -> Iterator[None]:
 
 
 def required(module: str, path: Path, install: str) -> Any:
-    """A library that a format needs; `install` is what pip would be told."""
+    """A library that a format needs; `install` is its name for pip."""
     try:
         return import_module(module)
     except ImportError as error:
@@ -181,12 +182,12 @@ def one_line(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with escapes for what UTF-8 cannot encode: halves of surrogate pairs."""
+    """The text with escapes for halves of surrogate pairs, which UTF-8 cannot encode."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def layout_from(names: Iterable[str]) -> str:
-    """The layout that names give away: torch says "weight", JAX's libraries say "kernel"."""
+    """The layout that names imply: torch says "weight", JAX's libraries say "kernel"."""
     last = {name.replace("/", ".").rpartition(".")[2] for name in names}
     if "weight" in last:
         return "" if "kernel" in last else "torch"

@@ -1,4 +1,4 @@
-"""Finding the tensors in what a pickle or msgpack file holds: containers in containers."""
+"""Finding the tensors in the nested containers of a pickle or msgpack file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _Test = Callable[[Any], bool]
 
 
 def unwrapped(loaded: Any, is_tensor: _Test, is_weight: _Test) -> Iterator[tuple[str, Any]]:
-    """Names and leaves of what a training script saved, its model first.
+    """Names and leaves of what a training script saved, those of its model first.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ def unwrapped(loaded: Any, is_tensor: _Test, is_weight: _Test) -> Iterator[tuple
 
 
 def leaves(loaded: Any, is_tensor: _Test, separator: str = ".") -> Iterator[tuple[str, Any]]:
-    """Names and leaves of containers, dictionaries and sequences, in each other.
+    """Names and leaves of nested dictionaries and sequences.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ def _walk(
     pairs: list[tuple[str, Any]], entered: set[int], is_tensor: _Test, separator: str
 ) -> Iterator[tuple[str, Any]]:
     tensors = _reaching([value for _, value in pairs], is_tensor)
-    # A pickle can hold one container many times, or in itself: each is entered once.
+    # A pickle can hold a container many times, or within itself: each is entered once.
     pending = pairs[::-1]
     while pending:
         name, thing = pending.pop()
@@ -112,7 +112,7 @@ def no_tensor(name: str, thing: Any, plain: tuple[type, ...] = ()) -> Entry:
 
 
 def _is_state(key: Any, value: Any) -> bool:
-    """Whether a branch is the state of an optimizer or scheduler, by its key or by what it has."""
+    """Whether a branch is the state of an optimizer or scheduler, by its key or its entries."""
     if isinstance(value, Mapping) and "state" in value and "param_groups" in value:
         return True
     return _is_container(value) and any(word in str(key).lower() for word in _STATES)
@@ -131,7 +131,7 @@ def _inside(thing: Any) -> Iterable[Any]:
 
 
 def _reaching(thing: Any, wanted: _Test) -> set[int]:
-    """The identities of the containers that hold something wanted, however deep."""
+    """The ids of the containers that hold something wanted, at any depth."""
     holders: dict[int, list[int]] = defaultdict(list)
     found: list[int] = []
     entered, pending = {id(thing)}, [thing] if _is_container(thing) and not wanted(thing) else []

@@ -1,6 +1,6 @@
-"""The types that checkpoints store, and bytes of them as NumPy arrays.
+"""The types that checkpoints store, and their bytes as NumPy arrays.
 
-NumPy has no bfloat16 and no float8. Every value of theirs is a float32 too, which they become.
+NumPy has no bfloat16 and no float8. They become float32, which can represent all their values.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any, Final
 
 import numpy as np
 
-# Bits of the exponent and of the fraction, bias, and what the largest exponent is for:
-# infinities and NaN ("ieee"), NaN at all ones only ("fn"), or NaN instead of minus zero ("fnuz").
+# Bits of the exponent, bits of the fraction, bias, and how special values are encoded: infinities
+# and NaN ("ieee"), NaN as all ones only ("fn"), or NaN in place of minus zero ("fnuz").
 _FLOAT8: Final = {
     "float8_e4m3fn": (4, 3, 7, "fn"),
     "float8_e5m2": (5, 2, 15, "ieee"),
@@ -53,8 +53,8 @@ def decode(raw: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
 
 
 def plain(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The array in a type of NumPy's own and in the machine's byte order, values unchanged."""
-    if array.dtype.isbuiltin == 2:  # a type that some package registered: bfloat16, int4
+    """The array in one of NumPy's own types and in native byte order, values unchanged."""
+    if array.dtype.isbuiltin == 2:  # a type that another package registered: bfloat16, int4
         name = array.dtype.name
         return array.astype({"i": np.int8, "u": np.uint8}.get(name[0], np.float32))
     return array.astype(array.dtype.newbyteorder("="), copy=False)
@@ -67,7 +67,7 @@ def is_numeric(dtype: np.dtype[Any]) -> bool:
 
 @cache
 def _values(dtype: str) -> np.ndarray[Any, Any]:
-    """The value of each of the 256 bytes."""
+    """The values that the 256 bytes stand for."""
     code = np.arange(256)
     if dtype == _E8M0:
         return np.where(code == 255, np.nan, np.ldexp(1.0, code - 127)).astype(np.float32)

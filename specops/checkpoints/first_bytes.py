@@ -1,4 +1,4 @@
-"""Recognising files by what they hold, which names may misstate."""
+"""Recognising files by their content, because their names may be wrong."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def head(path: Path, size: int = 16) -> bytes:
 def zip_names(path: Path) -> list[str]:
     """The names in a zip file; none if the path is no zip file.
 
-    Of one that was cut off those of the whole members, if they are arrays of NumPy.
+    For a truncated one, the names of its complete members, if they are NumPy arrays.
     """
     if not head(path).startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return []

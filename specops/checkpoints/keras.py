@@ -23,10 +23,11 @@ from specops.errors import CheckpointError
 _INSIDE = "model.weights.h5"
 _SETTINGS = "config.json"
 _HARMLESS_BYTES = 1 << 26
-"""Size up to which an array is read whatever is stored of it: a choice, 64 MiB."""
+"""An array of at most this size is read even if the file stores hardly anything: a choice, 64
+MiB."""
 _HDF5_RATIO = 2000
-"""More than HDF5's compression reaches: deflate's is 1032 at the most."""
-_STRING, _GIVEN = 3, 2  # HDF5's numbers for a type and for a fill value that the writer chose
+"""More than HDF5's compression can reach: deflate reaches at most 1032."""
+_STRING, _GIVEN = 3, 2  # HDF5's codes for strings, and for a fill value that the writer chose
 
 
 class KerasCheckpoint(Checkpoint):
@@ -74,16 +75,16 @@ class KerasCheckpoint(Checkpoint):
                 found = self._file[name]
                 if isinstance(found, h5py.Dataset):
                     entries.append(_entry(name, found))
-            except Exception as error:  # the others are as readable as before
+            except Exception as error:  # the other tensors can still be read
                 entries.append(Entry(name, None, "", one_line(error)))
         return entries, problems
 
     def _labels(self, name: str) -> tuple[str, ...]:
-        """The names of the layers that a tensor is in, as Keras notes them at their variables."""
+        """The names of the layers around a tensor, as Keras stores them with their variables."""
         found, parts = [], name.split("/")
         for end in range(len(parts) - 1, 0, -1):
             group = "/".join([*parts[:end], "vars"])
-            if group in self._listed:  # and so no link
+            if group in self._listed:  # so it is no link
                 label = self._file[group].attrs.get("name")
                 found += [label] if isinstance(label, str) else []
         return tuple(found)
@@ -106,7 +107,7 @@ class KerasCheckpoint(Checkpoint):
 
 
 def _configuration(path: Path, file: Any) -> dict[str, Any]:
-    """What a whole model's file says of its layers; nothing in one of weights alone."""
+    """The configuration in a whole model's file; empty for a file of weights alone."""
     text = file.attrs.get("model_config", "")
     if head(path).startswith(b"PK"):
         with zipfile.ZipFile(path) as archive:
@@ -142,12 +143,12 @@ def _entry(name: str, dataset: Any) -> Entry:
 
 
 def _is_text(dataset: Any) -> bool:
-    """Whether it holds strings, of a fixed length or of any."""
+    """Whether it holds strings, of fixed or variable length."""
     return dataset.dtype.kind in "SU" or dataset.id.get_type().get_class() == _STRING
 
 
 def _unwritten(dataset: Any, stored: int) -> bool:
-    """Whether some of its numbers would be the default of a library and not of the file."""
+    """Whether some of its values are not in the file, so that HDF5 would fill in a default."""
     if not dataset.size or dataset.id.get_create_plist().fill_value_defined() == _GIVEN:
         return False
     if dataset.chunks is None:
@@ -165,7 +166,8 @@ def _hdf5_file(path: Path) -> BinaryIO:
         check_member(info, path.stat().st_size)
         with archive.open(info) as member:
             if info.compress_type == zipfile.ZIP_STORED:
-                # Seeking in a member reads all before; its bytes are in the file as they are.
+                # Seeking in a zip member reads all before it. A stored one has its bytes in the
+                # file unchanged, so they can be read directly.
                 with path.open("rb") as file:
                     begin = member_position(file, info)
                 window = _Window(path, begin, info.file_size)

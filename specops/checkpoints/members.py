@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 _STEP = 1 << 22
-_DEFLATE = 1032  # deflate cannot compress further than this many to one
+_DEFLATE = 1032  # the largest compression ratio of deflate
 
 
 def check_member(info: zipfile.ZipInfo, size: int) -> None:
@@ -24,7 +24,7 @@ def check_member(info: zipfile.ZipInfo, size: int) -> None:
     if info.flag_bits & 1:
         raise ValueError("it is encrypted")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"it is compressed by method {info.compress_type}, which nobody uses")
+        raise ValueError(f"it is compressed by the unusual method {info.compress_type}")
     stored = info.compress_type == zipfile.ZIP_STORED
     ratio = 1 if stored else _DEFLATE
     if info.compress_size > size or info.file_size > ratio * info.compress_size:
@@ -46,7 +46,7 @@ def fill(file: Any, count: int) -> np.ndarray[Any, Any]:
     raw: np.ndarray[Any, Any] = np.empty(count, dtype=np.uint8)
     view, done = raw.data, 0
     while done < count:
-        # Zip members copy what they read, so take little at a time.
+        # In small steps, because zip members copy what they read.
         got = file.readinto(view[done : done + _STEP])
         if not got:
             raise EOFError(f"the file ends {count - done} bytes too early")

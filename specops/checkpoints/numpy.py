@@ -17,14 +17,14 @@ from specops.checkpoints.salvage import leading_members, open_leading
 
 _LARGEST = 2**63 - 1
 _MAGIC = b"\x93NUMPY"
-_LONGEST_LINE = 1 << 20  # bytes of settings before arrays
+_LONGEST_LINE = 1 << 20  # most bytes of a line of settings before the arrays
 
 
 class _Header(NamedTuple):
     shape: tuple[int, ...]
     fortran: bool
     dtype: np.dtype[Any]
-    length: int  # where the numbers begin
+    length: int  # the position where the values begin
 
     def entry(self, name: str, size: int) -> Entry:
         """The entry of an array whose file or member has this many bytes."""
@@ -95,11 +95,11 @@ class LeavesCheckpoint(Checkpoint):
                 file.seek(at)
                 try:
                     header = _header(file)
-                except Exception as error:  # those before it are as readable as before
+                except Exception as error:  # the arrays before it can still be read
                     problems.append(f"truncated or damaged behind {len(entries)} arrays: {error}")
                     break
                 begin, at = at, file.tell() + math.prod(header.shape) * header.dtype.itemsize
-                bfloat16 = header.dtype.str == "|V2"  # what NumPy makes of it
+                bfloat16 = header.dtype.str == "|V2"  # NumPy writes bfloat16 as this type
                 header = header._replace(length=header.length - begin)
                 entry = header.entry(name, min(at, size) - begin)
                 if bfloat16 and at <= size:
@@ -120,7 +120,7 @@ class LeavesCheckpoint(Checkpoint):
 
 
 def first_leaf(path: Path) -> int:
-    """Where the first of several arrays begins in a file of equinox; -1: it is none."""
+    """Where the first array begins in a file of equinox; -1 if it is no such file."""
     with path.open("rb") as file:
         start = 0
         if file.read(1) == b"{":
@@ -188,7 +188,7 @@ class NpzCheckpoint(Checkpoint):
             check_member(info, size)
             with self._open(info) as member:
                 header = _header(member)
-        except Exception as error:  # the other members are as readable as before
+        except Exception as error:  # the other members can still be read
             return Entry(name, None, "", one_line(error))
         self._members.setdefault(name, (info, header))
         return header.entry(name, info.file_size)
@@ -198,7 +198,7 @@ class NpzCheckpoint(Checkpoint):
         if info.compress_type != zipfile.ZIP_STORED:
             check_memory(info.file_size)
         with self._open(info) as member:
-            return header.read(member)  # which compares the checksum at the end
+            return header.read(member)  # at its end the zip file's checksum is compared
 
     def close(self) -> None:
         """Close the zip file."""
@@ -210,7 +210,7 @@ def _header(file: BinaryIO) -> _Header:
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    elif version in ((2, 0), (3, 0)):  # the third only spells names of records in UTF-8
+    elif version in ((2, 0), (3, 0)):  # 3.0 differs only in that names of fields are UTF-8
         shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
     else:
         raise ValueError(f"version {version} of the .npy format is unknown")

@@ -1,4 +1,4 @@
-"""Opening a checkpoint with whichever reader knows it."""
+"""Opening a checkpoint with the reader that knows its format."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _OTHERS = {
     b".onnx": "an ONNX program, in which layers are fused and nameless; save the weights it was "
     "made of: torch.save(model.state_dict(), 'model.pt')",
 }
-"""Formats that are known and not read, and what to export instead."""
+"""Formats that are recognised but not read, and what to export instead."""
 _registering = threading.Lock()
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a saved model and list its tensors, without reading them where the format allows.
+    """Open a saved model and list its tensors, without reading them if the format allows.
 
     No code in the file is run: pickles are read by torch's ``weights_only`` unpickler, arrays of
     objects not at all.
@@ -80,7 +80,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _by_whoever_knows(path: Path) -> Checkpoint | None:
-    """The reader that knows this file or folder, open: an adapter's, else one of ours."""
+    """An open reader that knows this file or folder: an adapter's, or else a built-in one."""
     with _registering:
         if not manager().has_plugin(PROJECT):
             manager().register(plugin, name=PROJECT)

@@ -1,4 +1,4 @@
-"""What a pickle asks for, found without running it."""
+"""The imports that a pickle asks for, found without running it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _GETS: Final = {"GET", "BINGET", "LONG_BINGET"}
 
 
 def asked_for(path: Path, allowed: Collection[str]) -> tuple[int, str]:
-    """What stands in the way of loading a file of torch's.
+    """(protocol, forbidden name): what prevents loading a torch file.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ def asked_for(path: Path, allowed: Collection[str]) -> tuple[int, str]:
         file.seek(begin)
         start = file.read(2)
         file.seek(begin)
-        # Legacy files have a number, a version and notes on the system before the objects.
+        # In legacy files a magic number, a version and system information precede the objects.
         names = [first_global(file, allowed) for _ in range(1 if begin else 4)]
     protocol = start[1] if start[:1] == b"\x80" and len(start) == 2 else 0
     return protocol, next(filter(None, names), "")
@@ -59,7 +59,7 @@ def first_global(file: IO[bytes], allowed: Collection[str]) -> str:
         Full names: "collections.OrderedDict".
     """
     memo: dict[int, str | None] = {}
-    pushed: deque[str | None] = deque([None, None], maxlen=2)  # None for what is no text
+    pushed: deque[str | None] = deque([None, None], maxlen=2)  # None for anything but strings
     try:
         for code, argument, _ in pickletools.genops(file):
             name = ""
@@ -67,7 +67,7 @@ def first_global(file: IO[bytes], allowed: Collection[str]) -> str:
                 name = str(argument).replace(" ", ".")
             elif code.name == "STACK_GLOBAL":
                 name = ".".join(part or "?" for part in pushed)
-            name = name.replace("__builtin__.", "builtins.")  # as Python 2 called it
+            name = name.replace("__builtin__.", "builtins.")  # its name in Python 2
             if name and name not in allowed:
                 return name
             if code.name in _PUTS:

@@ -1,4 +1,4 @@
-"""The readers of formats that belong to no framework, behind the hook that adapters implement."""
+"""The plugin with the readers of formats that belong to no framework."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _open_file(path: Path) -> Checkpoint | None:
         return NpzCheckpoint(path)
     if names:
         return None
-    # The name decides only where the content says nothing, for an error that is to the point.
+    # The name decides only if the content is not recognised, for the sake of a precise error.
     if start[8:9] == b"{" or (path.suffix == ".safetensors" and not start.isascii()):
         from specops.checkpoints.safetensors import SafetensorsCheckpoint
 

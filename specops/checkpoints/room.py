@@ -1,4 +1,4 @@
-"""Whether what a compressed file unpacks to has room, before it is unpacked."""
+"""Checks that there is room for a compressed file's content, before it is unpacked."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import shutil
 import tempfile
 
 _USABLE = 0.8
-"""Fraction of what is free that one file may take: a choice that leaves the rest for what is made
-of it."""
+"""Fraction of the free space that one file may take: a choice that leaves room for processing."""
 
 
 def check_memory(size: int) -> None:
@@ -31,9 +30,9 @@ def _check(size: int, free: int | None, where: str) -> None:
 
 
 def _available() -> int | None:
-    """Bytes of memory that can be had, or None if the system does not say."""
+    """Bytes of memory that are available, or None if the system does not say."""
     try:
-        # The files that the system keeps in memory give way, though they do not count as free.
+        # MemAvailable includes the memory of cached files, which the system can free.
         with open("/proc/meminfo", encoding="ascii") as file:
             for line in file:
                 if line.startswith("MemAvailable:"):

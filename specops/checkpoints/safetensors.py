@@ -1,4 +1,4 @@
-"""Safetensors files: a JSON header that says where each tensor's bytes lie, then the bytes."""
+"""Safetensors files: a JSON header with the position of each tensor's bytes, then the bytes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from specops.checkpoints.members import fill
 
 _HEADER_LIMIT: Final = 100_000_000  # as in the safetensors library
 _LARGEST: Final = 2**63 - 1
-_AXES: Final = 64  # of NumPy
-_CREDIBLE: Final = 2**45  # bytes of one file; a header that claims more is false, not cut off
+_AXES: Final = 64  # the most axes of a NumPy array
+_CREDIBLE: Final = 2**45  # bytes of a file; if a header claims more it is wrong, not truncated
 _DTYPES: Final = {
     "BOOL": "bool",
     "BF16": "bfloat16",
@@ -81,7 +81,7 @@ class SafetensorsCheckpoint(Checkpoint):
         return Entry(name, None if false or end > _CREDIBLE else shape, dtype, problem)
 
     def _disjoint(self, entries: list[Entry]) -> list[Entry]:
-        """The entries, with a problem for each whose bytes another one has already."""
+        """The entries, with a problem for each whose bytes overlap with those of another."""
         last, end, overlapping = "", 0, {}
         sound = [entry for entry in entries if not entry.problem and _count(entry.shape)]
         for entry in sorted(sound, key=lambda entry: self._offsets[entry.name]):
@@ -105,7 +105,7 @@ def _is_size(number: Any) -> bool:
 
 
 def _fits_array(shape: tuple[int, ...]) -> bool:
-    """Whether NumPy could have such an array, which an extent of 0 does not make smaller."""
+    """Whether NumPy allows an array of this shape; it ignores extents of 0 in this check."""
     return len(shape) <= _AXES and math.prod(filter(None, shape)) <= _LARGEST // 16
 
 
@@ -124,7 +124,7 @@ def _end(about: Any) -> int:
 
 
 def _header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Where the tensors begin, and what the header says about them."""
+    """(the position where the tensors begin, what the header says about them)."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

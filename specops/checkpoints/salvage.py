@@ -1,4 +1,4 @@
-"""Zip files that were cut off, and with their end lost the list of what they hold."""
+"""Truncated zip files, which have lost the list of their members at the end."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from specops.checkpoints.members import member_position
 
 _LOCAL: Final = struct.Struct("<4s5H3I2H")
 _ZIP64: Final = 0xFFFFFFFF
-_SIZE_FOLLOWS: Final = 8  # a flag: the size is behind the member and not in front
+_SIZE_FOLLOWS: Final = 8  # a flag: the size comes after the member's bytes, not before
 
 
 def leading_members(path: Path) -> list[zipfile.ZipInfo]:
-    """The members from the beginning of a zip file that are whole.
+    """The complete members at the beginning of a zip file.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ def leading_members(path: Path) -> list[zipfile.ZipInfo]:
 
 
 def open_leading(path: Path, info: zipfile.ZipInfo) -> zipfile.ZipExtFile:
-    """One of those members, opened for reading what it unpacks to."""
+    """One of those members, opened to read its unpacked content."""
     file = path.open("rb")
     try:
         file.seek(member_position(file, info))
@@ -60,7 +60,7 @@ def open_leading(path: Path, info: zipfile.ZipInfo) -> zipfile.ZipExtFile:
 
 
 def _wide(extra: bytes) -> tuple[int, int]:
-    """The sizes in the extra field that members of 4 GB and more have, unpacked and packed."""
+    """(unpacked size, packed size) from the extra field that members of 4 GB and more have."""
     at = 0
     while at + 20 <= len(extra):
         tag, length, unpacked, packed = struct.unpack_from("<2H2Q", extra, at)

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face: an index that says which file holds which tensor, or one file."""
+"""Folders of Hugging Face: shards with an index of which file holds which tensor, or one file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SINGLE = (
 )
 _INDICES = ("*.safetensors.index.json", "pytorch_model*.bin.index.json")
 _SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}
-_LIMIT = 1 << 28  # bytes of an index
+_LIMIT = 1 << 28  # most bytes of an index
 
 
 Open = Callable[[Path], Checkpoint]
@@ -126,7 +126,7 @@ class ShardedCheckpoint(Checkpoint):
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """The file of each tensor, all in the index's own folder."""
+    """The file of each tensor; all must be in the index's own folder."""
     if index.stat().st_size > _LIMIT:
         raise CheckpointError(f"{index}: too large for an index")
     try:
@@ -137,7 +137,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(shards, dict) or not all(type(file) is str for file in shards.values()):
         raise CheckpointError(f"{index}: no weight_map from names to files in it")
     for file in shards.values():
-        # Judged as Windows would, which knows every way to leave a folder.
+        # Parsed as a Windows path, which covers every way to leave a folder.
         parts = PureWindowsPath(file)
         if parts.anchor or ".." in parts.parts or "\0" in file:
             raise CheckpointError(f"{index}: names {file!r}, outside its folder; refused")

@@ -152,7 +152,7 @@ def log_jac_norm(hidden_norms: Array, jacobian_norms: Array, margin: Array) -> A
             f"{tuple(jacobian_norms.shape)} and {tuple(margin.shape)}"
         )
     xp = arrays.namespace(hidden_norms)
-    # Factor by factor in logarithms, and their sum from the largest.
+    # Products as sums of logarithms; the sum over layers relative to the largest term.
     terms = _log(xp, hidden_norms) + _log(xp, jacobian_norms)
     top = xp.max(terms, axis=0)
     safe = xp.where(xp.isfinite(top), top, xp.zeros_like(top))
@@ -161,7 +161,7 @@ def log_jac_norm(hidden_norms: Array, jacobian_norms: Array, margin: Array) -> A
 
 
 def _log(xp: Namespace, x: Array) -> Array:
-    """Logarithms, -inf for zero, of which NumPy would warn."""
+    """Logarithms, -inf for zero without NumPy's warning."""
     with np.errstate(divide="ignore"):
         return xp.log(x)
 
@@ -171,13 +171,13 @@ def _of_layers(
     geometries: Sequence[Geometry | None] | Mapping[str, Geometry | None] | None,
     other: Callable[[Array, Geometry | None], Any],
 ) -> tuple[list[float], list[float], list[float]]:
-    """(norms over the weights' scales, logarithms of the norms, `other` over the scales)."""
+    """(norms / scale, logarithms of the norms, `other` / scale) of the weights, one per layer."""
     norms, logs, others = [], [], []
-    # One by one: all scaled weights at once would take the memory of the model again.
+    # One by one: all scaled weights at once would take as much memory as the model.
     for i, (w, geometry) in enumerate(_paired(weights, geometries)):
         xp = arrays.namespace(w)
         a = arrays.to_compute(xp, w)
-        # Norms and squares may leave single precision.
+        # Scaled, because norms and squares may leave the range of single precision.
         scale = arrays.magnitude(xp, a)
         a = a / scale
         norm = _one(spectral_norm(a, geometry), i)
@@ -233,7 +233,7 @@ def _conv_row_norms(w: Array, geometry: Conv) -> Array:
     assert sizes.fine is not None  # `spectral_norm` has refused it
     xp, kernel = arrays.namespace(w), geometry.kernel(w)
     if sizes.wraps:
-        # Taps wrap onto each other: their values add before they are squared.
+        # Taps that wrap onto the same entry add up before they are squared.
         matrix = ConvOperator(kernel, sizes).to_matrix()
         return xp.sum(xp.linalg.vector_norm(matrix, axis=-2 if geometry.transposed else -1))
     squares = ConvOperator(xp.abs(kernel) ** 2, sizes)

@@ -1,4 +1,4 @@
-"""What gradients and Hessians by the weights never exceed, by the norms of the layers alone."""
+"""Upper bounds of gradients and Hessians by the weights, from the norms of the layers alone."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def hessian_norm_bounds(
     curvature = non_negative(output_curvature, "output_curvature")
     x = _checked(input_norm)
     if arrays.is_array(x):
-        # The root is in range where the bound is.
+        # By the square root, which is in range whenever the bound is.
         roots = [_root(_product([curvature, *rest, *rest])) for rest in _others(norms)]
         with np.errstate(over="ignore"):
             return tuple(_scaled(x, root) ** 2 for root in roots)
@@ -141,7 +141,7 @@ def _checked(input_norm: float | Array) -> float | Array:
 
 
 def _others(norms: Sequence[float]) -> list[list[float]]:
-    """The norms but one, for each: no quotient, which zero would spoil."""
+    """For each norm the list of all others: a quotient of products would fail for zero."""
     found = [non_negative(float(n), f"norms[{i}]") for i, n in enumerate(norms)]
     if not found:
         raise ValueError("norms is empty: give the norm of every layer")
@@ -149,7 +149,7 @@ def _others(norms: Sequence[float]) -> list[list[float]]:
 
 
 def _product(numbers: Sequence[float]) -> tuple[float, int]:
-    """∏ numbers as (m, e) of m·2^e, however small or large parts of it are."""
+    """The product as (m, e) with value m·2^e, which neither overflows nor underflows."""
     mantissa, exponent = 1.0, 0
     for number in numbers:
         part, power = math.frexp(number)
@@ -165,7 +165,7 @@ def _root(number: tuple[float, int]) -> tuple[float, int]:
 
 
 def _scaled(x: float | Array, number: tuple[float, int]) -> float | Array:
-    """x·m·2^e; inf if it exceeds what a float holds, and zero for zero all the same."""
+    """x·m·2^e; inf if a float cannot hold it, but zero if x is zero."""
     mantissa, exponent = number
     if not arrays.is_array(x):
         part, power = math.frexp(x)
@@ -184,6 +184,6 @@ def _scaled(x: float | Array, number: tuple[float, int]) -> float | Array:
 
 
 _STEP = 100
-"""2^100 is in the range of single precision."""
+"""Exponents are applied in steps of 2^100, which is in the range of single precision."""
 _BEYOND = 2200
-"""2^2200 takes the least double out of range."""
+"""A factor of 2^2200 moves even the smallest double out of range."""

@@ -46,7 +46,7 @@ def gradient_norms(gradients: Mapping[str, Any]) -> dict[str, float]:
         if not g.shape[0]:
             found[name] = 0.0
             continue
-        # Scaled first: squares of small gradients underflow.
+        # Scaled first, because squares of small gradients underflow.
         scale = arrays.magnitude(xp, g)
         found[name] = float(xp.linalg.vector_norm(g / scale)) * float(xp.max(scale))
     return found

@@ -1,4 +1,4 @@
-"""How much outputs can change with inputs: bounds from above, and what is met from below."""
+"""How much outputs can change with inputs: certified upper bounds, and lower bounds at points."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def local_lipschitz(
     first: Any = jacobian.rmatvec if wide else jacobian.matvec
     second: Any = jacobian.matvec if wide else jacobian.rmatvec
     start = random_start(min(rows, columns), jacobian.like, seed)
-    # JᵀJ squares the scale, which may leave the range of single precision.
+    # Scaled, because JᵀJ squares the scale, which may leave the range of single precision.
     scale = float(safe_norm(first(start / safe_norm(start))))
     scale = scale if 0.0 < scale < math.inf else 1.0
 

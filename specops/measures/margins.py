@@ -1,4 +1,4 @@
-"""How far the right class is ahead, and dividing by it."""
+"""Margins: how far the right class is ahead; and complexities divided by them."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def noise_sensitivity(
         noise = arrays.constant(rng.standard_normal(tuple(x.shape)), lengths)
         moved = _rows(function(x + xp.astype(noise * lengths, x.dtype)))
         distances = row_norms(moved - clean)
-        # Divided before squaring: squares alone may leave the range of single precision.
+        # Divided before squaring, because squares may leave the range of single precision.
         total = total + (xp.where(dead, xp.sign(distances), distances) / divisors) ** 2
     of_dead = xp.where(total > 0, xp.full_like(total, math.inf), xp.full_like(total, math.nan))
     return xp.where(dead, of_dead, total / samples)

@@ -1,4 +1,4 @@
-"""What a derivative has to offer to be measured."""
+"""The protocols of derivatives that measures take."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from specops.measures.rows import row_norms
 from specops.typing import Array
 
 _PAIRS_AT_ONCE = 256
-"""Pairs whose differences are held at once: a choice of memory, 256 samples' worth."""
+"""Pairs whose differences are in memory at a time: a choice, as much as 256 samples take."""
 
 
 def lipschitz_ratios(
@@ -94,13 +94,13 @@ def lipschitz_ratios(
     xp = arrays.namespace(x)
     near = _distances(x, y, first, second)
     far = _distances(fx, fy, first, second)
-    kept = np.flatnonzero(arrays.to_numpy(near) != 0)  # NaN stays to be seen
+    kept = np.flatnonzero(arrays.to_numpy(near) != 0)  # keeps NaN, which should show
     chosen = arrays.constant(kept, near)
     return xp.take(far, chosen) / xp.take(near, chosen)
 
 
 def _distances(x: Array, y: Array, first: np.ndarray, second: np.ndarray) -> Array:
-    """In slices, so that differences of many large samples need not fit at once."""
+    """Distances of pairs, in slices: not all differences have to fit into memory at once."""
     xp = arrays.namespace(x)
     a, b = (arrays.to_compute(xp, xp.reshape(v, (v.shape[0], -1))) for v in (x, y))
     parts = []
@@ -132,7 +132,7 @@ def _pairs(
     *,
     within: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of members of one group: all, or so many, of uniformly random groups."""
+    """Pairs of members of one group: all, or `pairs` random ones of random groups."""
     totals = [len(a) * (len(a) - 1) // 2 if within else len(a) * len(b) for a, b in groups]
     if not sum(totals):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)

@@ -1,4 +1,4 @@
-"""What the norm of a convolution can exceed that of its reshaped kernel by."""
+"""By how much the norm of a convolution can exceed that of its reshaped kernel."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def tsuzuku_alpha(w: Array, geometry: Conv) -> float:
     most = 1
     for t, (k, s, d) in enumerate(zip(sizes.kernel, sizes.stride, sizes.dilation, strict=True)):
         if sizes.fine is None:
-            # Every size includes circular grids that the stride does not divide, on which
-            # all taps may come to one input.
+            # Without a size, grids that the stride does not divide count, too; on circular ones
+            # all taps may read the same input.
             all_meet = geometry.transposed or (sizes.circular and s > 1)
             most *= k if all_meet else -(-k * math.gcd(s, d) // s)
             continue

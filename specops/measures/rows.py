@@ -12,7 +12,7 @@ def row_norms(x: Array) -> Array:
     flat = arrays.to_compute(xp, xp.reshape(x, (x.shape[0], -1)))
     if not flat.shape[1]:
         return xp.sum(flat, axis=-1)
-    # Squares of small and of large entries leave the range of single precision.
+    # Scaled, because squares of small and large entries leave the range of single precision.
     scale = arrays.magnitude(xp, flat, axis=-1)
     return xp.linalg.vector_norm(flat / scale, axis=-1) * scale[:, 0]
 

@@ -181,7 +181,7 @@ def spectral_density(
     values = np.concatenate([f.values for f in found])
     weights = np.concatenate([f.weights for f in found]) / probes
     spread = max(values.max() - values.min(), 1e-3 * np.abs(values).max()) or 1.0
-    # No narrower than two points of the grid, or bumps fall between them.
+    # At least as wide as two points of the grid, or bumps would fall between points.
     sigma = max(width, 2.0 / points) * spread
     grid = np.linspace(values.min() - 4 * sigma, values.max() + 4 * sigma, points)
     bumps = np.exp(-0.5 * ((grid[:, None] - values) / sigma) ** 2)

@@ -104,7 +104,7 @@ def parameter_variance(
     sigma, bound = (1.0, math.inf) if norm is None else _norm_and_bound(w, geometry, norm)
     if sigma == 0.0:
         raise ValueError("the weight is zero: divided by its norm it is not defined")
-    # Scaled first: squares of small and large entries leave the range of single precision.
+    # Scaled, because squares of small and large entries leave the range of single precision.
     a = arrays.to_compute(xp, w)
     unit = arrays.magnitude(xp, a)
     a = a / unit
@@ -131,7 +131,7 @@ def _norm_and_bound(w: Array, geometry: Geometry, norm: str) -> tuple[float, flo
 
 
 def _operator_bound(sizes: ConvSizes) -> float:
-    """‖T‖_F² = Σ_a ‖K_a‖²·uses_a is at most rank·σ², and at least min_a uses_a times ‖K‖_F²."""
+    """rank/(entries·min uses), because min uses·‖K‖_F² ≤ Σ_a uses_a·‖K_a‖² = ‖T‖_F² ≤ rank·σ²."""
     assert sizes.fine is not None
     least = 0 if sizes.wraps else math.prod(map(min, sizes.uses))
     entries = sizes.groups * sizes.rows * sizes.columns * math.prod(sizes.kernel)

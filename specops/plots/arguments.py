@@ -1,4 +1,4 @@
-"""What the figures are given, as checked NumPy arrays."""
+"""Checks of the figures' arguments, which become NumPy arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check_mapping(given: Any, name: str, example: str) -> Mapping[Any, Any]:
     if not isinstance(given, Mapping):
         raise TypeError(
             f"{name} must be a mapping such as {example}, got {type(given).__name__}: "
-            f"give what it holds a name"
+            f"give each item a name"
         )
     if not given:
         raise ValueError(f"{name} is empty: nothing to draw, expected something like {example}")

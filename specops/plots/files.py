@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import FigureBase
 
-# What says when, and by which version, a file was made.
+# Metadata that would tell when, and by which version, a file was made.
 _SILENT: dict[str, dict[str, None]] = {
     ".png": {"Software": None},
     ".pdf": {"Creator": None, "Producer": None, "CreationDate": None},
@@ -61,10 +61,10 @@ def save(figure: Axes | FigureBase, path: str | os.PathLike[str]) -> Path:
             f"formats use ax.figure.savefig"
         )
     where.parent.mkdir(parents=True, exist_ok=True)
-    # Of axes the figure or subfigure they are on, of either the figure as a whole.
+    # `.figure` of axes is a figure or subfigure, and of either of these the whole figure.
     root: Any = figure.figure.figure
     with rc_context({"svg.hashsalt": "specops"}):
-        # Layouts move a little at the first drawing.
+        # Drawn twice, because layouts change a little at the first drawing.
         root.draw_without_rendering()
         root.savefig(where, dpi=150, bbox_inches="tight", metadata=metadata)
     return where

@@ -37,7 +37,7 @@ _X = {
     "margin": "margin\nscore of the true class less the largest other",
 }
 _FILLED = 3
-"""Samples up to which areas and percentile lines do not hide each other."""
+"""Most samples whose areas and percentile lines do not hide each other."""
 _SYMBOLS = "^Dos"
 _DASHES: tuple[Any, ...] = ((0, (5, 2)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), "-")
 
@@ -164,7 +164,7 @@ def _finite(sample: Any, what: str, kind: str) -> np.ndarray:
 def _edges(everything: np.ndarray, size: int) -> np.ndarray:
     low, high = float(everything.min()), float(everything.max())
     if high - low <= 1e-9 * max(abs(low), abs(high)):
-        # All the same: bins around it that doubles can tell apart.
+        # All values are the same: make bins around it that differ in double precision.
         pad = 0.05 * abs(low) or 0.5
         low, high = low - pad, high + pad
     count = min(60, max(10, math.isqrt(size)))

@@ -13,9 +13,9 @@ from specops.plots.arguments import check_mapping, check_nonnegative, real
 from specops.plots.style import axes, counted, label, legend, line_styles, scale_values, shorten
 
 _TALLEST = 100.0
-"""Inches: a choice."""
+"""The greatest height of a figure, in inches: a choice."""
 _ROW = 0.15
-"""Inches that one line of text needs."""
+"""The height of one line of text, in inches."""
 
 
 def norms(
@@ -108,7 +108,7 @@ def norms(
 def _draw(ax: Axes, ends: np.ndarray, place: np.ndarray, color: str, marker: str) -> Any:
     low, high = ends.T
     exact = low == high
-    # Dots first and all of them: invisible ones still give the legend its symbol.
+    # Dots are drawn first, even if there are none, to give the legend its symbol.
     (dots,) = ax.plot(low[exact], place[exact], marker, color=color, markersize=4, linestyle="")
     if exact.all():
         return dots
@@ -125,7 +125,7 @@ def _draw(ax: Axes, ends: np.ndarray, place: np.ndarray, color: str, marker: str
 
 
 def _name_rows(ax: Axes, names: list[str]) -> int:
-    """Name each row, or every so many where the axes are too short for all."""
+    """Name each row, or only every n-th (the result) if the axes are too short for all."""
     inches = ax.bbox.height / ax.figure.dpi
     every = math.ceil(_ROW * len(names) / inches * 0.85)
     ax.set_ylim(len(names) - 0.4, -0.6)

@@ -24,9 +24,9 @@ from specops.plots.style import (
 )
 
 _MARKED = 24
-"""Values up to which each gets a marker."""
+"""Most values of a spectrum that get a marker each."""
 _UNEVEN = 40
-"""Ratio of lengths from which the shortest spectrum would be a spike at the left."""
+"""If lengths differ by this ratio, the shortest spectrum would be a spike at the left."""
 
 _RATIO = r"$\sigma_i / \sigma_1$"
 Scale = Literal["absolute", "relative", "normalized"]
@@ -107,7 +107,7 @@ def singular_values(
 
 
 def check_not_zero(s: np.ndarray, what: str) -> None:
-    """Raise if nothing can be divided by the largest."""
+    """Raise if the largest value is zero, so that ratios to it are undefined."""
     if not s[0] > 0:
         raise ValueError(
             f"{what}: all singular values are 0, so σᵢ/σ₁ is undefined; leave it out, or use "
@@ -129,7 +129,7 @@ def draw_spectrum(
 
 
 def finish(ax: Axes, spectra: list[np.ndarray], title: str, scale: Scale) -> None:
-    """Axes and words, once all lines are drawn."""
+    """Set limits, ticks and labels, once all lines are drawn."""
     if scale == "normalized":
         ax.set_xlim(0, 1.02)
         ax.set_ylim(0, 1.03)
@@ -145,7 +145,7 @@ def finish(ax: Axes, spectra: list[np.ndarray], title: str, scale: Scale) -> Non
     if max(lengths) > _UNEVEN * min(lengths):
         ax.set_xscale("log")
     else:
-        # There is no rank 0.
+        # Ranks begin at 1.
         ax.set_xlim(0.5, max(lengths) + max(0.5, 0.02 * max(lengths)))
         ax.xaxis.set_major_locator(whole_ticks())
     what = "singular value" if scale == "absolute" else _RATIO

@@ -1,4 +1,4 @@
-"""What the figures share: new axes, colours, and the rule of when names give way to a colourbar."""
+"""What the figures share: new axes, colours, and a legend or, for many names, a colourbar."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 FEW = 10
-"""Names up to which a legend is legible."""
+"""Most names for which a legend is legible."""
 DEPTH = LinearSegmentedColormap.from_list("depth", colormaps["viridis"](np.linspace(0, 0.92, 256)))
-"""Without the yellow end, which white paper swallows."""
+"""Viridis without its yellow end, which is hardly visible on white."""
 _OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)))
 _DECADES = 3
-"""What a linear axis shows: a choice."""
+"""The decades that a linear axis can show: a choice."""
 _DEEPEST = 1e-12
-"""What is further below the largest value is rounding, and would flatten the rest."""
+"""Values further below the largest are rounding; showing them would flatten the rest."""
 
 
 def axes(ax: Any, beside: int = 0, height: float = 4.2) -> Axes:
@@ -42,7 +42,7 @@ def axes(ax: Any, beside: int = 0, height: float = 4.2) -> Axes:
 
 
 def label(ax: Axes, title: str, x: str, y: str) -> None:
-    """Words on all sides."""
+    """Set the title and the labels of the axes."""
     ax.set_title(title, loc="left", fontsize=10)
     ax.set_xlabel(x, fontsize=9)
     ax.set_ylabel(y, fontsize=9)
@@ -51,7 +51,7 @@ def label(ax: Axes, title: str, x: str, y: str) -> None:
 
 
 def shorten(names: Iterable[Any], width: int = 32) -> list[str]:
-    """Names cut in the middle, but never so much that two become one."""
+    """Names shortened in the middle, but never so much that two become equal."""
     full = [" ".join(str(name).split()) for name in names]
     while True:
         short = [_cut(name, width) for name in full]
@@ -68,18 +68,18 @@ def _cut(name: str, width: int) -> str:
 
 
 def _literal(name: str) -> str:
-    # Dollars would start mathematics; matplotlib hides what starts with an underscore.
+    # A dollar would start a formula; matplotlib hides labels that start with an underscore.
     name = name.replace("$", r"\$")
     return f" {name}" if name.startswith("_") else name
 
 
 def characters(names: Sequence[Any]) -> int:
-    """The room that `explain` needs."""
+    """The room that `explain` needs, in characters."""
     return max(map(len, shorten(names))) + 6 if len(names) <= FEW else 16
 
 
 def line_styles(count: int) -> list[dict[str, Any]]:
-    """How to draw each of `count` lines: distinct, or by depth and thin where they are many."""
+    """How to draw each of `count` lines: distinct, or thin and coloured by depth if many."""
     if count <= FEW:
         hues = len(_OKABE_ITO)
         return [
@@ -90,13 +90,13 @@ def line_styles(count: int) -> list[dict[str, Any]]:
 
 
 def explain(ax: Axes, names: Sequence[Any], handles: Sequence[Any], what: str = "layer") -> None:
-    """A legend beside the axes, or where there are too many names a colourbar of depth."""
+    """A legend beside the axes or, if there are too many names, a colourbar of depth."""
     if len(names) <= FEW:
         legend(ax, handles, shorten(names))
         return
     last = len(names)
     first_name, last_name = shorten((names[0], names[-1]))
-    # Those next to the ends would be printed over them.
+    # Ticks close to the ends would overlap with those of the ends.
     inner = [t for t in whole_ticks().tick_values(1, last) if 1 + 0.06 * last < t < 0.94 * last]
     bar = _colorbar(ax, 1, last, f"{what}\nfirst: {first_name}\nlast: {last_name}")
     bar.set_ticks([1, *inner, last])
@@ -108,7 +108,7 @@ def explain_steps(ax: Axes, steps: Sequence[float]) -> None:
 
 
 def whole_ticks() -> MaxNLocator:
-    """Ticks at whole numbers, as many as there is room for."""
+    """Ticks at integers, as many as there is room for."""
     return MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10])
 
 
@@ -120,7 +120,7 @@ def _colorbar(ax: Axes, low: float, high: float, what: str) -> Any:
 
 
 def legend(ax: Axes, handles: Sequence[Any], names: Sequence[str]) -> None:
-    """Beside the axes, where it covers nothing."""
+    """A legend beside the axes, where it covers nothing."""
     ax.legend(
         handles,
         names,
@@ -140,9 +140,9 @@ def needs_logarithm(values: np.ndarray) -> bool:
 
 
 def scale_values(ax: Axes, values: np.ndarray, *, axis: str = "y") -> int:
-    """Linear from zero, or logarithmic where needed; how many values that leaves off the axis.
+    """Scale an axis from zero or, if needed, by logarithms; returns how many values it hides.
 
-    Values below zero are left to matplotlib's own limits.
+    With values below zero, the limits are matplotlib's own.
     """
     limits = ax.set_ylim if axis == "y" else ax.set_xlim
     largest = float(values.max())
@@ -161,5 +161,5 @@ def scale_values(ax: Axes, values: np.ndarray, *, axis: str = "y") -> int:
 
 
 def counted(count: int, total: int, what: str) -> str:
-    """What a title says of values that the axes do not show."""
+    """The line of a title about values that the axes do not show."""
     return f"\n{count} of {total} {what}" if count else ""

@@ -212,7 +212,7 @@ def _lines(history: Any, figure: str) -> dict[str, list[tuple[float, float]]]:
 
 
 def _largest(value: Any) -> float | None:
-    """The number, the largest of a list, NaN if any is; None for words and nothing."""
+    """The number, or the largest of a list (NaN if any is); None for strings and None."""
     if isinstance(value, list):
         parts = [p for p in map(_largest, value) if p is not None]
         return (math.nan if any(map(math.isnan, parts)) else max(parts)) if parts else None

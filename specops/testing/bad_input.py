@@ -1,4 +1,4 @@
-"""Checks that what goes wrong is said, and that no weight is left half-written."""
+"""Checks that errors are reported, and that none leaves some weights written and others not."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class BadInputChecks(SuiteBase):
     """Errors name the layer and leave all weights alone."""
 
     def test_nan_in_a_weight_is_named(self) -> None:
-        """Silence would let a run go on that is lost."""
+        """Without an error a diverged run would go on."""
         self.needs("weights")
         within, refusal = self.capabilities.nonfinite_within, self.capabilities.refuses_nonfinite
         kinds = (NonFiniteError,) if refusal is None else (NonFiniteError, refusal)
@@ -49,7 +49,7 @@ class BadInputChecks(SuiteBase):
                 f"Likely cause: the error is swallowed, or the weight is not checked before the "
                 f"rule"
             )
-            # In the framework's own words if it was first.
+            # The framework itself may have raised first, in its own words.
             assert name in str(error) or not isinstance(error, NonFiniteError), (
                 f"the NonFiniteError does not name the layer {name!r}: {str(error)!r}. Likely "
                 f"cause: it comes from the core and was not caught and named"
@@ -94,7 +94,7 @@ class BadInputChecks(SuiteBase):
         try:
             training = self.start(self.model(), ClipSpectralNorm(bound))
         except (ValueError, SpecopsError):
-            return  # met before anything could be written
+            return  # raised by attach(), before anything could be written
         before = training.weights()
         try:
             training.step()
@@ -129,7 +129,7 @@ class BadInputChecks(SuiteBase):
         self._refused(Monitor(), PlanError, geometries=geometries)
 
     def test_unknown_options_are_refused(self) -> None:
-        """A misspelt one (`on_nonfinit`) would do nothing, without a word."""
+        """A misspelt one (`on_nonfinit`) would silently do nothing."""
         try:
             self.start(self.model(), Monitor(), no_such_option=1)
         except (TypeError, ValueError, SpecopsError):
@@ -140,7 +140,7 @@ class BadInputChecks(SuiteBase):
         )
 
     def test_a_refused_plan_leaves_nothing_behind(self) -> None:
-        """No hook on the model keeps a rule that was never to act."""
+        """No hook on the model keeps a rule of a refused plan alive."""
         self.needs("weights")
         self.needs_a_changed_model()
         model, bound = self.model(), _Bound()
@@ -151,7 +151,7 @@ class BadInputChecks(SuiteBase):
         except PlanError:
             pass
         else:
-            return  # an affair of the check above
+            return  # that the plan was accepted, another check reports
         del plan, bound
         _assert_freed(
             kept,
@@ -161,7 +161,7 @@ class BadInputChecks(SuiteBase):
         )
 
     def test_rules_of_other_stages_are_refused(self) -> None:
-        """What an adapter does not run it must not accept."""
+        """An adapter must not accept rules that it does not run."""
         for stage, rule in _OF_STAGE.items():
             if stage not in self.capabilities.stages:
                 self._refused(rule, SpecopsError)
@@ -205,7 +205,7 @@ class BadInputChecks(SuiteBase):
 
 
 class _Bound:
-    """A schedule that can be watched being freed."""
+    """A schedule to which a weak reference can be held."""
 
     def __call__(self, step: int, name: str, geometry: Any) -> float:
         return BOUND
@@ -228,7 +228,7 @@ def _raised(
 
 
 def _assert_freed(kept: weakref.ref[Any], model: Any, message: str) -> None:
-    """That nothing holds it, while the model is still there."""
+    """Assert that nothing holds it, while the model is still alive."""
     gc.collect()
     assert kept() is None, message
     assert model is not None

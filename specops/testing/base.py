@@ -1,4 +1,4 @@
-"""What an adapter's author fills in, and what all checks share."""
+"""`SuiteBase`: the methods that an adapter's author writes, and helpers of all checks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BOUND = 1.0
 SLACK = 1e-4
 """How far, relatively, a norm may exceed the bound: rounding in single precision."""
 _ROUNDING = 1e-5
-"""Relative difference of weights that were computed alike, in single precision."""
+"""Relative difference of weights that were computed in the same way, in single precision."""
 
 
 class SuiteBase(ABC):
@@ -62,7 +62,7 @@ class SuiteBase(ABC):
 
     @abstractmethod
     def numpy(self, x: Any) -> np.ndarray:
-        """Back to NumPy, of the same dtype."""
+        """The NumPy array of a framework's array, of the same dtype."""
 
     def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` compiled; used where the capabilities claim ``supports_jit``."""
@@ -73,15 +73,15 @@ class SuiteBase(ABC):
         return specops.project(model, rule_or_plan, **options)
 
     def freeze(self, model: Any, name: str) -> None:
-        """Freeze one weight of a fresh model, as users of the framework do, where they can."""
+        """Freeze one weight of a fresh model, as users of the framework would."""
         pytest.skip("the suite does not say how a weight is frozen: override freeze()")
 
     def examine(self, case: LayerCase) -> tuple[np.ndarray, Geometry]:
         """The weight of a layer and the geometry that the adapter finds for it.
 
-        By a rule that records what it is handed, in `project`. A convolution whose input size
-        the adapter learns in training only is given that of the case. Override it where the
-        adapter finds geometries in another way.
+        It runs `project` with a rule that records its arguments. A convolution whose input size the
+        adapter learns only in training gets that of the case. Override the method if the adapter
+        finds geometries in another way.
         """
         recorder = Recorder()
         geometries = None if case.geometry is None else {case.weight: case.geometry}
@@ -97,7 +97,7 @@ class SuiteBase(ABC):
         return values, with_grid(geometry, values.shape, case.input_shape)
 
     def choices(self) -> dict[str, Callable[[], Sequence[str]]]:
-        """Arguments of checks that run once for each of several things."""
+        """Values of those arguments of checks for which a check runs once per value."""
         return {}
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
@@ -113,7 +113,7 @@ class SuiteBase(ABC):
         return advanced(training, steps)
 
     def outputs_with(self, weights: Weights) -> np.ndarray:
-        """Of a model without rules that has these weights."""
+        """The outputs of a model without rules that has these weights."""
         training = self.plain()
         for name, values in weights.items():
             training.set_weight(name, values)
@@ -134,7 +134,7 @@ class SuiteBase(ABC):
                 pytest.skip(f"the adapter does not claim rules of stage {stage!r}")
 
     def needs_a_changed_model(self) -> None:
-        """Skip the test unless what is done to a model changes it, and not a copy."""
+        """Skip the test unless the adapter changes models in place, and not copies."""
         if not self.capabilities.in_place:
             pytest.skip("the adapter changes no model: it makes new weights")
 
@@ -147,7 +147,7 @@ def advanced(training: Training, steps: int) -> Training:
 
 
 def norm_of(weight: np.ndarray, geometry: Geometry) -> float:
-    """The operator norm, the largest of several; a bound for all sizes where none is known."""
+    """The operator norm, the largest if there are several; without an input size, a bound."""
     w = np.asarray(weight, dtype=np.complex128 if np.iscomplexobj(weight) else np.float64)
     if not geometry.has_size:
         return float(spectral_norm_bounds(w, geometry).upper)
@@ -169,7 +169,7 @@ def changed(new: Weights, old: Weights, rtol: float = _ROUNDING) -> dict[str, fl
     )
     found = {}
     for name, values in old.items():
-        # NaN in both is no difference; NaN in one is an infinite one.
+        # NaN in both counts as equal; NaN in one of them as an infinite difference.
         moved = np.abs(np.asarray(new[name], np.float64) - np.asarray(values, np.float64))
         moved = np.where(np.isnan(new[name]) & np.isnan(values), 0.0, moved)
         worst = float(np.max(np.where(np.isnan(moved), np.inf, moved), initial=0.0))

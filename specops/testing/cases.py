@@ -1,4 +1,4 @@
-"""What an adapter's author describes to the conformance kit, and what the kit gets back."""
+"""The types by which an adapter's author describes the adapter to the conformance kit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from specops.training.report import Report
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What an adapter claims. Tests of what it does not claim are skipped, with the reason.
+    """What an adapter claims to support; tests of other things are skipped, with the reason.
 
     Attributes
     ----------
@@ -123,8 +123,8 @@ class Training(Protocol):
         """Let every rule on weights act now, as ``Attachment.enforce``."""
 
     def detach(self) -> None:
-        """Take the rules off; `step` goes on without them."""
+        """Remove the rules; `step` goes on without them."""
 
     @property
     def geometries(self) -> Mapping[str, Geometry]:
-        """Of the constrained weights, at input sizes known after one step."""
+        """The geometries of the constrained weights, with input sizes known after one step."""

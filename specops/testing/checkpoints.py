@@ -1,4 +1,4 @@
-"""Checks that a resumed training is the one that was interrupted."""
+"""Checks that a resumed training continues exactly as the interrupted one would have."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from specops.testing.base import BOUND, SuiteBase, advanced, changed, listed, re
 from specops.testing.cases import Training
 from specops.training.plan import Plan
 
-# Three steps are no multiple of the intervals: a counter that is lost shows. Vectors of forward
-# rules are three steps behind by then, and those of a new start are not.
+# Three is no multiple of the intervals, so that a lost counter shows. By then the vectors of
+# forward rules are three steps old; those of a new start would be fresh, which shows, too.
 _BEFORE, _AFTER = 3, 4
 _RTOL = 1e-4
 _RESUMED_ALIKE = 1e-5
@@ -25,7 +25,7 @@ _PLANS: Mapping[str, Plan] = {
 
 
 class CheckpointChecks(SuiteBase):
-    """Save, go on; restore into a fresh start, go on: the same."""
+    """Saving and going on, and restoring into a fresh start and going on, must give the same."""
 
     @pytest.mark.parametrize("stage", list(_PLANS))
     def test_a_resumed_training_is_the_same(self, stage: Any) -> None:

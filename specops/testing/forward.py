@@ -22,9 +22,9 @@ class ForwardChecks(SuiteBase):
     """Rules of stage "forward": the layer uses another weight, the optimizer trains the raw one."""
 
     def test_a_forward_pass_changes_nothing(self) -> None:
-        """Two give the same output, and training goes on as if there had been none."""
+        """Two passes give the same output, and training goes on as if there had been none."""
         self.needs("forward")
-        # One power step at a time: vectors that are not at rest show every extra one.
+        # With one power step per update vectors have not converged, so that extra ones show.
         rule = SpectralNormalization(norm="operator", scale=_SCALE, iterations=1)
         training, quiet = (advanced(self.start(self.model(), rule), _STEPS) for _ in range(2))
         before = training.weights()
@@ -66,9 +66,10 @@ class ForwardChecks(SuiteBase):
         )
 
     def test_the_gradient_is_that_of_the_weight_in_use(self) -> None:
-        """A step moves the raw weight along (s/σ)·(G − ⟨G, W/σ⟩ uvᴴ), G a plain model's gradient.
+        """A step moves the raw weight along (s/σ)·(G − ⟨G, W/σ⟩ uvᴴ).
 
-        Of the plain model that has the weights in use. Both take one step of gradient descent.
+        G is the gradient of a plain model whose weights are those in use. Both models take one step
+        of gradient descent.
         """
         self.needs("forward")
         if not self.capabilities.differentiates:
@@ -104,14 +105,14 @@ class ForwardChecks(SuiteBase):
             )
 
     def test_the_report_shows_the_norm_in_use(self) -> None:
-        """Not that of the raw weight."""
+        """The report shows the norm of the weight in use, not that of the raw weight."""
         self.needs("forward")
         training = advanced(self.start(self.model(), _RULE), _STEPS)
         weights = training.weights()
         for row in training.report().constrained:
             raw = norm_of(weights[row.name], training.geometries[row.name])
             assert row.norm is not None, f"{row.name} is under a rule without a norm"
-            # A bound for zero padding may be a little larger.
+            # An upper bound for zero padding may be a little larger than the norm.
             most = _SCALE * (1.5 if row.norm_is == "upper bound" else 1 + _RTOL)
             assert _SCALE * (1 - _RTOL) <= row.norm <= most, (
                 f"{row.name}: the report says norm {row.norm:.6g} ({row.norm_is}) under a rule "
@@ -166,7 +167,7 @@ class ForwardChecks(SuiteBase):
 
 
 def _through_the_norm(weight: np.ndarray, moved: np.ndarray, view: Dense) -> np.ndarray:
-    """What moves W where s·W/σ moves so: (s/σ)·(M − ⟨M, W/σ⟩ uvᴴ), block by block."""
+    """The move of W that corresponds to a move M of s·W/σ: (s/σ)·(M − ⟨M, W/σ⟩ uvᴴ), by block."""
     pairs = zip(view.blocks(weight.astype(np.float64)), view.blocks(moved), strict=True)
     blocks = []
     for w, m in pairs:

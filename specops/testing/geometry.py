@@ -20,10 +20,10 @@ _RTOL = 2e-5
 
 
 class GeometryChecks(SuiteBase):
-    """Every layer against the matrix that its forward pass makes of the unit vectors."""
+    """Every layer against its explicit matrix: its forward pass applied to the unit vectors."""
 
     def choices(self) -> dict[str, Callable[[], Sequence[str]]]:
-        """Each layer by its label: every test makes the layer anew."""
+        """One value per layer, its label: every test makes the layer anew."""
         return super().choices() | {"layer_label": self._labels}
 
     def _labels(self) -> list[str]:
@@ -66,7 +66,7 @@ class GeometryChecks(SuiteBase):
             _compare(where, part, model, np.asarray(spectrum))
 
     def test_a_declared_geometry_is_used(self) -> None:
-        """What the user says in geometries= goes before what the adapter finds."""
+        """The user's geometries= take precedence over those that the adapter finds."""
         self.needs("weights")
         training = advanced(self.start(self.model(), Monitor()), 1)
         kinds, weights, recorder = training.geometries, training.weights(), Recorder()
@@ -90,7 +90,7 @@ def _compare(where: str, part: np.ndarray, model: np.ndarray, spectrum: np.ndarr
     true = np.linalg.svd(part, compute_uv=False)
     scale = max(float(true.max(initial=0.0)), float(np.max(spectrum, initial=0.0)))
     spectrum = np.sort(spectrum.ravel())[::-1]
-    # Multiplicities of 0 depend on how a stack is written down.
+    # How often 0 occurs depends on the form in which a stack is written as a matrix.
     length = max(len(true), len(spectrum))
     true = np.pad(true, (0, length - len(true)))
     spectrum = np.pad(spectrum, (0, length - len(spectrum)))

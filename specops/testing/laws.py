@@ -23,15 +23,15 @@ from specops.testing.base import SuiteBase
 _NAME = "w"
 _RTOL = 5e-5
 _CERTIFIED = 0.02
-"""Of clipped convolutions, which are certified to ‖X − X*‖² ≤ 1e-4·‖K‖² only."""
+"""Tolerance for clipped convolutions, which are only certified to ‖X − X*‖² ≤ 1e-4·‖K‖²."""
 
 
 class _Law(NamedTuple):
-    """A rule for a bound, and which laws hold for it."""
+    """A rule as a function of its bound, and the laws that hold for it."""
 
     make: Callable[[float], Any]
     degree: int
-    """Power of s by which the result grows where weight and bound grow by s."""
+    """If weight and bound are multiplied by s, the result is by s to this power."""
     idempotent: bool = False
 
 
@@ -72,7 +72,7 @@ class LawChecks(SuiteBase):
         return {k: v for k, v in _GEOMETRIES.items() if k != "conv" or convolutions}
 
     def test_rule_agrees_with_numpy(self, law: str) -> None:
-        """Same values, same kind, arguments untouched."""
+        """Same values and dtype as on NumPy, and arguments are not changed."""
         rule = RULES[law].make(1.0)
         for label, (shape, geometry) in self._geometries().items():
             host = _weight(shape)
@@ -93,7 +93,7 @@ class LawChecks(SuiteBase):
             )
 
     def test_rule_twice_is_once(self, projection: str) -> None:
-        """A projection of what it has projected changes nothing."""
+        """A projection applied twice gives the same as applied once."""
         rule = RULES[projection].make(1.0)
         for label, (shape, geometry) in self._geometries().items():
             once = _outcome(rule, self.array(_weight(shape)), geometry)
@@ -132,7 +132,7 @@ class LawChecks(SuiteBase):
                 )
 
     def test_rule_under_jit(self, law: str) -> None:
-        """Compiled and not compiled give the same."""
+        """Compiled code gives the same result."""
         if not self.capabilities.supports_jit:
             pytest.skip("the adapter does not claim supports_jit")
         rule = RULES[law].make(1.0)
@@ -149,7 +149,7 @@ class LawChecks(SuiteBase):
 
 
 def _weight(shape: tuple[int, ...]) -> np.ndarray:
-    """Norms of 2 to 5."""
+    """A random weight, with norms of 2 to 5."""
     return np.random.default_rng(3).standard_normal(shape).astype(np.float32)
 
 
@@ -163,7 +163,7 @@ def _outcome(rule: Any, w: Any, geometry: Geometry, state: Any = None) -> Any:
 
 
 def _rtol(rule: Any, geometry: Geometry) -> float:
-    """What two computations of the same may differ by."""
+    """By how much two computations of the same result may differ."""
     clipped = isinstance(rule, ClipSpectralNorm) and isinstance(rule.view(geometry), Conv)
     return _CERTIFIED if clipped else _RTOL
 

@@ -1,4 +1,4 @@
-"""The explicit matrix of a layer, from nothing but its own forward pass."""
+"""The explicit matrix of a layer, from its forward pass alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BATCH = 512
 
 
 def explicit_matrix(case: LayerCase) -> np.ndarray:
-    """The layer applied to the unit vectors, its value at zero (a bias) taken off.
+    """The layer applied to the unit vectors, minus its value at zero (a bias).
 
     Returns
     -------
@@ -40,7 +40,7 @@ def is_linear(case: LayerCase, matrix: np.ndarray, rtol: float) -> bool:
 
 
 def parts_of(matrix: np.ndarray, weight: np.ndarray, geometry: Geometry) -> list[np.ndarray]:
-    """The explicit matrix as the maps that the geometry tells apart: a block for each split."""
+    """The explicit matrix divided into the maps of the geometry: one block for each split."""
     if not isinstance(geometry, Dense) or geometry.splits is None:
         return [matrix]
     stacked = math.prod([weight.shape[a] for a in geometry.batch_axes])
@@ -53,7 +53,7 @@ def parts_of(matrix: np.ndarray, weight: np.ndarray, geometry: Geometry) -> list
 
 
 def described(weight: np.ndarray, geometry: Geometry) -> list[np.ndarray]:
-    """The matrices that specops reads out of the weight; stacks stand on one diagonal."""
+    """The matrices that specops reads in the weight; a stack becomes a block diagonal matrix."""
     operators: Any = linear_operator(np.asarray(weight, np.float64), geometry)
     result = []
     for operator in operators if isinstance(operators, tuple) else (operators,):

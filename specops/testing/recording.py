@@ -1,4 +1,4 @@
-"""A rule that records what an adapter hands to it."""
+"""`Recorder`: a rule that records the arguments that an adapter calls it with."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Recorder:
         step: int = 1,
         name: str = "",
     ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-        """Remember."""
+        """Record the arguments."""
         self.seen.append((weight, geometry))
         return weight, state, {}
 
@@ -49,7 +49,7 @@ def with_grid(geometry: Geometry, shape: tuple[int, ...], input_shape: tuple[int
     """
     if not isinstance(geometry, Conv) or geometry.grid is not None:
         return geometry
-    # Of the two channel axes the grouped one counts the channels of one group.
+    # In these layouts the input axis counts the channels of a single group.
     grouped = geometry.layout in ("OI*", "*IO")
     channels = shape[geometry.channel_axes[1]] * (geometry.groups if grouped else 1)
     first, last = input_shape[1:], input_shape[:-1]

@@ -16,7 +16,7 @@ _UNRULED_STEPS = 8
 
 
 class RegistrationChecks(SuiteBase):
-    """The plugin's two hooks, and what every other check takes for granted."""
+    """The plugin's two hooks, and the assumptions of all other checks."""
 
     def test_the_plugin_is_available(self) -> None:
         """``specops adapters`` lists it as usable."""

@@ -1,4 +1,4 @@
-"""Checks that rules of others act, one of each stage, as small as the protocols allow."""
+"""Checks that third-party rules act: one per stage, as small as the protocols allow."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from specops.typing import Array, State
 _RADIUS = 0.75
 _FACTOR = 4.0
 _RTOL = 1e-4
-"""What single precision may lose in one step."""
+"""Tolerance of one step in single precision."""
 _APART = 1e-3
-"""What it may lose in the difference of two steps."""
+"""Tolerance of the difference of two steps in single precision."""
 
 
 class _Minimal:
-    """What all three have."""
+    """The members that all three rules share."""
 
     def init(self, weight: Array, geometry: Geometry, name: str) -> State:
         return {}
@@ -73,7 +73,7 @@ class DivideByNorm(_Minimal):
 
 
 class ThirdPartyChecks(SuiteBase):
-    """Rules that have what their stage requires and nothing else."""
+    """Rules that have only what their stage requires."""
 
     def test_a_rule_of_others_acts_on_weights(self) -> None:
         """One step ends where the plain step, projected in double precision, does."""
@@ -87,8 +87,8 @@ class ThirdPartyChecks(SuiteBase):
             apart = relative(weights[name].astype(np.float64), factor * w)
             assert apart <= _RTOL, (
                 f"{name}: a rule with nothing but init and update led to a weight that differs "
-                f"by {apart:.3g} (relative) from what it gives. Likely cause: rules of others "
-                f"are passed over, or probed for what they need not have"
+                f"by {apart:.3g} (relative) from its result. Likely cause: the adapter ignores "
+                f"third-party rules, or needs members that they need not have"
             )
             shown = records[name].get("factor")
             assert shown is not None, f"{name}: the rule's figure is not in the history"
@@ -116,7 +116,7 @@ class ThirdPartyChecks(SuiteBase):
             rest = float(np.linalg.norm(moved + rates[name] * _FACTOR * w))
             assert rates[name] > 0, (
                 f"{name}: c·W in the gradient did not move the weight towards 0. Likely cause: "
-                f"rules of others are passed over, or what update() returns is subtracted"
+                f"the adapter ignores third-party rules, or subtracts what update() returns"
             )
             assert rest <= _APART * float(np.linalg.norm(moved)), (
                 f"{name}: c·W in the gradient moved the weight in another direction than -W. "
@@ -138,7 +138,7 @@ class ThirdPartyChecks(SuiteBase):
         apart = relative(training.outputs(), self.outputs_with(weights | used))
         assert apart <= _RTOL, (
             f"outputs differ by {apart:.3g} (relative) from those of weights W/‖W‖_F. Likely "
-            f"cause: rules of others are passed over, or not applied to the weight as it is"
+            f"cause: the adapter ignores third-party rules, or applies them to an old weight"
         )
 
 

@@ -32,7 +32,7 @@ class WeightChecks(SuiteBase):
             _assert_inside(norms_of(training), f"after step {step}")
 
     def test_other_weights_train_as_without_rules(self) -> None:
-        """A rule on one layer leaves all others as the plain step leaves them."""
+        """With a rule on one layer, all other weights are as after a step without rules."""
         self.needs("weights")
         for name in self.ruled():
             training = advanced(self.start(self.model(), Plan([(name, _CLIP)])), 1)
@@ -45,7 +45,7 @@ class WeightChecks(SuiteBase):
             assert name in moved, f"a plan that names {name!r} did not change it"
 
     def test_monitor_changes_nothing(self) -> None:
-        """Measuring is no intervention, and leaves figures in the history."""
+        """Measuring changes no weight, and leaves figures in the history."""
         self.needs("weights")
         training = advanced(self.start(self.model(), Monitor()), 2)
         moved = changed(training.weights(), self.plain(2).weights())
@@ -80,7 +80,7 @@ class WeightChecks(SuiteBase):
         )
 
     def test_an_interval_of_ones_own(self) -> None:
-        """The third entry of a plan's item goes before the plan's interval."""
+        """The third entry of a plan's item takes precedence over the plan's interval."""
         self.needs("weights")
         first = self.ruled()[0]
         plan = Plan([(first, _CLIP, 2), ("*", _CLIP)])
@@ -108,7 +108,7 @@ class WeightChecks(SuiteBase):
         assert steps == [1, 2], f"stop=3, but the history has records of steps {steps}"
 
     def test_enforce_acts_at_once(self) -> None:
-        """Before an export no step of the interval is waited for."""
+        """enforce() acts even if no step of the interval is due."""
         self.needs("weights")
         training = advanced(self.start(self.model(), Plan([("*", _CLIP)], every=100)), 1)
         training.enforce()
@@ -127,18 +127,18 @@ class WeightChecks(SuiteBase):
         _assert_inside(norms, f"after project(model, {_CLIP!r})")
 
     def test_weights_keep_their_dtype(self) -> None:
-        """Nor does a shape change."""
+        """Neither dtypes nor shapes change."""
         self.needs("weights")
         training = self.start(self.model(), _CLIP)
         before = {name: (w.dtype, w.shape) for name, w in training.weights().items()}
         after = {name: (w.dtype, w.shape) for name, w in advanced(training, 1).weights().items()}
         assert after == before, (
-            f"a step under {_CLIP!r} made of dtypes and shapes {before} those of {after}. Likely "
+            f"a step under {_CLIP!r} changed dtypes and shapes from {before} to {after}. Likely "
             f"cause: write() stores what it is given as it is, or read() gives another dtype"
         )
 
     def test_frozen_weights_are_left_alone(self) -> None:
-        """A rule for all weights is none for what its user froze."""
+        """A rule for all weights does not act on frozen ones."""
         self.needs("weights")
         name = self.ruled()[0]
         model = self.model()

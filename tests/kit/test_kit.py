@@ -165,7 +165,7 @@ FLAWS: dict[str, dict[str, str]] = {
         "test_a_declared_geometry_is_used": r"the rule was told Dense.*look at `declared`",
     },
     "StoresAnything": {
-        "test_weights_keep_their_dtype": r"made of dtypes and shapes .*float64",
+        "test_weights_keep_their_dtype": r"changed dtypes and shapes .*float64",
         "test_report_accounts_for_every_parameter": r"says dtype float32, it is float64",
     },
     "DropsOptions": {
