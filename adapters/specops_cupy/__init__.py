@@ -1,6 +1,6 @@
 """CuPy adapter: core functions on a device's arrays, and rules on dicts of them.
 
-cupy is imported on first use of it, not with this package.
+cupy is imported when it is first needed, not with this package.
 """
 
 from __future__ import annotations

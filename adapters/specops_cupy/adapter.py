@@ -1,4 +1,4 @@
-"""What the CuPy plugin hands to specops."""
+"""`CupyAdapter`: what the CuPy plugin returns to specops."""
 
 from __future__ import annotations
 

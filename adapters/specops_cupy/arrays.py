@@ -1,4 +1,4 @@
-"""Dicts of arrays, possibly nested: the names of what they hold, and what a plan may know of it."""
+"""Dicts of arrays, possibly nested: names of the arrays, and what a plan needs to know of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _UNKNOWN_MAP = (
 
 
 def flatten(model: Any) -> dict[str, Any]:
-    """What a dict holds, by its path: keys joined by dots.
+    """The entries of a nested dict by path: keys joined by dots.
 
     Raises
     ------
@@ -81,24 +81,23 @@ class Entry(Parameter):
         self.array[...] = value
 
     def identity(self) -> int:
-        """Of the memory, and how it is seen."""
+        """A number for the memory and the view of it."""
         return hash(_place(self.array))
 
     def check_writable(self) -> None:
-        """CuPy's arrays always are; NumPy's need not be."""
+        """Raise if the array is read-only: CuPy's never are, but NumPy's may be."""
         check_writeable(self.weight.name, self.array)
 
     def context(self) -> AbstractContextManager[None]:
-        """On the array's device."""
+        """The context of the array's device."""
         return on_device_of(self.array)
 
 
 def entries(leaves: Mapping[str, Any]) -> list[Entry]:
-    """Every entry, with the further names of an array that stands under several.
+    """Every entry of the dict, with all further names of an array that has several.
 
-    Which map an array is, is never guessed from its shape. One array under two names, or two
-    that are the same view of the same memory, count once; views that overlap otherwise are not
-    recognised.
+    Maps are never guessed from shapes. One array under two names, or two arrays that are the same
+    view of the same memory, count once. Views that overlap in other ways are not recognised.
     """
     result: list[Entry] = []
     seen: dict[Any, Entry] = {}
@@ -117,7 +116,7 @@ def entries(leaves: Mapping[str, Any]) -> list[Entry]:
 def matched(
     gradients: Any, entries: Sequence[Entry], constrained: Sequence[Constrained[Entry]]
 ) -> dict[str, Array]:
-    """Gradients by the names of constrained arrays, checked; those that are missing left out."""
+    """The gradients of constrained arrays, checked, by name; missing ones are left out."""
     given = flatten(gradients)
     names = [entry.weight.name for entry in entries]
     unknown = [name for name in given if name not in names]
@@ -158,7 +157,7 @@ def _check_gradient(name: str, gradient: Any, array: Array) -> None:
 
 
 def check_writeable(name: str, x: Array) -> None:
-    """Raise before the first of several arrays is written."""
+    """Raise if an array is read-only; called before the first of several is written."""
     if not getattr(getattr(x, "flags", None), "writeable", True):
         raise AdapterError(
             f"{name} is read-only, so no array was changed: pass a copy that can be written to"
@@ -166,13 +165,13 @@ def check_writeable(name: str, x: Array) -> None:
 
 
 def is_array(x: Any) -> bool:
-    """Whether it is an array that can be written to in place, and no scalar."""
-    # NumPy's scalars have all but the last.
+    """Whether it is an array that can be written to in place, not a scalar."""
+    # NumPy's scalars have all of these but the last.
     return all(hasattr(x, name) for name in ("shape", "dtype", "ndim", "__setitem__"))
 
 
 def library(x: Array) -> str:
-    """The package that an array is of."""
+    """The package of an array's type."""
     return type(x).__module__.partition(".")[0]
 
 
@@ -196,7 +195,7 @@ def _weight(name: str, leaf: Any) -> Weight:
 
 
 def _place(x: Array) -> Any:
-    """What two arrays share that are the same memory in the same shape."""
+    """A key that is equal for two arrays that are the same view of the same memory."""
     interface = getattr(x, "__cuda_array_interface__", None)
     if interface is None:
         interface = getattr(x, "__array_interface__", None)

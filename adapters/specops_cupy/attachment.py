@@ -55,7 +55,7 @@ class Attachment(BaseAttachment[Constrained[Entry]]):
         return self._entries
 
     def look(self) -> None:
-        """Find the arrays of now: they may have been replaced, added or taken away."""
+        """List the arrays anew: they may have been replaced, added or removed."""
         if self._model is None:
             super().look()
             return

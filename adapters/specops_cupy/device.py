@@ -14,13 +14,13 @@ from specops.errors import AdapterError
 def find() -> tuple[Any, str]:
     """(cupy or None, its version and device, or why it cannot be used).
 
-    The wheel imports without a device; only allocating fails then, with a driver's message.
+    Without a device the wheel can be imported; only allocations fail, with a driver's message.
     """
     if util.find_spec("cupy") is None:
         return None, "cupy is not installed: pip install 'specops[cupy]'"
     try:
         with warnings.catch_warnings():
-            # It warns of toolkits that it does not find, which is no failure.
+            # It warns if it does not find a toolkit, which is no failure.
             warnings.simplefilter("ignore")
             cupy: Any = import_module("cupy")
         usable = cupy.cuda.is_available()
@@ -39,7 +39,7 @@ def find() -> tuple[Any, str]:
 
 
 def require() -> Any:
-    """The cupy module; `AdapterError` with the remedy where it cannot be used."""
+    """The cupy module; raises `AdapterError` with the remedy if it cannot be used."""
     cupy, detail = find()
     if cupy is None:
         raise AdapterError(detail)
@@ -48,7 +48,7 @@ def require() -> Any:
 
 @contextmanager
 def on_device_of(x: Any) -> Iterator[None]:
-    """Let what is made beside `x` be on its device: CuPy uses the current one otherwise."""
+    """Make the device of `x` the current one, on which CuPy allocates new arrays."""
     device: Any = getattr(x, "device", None)
     if hasattr(device, "__enter__"):
         with device:

@@ -1,4 +1,4 @@
-"""Arrays handed to torch and back without a copy (DLPack)."""
+"""Arrays passed to torch and back without a copy (DLPack)."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def to_torch(array: Array) -> Tensor:
         )
     if util.find_spec("torch") is None:
         raise AdapterError("torch is not installed: pip install 'specops[torch]'")
-    # Only who asks for a tensor needs it.
+    # Imported here, because only this function needs torch.
     torch: Any = import_module("torch")
     with on_device_of(array):
         return torch.from_dlpack(array)

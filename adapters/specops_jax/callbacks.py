@@ -1,6 +1,7 @@
-"""Firings that a compiled program leaves to the host: to the rules, on NumPy's arrays.
+"""Firings that a compiled program leaves to the host, where rules act on NumPy arrays.
 
-Their rounds end when the values say so, and no compiler spends seconds on each shape.
+There iterations can stop as soon as they have converged, and no time is spent on compiling them
+for each shape.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from specops_jax.state import Arrays
 
 try:
     from jax.experimental.buffer_callback import buffer_callback
-except ImportError:  # it may move, being experimental: all is compiled then
+except ImportError:  # it is experimental and may move: without it everything is compiled
     buffer_callback = None
 
 Numbers = Mapping[str, Any]
 
 
 def is_left_to_host(item: Item, weight: Any) -> bool:
-    """Whether a program that runs on one CPU alone had better not be compiled for the rule.
+    """Whether the host should run the rule, in a program that runs on a single CPU.
 
-    Within ``shard_map`` it is: JAX 0.7.0 cannot lower every callback there.
+    Not within ``shard_map``, where JAX 0.7.0 cannot lower every callback.
     """
     if not isinstance(weight, jax.core.Tracer) or item.stage != "weights":
         return False
@@ -50,10 +51,10 @@ def call_host(
     figures: Arrays,
     step: Any,
 ) -> Any:
-    """What `compiled(items, weights, states, step)` promises, computed by the host.
+    """The results of `compiled(items, weights, states, step)`, computed by the host.
 
-    By name (array, state, figures, whether all was finite), in the dtypes of what is given. A
-    program that asks for derivatives computes `compiled` itself.
+    By name (array, state, figures, whether all was finite), in the dtypes of the arguments. If a
+    program asks for derivatives, it computes `compiled` itself.
     """
     parts = [_parted(item, step) for item in items]
     bare, numbers = [item for item, _ in parts], {item.name: found for item, found in parts}
@@ -62,8 +63,8 @@ def call_host(
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
 
     def by_host(*given: Any) -> Any:
-        # Not `jax.pure_callback`: that puts what it is given on the device before it calls, which
-        # waits for a thread that other programs may hold until this one ends.
+        # Not `jax.pure_callback`, which first puts its arguments on the device. That waits for a
+        # thread that other programs may hold until this one ends.
         host = partial(_on_host, bare)
         return buffer_callback(host, structs, vmap_method="sequential")(*given)
 
@@ -79,7 +80,7 @@ def call_host(
 
 
 def _parted(item: Item, step: Any) -> tuple[Item, dict[str, jax.Array]]:
-    """(the item without arrays, which may be traced, and schedules; those at this step)."""
+    """(the item with numbers for arrays and schedules; those that are traced, at this step)."""
     rule = item.weight_rule
     found = acting(item, partial(rule.numbers_at, step, item.name, item.geometry))
     unknown = {key: x for key, x in found.items() if isinstance(x, jax.Array)}
@@ -92,13 +93,13 @@ def _with(item: Item, numbers: Numbers) -> Item:
 
 
 def _on_host(items: Sequence[Item], context: Any, out: Any, *given: Any) -> None:
-    """Fill the buffers. JAX is not to be called from within its own programs."""
+    """Fill the output buffers, without JAX, which must not be called within its programs."""
     del context
     own, numbers, step = jax.tree.map(_view, given)
     for item in items:
         weight, state = own[item.name]
         known = {key: x.item() for key, x in numbers[item.name].items()}
-        if any(map(math.isnan, known.values())):  # what a schedule gives is no bound
+        if any(map(math.isnan, known.values())):  # a schedule gave an invalid bound
             none = jax.tree.map(lambda _: math.nan, out[item.name][2])
             found: Any = weight, state, none, False
         else:

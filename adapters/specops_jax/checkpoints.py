@@ -1,4 +1,4 @@
-"""What flax.serialization and orbax write, read without flax, orbax and JAX."""
+"""Files of flax.serialization and folders of orbax, read without flax, orbax and JAX."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from specops.errors import CheckpointError
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3  # flax's extension types
 _CHUNKED = "__msgpack_chunked_array__"
 _HARMLESS_BYTES = 1 << 26
-"""Size up to which an array is read whatever is stored of it: a choice, 64 MiB."""
+"""An array of at most this size is read even if hardly anything is stored: a choice, 64 MiB."""
 _ZSTD_RATIO = 1000
-"""More than orbax's compressors reach on numbers that were trained: a choice."""
+"""A compression ratio that orbax's compressors do not reach on trained weights: a choice."""
 
 
 class FlaxCheckpoint(Checkpoint):
@@ -81,7 +81,7 @@ class FlaxCheckpoint(Checkpoint):
 
 
 class _Stored:
-    """One of flax's extension values, not decoded yet."""
+    """A value of one of flax's extension types, not decoded yet."""
 
     def __init__(self, code: int, data: bytes) -> None:
         self.code, self._data = code, data
@@ -123,7 +123,7 @@ class OrbaxCheckpoint(Checkpoint):
     def _entry(self, tensorstore: Any, name: str, spec: dict[str, Any], held: int) -> Entry:
         try:
             store = tensorstore.open(spec, open=True, read=True).result()
-        except Exception as error:  # the others are as readable as before
+        except Exception as error:  # the other arrays can still be read
             return Entry(name, None, "", one_line(error))
         shape: tuple[int, ...] | None
         shape, dtype = tuple(store.shape), store.dtype.numpy_dtype
@@ -149,7 +149,7 @@ class OrbaxCheckpoint(Checkpoint):
 def open_orbax(path: Path) -> Checkpoint | None:
     """The reader of a folder of orbax; None if it is not one.
 
-    Of a `CheckpointManager`'s folder the latest step is read.
+    In the folder of a `CheckpointManager`, it reads the latest step.
 
     Parameters
     ----------
@@ -165,7 +165,9 @@ def open_orbax(path: Path) -> Checkpoint | None:
             return None
         items = sorted(p for p in step.iterdir() if p.is_dir() and _is_item(p))
         if not items:
-            raise CheckpointError(f"{path}: a folder of orbax without arrays; was saving cut off?")
+            raise CheckpointError(
+                f"{path}: a folder of orbax without arrays; was saving interrupted?"
+            )
         named = {f"{p.name}." if len(items) > 1 else "": p for p in items}
         found = OrbaxCheckpoint(path, named)
         found.format = f"orbax (step {step.name})" if steps else "orbax"
@@ -186,7 +188,7 @@ def _specs(tensorstore: Any, folder: Path) -> Iterator[tuple[str, dict[str, Any]
     base: dict[str, Any] = {"driver": "file", "path": where}
     if (folder / "manifest.ocdbt").is_file():
         base = {"driver": "ocdbt", "base": {"driver": "file", "path": where}, "path": ""}
-    # Orbax writes every chunk, so one that is absent was lost and must not be read as zeros.
+    # Orbax says whether it wrote every chunk. If so, a missing chunk is lost, not zeros.
     complete = _writes_every_chunk(folder)
     for key in sorted(tensorstore.KvStore.open(base).result().list().result()):
         name, _, last = key.decode().rpartition("/")

@@ -19,7 +19,7 @@ class JacobianOperator:
 
     def __init__(self, function: Callable[[Any], Any], x: Any) -> None:
         at, unravel = ravel_pytree(x)
-        # Products of half precision would round the vectors they are measured by.
+        # In half precision products would round the vectors of the iterations.
         self.like = at.astype(jnp.promote_types(at.dtype, jnp.float32))
 
         def flat(v: Any) -> Any:

@@ -1,7 +1,7 @@
-"""One step of a plan: which rules fire, and what they do to arrays that may be traced.
+"""One step of a plan: which rules fire, and what they do to arrays, which may be traced.
 
-Arrays of one shape under one rule are handled one after the other by a single compiled body, so
-that compile times grow with the number of shapes, not of layers.
+Arrays of the same shape under the same rule share one compiled function, which handles them one
+after the other, so that compile times grow with the number of shapes, not of layers.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def begin(program: Program, leaves: Sequence[Any]) -> SpecopsState:
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """A buffer of its own, so that all of a state can be donated."""
+    """Zeros in a buffer of their own, so that all arrays of a state can be donated."""
     return jax.device_put(np.zeros(shape, dtype))
 
 
@@ -68,21 +68,21 @@ def _start(item: Item, weight: Any) -> dict[str, Any]:
             {item.name: weight},
         )
         return state
-    # On the host, where nothing has to be compiled for it.
+    # On the host, to avoid a compilation.
     held = fetched(item.name, weight, "init")
     refuse_nonfinite(item, held)
     wide = held.astype(jnp.promote_types(held.dtype, jnp.float32))
     state = acting(item, partial(start, wide, item.geometry, item.name))
-    # Copies: what a rule starts with may be kept by it.
+    # Copies, because the rule may keep the arrays that it returned.
     return {key: jax.device_put(np.array(x)) for key, x in state.items()}
 
 
 def advance(
     program: Program, leaves: Sequence[Any], state: SpecopsState, *stages: str
 ) -> tuple[dict[str, Any], SpecopsState]:
-    """(what rules of these stages give, by name, the state one step on).
+    """(the arrays that rules of these stages give, by name; the state after the step).
 
-    Where a rule does not fire, weights are themselves and terms of gradients are zero.
+    If a rule does not fire, a weight is returned unchanged, and a term of a gradient is zero.
     """
     state = of_arrays(state)
     check_states(program.of(*stages), leaves, state)
@@ -93,7 +93,7 @@ def advance(
     fired, nonfinite = dict(state.fired), dict(state.nonfinite)
     by_interval: dict[tuple[int, bool], list[Item]] = {}
     for item in program.of(*stages):
-        # Vectors of forward rules are in use at every step, whatever the plan's limits.
+        # Vectors of forward rules are used at every step, also before `start` and after `stop`.
         always = item.rule.stage == "forward"
         by_interval.setdefault((item.assignment.every, always), []).append(item)
     for (every, always), items in by_interval.items():
@@ -122,7 +122,7 @@ def advance(
 
 
 def _has_begun(items: list[Item], weights: dict[str, Any], states: dict[str, Any]) -> Any:
-    """Whether a weight that was zero, a new head's, is no longer: its vectors mean nothing yet."""
+    """Whether a weight that was zero (a new head's) no longer is, so that it needs new vectors."""
     begun = jnp.zeros((), bool)
     for item in items:
         follow, state = item.rule.tracked(item.geometry), states[item.name]
@@ -133,12 +133,12 @@ def _has_begun(items: list[Item], weights: dict[str, Any], states: dict[str, Any
 
 
 def _of_dtypes(figures: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
-    """The figures in the dtypes that the state has, though weights were cast since."""
+    """The figures in the dtypes of the state, even if weights were cast since."""
     return {k: jnp.asarray(x, like[k].dtype) if k in like else x for k, x in figures.items()}
 
 
 def is_due(plan: Plan, step: Any, every: int, *, always: bool = False) -> Any:
-    """`Plan.fires` for steps that may be traced; with `always` without a first and a last one."""
+    """`Plan.fires` for steps that may be traced; `always` ignores the plan's start and stop."""
     due = (step - plan.start) % every == 0
     if always:
         return due
@@ -154,7 +154,7 @@ def enforced(item: Item, weight: Any) -> Any:
     new = acting(item, partial(rule.enforce, held, item.geometry, state, step=1, name=item.name))[0]
     if new is held:
         return weight
-    # Parameters that were fetched, or read from a file, are of NumPy and stay so.
+    # NumPy arrays (parameters that were fetched or read from a file) stay NumPy arrays.
     own = isinstance(weight, np.ndarray)
     return np.asarray(new) if own else jax.device_put(new, weight.sharding)
 
@@ -211,7 +211,10 @@ def _checked_pair(item: Item, step: Any, given: tuple[Any, Any]) -> Any:
 
 
 def _key(item: Item, weight: Any) -> Any:
-    """What equal bodies share; schedules may depend on the name."""
+    """A key that is equal for items that can share one compiled function.
+
+    Items with schedules share none, because schedules may depend on the name.
+    """
     if item.rule.is_scheduled():
         return item.name
     rule = item.rule if item.is_key else id(item.rule)

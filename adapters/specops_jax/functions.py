@@ -246,7 +246,7 @@ def penalty(
             fixed = jax.lax.stop_gradient(jnp.asarray(weight))
             _, moved, _ = rule.update(fixed, item.geometry, states[item.name], **options)
             value, term = rule.penalty(fixed, item.geometry, moved, **options)
-            # Its gradient is the rule's term, whatever the value is computed by.
+            # The gradient of the sum is the rule's term, however the value is computed.
             value = value + jnp.sum(jnp.real(jnp.conj(term) * (weight - fixed)))
             result = result + jnp.where(is_due(own.plan, step, item.assignment.every), value, 0.0)
         return result

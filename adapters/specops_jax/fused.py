@@ -1,4 +1,4 @@
-"""Fused layers: the blocks that a layer alone does not know, by what stands around it."""
+"""The maps of fused layers, whose blocks only the neighbours of a layer tell."""
 
 from __future__ import annotations
 

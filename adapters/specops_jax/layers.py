@@ -30,7 +30,7 @@ EMBEDDING = "an embedding: a table of rows, constrained only by a rule that name
 
 
 def dense(batch: int = 0, outputs: int = 1) -> Role:
-    """A kernel (*batch, inputs…, outputs…)."""
+    """The role of a kernel (*batch, inputs…, outputs…)."""
     return Role(Dense(out_axes=tuple(range(-outputs, 0)), batch_axes=tuple(range(batch))))
 
 
@@ -46,7 +46,7 @@ def convolution(
     input_dilation: Any = 1,
     masked: bool = False,
 ) -> Role:
-    """A convolution as XLA's libraries describe it."""
+    """The role of a convolution's kernel, from arguments in the terms of XLA's libraries."""
     ndim = len(kernel)
     stride, dilation = per_axis(stride, ndim), per_axis(dilation, ndim)
     if masked:
@@ -65,7 +65,7 @@ def convolution(
         elif name == "SAME_LOWER":
             padding = _same_lower(kernel, stride, dilation, input_shape)
         elif name == "REFLECT" and set(kernel) == {1}:
-            padding = "valid"  # it adds nothing
+            padding = "valid"  # a kernel of one tap needs no padding
         else:
             return Role(obstacle=f"padding {padding!r} is no convolution on a torus")
     else:
@@ -93,10 +93,10 @@ def transposed_convolution(
     groups: int = 1,
     masked: bool = False,
 ) -> Role:
-    """A correlation over an input with stride − 1 zeros between its entries.
+    """The role of a transposed convolution: it correlates an input with stride − 1 inserted zeros.
 
-    `padding` is a name, or what is added before and after on each axis. Where the kernel is not
-    flipped the map is the mirror image of the transpose: the same singular values.
+    `padding` is a name, or the padding (before, after) of each axis. If the kernel is not flipped,
+    the map is the mirror image of the transpose, with the same singular values.
     """
     ndim = len(kernel)
     stride, dilation = per_axis(stride, ndim), per_axis(dilation, ndim)
@@ -124,9 +124,9 @@ def transposed_convolution(
         (w - before, w - after) if flipped else (w - after, w - before)
         for w, (before, after) in zip(wide, added, strict=True)
     ]
-    # More than the kernel's reach on a side is rows of zeros, wherever they are. Those before what
-    # is cropped behind go unsaid: of a map with fewer outputs than inputs that many zeros are left
-    # out of the singular values.
+    # Padding beyond the kernel's reach only adds rows of zeros, whose position does not matter.
+    # Such rows before an axis that is cropped at its end cannot be expressed: if a map has fewer
+    # outputs than inputs, as many zeros are missing from its singular values.
     extra = tuple(max(0, -upper) + (max(0, -lower) if upper <= 0 else 0) for lower, upper in taken)
     return _checked(
         input_shape,
@@ -141,7 +141,7 @@ def transposed_convolution(
 
 
 def as_called(layer: Any, role: Role, *kinds: type) -> Role:
-    """The role, unless a subclass of one of these layers computes by a call of its own."""
+    """The role, unless the layer is a subclass of one of these kinds with its own __call__."""
     kind = next((k for k in kinds if isinstance(layer, k)), None)
     if kind is None or role.geometry is None or _call(type(layer)) is _call(kind):
         return role
@@ -157,10 +157,10 @@ def _call(kind: type) -> Any:
 
 
 def at_both(a: Role, b: Role) -> Role:
-    """The role of an array that is met twice: at two input sizes, or in two layers.
+    """The role of an array that occurs twice: at two input sizes, or in two layers.
 
-    For a zero boundary the larger size covers the smaller, whose operator is a part of its own;
-    circular, or where "same" begins elsewhere, it stands for every size.
+    With a zero boundary it is that at the larger size, of which the operator at the smaller one is
+    a part. For circular layers, and if "same" begins at another offset, it is that of every size.
     """
     one, two = a.geometry, b.geometry
     if one == two:
@@ -177,13 +177,13 @@ def at_both(a: Role, b: Role) -> Role:
 
 
 def stacked(role: Role, own: tuple[int, ...], found: tuple[int, ...]) -> Role:
-    """The role of a stack of such kernels, as scanned and mapped layers hold them."""
+    """The role of a stack of kernels of shape `own`, as scanned and mapped layers hold them."""
     extra = len(found) - len(own)
     if extra == 0 or role.geometry is None:
         return replace(role, shape=found)
     if isinstance(role.geometry, Conv):
         return Role(obstacle=_KERNELS.format(found))
-    # Scans and maps put their axis where they are told to.
+    # The axes of scans and maps may be anywhere.
     places = [
         kept
         for kept in combinations(range(len(found)), len(own))
@@ -221,7 +221,7 @@ def pairs(padding: Any, ndim: int) -> tuple[tuple[int, int], ...]:
 
 
 def _named(reach: int, stride: int, name: str) -> tuple[int, int]:
-    """What `jax.lax.conv_transpose` adds on both sides for a kernel that reaches so far."""
+    """The padding (before, after) of `jax.lax.conv_transpose` for a kernel of this reach."""
     if name == "VALID":
         return reach - 1, max(reach - stride, 0) + stride - 1
     total = reach + stride - 2
@@ -235,7 +235,7 @@ def _same_lower(
     dilation: Sequence[int],
     input_shape: tuple[int, ...] | None,
 ) -> Any:
-    """XLA's "same" with the odd one before instead of after: mirrored, where it matters."""
+    """XLA's "SAME_LOWER": as "same", but an odd entry of padding comes before, not after."""
     if input_shape is None:
         return "same"
     result = []

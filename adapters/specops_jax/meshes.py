@@ -1,7 +1,7 @@
-"""Weights on meshes whose axes are explicit: rules compute as on automatic ones.
+"""Weights on meshes with explicit axes, on which rules compute as on automatic axes.
 
-There the partitioner decides what moves, and weights come back laid out as they went in, because a
-firing gives them back as they were where it is not due, and scales are applied where they lie.
+There the partitioner decides how data move. Weights come back with the sharding that they had: a
+firing that is not due returns them unchanged, and scales are applied where they are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 def partitioned(
     function: Callable[..., Any], out: Any, weights: Mapping[str, Any], *others: Any
 ) -> Any:
-    """`function(weights, *others)`, its explicit axes left to the partitioner meanwhile.
+    """`function(weights, *others)`, with explicit axes left to the partitioner meanwhile.
 
     `out(layouts, whole)` gives the layouts of the result from those of the weights, where `whole`
     is the replicated one.
@@ -27,14 +27,14 @@ def partitioned(
         return function(weights, *others)
     whole = NamedSharding(mesh, PartitionSpec())
     layouts = {name: layout or whole for name, layout in found.items()}
-    # Not those of a shard_map around this, which each device has a part of its own along.
+    # Without the manual axes of a surrounding shard_map, along which each device has its own part.
     axes = tuple(mesh.axis_names[i] for i, t in enumerate(mesh.axis_types) if t != AxisType.Manual)
     on_auto_axes = jax.sharding.auto_axes(function, axes=axes, out_sharding=out(layouts, whole))
     return on_auto_axes(weights, *others)
 
 
 def replicated(state: Any) -> Any:
-    """A state whole on each device, as rules give it: a compiler lays results out as it likes."""
+    """The state replicated on all devices, as rules return it; compilers may choose otherwise."""
 
     def whole(x: Any) -> Any:
         layout = explicit(x)
@@ -46,6 +46,6 @@ def replicated(state: Any) -> Any:
 
 
 def explicit(weight: Any) -> NamedSharding | None:
-    """The layout that is part of its type, if any axis is sharded."""
+    """The sharding in the type of a weight, if any of its axes is sharded; else None."""
     layout = getattr(jax.typeof(weight), "sharding", None)
     return layout if any(getattr(layout, "spec", ())) else None

@@ -52,7 +52,7 @@ class Geometries(dict[str, Geometry]):
                 self.remarks[name] = role.remark
 
     def __or__(self, other: Mapping[str, Geometry]) -> Geometries:  # type: ignore[override]
-        """Both; what the other says of an array replaces what is said here."""
+        """Both together; for an array that is in both, the other one counts."""
         result = Geometries()
         result |= self
         result |= other
@@ -80,7 +80,7 @@ class Geometries(dict[str, Geometry]):
         return self
 
     def __ror__(self, other: Mapping[str, Geometry]) -> Geometries:  # type: ignore[override]
-        """A plain dict's, and these over them."""
+        """A plain dict together with these, which take precedence."""
         return (Geometries() | other) | self
 
 
@@ -124,7 +124,7 @@ def geometries_of(module: Any, *inputs: Any, **kwargs: Any) -> Geometries:
 
 
 def inspect_leaves(params: Any) -> Geometries:
-    """What modules that stand in the tree of parameters itself say, at no input size."""
+    """The geometries of modules that are part of the tree of parameters, without input sizes."""
     found: dict[str, Role] = {}
     for library in _loaded():
         if hasattr(library, "roles_within"):
@@ -133,7 +133,7 @@ def inspect_leaves(params: Any) -> Geometries:
 
 
 def _loaded() -> Iterator[Any]:
-    # A module of a library that was never imported cannot be at hand.
+    # If a library was never imported, there cannot be a module of it.
     for needed, name in _LIBRARIES.items():
         if needed in sys.modules:
             yield import_module(f"specops_jax.libraries.{name}")

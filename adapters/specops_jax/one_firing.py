@@ -1,4 +1,4 @@
-"""One firing of one rule on one array: of JAX, traced or not, or of NumPy."""
+"""One firing of one rule on one array, of JAX (traced or not) or NumPy."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from specops_jax.program import Item
 
 
 def checked(item: Item, weight: Any, state: Any, step: Any) -> tuple[Any, Any, Any, Any]:
-    """(array, state, figures, whether all was finite): left alone where it was not.
+    """(array, state, figures, whether all was finite); nothing changes if it was not.
 
     The state keeps its shapes and dtypes.
     """
     xp = arrays.namespace(weight)
     fine = xp.all(xp.isfinite(weight))
-    # Decompositions of infinities need not return.
+    # Decompositions of infinities might never end.
     safe = xp.where(fine, weight, xp.zeros_like(weight))
     array, new, figures = updated(item, safe, state, step)
-    # Schedules whose values are none become NaN under a compiler.
+    # Under a compiler, an invalid value of a schedule becomes NaN.
     fine = fine & xp.all(xp.isfinite(array))
-    if truth(fine) is not True:  # users may have asked JAX to raise where any NaN is made
+    if truth(fine) is not True:  # no NaN without need: users may have set jax_debug_nans
         figures = jax.tree.map(lambda x: xp.where(fine, x, xp.full_like(x, xp.nan)), figures)
         array = xp.where(fine, array, unchanged(item, weight))
     same = jax.tree.structure(new) == jax.tree.structure(state) and all(
@@ -34,14 +34,14 @@ def checked(item: Item, weight: Any, state: Any, step: Any) -> tuple[Any, Any, A
         for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(state), strict=True)
     )
     if not same:
-        new = state  # a warm start whose shape depends on the values
+        new = state  # a warm start whose shape depends on values cannot be kept
     # Weights may have been cast since the state was made.
     new = jax.tree.map(lambda a, b: xp.where(fine, a.astype(b.dtype), b), new, state)
     return array, new, figures, fine
 
 
 def updated(item: Item, weight: Any, state: Any, step: Any) -> Any:
-    """What the rule's `update` gives."""
+    """The result of the rule's `update`."""
 
     def update() -> Any:
         given = item.rule.update(weight, item.geometry, state, step=step, name=item.name)
@@ -53,13 +53,13 @@ def updated(item: Item, weight: Any, state: Any, step: Any) -> Any:
 
 
 def unchanged(item: Item, weight: Any) -> Any:
-    """What a firing gives that does nothing."""
+    """The array that a firing without effect gives: the weight, or zeros for a gradient."""
     zero = item.rule.stage == "gradients"
     return arrays.namespace(weight).zeros_like(weight) if zero else weight
 
 
 def fetched(name: str, weight: Any, caller: str) -> Any:
-    """The array on the host, where its values are known."""
+    """The array on the host; raises if its values are not known."""
     if isinstance(weight, jax.core.Tracer):
         raise AdapterError(
             f"{caller} reads the values of {name}: call it outside jit, grad and vmap"
@@ -79,7 +79,7 @@ def fetched(name: str, weight: Any, caller: str) -> Any:
 
 
 def refuse_nonfinite(item: Item, weight: Any) -> None:
-    """Raise where the values are known."""
+    """Raise if the weight is not finite, as far as its values are known."""
     xp = arrays.namespace(weight)
     if truth(xp.all(xp.isfinite(weight))) is False:
         raise NonFiniteError(
@@ -89,7 +89,7 @@ def refuse_nonfinite(item: Item, weight: Any) -> None:
 
 
 def acting(item: Item, function: Callable[[], Any]) -> Any:
-    """The function's value; its errors name the item."""
+    """The result of the function, whose errors will name the item."""
     try:
         return function()
     except SpecopsError as error:

@@ -21,7 +21,7 @@ def named_leaves(params: Any) -> tuple[list[tuple[str, Any]], Any]:
 
 
 def masked_names(params: Any) -> list[str]:
-    """Names of what `optax.masked` and `optax.multi_transform` hide."""
+    """Names of the parameters that `optax.masked` and `optax.multi_transform` hide."""
     import optax
 
     nodes = (optax.MaskedNode,)

@@ -1,4 +1,4 @@
-"""What optax gives to `init` in place of parameters, to see where a state holds copies of them."""
+"""The placeholder that optax passes to `init`, to see where a state has copies of parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from specops_jax.state import SpecopsState
 
 
 def is_placeholder(params: Any) -> bool:
-    """Whether `optax.tree.map_params` asks, which knows no parameters."""
+    """Whether `optax.tree.map_params` is asking, which passes no real parameters."""
     return isinstance(params, _placeholder())
 
 
@@ -23,7 +23,7 @@ def no_params() -> SpecopsState:
 
 @cache
 def _placeholder() -> type:
-    # optax exports no name for it, and hands one to whoever asks.
+    # optax does not export the class, but passes an instance to any `init`.
     met: list[type] = []
     optax.tree_utils.tree_map_params(lambda params: met.append(type(params)), lambda x: x, None)
     return met[0]

@@ -1,4 +1,4 @@
-"""What a plan does with the arrays of a pytree: decided from names, shapes and geometries."""
+"""`Program`: which rule acts on which array of a pytree, by names, shapes and geometries."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Item(Assigned):
     """One array under a rule."""
 
     index: int
-    """Of its leaf."""
+    """The index of its leaf in the tree."""
     assignment: Assignment
 
     @property
     def is_key(self) -> bool:
-        """Whether the rule can be one: not where it holds arrays, traced or not."""
+        """Whether the rule can be a dict's key: not if it holds arrays, traced or not."""
         try:
             hash(self.rule)
         except TypeError:
@@ -72,14 +72,14 @@ def program(
     found, given = inspect_leaves(params), declared(geometries)
     names = {name for name, _ in leaves}
     if isinstance(geometries, Geometries):
-        # What was found by looking need not all be here.
+        # Not all that `geometries_of` has found in the module needs to be in these parameters.
         found = found | geometries
         given = {key: given[key] for key in given if key in geometries.given}
     given = {key: given[key] for key in given if not _only_masked(key, names, params)}
     matrices = {name for name, leaf in leaves if getattr(leaf, "ndim", 0) > 1}
     for pattern in given:
         meant = {name for name in matrices if fnmatchcase(name, pattern)}
-        if meant <= found.skipped.keys():  # what a user says of vectors alone counts
+        if meant <= found.skipped.keys():  # a pattern for vectors alone is meant for them
             for name in meant:
                 del found.skipped[name]
     described = [_describe(name, leaf, found) for name, leaf in leaves]
@@ -90,10 +90,10 @@ def program(
 
 
 def _only_masked(pattern: str, names: set[str], params: Any) -> bool:
-    """Whether a pattern means arrays that optax has masked, and no other."""
+    """Whether a pattern matches arrays that optax has masked, and no others."""
     if any(fnmatchcase(name, pattern) for name in names):
         return False
-    masked = masked_names(params)  # whole branches too
+    masked = masked_names(params)  # may be names of whole branches
     return any(fnmatchcase(name, pattern) or pattern.startswith(f"{name}/") for name in masked)
 
 

@@ -1,4 +1,4 @@
-"""What is constrained, and whether a compiled step has met what is not finite."""
+"""Reports of what is constrained, and the check for weights that were not finite."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def report(
     for row in plan_rows(own.assignments):
         item = by_name.get(row.name)
         if measure and item is not None:
-            # On the host, where nothing has to be compiled for one look.
+            # On the host, to avoid a compilation for one report.
             w = fetched(item.name, leaves[item.index], "report")
             w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
             row = replace(row, **measured(w, item.geometry, item.rule))

@@ -1,4 +1,4 @@
-"""What rules remember between steps, as a pytree that any checkpoint can hold."""
+"""`SpecopsState`: the state of rules between steps, as a pytree that any checkpoint can hold."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def of_arrays(state: Any) -> SpecopsState:
     names = fields["fired"]
     if isinstance(names, dict):
         for key in ("rules", "figures"):
-            # Nested dicts lose their empty branches on the way.
+            # Conversions to nested dicts drop empty branches: restore them.
             fields[key] = {name: fields[key].get(name, {}) for name in names}
     bare = SpecopsState(**fields)
     same: Any = state
@@ -158,8 +158,8 @@ def check_states(items: Sequence[Item], leaves: Sequence[Any], state: SpecopsSta
 
 
 def _holds(found: dict[str, Any], started: dict[str, Any]) -> bool:
-    """Whether a state has what its rule starts with; firings may add to that."""
-    # Stacked, where a whole step is mapped and the state is not.
+    """Whether a state has all that its rule starts with; firings may have added to it."""
+    # Compares trailing axes: the state may be stacked, if a whole step is mapped.
     return all(
         key in found and found[key].shape[found[key].ndim - x.ndim :] == x.shape
         for key, x in started.items()

@@ -108,13 +108,13 @@ def constrain(
             i, new = place[item.index], arrays[item.name]
             if spots[i] is None:
                 continue
-            # Exact where updates are wider than weights.
+            # In the wider of both dtypes, so that the difference is exact.
             wide = jnp.promote_types(new.dtype, spots[i].dtype)
             delta = (new.astype(wide) - held[i].astype(wide)).astype(spots[i].dtype)
             spots[i] = jnp.where(new == leaves[item.index], spots[i], delta)
         return jax.tree.unflatten(shape, spots), state
 
-    Plan.of(plan, every)  # what is wrong with it is said where it is written
+    Plan.of(plan, every)  # raises now if the plan is wrong, not at the first step
     return optax.GradientTransformationExtraArgs(
         _starting(plan, geometries, every, ("weights", "forward"), "constrain"), update
     )
@@ -140,9 +140,9 @@ def add_penalty(
     ) -> tuple[Any, SpecopsState]:
         if extra.get("value_fn") is not None:
             raise AdapterError(
-                "a line search evaluates value_fn, which add_penalty's gradient is not of: put "
-                "specops_jax.penalty(params, plan, state) into the loss, for value_fn and the "
-                "gradient, and leave add_penalty out of the chain"
+                "a line search evaluates value_fn, which lacks the penalty whose gradient "
+                "add_penalty adds: put specops_jax.penalty(params, plan, state) into the loss, for "
+                "value_fn and the gradient, and leave add_penalty out of the chain"
             )
         _need(params, "add_penalty")
         own, leaves = _program(params, params, plan, geometries, every)
@@ -186,15 +186,15 @@ def _starting(
 def _program(
     current: Any, params: Any, plan: Any, geometries: Geometries | None, every: int | None
 ) -> tuple[Program, list[Any]]:
-    """The program of `params`, whose modules may be looked at, and the leaves of `current`."""
+    """The program of `params`, which may hold modules, and the leaves of `current`."""
     own, _, _ = program(params, Plan.of(plan, every), geometries)
     return own, jax.tree.leaves(current)
 
 
 def _beside(updates: Any, params: Any) -> tuple[list[Any], Any, list[Any], list[int]]:
-    """(the updates, their tree, what the parameters hold there, the update of each parameter).
+    """(the updates, their tree, the parameters at their places, the update's index by parameter).
 
-    Where nothing is to be updated stands None (equinox), whatever the parameters hold there.
+    Where nothing is updated, equinox has None among the updates, whatever the parameters hold.
     """
     spots, shape = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
     held = shape.flatten_up_to(params)

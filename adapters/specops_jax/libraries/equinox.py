@@ -1,4 +1,4 @@
-"""equinox: modules are pytrees; sizes of inputs are met while they are traced."""
+"""equinox: modules are pytrees; sizes of inputs are found by tracing."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _sizes(module: Any, calls: list[tuple[Any, tuple[int, ...]]]) -> Shapes:
     for layer, size in calls:
         if id(layer) in own:
             shapes.setdefault(id(layer), []).append(size)
-    # Within eqx.filter_checkpoint and its like a layer is met as a copy, which may be any one's.
+    # eqx.filter_checkpoint and similar functions call copies of layers, and a copy may be of any.
     copies = [(layer.weight.shape, size) for layer, size in calls if id(layer) not in own]
     for layer in held:
         if id(layer) in shapes:
@@ -127,7 +127,7 @@ def _cell(path: Any, layer: Any, cells: tuple[type, ...]) -> dict[str, Role]:
 
 
 def _own_shape(layer: Any) -> tuple[int, ...]:
-    """Of the weight of one such layer, wherever a map over layers has put its axis."""
+    """The weight's shape in a single layer, without the axes that maps over layers have added."""
     import equinox as eqx
 
     if isinstance(layer, eqx.nn.Linear):
@@ -173,7 +173,7 @@ def _role(layer: Any, shape: tuple[int, ...] | None) -> Role:
 
 
 def _pads(layer: Any) -> bool:
-    """Whether anything is added to an input, so that the mode of padding matters."""
+    """Whether the layer pads its input at all, so that the mode of padding matters."""
     return layer.padding not in ("VALID", ((0, 0),) * layer.num_spatial_dims)
 
 

@@ -1,4 +1,4 @@
-"""haiku: layers are met while a transformed function is traced."""
+"""haiku: layers are found while a transformed function is traced."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def knows(module: Any) -> bool:
 
 
 def roles(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Role]:
-    """A role for every weight that tracing `init` meets."""
+    """A role for every weight that is found by tracing `init`."""
     import haiku as hk
 
     if not inputs and not kwargs:
@@ -48,13 +48,13 @@ def roles(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
         if context.method_name == "__call__":
             x = args[0] if args else next(iter(given.values()), None)
             own = layer.params_dict()
-            # Stacks of layers hold several of what is a vector here.
+            # Vectors of this layer; in a stack of layers they become arrays of more axes.
             vectors = {_attribute(k): Role(skipped=VECTOR) for k, w in own.items() if w.ndim < 2}
             for attribute, plain in (vectors | _roles(layer, x)).items():
                 role = as_called(layer, plain, *kinds)
                 name = f"{layer.module_name}/{attribute}"
                 if name in own:
-                    # An LSTM knows more of its matrix than the layer inside, which is met first.
+                    # An LSTM knows more about its matrix than its inner layer, which comes first.
                     again = name in met and not isinstance(layer, hk.LSTM)
                     role = at_both(met[name][0], role) if again else role
                     met[name] = role, tuple(own[name].shape)
@@ -68,7 +68,7 @@ def roles(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     parameters = parameters[0] if isinstance(parameters, tuple) else parameters
     found = {}
     for name, leaf in named_leaves(parameters)[0]:
-        # Layers of a stack are met without the stack's name; its axis is the first.
+        # Layers within a stack are found without the stack's name; its axis is the first.
         inner, shape = name.partition("/")[2], tuple(leaf.shape)
         if name in met:
             found[name] = stacked(*met[name], shape)
@@ -87,7 +87,7 @@ def _roles(layer: Any, x: Any) -> dict[str, Role]:
     if isinstance(layer, hk.Linear):
         return {"w": dense()}
     if isinstance(layer, hk.LSTM):
-        # The matrix of a layer inside, of inputs beside the state.
+        # The matrix belongs to an inner layer, which takes the inputs beside the state.
         return {"linear/w": _gates(layer, 4)}
     if isinstance(layer, hk.GRU):
         return {"w_i": _gates(layer, 3), "w_h": _gates(layer, 3)}

@@ -1,4 +1,4 @@
-"""flax.linen: layers are met while the module is traced."""
+"""flax.linen: layers are found while the module is traced."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def knows(module: Any) -> bool:
 
 
 def roles(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Role]:
-    """A role for every kernel that tracing `module.init` meets."""
+    """A role for every kernel that is found by tracing `module.init`."""
     from flax import linen as nn
 
     if not inputs and not kwargs:
@@ -41,7 +41,7 @@ def roles(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     met: dict[str, tuple[Role, tuple[int, ...]]] = {}
     kinds = (nn.DenseGeneral, nn.Dense, nn.Embed, nn.Conv, nn.ConvTranspose)
 
-    wrappers: list[str] = []  # those whose call is under way
+    wrappers: list[str] = []  # the wrappers that are being called
 
     def look(function: Any, args: Any, given: Any, context: Any) -> Any:
         layer = context.module
@@ -54,7 +54,7 @@ def roles(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
         if context.method_name == "__call__":
             x = args[0] if args else next(iter(given.values()), None)
             own = layer.variables.get("params", {})
-            # Scans and maps make stacks of what is a vector here.
+            # Vectors of this layer; scans and maps make arrays of more axes of them.
             vectors = {k: Role(skipped=VECTOR) for k, w in own.items() if _is_vector(w)}
             for attribute, plain in (vectors | _roles(layer, x)).items():
                 role = as_called(layer, plain, *kinds)
@@ -100,7 +100,7 @@ def _roles(layer: Any, x: Any) -> dict[str, Role]:
 
 
 def _is_vector(entry: Any) -> bool:
-    """Whether it is one array of an axis at the most, and no branch of further ones."""
+    """Whether it is a single array with at most one axis, not a branch of the tree."""
     from flax import linen as nn
 
     array = nn.unbox(entry)

@@ -1,4 +1,4 @@
-"""flax.nnx: layers are objects; sizes of inputs are met while a copy is traced."""
+"""flax.nnx: layers are objects; sizes of inputs are found by tracing a copy."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def _shapes(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Sha
 
     def run(state: Any, *x: Any) -> Any:
         copy = nnx.merge(definition, state)
-        # In the layer itself, so that copies which nnx.remat, nnx.jit and their like make have it.
+        # The mark is in the layer itself, so that copies by nnx.remat, nnx.jit and others have it.
         for path, layer in nnx.iter_graph(copy):
             if isinstance(layer, nnx.Conv | nnx.ConvTranspose):
                 setattr(layer, _MARK, _name(path))
 
         def seen(layer: Any, x: Any) -> None:
             if not hasattr(layer, _MARK):
-                return  # made in the call, not one of the module's
+                return  # a layer that was made in the call, not one of the module
             spatial = len(sizes(layer.kernel_size))
             shape = tuple(int(n) for n in x.shape[-spatial - 1 : -1])
             shapes.setdefault(getattr(layer, _MARK), []).append(shape)
@@ -73,7 +73,7 @@ def _shapes(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Sha
 
 
 def _known(*names: str) -> tuple[Any, ...]:
-    """Those classes of nnx that this version has."""
+    """The classes of nnx with these names, as far as this version has them."""
     from flax import nnx
 
     return tuple(getattr(nnx, name) for name in names if hasattr(nnx, name))
@@ -116,7 +116,7 @@ def _roles(module: Any, shapes: Shapes) -> dict[str, Role]:
             role = as_called(layer, role, *kinds)
             kernel, own = getattr(layer, attribute), _own_shape(layer)
             role = stacked(role, own or kernel.shape, kernel.shape)
-            # A variable that several layers hold is one array, which the state names once.
+            # A variable that several layers share is one array, with a single name in the state.
             names = shared.setdefault(id(kernel), [])
             role = at_both(found[names[0]], role) if names else role
             names.append(f"{name}/{attribute}" if name else attribute)

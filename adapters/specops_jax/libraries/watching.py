@@ -1,4 +1,4 @@
-"""The sizes of inputs that layers see, while a module is traced."""
+"""Tracing a module, and watching the inputs of its layers meanwhile."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax
 
 
 def trace(function: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
-    """The shapes of ``function(*inputs)``: arrays are traced, flags and the like are constants."""
+    """The shapes of ``function(*inputs)``: arrays are traced, other arguments are constants."""
     leaves, structure = jax.tree.flatten(inputs)
     is_array = [hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves]
 
@@ -25,7 +25,7 @@ def trace(function: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
 
 @contextmanager
 def watched(kinds: Iterable[type], seen: Callable[[Any, Any], None]) -> Iterator[None]:
-    """Tell `seen` (layer, input) of every call of layers of these classes."""
+    """Call ``seen(layer, input)`` at every call of a layer of these classes."""
     with ExitStack() as stack:
         for kind in kinds:
             plain = kind.__call__
