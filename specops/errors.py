@@ -1,4 +1,4 @@
-"""What can go wrong. Every class is also the built-in that a caller would expect."""
+"""Errors and warnings, each also a subclass of the built-in one that a caller would expect."""
 
 from __future__ import annotations
 

@@ -9,4 +9,4 @@ Array: TypeAlias = Any
 Namespace: TypeAlias = Any
 """The module of functions that belongs to an array."""
 State: TypeAlias = dict[str, Array]
-"""What a rule or an iteration goes on from: a flat dict of arrays."""
+"""The state of a rule or an iteration: a flat dict of arrays."""

@@ -77,7 +77,7 @@ class Entry(Parameter):
         return self.array
 
     def write(self, value: Array) -> None:
-        """In place."""
+        """Write the value in place."""
         self.array[...] = value
 
     def identity(self) -> int:

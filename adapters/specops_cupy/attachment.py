@@ -91,7 +91,7 @@ class Attachment(BaseAttachment[Constrained[Entry]]):
         self._penalise(matched(gradients, self._entries, of_stage))
 
     def add(self, gradient: Array, term: Array) -> Array:
-        """In place."""
+        """Add a rule's term to a gradient, in place."""
         gradient[...] = gradient + arrays.namespace(gradient).astype(term, gradient.dtype)
         return gradient
 

@@ -59,7 +59,7 @@ class Geometries(dict[str, Geometry]):
         return result
 
     def __ior__(self, other: Mapping[str, Geometry]) -> Geometries:  # type: ignore[override]
-        """The same, in place."""
+        """As ``|``, in place."""
         looked = other if isinstance(other, Geometries) else None
         for name in {*other, *(looked.reasons if looked is not None else ())}:
             self.pop(name, None)

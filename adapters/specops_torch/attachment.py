@@ -181,7 +181,7 @@ class Attachment(BaseAttachment[Constrained]):
         """Write new weights, keep the states of rules, and note how much weights changed."""
         changed = [o for o in outcomes if o.changes_weight and o.array is not None]
         if changed:
-            self._went((o.constrained, o.weight, o.array) for o in changed)
+            self._changed((o.constrained, o.weight, o.array) for o in changed)
         super().write(outcomes)
         sharded = (o.constrained.location for o in changed)
         if any(isinstance(x, ShardedLocation) and x.is_stale for x in sharded):
@@ -266,11 +266,11 @@ class Attachment(BaseAttachment[Constrained]):
         """Note that layers now use other weights than those that batch statistics are of."""
         known = [(c, x) for c in self._constrained if (x := c.in_use) is not None and x.state]
         with torch.no_grad():
-            self._went((c, c.location.read(), c.used()) for c, _ in known)
+            self._changed((c, c.location.read(), c.used()) for c, _ in known)
         for _, in_use in known:
             in_use.ran = False
 
-    def _went(self, moves: Iterable[tuple[Constrained, torch.Tensor, torch.Tensor]]) -> None:
+    def _changed(self, moves: Iterable[tuple[Constrained, torch.Tensor, torch.Tensor]]) -> None:
         if not self._statistics.are_kept():
             return
         changes: dict[nn.Module, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""What `torch.save` writes: zip files tensor by tensor, legacy pickles as a whole.
+"""Files of `torch.save`: zip files are read tensor by tensor, legacy pickles as a whole.
 
 Everything goes through ``torch.load(..., weights_only=True)``, which builds tensors and plain
 containers and refuses whatever else a pickle asks for.
@@ -169,7 +169,7 @@ def _place(tensor: torch.Tensor, storage: int | None) -> Any:
 
 
 def _position(tensor: torch.Tensor) -> int | None:
-    """Where the bytes of a listed tensor's storage begin in the file."""
+    """The position in the file at which the bytes of a listed tensor's storage begin."""
     return getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
 
 

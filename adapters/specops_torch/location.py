@@ -61,11 +61,11 @@ class Location(Parameter):
         ]
 
     def read(self) -> torch.Tensor:
-        """Its values."""
+        """The values of the parameter."""
         return self.parameter.detach()
 
     def write(self, value: torch.Tensor) -> None:
-        """In place."""
+        """Write the value in place."""
         with torch.no_grad():
             self.parameter.copy_(value)
 
@@ -119,7 +119,7 @@ class Location(Parameter):
         return self.recorder.geometry(self.module)
 
     def sizes(self) -> Any:
-        """What the recorder knows."""
+        """The sizes that the recorder has learnt, for a checkpoint."""
         return None if self.recorder is None else self.recorder.state()
 
     def see(self, sizes: Any) -> None:

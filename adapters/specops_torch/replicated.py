@@ -48,7 +48,7 @@ def settle_replicas(constrained: Sequence[Any], group: Any) -> None:
     mine = []
     for c in new:
         held = c.location.parameter
-        mine.append((c.name, tuple(held.shape), _digest(held), c.how))
+        mine.append((c.name, tuple(held.shape), _digest(held), c.signature))
     with about([c.name for c in new] or ["no weight"]):
         everybody = objects(mine, group)
     _check_alike(everybody)

@@ -92,7 +92,7 @@ def settle(constrained: Sequence[Any], groups: dict[Any, Any]) -> None:
                 f"{c.name} is a partial sum (placements {placements}): redistribute it to Shard or "
                 f"Replicate first"
             )
-    found = layouts([(c.name, c.location.parameter, c.how) for c in new], groups)
+    found = layouts([(c.name, c.location.parameter, c.signature) for c in new], groups)
     for c, layout in zip(new, found, strict=True):
         c.location.learn(layout)
 

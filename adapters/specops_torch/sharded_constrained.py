@@ -47,7 +47,7 @@ class ShardedConstrained(SharedConstrained):
 
     @property
     def location(self) -> ShardedLocation:
-        """Where it is."""
+        """Where the weight is."""
         assert isinstance(self.parameter, ShardedLocation)
         return self.parameter
 

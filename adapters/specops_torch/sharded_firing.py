@@ -29,7 +29,7 @@ _DONE, _UNDONE, _FAILED = range(3)
 
 
 class ShardedFiring(Firing[Constrained]):
-    """How rules act on weights, sharded ones among them.
+    """Fires rules on weights, sharded ones included.
 
     Parameters
     ----------

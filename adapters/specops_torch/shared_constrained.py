@@ -24,12 +24,12 @@ class SharedConstrained(Constrained):
 
     @property
     def location(self) -> SharedLocation:
-        """Where it is."""
+        """Where the weight is."""
         assert isinstance(self.parameter, SharedLocation)
         return self.parameter
 
     @property
-    def how(self) -> tuple[Any, ...]:
+    def signature(self) -> tuple[Any, ...]:
         """What has to be the same on all ranks, without addresses and devices."""
         rule = re.sub(r" at 0x[0-9a-f]+|, device='[^']*'", "", repr(self.rule))
         return rule, self.assignment.every, repr(self.assignment.weight.geometry)

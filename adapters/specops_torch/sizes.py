@@ -65,7 +65,7 @@ class SizeRecorder:
         return None if self.circular and self.varies else self.input_shape, self.output_padding
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs to know."""
+        """What the recorder knows, for a checkpoint."""
         return {
             "input_shape": self.input_shape,
             "output_padding": self.output_padding,

@@ -91,7 +91,7 @@ class Jax(Library):
         return xp.astype(x, dtype)
 
     def truth(self, flag: Array) -> bool | None:
-        """None of a tracer."""
+        """None for a tracer."""
         return None if isinstance(flag, jax.core.Tracer) else bool(flag)
 
     def is_traced(self, x: Array) -> bool:

@@ -42,7 +42,7 @@ class NumPy(Library):
         """Always."""
         return True
 
-    def seen(self, x: Array) -> np.ndarray:
+    def host_view(self, x: Array) -> np.ndarray:
         """Itself."""
         return np.asarray(x)
 

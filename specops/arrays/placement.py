@@ -66,9 +66,9 @@ def is_constant_on_host(x: Array) -> bool:
     return library(x).is_constant_on_host(x)
 
 
-def seen(x: Array) -> np.ndarray:
+def host_view(x: Array) -> np.ndarray:
     """The NumPy view, in place, of an array for which `is_constant_on_host` is true."""
-    return library(x).seen(x)
+    return library(x).host_view(x)
 
 
 def from_host(values: np.ndarray, like: Array) -> Array:

@@ -64,10 +64,10 @@ class Library:
         return None
 
     def is_constant_on_host(self, x: Array) -> bool:
-        """Whether `seen` may be called: NumPy can view the values, and change them in place."""
+        """Whether `host_view` can view the values of `x`, and change them in place."""
         return False
 
-    def seen(self, x: Array) -> np.ndarray:
+    def host_view(self, x: Array) -> np.ndarray:
         """The NumPy view of an array for which `is_constant_on_host` is true."""
         raise NotImplementedError
 

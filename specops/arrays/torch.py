@@ -65,7 +65,7 @@ class Torch(Library):
             or is_differentiated(x)
         )
 
-    def seen(self, x: Array) -> np.ndarray:
+    def host_view(self, x: Array) -> np.ndarray:
         """The view that shares memory."""
         array: np.ndarray = (x.detach() if x.requires_grad else x).numpy()
         return array

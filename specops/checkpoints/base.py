@@ -1,4 +1,4 @@
-"""What every reader of checkpoints provides."""
+"""`Checkpoint`: the base of all readers of checkpoints."""
 
 from __future__ import annotations
 

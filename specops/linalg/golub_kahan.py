@@ -167,7 +167,7 @@ def _have_converged(
     eps: float,
     tolerance: float | None,
 ) -> Array:
-    """For each block, whether its leading Ritz vector has: see `largest_singular_triplet`."""
+    """Whether the leading Ritz vector of each block has: see `largest_singular_triplet`."""
     theta = values[:, -1]
     residual = inside[:, used - 1, used] * xp.abs(vectors[:, used - 1, -1])
     residual = _safe_divide(xp, residual, theta)

@@ -111,7 +111,7 @@ def shown(value: Any) -> str:
     return getattr(function, "__name__", repr(value)) if callable(value) else repr(value)
 
 
-def at(value: Any, step: int, name: str, geometry: Geometry) -> Any:
+def value_at(value: Any, step: int, name: str, geometry: Geometry) -> Any:
     """A number, or what its schedule gives for this step and layer.
 
     Raises
@@ -149,8 +149,8 @@ def check_scheduled(value: Any, what: str) -> None:
 
 
 def bound_at(value: Any, step: int, name: str, geometry: Geometry, what: str) -> Any:
-    """What `at` gives, checked to be a positive bound."""
-    return check_bound(at(value, step, name, geometry), what, _OFF)
+    """What `value_at` gives, checked to be a positive bound."""
+    return check_bound(value_at(value, step, name, geometry), what, _OFF)
 
 
 def figure(norms: tuple[Array, ...]) -> Array:

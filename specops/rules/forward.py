@@ -15,11 +15,11 @@ from specops.geometry.arguments import integer, nan_without
 from specops.rules.base import (
     Figures,
     Schedule,
-    at,
     bound_at,
     check_scheduled,
     figure,
     measured_as,
+    value_at,
 )
 from specops.rules.following import Following
 from specops.rules.normalizations import check_ratio, limit_stable_rank, normalize, stable_ranks
@@ -226,13 +226,13 @@ class StableRankNormalization(_Tracking):
     ) -> Array:
         """The weight that the layer uses; `ratio` is the value of a schedule, as an array."""
         if ratio is None:
-            ratio = check_ratio(at(self.ratio, step, name, geometry))
+            ratio = check_ratio(value_at(self.ratio, step, name, geometry))
         limited = limit_stable_rank(weight, self.tracked(geometry), state, ratio)
         return nan_without(ratio, limited)
 
     def arguments(self, step: int, name: str, geometry: Geometry) -> dict[str, Any]:
         """The ratio."""
-        return {"ratio": check_ratio(at(self.ratio, step, name, geometry))}
+        return {"ratio": check_ratio(value_at(self.ratio, step, name, geometry))}
 
     def is_traceable(self, geometry: Geometry) -> bool:
         """False for a convolution's operator, which needs tables made outside the compiler."""
@@ -262,6 +262,6 @@ class StableRankNormalization(_Tracking):
         the norm along the vectors; of several matrices the largest.
         """
         weight, state, figures = super().update(weight, geometry, state, step=step, name=name)
-        ratio = check_ratio(at(self.ratio, step, name, geometry))
+        ratio = check_ratio(value_at(self.ratio, step, name, geometry))
         ranks = stable_ranks(weight, self.tracked(geometry), state, ratio)
         return weight, state, figures | dict(zip(RANKS, ranks, strict=True))

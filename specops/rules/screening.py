@@ -114,7 +114,7 @@ def is_steady(norms: Array, state: State) -> bool:
 
 
 def _steady(norms: Array, state: State) -> Array | None:
-    """For each norm, whether it is close to that of the last firing; None if there was none."""
+    """Whether each norm is close to that of the last firing; None if there was none."""
     try:
         before = checked(state, _SEEN, tuple(norms.shape), norms)
     except StateError:

@@ -12,7 +12,7 @@ from specops.geometry import Geometry
 from specops.geometry.arguments import integer
 from specops.projections import project_stable_rank
 from specops.projections.stable_rank import check_stable_rank
-from specops.rules.base import Figures, Schedule, Scheduled, at, measured_as
+from specops.rules.base import Figures, Schedule, Scheduled, measured_as, value_at
 from specops.rules.stages import WeightRule
 from specops.tracking import check_norm
 from specops.typing import Array, State
@@ -83,8 +83,8 @@ class ProjectStableRank(Scheduled, WeightRule):
             project_stable_rank,
             weight,
             self.view(geometry),
-            ratio=at(self.ratio, step, name, geometry),
-            target=at(self.target, step, name, geometry),
+            ratio=value_at(self.ratio, step, name, geometry),
+            target=value_at(self.target, step, name, geometry),
             preserve=self.preserve,
             return_info=True,
         )

@@ -120,10 +120,10 @@ def _stepped_on_host(
         return None
 
     def on_host(product: Any) -> Any:
-        return lambda x: arrays.seen(product(arrays.from_host(x, kernel)))
+        return lambda x: arrays.host_view(product(arrays.from_host(x, kernel)))
 
     products = on_host(operator.matvec), on_host(operator.rmatvec)
-    near = Pairs(None, arrays.seen(v[0, :]), None, arrays.seen(q[0, :]))
+    near = Pairs(None, arrays.host_view(v[0, :]), None, arrays.host_view(q[0, :]))
     found = steps_on_host(products, near, (True, False) * rounds)
     if found is None:
         return None

@@ -176,12 +176,12 @@ def steps_on_host(
 
 def _products(a: Array) -> on_host.Products:
     if math.prod(a.shape) < SPLIT_FROM:
-        seen = arrays.seen(a)
+        seen = arrays.host_view(a)
         return (lambda x: x.dot(seen.T)), (lambda x: x.dot(seen))
     xp = arrays.namespace(a)
     return (
-        lambda x: arrays.seen(images(a, xp.asarray(x))),
-        lambda x: arrays.seen(coimages(a, xp.asarray(x))),
+        lambda x: arrays.host_view(images(a, xp.asarray(x))),
+        lambda x: arrays.host_view(coimages(a, xp.asarray(x))),
     )
 
 
@@ -189,7 +189,7 @@ def _on_host(a: Array, pairs: Pairs) -> tuple[Array, Pairs] | None:
     """A single real matrix on the CPU, and its pairs as NumPy arrays; None for others."""
     if a.ndim != 2 or not arrays.is_constant_on_host(a) or arrays.is_complex(a):
         return None
-    return a, Pairs(*map(arrays.seen, pairs))
+    return a, Pairs(*map(arrays.host_view, pairs))
 
 
 def half_step_by(
@@ -199,7 +199,7 @@ def half_step_by(
     seen = _on_host(images, pairs)
     if seen is not None:
         known = seen[0]
-        products = (lambda _: arrays.seen(known),) * 2
+        products = (lambda _: arrays.host_view(known),) * 2
         found = steps_on_host(products, seen[1], (to_left,))
         if found is not None:
             return back(*found, images)

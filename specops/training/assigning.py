@@ -1,4 +1,4 @@
-"""What a plan decides about the parameters of a model, now and whenever they change."""
+"""`assigned`: applying a plan to the parameters of a model, at first and whenever they change."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class BaseAttachment(ABC, Generic[C]):
         self._constrained: list[C] = []
         self._attached = False
 
-    # What an adapter writes
+    # Methods that an adapter writes or overrides
 
     @abstractmethod
     def parameters(self) -> Sequence[Parameter]:
@@ -200,7 +200,7 @@ class BaseAttachment(ABC, Generic[C]):
         for record in records:
             self._history.add(record)
 
-    # What is told
+    # Information for the user
 
     def __repr__(self) -> str:
         by_itself = "attached" if self.is_attached else "to be stepped by hand"
@@ -276,7 +276,7 @@ class BaseAttachment(ABC, Generic[C]):
         """What a report's rows say about weights under rules, by name."""
         return {c.name: c.measured(self.steps + 1) for c in constrained}
 
-    # Life
+    # Saving, loading and detaching
 
     def state_dict(self) -> dict[str, Any]:
         """Steps, sizes and rule states by parameter name: what a resumed run needs."""

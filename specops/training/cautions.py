@@ -1,4 +1,4 @@
-"""What a user should know of a plan, said as a warning."""
+"""Warnings about consequences of a plan that its user may not expect."""
 
 from __future__ import annotations
 

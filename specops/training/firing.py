@@ -21,7 +21,7 @@ _POLICIES = ("raise", "skip", "warn")
 
 
 class Firing(Generic[C]):
-    """How rules act on weights.
+    """Lets rules act on weights, and applies the policy for weights that are not finite.
 
     Parameters
     ----------

@@ -256,7 +256,7 @@ def test_views_share_memory_and_only_where_values_are_constant(eager: Backend) -
     view = known.on_host(x)
     assert view is None or (view == eager.numpy(x)).all()
     if known.is_constant_on_host(x):
-        assert np.shares_memory(known.seen(x), view)
+        assert np.shares_memory(known.host_view(x), view)
     assert known.is_constant_on_host(x) == (eager.name in ("numpy", "torch"))
 
 
@@ -269,7 +269,7 @@ def test_tensors_with_a_derivative_have_no_view() -> None:
     assert not known.is_concrete(parameter)
     with torch.no_grad():
         assert known.is_constant_on_host(parameter)
-        assert known.seen(parameter).tolist() == [[1.0, 0.0], [0.0, 1.0]]
+        assert known.host_view(parameter).tolist() == [[1.0, 0.0], [0.0, 1.0]]
     assert known.to_numpy(parameter).tolist() == [[1.0, 0.0], [0.0, 1.0]]
     assert not known.stop_gradient(parameter).requires_grad
 

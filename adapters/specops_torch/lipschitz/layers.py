@@ -1,4 +1,4 @@
-"""What single layers of torch contribute to a Lipschitz bound."""
+"""The factors that single torch layers contribute to a Lipschitz bound."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class Fused:
         return cls(Dense(out_axes=(out,)), doubt, doubt, blocks)
 
     def stacked(self) -> Fused:
-        """The same, behind an axis along which matrices are stacked."""
+        """The same maps for a stack of matrices, along a new first axis."""
         likely = None if self.likely is None else _behind_an_axis(self.likely)
         return replace(self, geometry=_behind_an_axis(self.geometry), likely=likely)
 

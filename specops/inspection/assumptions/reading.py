@@ -52,15 +52,15 @@ class Assumption:
 
     @property
     def geometry(self) -> Geometry | None:
-        """Of the likeliest reading."""
+        """The geometry of the likeliest reading."""
         return self.readings[0].geometry if self.readings else None
 
     @property
     def why(self) -> str:
-        """Of the likeliest reading."""
+        """The reason for the likeliest reading."""
         return self.readings[0].why if self.readings else ""
 
     @property
     def shape(self) -> tuple[int, ...] | None:
-        """Of the likeliest reading."""
+        """The shape in which the likeliest reading views the tensor."""
         return self.readings[0].shape if self.readings else None
