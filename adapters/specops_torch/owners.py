@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -138,22 +138,45 @@ def owners_of(costs: Sequence[float], ranks: int) -> list[int]:
 def _one_group(
     given: Sequence[SharedLocation], work: Work, values: Sequence[bool]
 ) -> list[Found | Failed]:
+    """`shared` for the weights of one group of ranks."""
     layout = given[0].known
-    group, me, device = layout.group, layout.rank, layout.device
-    ranks, names = dist.get_world_size(group), [x.weight.name for x in given]
-    owners = owners_of([cost_of(x) for x in given], ranks)
+    names = [x.weight.name for x in given]
+    owners = owners_of([cost_of(x) for x in given], dist.get_world_size(layout.group))
     with about(names):
-        _gather(given, owners, ranks)
-    mine: dict[int, tuple[Found | Failed, torch.Tensor]] = {}
+        _gather(given, owners, dist.get_world_size(layout.group))
+    mine = {i: _done(x, partial(work, i)) for i, x in enumerate(given) if owners[i] == layout.rank}
+    texts, parts = _sent_back(given, owners, mine, values)
+    with about(names):
+        whole = _long_texts(texts, mine, layout.group)
+    results: list[Found | Failed] = []
     for i, x in enumerate(given):
-        if owners[i] == me:
-            try:
-                result: Found | Failed = work(i)
-                told = result.told  # type: ignore[union-attr]
-            except Exception as error:
-                result = told = Failed.by(error, x.weight.name)
-            x.whole = None
-            mine[i] = result, message(told, device)
+        text = whole.get(i, texts[i])
+        x.capacity = max(x.capacity, _filled(int(_ROOM * message_length(text))))
+        told = content_of(text)
+        results.append(told if isinstance(told, Failed) else Found(parts[i], told))
+    return results
+
+
+def _done(x: SharedLocation, work: Callable[[], Found]) -> tuple[Found | Failed, torch.Tensor]:
+    """(the result of this rank's work on a weight, the message about it for all ranks)."""
+    try:
+        result: Found | Failed = work()
+        told = result.told  # type: ignore[union-attr]
+    except Exception as error:
+        result = told = Failed.by(error, x.weight.name)
+    x.whole = None
+    return result, message(told, x.known.device)
+
+
+def _sent_back(
+    given: Sequence[SharedLocation],
+    owners: Sequence[int],
+    mine: Mapping[int, tuple[Found | Failed, torch.Tensor]],
+    values: Sequence[bool],
+) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    """(messages, this rank's parts of values) of all weights, from their owners."""
+    layout = given[0].known
+    ranks, device = dist.get_world_size(layout.group), layout.device
     outgoing = [
         torch.cat(
             [
@@ -168,23 +191,15 @@ def _one_group(
     sizes = [0] * ranks
     for i, x in enumerate(given):
         sizes[owners[i]] += x.capacity + (_size(x, x.known.own) if values[i] else 0)
-    with about(names):
-        readers = [Reader(part) for part in exchanged(outgoing, sizes, group)]
+    with about([x.weight.name for x in given]):
+        readers = [Reader(part) for part in exchanged(outgoing, sizes, layout.group)]
     texts, parts = [], []
     for i, x in enumerate(given):
         reader = readers[owners[i]]
         texts.append(reader.skip(x.capacity))
         own = x.known.own.shape
         parts.append(reader.take(own, x.parameter.dtype) if values[i] else None)
-    with about(names):
-        whole = _long_texts(texts, mine, group)
-    results: list[Found | Failed] = []
-    for i, x in enumerate(given):
-        text = whole.get(i, texts[i])
-        x.capacity = max(x.capacity, _filled(int(_ROOM * message_length(text))))
-        told = content_of(text)
-        results.append(told if isinstance(told, Failed) else Found(parts[i], told))
-    return results
+    return texts, parts
 
 
 def _gather(given: Sequence[SharedLocation], owners: Sequence[int], ranks: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -54,10 +54,7 @@ class Scales:
         for c, scale in trained:
             key = self._shared(c.rule) if scale.shared else c.name
             if key not in self.parameters:
-                weight = c.location.parameter
-                dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-                value = torch.full((), scale.initial, dtype=dtype, device=weight.device)
-                self.parameters[key] = nn.Parameter(value)
+                self.parameters[key] = _new_scale(scale.initial, c.location.parameter)
                 new.append(self.parameters[key])
             assert c.in_use is not None
             c.in_use.overrides["scale"] = self.parameters[key]
@@ -71,28 +68,36 @@ class Scales:
                 if isinstance(c, ShardedConstrained) and c.location.layout is not None:
                     self._group = c.location.layout.group
                 c.in_use.sharing = [o.location.parameter for o in sharing]
-        if new and self._group is None and is_distributed():
+        if new:
+            self._hand_to_optimizer(new, users, optimizer)
+
+    def _hand_to_optimizer(
+        self, new: list[nn.Parameter], users: Mapping[str, list[Constrained]], optimizer: Any
+    ) -> None:
+        """Add new parameters to the optimizer, in a group per direction of its steps."""
+        if self._group is None and is_distributed():
             caution(
                 f"{len(new)} trainable scales are no parameters of the model, so that ranks train "
                 f"different functions unless their gradients are averaged: attach to the model "
                 f"that DistributedDataParallel has wrapped, or name the group of ranks in replicas="
             )
-        if new and isinstance(optimizer, torch.optim.LBFGS):
+        if isinstance(optimizer, torch.optim.LBFGS):
             raise AdapterError(
                 "LBFGS has one parameter group and takes no trainable scales: give them to "
                 "another optimizer, attach(None, ...), or use a fixed scale"
             )
-        if new and optimizer is not None:
-            _held.add(self)
-            _drop_copies(optimizer)
-            up = maximized(optimizer)
-            rising = {
-                id(self.parameters[key])
-                for key, sharing in users.items()
-                if any(id(c.location.parameter) in up for c in sharing)
-            }
-            for climbs in (False, True):
-                _add_group(optimizer, [p for p in new if (id(p) in rising) == climbs], climbs)
+        if optimizer is None:
+            return
+        _held.add(self)
+        _drop_copies(optimizer)
+        up = maximized(optimizer)
+        rising = {
+            id(self.parameters[key])
+            for key, sharing in users.items()
+            if any(id(c.location.parameter) in up for c in sharing)
+        }
+        for climbs in (False, True):
+            _add_group(optimizer, [p for p in new if (id(p) in rising) == climbs], climbs)
 
     def _rename(self, layers: dict[str, Constrained]) -> None:
         """Keep each parameter with its layer if layers have changed their names."""
@@ -181,6 +186,11 @@ class Scales:
         """After a step: ``model.zero_grad()`` does not know these parameters."""
         for p in self.parameters.values():
             p.grad = None
+
+
+def _new_scale(initial: float, weight: torch.Tensor) -> nn.Parameter:
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return nn.Parameter(torch.full((), initial, dtype=dtype, device=weight.device))
 
 
 def _trained_by(c: Constrained) -> Any:

@@ -7,7 +7,7 @@ fail together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from specops.errors import AdapterError, SpecopsError
@@ -127,36 +127,13 @@ def _by_products(due: Sequence[SharedConstrained], step: int) -> list[SharedCons
 
 
 def _one_group(due: Sequence[SharedConstrained], step: int) -> list[str]:
-    errors: dict[str, Exception] = {}
-    asking: dict[str, tuple[SharedConstrained, Any, Any]] = {}
-    tried, undone = [], []
-
-    def go_on(c: SharedConstrained, steps: Any, answer: Any) -> None:
-        """Run the generator until it asks for the next products, or is done."""
-        try:
-            asking[c.name] = c, steps, steps.send(answer)
-        except StopIteration as stopped:
-            c.advanced = stopped.value
-        except Exception as error:
-            errors[c.name] = error
-
-    for c in due:
-        steps = c.steps_by_products(step)
-        if steps is None:
-            undone.append(c.name)
-        else:
-            tried.append(c)
-            go_on(c, steps, None)
+    """`_by_products` for the weights of one group of ranks; names of those that it leaves."""
+    running = {c.name: c.steps_by_products(step) for c in due}
+    undone = [c.name for c in due if running[c.name] is None]
+    tried = [c for c in due if running[c.name] is not None]
     if not tried:
         return undone
-    while asking:
-        round_, asked = list(asking.values()), [(c.location, w) for c, _, w in asking.values()]
-        asking.clear()
-        answers, failures = multiplied(asked)
-        for (c, steps, _), answer, failure in zip(round_, answers, failures, strict=True):
-            if failure is not None:
-                errors.setdefault(c.name, failure)
-            go_on(c, steps, answer)
+    errors = _run(tried, running)
     mine = [
         _FAILED if c.name in errors else _UNDONE if c.advanced is None else _DONE for c in tried
     ]
@@ -172,6 +149,33 @@ def _one_group(due: Sequence[SharedConstrained], step: int) -> list[str]:
             c.advanced = None
             undone.append(c.name)
     return undone
+
+
+def _run(tried: Sequence[SharedConstrained], running: Mapping[str, Any]) -> dict[str, Exception]:
+    """Run the generators together, by one collective for each round; the errors on this rank."""
+    errors: dict[str, Exception] = {}
+    asking: dict[str, tuple[SharedConstrained, Any, Any]] = {}
+
+    def go_on(c: SharedConstrained, steps: Any, answer: Any) -> None:
+        """Run the generator until it asks for the next products, or is done."""
+        try:
+            asking[c.name] = c, steps, steps.send(answer)
+        except StopIteration as stopped:
+            c.advanced = stopped.value
+        except Exception as error:
+            errors[c.name] = error
+
+    for c in tried:
+        go_on(c, running[c.name], None)
+    while asking:
+        round_, asked = list(asking.values()), [(c.location, w) for c, _, w in asking.values()]
+        asking.clear()
+        answers, failures = multiplied(asked)
+        for (c, steps, _), answer, failure in zip(round_, answers, failures, strict=True):
+            if failure is not None:
+                errors.setdefault(c.name, failure)
+            go_on(c, steps, answer)
+    return errors
 
 
 def _named(c: SharedConstrained, errors: dict[str, Exception], step: int) -> Exception:

@@ -32,20 +32,12 @@ def kernel(name: str, shape: tuple[int, ...], context: Context) -> Assumption:
     first, order = _order(shape, context.layout)
     taps = shape[:-2] if first else shape[2:]
     channels = shape[-2:] if first else shape[:2]
-    wide = "×".join(map(str, taps))
-    if max(taps) > WIDEST_TAP and max(channels) == 1 and not context.hints.given(name):
-        return Assumption(skipped=f"{wide} and no channels: a mask or table")
     size = context.hints.of(name, "input_size")
     if size is not None and len(size) == 1:
         size = size * len(taps)
-    if size is not None and len(size) != len(taps):
-        given = "×".join(map(str, size))
-        reason = f"--input-size {given} has {len(size)} axes, the kernel {len(taps)} spatial ones"
-        return Assumption(skipped=reason, harmless=False)
-    points = math.prod(max(16, 8 * (k - 1)) if k > 1 else 1 for k in taps)
-    if size is None and points > _MOST_FREQUENCIES:
-        reason = f"{wide} taps are too many to bracket at all sizes: --input-size"
-        return Assumption(skipped=reason, harmless=False)
+    skipped = _skipped(name, taps, channels, size, context)
+    if skipped is not None:
+        return skipped
     transposed, how = _transposed(name, channels, first, context)
     layout: Layout = "*IO" if first else "OI*"
     if transposed:
@@ -84,6 +76,24 @@ def kernel(name: str, shape: tuple[int, ...], context: Context) -> Assumption:
         note += f"; {doubt}" if doubt else ""
         readings.append(Reading(geometry, f"{len(shape)}-d, {order}{note}", seen))
     return Assumption.of(*readings)
+
+
+def _skipped(
+    name: str, taps: tuple[int, ...], channels: tuple[int, ...], size: Any, context: Context
+) -> Assumption | None:
+    """Why a tensor with these taps is not measured as a kernel; None if it is."""
+    wide = "×".join(map(str, taps))
+    if max(taps) > WIDEST_TAP and max(channels) == 1 and not context.hints.given(name):
+        return Assumption(skipped=f"{wide} and no channels: a mask or table")
+    if size is not None and len(size) != len(taps):
+        given = "×".join(map(str, size))
+        reason = f"--input-size {given} has {len(size)} axes, the kernel {len(taps)} spatial ones"
+        return Assumption(skipped=reason, harmless=False)
+    points = math.prod(max(16, 8 * (k - 1)) if k > 1 else 1 for k in taps)
+    if size is None and points > _MOST_FREQUENCIES:
+        reason = f"{wide} taps are too many to bracket at all sizes: --input-size"
+        return Assumption(skipped=reason, harmless=False)
+    return None
 
 
 def _order(shape: tuple[int, ...], layout: str) -> tuple[bool, str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from specops import arrays
 from specops.geometry import Dense
-from specops.maps.prepare import Prepared, matrix_blocks
+from specops.maps.prepare import MatrixBlock, Prepared, matrix_blocks
 from specops.projections.feasible_rank import (
     energy,
     rank_limit,
@@ -17,7 +17,7 @@ from specops.projections.feasible_rank import (
 )
 from specops.projections.info import StableRankInfo
 from specops.projections.matrices.cone import leading_vectors, matrix_candidates
-from specops.typing import Array, State
+from specops.typing import Array, Namespace, State
 
 
 def project_matrices(
@@ -36,30 +36,18 @@ def project_matrices(
     kept, new_state = geometry.blocks(w), {}
     matrices, parts, rounds = [], [], 0
     for name, block, old in zip(names, blocks, kept, strict=True):
-        a = block.matrices
-        side = min(a.shape[-2:])
-        limit = rank_limit(xp, ratio, target, side, a)
+        side = min(block.matrices.shape[-2:])
+        limit = rank_limit(xp, ratio, target, side, block.matrices)
+        k = min(max(preserve, 1), side)
         v, basis = leading_vectors(
-            xp, arrays.stop_gradient(a), min(max(preserve, 1), side), state.pop(name, None)
+            xp, arrays.stop_gradient(block.matrices), k, state.pop(name, None)
         )
         if basis is not None:
             new_state[name] = basis
-        candidates, rank, count = matrix_candidates(xp, block, v, limit, preserve)
-        tolerance = rank_tolerance(w.dtype, a.dtype)
-        above = rank > limit * (1.0 + tolerance)
-        after, distance, new = rank, xp.zeros_like(rank), old
-        if arrays.truth(xp.any(above)) is not False:
-            stored, stored_rank, taken = store_below(xp, candidates, w.dtype, limit, above)
-            rounds = max(rounds, taken)
-            new = xp.where(above[..., None, None], stored, old)
-            after = xp.where(above, stored_rank, rank)
-            change = arrays.to_compute(xp, stored) / block.scale - a
-            distance = xp.sqrt(energy(xp, change)) * block.scale[..., 0, 0]
-            distance = xp.where(above, distance, xp.zeros_like(distance))
+        new, figures, taken = _project_block(xp, block, old, v, limit, preserve, w.dtype)
         matrices.append(new)
-        good = block.finite
-        nan = xp.full_like(rank, math.nan)
-        parts.append((xp.where(good, rank, nan), xp.where(good, after, nan), distance, count))
+        parts.append(figures)
+        rounds = max(rounds, taken)
     refuse_unread(state)
     before, after, distances, counts = zip(*parts, strict=True)
     several = geometry.splits is not None
@@ -78,3 +66,32 @@ def project_matrices(
     if rounds == 0:
         return w, info
     return geometry.assemble(tuple(matrices), tuple(w.shape)), info
+
+
+def _project_block(
+    xp: Namespace,
+    block: MatrixBlock,
+    old: Array,
+    v: Array,
+    limit: Array,
+    preserve: int,
+    dtype: Any,
+) -> tuple[Array, tuple[Array, Array, Array, Array], int]:
+    """(the matrices as stored, their figures, rounds) along the leading vectors `v`.
+
+    The figures are the stable ranks before and after, the distance, and how many triplets stay.
+    """
+    a = block.matrices
+    candidates, rank, count = matrix_candidates(xp, block, v, limit, preserve)
+    above = rank > limit * (1.0 + rank_tolerance(dtype, a.dtype))
+    after, distance, new, rounds = rank, xp.zeros_like(rank), old, 0
+    if arrays.truth(xp.any(above)) is not False:
+        stored, stored_rank, rounds = store_below(xp, candidates, dtype, limit, above)
+        new = xp.where(above[..., None, None], stored, old)
+        after = xp.where(above, stored_rank, rank)
+        change = arrays.to_compute(xp, stored) / block.scale - a
+        distance = xp.sqrt(energy(xp, change)) * block.scale[..., 0, 0]
+        distance = xp.where(above, distance, xp.zeros_like(distance))
+    good, nan = block.finite, xp.full_like(rank, math.nan)
+    figures = (xp.where(good, rank, nan), xp.where(good, after, nan), distance, count)
+    return new, figures, rounds
