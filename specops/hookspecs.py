@@ -28,7 +28,7 @@ class AdapterStatus:
     Attributes
     ----------
     name : str
-        The framework's.
+        The framework's name.
     available : bool
         Whether the adapter works here.
     detail : str

@@ -27,13 +27,13 @@ def attach(
     Parameters
     ----------
     optimizer : optimizer or None
-        The rules act at its steps. None: call ``attachment.step()`` after each step yourself.
+        The rules act after its steps. With None, call ``attachment.step()`` after each step.
     model : model
         Of any framework that an installed adapter knows.
     rule_or_plan : rule or Plan
         A bare rule acts on every weight it can and reports what it skipped.
     every : int, optional
-        Act at every so many steps; default: the plan's own interval.
+        Let rules act at every `every`-th step; default: the plan's own interval.
     geometries : dict of str to Dense or Conv, optional
         Patterns of parameter names, and the map those parameters stand for, where the
         inferred one is missing or wrong.

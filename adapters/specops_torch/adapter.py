@@ -45,39 +45,39 @@ def attach(
     Parameters
     ----------
     optimizer : torch.optim.Optimizer or None
-        Its step hooks run the rules; None: call ``attachment.step()`` yourself after each
+        Its step hooks run the rules. With None, call ``attachment.step()`` yourself after each
         step, and ``attachment.before_step()`` before it for rules of stage "gradients", and for
-        trainable scales where there are several ranks.
+        trainable scales if there are several ranks.
     model : torch.nn.Module
-        The layers tell which map a weight is. Convolutions are watched for the largest input
-        they see; one that did not run yet is constrained for every size.
+        Its layers determine which map a weight is. Convolutions are watched for the largest input
+        they see; one that has not run yet is constrained for every size.
     rule_or_plan, every, geometries
         As `specops.attach`.
     on_nonfinite : "raise", "skip" or "warn"
         What to do about a weight that holds NaN or infinity. It is left as it was in any case;
         "raise" leaves all others as they were, too.
     history : int
-        Records kept.
+        How many records to keep.
     log : callable or SummaryWriter, optional
-        As `Attachment.log_to`.
+        Receives every record, as with `Attachment.log_to`.
     replicas : torch.distributed.ProcessGroup, optional
-        Whose ranks hold the same weights (DistributedDataParallel), which is checked here: rules
-        on weights share their work among them, so that each decomposes some layers and sends what
-        it finds. Steps and `enforce` then are collectives. Default: every rank does everything,
-        and waits for nobody.
+        The group whose ranks hold the same weights (DistributedDataParallel), which is checked
+        here. Rules on weights then share their work among these ranks: each decomposes some
+        layers and sends the results, and steps and `enforce` are collectives. By default every
+        rank does all the work and waits for no other.
 
     Returns
     -------
     Attachment
-        Which holds the only state: neither the model nor the optimizer gets buffers, and
-        pickling or copying an optimizer drops its hooks (torch's own behaviour), so attach
-        again after loading and hand over ``state_dict()``.
+        It holds all of specops' state: neither the model nor the optimizer gets buffers. Pickling
+        or copying an optimizer drops its hooks (torch's own behaviour), so attach again after
+        loading and hand over ``state_dict()``.
 
     Raises
     ------
     PlanError, AdapterError, UnsupportedArrayError
-        A plan that does not fit, lazy or meta parameters, parameters that hide the matrices they
-        are parts of (FSDP1, ZeRO-3, Megatron's shards), `replicas` that are none.
+        The plan does not fit; parameters are lazy, meta, or parts of matrices whose whole is not
+        known (FSDP1, ZeRO-3, Megatron's shards); or `replicas` are no group of equal replicas.
 
     Warns
     -----

@@ -138,7 +138,7 @@ class Attachment(BaseAttachment[Constrained]):
         Parameters
         ----------
         parameter : torch.nn.Parameter, optional
-            One that its own optimizer has just stepped, in backward: it alone is counted.
+            One whose own optimizer has just stepped it, in backward; the step counts for it alone.
         """
         self.check_attached()
         if parameter is not None:

@@ -51,7 +51,7 @@ def balance_norms(model: nn.Sequential, x: torch.Tensor) -> dict[str, float]:
         Linear and convolution layers with positively homogeneous modules between them (ReLU,
         pooling, flattening, dropout), nested sequentials included.
     x : torch.Tensor
-        A batch, which tells the sizes that convolutions work on.
+        A batch of inputs, which determines the input sizes of the convolutions.
 
     Returns
     -------

@@ -23,26 +23,26 @@ def adversarial_loss(
 ) -> torch.Tensor:
     r""":math:`\alpha L(x) + (1-\alpha)L(x + \eta)`, :math:`\eta = \epsilon\,g/\|g\|_2`.
 
-    g is the gradient of the loss by each sample, and a constant. A sample whose gradient is zero,
-    as that of a loss which has underflown is, stays where it is.
+    g is the gradient of the loss with respect to each sample, and counts as a constant. A sample
+    whose gradient is zero, for instance because the loss has underflowed, stays where it is.
 
     Parameters
     ----------
     model : callable
-        From a batch to outputs.
+        Maps a batch to outputs.
     loss : callable
-        (outputs, y) to a 0-d tensor.
+        Maps (outputs, y) to a 0-d tensor.
     x, y : torch.Tensor
         A batch and its targets.
     alpha : float
-        In [0, 1].
+        Weight of the loss of the clean batch, in [0, 1].
     epsilon : float
         Euclidean length of the perturbation of each sample, in the units of x.
 
     Returns
     -------
     torch.Tensor
-        0-d, in place of the loss.
+        A 0-d tensor to minimise instead of the loss.
 
     Raises
     ------

@@ -23,7 +23,7 @@ def chosen_layers(
     Raises
     ------
     AdapterError
-        A name that the model does not know, or no layer at all.
+        A name is not one of the model's, or there is no such layer at all.
     """
     known = dict(model.named_modules())
     if names is None:

@@ -41,35 +41,35 @@ def weights_and_geometries(
     Parameters
     ----------
     model : torch.nn.Module
-        Frozen parameters count as well; a tied one once.
+        Frozen parameters are included; a tied parameter is included once.
     x : torch.Tensor, optional
-        A batch, run through the model in evaluation, which tells the sizes that convolutions
-        work on. None: they are given for every size, of which there are bounds only.
+        A batch, which is run through the model in evaluation to see the input sizes of
+        convolutions. With None they are given for every size, for which only bounds exist.
     geometries : mapping of pattern to Dense or Conv, optional
-        What layers cannot say, or say wrongly, by glob patterns of names, the first that
-        matches; embeddings are left out unless one is named here.
+        Geometries of weights whose layer gives none or a wrong one, by glob patterns of names,
+        of which the first match counts. Embeddings are left out unless a pattern names them.
 
     Returns
     -------
     weights : dict of str to torch.Tensor
-        Those in use (normalised, reparametrised), without gradients; sharded ones brought
-        together, which all ranks do alike. Blocks of a fused one (gates of an LSTM, attention
-        projections) are entries of their own: ``"in_proj_weight[0]"``.
+        The weights in use (normalised, reparametrised), without gradients. Sharded weights are
+        gathered, so all ranks have to call this. Blocks of a fused weight (gates of an LSTM,
+        attention projections) are entries of their own: ``"in_proj_weight[0]"``.
     geometries : dict of str to Dense or Conv
-        Of each.
+        The geometry of each weight.
 
     Raises
     ------
     AdapterError
-        A pattern that matches no weight, lazy parameters.
+        A pattern matches no weight, or the model has lazy parameters.
     GeometryError
-        A geometry that does not fit its weight.
+        A geometry does not fit its weight.
 
     Warns
     -----
     CautionWarning
-        Arrays of two axes or more that are left out, by name and with the reason; or of which it
-        is not known how the maps that they hold lie in them.
+        Some arrays of two or more axes are left out (with their names and the reasons), or hold
+        several maps of which it is not known how they lie in the array.
 
     Examples
     --------

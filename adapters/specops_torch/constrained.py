@@ -36,11 +36,11 @@ class Constrained(training.Constrained[Location]):
     Attributes
     ----------
     in_use : InUse or None
-        Of a forward rule, which then holds the state.
+        The weight in use of a forward rule, which then holds the rule's state; else None.
     steps : int
-        Of this parameter alone, where its optimizer steps in backward.
+        Steps of this parameter alone, if it has an optimizer that steps during backward.
     answering : list of (module, str)
-        Modules that answer with the weight in use, and their names for it.
+        Modules whose attribute gives the weight in use, and the attribute's name in each.
     """
 
     def __init__(self, location: Location, assignment: Assignment) -> None:

@@ -34,32 +34,32 @@ def neural_divergence(
     .. math:: E_{real}\log s(f(x)) + E_{gen}\log(1 - s(f(x))) + 2\log 2,
 
     s the logistic function, is returned: about 0 where it cannot tell them apart, 2 log 2 ≈ 1.386
-    at most, negative where it has learnt by heart. Held-out real data make memorised samples
-    visible. It is a lower bound of twice the Jensen–Shannon divergence, as good as the critic.
+    at most, negative where it has overfitted. Held-out real data make memorised samples visible.
+    It is a lower bound of twice the Jensen–Shannon divergence, as tight as the critic is good.
 
     Parameters
     ----------
     make_critic : callable
-        Makes an untrained module, batch → (n,) or (n, 1).
+        Makes an untrained module that maps a batch to an output of shape (n,) or (n, 1).
     real, generated : tensor (n, ...)
         Samples; real ones the generator was *not* trained on.
     steps, batch_size, learning_rate
-        Of training, by Adam; each batch has so many of both kinds.
+        Settings of the training by Adam; a batch has `batch_size` samples of each kind.
     held_out : float
-        Share of both that the critic is judged on, in (0, 1).
+        Fraction of both sets that the critic is evaluated on, in (0, 1).
     seed : int
-        Of the critic's weights, the division and the batches.
+        Seed of the critic's weights, of the division into parts and of the batches.
 
     Raises
     ------
     ValueError
-        A share outside (0, 1), or a count below 1.
+        `held_out` is outside (0, 1), or a count is below 1.
     AdapterError
-        Too few samples for both parts.
+        There are too few samples for two parts.
 
     See Also
     --------
-    neural_discriminator_loss : What Sanyal et al. report by this name, another number.
+    neural_discriminator_loss : The different number that Sanyal et al. call neural divergence.
 
     References
     ----------
@@ -110,28 +110,30 @@ def neural_discriminator_loss(
     real : tensor (n, ...)
         Samples, of the test set in the paper.
     generated : tensor (m, ...) or callable
-        Samples, or what gives so many fresh ones, as in the paper.
+        Samples, or, as in the paper, a callable that takes a number and gives so many new ones.
     make_critic : callable, optional
-        Makes an untrained module, batch → (n,) or (n, 1). None: the paper's, for images (n,
-        channels, height, width): convolutions 5×5 of stride 2 with 16, 32 and 64 channels, each
-        with the swish behind, and a linear layer, weights drawn from N(0, 0.02²).
+        Makes an untrained module that maps a batch to an output of shape (n,) or (n, 1). None
+        makes the paper's, for images (n, channels, height, width): convolutions 5×5 of stride 2
+        with 16, 32 and 64 channels, each followed by swish, and a linear layer, all with weights
+        drawn from N(0, 0.02²).
     steps, batch_size, learning_rate, betas
-        Of training, by Adam; each batch has so many of both kinds. The defaults are the paper's.
+        Settings of the training by Adam; a batch has `batch_size` samples of each kind. The
+        defaults are the paper's.
     samples : int
-        How many fresh samples are judged; of a tensor, all that it has.
+        How many new samples the callable is evaluated on; of a tensor all samples are.
     seed : int
-        Of the critic's weights and the batches; what a callable draws is its own.
+        Seed of the critic's weights and the batches. It does not affect what a callable draws.
 
     Raises
     ------
     ValueError
-        A count below 1, a learning rate that is not positive.
+        A count is below 1, or the learning rate is not positive.
     AdapterError
-        No samples; a critic that gives more than one number for each.
+        There are no samples, or the critic gives more than one number for a sample.
 
     See Also
     --------
-    neural_divergence : On samples held out, and zero for equal distributions.
+    neural_divergence : Evaluated on held-out samples, and zero for equal distributions.
 
     References
     ----------

@@ -46,13 +46,13 @@ class JacobianOperator:
 
 
 def jacobian_operator(function: Callable[[Tensor], Tensor], x: Tensor) -> JacobianOperator:
-    """The Jacobian of a function at a point, by its products.
+    """The Jacobian of a function at a point, as products with vectors.
 
     Parameters
     ----------
     function : callable
-        Tensor → tensor, of any shapes: for a network on one sample,
-        ``lambda x: model(x[None])[0]``, in evaluation.
+        Maps a tensor to a tensor, of any shapes. For a network on one sample pass
+        ``lambda x: model(x[None])[0]``, with the model in evaluation mode.
     x : tensor
         The point.
 
@@ -65,7 +65,7 @@ def jacobian_operator(function: Callable[[Tensor], Tensor], x: Tensor) -> Jacobi
     Raises
     ------
     AdapterError
-        The value has no derivative: gradients were switched off within the function.
+        The result has no derivative because gradients were switched off within the function.
 
     Notes
     -----
@@ -148,16 +148,16 @@ class HessianOperator:
 def hessian_operator(
     loss: Callable[[], Tensor] | Sequence[Callable[[], Tensor]], parameters: Iterable[Tensor]
 ) -> HessianOperator:
-    """The Hessian of a loss by parameters, by its products.
+    """The Hessian of a loss with respect to parameters, as products with vectors.
 
     Parameters
     ----------
     loss : callable or sequence of callables
-        Each gives a scalar: ``lambda: criterion(model(x), y)``. Of several, one for each batch,
-        the mean counts; they are computed anew for each product, a single one only after its
-        parameters have changed.
+        Each gives a scalar: ``lambda: criterion(model(x), y)``. Several, one for each batch,
+        stand for their mean, and are computed anew for each product; a single loss is computed
+        anew only after its parameters have changed.
     parameters : iterable of tensor
-        Those of ``model.parameters()`` that require gradients; one given twice counts once.
+        Such as ``model.parameters()``. Only those that require gradients count, each once.
 
     Returns
     -------
@@ -171,9 +171,9 @@ def hessian_operator(
 
     Notes
     -----
-    Put the model into evaluation: dropout and batch statistics change from call to call, and
-    the operator would not be one matrix. Where ReLU bends there is no second derivative; what is
-    measured is that of the linear pieces.
+    Put the model into evaluation mode: dropout and batch statistics change from call to call, and
+    the operator would not be one matrix. At the kinks of ReLU there is no second derivative; what
+    is measured is that of the linear pieces.
 
     Examples
     --------
@@ -192,15 +192,15 @@ def hessian_operator(
 
 
 def input_gradient_norms(losses: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    r"""The norm of each sample's loss gradient by its input, :math:`\|\nabla_x L\|_2`.
+    r"""The norm of each sample's loss gradient with respect to its input, :math:`\|\nabla_x L\|_2`.
 
     Small norms mean that small changes of inputs hardly change the loss, to first order only.
 
     Parameters
     ----------
     losses : callable
-        (n, ...) → (n,), every sample's own loss: ``lambda x: cross_entropy(model(x), y,
-        reduction="none")``, in evaluation.
+        Maps (n, ...) to (n,), every sample's own loss: ``lambda x: cross_entropy(model(x), y,
+        reduction="none")``, with the model in evaluation mode.
     x : tensor (n, ...)
         Inputs.
 
@@ -211,7 +211,7 @@ def input_gradient_norms(losses: Callable[[Tensor], Tensor], x: Tensor) -> Tenso
     Raises
     ------
     AdapterError
-        Losses of another shape, such as their mean.
+        `losses` gives another shape, such as the mean of the losses.
 
     References
     ----------

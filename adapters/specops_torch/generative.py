@@ -17,13 +17,13 @@ from specops_torch.evaluation import evaluating, seeded
 
 
 class InceptionScore(NamedTuple):
-    """Mean and standard deviation over the splits.
+    """Mean and standard deviation of the Inception score over the splits.
 
     Attributes
     ----------
     mean, deviation : float
-        Of the scores, which lie between 1 and the number of classes; no deviation (NaN) of a
-        single split.
+        Mean and deviation of the scores, which lie between 1 and the number of classes; the
+        deviation is NaN for a single split.
     """
 
     mean: float
@@ -37,19 +37,21 @@ def inception_score(
 
     .. math:: \exp E_x\,KL(p(y\mid x)\,\|\,p(y))
 
-    High where images are classified surely and all classes occur. It does not see whether
-    images of a class differ, nor memorised ones, and only scores of one classifier compare.
+    It is high if images are classified with confidence and all classes occur. It detects neither
+    that images of a class are all alike nor that images are memorised, and only scores from the
+    same classifier can be compared.
 
     Parameters
     ----------
     images : iterable of tensor
-        Batches.
+        Batches of images.
     classifier : torch.nn.Module
-        Batch → logits (n, classes), in evaluation; the published figures are Inception-v3's.
+        Maps a batch to logits (n, classes), in evaluation mode; the published figures are
+        Inception-v3's.
     splits : int
-        Parts that the images, in random order, are divided into.
+        Number of parts into which the images are divided, in random order.
     seed : int
-        Of the order.
+        Seed of that order.
 
     Raises
     ------
@@ -85,15 +87,17 @@ def frechet_inception_distance(
     .. math:: \|\mu_r - \mu_g\|^2
               + \mathrm{tr}\bigl(\Sigma_r + \Sigma_g - 2(\Sigma_r\Sigma_g)^{1/2}\bigr)
 
-    Small where first and second moments agree. Biased for few samples: compare at equal
-    numbers, several times the number of features. It does not see memorised images.
+    It is small if the means and covariances of the features agree. It is biased for few samples:
+    compare at equal numbers, several times the number of features. It does not detect memorised
+    images.
 
     Parameters
     ----------
     real, generated : iterable of tensor
-        Batches.
+        Batches of images.
     extractor : torch.nn.Module
-        Batch → features (n, d), in evaluation; the published figures are Inception-v3's.
+        Maps a batch to features (n, d), in evaluation mode; the published figures are
+        Inception-v3's.
 
     Raises
     ------
@@ -120,9 +124,9 @@ class IntraClassFID(NamedTuple):
     Attributes
     ----------
     mean : float
-        Over the classes: Intra-FID.
+        The mean over the classes, called Intra-FID.
     classes : dict of class to float
-        Of each.
+        The Fréchet distance within each class.
     """
 
     mean: float
@@ -138,16 +142,16 @@ def intra_class_fid(
 
     .. math:: \frac1{|C|}\sum_{c\in C} FID(G, c)
 
-    Unlike the distance of all images together it sees images of a wrong class, and classes
-    whose images are all alike. What else it tells, and what not, is as for
-    `frechet_inception_distance`; each class has far fewer images to estimate a covariance from.
+    Unlike the distance of all images together it detects images of a wrong class, and classes
+    whose images are all alike. Otherwise `frechet_inception_distance` describes its properties;
+    each class has far fewer images to estimate a covariance from.
 
     Parameters
     ----------
     real, generated : mapping of class to iterable of tensor
         Batches of each class, of the same classes.
     extractor : torch.nn.Module
-        Batch → features (n, d), in evaluation.
+        Maps a batch to features (n, d), in evaluation mode.
 
     Returns
     -------
@@ -156,7 +160,7 @@ def intra_class_fid(
     Raises
     ------
     AdapterError
-        Other classes in one than in the other, or none; fewer than two images of one;
+        The two mappings have different classes, or none; a class has fewer than two images; or
         torchmetrics is missing.
 
     References

@@ -42,14 +42,14 @@ def geometry_of(
     parameter : str
         Name of the parameter in the module.
     input_shape : tuple of int, optional
-        Spatial size of a convolution's input; None: every size.
+        Spatial size of a convolution's input; None stands for every size.
     output_padding : tuple of int, optional
-        Of a transposed convolution, where a call's ``output_size`` changed it.
+        Output padding of a transposed convolution, if a call's ``output_size`` changed it.
 
     Raises
     ------
     UnsupportedGeometryError
-        The layer is no linear map that specops knows, has a forward of its own, or is padded by
+        The layer is not a linear map that specops knows, overrides `forward`, or is padded by
         reflection.
 
     Examples

@@ -39,7 +39,7 @@ class InUse:
         The parameter's path.
     geometry : Dense or Conv
     recorder : SizeRecorder or None
-        Of a convolution.
+        Records the input sizes of a convolution; None for other layers.
     lenient : bool
         Whether a geometry that does not fit is a reason to leave the weight alone.
     """

@@ -31,24 +31,25 @@ def jacobian_penalty(
     Parameters
     ----------
     model : callable
-        From (N, ...) to (N, ...), each sample for itself (batch norm in training mode mixes
-        them, and then this is the gradient of the sum over the batch).
+        Maps (N, ...) to (N, ...), every sample independently. Batch norm in training mode mixes
+        samples; the gradient is then that of the sum over the batch.
     x : torch.Tensor
         Shape (N, ...).
     projections : int or None
-        Random directions, one backward pass each; None: every output, exactly.
+        Number of random directions, which cost one backward pass each. None computes the exact
+        value, with one backward pass for each output.
     generator : torch.Generator, optional
-        Of the directions.
+        The generator of the random directions.
 
     Returns
     -------
     torch.Tensor
-        0-d and differentiable by the parameters: add λ times it to the loss.
+        A 0-d tensor, differentiable with respect to the parameters: add λ times it to the loss.
 
     Raises
     ------
     ValueError
-        `projections` below 1.
+        `projections` is below 1.
 
     References
     ----------
@@ -77,35 +78,36 @@ def layerwise_jacobian_penalty(
 ) -> torch.Tensor:
     r"""Mean over the batch of :math:`\tfrac12\sum_\ell\|\partial x^\ell/\partial x^{\ell-1}\|_F^2`.
 
-    :math:`x^{\ell-1}` is what enters the ℓ-th layer and :math:`x^\ell` what enters the next, the
-    activations between them included; of the last, the model's output. Cheaper to minimise than
-    the whole Jacobian, and close to weight decay: where activations do nothing it is that.
+    :math:`x^{\ell-1}` is the input of the ℓ-th layer and :math:`x^\ell` that of the next, so that
+    the activations between them are included; for the last layer it is the model's output. This
+    is cheaper to minimise than the norm of the whole Jacobian, and similar to weight decay: the
+    same if there are no activations.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Each sample for itself, as for `jacobian_penalty`, in its own mode.
+        Maps every sample independently, as for `jacobian_penalty`; its mode is left as it is.
     x : torch.Tensor
         Shape (N, ...).
     layers : sequence of str, optional
-        Names of the layers, in the order in which they run; None: all linear and convolution
-        layers. With branches each derivative is along the layer that is named, what goes
-        around it held fixed.
+        Names of the layers, in the order in which they run; None stands for all linear and
+        convolution layers. In a model with branches each derivative is that through the named
+        layer, while the other branches are held fixed.
     projections, generator
-        As `jacobian_penalty`, for each layer.
+        As for `jacobian_penalty`, for each layer.
 
     Returns
     -------
     torch.Tensor
-        0-d and differentiable by the parameters: add λ times it to the loss.
+        A 0-d tensor, differentiable with respect to the parameters: add λ times it to the loss.
 
     Raises
     ------
     ValueError
-        `projections` below 1.
+        `projections` is below 1.
     AdapterError
-        A name that the model does not know, no layers, one that did not run or ran twice, or
-        that does not feed the next.
+        A name is not one of the model's, there are no layers, or a layer did not run, ran twice,
+        or does not feed the next.
 
     References
     ----------

@@ -20,16 +20,16 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def margin_jacobians(
     model: nn.Module, x: Tensor, labels: Tensor, layers: Sequence[str] | None = None
 ) -> MarginJacobians:
-    r"""Norms of hidden layers and of the margin's gradients by them, for every sample.
+    r"""Norms of hidden layers and of the margin's gradients with respect to them, by sample.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Gives logits (n, classes); it is run in evaluation and left in its mode.
+        Gives logits (n, classes). It is run in evaluation mode and then returned to its own mode.
     x : tensor (n, ...)
         Inputs.
     labels : integer tensor (n,)
-        Of the right classes.
+        Indices of the right classes.
     layers : sequence of str, optional
         Names of the modules whose outputs are the hidden layers; default: all linear and
         convolution layers but the last.
@@ -37,7 +37,7 @@ def margin_jacobians(
     Raises
     ------
     AdapterError
-        A name that the model does not know, a module that did not run or ran twice.
+        A name is not one of the model's, or a module did not run or ran twice.
     """
     chosen = chosen_layers(model, layers, _LAYERS, with_last=False)
     seen: dict[str, Tensor] = {}

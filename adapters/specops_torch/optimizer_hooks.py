@@ -18,7 +18,7 @@ class Followed:
     Raises
     ------
     AdapterError
-        Something else.
+        The object is not a torch optimizer.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer | None) -> None:

@@ -76,22 +76,23 @@ def shared(
 ) -> list[Found]:
     """Let the rank that owns a weight do the work on it, and tell all ranks.
 
-    Two collectives for all weights of a mesh: their parts to the owners, and back what these
-    found. Which rank owns which follows from shapes alone, the costliest to the least burdened.
+    This takes two collectives for all weights of a mesh: one sends their parts to the owners, the
+    other sends the results back. The owners follow from shapes alone: the costliest weight goes
+    to the rank with the least work so far.
 
     Parameters
     ----------
     locations : sequence of SharedLocation
-        The same in the same order on all ranks.
+        The locations of the weights, the same in the same order on all ranks.
     work : callable
-        Of the position of a weight, whose `read` gives the whole while it runs.
+        Takes the position of a weight, whose `read` gives the whole weight during the call.
     values : sequence of bool
         Whether owners may give arrays like the weights.
 
     Raises
     ------
     Exception
-        What `work` raised on any rank, on all of them, of the first weight that it failed for.
+        If `work` raises on any rank, all ranks raise the error of the first weight it failed for.
     """
     found: dict[int, Found | Failed] = {}
     by_group: dict[int, list[int]] = {}

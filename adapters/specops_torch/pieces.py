@@ -129,7 +129,7 @@ def layouts(parameters: Sequence[tuple[str, Any, Any]], groups: dict[Any, Any]) 
     Raises
     ------
     AdapterError
-        On all ranks, if they ask for different ones.
+        The ranks ask for different parameters; it is raised on all of them.
     """
     by_mesh: dict[tuple[int, ...], list[int]] = {}
     for i, (_, p, _) in enumerate(parameters):

@@ -34,7 +34,8 @@ def settle_replicas(constrained: Sequence[Any], group: Any) -> None:
     Raises
     ------
     AdapterError
-        On all ranks, if they have others, or other values, rules or intervals; or no group.
+        The ranks have different weights, values, rules or intervals (raised on all of them), or
+        there is no process group.
     """
     if group is None:
         return

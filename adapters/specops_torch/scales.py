@@ -24,13 +24,13 @@ _held: WeakSet[Scales] = WeakSet()
 
 
 class Scales:
-    """The parameters γ of an attachment, by the name of their layer; "shared" for a rule's one.
+    """The trainable scales γ of an attachment, by layer; "shared" if the rule has one for all.
 
     Parameters
     ----------
     model : torch.nn.Module
     replicas : torch.distributed.ProcessGroup, optional
-        Whose ranks hold the same weights.
+        The group of ranks that hold the same weights.
     """
 
     def __init__(self, model: nn.Module, replicas: Any = None) -> None:

@@ -79,7 +79,7 @@ def settle(constrained: Sequence[Any], groups: dict[Any, Any]) -> None:
     Raises
     ------
     AdapterError
-        On all ranks, if they have others, or other rules or intervals.
+        The ranks have different weights, rules or intervals; it is raised on all of them.
     """
     here = [c for c in constrained if isinstance(c.location, ShardedLocation)]
     new = [c for c in here if c.location.layout is None]

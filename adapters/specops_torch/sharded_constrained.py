@@ -102,7 +102,7 @@ class ShardedConstrained(SharedConstrained):
         Raises
         ------
         AdapterError
-            Layers meet parts of it in forward passes too.
+            Layers see only a part of the weight in forward passes, too.
         """
         self._refuse_parts()
         in_use = self.make_in_use()

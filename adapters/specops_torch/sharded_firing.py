@@ -36,7 +36,7 @@ class ShardedFiring(Firing[Constrained]):
     on_nonfinite : "raise", "skip" or "warn"
         What to do about a weight that holds NaN or infinity.
     wants_moves : callable
-        Whether anybody asks how far weights were moved.
+        Returns whether anybody needs to know how far weights were moved.
     """
 
     def __init__(self, on_nonfinite: NonFinitePolicy, wants_moves: Callable[[], bool]) -> None:

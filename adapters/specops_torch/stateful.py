@@ -19,7 +19,7 @@ class Stateful:
     Parameters
     ----------
     attachment : Attachment
-        Whose state it is.
+        The attachment whose state is saved and loaded.
 
     Examples
     --------

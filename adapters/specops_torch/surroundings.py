@@ -34,11 +34,11 @@ def role_within(
     Parameters
     ----------
     modules : mapping of str to torch.nn.Module
-        All modules of the model by their paths, "" the model.
+        All modules of the model by their paths; "" is the path of the model itself.
     path, parameter : str
-        Of the layer, and of its parameter.
+        The path of the layer, and the name of its parameter.
     shape : tuple of int
-        Of the parameter.
+        The parameter's shape.
     *size
         Input shape and output padding of a convolution, as `role_of` takes them.
     """

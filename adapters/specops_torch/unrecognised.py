@@ -16,7 +16,7 @@ def refuse_unrecognised(model: nn.Module) -> None:
     Raises
     ------
     AdapterError
-        FSDP1, DeepSpeed's ZeRO-3, shards of Megatron's tensor parallelism.
+        They are sharded by FSDP1, DeepSpeed's ZeRO-3 or Megatron's tensor parallelism.
     """
     for path, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":

@@ -35,13 +35,13 @@ class Conv:
         Spatial size of the layer's own input, also when transposed. None stands for the
         supremum over all sizes (bounds and projections only).
     stride, dilation : int or tuple of int
-        Per spatial axis.
+        One number for all spatial axes, or one for each.
     groups : int
-        Independent groups of channels.
+        Number of independent groups of channels.
     transposed : bool
         Whether the layer is a transposed convolution.
     output_padding : int or tuple of int
-        As in torch; transposed convolutions only.
+        As in torch; for transposed convolutions only.
     padding : "same", "valid", int, tuple of int or tuple of pairs
         "same" as XLA defines it (⌈n/s⌉ outputs), ints as in torch (both sides of an axis),
         or one (lower, upper) pair per axis. A circular boundary accepts every padding that

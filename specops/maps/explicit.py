@@ -25,8 +25,8 @@ class ExplicitMap:
     Parameters
     ----------
     sizes : ConvSizes
-        Of a layer of known size on whose grid no two taps of an output land on one entry, so that
-        A*A is diagonal.
+        Sizes of a layer of known input size. No two taps of an output may land on the same entry
+        of its grid, so that A*A is diagonal.
     """
 
     def __init__(self, sizes: ConvSizes) -> None:

@@ -49,14 +49,14 @@ def balance_norms(
     Parameters
     ----------
     weights : sequence of array
-        In the order in which they are applied. The activations between them must satisfy
-        a(t·x) = t·a(x) for t > 0, as ReLU, leaky ReLU, max and average pooling do, and tanh
-        and normalisation layers do not.
+        The weights in the order in which they are applied. The activations between them must
+        satisfy a(t·x) = t·a(x) for t > 0, as ReLU, leaky ReLU, max and average pooling do, and
+        tanh and normalisation layers do not.
     geometries : sequence of Dense or Conv, optional
-        Of each weight; None is ``Dense()``. Stacks and fused blocks have several norms and are
-        refused.
+        The geometry of each weight; None is ``Dense()``. Stacks and fused blocks have several
+        norms and are refused.
     biases : sequence of array or None, optional
-        Of each layer; None where it has none.
+        The bias of each layer; None for a layer without one.
 
     Returns
     -------

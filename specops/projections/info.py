@@ -17,7 +17,7 @@ def given_state(state: Any) -> State:
     Raises
     ------
     StateError
-        No dict: the record that holds it, perhaps.
+        The state is not a dict; perhaps the whole `ProjectionInfo` was given.
     """
     if state is not None and not isinstance(state, Mapping):
         raise StateError(
@@ -54,12 +54,12 @@ class ProjectionInfo:
         on a sample of a convolution's frequencies, before those on all, are not counted. Of a
         kernel that a compiler was given, an array, also where the kernel was inside.
     state : dict of str to array
-        What the next call on a similar weight may start from. Empty where nothing is kept: inside
-        the ball, and of a kernel so far outside that, asked for a `distance_tolerance` below 0.01,
-        an accelerated method took over.
+        What the next call on a similar weight may start from. It is empty if the weight was
+        inside the ball, and if an accelerated method took over because the kernel was far outside
+        and `distance_tolerance` below 0.01.
     constrained : str
-        Whose norm: "layer", the operator's own, or "torus", of a Conv the norm on a torus that
-        contains it, or on a grid that covers every size.
+        Which norm was constrained: "layer" for the operator's own; "torus", for a Conv, for the
+        norm on a torus that contains the layer, or on a grid that covers every size.
     """
 
     norm_before: Array

@@ -25,11 +25,11 @@ def normalize(w: Array, follow: Tracked, state: State, scale: Any = 1.0) -> Arra
     w : array
         Half precision is divided in float32 and rounded.
     follow : tracked norm
-        Of the weight's geometry.
+        The tracked norm of the weight's geometry.
     state : dict
-        Its vectors.
+        The vectors u and v that the tracked norm follows.
     scale : float or 0-d array
-        s, which may carry a derivative.
+        The factor s, which may carry a derivative.
     """
     xp = arrays.namespace(w)
     a = _near_one(xp, w)
@@ -52,7 +52,7 @@ def limit_stable_rank(w: Array, follow: Tracked, state: State, ratio: Any) -> Ar
     Parameters
     ----------
     w, follow, state
-        As `normalize`.
+        As in `normalize`.
     ratio : float
         r = max(1, ratio · min(rows, columns)) of the matrix whose norm is followed.
 

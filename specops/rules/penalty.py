@@ -30,7 +30,7 @@ class SpectralNormPenalty(Following, GradientRule):
         Which σ of a convolution: of the kernel reshaped to (out, in·k) (the paper), of the
         layer, or the mean of those of (out, in·k) and (in, out·k).
     iterations : int
-        Steps of the iteration that follows u and v at each firing.
+        How many steps of power iteration update u and v at each firing.
 
     Raises
     ------

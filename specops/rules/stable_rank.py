@@ -25,14 +25,16 @@ class ProjectStableRank(Scheduled, WeightRule):
     Parameters
     ----------
     ratio, target : float or callable
-        Exactly one: r = max(1, ratio · min(rows, columns)), or r itself; or a schedule
-        ``(step, name, geometry) -> float``. Kernels of convolutions have a least stable rank that
-        is above 1, n² for 1×1 taps on n×n points: a ratio that asks for less leads there, and a
-        target below it is refused.
+        Give exactly one of them: `target` is r itself, and `ratio` sets
+        r = max(1, ratio · min(rows, columns)). Each may be a schedule
+        ``(step, name, geometry) -> float``. Kernels of convolutions have a least stable rank,
+        which is above 1 (n² for 1×1 taps on n×n points). A ratio that asks for less leads to
+        that least stable rank; a target below it is refused.
     preserve : int
-        Leading singular triplets to keep; matrices only.
+        How many leading singular triplets to keep; for matrices only.
     norm : "operator" or "reshaped"
-        Of a convolution: the layer's own map, or the kernel reshaped to a matrix (the paper).
+        For a convolution: whether the stable rank is that of the layer's own map, or of the
+        kernel reshaped to a matrix (as in the paper).
 
     Raises
     ------

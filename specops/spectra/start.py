@@ -14,7 +14,8 @@ def checked_start(xp: Namespace, start: Array, columns: int, least: int, dtype: 
     Raises
     ------
     ValueError
-        Another shape, fewer than `least`, or complex ones for a real weight.
+        The vectors have another shape, are fewer than `least`, or are complex although the
+        weight is real.
     NonFiniteError
         They hold NaN or infinity.
     """

@@ -23,13 +23,14 @@ def torus_triplets(xp: Namespace, kernel: Array, symbol: Symbol, k: int) -> tupl
     Parameters
     ----------
     xp : namespace
-        Of the kernel.
+        The kernel's array namespace.
     kernel : array, shape (groups, rows, columns, \*taps)
-        As `Conv.kernel` gives it.
+        The kernel as `Conv.kernel` gives it.
     symbol : Symbol
-        On the grid of the convolution.
+        The symbol on the grid of the convolution.
     k : int
-        At most the values of all blocks, ``symbol.zero_values`` not among them.
+        How many values; at most as many as all blocks have together, without the
+        ``symbol.zero_values``.
     """
     on_host = arrays.on_host(kernel)
     if on_host is not None:

@@ -17,7 +17,7 @@ class BaseAdapter:
     Attributes
     ----------
     name : str
-        As ``specops adapters`` lists it.
+        The name under which ``specops adapters`` lists it.
     attachment : subclass of BaseAttachment
         Called as ``attachment(optimizer, model, plan, geometries, **options)``.
     """

@@ -88,7 +88,7 @@ def check_saved(
     Raises
     ------
     AdapterError
-        Another version, or other names.
+        The state is of another version, or names other weights.
     """
     if "version" not in state:
         raise AdapterError("the state is not from an attachment's state_dict: it has no version")
@@ -117,14 +117,14 @@ def check_stage(rule: Any, needs: Mapping[str, str]) -> None:
     Parameters
     ----------
     rule : rule or None
-        None, of what is left alone, passes.
+        None stands for a parameter that is left alone, which needs no check.
     needs : mapping of str to str
-        By stage, the method that the adapter calls.
+        For each stage of the adapter, the method of a rule that it calls.
 
     Raises
     ------
     AdapterError
-        Another stage, or no such method.
+        The adapter does not have the rule's stage, or the rule lacks that method.
     """
     if rule is None:
         return

@@ -38,15 +38,15 @@ class BaseAttachment(ABC, Generic[C]):
     Parameters
     ----------
     plan : Plan
-        What to do.
+        Which rules act on which weights, and when.
     geometries : dict of str to Dense or Conv, optional
-        The user's, by patterns of names.
+        Maps that the user declares, by patterns of names.
     on_nonfinite : "raise", "skip" or "warn"
         What to do about a weight that holds NaN or infinity.
     history : int
-        Records kept.
+        How many records to keep.
     log : callable or SummaryWriter, optional
-        As `log_to`.
+        Receives every record, as with `log_to`.
     """
 
     stages: tuple[Stage, ...] = ("weights",)
@@ -120,15 +120,15 @@ class BaseAttachment(ABC, Generic[C]):
     def step(self) -> None:
         """Count one step of the optimizer and let the rules that are due act.
 
-        All is computed before the first weight is written, so an error leaves every weight as
-        it was.
+        All new weights are computed before the first is written, so an error leaves every
+        weight as it was.
 
         Raises
         ------
         NonFiniteError
             A weight holds NaN or infinity, and the policy is to raise.
         AdapterError
-            Detached, or a weight that cannot be written to.
+            The attachment is detached, or a weight cannot be written to.
         """
         self.look()
         self.steps += 1
@@ -143,12 +143,13 @@ class BaseAttachment(ABC, Generic[C]):
         Parameters
         ----------
         gradients : dict of arrays
-            By the weights' names; entries are replaced. Weights without one are left out.
+            Gradients under the weights' names, whose entries this method replaces. A weight
+            that has no gradient is left out.
 
         Raises
         ------
         NonFiniteError
-            As `step`.
+            As in `step`.
         """
         self.look()
         self._penalise(gradients)
@@ -292,9 +293,10 @@ class BaseAttachment(ABC, Generic[C]):
         Raises
         ------
         AdapterError
-            Another version, other names, or vectors of other shapes; nothing is changed then.
+            The state is of another version, of other names, or of vectors of other shapes.
+            Nothing is changed then.
         StateError
-            Vectors that hold NaN; nothing is changed either.
+            Its vectors hold NaN. Nothing is changed then either.
         """
         self.look()
         self.check_state(state)
@@ -318,8 +320,8 @@ class BaseAttachment(ABC, Generic[C]):
         Parameters
         ----------
         fold : bool
-            Write the weights that forward rules let layers use into the model's: it then
-            computes the same without specops. Otherwise all weights stay as they are.
+            Write the weights that forward rules compute for the layers into the model, which
+            then gives the same outputs without specops. Otherwise all weights stay as they are.
         """
         if fold:
             self.look()

@@ -33,14 +33,14 @@ class Constrained(Assigned, Generic[P]):
     parameter : Parameter
         The weight as the adapter reads and writes it.
     state : dict of arrays or None
-        The rule's; None before its first firing.
+        The rule's state; None before its first firing.
     drifting : bool
-        Of a forward rule: whether steps have changed the weight since its vectors advanced.
+        For a forward rule: whether steps have changed the weight since its vectors advanced.
     told : bool
-        Whether its user was told that it waits for the size of an input.
+        Whether the user was told that the rule waits for the size of an input.
     misfit : str
-        Why the latest firing skipped it: a map that does not fit, or that the rule has no method
-        for, under a lenient pattern; empty if it acted.
+        Why the latest firing skipped this weight, which only a lenient pattern allows: its map
+        does not fit, or the rule has no method for that map. Empty if the rule acted.
     """
 
     def __init__(self, parameter: P, assignment: Assignment) -> None:

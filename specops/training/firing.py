@@ -31,7 +31,7 @@ class Firing(Generic[C]):
     Raises
     ------
     ValueError
-        Another policy.
+        `on_nonfinite` is none of the three.
     """
 
     def __init__(self, on_nonfinite: NonFinitePolicy) -> None:

@@ -17,12 +17,12 @@ class History:
     Parameters
     ----------
     length : int
-        Records kept.
+        How many records to keep.
 
     Raises
     ------
     ValueError
-        No whole number of zero or more.
+        `length` is not a whole number of zero or more.
     """
 
     def __init__(self, length: int) -> None:
@@ -54,7 +54,7 @@ class History:
         Raises
         ------
         TypeError
-            Neither of the two.
+            `listener` is neither of the two.
         """
         if hasattr(listener, "add_scalar"):
             self._listeners.append(_to_scalars(listener))

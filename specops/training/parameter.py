@@ -22,13 +22,13 @@ class Parameter(ABC):
     Attributes
     ----------
     weight : Weight
-        What it is. Set it before the parameter is handed over.
+        Its description for plans. Set it before you hand the parameter over.
     aliases : sequence of str
-        Further names of the same memory (tied weights), under which a user may mean it.
+        Further names of the same memory (tied weights); patterns may match these, too.
     declared : bool
-        Whether the geometry is the user's, which speaks of the array as `weight.shape` has it.
+        Whether the user declared the geometry; it then describes the array in `weight.shape`.
     learns_size : bool
-        Whether `geometry` becomes that of a size which a layer sees in training.
+        Whether `geometry` takes on the input size which the layer sees in training.
     """
 
     weight: Weight

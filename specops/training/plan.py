@@ -79,7 +79,7 @@ class Plan:
     Raises
     ------
     PlanError
-        An entry is not such a pair, or the numbers make no sense, or no step is left at which a
+        An entry is neither of these, a number is out of range, or no step is left at which a
         rule acts.
 
     Examples
@@ -130,7 +130,7 @@ class Plan:
         Raises
         ------
         AdapterError
-            A rule on gradients: there are none.
+            The plan has a rule on gradients, and without training there are none.
         """
         for entry in self._parsed:
             if entry.rule is not None and entry.rule.stage == "gradients":

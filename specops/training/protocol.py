@@ -18,7 +18,7 @@ class Attachment(Protocol):
     Attributes
     ----------
     plan : Plan
-        What it does.
+        Which rules act on which weights, and when.
     steps : int
         Successful steps of the optimizer since attaching, or since the state that was loaded.
     """

@@ -29,38 +29,37 @@ _RULE = "rule's norm"
 
 @dataclass(frozen=True)
 class ReportRow:
-    """One parameter.
+    """What the report says about one parameter.
 
     Attributes
     ----------
     name, shape, dtype
-        The parameter.
+        The parameter's name, shape and dtype.
     geometry : str
-        The map that it stands for, in words; empty if none is known.
+        The linear map that the parameter stands for, in words; empty if none is known.
     rule : str
-        What constrains it; empty if nothing does.
+        The rule that constrains it; empty if none does.
     reason : str
-        Why nothing constrains it; empty if something does.
+        Why no rule constrains it; empty if one does.
     norm : float or None
-        The operator norm at the time of the report, of which `norm_is` says whether it is
-        "exact" or an "upper bound".
+        The operator norm at the time of the report.
     norm_is : str
-        See `norm`.
+        Whether `norm` is "exact" or an "upper bound".
     normalized : float or None
-        The norm of the layer together with the batch normalisation registered right behind it,
-        as in evaluation, exact or a bound as `norm` is: what a cap on the weight alone does not
-        bound. None where there is none.
+        The norm in evaluation of the layer together with the batch normalisation registered
+        right behind it, which a cap on the weight alone does not bound. It is exact or an upper
+        bound, as `norm` is; None where no batch normalisation follows.
     stale : bool
-        Whether the running statistics of that batch normalisation are of other weights than
-        those that rules have left: `normalized` is then what evaluation would use, and wrong.
+        Whether a rule has changed the weight since that batch normalisation took its running
+        statistics. `normalized` then tells what evaluation would compute with the old ones.
     rule_norm : float or None
-        The norm that the rule is about, where that is another than the operator's: of the kernel
+        The norm that the rule constrains, if it is not the operator norm but that of the kernel
         reshaped to a matrix.
     stable_rank : float or None
-        Where the rule is about it: of the map that the rule means, the largest of several; of
-        forward rules of the weight in use.
+        The stable rank, if the rule constrains it: of the map that the rule acts on, and the
+        largest where there are several. For a forward rule it is that of the weight in use.
     waits : int or None
-        The first step at which the rule acts, while steps were taken and none was that one.
+        The first step at which the rule acts, if training has not reached it yet.
     idle : str
         Why the rule leaves the weight alone at present; empty if it does not.
     """

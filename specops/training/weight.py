@@ -18,9 +18,9 @@ class Weight:
     name : str
         Path of the parameter in the model.
     shape, dtype : tuple of int, str
-        For the report.
+        Shape and dtype, for the report.
     geometry : Dense or Conv, optional
-        The map it stands for, if it stands for one.
+        The linear map that the parameter stands for, if there is one.
     skipped : str
         Why no rule can ever apply (a bias, a frozen or tied parameter); empty otherwise.
     obstacle : str
@@ -30,7 +30,7 @@ class Weight:
     unusable : str
         Why it holds no values to constrain (lazy, meta): an error if any rule is to apply.
     remark : str
-        What is to be known of the geometry, such as that it takes several maps for one.
+        A note for the user about the geometry, such as that it treats several maps as one.
     """
 
     name: str

@@ -37,11 +37,11 @@ def fused(layer: str, shape: Shape, out: int, around: Surroundings) -> Fused | N
     layer : str
         The last part of the layer's name; of torch's MultiheadAttention that of its parameter.
     shape : tuple of int
-        Of the matrix.
+        The matrix's shape.
     out : 0 or -1
-        Its axis of outputs.
+        The axis of the matrix that indexes outputs.
     around : Surroundings
-        What is known beside it.
+        What is known about the block that the layer belongs to.
     """
     if len(shape) != 2 or 0 in shape:
         return None

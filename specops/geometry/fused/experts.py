@@ -28,12 +28,13 @@ def fused_experts(
     shape : tuple of int
         (experts, outputs, inputs), or the other way round.
     around : Surroundings
-        `beside` has other stacks of the same experts.
+        Its `beside` gives the shapes of other stacks of the same experts.
     turned : bool, optional
-        Whether outputs come last; None: by the stack behind or before it, else by the width of
-        the model.
+        Whether outputs come last. With None this is inferred from the stack that follows or
+        precedes this one, else from the width of the model.
     alternating : bool, optional
-        Whether rows of the gate and of what it gates alternate; None: as in GPT-OSS alone.
+        Whether rows of the gate alternate with rows of what it gates. With None only models of
+        GPT-OSS are taken to do so.
     """
     turned = _is_turned(parameter, shape, around) if turned is None else turned
     if turned is None:

@@ -18,12 +18,12 @@ class Surroundings:
     Attributes
     ----------
     setting : callable
-        A value of the model's configuration, as models of Hugging Face call it, by its name; None
-        where it has none.
+        Takes the name of a value of the model's configuration, as Hugging Face names it, and
+        returns the value; None if the configuration does not have it.
     beside : callable
-        The shape of the weight of another layer of the same block, by its name, stored as this
-        one is, or of a parameter of the block; () where there is none. The name may lead out of
-        the block by "../".
+        Takes the name of another layer, or of a parameter, of the same block and returns the
+        shape of its weight, with axes in the same order as this layer's; () if there is none.
+        The name may lead out of the block by "../".
     """
 
     setting: Callable[[str], Any] = lambda key: None
@@ -50,13 +50,13 @@ class Fused:
     Attributes
     ----------
     geometry : Dense
-        The maps; the whole matrix where nothing says how they lie in it.
+        The maps; the whole matrix as one map if it is not known how they lie in it.
     why : str
-        What the maps are, and what speaks for it.
+        What the maps are, and how that was recognised.
     doubt : str
-        Why they are not told apart; empty if they are.
+        Why the maps are not told apart; empty if they are.
     likely : Dense, optional
-        The maps as the layer's name alone has them, where nothing else speaks for these.
+        The maps that the layer's name suggests, if nothing else confirms them.
     """
 
     geometry: Dense

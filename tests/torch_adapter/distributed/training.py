@@ -155,7 +155,7 @@ def refused(_: Path) -> None:
         with raises(errors.AdapterError, "0.weight", engine):
             specops.attach(None, model, Monitor())
     model = in_columns(nn.Sequential(nn.Linear(4, 6)))
-    with raises(errors.AdapterError, "0.weight is in parts", "ClipSpectralNorm"):
+    with raises(errors.AdapterError, "0.weight is sharded", "ClipSpectralNorm"):
         specops.attach(None, model, SpectralNormalization(norm="reshaped"))
     rank = dist.get_rank()
     for plan in (ClipSpectralNorm(1.0 + rank), specops.Plan([("*", Monitor(), 1 + rank)])):
