@@ -25,23 +25,26 @@ def jacobian_penalty(
     Parameters
     ----------
     model : callable
-        From (N, ...) to (N, ...), each sample for itself: ``lambda x: net.apply(params, x)``.
+        Maps (N, ...) to (N, ...), every sample independently: ``lambda x: net.apply(params, x)``.
     x : array
         Shape (N, ...).
     projections : int or None
-        Random directions, one backward pass each; None: every output, exactly.
+        Number of random directions, which cost one backward pass each. None computes the exact
+        value, with one backward pass for each output.
     key : jax.random.key
-        Of the directions; another one in every step. Needed unless `projections` is None.
+        The key of the random directions; pass a new one in every step. It is required unless
+        `projections` is None.
 
     Returns
     -------
     jax.Array
-        0-d and differentiable by what the model closes over: add λ times it to the loss.
+        A 0-d array, differentiable with respect to what the model closes over: add λ times it to
+        the loss.
 
     Raises
     ------
     ValueError
-        `projections` below 1, or no key.
+        `projections` is below 1, or `key` is missing.
 
     References
     ----------
@@ -74,26 +77,26 @@ def adversarial_loss(
 ) -> jax.Array:
     r""":math:`\alpha L(x) + (1-\alpha)L(x + \eta)`, :math:`\eta = \epsilon\,g/\|g\|_2`.
 
-    g is the gradient of the loss by each sample, and a constant. A sample whose gradient is zero,
-    as that of a loss which has underflown is, stays where it is.
+    g is the gradient of the loss with respect to each sample, and counts as a constant. A sample
+    whose gradient is zero, for instance because the loss has underflowed, stays where it is.
 
     Parameters
     ----------
     model : callable
-        From a batch to outputs: ``lambda x: net.apply(params, x)``.
+        Maps a batch to outputs: ``lambda x: net.apply(params, x)``.
     loss : callable
-        (outputs, y) to a 0-d array.
+        Maps (outputs, y) to a 0-d array.
     x, y : array
         A batch and its targets.
     alpha : float
-        In [0, 1].
+        Weight of the loss of the clean batch, in [0, 1].
     epsilon : float
         Euclidean length of the perturbation of each sample, in the units of x.
 
     Returns
     -------
     jax.Array
-        0-d, in place of the loss.
+        A 0-d array to minimise instead of the loss.
 
     Raises
     ------

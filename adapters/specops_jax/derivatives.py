@@ -41,15 +41,15 @@ class JacobianOperator:
 
 
 def jacobian_operator(function: Callable[[Any], Any], x: Any) -> JacobianOperator:
-    """The Jacobian of a function at a point, by its products.
+    """The Jacobian of a function at a point, as products with vectors.
 
     Parameters
     ----------
     function : callable
-        Pytree → pytree of arrays: for a network on one sample,
+        Maps a pytree of arrays to a pytree of arrays. For a network on one sample pass
         ``lambda x: model.apply(variables, x[None])[0]``.
     x : pytree of arrays
-        The point; real and of one dtype.
+        The point: real arrays of one dtype.
 
     Returns
     -------
@@ -94,14 +94,14 @@ class HessianOperator:
 def hessian_operator(
     loss: Callable[[Any], Any] | Sequence[Callable[[Any], Any]], params: Any
 ) -> HessianOperator:
-    """The Hessian of a loss by parameters, by its products.
+    """The Hessian of a loss with respect to parameters, as products with vectors.
 
     Parameters
     ----------
     loss : callable or sequence of callables
-        params → scalar; of several, one for each batch, the mean counts.
+        Each maps params to a scalar; several, one for each batch, stand for their mean.
     params : pytree of arrays
-        Of one dtype.
+        The parameters, all of one dtype.
 
     Returns
     -------
@@ -111,7 +111,7 @@ def hessian_operator(
     Raises
     ------
     AdapterError
-        No loss, or no parameters.
+        There is no loss, or there are no parameters.
 
     Examples
     --------
@@ -128,14 +128,14 @@ def hessian_operator(
 
 
 def input_gradient_norms(losses: Callable[[Any], Any], x: Any) -> Any:
-    r"""The norm of each sample's loss gradient by its input, :math:`\|\nabla_x L\|_2`.
+    r"""The norm of each sample's loss gradient with respect to its input, :math:`\|\nabla_x L\|_2`.
 
     Small norms mean that small changes of inputs hardly change the loss, to first order only.
 
     Parameters
     ----------
     losses : callable
-        (n, ...) → (n,), every sample's own loss.
+        Maps (n, ...) to (n,), every sample's own loss.
     x : array (n, ...)
         Inputs.
 
@@ -146,7 +146,7 @@ def input_gradient_norms(losses: Callable[[Any], Any], x: Any) -> Any:
     Raises
     ------
     AdapterError
-        Losses of another shape, such as their mean.
+        `losses` gives another shape, such as the mean of the losses.
 
     References
     ----------
@@ -163,7 +163,7 @@ def input_gradient_norms(losses: Callable[[Any], Any], x: Any) -> Any:
 def margin_jacobians(
     stages: Sequence[Callable[[Any], Any]], x: Any, labels: Any
 ) -> MarginJacobians:
-    r"""Norms of hidden layers and of the margin's gradients by them, for every sample.
+    r"""Norms of hidden layers and of the margin's gradients with respect to them, by sample.
 
     Parameters
     ----------
@@ -173,12 +173,12 @@ def margin_jacobians(
     x : array (n, ...)
         Inputs.
     labels : integer array (n,)
-        Of the right classes.
+        Indices of the right classes.
 
     Raises
     ------
     AdapterError
-        Fewer than two stages: there is no hidden layer.
+        There are fewer than two stages, so that there is no hidden layer.
     """
     if len(stages) < 2:
         raise AdapterError("two stages or more make a hidden layer: cut the network into parts")

@@ -30,7 +30,8 @@ def init(params: Params, plan: Any, geometries: Geometries | None = None) -> Spe
     Parameters
     ----------
     params : pytree of arrays
-        Of flax, haiku, equinox or your own; names are the paths' keys joined by "/".
+        Parameters of flax, haiku, equinox or your own. A parameter's name is the keys of its path,
+        joined by "/".
     plan : rule or Plan
         A bare rule acts on every array whose geometry is known.
     geometries : dict of str to Dense or Conv, optional
@@ -76,14 +77,14 @@ def project_params(
     params, plan, geometries
         As `init`.
     state : SpecopsState
-        From `init`, or from the call before.
+        The state from `init`, or from the previous call.
     on_host : bool, optional
         As `constrain`.
 
     Returns
     -------
     params, state
-        New ones; nothing that was given is changed.
+        New ones; the arguments are not changed.
 
     Raises
     ------
@@ -114,11 +115,11 @@ def project_params(
 
 
 def enforce(params: Params, plan: Any, geometries: Geometries | None = None) -> Params:
-    """The last word before an export: every rule of stage "weights", certified, whatever is due.
+    """Let every rule of stage "weights" act, certified, whether it is due or not: before an export.
 
-    Computed on the host, outside jit, so that nothing has to be compiled for one call. Bounds
-    hold as stored. Running statistics of batch normalisation are then of other parameters:
-    estimate them anew before evaluating, see `project_params`.
+    This is computed on the host, outside jit, so that nothing has to be compiled for one call.
+    Bounds hold as stored. Running statistics of batch normalisation then belong to the old
+    parameters: estimate them anew before evaluating, see `project_params`.
 
     Parameters
     ----------
@@ -154,7 +155,7 @@ def normalize_params(
     params, plan, state, geometries
         As `project_params`.
     scales : dict of str to array, optional
-        Values of trainable scales, from `init_scales`, trained beside the parameters.
+        Current values of the trainable scales that `init_scales` gave.
 
     Raises
     ------
@@ -197,11 +198,11 @@ def normalize_params(
 def penalty(
     params: Params, plan: Any, state: SpecopsState, geometries: Geometries | None = None
 ) -> jax.Array:
-    r"""The sum of a plan's penalties, to be added to the loss: where a line search evaluates it.
+    r"""The sum of a plan's penalties, to add to the loss, as line searches need it.
 
-    Its gradient is what `add_penalty` adds. Vectors take the rule's iterations from those of the
-    state before they are used, and count as constants; the state stays as it is. Advance it once
-    per step, by `project_params`.
+    Its gradient is what `add_penalty` adds. The vectors are those of the state, advanced by the
+    rule's iterations, and count as constants; the state stays as it is. Advance it once per step,
+    by `project_params`.
 
     Parameters
     ----------
@@ -211,8 +212,8 @@ def penalty(
     Returns
     -------
     jax.Array
-        0-d: :math:`\sum\tfrac\lambda2\sigma^2` over the rules of stage "gradients" that are
-        due at the next step.
+        A 0-d array: :math:`\sum\tfrac\lambda2\sigma^2` over the rules of stage "gradients" that
+        are due at the next step.
 
     Raises
     ------
@@ -269,7 +270,7 @@ def init_scales(
     Returns
     -------
     dict of str to array
-        To be trained beside the parameters and handed to `normalize_params`.
+        The scales, to train beside the parameters and to pass to `normalize_params`.
     """
     own, leaves, _ = program(params, plan, geometries)
     result = {}

@@ -25,7 +25,7 @@ class Geometries(dict[str, Geometry]):
     opt_in : dict of str to str
         Why some are constrained only by rules that name them.
     remarks : dict of str to str
-        What is to be known of some: that several maps are taken for one.
+        Notes for the user on some geometries, such as that several maps are treated as one.
     skipped : dict of str to str
         Why rules leave some alone even where a pattern names them: biases of several axes.
     given : set of str

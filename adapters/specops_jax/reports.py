@@ -66,16 +66,16 @@ def check(state: SpecopsState) -> None:
     Parameters
     ----------
     state : SpecopsState
-        As `project_params`; of an optimizer's state, what `find_state` gives.
+        As in `project_params`; within an optimizer's state, `find_state` finds it.
 
     Raises
     ------
     NonFiniteError
-        Naming the arrays, which those steps left alone.
+        Steps met such weights and left them alone; the message names them.
     StateError
-        Another object.
+        `state` is another object.
     AdapterError
-        Within jit.
+        It was called within jit.
     """
     state = of_arrays(state)
     if isinstance(state.step, jax.core.Tracer):

@@ -25,12 +25,12 @@ class SpecopsState(NamedTuple):
     rules : dict of str to dict of arrays
         The rules' own states, by parameter name.
     figures : dict of str to dict of arrays
-        Of the latest firing: zeros before the first.
+        Figures of the latest firing; zeros before the first.
     fired : dict of str to int32 array
-        The step of that firing: 0 before the first.
+        The step of that firing; 0 before the first.
     nonfinite : dict of str to int32 array
-        Firings at which a weight, or what its rule made of it, held NaN or infinity and which
-        left it alone; see `check`.
+        Number of firings that left a weight alone because it, or the rule's result, held NaN or
+        infinity; see `check`.
     """
 
     step: jax.Array
@@ -48,7 +48,7 @@ def records(state: SpecopsState) -> list[dict[str, Any]]:
     Parameters
     ----------
     state : SpecopsState
-        As `check`.
+        As in `check`.
 
     Returns
     -------
@@ -58,9 +58,10 @@ def records(state: SpecopsState) -> list[dict[str, Any]]:
     Raises
     ------
     StateError
-        The state of stacked models, as ``vmap`` gives: ask for one at a time. Another object.
+        The state is that of stacked models, as ``vmap`` gives it (ask for one at a time), or
+        `state` is another object.
     AdapterError
-        Within jit.
+        It was called within jit.
     """
     state = of_arrays(state)
     if isinstance(state.step, jax.core.Tracer):
@@ -84,10 +85,10 @@ def find_state(state: Any, index: int | None = None) -> SpecopsState:
     Parameters
     ----------
     state : pytree
-        Of an optimizer, as it is or as nested dicts: ``nnx.Optimizer``, its ``opt_state``, its
-        ``nnx.state``, or what a checkpoint gives back without knowing the types.
+        An optimizer's state, as it is or as nested dicts: ``nnx.Optimizer``, its ``opt_state``,
+        its ``nnx.state``, or what a checkpoint restores without knowing the types.
     index : int, optional
-        Which one, in the order of the chain, where there are several (`add_penalty` and
+        Which one to return, in the order of the chain, if there are several (`add_penalty` and
         `constrain` in one chain).
 
     Raises

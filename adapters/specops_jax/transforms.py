@@ -42,7 +42,8 @@ def constrain(
     geometries : dict of str to Dense or Conv, optional
         See `specops_jax.init`.
     every : int, optional
-        Act at every so many steps; default: the plan's own interval. Does not recompile.
+        Let rules act at every `every`-th step; default: the plan's own interval. Changing it does
+        not recompile.
     on_host : bool, optional
         Only where the only device is a CPU, and only for `ClipSpectralNorm` of convolutions:
         whether compiled programs call back to the host for it, instead of compiling it. On the
@@ -64,14 +65,14 @@ def constrain(
     Raises
     ------
     ValueError
-        In ``update`` without ``params``.
+        ``update`` was called without ``params``.
     PlanError
-        In ``init``: the plan does not fit the parameters.
+        The plan does not fit the parameters; raised by ``init``.
 
     Notes
     -----
-    Last in the chain, or a later transformation undoes it. ``optax.MultiSteps`` around the
-    chain projects on real steps only. ``optax.apply_if_finite`` belongs around the chain too.
+    Put it last in the chain, or a later transformation undoes it. ``optax.MultiSteps`` around the
+    chain projects on real steps only. ``optax.apply_if_finite`` belongs around the chain, too.
     Arrays that an earlier link freezes (``optax.set_to_zero``) are projected all the same:
     leave them out of the plan, or put ``constrain`` into the branch of
     ``optax.multi_transform`` that trains the others.
@@ -131,8 +132,8 @@ def add_penalty(
     Raises
     ------
     AdapterError
-        In ``update`` with a line search (``optax.lbfgs``), which evaluates the loss itself and
-        would not see the penalty: add `penalty` to the loss instead.
+        ``update`` was called with a line search (``optax.lbfgs``), which evaluates the loss
+        itself and would not see the penalty: add `penalty` to the loss instead.
     """
 
     def update(

@@ -47,7 +47,7 @@ class Checkpoint(ABC):
     path : Path
         The file or folder.
     format : str
-        What it is, for people: "safetensors", "torch (legacy pickle)".
+        The format's name for people: "safetensors", "torch (legacy pickle)".
     entries : iterable of Entry
         One for each tensor. Of two with one name the second is left out and reported. Names
         that no terminal or file could take are listed with escapes.

@@ -29,7 +29,7 @@ def unwrapped(loaded: Any, is_tensor: _Test, is_weight: _Test) -> Iterator[tuple
     Yields
     ------
     tuple of str and object
-        As from `leaves`. "state_dict" and the like are left out of the names unless another
+        As `leaves` yields them. "state_dict" and the like are left out of the names unless another
         branch holds weights too. Names in an optimizer's or scheduler's state begin with
         "optimizer".
     """

@@ -42,8 +42,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Parameters
     ----------
     path : path-like
-        A file, or a folder of orbax or of Hugging Face shards. What it is, its content says;
-        the name only where the content does not.
+        A file, or a folder of orbax or of Hugging Face shards. Its content determines the format;
+        its name counts only where the content does not tell.
 
     Returns
     -------
@@ -53,7 +53,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises
     ------
     CheckpointError
-        In one line: the path, what is wrong with it, and what to do.
+        The file cannot be opened. One line gives the path, what is wrong, and what to do.
     """
     if not os.fspath(path):
         raise CheckpointError("no path given")

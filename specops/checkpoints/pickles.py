@@ -29,7 +29,7 @@ def asked_for(path: Path, allowed: Collection[str]) -> tuple[int, str]:
     Returns
     -------
     protocol : int
-        That of the pickle, 0 if it names none.
+        The pickle's protocol, 0 if it names none.
     name : str
         The first name that is not allowed.
     """

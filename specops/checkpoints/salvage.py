@@ -25,7 +25,7 @@ def leading_members(path: Path) -> list[zipfile.ZipInfo]:
     Returns
     -------
     list of ZipInfo
-        Up to the first that is cut off or does not say how long it is.
+        The members before the first that is cut off or does not state its length.
     """
     size, at = path.stat().st_size, 0
     found: list[zipfile.ZipInfo] = []

@@ -70,13 +70,15 @@ class Comparison:
     Attributes
     ----------
     pairs : list of Pair
-        Measured in both.
+        Weights that were measured in both.
     only_one, only_other : list of str
-        Measured in one of them, and absent, of another shape, or not measured in the other.
+        Weights that were measured in one of them, and in the other are absent, of another shape,
+        or not measured.
     paths : (str, str)
-        Of both.
+        The paths of both checkpoints.
     differences : dict of str to Figures, optional
-        Of second − first, by the name in the first; None where they were not asked for.
+        Figures of the difference second − first, by the name in the first; None if they were not
+        asked for.
     """
 
     pairs: list[Pair]

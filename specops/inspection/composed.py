@@ -21,18 +21,18 @@ class Composed:
     Attributes
     ----------
     name : str
-        Of the weight.
+        The weight's name.
     shape : tuple of int
     sources : tuple of str
         Names of the tensors that it is computed from.
     how : str
-        In words.
+        How it is computed, in words.
     make : callable
-        From the tensors, by name, to the weight; to the two factors of a low-rank matrix.
+        Takes the tensors by name and returns the weight, or the two factors of a low-rank matrix.
     base : str
-        Of the sources, the one that is a weight by itself; "" where all are parts.
+        The source that is a weight by itself; "" if all sources are parts.
     update : Update, optional
-        What it is where it is a low-rank update.
+        The low-rank update, if the weight is one.
     """
 
     name: str

@@ -24,16 +24,16 @@ class Layer:
     Attributes
     ----------
     kind : str
-        Its class.
+        The layer's class.
     stride, dilation, padding
-        Of a convolution, as `specops.Conv` takes them, or "causal"; None where nothing is said.
+        Those of a convolution, as `specops.Conv` takes them, or "causal"; None if not stated.
     groups, width : int
-        How many there are, or how many channels each has; 0 where nothing is said.
+        How many groups there are, or how many channels each has; 0 if not stated.
     depthwise, transposed : bool
     gates : int
-        Blocks of a recurrent layer, 0 for other layers.
+        Number of blocks of a recurrent layer, 0 for other layers.
     equation : str
-        Of an einsum.
+        The equation of an einsum.
     """
 
     kind: str
@@ -55,15 +55,15 @@ class Configuration:
     Attributes
     ----------
     source : str
-        Where they stand.
+        Where the settings were found.
     values : dict
-        Of Hugging Face: what config.json holds.
+        For Hugging Face: the contents of config.json.
     layers : dict of str to dict
-        Of Keras: the configuration of each layer, by its name.
+        For Keras: the configuration of each layer, by its name.
     adapter : dict
-        Of peft: what adapter_config.json holds.
+        For peft: the contents of adapter_config.json.
     labels : dict of str to tuple of str
-        Of Keras: the names of the layers that a tensor is in, its own first.
+        For Keras: the names of the layers that a tensor is in, its own first.
     """
 
     source: str = ""

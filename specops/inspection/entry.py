@@ -34,17 +34,17 @@ def inspect(
     Parameters
     ----------
     path : path
-        Of a file or folder: safetensors, torch, torch.distributed.checkpoint, NumPy, Keras, flax,
-        equinox, orbax, Hugging Face.
+        A file or folder of safetensors, torch, torch.distributed.checkpoint, NumPy, Keras, flax,
+        equinox, orbax or Hugging Face.
     input_size, stride, dilation, padding, groups : value, or dict of str to value, optional
-        What checkpoints do not say of convolutions. A single value is for all of them; a dict
+        What checkpoints do not state about convolutions. A single value is for all of them; a dict
         gives values by patterns of tensor names, of which the last that matches counts. A
         padding is "same", "valid" or, as in torch, a number of zeros on both sides. Without an
         input size the norm is the supremum over all sizes, whatever the padding.
     boundary : "zeros" or "circular"
-        What convolutions with an input size see beyond its borders.
+        How convolutions with an input size are padded.
     layout : "torch", "jax" or "keras", optional
-        Whose order a kernel's axes have, where the file does not tell.
+        The library whose order a kernel's axes have, if the file does not tell.
     method : "auto", "exact" or "bounds"
         Compute all singular values, or certified bounds of the largest one alone. "auto" is
         "bounds" for matrices whose smaller side exceeds 2048.
@@ -63,9 +63,9 @@ def inspect(
     Raises
     ------
     CheckpointError
-        The file cannot be read at all. What cannot be read of it is in ``problems``.
+        The file cannot be read at all. Parts that cannot be read are listed in ``problems``.
     ValueError
-        A pattern matches no tensor; an argument of another kind, sign or name.
+        A pattern matches no tensor, or an argument has a wrong type, sign or name.
 
     Examples
     --------

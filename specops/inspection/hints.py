@@ -28,9 +28,9 @@ class Hints:
         The last pattern that matches a name counts. Sizes are tuples of int, a padding an int,
         "same" or "valid", the others are int.
     boundary : "zeros" or "circular"
-        Of all convolutions.
+        The boundary of all convolutions.
     layout : str
-        "torch", "jax" or "keras": the order of a kernel's axes; "": what the file says.
+        "torch", "jax" or "keras": the order of a kernel's axes. With "" the file determines it.
     exclude : tuple of str
         Patterns of tensors to leave alone.
     """

@@ -28,11 +28,11 @@ class Item:
     Attributes
     ----------
     entry : Entry
-        Of the tensor, or of what is put together.
+        The entry of the tensor, or of the composed weight.
     assumption : Assumption
-        What it is taken for.
+        The maps that it is assumed to be.
     composed : Composed, optional
-        How it is put together.
+        How the weight is composed, if it is computed from several tensors.
     """
 
     entry: Entry

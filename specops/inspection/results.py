@@ -23,26 +23,27 @@ class Measured:
 
 @dataclass(frozen=True)
 class WeightFigures:
-    """One tensor of a checkpoint, or a weight put together of several.
+    """One tensor of a checkpoint, or a weight composed of several.
 
     Attributes
     ----------
     name, shape, dtype
-        As stored; no shape where it is not known.
+        Name, shape and dtype as stored; the shape is empty if it is not known.
     geometry : str
-        The map that it is taken for, in words; "ambiguous: …" where there are several readings.
+        The map that it is taken for, in words; "ambiguous: …" if there are several readings.
     why : str
         How that was decided.
     figures : Figures, optional
-        None if it was skipped. Of several readings σ_max from the least to the largest.
+        The figures; None if it was skipped. If there are several readings, σ_max is the pair of
+        the least and the largest.
     skipped : str
-        Why it was; empty if it was not.
+        Why it was skipped; empty if it was not.
     harmless : bool
-        Whether nothing is missing: biases, counters.
+        Whether skipping it loses nothing, as for biases and counters.
     sources : tuple of str
-        The tensors that it was put together of.
+        The tensors that it was composed of.
     readings : tuple of Measured
-        Each map that it may be, where nothing decides between several; else empty.
+        Each map that it may be, if nothing decides between several; else empty.
     """
 
     name: str
@@ -102,13 +103,13 @@ class Inspection:
     weights : list of WeightFigures
         In the order of the file.
     problems : list of str
-        One line each: of the file, and of tensors that should have been measured.
+        One line for each problem of the file, and of tensors that should have been measured.
     notes : list of str
-        What to know about the figures.
+        Remarks that help to interpret the figures.
     interrupted : bool
-        Whether the rest was not reached.
+        Whether the inspection was interrupted before its end.
     total : int
-        Tensors in the file.
+        Number of tensors in the file.
     """
 
     path: str

@@ -36,21 +36,21 @@ def inspect_checkpoint(
     Parameters
     ----------
     path : path
-        Of a file or folder; see `specops.checkpoints.open_checkpoint`.
+        A file or folder; see `specops.checkpoints.open_checkpoint`.
     hints : Hints, optional
-        What the file does not say: input sizes, strides, groups.
+        What the file does not state: input sizes, strides, groups.
     method : "auto", "exact" or "bounds"
         All singular values, or certified bounds of the largest; "auto" takes bounds for
         matrices whose smaller side exceeds 2048.
     progress : callable, optional
         Called with (tensors done, tensors, name of the next).
     listed : callable, optional
-        Called once with what there is to measure, before the first tensor is read.
+        Called once with the list of what will be measured, before the first tensor is read.
 
     Returns
     -------
     Inspection
-        After Ctrl-C of what was done by then.
+        After Ctrl-C it holds what was measured by then.
 
     Raises
     ------
@@ -61,9 +61,9 @@ def inspect_checkpoint(
 
     Notes
     -----
-    Tensors are read one at a time where the format allows it. Maps are guessed from names,
-    shapes, neighbours and configurations; how is in `WeightFigures.why`. Where nothing decides,
-    `WeightFigures.readings` has the figures of each map that it may be.
+    Tensors are read one at a time if the format allows it. Maps are inferred from names, shapes,
+    neighbours and configurations, and `WeightFigures.why` tells how. If nothing decides between
+    several maps, `WeightFigures.readings` has the figures of each.
     """
     hints = hints or Hints()
     with open_checkpoint(path) as checkpoint:

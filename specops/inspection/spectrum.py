@@ -25,7 +25,7 @@ class Figures:
     sigma_max : float or (float, float)
         Largest singular value, or certified lower and upper bound.
     frobenius : float, optional
-        Root of the sum of squares.
+        The Frobenius norm.
     method : str
         What was computed, in words.
     sigma_min : float, optional
@@ -33,18 +33,18 @@ class Figures:
     stable_rank, effective_rank, condition_number : float, optional
         ‖·‖_F²/σ₁², exp of the entropy of σ/Σσ, σ₁/σ_min (inf for a singular matrix).
     collapsed : float, optional
-        Share of singular values below 1 % of the largest.
+        Fraction of the singular values that are below 1 % of the largest.
     spectrum : ndarray, optional
         The singular values, descending.
     each : tuple of float
         The largest singular value of each matrix of a stack or of blocks.
     beside : Figures, optional
-        Of another map of the same kernel, where those of the convolution are not known.
+        Figures of another map of the same kernel, if those of the convolution are not known.
     beside_of : "reshaped", "circular" or ""
-        Which: the kernel as a matrix outputs × (inputs·taps), or the layer with circular
-        padding.
+        Which other map: the kernel as a matrix outputs × (inputs·taps), or the layer with
+        circular padding.
     cost : str
-        What all singular values would have taken, where they were not computed.
+        What computing all singular values would have cost, if they were not computed.
     """
 
     sigma_max: float | tuple[float, float]

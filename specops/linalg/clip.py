@@ -30,9 +30,9 @@ class Clipped:
     removed : array or None, shape (...)
         Σ max(σ − limit, 0), the nuclear norm of what was taken off.
     error : array or None, shape (...)
-        Proven distance to the exact result, where `removed` is not known.
+        Proven bound of the distance to the exact result, if `removed` is not known.
     norm : array or None, shape (...)
-        The largest singular value before, where it came along.
+        The largest singular value before clipping, if the method computed it.
     basis : array or None
         Singular vectors of a single matrix to start from next time.
     """
@@ -70,22 +70,22 @@ def clip(
 ) -> Clipped:
     r"""``U min(Σ, limit) Vᴴ`` for stacked matrices.
 
-    For σ₁ ≤ 4·limit, what exceeds the limit is computed and subtracted: a fraction of the cost of
-    an SVD, and the small singular values never matter. Beyond that the difference would cancel, so
-    there, and under tracing, it is an SVD.
+    For σ₁ ≤ 4·limit the part that exceeds the limit is computed and subtracted, at a fraction of
+    the cost of an SVD; small singular values are not needed. For larger σ₁ the difference would
+    suffer from cancellation, so there, and under tracing, an SVD is used.
 
     Parameters
     ----------
     xp : namespace
         Of the arrays.
     a : array, shape (..., m, n)
-        Scaled so that squares neither overflow nor underflow.
+        The matrices, scaled so that squares neither overflow nor underflow.
     limit : array, shape (...)
-        Positive.
+        The positive limits.
     force_svd : bool
-        Never use the Gram matrix.
+        Whether to never use the Gram matrix.
     keep_basis : bool
-        Keep what the next clip of a similar matrix may start from.
+        Whether to keep what the next clip of a similar matrix may start from.
 
     References
     ----------

@@ -22,8 +22,8 @@ def clip_by_lobpcg(xp: Namespace, a: Array, limit: Array, start: Array) -> Clipp
     r"""A − U max(Σ − limit, 0) Vᴴ, σ₁ and the basis to start from next time; None if it fails.
 
     A few rounds of Rayleigh–Ritz iteration follow the singular vectors of a slowly changing
-    matrix. The caller has to test whether any value is still above the limit. None if no value
-    above the limit was found, or more than `start` has vectors.
+    matrix. The caller has to test whether any value is still above the limit. The function fails
+    if it finds no value above the limit, or more than `start` has vectors.
 
     Parameters
     ----------

@@ -95,10 +95,10 @@ _ROOT = {
 def clip_by_products(xp: Namespace, a: Array, limit: Array, norms: Array) -> tuple[Array, Array]:
     r"""``U min(Σ, limit) Vᴴ`` for stacked matrices, and a bound of its error.
 
-    See the module for the method and what the bound means. Where σ₁ > 5·limit the clip is
-    done in stages of equal ratio, P_c(P_c'(W)) = P_c(W) for c ≤ c'; their number is read once
-    from `norms` on the host, and is 1 while a compiler traces. Errors add up, those of early
-    stages in units of the larger limits.
+    The module's docstring describes the method and what the bound means. Where σ₁ > 5·limit the
+    clip is done in stages of equal ratio, as P_c(P_c'(W)) = P_c(W) for c ≤ c'. Their number is
+    read once from `norms` on the host, and is 1 while a compiler traces. Errors of the stages add
+    up, those of early stages in units of the larger limits.
 
     Parameters
     ----------
@@ -110,15 +110,15 @@ def clip_by_products(xp: Namespace, a: Array, limit: Array, norms: Array) -> tup
     limit : array, shape (...)
         Positive.
     norms : array, shape (...)
-        Largest singular values or upper bounds of them. What is at most `limit` by them is
-        returned as it was, with error 0. Elsewhere bounds that are not true make the error
-        large, never wrong.
+        Largest singular values or upper bounds of them. Matrices for which they are at most
+        `limit` are returned as they were, with error 0. For the others a bound that does not hold
+        makes `error` large, never wrong.
 
     Returns
     -------
     clipped : array, shape (..., m, n)
     error : array, shape (...)
-        At least ‖clipped − P(a)‖_F; infinite where nothing could be proven.
+        An upper bound of ‖clipped − P(a)‖_F; infinite where nothing could be proven.
     """
     finite = arrays.all_finite(xp, a, axis=(-2, -1)) & xp.isfinite(norms)
     outside = finite & (norms > limit)

@@ -27,9 +27,9 @@ def clip_concrete(xp: Namespace, a: Array, limit: Array, method: str) -> Clipped
     Parameters
     ----------
     xp, a, limit
-        As `clip`.
+        As in `clip`.
     method : str
-        Of `METHODS`; products are replaced by eigenvectors where their error is too large.
+        One of `METHODS`; "products" is replaced by eigenvectors where its error is too large.
     """
     if suits_products(a, method):
         largest = gram_iteration(xp, a)

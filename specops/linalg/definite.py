@@ -18,8 +18,8 @@ def negative_part(xp: Namespace, a: Array, shift: Array) -> Array:
 
     .. math:: \|A_-\|_F \le \|A + \eta I - LL^H\|_F + \eta\sqrt n,
 
-    so the Cholesky factor of A + ηI is only a guess, and it does not matter what a library leaves
-    in L when it breaks off. The cost is that of one product and a third.
+    so the Cholesky factor of A + ηI is only a guess, and the bound holds whatever a library leaves
+    in L when the factorisation fails. The cost is that of about 4/3 products.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Leading singular triplets one after another, each of what those before it leave."""
+"""Leading singular triplets, found one after another by deflation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from specops.maps.protocol import BlockOperator
 from specops.typing import Array, Namespace
 
 _SEEN = 1e-6
-"""Residual, relative, that is asked for in single precision, where √ε/10 is 3e-5. Of sixty
-separable, nearly orthogonal and symmetric kernels the values of one and of three triplets were then
-within 4e-7 of σ₁; with 3e-5 they were up to 9e-6 off, for two thirds of the products."""
+"""Relative residual to reach in single precision, instead of √ε/10, which would be 3e-5. With it
+the values of one and of three triplets of sixty separable, nearly orthogonal and symmetric kernels
+were within 4e-7 of σ₁; with 3e-5, for two thirds of the products, they were up to 9e-6 off."""
 
 
 def triplets_by_deflation(
@@ -23,26 +23,27 @@ def triplets_by_deflation(
     r"""(u, s, v) of the `k` largest singular values.
 
     With the triplets found so far in V, the next one is the largest of
-    :math:`A (I - V V^H)`. So values that are equal or close are found one by one, where a block
-    of vectors takes the more rounds the closer they are to what it leaves out. In the end the
-    triplets are those of A on the space of all V.
+    :math:`A (I - V V^H)`. So equal or close values are found one by one, whereas iterating a block
+    of vectors takes more rounds the closer its values are to those it leaves out. The triplets
+    returned are those of A on the span of V.
 
     Parameters
     ----------
     xp : namespace
-        Of the arrays.
+        The arrays' namespace.
     operator : BlockOperator
         A; the range of its dtype has to hold ‖A‖².
     start : array, shape (columns, k)
-        A vector for each, with a component along every leading right singular vector.
+        A start vector for each triplet, with a component along every leading right singular
+        vector.
     k : int
-        Triplets wanted.
+        How many triplets to find.
 
     Returns
     -------
     u, s, v : arrays of shape (rows, k), (k,), (columns, k)
-        Values from below. Residuals ‖Aᴴu − σv‖ are about √ε/10 of σ₁, 1e-6 in single precision,
-        unless 1024 products did not suffice.
+        The values are lower bounds. Residuals ‖Aᴴu − σv‖ are about √ε/10 of σ₁, 1e-6 in single
+        precision, unless 1024 products did not suffice.
 
     References
     ----------

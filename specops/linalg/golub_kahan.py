@@ -57,11 +57,12 @@ def largest_singular_triplet(
     computed from the unit vector v, so it is a lower bound of ‖A‖, up to the rounding of one
     product, whatever happened before.
 
-    With θ, θ₂ the leading Ritz values of AᴴA and r = ‖AᴴA v − θv‖, a block has converged when
-    min(r, r²/(θ − θ₂)), by which θ is short, is below 8 units in the last place of θ and r below
-    1e-6·θ, or 256 steps were taken; where a `tolerance` is given, when r is below tolerance·θ. A
-    start that hardly sees the leading vector may have converged to another. Under compilers that
-    know no loop of unknown length, and vmap of torch, 32 steps run without a test.
+    Let θ, θ₂ be the leading Ritz values of AᴴA and r = ‖AᴴA v − θv‖. The error of θ is about
+    min(r, r²/(θ − θ₂)). A block has converged when this is below 8 units in the last place of θ and
+    r is below 1e-6·θ, or 256 steps were taken; where a `tolerance` is given, when r is below
+    tolerance·θ. From a start with hardly any component along the leading vector it may converge
+    to another. Under compilers without loops of unknown length, and under torch's vmap, 32 steps
+    run without a test.
 
     Parameters
     ----------
@@ -72,7 +73,7 @@ def largest_singular_triplet(
     start : array, shape (columns,)
         Any vector with a component along the leading right singular vector of each block.
     tolerance : float, optional
-        Of v: the residual of its eigenvalue equation, relative.
+        Relative residual of v in its eigenvalue equation at which to stop.
     max_steps : int
         Limit on the products with AᴴA; where it is reached, σ is still a lower bound.
 

@@ -11,9 +11,10 @@ from specops.typing import Array, Namespace
 def gram_iteration(xp: Namespace, a: Array, steps: int = 6) -> Array:
     r"""σ₁ ≤ ‖(AᴴA)^(2^(t−1))‖_F^(1/2^t) for stacked matrices, t = `steps`.
 
-    Each step squares the Gram matrix, rescaled, its scale kept as a logarithm. The excess is at
-    most a factor n_eff^(1/2^(t+1)), n_eff being the number of values near the largest: for
-    t = 6 0.4 % on a Gaussian matrix, 4 % on 256 equal values. Rounding is allowed for.
+    Each step squares the rescaled Gram matrix, whose scale is kept as a logarithm. The bound is too
+    large by a factor of at most n_eff^(1/2^(t+1)), n_eff being the number of values near the
+    largest: for t = 6 by 0.4 % on a Gaussian matrix, and 4 % on 256 equal values. The bound
+    includes an allowance for rounding.
 
     References
     ----------

@@ -28,8 +28,8 @@ def inside(xp: Namespace, a: Array, limit: Array, *, sharp: bool = False) -> Arr
     r"""Which of stacked matrices have ‖A‖ ≤ limit: booleans of shape (...).
 
     They are those for which limit²·I − G has a Cholesky factor, G being the Gram matrix of the
-    smaller side. In single precision first, with a margin; what that leaves open is settled in
-    double precision, or by the singular values where a device has none.
+    smaller side. Single precision, with a margin, is tried first. Matrices that it does not decide
+    are tested in double precision, or by their singular values on a device without it.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ def inside(xp: Namespace, a: Array, limit: Array, *, sharp: bool = False) -> Arr
     limit : array, shape (...)
         Positive.
     sharp : bool
-        Skip single precision: for matrices that are known to be close to the limit.
+        Whether to skip single precision, for matrices that are known to be close to the limit.
     """
     on_host = None if arrays.solves_alone(a) else arrays.on_host(a)
     if on_host is not None:

@@ -22,10 +22,10 @@ class Ritz:
     values : ndarray (steps,)
         Ascending.
     residuals : ndarray (steps,)
-        ‖A q − θ q‖ of each Ritz pair, and an allowance for rounding: A has an eigenvalue at
+        ‖A q − θ q‖ of each Ritz pair plus an allowance for rounding: A has an eigenvalue at
         most that far from θ.
     weights : ndarray (steps,)
-        Squared first components of the Ritz vectors: the quadrature of Gauss for the start.
+        Squared first components of the Ritz vectors: the weights of Gauss quadrature for `start`.
     """
 
     values: np.ndarray
@@ -60,11 +60,11 @@ def lanczos(
     product : callable
         x ↦ A x for a symmetric A.
     start : array (n,)
-        Not zero.
+        The start vector, which must not be zero.
     steps : int
-        Products at the most; n are enough.
+        Largest number of products; n are enough.
     settled : callable, optional
-        Ends the process early.
+        Takes the `Ritz` values so far and returns whether to stop early.
 
     Raises
     ------

@@ -47,21 +47,21 @@ def leading_triplets(
     operator : Operator
         A.
     start : array, shape (columns, p)
-        p ≥ k vectors; some more than k help where values are close.
+        p ≥ k start vectors; some more than k help if values are close.
     k : int
-        Triplets wanted.
+        How many triplets to find.
     iterations : int
-        Rounds at the most.
+        Largest number of rounds.
     tolerance : float, optional
         Stop when all residuals ‖Aᴴu − σv‖ are below this times σ₁; default √ε/10 of the dtype,
         at which the values have converged to about ε.
     floor : array, shape (), optional
-        Residuals of values at or below it do not count.
+        Residuals of values at or below it are ignored.
 
     Returns
     -------
     u, s, v : arrays of shape (rows, k), (k,), (columns, k)
-        Values from below: each s[i] is at most σ_i.
+        The values are lower bounds: each s[i] is at most σ_i.
     basis : array, shape (columns, p)
         All of V, to start the next call from.
 

@@ -15,8 +15,8 @@ from specops.typing import Array, Namespace
 def polar_iteration(xp: Namespace, x: Array, quintics: tuple[Quintic, ...]) -> Array:
     r"""U p(Σ) Vᴴ for stacked x = U Σ Vᴴ, p being the composition of the quintics.
 
-    With singular values in [0, 1] and `sign_quintics` the polar factor; of a Hermitian matrix
-    its sign. Three products per quintic on the smaller side:
+    With singular values in [0, 1] and the quintics of `sign_quintics` it is the polar factor, and
+    for a Hermitian matrix its sign. Each quintic takes three products on the smaller side:
 
     .. math:: X \leftarrow X\,(aI + bY + cY^2),\quad Y = X^H X.
 

@@ -17,8 +17,9 @@ _POLAR = {eps: sign_quintics(POLAR_RESOLUTION * eps, 8.0 * eps) for eps in EPSIL
 def polar_by_products(xp: Namespace, a: Array) -> tuple[Array, Array]:
     r"""U Vᴴ for stacked a = U Σ Vᴴ, and how far from orthonormal it is.
 
-    Polar Express on a divided by a certified bound of its norm: 3 products per quintic (30 in
-    single and 78 in double precision for square matrices), 6 for the bound, 1 for the check.
+    This is Polar Express on `a` divided by a certified bound of its norm. It takes 3 products per
+    quintic (30 in single and 78 in double precision for square matrices), 6 for the bound and 1
+    for the check.
 
     Parameters
     ----------

@@ -21,10 +21,10 @@ def product_rounding(xp: Namespace, a: Array, b: Array, product: Array) -> Array
 
     k being the length of the inner products. The bound k·ε·‖A‖·‖B‖, which always holds, is too
     large to be useful: the rounding errors of a sum are nearly independent, so they grow like √k.
-    They are not in sums of terms of equal size, where they drift like k. The last term accounts for
-    these: it has the entries between even rows of A and even columns of B, which are those whose
-    entries have about the same modulus. The model is two to three times the errors that were
-    measured (OpenBLAS, MKL, Eigen).
+    In sums of terms of equal size they are not independent and grow like k, for which the last term
+    accounts: its even part of AB has the entries from rows of A and columns of B whose own entries
+    have about the same modulus. The model gives two to three times the errors that were measured
+    (OpenBLAS, MKL, Eigen).
 
     References
     ----------

@@ -39,7 +39,7 @@ def soft_threshold(
     limit : array, shape (...)
         Positive.
     grams : array, optional
-        What `gram` gives for `a`, if it is at hand.
+        The result of `gram` for `a`, if the caller has it.
     """
     found = by_gram(xp, a, limit, GRAM_RANGE, grams)
     if found is None and arrays.by_workers(a):

@@ -44,16 +44,17 @@ def spectral_function(
     a : array, shape (..., m, n)
         Scaled so that squares neither overflow nor underflow.
     function : callable
-        f, of the values and the parameters.
+        The function f, called with the values and the parameters.
     parameters : array
-        What else the result can be differentiated by.
+        Parameters of f, with respect to which the result can be differentiated.
 
     Notes
     -----
-    Where f has a kink the derivative is one of its neighbours'; where f(0) is not 0 there is none
-    at singular matrices, and what is given is finite. Of Σ symmetric functions are differentiable
-    where values are repeated, and each value is where it is not. Second derivatives are those of
-    the SVD: at repeated values they are NaN. Under `torch.compile` there are none.
+    At a kink of f the derivative is that from one side. If f(0) is not 0, there is no derivative at
+    singular matrices, and a finite value is given instead. As to Σ, single values are
+    differentiable where they are not repeated, and symmetric functions of the values everywhere.
+    Second derivatives are those of the SVD: they are NaN at repeated values. Under `torch.compile`
+    there are none.
     """
 
     def expansion(change: Array | None, factors: tuple[Array, ...], *parameters: Array) -> Any:

@@ -35,13 +35,13 @@ def log_spec_fro(
     Parameters
     ----------
     weights : sequence of array, or mapping of name to array
-        Of all layers.
+        The weights of all layers.
     margin : float or array
-        γ > 0, of a sample or a percentile over samples (`margins`). Where it is not positive
-        the result is inf: what is classified wrongly has no margin.
+        γ > 0, of a sample or a percentile over samples (`margins`). The result is inf if it is
+        not positive, because a misclassified sample has no margin.
     geometries : sequence of Dense or Conv, or mapping by the same names; optional
-        Of each weight; None is ``Dense()``. With a `Conv` norm and stable rank are the
-        operator's, with ``Dense()`` those of the reshaped kernel, which papers use.
+        The geometry of each weight; None is ``Dense()``. With a `Conv`, norm and stable rank are
+        the operator's; with ``Dense()`` they are those of the reshaped kernel, as in papers.
 
     Returns
     -------
@@ -50,9 +50,10 @@ def log_spec_fro(
     Raises
     ------
     ValueError
-        No weights, sequences of different lengths.
+        There are no weights, or the sequences have different lengths.
     GeometryError, UnsupportedArrayError, NonFiniteError
-        As `specops.stable_rank`; stacks and fused blocks, which have several norms.
+        As in `specops.stable_rank`. Stacks and fused blocks are refused, as they have several
+        norms.
 
     References
     ----------
@@ -84,13 +85,13 @@ def log_spec_l1(
               \Bigl(\sum_i\frac{\|W_i^T\|_{2,1}^{2/3}}{\|W_i\|_2^{2/3}}\Bigr)^3 / \gamma^2,
 
     with :math:`\|W^T\|_{2,1}` the sum over output units of the ℓ₂ norms of their rows: the
-    spectrally normalised margin bound. What it tells is as for `log_spec_fro`.
+    spectrally normalised margin bound. Read it as `log_spec_fro`.
 
     Parameters
     ----------
     weights, margin, geometries
-        As `log_spec_fro`. The output units of a `Conv` are those of every position, so that it
-        needs an ``input_shape``.
+        As in `log_spec_fro`. A `Conv` has one output unit for every channel and position, so that
+        it needs an ``input_shape``.
 
     Returns
     -------
@@ -99,7 +100,7 @@ def log_spec_l1(
     Raises
     ------
     ValueError, GeometryError, UnsupportedArrayError, NonFiniteError
-        As `log_spec_fro`; a `Conv` without an input size.
+        As in `log_spec_fro`; also for a `Conv` without an input size.
 
     References
     ----------
@@ -123,14 +124,14 @@ def log_jac_norm(hidden_norms: Array, jacobian_norms: Array, margin: Array) -> A
     r"""The logarithm of Jac-Norm, :math:`\sum_i\|h_i\|_2\|J_i\|_2/\gamma`, sample by sample.
 
     :math:`h_i` is the i-th hidden layer and :math:`J_i = \partial\gamma/\partial h_i`. Unlike
-    Spec-Fro and Spec-L1 it depends on the data, and sees how the network behaves there.
+    Spec-Fro and Spec-L1 it depends on the data, and so on the network's behaviour there.
 
     Parameters
     ----------
     hidden_norms, jacobian_norms : array (layers, n)
         As ``margin_jacobians`` of an adapter gives them.
     margin : array (n,)
-        γ; where it is not positive the result is inf.
+        γ; the result is inf for samples for which it is not positive.
 
     Returns
     -------
@@ -139,7 +140,7 @@ def log_jac_norm(hidden_norms: Array, jacobian_norms: Array, margin: Array) -> A
     Raises
     ------
     ValueError
-        Shapes that do not fit.
+        The shapes do not fit each other.
 
     References
     ----------

@@ -11,7 +11,8 @@ from specops.geometry.arguments import non_negative
 def generalization_gap(train: Sequence[float], test: Sequence[float], threshold: float) -> float:
     """The least train − test accuracy once the test accuracy exceeds a threshold.
 
-    It compares training methods at equal quality; one final gap rewards what has learnt nothing.
+    It compares training methods at equal quality, whereas the gap at the end of training rewards a
+    network that has learnt nothing.
 
     Parameters
     ----------
@@ -28,7 +29,7 @@ def generalization_gap(train: Sequence[float], test: Sequence[float], threshold:
     Raises
     ------
     ValueError
-        Sequences of different lengths or none at all, a threshold that is not a finite number
+        The sequences are empty or of different lengths, or the threshold is not a finite number
         of zero or more.
 
     References

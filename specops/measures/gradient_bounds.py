@@ -14,14 +14,14 @@ from specops.typing import Array
 
 
 class GradientNormBounds(NamedTuple):
-    """Upper bounds of the norms of a network's gradients by its weights.
+    """Upper bounds of the norms of a network's gradients with respect to its weights.
 
     Attributes
     ----------
     layers : tuple of float or array (n,)
-        Of each layer's gradient.
+        The bound for each layer's gradient.
     total : float or array (n,)
-        Of the gradient by all of them: the root of the sum of squares.
+        The bound for the gradient with respect to all weights: the root of the sum of squares.
     """
 
     layers: tuple[float | Array, ...]
@@ -31,14 +31,14 @@ class GradientNormBounds(NamedTuple):
 def gradient_norm_bounds(
     norms: Sequence[float], input_norm: float | Array, *, activations: float = 1.0
 ) -> GradientNormBounds:
-    r"""Upper bounds of each layer's gradient, by the norms of all others.
+    r"""Upper bounds of each layer's gradient, from the norms of all other layers.
 
     .. math:: \|\nabla_{W_t} D(x)\|_F \le
               \|x\|\,\prod_i Lip(a_i)\,\prod_{i\ne t}\|W_i\|_2
 
     for :math:`D = a_L\circ W_L\circ\dots\circ a_1\circ W_1` with one output. Where all norms are
     at most 1, as under spectral normalisation, that is :math:`\|x\|\prod_i Lip(a_i)`, and
-    √L times as much for the whole gradient. Measured ones are `gradient_norms`.
+    √L times as much for the whole gradient. `gradient_norms` measures the norms themselves.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ def gradient_norm_bounds(
     input_norm : float or array (n,)
         ‖x‖₂.
     activations : float
-        :math:`\prod_i Lip(a_i)`: 1 for ReLU and an output as it is, 1/4 with a sigmoid behind.
+        :math:`\prod_i Lip(a_i)`: 1 for ReLU layers, and 1/4 if a sigmoid follows the last.
 
     Returns
     -------
@@ -57,14 +57,14 @@ def gradient_norm_bounds(
     Raises
     ------
     ValueError
-        No norm; a number that is negative or not finite.
+        There is no norm, or a number is negative or not finite.
 
     Notes
     -----
-    Holds without biases, for activations that keep zero (ReLU, leaky ReLU, tanh; the last may
-    be any), and by the weight that the layer computes with: under a normalisation of the
-    forward pass not by the raw parameter. The gradient by a kernel of k taps is at most √k times
-    as large, with the operator's norms.
+    The bounds hold without biases, for activations that keep zero (ReLU, leaky ReLU, tanh; the
+    last may be any). The gradients are those with respect to the weight that the layer computes
+    with, which under a normalisation of the forward pass is not the raw parameter. The gradient
+    with respect to a kernel of k taps is at most √k times as large, with the operator's norms.
 
     References
     ----------
@@ -87,12 +87,12 @@ def gradient_norm_bounds(
 def hessian_norm_bounds(
     norms: Sequence[float], input_norm: float | Array, *, output_curvature: float
 ) -> tuple[float | Array, ...]:
-    r"""Upper bounds of each layer's Hessian, by the norms of all others.
+    r"""Upper bounds of each layer's Hessian, from the norms of all other layers.
 
     .. math:: \|H_{W_t} D(x)\|_2 \le \|H_o\|_2\,\|x\|^2\,\prod_{i\ne t}\|W_i\|_2^2
 
-    for ReLU and leaky ReLU between the layers, with :math:`H_o` the Hessian by what the last
-    activation is applied to.
+    for ReLU and leaky ReLU between the layers, with :math:`H_o` the Hessian with respect to the
+    input of the last activation.
 
     Parameters
     ----------
@@ -105,7 +105,8 @@ def hessian_norm_bounds(
     Returns
     -------
     tuple of float or array (n,)
-        Of each layer, in the order of the norms; inf where a bound exceeds what a float holds.
+        The bound of each layer, in the order of the norms; inf where a bound exceeds what a float
+        holds.
 
     Raises
     ------
@@ -114,8 +115,8 @@ def hessian_norm_bounds(
 
     Notes
     -----
-    Of the blocks of single layers; the Hessian by all weights has others beside them. Where a
-    ReLU bends there is no second derivative.
+    These are the blocks of single layers on the diagonal of the Hessian; its other blocks are not
+    bounded. At the kink of a ReLU there is no second derivative.
 
     References
     ----------

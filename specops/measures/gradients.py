@@ -11,16 +11,16 @@ from specops import arrays
 def gradient_norms(gradients: Mapping[str, Any]) -> dict[str, float]:
     r"""The Frobenius norm of each gradient, :math:`\|\nabla_{W_i} L\|_F`.
 
-    Ratios of many orders of magnitude between layers tell of vanishing or exploding gradients;
+    Ratios of many orders of magnitude between layers indicate vanishing or exploding gradients;
     under spectral normalisation of a ReLU network each is at most
     :math:`\|x\|\prod_i Lip(a_i)`. Single figures depend on the scale of the loss.
 
     Parameters
     ----------
     gradients : mapping of str to array or None
-        By name: ``{name: p.grad for name, p in model.named_parameters()}``, or a flat dict of
-        what ``jax.grad`` gave. None is left out. For :math:`\nabla_x L` of a batch see
-        ``input_gradient_norms`` of an adapter.
+        Gradients by name: ``{name: p.grad for name, p in model.named_parameters()}``, or a flat
+        dict of what ``jax.grad`` gave. Entries that are None are left out. For
+        :math:`\nabla_x L` of a batch see ``input_gradient_norms`` of an adapter.
 
     Returns
     -------

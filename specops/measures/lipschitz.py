@@ -23,9 +23,9 @@ class LipschitzBound(NamedTuple):
     log : float
         Its natural logarithm, which does not overflow; -inf for a constant function.
     factors : tuple of float
-        What each layer contributes.
+        The factor of each layer.
     layers : tuple of str
-        The names of what the factors are of, where they are known.
+        The names of the layers that the factors belong to, if they are known.
     """
 
     log: float
@@ -39,7 +39,7 @@ class LipschitzBound(NamedTuple):
 
 
 class LocalLipschitz(NamedTuple):
-    """‖J‖₂ at a point, from below.
+    """A lower bound of ‖J‖₂ at a point.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ class LocalLipschitz(NamedTuple):
     error : float
         J has a singular value at most that far from `value`.
     steps : int
-        Products from each side.
+        Number of products from each side.
     """
 
     value: float
@@ -59,8 +59,9 @@ class LocalLipschitz(NamedTuple):
 def lipschitz_upper_bound(layers: Sequence[Any]) -> LipschitzBound:
     r"""The product of a sequential network's factors, :math:`\prod_i\|W_i\|_2\prod_i Lip(a_i)`.
 
-    No pair of inputs is told further apart than by this factor. It is certified and can be
-    orders of magnitude too large: it assumes that the leading directions of all layers meet.
+    The distance of two outputs is at most this factor times that of their inputs. The bound is
+    certified, and can be orders of magnitude too large: it assumes that the leading directions of
+    all layers align.
 
     Parameters
     ----------
@@ -78,14 +79,16 @@ def lipschitz_upper_bound(layers: Sequence[Any]) -> LipschitzBound:
     Raises
     ------
     ValueError
-        A number that is negative or not finite; no layer.
+        A number is negative or not finite, or there is no layer.
     GeometryError, NonFiniteError
-        As `specops.spectral_norm_bounds`; a stack of matrices, which has several norms.
+        As in `specops.spectral_norm_bounds`. A stack of matrices is refused, as it has several
+        norms.
 
     Notes
     -----
-    Not for residual networks: a skip connection adds, ``1 + Lip(branch)``; give the sum of a
-    block as one number. `specops_torch.lipschitz_upper_bound` reads a model with its branches.
+    The product does not hold for residual networks, where a block with a skip connection has the
+    constant ``1 + Lip(branch)``: give that as one number. `specops_torch.lipschitz_upper_bound`
+    reads a model with its branches.
 
     References
     ----------
@@ -124,8 +127,9 @@ def local_lipschitz(
 ) -> LocalLipschitz:
     r"""The norm of a function's Jacobian at a point, :math:`\|J_f(x)\|_2`, by Lanczos.
 
-    How much the function stretches the worst small change of this input. A lower bound of the
-    Lipschitz constant, never a certificate: other points, and even this one, may be worse.
+    It tells how much the function amplifies the worst small change of this input. It is a lower
+    bound of the Lipschitz constant, never a certificate: the true norm may be larger at other
+    points, and even at this one.
 
     Parameters
     ----------
@@ -134,9 +138,9 @@ def local_lipschitz(
     tolerance : float
         Stop when the error is below tolerance · value.
     max_steps : int
-        Products with JᵀJ (or JJᵀ, the smaller one) at the most.
+        Largest number of products with JᵀJ (or JJᵀ, the smaller one).
     seed : int
-        Of the start, which is the same on every backend.
+        Seed of the start vector, which is the same on every backend.
 
     Returns
     -------
@@ -145,7 +149,7 @@ def local_lipschitz(
     Raises
     ------
     ValueError
-        A tolerance that is not positive, fewer than one step.
+        The tolerance is not positive, or `max_steps` is below 1.
     NonFiniteError
         A product holds NaN or infinity.
 

@@ -16,15 +16,15 @@ from specops.typing import Array
 def margins(logits: Array, labels: Array) -> Array:
     r"""How far the right class is ahead, :math:`\gamma = f(x)_y - \max_{j\ne y} f(x)_j`.
 
-    Positive for what is classified rightly. Its size means nothing by itself, as outputs may
-    be scaled at will: complexities divide by it.
+    It is positive for samples that are classified correctly. Its size means nothing by itself, as
+    outputs can be scaled at will: complexity measures divide by it.
 
     Parameters
     ----------
     logits : array (n, classes)
-        Outputs, at least two classes.
+        Outputs for at least two classes.
     labels : integer array (n,)
-        Of the right classes.
+        Indices of the right classes.
 
     Returns
     -------
@@ -33,7 +33,7 @@ def margins(logits: Array, labels: Array) -> Array:
     Raises
     ------
     ValueError
-        Shapes that do not fit, one class only, a label that is no class.
+        The shapes do not fit, there is one class only, or a label is no class.
 
     References
     ----------
@@ -70,9 +70,9 @@ class MarginJacobians(NamedTuple):
     Attributes
     ----------
     hidden_norms, jacobian_norms : array (layers, n)
-        Norms of hidden layers, and of the margin's gradients by them.
+        Norms of hidden layers, and of the margin's gradients with respect to them.
     margins : array (n,)
-        Of the samples.
+        The samples' margins.
     """
 
     hidden_norms: Array

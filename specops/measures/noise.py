@@ -28,24 +28,26 @@ def noise_sensitivity(
     Parameters
     ----------
     function : callable
-        (n, ...) → (n, ...), every sample by itself: a network in evaluation, without gradients.
+        Maps (n, ...) to (n, ...), every sample independently: a network in evaluation mode,
+        without gradients.
     x : array (n, ...)
         Inputs.
     samples : int
-        Draws of the noise; the mean over them has a relative error of about √(2/samples) where
-        few directions carry the noise, and far less where many do.
+        Number of draws of the noise; the mean over them has a relative error of about
+        √(2/samples) if few directions carry the noise, and far less if many do.
     seed : int
-        Of the noise, which is the same on every backend.
+        Seed of the noise, which is the same on every backend.
 
     Returns
     -------
     array (n,)
-        In compute precision; inf where f(x) is zero and noise moves it, NaN where it does not.
+        In compute precision. If f(x) is zero, it is inf where noise changes it, and NaN where
+        noise does not.
 
     Raises
     ------
     ValueError
-        Fewer than one draw, or outputs of another number of samples.
+        `samples` is below 1, or there are not as many outputs as inputs.
 
     References
     ----------

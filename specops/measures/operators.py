@@ -10,14 +10,14 @@ from specops.typing import Array
 
 @runtime_checkable
 class SymmetricOperator(Protocol):
-    """A symmetric matrix by its products: the Hessian of a loss.
+    """A symmetric matrix, as products with vectors, such as the Hessian of a loss.
 
     Attributes
     ----------
     shape : (int, int)
-        Of the matrix.
+        The shape of the matrix.
     like : array
-        Vectors have its namespace and device, and its dtype; of half precision, float32.
+        Vectors have its namespace, device and dtype, or float32 if it has half precision.
     """
 
     shape: tuple[int, int]

@@ -28,8 +28,8 @@ def lipschitz_ratios(
 
     .. math:: \frac{\|f(x_i) - f(x_j)\|_2}{\|x_i - x_j\|_2}
 
-    Each ratio is a lower bound of the Lipschitz constant; their histogram and its 95th
-    percentile tell how the function behaves between samples, not how it can be made to behave.
+    Each ratio is a lower bound of the Lipschitz constant. Their histogram and its 95th percentile
+    tell how the function behaves between samples, not how it behaves in the worst case.
 
     Parameters
     ----------
@@ -42,9 +42,9 @@ def lipschitz_ratios(
         Classes: pairs are then of one class. Of each random pair the class is drawn first,
         uniformly, as for a conditional generator.
     pairs : int
-        How many random pairs; all of them, if there are no more.
+        How many random pairs to take; all pairs are taken if there are no more.
     seed : int
-        Of the choice, which is the same on every backend.
+        Seed of the choice, which is the same on every backend.
 
     Returns
     -------
@@ -54,8 +54,8 @@ def lipschitz_ratios(
     Raises
     ------
     ValueError
-        No pair: fewer than two samples, or none of one class. Different numbers or shapes of
-        samples, or numbers of labels.
+        There is no pair, because there are fewer than two samples or none of the same class; or
+        the shapes or numbers of samples, or the numbers of labels, do not fit.
 
     References
     ----------

@@ -37,7 +37,7 @@ def tsuzuku_alpha(w: Array, geometry: Conv) -> float:
     Raises
     ------
     GeometryError
-        No `Conv`, or one that does not fit the array.
+        The geometry is not a `Conv`, or does not fit the array.
 
     References
     ----------

@@ -23,7 +23,7 @@ class SpectrumEnds(NamedTuple):
         The operator has an eigenvalue at most that far from each, up to the rounding of its
         products. That none lies further out is likely after convergence, but not certified.
     steps : int
-        Products taken.
+        Number of products that were computed.
     """
 
     smallest: float
@@ -41,7 +41,7 @@ class SpectralDensity(NamedTuple):
     grid : ndarray (points,)
         Eigenvalues.
     density : ndarray (points,)
-        Share of eigenvalues per unit: integrates to 1.
+        Density of the eigenvalues on the grid, which integrates to 1.
     """
 
     grid: np.ndarray
@@ -65,9 +65,9 @@ def spectrum_ends(
     tolerance : float
         Stop when both errors are below tolerance · max(\|smallest\|, \|largest\|).
     max_steps : int
-        Products at the most. So many vectors of the operator's size are kept.
+        Largest number of products. As many vectors of the operator's size are kept.
     seed : int
-        Of the start, which is the same on every backend.
+        Seed of the start vector, which is the same on every backend.
 
     Returns
     -------
@@ -76,13 +76,13 @@ def spectrum_ends(
     Raises
     ------
     ValueError
-        A tolerance that is not positive, fewer than one step.
+        The tolerance is not positive, or `max_steps` is below 1.
     NonFiniteError
         A product holds NaN or infinity.
 
     Notes
     -----
-    Single precision ends at errors of about 1e-6 of the larger end.
+    In single precision errors do not fall below about 1e-6 of the larger end.
 
     References
     ----------
@@ -136,21 +136,21 @@ def spectral_density(
               \frac1p\sum_{j\le p}\sum_k \omega_{jk}\, N(t;\, \theta_{jk},\, s^2)
 
     with the Ritz values θ and Gauss weights ω of p random starts, smoothed by normal densities.
-    It shows the bulk, and how many eigenvalues stand apart from it; single eigenvalues it does
-    not resolve, and shares below 1/n·probes are noise.
+    It shows the bulk of the eigenvalues, and how many lie apart from it. It does not resolve
+    single eigenvalues, and fractions below 1/n·probes are noise.
 
     Parameters
     ----------
     operator : SymmetricOperator
         From ``hessian_operator`` of an adapter.
     steps, probes : int
-        Products for each start, and starts.
+        The number of products for each start vector, and the number of start vectors.
     points : int
-        Of the grid, at least 16; it reaches past both ends by 4 s.
+        Number of points of the grid, at least 16; it extends past both ends by 4 s.
     width : float
-        s as a share of the distance between the ends; at least 2/points.
+        s as a fraction of the distance between the ends; at least 2/points.
     seed : int
-        Of the starts.
+        Seed of the start vectors.
 
     Returns
     -------
@@ -159,7 +159,7 @@ def spectral_density(
     Raises
     ------
     ValueError
-        A width that is not positive, a count below one, fewer points than 16.
+        The width is not positive, a count is below 1, or there are fewer points than 16.
     NonFiniteError
         A product holds NaN or infinity.
 

@@ -22,9 +22,9 @@ class ParameterVariance(NamedTuple):
     Attributes
     ----------
     measured : float
-        Over the entries.
+        The variance over the entries.
     bound : float
-        What it never exceeds, but for rounding; inf where nothing bounds it.
+        An upper bound of it, up to rounding; inf if none is known.
     """
 
     measured: float
@@ -45,8 +45,8 @@ def parameter_variance(
     both ways to reshape it, at most :math:`4/(k(\sqrt{c_{in}} + \sqrt{c_{out}})^2)`; one divided
     by its operator's norm, at most the operator's rank over the entries of the kernel and the
     outputs of the tap that fewest read, on a large grid :math:`1/(k\max(c_{in}, c_{out}))` at
-    stride 1. Much lower figures tell of vanishing gradients where layers are normalised in the
-    forward pass.
+    stride 1. If layers are normalised in the forward pass, much lower variances indicate
+    vanishing gradients.
 
     Parameters
     ----------
@@ -55,10 +55,10 @@ def parameter_variance(
     geometry : Dense or Conv, optional
         One matrix, or a convolution. None: ``Dense()``, for 2-D arrays.
     norm : "reshaped", "bidirectional", "operator" or None
-        What it is divided by; for a `Dense` weight all three are its norm. None: nothing, as
-        without spectral normalisation.
+        The norm that the weight is divided by; for a `Dense` weight all three are the same. None
+        divides by nothing, as without spectral normalisation.
     scale : float
-        s, by which it is multiplied (SSN, BSSN): the variance and its bound have its square.
+        The factor s of the normalised weight (SSN, BSSN); the variance and its bound have s².
 
     Returns
     -------
@@ -67,10 +67,10 @@ def parameter_variance(
     Raises
     ------
     ValueError
-        Another norm; a weight of norm zero; a scale that is not positive and finite.
+        `norm` is unknown, the weight has norm zero, or the scale is not positive and finite.
     GeometryError, UnsupportedArrayError, NonFiniteError
-        As `specops.spectral_norm`; stacks and fused blocks. The operator's norm needs the
-        ``input_shape``.
+        As in `specops.spectral_norm`; also for stacks and fused blocks, and for the operator's
+        norm of a `Conv` without ``input_shape``.
 
     Notes
     -----

@@ -29,7 +29,7 @@ def save(figure: Axes | FigureBase, path: str | os.PathLike[str]) -> Path:
     figure : matplotlib.axes.Axes or matplotlib.figure.Figure
         What a plot returned, or the figure that it is on; all of the figure is written.
     path : path
-        Its ending says the format. Folders are made as needed; a file is replaced.
+        Its suffix determines the format. Folders are made as needed; an existing file is replaced.
 
     Returns
     -------
@@ -39,9 +39,9 @@ def save(figure: Axes | FigureBase, path: str | os.PathLike[str]) -> Path:
     Raises
     ------
     TypeError
-        No figure.
+        `figure` is not a figure.
     ValueError
-        Another ending.
+        The suffix is none of these formats.
 
     Examples
     --------

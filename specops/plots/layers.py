@@ -50,10 +50,10 @@ def norms(
     Raises
     ------
     NonFiniteError, ValueError
-        A norm that is negative, NaN or infinite, no number and no pair of them, or a lower end
-        above the upper; no rows.
+        A norm is negative, NaN or infinite, is neither a number nor a pair of numbers, or has a
+        lower end above the upper; or there are no rows.
     TypeError
-        No mapping, or no axes.
+        `rows` is not a mapping, or `ax` not axes.
 
     Notes
     -----

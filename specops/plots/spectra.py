@@ -67,10 +67,10 @@ def singular_values(
     Raises
     ------
     NonFiniteError, ValueError
-        A spectrum that is empty, not one-dimensional, negative, NaN or infinite, or for
-        any scale but "absolute" all zero; or no spectrum at all.
+        A spectrum is empty, not one-dimensional, negative, NaN or infinite, or, for any scale but
+        "absolute", all zero; or there is no spectrum at all.
     TypeError
-        No mapping, or no axes.
+        `spectra` is not a mapping, or `ax` not axes.
 
     Notes
     -----

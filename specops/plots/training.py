@@ -58,11 +58,11 @@ def spectra_over_training(
     Parameters
     ----------
     history : History or list of dict
-        ``attachment.history``: records of a step, a name and figures. Of a figure that is a
-        list, one entry to a map of a stack or block of a weight, the largest is drawn.
+        ``attachment.history``: records of a step, a name and figures. If a figure is a list, with
+        an entry for each map of a stack or of a fused weight, the largest is drawn.
     figure : str
-        Which: "norm_after" for most rules, "spectral_norm" for `Monitor`, "rank_after" for
-        stable ranks.
+        Which figure to draw: "norm_after" for most rules, "spectral_norm" for `Monitor`,
+        "rank_after" for stable ranks.
     ax : matplotlib.axes.Axes, optional
         Where to draw; None makes a figure that pyplot does not know.
 
@@ -127,9 +127,9 @@ def spectrum_over_training(
     snapshots : mapping of step to array, shape (n,)
         Singular values in any order, by the step at which they were measured.
     name : str
-        The layer's, for the title.
+        The layer's name, for the title.
     scale : {"absolute", "relative", "normalized"}
-        As `singular_values`.
+        As in `singular_values`.
     ax : matplotlib.axes.Axes, optional
         Where to draw; None makes a figure that pyplot does not know.
 

@@ -71,13 +71,13 @@ class LayerCase:
     weight : str
         The weight's name in the report.
     input_shape : tuple of int
-        Of one sample as the layer takes it, without a batch axis.
+        The shape of one sample as the layer takes it, without a batch axis.
     apply : callable
-        The framework's own forward pass on a batch of inputs, NumPy in, NumPy out. A bias may
-        be in effect: the kit takes it off.
+        The framework's own forward pass on a batch of inputs; it takes and returns NumPy arrays.
+        The layer may have a bias, which the kit subtracts.
     geometry : Dense or Conv, optional
-        What a user would declare in ``geometries=`` for a layer that does not tell by itself
-        (fused projections, bare arrays). None: the adapter has to find it.
+        What a user would declare in ``geometries=`` for a layer whose geometry cannot be inferred
+        (fused projections, bare arrays). With None the adapter has to infer it.
     """
 
     label: str

@@ -35,8 +35,8 @@ class AdapterSuite(
 
     Notes
     -----
-    To write: `model`, `layers`, `start`, `array`, `numpy`, and `jit` where it is claimed. Say how
-    a weight is frozen in `freeze`, or that check is skipped. Two more may be overridden where the
+    Implement `model`, `layers`, `start`, `array`, `numpy`, and `jit` if you claim it. Implement
+    `freeze`, which freezes a weight, or that check is skipped. Two more may be overridden if the
     default does not suit: `project` (``specops.project``) and `examine` (how the kit learns a
     layer's weight and geometry).
 

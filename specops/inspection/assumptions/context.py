@@ -39,13 +39,13 @@ class Kernel:
     ----------
     name : str
     outputs : int
-        The channels of the axis that is never divided into groups.
+        Number of channels on the axis that is never divided into groups.
     inputs : int
-        Those of the other: of one group.
+        Number of channels on the other axis: those of one group.
     turned : bool
-        Whether what is behind it says that it is stored the other way round: transposed.
+        Whether the tensors that follow show that it is stored transposed.
     axes : int
-        Of taps.
+        Number of axes of taps.
     part : str
         The part of the model that it is in: the first component of its name.
     parts : list of str
@@ -68,13 +68,13 @@ class Context:
     Attributes
     ----------
     shapes : dict of str to tuple of int
-        Of all tensors, in the order of the file; what is put together of others too.
+        Shapes of all tensors, in the order of the file, and of weights composed of several.
     layout : str
         The framework whose order of axes to assume, or "".
     hints : Hints
-        The user's.
+        The user's hints.
     configuration : Configuration
-        What the file, or one beside it, says of the model.
+        What the file, or one beside it, says about the model.
     ordered : bool
         Whether tensors are known to stand in the order of the model.
     """

@@ -15,9 +15,9 @@ class Reading:
     ----------
     geometry : Dense or Conv
     why : str
-        What speaks for it.
+        The evidence for it.
     shape : tuple of int, optional
-        To see the tensor in, where the geometry needs another one.
+        The shape to view the tensor in, if the geometry needs one other than the stored.
     """
 
     geometry: Geometry
@@ -32,12 +32,12 @@ class Assumption:
     Attributes
     ----------
     readings : tuple of Reading
-        One; several where nothing decides between them, the likeliest first; none if it is not
-        measured.
+        One reading; several, the likeliest first, if nothing decides between them; none if the
+        tensor is not measured.
     skipped : str
         Why it is not measured.
     harmless : bool
-        Whether nothing is missing: biases, counters.
+        Whether skipping it loses nothing, as for biases and counters.
     """
 
     readings: tuple[Reading, ...] = ()

@@ -50,7 +50,7 @@ def stack_or_kernel(
     Returns
     -------
     tuple of str
-        The verdict, what speaks for a stack, and what speaks for a kernel.
+        The verdict, the evidence for a stack, and the evidence for a kernel.
     """
     parts, low = parts_of(name), name.lower()
     tapped = shape[0] if context.taps_first else shape[-1]

@@ -17,15 +17,15 @@ _IN_SETTINGS: Final = "as adapter_config.json has"
 
 @dataclass(frozen=True)
 class Scale:
-    """A factor, and where it comes from.
+    """The factor of a low-rank update, and where it comes from.
 
     Attributes
     ----------
     alpha : str
-        The tensor that holds α, to be divided by the rank; "" where there is none.
+        The tensor that holds α, which is divided by the rank; "" if there is none.
     rank : int
     factor : float
-        Where no tensor holds α.
+        The factor, if no tensor holds α.
     words : str
     """
 

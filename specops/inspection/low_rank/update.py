@@ -24,19 +24,19 @@ class Update:
     Attributes
     ----------
     layer, name : str
-        Of the layer whose weight it is added to, and of itself.
+        The names of the layer to whose weight it is added, and of the update itself.
     shape : tuple of int
         (outputs, inputs, *taps); (outputs, inputs · taps) where the file does not have the taps.
     sources : tuple of str
         Names of the tensors that it is computed from.
     how : str
-        In words.
+        How it is computed, in words.
     make : callable
-        From the tensors, by name, to the update, or to its two factors.
+        Takes the tensors by name and returns the update, or its two factors.
     bases : tuple of str
         Names that the weight may have in the same file.
     turned : bool
-        Whether it is of an array that is stored the other way round: of an embedding, of flax.
+        Whether the weight is stored transposed, as embeddings and flax's kernels are.
     lengths : str
         The tensor with DoRA's lengths, to which the sum is scaled; "" for others.
     obstacle : str
