@@ -67,9 +67,9 @@ def project_stable_rank(
     geometry : Dense or Conv, optional
         The map; None is ``Dense()`` for a two-dimensional array.
     ratio : float, optional
-        In (0, 1]: r = max(1, ratio · min(rows, columns)) of the map's matrix; for a Conv that
-        of the whole operator, all channels and positions, all groups, and in the place of 1
-        the least stable rank of a kernel along its leading direction (Notes).
+        In (0, 1]: r = max(1, ratio · min(rows, columns)) of the map's matrix. For a Conv this is
+        the matrix of the whole operator (all channels, positions and groups), and r is at least
+        the least stable rank of a kernel along its leading direction (Notes) instead of 1.
     target : float, optional
         r itself, finite and at least 1. Exactly one of the two is given; each may also be a
         0-d array of the caller's namespace, which a compiler may trace.

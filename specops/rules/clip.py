@@ -68,10 +68,10 @@ class ClipSpectralNorm(Scheduled, WeightRule):
     the estimate is multiplied by the factor by which it fell short of the norm at the last
     certificate, and the product is no bound.
 
-    A small zero-padded convolution ends at the bound, a larger one below it, since a torus that
-    contains it is constrained: a projection leaves it up to a few per cent lower, and many in
-    training add up on few points (48 channels ended at 0.85 of the bound on 4×4, others at 0.98 on
-    8×8, in the example on digits).
+    A small zero-padded convolution ends at the bound. A larger one ends below it, since a torus
+    that contains it is constrained: one projection leaves it up to a few per cent lower, and many
+    projections in training add up on grids of few points (in the example on digits 48 channels
+    ended at 0.85 of the bound on 4×4, others at 0.98 on 8×8).
     Compiled, any convolution may end below it: by up to a tenth on grids of few points, by more
     where the strides of a circular one do not divide its grid. `project_spectral_ball` says which.
 

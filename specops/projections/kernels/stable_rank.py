@@ -56,7 +56,7 @@ def project_kernel(
     refuse_unread(state)
     candidates, rank, least = kernel_candidates(given, geometry, direction, limit)
     if ratio is not None:
-        # As 1 of matrices: one ratio is for all layers of a network.
+        # Raise the limit to the least rank, as to 1 for matrices: one ratio then suits all layers.
         limit = xp.where(limit < least, least, limit)
     above = rank > limit * (1.0 + tolerance)
     info = StableRankInfo(rank, rank, xp.zeros_like(rank), 0, 0, _state(v))
