@@ -82,10 +82,10 @@ def project(
     Parameters
     ----------
     model, rule_or_plan, geometries
-        As `attach`. A convolution whose input size `geometries` do not give is constrained for
+        As in `attach`. A convolution whose input size `geometries` do not give is constrained for
         every size; a rule that needs a size leaves it alone, with a warning.
     **options
-        As `attach`.
+        As in `attach`.
 
     Returns
     -------

@@ -84,7 +84,7 @@ class Attachment(BaseAttachment[Constrained[Entry]]):
             A gradient of no array, of another shape or dtype, or read-only; all are left as they
             were.
         NonFiniteError
-            As `step`.
+            As in `step`.
         """
         self.look()
         of_stage = [c for c in self._constrained if c.stage == "gradients"]
@@ -138,7 +138,7 @@ def attach(
         written to in place, as NumPy's; all of one library. The dict is looked at anew in each
         call, so an array may be updated in place or replaced by another of its shape.
     rule_or_plan, every
-        As `specops.attach`.
+        As in `specops.attach`.
     geometries : dict of str to Dense or Conv
         Which map each array is, by patterns of names. It is never guessed: what is not named
         here is left alone, or an error where the plan names it.
@@ -148,7 +148,7 @@ def attach(
     history : int
         Records kept.
     log : callable or SummaryWriter, optional
-        As `Attachment.log_to`.
+        As in `Attachment.log_to`.
 
     Returns
     -------

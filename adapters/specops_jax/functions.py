@@ -75,11 +75,11 @@ def project_params(
     Parameters
     ----------
     params, plan, geometries
-        As `init`.
+        As in `init`.
     state : SpecopsState
         The state from `init`, or from the previous call.
     on_host : bool, optional
-        As `constrain`.
+        As in `constrain`.
 
     Returns
     -------
@@ -124,7 +124,7 @@ def enforce(params: Params, plan: Any, geometries: Geometries | None = None) -> 
     Parameters
     ----------
     params, plan, geometries
-        As `init`.
+        As in `init`.
 
     Raises
     ------
@@ -153,7 +153,7 @@ def normalize_params(
     Parameters
     ----------
     params, plan, state, geometries
-        As `project_params`.
+        As in `project_params`.
     scales : dict of str to array, optional
         Current values of the trainable scales that `init_scales` gave.
 
@@ -207,7 +207,7 @@ def penalty(
     Parameters
     ----------
     params, plan, state, geometries
-        As `project_params`.
+        As in `project_params`.
 
     Returns
     -------
@@ -265,7 +265,7 @@ def init_scales(
     Parameters
     ----------
     params, plan, geometries
-        As `init`.
+        As in `init`.
 
     Returns
     -------

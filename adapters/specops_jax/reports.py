@@ -33,9 +33,9 @@ def report(
     Parameters
     ----------
     params, plan, geometries
-        As `init`.
+        As in `init`.
     state : SpecopsState, optional
-        As `project_params`.
+        As in `project_params`.
     measure : bool
         False leaves the norms out, and looks at no array.
 

@@ -52,7 +52,7 @@ def attach(
         Its layers determine which map a weight is. Convolutions are watched for the largest input
         they see; one that has not run yet is constrained for every size.
     rule_or_plan, every, geometries
-        As `specops.attach`.
+        As in `specops.attach`.
     on_nonfinite : "raise", "skip" or "warn"
         What to do about a weight that holds NaN or infinity. It is left as it was in any case;
         "raise" leaves all others as they were, too.
@@ -82,7 +82,7 @@ def attach(
     Warns
     -----
     CautionWarning
-        Of most of the model's matrices no map is known, so that the plan leaves them alone; or
+        The plan leaves most of the model's matrices alone, because no map is known of them; or
         another attachment acts on one of the weights in the same stage.
 
     Notes
@@ -91,11 +91,11 @@ def attach(
     earlier one are left alone and listed in the report; freezing a layer or adding a parameter
     group later is noticed at the next step. Project before averaging (EMA).
 
-    Of sharded parameters (`fully_shard`, DTensors) the logical matrices are constrained. Every rank
+    For sharded parameters (`fully_shard`, DTensors) rules act on the logical matrices. Every rank
     attaches, after sharding, and calls what needs their numbers: steps, `enforce`, `report`.
 
     Batch normalisation keeps running statistics of the weights that training batches have met.
-    Where rules have since moved those by more than a hundredth, the report calls them stale and
+    If rules have since changed those by more than 1 %, the report calls the statistics stale and
     `Attachment.enforce` warns: before evaluating, estimate them anew by
     ``torch.optim.swa_utils.update_bn(loader, model)``.
 

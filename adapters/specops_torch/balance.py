@@ -64,7 +64,7 @@ def balance_norms(model: nn.Sequential, x: torch.Tensor) -> dict[str, float]:
         A module that is no such layer (normalisation, residual blocks, other activations) or
         has hooks of others, a layer, a weight or a bias that occurs twice, or no layer at all.
     ValueError, NonFiniteError
-        As `specops.balance_norms`.
+        As in `specops.balance_norms`.
 
     References
     ----------

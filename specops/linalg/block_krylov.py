@@ -16,7 +16,7 @@ def krylov_triplets(
     Parameters
     ----------
     a : array, shape (m, n)
-        Of NumPy.
+        A NumPy array.
     start : array, shape (n, width)
         S, of full rank; (depth + 1)·width ≤ min(m, n).
     depth : int

@@ -77,7 +77,7 @@ def clip(
     Parameters
     ----------
     xp : namespace
-        Of the arrays.
+        The arrays' namespace.
     a : array, shape (..., m, n)
         The matrices, scaled so that squares neither overflow nor underflow.
     limit : array, shape (...)

@@ -28,7 +28,7 @@ def clip_by_lobpcg(xp: Namespace, a: Array, limit: Array, start: Array) -> Clipp
     Parameters
     ----------
     xp : namespace
-        Of the arrays.
+        The arrays' namespace.
     a : array, shape (m, n)
         Concrete.
     limit : array, shape ()

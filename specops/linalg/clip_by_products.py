@@ -103,7 +103,7 @@ def clip_by_products(xp: Namespace, a: Array, limit: Array, norms: Array) -> tup
     Parameters
     ----------
     xp : namespace
-        Of the arrays.
+        The arrays' namespace.
     a : array, shape (..., m, n)
         float32, float64 or their complex counterparts, scaled so that squares neither
         overflow nor underflow.

@@ -24,7 +24,7 @@ def negative_part(xp: Namespace, a: Array, shift: Array) -> Array:
     Parameters
     ----------
     xp : namespace
-        Of the arrays.
+        The arrays' namespace.
     a : array, shape (..., n, n)
         Hermitian.
     shift : array, shape (...)

@@ -67,7 +67,7 @@ def largest_singular_triplet(
     Parameters
     ----------
     xp : namespace
-        Of the arrays.
+        The arrays' namespace.
     operator : BlockOperator
         A; the range of its dtype has to hold ‖A‖².
     start : array, shape (columns,)

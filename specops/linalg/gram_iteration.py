@@ -51,7 +51,7 @@ def enclosure(xp: Namespace, a: Array, v: Array) -> tuple[Array, Array]:
     Parameters
     ----------
     xp : namespace
-        Of the arrays.
+        The arrays' namespace.
     a : array, shape (m, n)
         The matrix, scaled to entries near 1.
     v : array, shape (n, p)

@@ -34,7 +34,7 @@ def inside(xp: Namespace, a: Array, limit: Array, *, sharp: bool = False) -> Arr
     Parameters
     ----------
     xp : namespace
-        Of the arrays, which are concrete.
+        The namespace of the arrays, which are concrete.
     a : array, shape (..., m, n)
         Scaled to entries near 1.
     limit : array, shape (...)

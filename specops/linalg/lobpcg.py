@@ -43,7 +43,7 @@ def leading_triplets(
     Parameters
     ----------
     xp : namespace
-        Of the arrays.
+        The arrays' namespace.
     operator : Operator
         A.
     start : array, shape (columns, p)

@@ -24,7 +24,7 @@ def polar_by_products(xp: Namespace, a: Array) -> tuple[Array, Array]:
     Parameters
     ----------
     xp : namespace
-        Of the arrays.
+        The arrays' namespace.
     a : array, shape (..., m, n)
         float32, float64 or their complex counterparts, scaled so that squares neither
         overflow nor underflow.

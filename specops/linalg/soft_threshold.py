@@ -33,7 +33,7 @@ def soft_threshold(
     Parameters
     ----------
     xp : namespace
-        Of the arrays.
+        The arrays' namespace.
     a : array, shape (..., m, n)
         Scaled so that squares neither overflow nor underflow.
     limit : array, shape (...)

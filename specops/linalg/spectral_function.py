@@ -40,7 +40,7 @@ def spectral_function(
     Parameters
     ----------
     xp : namespace
-        Of the arrays.
+        The arrays' namespace.
     a : array, shape (..., m, n)
         Scaled so that squares neither overflow nor underflow.
     function : callable

@@ -155,7 +155,7 @@ def linear_operator(
     Raises
     ------
     GeometryError, UnsupportedArrayError
-        As `singular_values`.
+        As in `singular_values`.
     UnsupportedGeometryError
         A Conv without input size.
 

@@ -97,7 +97,7 @@ def hessian_norm_bounds(
     Parameters
     ----------
     norms, input_norm
-        As `gradient_norm_bounds`.
+        As in `gradient_norm_bounds`.
     output_curvature : float
         :math:`\|H_o\|_2`: 0 without a last activation, and never more than
         :math:`1/(6\sqrt3)\approx 0.0963` for the sigmoid.
@@ -111,7 +111,7 @@ def hessian_norm_bounds(
     Raises
     ------
     ValueError
-        As `gradient_norm_bounds`.
+        As in `gradient_norm_bounds`.
 
     Notes
     -----

@@ -141,9 +141,9 @@ def spectrum_over_training(
     Raises
     ------
     NonFiniteError, ValueError
-        As `singular_values`, or a step that is no number.
+        As in `singular_values`, or a step that is no number.
     TypeError
-        As `singular_values`.
+        As in `singular_values`.
 
     Notes
     -----

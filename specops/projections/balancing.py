@@ -68,7 +68,7 @@ def balance_norms(
     ValueError
         Sequences of different lengths, or a weight of norm zero.
     GeometryError, UnsupportedArrayError, NonFiniteError
-        As `specops.spectral_norm`.
+        As in `specops.spectral_norm`.
 
     References
     ----------

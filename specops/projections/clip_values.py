@@ -59,7 +59,7 @@ def clip_singular_values(
         A Conv that is zero-padded, of no fixed size, or of a stride that does not divide its
         grid: it has no blocks whose values could be clipped.
     GeometryError, UnsupportedArrayError, NonFiniteError
-        As `specops.singular_values`.
+        As in `specops.singular_values`.
 
     Notes
     -----

@@ -50,7 +50,7 @@ def polar_factor(w: Array, geometry: Geometry | None = None, *, method: str = "a
     UnsupportedGeometryError
         A Conv: its polar factor has a kernel as large as the grid.
     GeometryError, UnsupportedArrayError, NonFiniteError
-        As `specops.singular_values`.
+        As in `specops.singular_values`.
 
     Notes
     -----

@@ -52,7 +52,7 @@ def project_schatten_ball(
     UnsupportedGeometryError
         A Conv with p = 1 or 2: these norms sum over the grid.
     GeometryError, UnsupportedArrayError, NonFiniteError
-        As `specops.singular_values`.
+        As in `specops.singular_values`.
 
     References
     ----------

@@ -143,7 +143,7 @@ def project_spectral_ball(
     StateError
         A state of another geometry, of a method that constrains another map, or not finite.
     GeometryError, UnsupportedGeometryError, UnsupportedArrayError, NonFiniteError
-        As `specops.singular_values`.
+        As in `specops.singular_values`.
 
     Notes
     -----

@@ -102,7 +102,7 @@ def project_stable_rank(
     UnsupportedGeometryError
         A Conv without input size, or with ``preserve`` above 0.
     GeometryError, UnsupportedArrayError, NonFiniteError
-        As `specops.spectral_norm`.
+        As in `specops.spectral_norm`.
 
     Notes
     -----

@@ -74,8 +74,8 @@ class NormalizeIfAbove(Cap):
     max_norm : float or callable
         The bound, or a schedule ``(step, name, geometry) -> float``.
     norm : "operator" or "reshaped"
-        Of a convolution: the layer's norm (for every input size if none is known), or that of
-        the kernel reshaped to a matrix.
+        For a convolution: whether the norm is the layer's (for every input size if none is known),
+        or that of the kernel reshaped to a matrix.
 
     Notes
     -----

@@ -53,20 +53,20 @@ _SHORT = "short"
 
 @dataclass(frozen=True)
 class ClipSpectralNorm(Scheduled, WeightRule):
-    """Keep the operator norm of a weight at or below `max_norm`: project if above, else nothing.
+    """Keep the operator norm of a weight at or below `max_norm`, by projecting weights above it.
 
-    The norm is the operator's own, for a convolution that of the layer, unless `norm` says
+    The norm is that of the operator (for a convolution, of the layer), unless `norm` says
     otherwise.
 
-    A decomposition at every firing would be dear, so a weight that was found inside is only
+    A decomposition at every firing would be expensive, so a weight that was found inside is only
     screened from then on: its leading singular vectors are kept, and each firing takes one power
     step on them. While the norm that this gives stays below 0.9 of the bound, the weight is left
-    alone. Otherwise, where it has changed by more than a tenth since the firing before, as that of
-    weights that were loaded or reset, and at the first and every 100th firing, the norm is
-    certified, as `enforce` always does. The estimate, which the figures show, is a lower bound of
-    the norm. Compiled loops in JAX look for no such change and never start the vectors anew; there
-    the estimate is multiplied by the factor by which it fell short of the norm at the last
-    certificate, and the product is no bound.
+    alone. The norm is certified, as `enforce` always does, if the estimate is above that, if it has
+    changed by more than a tenth since the firing before (as after loading or resetting weights),
+    and at the first and every 100th firing. The estimate, which the figures show, is a lower bound
+    of the norm. Compiled loops in JAX do not look for such a change and never start the vectors
+    anew; there the estimate is multiplied by the factor by which it fell short of the norm at the
+    last certificate, and the product is no bound.
 
     A small zero-padded convolution ends at the bound. A larger one ends below it, since a torus
     that contains it is constrained: one projection leaves it up to a few per cent lower, and many
@@ -80,22 +80,22 @@ class ClipSpectralNorm(Scheduled, WeightRule):
     max_norm : float or callable
         The bound, or a schedule ``(step, name, geometry) -> float``.
     norm : "operator" or "reshaped"
-        Of a convolution: the layer's own, or that of the kernel reshaped to (out, in·k), whose
-        singular values are then clipped. That is not the layer's norm, which may be up to √k
-        times as large with k taps: the bound, figures and `enforce` speak of the reshaped kernel.
+        For a convolution: the layer's own norm, or that of the kernel reshaped to (out, in·k),
+        whose singular values are then clipped. That is not the layer's norm, which may be up to √k
+        times as large with k taps: bound, figures and `enforce` are about the reshaped kernel.
     distance_tolerance : float
         Convolutions move at most ``1 + distance_tolerance`` times as far as the nearest weight
         inside the bound is away, or end within a hundredth of their own Frobenius norm of it,
         whichever is certified first; 0 asks for the latter alone, at three to many times the cost.
-        What it leaves is mostly that a kernel shrinks as a whole, which adds up over firings;
-        0.25 takes a third less time in training.
+        The remaining deviation is mostly that a kernel shrinks as a whole, which adds up over
+        firings. 0.25 takes a third less time in training.
     screen : bool
         Whether to screen as above; False certifies the norm at every firing.
 
     Raises
     ------
     ValueError
-        A bound that is not positive and finite, a negative tolerance, an unknown norm.
+        The bound is not positive and finite, the tolerance is negative, or the norm unknown.
 
     References
     ----------

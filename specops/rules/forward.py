@@ -72,16 +72,16 @@ class SpectralNormalization(_Tracking):
     ----------
     norm : "reshaped", "operator" or "bidirectional"
         Which σ of a convolution: of the kernel reshaped to (out, in·k), of the layer, or the
-        mean of those of (out, in·k) and (in, out·k). One and the same for other layers.
+        mean of those of (out, in·k) and (in, out·k). For other layers the three are equal.
     scale : float, callable or TrainableScale
-        s > 0: fixed, a schedule ``(step, name, geometry) -> float``, or trained.
+        The factor s > 0: fixed, a schedule ``(step, name, geometry) -> float``, or trained.
     iterations : int
-        Steps of the iteration that follows u and v at each firing.
+        How many steps of power iteration update u and v at each firing.
 
     Raises
     ------
     ValueError
-        An unknown norm, a scale that is not positive and finite.
+        The norm is unknown, or the scale is not positive and finite.
 
     Notes
     -----
@@ -161,16 +161,17 @@ class StableRankNormalization(_Tracking):
     Parameters
     ----------
     ratio : float or callable
-        In (0, 1], or a schedule ``(step, name, geometry) -> float``.
+        The ratio in (0, 1], or a schedule ``(step, name, geometry) -> float``.
     norm : "reshaped" or "operator"
-        Whose stable rank, of a convolution: of the reshaped kernel (the paper) or of the layer.
+        For a convolution: whether the stable rank is that of the reshaped kernel (as in the
+        paper) or of the layer.
     iterations : int
-        Steps of the iteration that follows u and v at each firing.
+        How many steps of power iteration update u and v at each firing.
 
     Raises
     ------
     ValueError
-        A ratio outside (0, 1], an unknown norm.
+        The ratio is outside (0, 1], or the norm unknown.
 
     Notes
     -----

@@ -29,14 +29,14 @@ class SpectralHammer(Following, Cap):
     max_norm : float or callable
         The bound, or a schedule ``(step, name, geometry) -> float``.
     norm : "operator" or "reshaped"
-        Of a convolution: the layer's norm, or that of the reshaped kernel.
+        For a convolution: whether the norm is the layer's, or that of the reshaped kernel.
 
     Notes
     -----
     Only the first singular value is lowered. Others that exceed the bound stay where they are, and
     the largest of them leads from then on, so the norm stays near the bound only if the rule acts
     at every step and a step lifts few values above the bound. The leading pair of vectors is
-    followed from one firing to the next; a second pair looks for what leads after a strike.
+    followed from one firing to the next; a second pair finds the value that leads after lowering.
 
     References
     ----------

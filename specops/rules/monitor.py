@@ -16,7 +16,7 @@ from specops.typing import Array, State
 class Monitor(Scheduled, WeightRule):
     """Measure and change nothing.
 
-    Figures: ``spectral_norm`` and ``stable_rank``; for a convolution without input size
+    Its figures are ``spectral_norm`` and ``stable_rank``, or for a convolution without input size
     ``norm_upper``, a bound for every size.
     """
 

@@ -88,7 +88,7 @@ def spectral_norm_bounds(
         `rtol` is not positive, `max_evaluations` no whole number or below 0, or `start` of the
         wrong shape, complex for a real weight, or given for anything but a single matrix.
     GeometryError, UnsupportedGeometryError, UnsupportedArrayError, NonFiniteError
-        As `singular_values`.
+        As in `singular_values`.
 
     Notes
     -----

@@ -52,7 +52,7 @@ def spectral_norm(w: Array, geometry: Geometry | None = None) -> Array | tuple[A
     Raises
     ------
     GeometryError, UnsupportedArrayError, NonFiniteError
-        As `singular_values`.
+        As in `singular_values`.
     UnsupportedGeometryError
         A Conv without input size.
 

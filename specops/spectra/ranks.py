@@ -32,12 +32,12 @@ def stable_rank(w: Array, geometry: Geometry | None = None) -> Array | tuple[Arr
     Returns
     -------
     array, shape (\*batch,)
-        As `spectral_norm`. A circular k×k convolution of stride 1 on n×n has at least n²/k².
+        As in `spectral_norm`. A circular k×k convolution of stride 1 on n×n has at least n²/k².
 
     Raises
     ------
     GeometryError, UnsupportedGeometryError, UnsupportedArrayError, NonFiniteError
-        As `spectral_norm`.
+        As in `spectral_norm`.
 
     References
     ----------
@@ -93,7 +93,7 @@ def effective_rank(w: Array, geometry: Geometry | None = None) -> Array | tuple[
     Raises
     ------
     GeometryError, UnsupportedGeometryError, UnsupportedArrayError, NonFiniteError
-        As `singular_values`, all of which it needs.
+        As in `singular_values`, all of which it needs.
 
     References
     ----------
@@ -130,7 +130,7 @@ def condition_number(w: Array, geometry: Geometry | None = None) -> Array | tupl
     Raises
     ------
     GeometryError, UnsupportedGeometryError, UnsupportedArrayError, NonFiniteError
-        As `singular_values`, all of which it needs.
+        As in `singular_values`, all of which it needs.
 
     Examples
     --------

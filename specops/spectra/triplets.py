@@ -59,7 +59,7 @@ def top_singular_triplets(
     ValueError
         `k` is out of range, or `start` of the wrong shape, or complex for a real weight.
     GeometryError, UnsupportedGeometryError, UnsupportedArrayError, NonFiniteError
-        As `singular_values`; splits.
+        As in `singular_values`; splits.
 
     Notes
     -----

@@ -35,7 +35,7 @@ def lipschitz_upper_bound(model: nn.Module, input_shape: tuple[int, ...]) -> Lip
         of torch in an order that does not depend on values. Its mode stays as it is. Weights
         are those in use: normalised or reparametrised ones as the forward pass sees them.
     input_shape : tuple of int
-        Of one sample: (channels, height, width).
+        The shape of one sample: (channels, height, width).
 
     Returns
     -------

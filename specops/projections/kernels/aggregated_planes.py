@@ -71,19 +71,20 @@ def nearest_by_summed_half_spaces(
     Parameters
     ----------
     xp : namespace
-        Of the arrays, which are staged.
+        The namespace of the arrays, which are staged.
     support : Support
         Coordinates and blocks.
     kernel : array
         Coordinates of K, finite: decompositions of infinities need not return.
     limit, target : array
-        c, within which there is nothing to do, and what it is brought to otherwise, a little less.
+        The bound c, within which there is nothing to do, and the slightly smaller norm to which
+        a kernel outside is brought.
     tolerance : Tolerance
         When to stop.
     max_rounds : int
-        Decompositions of all blocks at the most.
+        Largest number of decompositions of all blocks.
     differentiable : bool
-        Take the same rounds by SVD, in a loop of known length.
+        Whether to compute the same rounds by SVD, in a loop of known length.
     """
     half_space = _differentiable_half_space if differentiable else _half_space
 

@@ -67,11 +67,11 @@ def nearest_by_cutting_planes(
     kernel : array
         Coordinates of K, float64 or complex128.
     limit : float
-        c.
+        The bound c.
     cuts : Cuts
-        To start from, with multipliers, such as those of a similar kernel.
+        Half-spaces to start from, with multipliers, such as those of a similar kernel.
     precision : dtype
-        Of coordinates whose blocks are looked through.
+        The dtype in which blocks are searched for values above the bound.
     tolerance : Tolerance
         When to stop.
     max_rounds : int

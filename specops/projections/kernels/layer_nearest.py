@@ -64,15 +64,15 @@ def nearest_to_layer_ball(
     kernel : array
         K, float64 or complex128, outside the ball.
     limit : float
-        c.
+        The bound c.
     cuts : LayerCuts
-        To start from, such as those of a similar kernel.
+        Half-spaces to start from, such as those of a similar kernel.
     tolerance : Tolerance
         When to stop.
     max_rounds : int
-        Of planes and ADMM together.
+        Largest number of rounds of cutting planes and ADMM together.
     planes_only : bool
-        No ADMM.
+        Whether to do without ADMM.
 
     References
     ----------

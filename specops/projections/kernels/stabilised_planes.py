@@ -54,15 +54,15 @@ def nearest_by_half_spaces(
     kernel : array
         Coordinates of K, float64 or complex128.
     limit : float
-        c.
+        The bound c.
     start : HalfSpaces
-        To start from, such as those of a similar kernel.
+        Half-spaces to start from, such as those of a similar kernel.
     precision : dtype
-        Of coordinates whose blocks are decomposed.
+        The dtype in which blocks are decomposed.
     tolerance : Tolerance
         When to stop.
     max_rounds : int
-        Decompositions of all blocks at the most, and of the sample.
+        Largest number of decompositions of all blocks, and of the sample.
 
     References
     ----------
