@@ -1,4 +1,4 @@
-"""`assigned`: applying a plan to the parameters of a model, at first and whenever they change."""
+"""`assigned`: apply a plan to the parameters of a model, at first and whenever they change."""
 
 from __future__ import annotations
 
@@ -38,19 +38,20 @@ def assigned(
     *,
     again: bool,
 ) -> tuple[list[Assignment], list[C]]:
-    """(a decision about every parameter, the weights under a rule).
+    """Apply the plan: (a decision about every parameter, the weights under a rule).
 
-    Weights that were constrained before go on with their states and sizes, or are released. On an
-    error no other weight stays constrained; if it is found before layers are changed, as those of
-    the plan are, the weights constrained before stay as they were. The first call warns of what
-    the plan leaves alone. `again`, a pattern may match no weight any more.
+    Weights in `constrained`, which an earlier call returned, go on with their states and sizes, or
+    are released if no rule acts on them any more. On an error no new weight stays constrained. If
+    the error is found before layers are changed, as errors of the plan are, the weights in
+    `constrained` stay as they were. The first call warns if the plan leaves most matrices
+    alone; in later calls, with `again`, a pattern need not match a weight any more.
 
     Raises
     ------
     PlanError
         The plan does not fit, or a rule cannot act on a weight that a pattern names.
     AdapterError
-        A rule that the adapter does not run, or two parameters of one name.
+        The adapter does not run a rule, or two parameters have the same name.
     """
     parameters = attachment.parameters()
     _check_names(parameters)
