@@ -267,7 +267,7 @@ class InUse:
         """An optimizer's step may have changed the parameter."""
         self._sample = None
         if self._saw_nothing and not self.sharded:
-            # Whoever wrote may not have counted, and compiled code does not look.
+            # torch may not have counted the write, and compiled code does not check for one.
             if self._written != written(raw) or not self._fits(raw, self.state):
                 self.measure(raw)
         elif not self.forgotten and self._written != written(raw):

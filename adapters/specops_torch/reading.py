@@ -90,7 +90,7 @@ class _Reading:
         return (make, arguments, *rest)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Without the weight in use, which torch would compute to see whether the name is taken."""
+        """Hide the weight in use, which torch would compute to check if the name is taken."""
         held = self.__dict__.get(_HELD, {})
         in_use = held.pop(name, None)
         try:

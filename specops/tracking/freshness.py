@@ -38,7 +38,7 @@ def is_measured(
         for now, then in zip(follow.norms(w, s), follow.measured(s), strict=True)
     ]
     if isinstance(follow, TrackedOperator):
-        # Zeros leave a gradient of zeros, along which the norm of any kernel is zero.
+        # A weight of zeros has a zero gradient, along which the norm of every kernel is zero.
         (then,) = follow.measured(s)
         changed.append((then == 0) & (xp.max(xp.abs(w)) > 0))
     return not any(bool(flag) for flag in changed)
