@@ -89,15 +89,16 @@ def explicit_norm(w: Array, geometry: Conv, layer: ExplicitMap) -> float:
     return unit * norm_of(layer.matrices(kernel / unit))
 
 
-def small_explicit_map(sizes: ConvSizes) -> ExplicitMap | None:
+def small_explicit_map(sizes: ConvSizes, *, times: float = 1.0) -> ExplicitMap | None:
     """The map of a layer that is no torus and small enough to be decomposed; None for others.
 
     With as many inputs as outputs, small is up to 512 of each: 32 channels on 4² points, 2 on 16².
+    A decomposition may be `times` the work of such a layer's.
     """
     if sizes.fine is None or (sizes.circular and sizes.stride_divides):
         return None
     rows, columns = (n // sizes.groups for n in sizes.matrix_shape())
-    if sizes.groups * float(rows) * columns * min(rows, columns) > _LARGEST_WORK:
+    if sizes.groups * float(rows) * columns * min(rows, columns) > times * _LARGEST_WORK:
         return None
     if sizes.wraps:
         # A*A is not diagonal if taps wrap onto each other.

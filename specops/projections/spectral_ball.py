@@ -156,16 +156,18 @@ def project_spectral_ball(
 
     The operator of any other zero-padded Conv, and of a circular one whose stride does not divide
     its grid, has no blocks. It is constrained itself, its norm then equal to the bound, where its
-    matrix is small: rows·columns·min(rows, columns), summed over the groups, is at most 512³,
-    as of 32 channels on 4² points or 2 on 16². `method` is "auto" or "cutting-planes" for it; the
-    former goes on by ADMM on the explicit matrix where many half-spaces are active or after 100
-    rounds, 20 to 400 in all by how much work one is. Near 512³ a call takes 0.1 to 0.6 s on
-    one core with a `distance_tolerance` of 0.1, 0.1 to 0.3 s from a state, where the torus takes
-    0.03 s; with none 0.1 to 0.2 s at 0.95 of the norm, 4 to 20 s at half of it and below. Larger
-    ones, other methods, layers some of whose taps wrap onto each other, kernels with an entry
-    above a million times c, and everything that a compiler traces are constrained on the torus
-    that contains the layer, which implies the bound, leaves the layer's own norm below it (3² taps:
-    6 % on 4² points, 1 % on 12²) and changes some kernels that are inside already.
+    matrix is small: rows·columns·min(rows, columns), summed over the groups, is at most 1024³,
+    as of 64 channels on 4² points, or 512³ with a `distance_tolerance` of at least 0.01, as in
+    training, where time counts. `method` is "auto" or "cutting-planes" for it; the former goes on
+    by ADMM on the explicit matrix where many half-spaces are active or after 100 rounds, 20 to 400
+    in all by how much work one is. Near 512³ a call takes 0.1 to 0.6 s on one core with a
+    `distance_tolerance` of 0.1, 0.1 to 0.3 s from a state, where the torus takes 0.03 s; with none
+    0.1 to 0.2 s at 0.95 of the norm, 2 to 10 s at half of it and below, and near 1024³ 0.2 to 0.7
+    and 2 to 18 s. Larger ones, other methods, layers some of whose taps wrap onto each other,
+    kernels with an entry above a million times c, and everything that a compiler traces are
+    constrained on the torus that contains the layer, which implies the bound, leaves the layer's
+    own norm below it (3² taps: 6 % on 4² points, 1 % on 12²; 7² taps on 3² points 20 %) and changes
+    some kernels that are inside already. Near the ball a kernel may move several times as far.
 
     Not guaranteed: that the gap reaches its tolerance within the iterations, which
     ``info.gap`` tells; nearness to the ball of a Conv that is constrained on a torus containing

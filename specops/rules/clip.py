@@ -241,7 +241,8 @@ class ClipSpectralNorm(Scheduled, WeightRule):
 
     def _is_inside(self, weight: Array, bound: Any, geometry: Geometry) -> bool:
         """Whether the weight is certified to be inside; measures no more than that takes."""
-        return project_spectral_ball(weight, bound, geometry) is weight
+        tolerance = self.distance_tolerance
+        return project_spectral_ball(weight, bound, geometry, distance_tolerance=tolerance) is weight
 
     def _certified(
         self,

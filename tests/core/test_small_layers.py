@@ -254,3 +254,22 @@ def test_leading_triplets_of_a_block_krylov_space() -> None:
     np.testing.assert_allclose(s[:2], expected[:2], rtol=1e-4)
     np.testing.assert_allclose(a @ v, u * s, atol=1e-12)
     np.testing.assert_allclose(v.T @ v, np.eye(len(s)), atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "geometry"), [((36, 36, 3, 3), Conv((4, 4)))])
+def test_where_no_distance_is_tolerated_layers_of_middle_size_are_constrained_themselves(
+    shape: tuple[int, ...], geometry: Conv
+) -> None:
+    w = normal(shape, 9)
+    own = own_norm(w, geometry)
+    got, info = specops.project_spectral_ball(w, 0.95 * own, geometry, return_info=True)
+    assert info.constrained == "layer"
+    assert own_norm(got, geometry) == pytest.approx(0.95 * own, rel=1e-9)
+    assert float(info.gap) <= 1e-4
+    hurried, info = specops.project_spectral_ball(
+        w, 0.95 * own, geometry, distance_tolerance=0.1, return_info=True
+    )
+    assert info.constrained == "torus"
+    assert squared(got - w) < 0.25 * squared(hurried - w)
+    assert specops.project_spectral_ball(w, 1.01 * own, geometry) is w

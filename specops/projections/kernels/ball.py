@@ -35,7 +35,7 @@ def project_kernel(
     own = None
     if known and arrays.is_concrete(given.w):
         # On the host, also for kernels on devices: their blocks are many small matrices.
-        own, state = layer_solver(problem, method, state)
+        own, state = layer_solver(problem, method, tolerance, state)
         solver = own or HostSolver(problem)
         result, info = solver.project(method, iterations, tolerance, state, measure)
     else:
