@@ -32,14 +32,14 @@ old vectors of a weight that was loaded or reset it is a fifth to a half of the 
 chance is what it was."""
 _TRACKED = "tracked."
 FIRINGS = "firings"
-_SEEN = "seen"
-"""The latest estimate that was trusted."""
+SEEN = "seen"
+"""The latest estimate, that was trusted if the rule is not compiled."""
 
 
 def parted(state: State) -> tuple[State, State]:
     """(state of the projection, vectors of the screen)."""
     tracked = {k.removeprefix(_TRACKED): v for k, v in state.items() if k.startswith(_TRACKED)}
-    counted = (FIRINGS, _SEEN)
+    counted = (FIRINGS, SEEN)
     own = {k: v for k, v in state.items() if k not in counted and not k.startswith(_TRACKED)}
     return own, tracked
 
@@ -98,29 +98,35 @@ def is_trusted(norms: Array, state: State, bound: Any) -> bool:
 
     One that is not finite is neither.
     """
-    xp = arrays.namespace(norms)
-    trusted, steady = norms < CLEARLY * bound, _steady(norms, state)
-    return bool(arrays.truth(xp.all(trusted if steady is None else trusted & steady)))
+    trusted, before = norms < CLEARLY * bound, _seen_before(norms, state)
+    trusted = trusted if before is None else trusted & steady(norms, before)
+    return bool(arrays.truth(arrays.namespace(norms).all(trusted)))
 
 
 def is_steady(norms: Array, state: State) -> bool:
     """Whether estimates are about those of the firing before; else weights were replaced."""
-    steady = _steady(norms, state)
-    return steady is None or bool(arrays.truth(arrays.namespace(norms).all(steady)))
+    before = _seen_before(norms, state)
+    if before is None:
+        return True
+    return bool(arrays.truth(arrays.namespace(norms).all(steady(norms, before))))
 
 
-def _steady(norms: Array, state: State) -> Array | None:
-    """For each norm; None where nothing was seen before, or of another shape."""
+def steady(norms: Array, before: Array) -> Array:
+    """For each estimate, whether it is about what it was."""
+    return arrays.namespace(norms).abs(norms - before) <= _STEADY * before
+
+
+def _seen_before(norms: Array, state: State) -> Array | None:
+    """Those of the firing before; None where there are none, or of another shape."""
     try:
-        before = checked(state, _SEEN, tuple(norms.shape), norms)
+        return checked(state, SEEN, tuple(norms.shape), norms)
     except StateError:
         return None
-    return arrays.namespace(norms).abs(norms - before) <= _STEADY * before
 
 
 def screening(tracked: State, firings: int, like: Array, seen: Array) -> State:
     """The vectors alone, how often they were trusted, and what was seen along them."""
-    counted = {FIRINGS: arrays.constant(np.asarray(firings), like), _SEEN: seen}
+    counted = {FIRINGS: arrays.constant(np.asarray(firings), like), SEEN: seen}
     return prefixed(tracked, _TRACKED) | counted
 
 
