@@ -19,6 +19,7 @@ from specops.arrays import cond
 from specops.training.plan import Plan
 from specops_jax.callbacks import call_host, is_left_to_host
 from specops_jax.meshes import partitioned, replicated
+from specops_jax.numbers import parted, with_numbers
 from specops_jax.one_firing import (
     acting,
     checked,
@@ -41,10 +42,11 @@ def begin(program: Program, leaves: Sequence[Any]) -> SpecopsState:
     for item in program.items:
         weight = leaves[item.index]
         rules[item.name] = state = _start(item, weight)
-        key = _key(item, weight)
+        bare = _without_numbers(item)
+        key = _key(bare, weight)
         if key not in known:
             known[key] = jax.eval_shape(
-                lambda w, s, i=item: updated(i, w, s, jnp.int32(1))[2],
+                lambda w, s, i=bare: updated(i, w, s, jnp.int32(1))[2],
                 jax.ShapeDtypeStruct(weight.shape, weight.dtype),
                 state,
             )
@@ -52,6 +54,13 @@ def begin(program: Program, leaves: Sequence[Any]) -> SpecopsState:
     names = [item.name for item in program.items]
     fired, nonfinite = ({name: _zeros((), np.int32) for name in names} for _ in range(2))
     return SpecopsState(_zeros((), np.int32), rules, figures, fired, nonfinite)
+
+
+def _without_numbers(item: Item) -> Item:
+    """As a program has it, which knows no more of a schedule's numbers than that they are some."""
+    found: list[Item] = []
+    jax.eval_shape(lambda: found.append(parted(item, jnp.int32(1))[0]))
+    return found[0]
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -185,33 +194,35 @@ def _fire(
 
 def _fire_all(items: Sequence[Item], weights: Any, states: Arrays, step: Any) -> Results:
     groups: dict[Any, list[Item]] = {}
+    numbers: dict[str, Any] = {}
+    results: Results = {}
     for item in items:
         weight = weights[item.name]
-        alone = not isinstance(weight, jax.core.Tracer)
-        if alone:
+        if not isinstance(weight, jax.core.Tracer):
             refuse_nonfinite(item, weight)
-        groups.setdefault(item.name if alone else _key(item, weight), []).append(item)
-    results: Results = {}
-    for group in groups.values():
-        if len(group) == 1:
-            item = group[0]
-            results[item.name] = checked(item, weights[item.name], states[item.name], step)
+            results[item.name] = checked(item, weight, states[item.name], step)
             continue
-        stack = jax.tree.map(
-            lambda *x: jnp.stack(x), *((weights[i.name], states[i.name]) for i in group)
-        )
-        found = lax.map(partial(_checked_pair, group[0], step), stack)
+        bare, numbers[item.name] = parted(item, step)
+        groups.setdefault((_key(bare, weight), *numbers[item.name]), []).append(bare)
+    for group in groups.values():
+        own = [(numbers[i.name], weights[i.name], states[i.name]) for i in group]
+        act = partial(_checked_with, group[0], step)
+        if len(group) == 1:
+            results[group[0].name] = act(own[0])
+            continue
+        found = lax.map(act, jax.tree.map(lambda *x: jnp.stack(x), *own))
         for index, item in enumerate(group):
             results[item.name] = jax.tree.map(lambda x, k=index: x[k], found)
     return results
 
 
-def _checked_pair(item: Item, step: Any, given: tuple[Any, Any]) -> Any:
-    return checked(item, *given, step)
+def _checked_with(item: Item, step: Any, given: tuple[Any, Any, Any]) -> Any:
+    numbers, weight, state = given
+    return checked(with_numbers(item, numbers), weight, state, step)
 
 
 def _key(item: Item, weight: Any) -> Any:
-    """What equal bodies share; schedules may depend on the name."""
+    """What equal bodies share; schedules that are left may depend on the name."""
     if item.rule.is_scheduled():
         return item.name
     rule = item.rule if item.is_key else id(item.rule)

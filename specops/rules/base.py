@@ -130,6 +130,12 @@ def at(value: Any, step: int, name: str, geometry: Geometry) -> Any:
         ) from error
 
 
+def numbers_of(rule: Scheduled, step: int, name: str, geometry: Geometry) -> dict[str, Any]:
+    """Attributes that are schedules, at this step, or arrays."""
+    given = {k: v for k, v in vars(rule).items() if callable(v) or arrays.is_array(v)}
+    return {key: at(value, step, name, geometry) for key, value in given.items()}
+
+
 def _takes_three(function: Any) -> bool:
     try:
         signature(function).bind(0, "", None)

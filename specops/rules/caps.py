@@ -19,6 +19,7 @@ from specops.rules.base import (
     check_scheduled,
     figure,
     measured_as,
+    numbers_of,
 )
 from specops.rules.stages import WeightRule
 from specops.spectra import spectral_norm, spectral_norm_bounds
@@ -96,6 +97,8 @@ class NormalizeIfAbove(Cap):
            [0. , 0.5]])
     """
 
+    numbers_at = numbers_of
+
     @arrays.entry
     def update(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
@@ -153,6 +156,8 @@ class SpectralSoftCap(Cap):
     array([[3.5     , 0.      ],
            [0.      , 0.999389]])
     """
+
+    numbers_at = numbers_of
 
     def obstacle(self, geometry: Geometry) -> str:
         """Why not a convolution's operator."""

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from copy import copy
 from types import FunctionType
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias, cast
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeAlias, cast
 
 from specops import arrays
 from specops.geometry import Geometry
@@ -28,6 +28,7 @@ _SPEAKS_OF = {
     ),
     "by_products": ("init", "update", "advance", "tracked", "view", "strength_at"),
     "costly_to_compile": ("watch", "update", "view", "numbers_at"),
+    "numbers_at": ("init", "watch", "update", "advance", "apply", "strength_at", "fixed_scale"),
 }
 """Members that say something of methods, which a subclass may have others of."""
 
@@ -85,6 +86,21 @@ class _AnyStage(Rule, Protocol):
         """
         return True
 
+    def numbers_at(self, step: int, name: str, geometry: Geometry) -> dict[str, Any]:
+        """Attributes that are schedules, at this step, or arrays: what a program alone may know.
+
+        For who calls back, or makes one body for weights that are alike, with numbers in their
+        place: see `with_numbers`. A subclass with methods of its own has none, unless it says so.
+        """
+        return {}
+
+    def with_numbers(self, numbers: Mapping[str, Any]) -> Self:
+        """The same rule with these attributes."""
+        rule = copy(self)
+        for name, value in numbers.items():
+            object.__setattr__(rule, name, value)
+        return rule
+
     def by_products(
         self, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> Steps[tuple[State, Figures] | None] | None:
@@ -125,20 +141,6 @@ class WeightRule(_AnyStage, Protocol):
         subclass with an `update` of its own is compiled, unless it says so too.
         """
         return False
-
-    def numbers_at(self, step: int, name: str, geometry: Geometry) -> dict[str, Any]:
-        """Attributes that are schedules, at this step, or arrays: what a program alone may know.
-
-        For who calls back, with numbers in their place: see `with_numbers`.
-        """
-        return {}
-
-    def with_numbers(self, numbers: Mapping[str, Any]) -> WeightRule:
-        """The same rule with these attributes."""
-        rule = copy(self)
-        for name, value in numbers.items():
-            object.__setattr__(rule, name, value)
-        return rule
 
 
 class GradientRule(_AnyStage, Protocol):

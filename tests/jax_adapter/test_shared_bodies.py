@@ -1,0 +1,92 @@
+"""Layers that are alike share a compiled body where a rule's numbers are schedules, too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import specops
+import specops_jax
+from specops import ClipSpectralNorm, Dense
+
+MAPS = {"*": Dense(out_axes=(-1,))}
+
+
+def parameters() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    return {name: jnp.asarray(rng.standard_normal((5, 4)), jnp.float32) for name in "abc"}
+
+
+def falling(step: Any, name: str, geometry: Any) -> Any:
+    """Another number for each name and step, at most 1."""
+    return (0.4 + 0.2 / step) / (1 + "abc".index(name))
+
+
+RULES = [
+    ClipSpectralNorm(falling),
+    specops.ClipAndCut(falling),
+    specops.NormalizeIfAbove(falling, norm="reshaped"),
+    specops.SpectralSoftCap(falling, norm="reshaped"),
+    specops.SpectralHammer(falling, norm="reshaped"),
+    specops.ProjectStableRank(ratio=falling, norm="reshaped"),
+    specops.SpectralNormalization(norm="reshaped", scale=falling),
+    specops.StableRankNormalization(falling, norm="reshaped"),
+    specops.SpectralNormPenalty(falling, norm="reshaped"),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: type(r).__name__)
+def test_one_body_gives_each_layer_its_own_number(
+    rule: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = parameters()
+    state = specops_jax.init(params, rule, MAPS)
+    calls, update = [], type(rule).update
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return update(*args, **kwargs)
+
+    def project(params: Any, state: Any) -> Any:
+        return specops_jax.project_params(params, rule, state, MAPS)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(rule), "update", counted)
+        compiled = jax.jit(project).lower(params, state).compile()
+    assert len(calls) == 1
+    expected = params, state
+    found = params, state
+    for _ in range(2):
+        expected, found = project(*expected), compiled(*found)
+    for a, b in zip(jax.tree.leaves(found[0]), jax.tree.leaves(expected[0]), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+    for name, figures in expected[1].figures.items():
+        for key, value in figures.items():
+            np.testing.assert_allclose(
+                found[1].figures[name][key], value, rtol=1e-4, atol=1e-5, err_msg=f"{name} {key}"
+            )
+
+
+@dataclass(frozen=True, repr=False)
+class AtTheNext(ClipSpectralNorm):
+    """A rule of others that asks its schedule itself."""
+
+    def update(
+        self, weight: Any, geometry: Any, state: Any, *, step: Any = 1, name: str = ""
+    ) -> Any:
+        """Scale by the number of the next step."""
+        assert callable(self.max_norm)
+        return weight * self.max_norm(step + 1, name, geometry), state, {}
+
+
+def test_a_rule_of_others_keeps_its_schedule() -> None:
+    rule, params = AtTheNext(falling), parameters()
+    state = specops_jax.init(params, rule, MAPS)
+    new, _ = jax.jit(lambda p, s: specops_jax.project_params(p, rule, s, MAPS))(params, state)
+    for name, w in params.items():
+        np.testing.assert_allclose(new[name], w * falling(2, name, None), rtol=1e-6)
