@@ -37,20 +37,21 @@ Results = dict[str, tuple[Any, dict[str, Any], dict[str, Any], Any]]
 
 def begin(program: Program, leaves: Sequence[Any]) -> SpecopsState:
     """The state before the first step."""
-    rules, figures = {}, {}
-    known: dict[Any, Any] = {}
+    figures = {}
+    groups: dict[Any, list[Item]] = {}
     for item in program.items:
-        weight = leaves[item.index]
-        rules[item.name] = state = _start(item, weight)
         bare = _without_numbers(item)
-        key = _key(bare, weight)
-        if key not in known:
-            known[key] = jax.eval_shape(
-                lambda w, s, i=bare: updated(i, w, s, jnp.int32(1))[2],
-                jax.ShapeDtypeStruct(weight.shape, weight.dtype),
-                state,
-            )
-        figures[item.name] = {k: _zeros(x.shape, x.dtype) for k, x in known[key].items()}
+        groups.setdefault(_key(bare, leaves[item.index]), []).append(bare)
+    rules = _start(list(groups.values()), leaves)
+    for group in groups.values():
+        bare, weight = group[0], leaves[group[0].index]
+        seen = jax.eval_shape(
+            lambda w, s, i=bare: updated(i, w, s, jnp.int32(1))[2],
+            jax.ShapeDtypeStruct(weight.shape, weight.dtype),
+            rules[bare.name],
+        )
+        for item in group:
+            figures[item.name] = {k: _zeros(x.shape, x.dtype) for k, x in seen.items()}
     names = [item.name for item in program.items]
     fired, nonfinite = ({name: _zeros((), np.int32) for name in names} for _ in range(2))
     return SpecopsState(_zeros((), np.int32), rules, figures, fired, nonfinite)
@@ -68,22 +69,41 @@ def _zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jax.device_put(np.zeros(shape, dtype))
 
 
-def _start(item: Item, weight: Any) -> dict[str, Any]:
-    start = item.rule.watch
-    if isinstance(weight, jax.core.Tracer):
-        state: dict[str, Any] = partitioned(
-            lambda own: acting(item, partial(start, own[item.name], item.geometry, item.name)),
-            lambda of, whole: whole,
-            {item.name: weight},
-        )
-        return state
-    # On the host, where nothing has to be compiled for it.
-    held = fetched(item.name, weight, "init")
-    refuse_nonfinite(item, held)
-    wide = held.astype(jnp.promote_types(held.dtype, jnp.float32))
-    state = acting(item, partial(start, wide, item.geometry, item.name))
-    # Copies: what a rule starts with may be kept by it.
-    return {key: jax.device_put(np.array(x)) for key, x in state.items()}
+def _start(groups: list[list[Item]], leaves: Sequence[Any]) -> Arrays:
+    weights = {item.name: leaves[item.index] for group in groups for item in group}
+    traced = [g for g in groups if isinstance(weights[g[0].name], jax.core.Tracer)]
+    started: Arrays = {}
+    if traced:
+        own = {item.name: weights[item.name] for group in traced for item in group}
+        started = partitioned(partial(_start_all, traced), lambda of, whole: whole, own)
+    for item in (item for group in groups for item in group if item.name not in started):
+        # On the host, where nothing has to be compiled for it.
+        held = fetched(item.name, weights[item.name], "init")
+        refuse_nonfinite(item, held)
+        wide = held.astype(jnp.promote_types(held.dtype, jnp.float32))
+        # Copies: what a rule starts with may be kept by it.
+        new = _watched(item, wide)
+        started[item.name] = {key: jax.device_put(np.array(x)) for key, x in new.items()}
+    return started
+
+
+def _start_all(groups: list[list[Item]], weights: Any) -> Arrays:
+    """Of those that are alike by one body, and from vectors of the first one's name."""
+    started: Arrays = {}
+    for group in groups:
+        own = [weights[item.name] for item in group]
+        if len(group) == 1:
+            started[group[0].name] = _watched(group[0], own[0])
+            continue
+        found = lax.map(partial(_watched, group[0]), jnp.stack(own))
+        for index, item in enumerate(group):
+            started[item.name] = jax.tree.map(lambda x, k=index: x[k], found)
+    return started
+
+
+def _watched(item: Item, weight: Any) -> dict[str, Any]:
+    new: dict[str, Any] = acting(item, partial(item.rule.watch, weight, item.geometry, item.name))
+    return new
 
 
 def advance(

@@ -90,3 +90,23 @@ def test_a_rule_of_others_keeps_its_schedule() -> None:
     new, _ = jax.jit(lambda p, s: specops_jax.project_params(p, rule, s, MAPS))(params, state)
     for name, w in params.items():
         np.testing.assert_allclose(new[name], w * falling(2, name, None), rtol=1e-6)
+
+
+def test_starts_of_layers_that_are_alike_share_a_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule, params = ClipSpectralNorm(1.0), parameters()
+    expected = specops_jax.init(params, rule, MAPS)
+    calls, watch = [], ClipSpectralNorm.watch
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return watch(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ClipSpectralNorm, "watch", counted)
+        compiled = jax.jit(lambda p: specops_jax.init(p, rule, MAPS)).lower(params).compile()
+    assert len(calls) == 1
+    found = compiled(params)
+    for name in params:
+        for key in ("watched.u0", "watched.v0", "seen"):
+            a, b = found.rules[name][key], expected.rules[name][key]
+            np.testing.assert_allclose(np.abs(a), np.abs(b), atol=1e-5, err_msg=f"{name} {key}")
