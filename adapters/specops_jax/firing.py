@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from specops.arrays import cond
 from specops.training.plan import Plan
+from specops_jax.bodies import alike, body_of, each
 from specops_jax.callbacks import call_host, is_left_to_host
 from specops_jax.meshes import partitioned, replicated
 from specops_jax.numbers import parted, with_numbers
@@ -41,7 +41,7 @@ def begin(program: Program, leaves: Sequence[Any]) -> SpecopsState:
     groups: dict[Any, list[Item]] = {}
     for item in program.items:
         bare = _without_numbers(item)
-        groups.setdefault(_key(bare, leaves[item.index]), []).append(bare)
+        groups.setdefault(body_of(bare, leaves[item.index]), []).append(bare)
     rules = _start(list(groups.values()), leaves)
     for group in groups.values():
         bare, weight = group[0], leaves[group[0].index]
@@ -88,16 +88,11 @@ def _start(groups: list[list[Item]], leaves: Sequence[Any]) -> Arrays:
 
 
 def _start_all(groups: list[list[Item]], weights: Any) -> Arrays:
-    """Of those that are alike by one body, and from vectors of the first one's name."""
+    """Of those that are alike from vectors of the first one's name."""
     started: Arrays = {}
     for group in groups:
-        own = [weights[item.name] for item in group]
-        if len(group) == 1:
-            started[group[0].name] = _watched(group[0], own[0])
-            continue
-        found = lax.map(partial(_watched, group[0]), jnp.stack(own))
-        for index, item in enumerate(group):
-            started[item.name] = jax.tree.map(lambda x, k=index: x[k], found)
+        found = each(partial(_watched, group[0]), [weights[item.name] for item in group])
+        started |= {item.name: x for item, x in zip(group, found, strict=True)}
     return started
 
 
@@ -213,37 +208,22 @@ def _fire(
 
 
 def _fire_all(items: Sequence[Item], weights: Any, states: Arrays, step: Any) -> Results:
-    groups: dict[Any, list[Item]] = {}
-    numbers: dict[str, Any] = {}
     results: Results = {}
+    traced = []
     for item in items:
         weight = weights[item.name]
-        if not isinstance(weight, jax.core.Tracer):
-            refuse_nonfinite(item, weight)
-            results[item.name] = checked(item, weight, states[item.name], step)
+        if isinstance(weight, jax.core.Tracer):
+            traced.append(item)
             continue
-        bare, numbers[item.name] = parted(item, step)
-        groups.setdefault((_key(bare, weight), *numbers[item.name]), []).append(bare)
-    for group in groups.values():
-        own = [(numbers[i.name], weights[i.name], states[i.name]) for i in group]
-        act = partial(_checked_with, group[0], step)
-        if len(group) == 1:
-            results[group[0].name] = act(own[0])
-            continue
-        found = lax.map(act, jax.tree.map(lambda *x: jnp.stack(x), *own))
-        for index, item in enumerate(group):
-            results[item.name] = jax.tree.map(lambda x, k=index: x[k], found)
+        refuse_nonfinite(item, weight)
+        results[item.name] = checked(item, weight, states[item.name], step)
+    for group in alike(traced, weights, step):
+        own = [(numbers, weights[i.name], states[i.name]) for i, numbers in group]
+        found = each(partial(_checked_with, group[0][0], step), own)
+        results |= {item.name: x for (item, _), x in zip(group, found, strict=True)}
     return results
 
 
 def _checked_with(item: Item, step: Any, given: tuple[Any, Any, Any]) -> Any:
     numbers, weight, state = given
     return checked(with_numbers(item, numbers), weight, state, step)
-
-
-def _key(item: Item, weight: Any) -> Any:
-    """What equal bodies share; schedules that are left may depend on the name."""
-    if item.rule.is_scheduled():
-        return item.name
-    rule = item.rule if item.is_key else id(item.rule)
-    return rule, item.geometry, weight.shape, weight.dtype

@@ -110,3 +110,27 @@ def test_starts_of_layers_that_are_alike_share_a_body(monkeypatch: pytest.Monkey
         for key in ("watched.u0", "watched.v0", "seen"):
             a, b = found.rules[name][key], expected.rules[name][key]
             np.testing.assert_allclose(np.abs(a), np.abs(b), atol=1e-5, err_msg=f"{name} {key}")
+
+
+def test_terms_of_layers_that_are_alike_share_a_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule, params = specops.SpectralNormPenalty(falling, norm="reshaped"), parameters()
+    state = specops_jax.init(params, rule, MAPS)
+    calls, update = [], specops.SpectralNormPenalty.update
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return update(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(specops.SpectralNormPenalty, "update", counted)
+        term = jax.jit(jax.value_and_grad(lambda p: specops_jax.penalty(p, rule, state, MAPS)))
+        compiled = term.lower(params).compile()
+    assert len(calls) == 1
+    value, gradients = compiled(params)
+    total = 0.0
+    for name, w in params.items():
+        u, s, vh = np.linalg.svd(np.asarray(w, np.float64))
+        total += 0.5 * falling(1, name, None) * s[0] ** 2
+        expected = falling(1, name, None) * s[0] * np.outer(u[:, 0], vh[0])
+        np.testing.assert_allclose(gradients[name], expected, atol=1e-5)
+    assert float(value) == pytest.approx(total, rel=1e-5)
