@@ -168,6 +168,8 @@ def normalize_params(
     Notes
     -----
     Under jit a schedule that gives no scale or ratio makes the weight NaN, which the loss shows.
+    Parameters that were loaded or replaced since the state was made need a new one (`init`): along
+    vectors of others they have next to no norm, and would be used many times too large.
     A module that is given whole (nnx, equinox) comes back as a copy, and what calling it writes
     (statistics, counts) stays there: ``nnx.update(model, nnx.state(used, nnx.Not(nnx.Param)))``.
     """
