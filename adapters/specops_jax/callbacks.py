@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from specops_jax.one_firing import acting, checked
+from specops_jax.numbers import parted, with_numbers
+from specops_jax.one_firing import checked
 from specops_jax.program import Item
 from specops_jax.state import Arrays
 
@@ -25,8 +25,6 @@ try:
     from jax.experimental.buffer_callback import buffer_callback
 except ImportError:  # it is experimental and may move: without it everything is compiled
     buffer_callback = None
-
-Numbers = Mapping[str, Any]
 
 
 def is_left_to_host(item: Item, weight: Any) -> bool:
@@ -56,7 +54,7 @@ def call_host(
     By name (array, state, figures, whether all was finite), in the dtypes of the arguments. If a
     program asks for derivatives, it computes `compiled` itself.
     """
-    parts = [_parted(item, step) for item in items]
+    parts = [parted(item, step) for item in items]
     bare, numbers = [item for item, _ in parts], {item.name: found for item, found in parts}
     own: Any = {name: (weights[name], states[name]) for name in numbers}
     like = {name: (*pair, figures[name], jnp.ones((), bool)) for name, pair in own.items()}
@@ -69,7 +67,7 @@ def call_host(
         return buffer_callback(host, structs, vmap_method="sequential")(*given)
 
     def by_program(own: Any, numbers: Any, step: Any) -> Any:
-        rebuilt = [_with(item, numbers[item.name]) for item in bare]
+        rebuilt = [with_numbers(item, numbers[item.name]) for item in bare]
         weights, states = ({name: pair[k] for name, pair in own.items()} for k in (0, 1))
         found = compiled(rebuilt, weights, states, step)
         return jax.tree.map(lambda x, s: x.astype(s.dtype), found, structs)
@@ -77,19 +75,6 @@ def call_host(
     fire = jax.custom_jvp(by_host)
     fire.defjvp(lambda given, tangents: jax.jvp(by_program, given, tangents))
     return fire(own, numbers, step)
-
-
-def _parted(item: Item, step: Any) -> tuple[Item, dict[str, jax.Array]]:
-    """(the item with numbers for arrays and schedules; those that are traced, at this step)."""
-    rule = item.weight_rule
-    found = acting(item, partial(rule.numbers_at, step, item.name, item.geometry))
-    unknown = {key: x for key, x in found.items() if isinstance(x, jax.Array)}
-    return _with(item, found | dict.fromkeys(unknown, 1.0)), unknown
-
-
-def _with(item: Item, numbers: Numbers) -> Item:
-    rule = item.weight_rule.with_numbers(numbers)
-    return replace(item, assignment=replace(item.assignment, rule=rule))
 
 
 def _on_host(items: Sequence[Item], context: Any, out: Any, *given: Any) -> None:
@@ -103,7 +88,7 @@ def _on_host(items: Sequence[Item], context: Any, out: Any, *given: Any) -> None
             none = jax.tree.map(lambda _: math.nan, out[item.name][2])
             found: Any = weight, state, none, False
         else:
-            found = checked(_with(item, known), weight, state, int(step))
+            found = checked(with_numbers(item, known), weight, state, int(step))
         jax.tree.map(_fill, out[item.name], found)
 
 

@@ -13,12 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from specops.arrays import cond
 from specops.training.plan import Plan
+from specops_jax.bodies import alike, body_of, each
 from specops_jax.callbacks import call_host, is_left_to_host
 from specops_jax.meshes import partitioned, replicated
+from specops_jax.numbers import parted, with_numbers
 from specops_jax.one_firing import (
     acting,
     checked,
@@ -36,22 +37,31 @@ Results = dict[str, tuple[Any, dict[str, Any], dict[str, Any], Any]]
 
 def begin(program: Program, leaves: Sequence[Any]) -> SpecopsState:
     """The state before the first step."""
-    rules, figures = {}, {}
-    known: dict[Any, Any] = {}
+    figures = {}
+    groups: dict[Any, list[Item]] = {}
     for item in program.items:
-        weight = leaves[item.index]
-        rules[item.name] = state = _start(item, weight)
-        key = _key(item, weight)
-        if key not in known:
-            known[key] = jax.eval_shape(
-                lambda w, s, i=item: updated(i, w, s, jnp.int32(1))[2],
-                jax.ShapeDtypeStruct(weight.shape, weight.dtype),
-                state,
-            )
-        figures[item.name] = {k: _zeros(x.shape, x.dtype) for k, x in known[key].items()}
+        bare = _without_numbers(item)
+        groups.setdefault(body_of(bare, leaves[item.index]), []).append(bare)
+    rules = _start(list(groups.values()), leaves)
+    for group in groups.values():
+        bare, weight = group[0], leaves[group[0].index]
+        seen = jax.eval_shape(
+            lambda w, s, i=bare: updated(i, w, s, jnp.int32(1))[2],
+            jax.ShapeDtypeStruct(weight.shape, weight.dtype),
+            rules[bare.name],
+        )
+        for item in group:
+            figures[item.name] = {k: _zeros(x.shape, x.dtype) for k, x in seen.items()}
     names = [item.name for item in program.items]
     fired, nonfinite = ({name: _zeros((), np.int32) for name in names} for _ in range(2))
     return SpecopsState(_zeros((), np.int32), rules, figures, fired, nonfinite)
+
+
+def _without_numbers(item: Item) -> Item:
+    """The item as it is within a program, which does not know the values of schedules."""
+    found: list[Item] = []
+    jax.eval_shape(lambda: found.append(parted(item, jnp.int32(1))[0]))
+    return found[0]
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -59,22 +69,36 @@ def _zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jax.device_put(np.zeros(shape, dtype))
 
 
-def _start(item: Item, weight: Any) -> dict[str, Any]:
-    start = item.rule.watch
-    if isinstance(weight, jax.core.Tracer):
-        state: dict[str, Any] = partitioned(
-            lambda own: acting(item, partial(start, own[item.name], item.geometry, item.name)),
-            lambda of, whole: whole,
-            {item.name: weight},
-        )
-        return state
-    # On the host, to avoid a compilation.
-    held = fetched(item.name, weight, "init")
-    refuse_nonfinite(item, held)
-    wide = held.astype(jnp.promote_types(held.dtype, jnp.float32))
-    state = acting(item, partial(start, wide, item.geometry, item.name))
-    # Copies, because the rule may keep the arrays that it returned.
-    return {key: jax.device_put(np.array(x)) for key, x in state.items()}
+def _start(groups: list[list[Item]], leaves: Sequence[Any]) -> Arrays:
+    weights = {item.name: leaves[item.index] for group in groups for item in group}
+    traced = [g for g in groups if isinstance(weights[g[0].name], jax.core.Tracer)]
+    started: Arrays = {}
+    if traced:
+        own = {item.name: weights[item.name] for group in traced for item in group}
+        started = partitioned(partial(_start_all, traced), lambda of, whole: whole, own)
+    for item in (item for group in groups for item in group if item.name not in started):
+        # On the host, to avoid a compilation.
+        held = fetched(item.name, weights[item.name], "init")
+        refuse_nonfinite(item, held)
+        wide = held.astype(jnp.promote_types(held.dtype, jnp.float32))
+        # Copies, because the rule may keep the arrays that it returned.
+        new = _watched(item, wide)
+        started[item.name] = {key: jax.device_put(np.array(x)) for key, x in new.items()}
+    return started
+
+
+def _start_all(groups: list[list[Item]], weights: Any) -> Arrays:
+    """The states of groups of items that are alike: all of a group start as its first one."""
+    started: Arrays = {}
+    for group in groups:
+        found = each(partial(_watched, group[0]), [weights[item.name] for item in group])
+        started |= {item.name: x for item, x in zip(group, found, strict=True)}
+    return started
+
+
+def _watched(item: Item, weight: Any) -> dict[str, Any]:
+    new: dict[str, Any] = acting(item, partial(item.rule.watch, weight, item.geometry, item.name))
+    return new
 
 
 def advance(
@@ -184,38 +208,22 @@ def _fire(
 
 
 def _fire_all(items: Sequence[Item], weights: Any, states: Arrays, step: Any) -> Results:
-    groups: dict[Any, list[Item]] = {}
+    results: Results = {}
+    traced = []
     for item in items:
         weight = weights[item.name]
-        alone = not isinstance(weight, jax.core.Tracer)
-        if alone:
-            refuse_nonfinite(item, weight)
-        groups.setdefault(item.name if alone else _key(item, weight), []).append(item)
-    results: Results = {}
-    for group in groups.values():
-        if len(group) == 1:
-            item = group[0]
-            results[item.name] = checked(item, weights[item.name], states[item.name], step)
+        if isinstance(weight, jax.core.Tracer):
+            traced.append(item)
             continue
-        stack = jax.tree.map(
-            lambda *x: jnp.stack(x), *((weights[i.name], states[i.name]) for i in group)
-        )
-        found = lax.map(partial(_checked_pair, group[0], step), stack)
-        for index, item in enumerate(group):
-            results[item.name] = jax.tree.map(lambda x, k=index: x[k], found)
+        refuse_nonfinite(item, weight)
+        results[item.name] = checked(item, weight, states[item.name], step)
+    for group in alike(traced, weights, step):
+        own = [(numbers, weights[i.name], states[i.name]) for i, numbers in group]
+        found = each(partial(_checked_with, group[0][0], step), own)
+        results |= {item.name: x for (item, _), x in zip(group, found, strict=True)}
     return results
 
 
-def _checked_pair(item: Item, step: Any, given: tuple[Any, Any]) -> Any:
-    return checked(item, *given, step)
-
-
-def _key(item: Item, weight: Any) -> Any:
-    """A key that is equal for items that can share one compiled function.
-
-    Items with schedules share none, because schedules may depend on the name.
-    """
-    if item.rule.is_scheduled():
-        return item.name
-    rule = item.rule if item.is_key else id(item.rule)
-    return rule, item.geometry, weight.shape, weight.dtype
+def _checked_with(item: Item, step: Any, given: tuple[Any, Any, Any]) -> Any:
+    numbers, weight, state = given
+    return checked(with_numbers(item, numbers), weight, state, step)

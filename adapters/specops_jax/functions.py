@@ -14,8 +14,10 @@ from specops.errors import PlanError
 from specops.geometry import Geometry
 from specops.training.assigned import warn_of
 from specops.training.coverage import warn_of_coverage
+from specops_jax.bodies import alike, each
 from specops_jax.firing import advance, begin, enforced, is_due
 from specops_jax.meshes import partitioned
+from specops_jax.numbers import with_numbers
 from specops_jax.one_firing import acting
 from specops_jax.program import Item, Program, program
 from specops_jax.state import SpecopsState, check_states, of_arrays
@@ -167,6 +169,8 @@ def normalize_params(
     Notes
     -----
     Under jit a schedule that gives no scale or ratio makes the weight NaN, which the loss shows.
+    Parameters that were loaded or replaced since the state was made need a new one (`init`): along
+    vectors of others they have next to no norm, and would be used many times too large.
     A module that is given whole (nnx, equinox) comes back as a copy, and what calling it writes
     (statistics, counts) stays there: ``nnx.update(model, nnx.state(used, nnx.Not(nnx.Param)))``.
     """
@@ -241,20 +245,28 @@ def penalty(
 
     def total(weights: Any, states: Any, step: Any) -> jax.Array:
         result = jnp.zeros(())
-        for item in items:
-            rule, weight = item.gradient_rule, weights[item.name]
-            options = {"step": step, "name": item.name}
-            fixed = jax.lax.stop_gradient(jnp.asarray(weight))
-            _, moved, _ = rule.update(fixed, item.geometry, states[item.name], **options)
-            value, term = rule.penalty(fixed, item.geometry, moved, **options)
-            # The gradient of the sum is the rule's term, however the value is computed.
-            value = value + jnp.sum(jnp.real(jnp.conj(term) * (weight - fixed)))
-            result = result + jnp.where(is_due(own.plan, step, item.assignment.every), value, 0.0)
+        for group in alike(items, weights, step):
+            fixed = [jax.lax.stop_gradient(jnp.asarray(weights[i.name])) for i, _ in group]
+            given = [(n, w, states[i.name]) for (i, n), w in zip(group, fixed, strict=True)]
+            found = each(partial(_term, group[0][0], step), given)
+            for (item, _), w, (value, term) in zip(group, fixed, found, strict=True):
+                # The gradient of the sum is the rule's term, however the value is computed.
+                value = value + jnp.sum(jnp.real(jnp.conj(term) * (weights[item.name] - w)))
+                due = is_due(own.plan, step, item.assignment.every)
+                result = result + jnp.where(due, value, 0.0)
         return result
 
     weights = {item.name: leaves[item.index] for item in items}
     found: jax.Array = partitioned(total, lambda of, whole: whole, weights, state.rules, step)
     return found
+
+
+def _term(item: Item, step: Any, given: tuple[Any, Any, Any]) -> tuple[Any, Any]:
+    """(a penalty, its gradient) with the vectors that follow."""
+    numbers, weight, state = given
+    rule, options = with_numbers(item, numbers).gradient_rule, {"step": step, "name": item.name}
+    _, moved, _ = rule.update(weight, item.geometry, state, **options)
+    return rule.penalty(weight, item.geometry, moved, **options)
 
 
 def init_scales(

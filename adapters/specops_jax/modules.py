@@ -28,6 +28,8 @@ class Geometries(dict[str, Geometry]):
         Notes for the user on some geometries, such as that several maps are treated as one.
     skipped : dict of str to str
         Why rules leave some alone even where a pattern names them: biases of several axes.
+    shapes : dict of str to tuple of int
+        Of the arrays that were looked at.
     given : set of str
         Names and patterns that a user's own dict has added, by ``|``.
     """
@@ -38,10 +40,12 @@ class Geometries(dict[str, Geometry]):
         self.opt_in: dict[str, str] = {}
         self.remarks: dict[str, str] = {}
         self.skipped: dict[str, str] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self.given: set[str] = set()
         for name, role in taken_apart(roles or {}).items():
             if role.geometry is not None:
                 self[name] = role.geometry
+                self.shapes[name] = role.shape
             if role.obstacle:
                 self.reasons[name] = role.obstacle
             if role.opt_in:
@@ -67,6 +71,7 @@ class Geometries(dict[str, Geometry]):
             self.opt_in.pop(name, None)
             self.remarks.pop(name, None)
             self.skipped.pop(name, None)
+            self.shapes.pop(name, None)
             self.given.discard(name)
         self.update(other)
         if looked is None:
@@ -76,6 +81,7 @@ class Geometries(dict[str, Geometry]):
         self.opt_in.update(looked.opt_in)
         self.remarks.update(looked.remarks)
         self.skipped.update(looked.skipped)
+        self.shapes.update(looked.shapes)
         self.given.update(looked.given)
         return self
 

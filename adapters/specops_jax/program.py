@@ -23,6 +23,12 @@ _NONE_KNOWN = (
     "what specops_jax.geometries_of(module, inputs) returns"
 )
 
+_STACKED = (
+    "its module has it of shape {}, and here it is {}: map over models that are stacked, jax.vmap "
+    "of init and of the training step, and give enforce and report one of them, "
+    "jax.tree.map(lambda x: x[0], params)"
+)
+
 
 @dataclass(frozen=True)
 class Item(Assigned):
@@ -112,14 +118,17 @@ def _describe(name: str, leaf: Any, found: Geometries) -> Weight:
     shape, dtype = tuple(leaf.shape), str(leaf.dtype)
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         return Weight(name, shape, dtype, skipped=f"dtype {dtype} holds no weights")
-    geometry = found.get(name)
+    geometry, obstacle = found.get(name), found.reasons.get(name, _NONE_KNOWN)
+    looked_at = found.shapes.get(name, ())
+    if looked_at and len(looked_at) != len(shape):
+        geometry, obstacle = None, _STACKED.format(looked_at, shape)
     return Weight.of(
         name,
         shape,
         dtype,
         geometry,
         skipped=found.skipped.get(name, ""),
-        obstacle="" if geometry is not None else found.reasons.get(name, _NONE_KNOWN),
+        obstacle="" if geometry is not None else obstacle,
         opt_in=found.opt_in.get(name, ""),
         remark=found.remarks.get(name, ""),
     )

@@ -132,6 +132,12 @@ def value_at(value: Any, step: int, name: str, geometry: Geometry) -> Any:
         ) from error
 
 
+def numbers_of(rule: Scheduled, step: int, name: str, geometry: Geometry) -> dict[str, Any]:
+    """The attributes of a rule that are arrays or, with their values at this step, schedules."""
+    given = {k: v for k, v in vars(rule).items() if callable(v) or arrays.is_array(v)}
+    return {key: value_at(value, step, name, geometry) for key, value in given.items()}
+
+
 def _takes_three(function: Any) -> bool:
     try:
         signature(function).bind(0, "", None)

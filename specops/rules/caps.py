@@ -19,6 +19,7 @@ from specops.rules.base import (
     check_scheduled,
     figure,
     measured_as,
+    numbers_of,
 )
 from specops.rules.stages import WeightRule
 from specops.spectra import spectral_norm, spectral_norm_bounds
@@ -97,6 +98,8 @@ class NormalizeIfAbove(Cap):
            [0. , 0.5]])
     """
 
+    numbers_at = numbers_of
+
     @arrays.entry
     def update(
         self, weight: Array, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
@@ -154,6 +157,8 @@ class SpectralSoftCap(Cap):
     array([[3.5     , 0.      ],
            [0.      , 0.999389]])
     """
+
+    numbers_at = numbers_of
 
     def obstacle(self, geometry: Geometry) -> str:
         """Why a convolution's operator cannot be capped; "" for other maps."""

@@ -27,6 +27,7 @@ from specops.rules.screening import (
     CERTIFY_EVERY,
     CLEARLY,
     FIRINGS,
+    SEEN,
     estimate,
     follow_of,
     is_steady,
@@ -36,6 +37,7 @@ from specops.rules.screening import (
     screened,
     screening,
     seen_along,
+    steady,
 )
 from specops.rules.stages import WeightRule
 from specops.tracking import (
@@ -64,9 +66,9 @@ class ClipSpectralNorm(Scheduled, WeightRule):
     alone. The norm is certified, as `enforce` always does, if the estimate is above that, if it has
     changed by more than a tenth since the firing before (as after loading or resetting weights),
     and at the first and every 100th firing. The estimate, which the figures show, is a lower bound
-    of the norm. Compiled loops in JAX do not look for such a change and never start the vectors
-    anew; there the estimate is multiplied by the factor by which it fell short of the norm at the
-    last certificate, and the product is no bound.
+    of the norm. Compiled loops in JAX never start the vectors anew; there the estimate is
+    multiplied by the factor by which it fell short of the norm at the last certificate, and the
+    product is no bound.
 
     A small zero-padded convolution ends at the bound. A larger one ends below it, since a torus
     that contains it is constrained: one projection leaves it up to a few per cent lower, and many
@@ -135,9 +137,9 @@ class ClipSpectralNorm(Scheduled, WeightRule):
             return {}
         follow = _own_norm(self._map(weight, geometry), tuple(weight.shape))
         started = follow.start(weight, name)
-        ones = arrays.namespace(weight).ones_like(seen_along(follow, started))
-        counted = {FIRINGS: arrays.constant(np.asarray(0.0), weight), _SHORT: ones}
-        return prefixed(started, _WATCHED) | counted
+        seen, none = seen_along(follow, started), arrays.constant(np.asarray(0.0), weight)
+        one = arrays.namespace(weight).ones_like(seen)
+        return prefixed(started, _WATCHED) | {FIRINGS: none, SEEN: seen, _SHORT: one}
 
     @arrays.entry
     def update(
@@ -218,7 +220,8 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         # Among many large values one step per firing finds the largest slowly: hence the factor.
         seen = found * short
         firings = state[FIRINGS]
-        trusted = xp.all(seen < CLEARLY * bound) & (firings > 0) & (firings < CERTIFY_EVERY)
+        trusted = xp.all((seen < CLEARLY * bound) & steady(found, state[SEEN]))
+        trusted = trusted & (firings > 0) & (firings < CERTIFY_EVERY)
 
         def certify() -> tuple[Array, Array, Array]:
             new, info = project_spectral_ball(
@@ -237,12 +240,14 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         now = before / xp.where(found > 0, found, one)
         short = xp.where(trusted, short, xp.where((found > 0) & (now > 1), now, one))
         figures = {"norm_before": before, "norm_after": after}
-        return new, prefixed(moved, _WATCHED) | {FIRINGS: firings, _SHORT: short}, figures
+        counted = {FIRINGS: firings, SEEN: found, _SHORT: short}
+        return new, prefixed(moved, _WATCHED) | counted, figures
 
     def _is_inside(self, weight: Array, bound: Any, geometry: Geometry) -> bool:
         """Whether the weight is certified to be inside; measures no more than that takes."""
         tolerance = self.distance_tolerance
-        return project_spectral_ball(weight, bound, geometry, distance_tolerance=tolerance) is weight
+        new = project_spectral_ball(weight, bound, geometry, distance_tolerance=tolerance)
+        return new is weight
 
     def _certified(
         self,

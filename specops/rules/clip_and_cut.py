@@ -8,7 +8,7 @@ from specops import arrays
 from specops.geometry import Conv, Dense, Geometry
 from specops.projections import project_spectral_ball
 from specops.projections.kernels.one_round import clip_and_cut
-from specops.rules.base import Figures, Schedule, Scheduled, bound_at, check_scheduled
+from specops.rules.base import Figures, Schedule, Scheduled, bound_at, check_scheduled, numbers_of
 from specops.rules.stages import WeightRule
 from specops.typing import Array, State
 
@@ -62,6 +62,7 @@ class ClipAndCut(Scheduled, WeightRule):
     """
 
     max_norm: float | Schedule
+    numbers_at = numbers_of
 
     def __post_init__(self) -> None:
         check_scheduled(self.max_norm, "max_norm")

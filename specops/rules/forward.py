@@ -19,6 +19,7 @@ from specops.rules.base import (
     check_scheduled,
     figure,
     measured_as,
+    numbers_of,
     value_at,
 )
 from specops.rules.following import Following
@@ -112,6 +113,7 @@ class SpectralNormalization(_Tracking):
     scale: float | Schedule | TrainableScale = 1.0
     iterations: int = 1
     formula: ClassVar[Formula] = "normalized"
+    numbers_at = numbers_of
 
     def __post_init__(self) -> None:
         check_norm(self.norm)
@@ -208,6 +210,7 @@ class StableRankNormalization(_Tracking):
     iterations: int = 1
     formula: ClassVar[Formula] = "rank limited"
     limits_stable_rank: ClassVar[bool] = True
+    numbers_at = numbers_of
 
     def __post_init__(self) -> None:
         if not callable(self.ratio):

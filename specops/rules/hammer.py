@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from specops import arrays
 from specops.geometry import Geometry
 from specops.geometry.arguments import nan_without
-from specops.rules.base import Figures, figure
+from specops.rules.base import Figures, figure, numbers_of
 from specops.rules.caps import Cap, check_norms
 from specops.rules.following import Following
 from specops.typing import Array, State
@@ -51,6 +51,8 @@ class SpectralHammer(Following, Cap):
     >>> np.linalg.svdvals(rule.update(w, Dense(), rule.init(w, Dense(), "w"))[0]).round(6)
     array([2., 1.])
     """
+
+    numbers_at = numbers_of
 
     @arrays.entry
     def update(

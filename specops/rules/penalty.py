@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from specops import arrays
 from specops.geometry import Geometry
 from specops.geometry.arguments import integer
-from specops.rules.base import Figures, Schedule, bound_at, check_scheduled, figure
+from specops.rules.base import Figures, Schedule, bound_at, check_scheduled, figure, numbers_of
 from specops.rules.following import Following
 from specops.rules.stages import Formula, GradientRule
 from specops.tracking import Norm, Steps, Tracked, TrackedBlocks, check_norm
@@ -63,6 +63,7 @@ class SpectralNormPenalty(Following, GradientRule):
     norm: Norm
     iterations: int = 1
     formula: ClassVar[Formula] = "penalty"
+    numbers_at = numbers_of
 
     def __post_init__(self) -> None:
         check_scheduled(self.strength, "strength")

@@ -36,14 +36,15 @@ previous estimate only by chance."""
 _TRACKED = "tracked."
 FIRINGS = "firings"
 """Key of the state: firings since the last certificate, which counts as the first."""
-_SEEN = "seen"
-"""Key of the state: the latest norm that was certified or trusted."""
+SEEN = "seen"
+"""Key of the state: the latest norm that was certified or trusted; in compiled code the latest
+estimate."""
 
 
 def parted(state: State) -> tuple[State, State]:
     """A state in two parts: (the state of the projection, the vectors for screening)."""
     tracked = {k.removeprefix(_TRACKED): v for k, v in state.items() if k.startswith(_TRACKED)}
-    counted = (FIRINGS, _SEEN)
+    counted = (FIRINGS, SEEN)
     own = {k: v for k, v in state.items() if k not in counted and not k.startswith(_TRACKED)}
     return own, tracked
 
@@ -102,29 +103,35 @@ def is_trusted(norms: Array, state: State, bound: Any) -> bool:
 
     An estimate that is not finite never is.
     """
-    xp = arrays.namespace(norms)
-    trusted, steady = norms < CLEARLY * bound, _steady(norms, state)
-    return bool(arrays.truth(xp.all(trusted if steady is None else trusted & steady)))
+    trusted, before = norms < CLEARLY * bound, _seen_before(norms, state)
+    trusted = trusted if before is None else trusted & steady(norms, before)
+    return bool(arrays.truth(arrays.namespace(norms).all(trusted)))
 
 
 def is_steady(norms: Array, state: State) -> bool:
     """Whether all estimates are close to those of the last firing; else weights were replaced."""
-    steady = _steady(norms, state)
-    return steady is None or bool(arrays.truth(arrays.namespace(norms).all(steady)))
+    before = _seen_before(norms, state)
+    if before is None:
+        return True
+    return bool(arrays.truth(arrays.namespace(norms).all(steady(norms, before))))
 
 
-def _steady(norms: Array, state: State) -> Array | None:
-    """Whether each norm is close to that of the last firing; None if there was none."""
+def steady(norms: Array, before: Array) -> Array:
+    """Whether each estimate is close to the one before."""
+    return arrays.namespace(norms).abs(norms - before) <= _STEADY * before
+
+
+def _seen_before(norms: Array, state: State) -> Array | None:
+    """The norms of the last firing; None if there are none of this shape."""
     try:
-        before = checked(state, _SEEN, tuple(norms.shape), norms)
+        return checked(state, SEEN, tuple(norms.shape), norms)
     except StateError:
         return None
-    return arrays.namespace(norms).abs(norms - before) <= _STEADY * before
 
 
 def screening(tracked: State, firings: int, like: Array, seen: Array) -> State:
     """The state of the screen: the vectors, the number of firings, the latest norm."""
-    counted = {FIRINGS: arrays.constant(np.asarray(firings), like), _SEEN: seen}
+    counted = {FIRINGS: arrays.constant(np.asarray(firings), like), SEEN: seen}
     return prefixed(tracked, _TRACKED) | counted
 
 

@@ -12,7 +12,7 @@ from specops.geometry import Geometry
 from specops.geometry.arguments import integer
 from specops.projections import project_stable_rank
 from specops.projections.stable_rank import check_stable_rank
-from specops.rules.base import Figures, Schedule, Scheduled, measured_as, value_at
+from specops.rules.base import Figures, Schedule, Scheduled, measured_as, numbers_of, value_at
 from specops.rules.stages import WeightRule
 from specops.tracking import check_norm
 from specops.typing import Array, State
@@ -60,6 +60,7 @@ class ProjectStableRank(Scheduled, WeightRule):
     preserve: int = 0
     norm: Literal["operator", "reshaped"]
     limits_stable_rank: ClassVar[bool] = True
+    numbers_at = numbers_of
 
     def __post_init__(self) -> None:
         check_norm(self.norm, ("operator", "reshaped"))

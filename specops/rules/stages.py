@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from copy import copy
 from types import FunctionType
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias, cast
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeAlias, cast
 
 from specops import arrays
 from specops.geometry import Geometry
@@ -28,6 +28,7 @@ _CLAIMS_ABOUT = {
     ),
     "by_products": ("init", "update", "advance", "tracked", "view", "strength_at"),
     "costly_to_compile": ("watch", "update", "view", "numbers_at"),
+    "numbers_at": ("init", "watch", "update", "advance", "apply", "strength_at", "fixed_scale"),
 }
 """For each member, the methods about which it makes a claim.
 
@@ -88,6 +89,22 @@ class _AnyStage(Rule, Protocol):
         """
         return True
 
+    def numbers_at(self, step: int, name: str, geometry: Geometry) -> dict[str, Any]:
+        """The values of those attributes that are arrays or, at this step, schedules.
+
+        Only the running program may know them. It sends them along when it calls `update` on the
+        host, and to a compiled function that weights which are alike share; there `with_numbers`
+        puts them in place. A subclass with methods of its own gives none, unless it overrides this.
+        """
+        return {}
+
+    def with_numbers(self, numbers: Mapping[str, Any]) -> Self:
+        """The same rule with these attributes."""
+        rule = copy(self)
+        for name, value in numbers.items():
+            object.__setattr__(rule, name, value)
+        return rule
+
     def by_products(
         self, geometry: Geometry, state: State, *, step: int = 1, name: str = ""
     ) -> Steps[tuple[State, Figures] | None] | None:
@@ -128,21 +145,6 @@ class WeightRule(_AnyStage, Protocol):
         subclass with an `update` of its own is compiled, unless it has its own answer here too.
         """
         return False
-
-    def numbers_at(self, step: int, name: str, geometry: Geometry) -> dict[str, Any]:
-        """The values of those attributes that are arrays or, at this step, schedules.
-
-        Only the running program may know them. It sends them along when it calls `update` on the
-        host, where `with_numbers` puts them in place.
-        """
-        return {}
-
-    def with_numbers(self, numbers: Mapping[str, Any]) -> WeightRule:
-        """The same rule with these attributes."""
-        rule = copy(self)
-        for name, value in numbers.items():
-            object.__setattr__(rule, name, value)
-        return rule
 
 
 class GradientRule(_AnyStage, Protocol):
