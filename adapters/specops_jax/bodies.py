@@ -1,4 +1,4 @@
-"""A single compiled body for all weights that are alike under one rule, which takes them in turn."""
+"""One compiled body for all weights that are alike under a rule, which takes them in turn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from specops_jax.program import Item
 def alike(
     items: Iterable[Item], weights: Mapping[str, Any], step: Any
 ) -> list[list[tuple[Item, dict[str, jax.Array]]]]:
-    """Groups that may share a body: pairs of an item without numbers and its numbers at this step."""
+    """Groups that may share a body: pairs of an item without numbers and its numbers now."""
     groups: dict[Any, list[tuple[Item, dict[str, jax.Array]]]] = {}
     for item in items:
         bare, numbers = parted(item, step)
