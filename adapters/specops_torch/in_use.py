@@ -12,7 +12,7 @@ from torch import nn
 
 from specops.errors import GeometryError, NonFiniteError
 from specops.geometry import Geometry
-from specops.tracking import Tracked, is_measured, saw_nothing
+from specops.tracking import Tracked, is_measured, saw_zeros
 from specops.training.weight import is_misfit
 from specops_torch import fused
 from specops_torch.sizes import SizeRecorder
@@ -71,7 +71,7 @@ class InUse:
         self.reduced = False
         """Whether `fully_shard` has reduced the weight's gradient of the same backward pass."""
         self._loaded = False
-        self._saw_nothing = False
+        self._saw_zeros = False
         """Whether the vectors were found for a weight of zeros, such as a new head's."""
         self._own: torch.Tensor | None = None
         self._written: tuple[int, int] | None = None
@@ -219,7 +219,7 @@ class InUse:
         since, state = written(source), self._measured(raw)
         if state is not None:
             self.take(state, source, since)
-            self._saw_nothing = self._is_of_nothing(state)
+            self._saw_zeros = self._is_of_zeros(state)
 
     def wait_for(self, own: torch.Tensor) -> None:
         """Measure a sharded parameter when its layer first sees it gathered."""
@@ -243,8 +243,8 @@ class InUse:
         self._written, self._copied, self._loaded = since or written(raw), None, False
         self._sample = None if state is None else sample(raw)
         # On another device this would need a sync, which is taken while the weight may be zero.
-        looks = raw.is_cpu or self._saw_nothing
-        self._saw_nothing = looks and self._is_of_nothing(state)
+        looks = raw.is_cpu or self._saw_zeros
+        self._saw_zeros = looks and self._is_of_zeros(state)
 
     def _is_as_measured(self, raw: torch.Tensor, state: State | None) -> bool | None:
         """Whether the norms in this state are of the parameter as it is; None if unknown.
@@ -266,7 +266,7 @@ class InUse:
     def stepped(self, raw: torch.Tensor) -> None:
         """An optimizer's step may have changed the parameter."""
         self._sample = None
-        if self._saw_nothing and not self.sharded:
+        if self._saw_zeros and not self.sharded:
             # torch may not have counted the write, and compiled code does not check for one.
             if self._written != written(raw) or not self._fits(raw, self.state):
                 self.measure(raw)
@@ -291,12 +291,12 @@ class InUse:
     @property
     def forgotten(self) -> bool:
         """Whether the vectors are known to belong to another weight, or to zeros."""
-        return self._saw_nothing or self._written == _FORGOTTEN
+        return self._saw_zeros or self._written == _FORGOTTEN
 
     def load(self, state: State | None, raw: torch.Tensor, *, drifting: bool) -> None:
         """Use the vectors of a checkpoint, if they fit the parameter as it is."""
         self.take(state, raw)
-        self._saw_nothing = self._is_of_nothing(state)
+        self._saw_zeros = self._is_of_zeros(state)
         self.drifting, self._sample = drifting, None
         if self.sharded:
             # Whether they fit shows in the next forward pass, which gathers the whole weight.
@@ -317,9 +317,9 @@ class InUse:
         with torch.no_grad():
             return is_measured(follow, raw.detach(), state, closely=closely)
 
-    def _is_of_nothing(self, state: State | None) -> bool:
+    def _is_of_zeros(self, state: State | None) -> bool:
         follow = self._follow
-        return bool(follow and state and saw_nothing(follow, state))
+        return bool(follow and state and saw_zeros(follow, state))
 
     def _measured(self, raw: torch.Tensor) -> State | None:
         if self.state is not None and self._follow is None:

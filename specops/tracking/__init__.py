@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from specops.geometry import Dense, Geometry
 from specops.geometry.arguments import check_choice
 from specops.tracking.by_products import Steps, Wanted
-from specops.tracking.freshness import is_measured, saw_nothing
+from specops.tracking.freshness import is_measured, saw_zeros
 from specops.tracking.matrices import (
     TrackedBlocks,
     TrackedKernel,
@@ -43,7 +43,7 @@ __all__ = [
     "checked",
     "is_measured",
     "packed",
-    "saw_nothing",
+    "saw_zeros",
     "stepped_on_host",
     "track",
     "unpacked",

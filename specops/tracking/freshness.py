@@ -14,7 +14,7 @@ _ROUNDING = 1e-5
 """The same for the rounding of sums in single precision, in another order."""
 
 
-def saw_nothing(follow: TrackedBlocks | TrackedKernel | TrackedOperator, s: State) -> bool:
+def saw_zeros(follow: TrackedBlocks | TrackedKernel | TrackedOperator, s: State) -> bool:
     """Whether a matrix was zero when its norm was measured, so that its vectors mean nothing."""
     norms = (n if n.ndim == 0 else arrays.namespace(n).all(n != 0) for n in follow.measured(s))
     return not all(map(bool, norms))

@@ -12,7 +12,7 @@ import array_api_compat as compat
 from specops import arrays
 from specops.errors import AdapterError, NonFiniteError, StateError
 from specops.geometry import Geometry
-from specops.tracking import are_alike, is_measured, saw_nothing
+from specops.tracking import are_alike, is_measured, saw_zeros
 from specops.training.assigned import Assigned
 from specops.training.outcome import Outcome
 from specops.training.parameter import Parameter
@@ -111,7 +111,7 @@ class Constrained(Assigned, Generic[P]):
         self, weight: Array, step: int, *, certain: bool
     ) -> tuple[Array, State, dict[str, Any]]:
         """What the rule gives: (array, new state, figures); certified with `certain`."""
-        state = self.start(weight) if self.state is None or self._saw_nothing() else self.state
+        state = self.start(weight) if self.state is None or self._saw_zeros() else self.state
         act = self.weight_rule.enforce if certain else self.rule.update
         return act(weight, self.geometry, state, step=step, name=self.name)
 
@@ -152,17 +152,17 @@ class Constrained(Assigned, Generic[P]):
         """Whether the norm along the vectors has changed: by a loaded checkpoint, by averaging."""
         follow = self.rule.tracked(self.geometry)
         if self.drifting or follow is None:
-            return self._saw_nothing()
+            return self._saw_zeros()
         assert self.state is not None
         # If the norm is not finite, the next step reports it.
         return not is_measured(follow, w, self.state)
 
-    def _saw_nothing(self) -> bool:
+    def _saw_zeros(self) -> bool:
         """Whether a forward rule's vectors come from a weight of zeros, such as a new head's."""
         if self.stage != "forward" or not self.state:
             return False
         follow = self.rule.tracked(self.geometry)
-        return follow is not None and saw_nothing(follow, self.state)
+        return follow is not None and saw_zeros(follow, self.state)
 
     def measured(self, step: int) -> dict[str, Any]:
         """Its norm now, for a report: exact where it can be, else a certified upper bound."""
