@@ -32,7 +32,7 @@ def triplets_by_deflation(
     xp : namespace
         The arrays' namespace.
     operator : BlockOperator
-        A; the range of its dtype has to hold ‖A‖².
+        A, in a dtype whose range holds ‖A‖².
     start : array, shape (columns, k)
         A start vector for each triplet, with a component along every leading right singular
         vector.
