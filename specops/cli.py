@@ -33,7 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # Output has σ and names from files: escape what the terminal's encoding lacks.
             stream.reconfigure(errors="backslashreplace")
     parser = _parser()
-    given = parser.parse_args(arguments)
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        # By the command's own parser, whose usage lists what there is.
+        given.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if given.command is None:
         parser.print_help(sys.stderr)
         return 2
@@ -55,15 +58,16 @@ def _parser() -> argparse.ArgumentParser:
         prog="specops",
         description="Measure and control the singular values of neural network weights.",
     )
+    parser.set_defaults(parser=parser)
     parser.add_argument("--version", action="version", version=f"specops {specops.__version__}")
-    # Every command names the function that runs it in `run`.
+    # Every command names the function that runs it in `run`, and its own parser.
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
     adapters = commands.add_parser(
         "adapters",
         help="list the installed adapters, what they support, and why one is not available",
         description="List the installed adapters.",
     )
-    adapters.set_defaults(run=_adapters)
+    adapters.set_defaults(run=_adapters, parser=adapters)
     add_parser(commands)
     return parser
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -34,6 +35,12 @@ def print_table(
         Console().print(rich_table(headers, rows, dim=dim, right=right))
         return
     print(aligned([headers, *rows], right=[h in right for h in headers]))
+
+
+def some_names(names: Sequence[str], like: str) -> str:
+    """A few names in quotes, those most like another one if any are, and … if there are more."""
+    shown = difflib.get_close_matches(like, names, n=3, cutoff=0.3) or names[:5]
+    return ", ".join([*map(repr, shown), *(["…"] if len(shown) < len(names) else [])])
 
 
 def printable(text: str) -> str:

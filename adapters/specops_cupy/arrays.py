@@ -9,6 +9,7 @@ from typing import Any
 
 from specops import arrays
 from specops.errors import AdapterError
+from specops.tables import some_names
 from specops.training.constrained import Constrained
 from specops.training.parameter import Parameter
 from specops.training.weight import Weight, unmeasurable
@@ -123,7 +124,7 @@ def matched(
     if unknown:
         raise AdapterError(
             f"{unknown[0]} has a gradient but is no entry of the model, whose entries are called "
-            f"{', '.join(map(repr, names[:5]))}, …"
+            f"{some_names(names, unknown[0])}"
         )
     result = {}
     for c in constrained:

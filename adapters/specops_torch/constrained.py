@@ -305,6 +305,9 @@ class Constrained(training.Constrained[Location]):
             found["normalized"] = norm_with(self.location.module, w, geometry, following)
         return found
 
+    def note_norms(self) -> None:
+        """Nothing: the weight in use sees writes by itself."""
+
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def add_parser(commands: Any) -> None:
         help="tensors to leave alone; may be repeated",
     )
     _add_outputs(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
 
 
 def _add_hints(parser: argparse.ArgumentParser) -> None:

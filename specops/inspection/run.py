@@ -19,6 +19,7 @@ from specops.inspection.notes import grouped_problems, notes_on, tied_note
 from specops.inspection.plan import Item, Weight, load, plan_of
 from specops.inspection.results import Inspection, Measured, WeightFigures, upper
 from specops.inspection.spectrum import Figures
+from specops.tables import some_names
 
 Progress = Callable[[int, int, str], None]
 
@@ -70,9 +71,9 @@ def inspect_checkpoint(
         items = plan_of(checkpoint, hints)
         unused = hints.unused([item.entry.name for item in items])
         if unused:
-            names = ", ".join(repr(e.name) for e in checkpoint.entries[:5])
+            names = some_names([e.name for e in checkpoint.entries], unused[0])
             raise ValueError(
-                f"no tensor matches {', '.join(map(repr, unused))}: they are called {names}, …"
+                f"no tensor matches {', '.join(map(repr, unused))}: they are called {names}"
             )
         result = Inspection(str(path), checkpoint.format, len(checkpoint.entries))
         result.problems += checkpoint.problems

@@ -9,6 +9,7 @@ from specops.geometry import Dense, Geometry
 from specops.rules import Monitor, SpectralNormalization
 from specops.rules.base import measured_as
 from specops.testing.base import SuiteBase, advanced, changed, listed, norm_of, relative
+from specops.training.plan import Plan
 
 _SCALE = 0.5
 _RULE = SpectralNormalization(norm="operator", scale=_SCALE, iterations=20)
@@ -131,6 +132,24 @@ class ForwardChecks(SuiteBase):
             f"weights four times as large changed the outputs by {apart:.3g} (relative), though "
             f"4W and W have the same direction. Likely cause: a norm is cached; "
             f"rule.apply(weight, ...) has to see the weight of each forward pass"
+        )
+
+    def test_weights_loaded_between_firings_are_noticed(self) -> None:
+        """Weights of other directions than the vectors' are normalised by their own norms."""
+        self.needs("forward")
+        self.needs_a_changed_model()
+        training = advanced(self.start(self.model(), Plan([("*", _RULE)], every=5)), _STEPS)
+        geometries, weights = training.geometries, training.weights()
+        loaded = {name: np.flip(weights[name]).copy() for name in geometries}
+        for name, values in loaded.items():
+            training.set_weight(name, values)
+        used = {name: _normalised(loaded[name], g) for name, g in geometries.items()}
+        expected = self.outputs_with(weights | used)
+        apart = relative(training.outputs(), expected)
+        assert apart <= _RTOL, (
+            f"after step {_STEPS} of every=5 all weights were replaced, and outputs differ by "
+            f"{apart:.3g} (relative) from those of the new weights at norm {_SCALE}. Likely cause: "
+            f"the norm is followed along the vectors of the old weights until the next firing"
         )
 
     def test_detaching_gives_the_plain_model(self) -> None:

@@ -7,6 +7,7 @@ from specops.testing.checkpoints import CheckpointChecks
 from specops.testing.forward import ForwardChecks
 from specops.testing.geometry import GeometryChecks
 from specops.testing.gradients import GradientChecks
+from specops.testing.histories import HistoryChecks
 from specops.testing.laws import LawChecks
 from specops.testing.registration import RegistrationChecks
 from specops.testing.third_party import ThirdPartyChecks
@@ -19,6 +20,7 @@ class AdapterSuite(
     WeightChecks,
     GradientChecks,
     ForwardChecks,
+    HistoryChecks,
     CheckpointChecks,
     BadInputChecks,
     LawChecks,
@@ -41,9 +43,10 @@ class AdapterSuite(
     layer's weight and geometry).
 
     The kit finds wrong maps, rules that act at the wrong time or not at all, state that is lost
-    and errors that are swallowed. It does not test tied weights, devices other than the one that
-    `array` uses, sharded or low-precision weights, or how an adapter copes with compiled, copied or
-    wrapped models.
+    and errors that are swallowed. It does not test tied weights, steps that the framework skips
+    (loss scaling) or spreads over several batches, devices other than the one that `array` uses,
+    sharded or low-precision weights, or how an adapter copes with compiled, copied or wrapped
+    models.
 
     Examples
     --------

@@ -189,17 +189,6 @@ class WeightChecks(SuiteBase):
                     f"operator's norm"
                 )
 
-    def test_history_has_the_steps_that_fired(self) -> None:
-        """One record for each weight and firing, with the step and the name."""
-        self.needs("weights")
-        training = advanced(self.start(self.model(), Plan([("*", _CLIP)], every=2)), 5)
-        names = self.constrained(training)
-        got = sorted((record["step"], record["name"]) for record in training.history())
-        expected = sorted((step, name) for step in (2, 4) for name in names)
-        assert got == expected, (
-            f"with every=2 the history of 5 steps has records of {got}, expected {expected}"
-        )
-
     def test_detached_rules_act_no_more(self) -> None:
         """Detaching leaves the weights as they are; from then on no rule acts."""
         self.needs("weights")

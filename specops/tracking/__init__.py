@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from specops.geometry import Dense, Geometry
 from specops.geometry.arguments import check_choice
 from specops.tracking.by_products import Steps, Wanted
-from specops.tracking.freshness import is_measured, saw_zeros
+from specops.tracking.freshness import is_measured, norms_along, saw_zeros
 from specops.tracking.matrices import (
     TrackedBlocks,
     TrackedKernel,
@@ -42,6 +42,7 @@ __all__ = [
     "check_norm",
     "checked",
     "is_measured",
+    "norms_along",
     "packed",
     "saw_zeros",
     "stepped_on_host",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from specops import arrays
 from specops.tracking.matrices import TrackedBlocks, TrackedKernel
 from specops.tracking.operator import TrackedOperator
@@ -20,25 +22,35 @@ def saw_zeros(follow: TrackedBlocks | TrackedKernel | TrackedOperator, s: State)
     return not all(map(bool, norms))
 
 
+def norms_along(
+    follow: TrackedBlocks | TrackedKernel | TrackedOperator, w: Array, s: State
+) -> tuple[Array, ...]:
+    """The norms of a weight along a state's vectors, which may be behind it."""
+    return tuple(follow.norms(arrays.to_compute(arrays.namespace(w), w), s))
+
+
 def is_measured(
     follow: TrackedBlocks | TrackedKernel | TrackedOperator,
     w: Array,
     s: State,
     *,
+    before: Sequence[Array] | None = None,
     closely: bool = False,
 ) -> bool:
     """Whether the norms along a state's vectors are those in the state; True if not finite.
 
-    With `closely`, only the rounding of products may differ.
+    With `before`, whether they are those, which `norms_along` has found. With `closely`, only the
+    rounding of products may differ.
     """
     xp, within = arrays.namespace(w), _ROUNDING if closely else _SAME
     w = arrays.to_compute(xp, w)
+    expected = tuple(follow.measured(s) if before is None else before)
     changed = [
         xp.any(xp.abs(now - then) > within * xp.abs(then))
-        for now, then in zip(follow.norms(w, s), follow.measured(s), strict=True)
+        for now, then in zip(follow.norms(w, s), expected, strict=True)
     ]
     if isinstance(follow, TrackedOperator):
         # A weight of zeros has a zero gradient, along which the norm of every kernel is zero.
-        (then,) = follow.measured(s)
+        (then,) = expected
         changed.append((then == 0) & (xp.max(xp.abs(w)) > 0))
     return not any(bool(flag) for flag in changed)

@@ -134,8 +134,9 @@ class BaseAttachment(ABC, Generic[C]):
         self.steps += 1
         for c in self._constrained:
             c.drifting = c.stage == "forward"
-        due = [*self.due("weights", self.steps), *self.due("forward", self.steps)]
-        self.fire(due, self.steps)
+        self.fire([*self.due("weights", self.steps), *self.due("forward", self.steps)], self.steps)
+        for c in self._constrained:
+            c.note_norms()
 
     def before_step(self, gradients: MutableMapping[str, Any]) -> None:
         """Let rules of stage "gradients" add to gradients, before the optimizer's step.

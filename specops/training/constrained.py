@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
@@ -12,7 +12,7 @@ import array_api_compat as compat
 from specops import arrays
 from specops.errors import AdapterError, NonFiniteError, StateError
 from specops.geometry import Geometry
-from specops.tracking import are_alike, is_measured, saw_zeros
+from specops.tracking import are_alike, is_measured, norms_along, saw_zeros
 from specops.training.assigned import Assigned
 from specops.training.outcome import Outcome
 from specops.training.parameter import Parameter
@@ -36,6 +36,7 @@ class Constrained(Assigned, Generic[P]):
         The rule's state; None before its first firing.
     drifting : bool
         For a forward rule: whether steps have changed the weight since its vectors advanced.
+        What anybody else has written shows in the norms along them, noted after the latest step.
     told : bool
         Whether the user was told that the rule waits for the size of an input.
     misfit : str
@@ -47,6 +48,7 @@ class Constrained(Assigned, Generic[P]):
         self.parameter, self.assignment = parameter, assignment
         self.state: State | None = None
         self.drifting, self.told, self.misfit = False, False, ""
+        self._norms: Sequence[Array] | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -126,6 +128,15 @@ class Constrained(Assigned, Generic[P]):
 
     # The weight in use
 
+    def note_norms(self) -> None:
+        """After a step: note the norms along vectors that have not advanced on the weight."""
+        follow = self.rule.tracked(self.geometry) if self.drifting and self.state else None
+        self._norms = None
+        if follow is not None:
+            assert self.state is not None
+            with self.parameter.context():
+                self._norms = norms_along(follow, self.parameter.read(), self.state)
+
     def prepare(self) -> None:
         """Let a forward rule find its vectors; one that is not finite is tried at a later step."""
         if self.needs_size:
@@ -151,11 +162,12 @@ class Constrained(Assigned, Generic[P]):
     def _is_written_to(self, w: Array) -> bool:
         """Whether the norm along the vectors has changed: by a loaded checkpoint, by averaging."""
         follow = self.rule.tracked(self.geometry)
-        if self.drifting or follow is None:
+        if follow is None or (self.drifting and (self._norms is None or self._saw_zeros())):
             return self._saw_zeros()
         assert self.state is not None
         # If the norm is not finite, the next step reports it.
-        return not is_measured(follow, w, self.state)
+        before = self._norms if self.drifting else None
+        return not is_measured(follow, w, self.state, before=before)
 
     def _saw_zeros(self) -> bool:
         """Whether a forward rule's vectors come from a weight of zeros, such as a new head's."""
@@ -186,6 +198,7 @@ class Constrained(Assigned, Generic[P]):
         with self.parameter.context():
             self.state = state and {k: self.parameter.restored(x) for k, x in state.items()}
         self.drifting = bool(saved.get("drifting", False))
+        self.note_norms()
 
     def check_state(self, saved: Mapping[str, Any]) -> None:
         """Raise if `saved` cannot be this weight's: before anything is changed."""

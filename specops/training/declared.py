@@ -10,6 +10,7 @@ from typing import Any
 from specops.errors import GeometryError, PlanError
 from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import every_axis
+from specops.tables import some_names
 from specops.training.cautions import caution
 from specops.training.weight import Weight, unmeasurable
 
@@ -69,7 +70,7 @@ def override_geometries(
     if unused:
         raise PlanError(
             f"geometries names {', '.join(map(repr, sorted(unused)))}, which no matrix "
-            f"matches: parameters are called {', '.join(repr(w.name) for w in weights[:5])}, …"
+            f"matches: parameters are called {some_names([w.name for w in weights], min(unused))}"
         )
     return result
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from typing import Any
 from specops.errors import AdapterError, GeometryError, PlanError, UnsupportedArrayError
 from specops.geometry.arguments import integer
 from specops.rules import Rule, StagedRule, completed
+from specops.tables import some_names
 from specops.training.weight import Weight
 
 
@@ -234,12 +234,11 @@ class Plan:
                 f"pattern {entry.pattern!r} matches no parameter: those with a name that matches "
                 f"{entry.names!r} are no {entry.kind} maps"
             )
-        close = difflib.get_close_matches(entry.names, names, n=3, cutoff=0.3) or names[:3]
         layer = f"{entry.names}.*"
         hint = f"; for the whole layer write {layer!r}" if fnmatch.filter(names, layer) else ""
         raise PlanError(
             f"pattern {entry.pattern!r} matches no parameter{hint}. Parameters are called "
-            f"{', '.join(map(repr, close))}, …"
+            f"{some_names(names, entry.names)}"
         )
 
 

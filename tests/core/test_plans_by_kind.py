@@ -102,3 +102,12 @@ def test_a_kernel_that_looks_like_another_layout(
         warnings.simplefilter("always")
         override_geometries([weight], {"k": Conv((64, 64), layout=layout)})  # type: ignore[arg-type]
     assert [x.category for x in seen] == [CautionWarning] * doubted
+
+
+def test_messages_say_that_there_are_more_names_only_where_there_are() -> None:
+    with pytest.raises(PlanError, match=r"called 'fc.weight'$"):
+        Plan([("head", ONE)]).assign(WEIGHTS[1:2])
+    with pytest.raises(PlanError, match=r"called 'fc.weight'$"):
+        override_geometries(WEIGHTS[1:2], {"head": Dense()})
+    with pytest.raises(PlanError, match=r"called 'conv.weight', .*…$"):
+        override_geometries(WEIGHTS, {"covn.weight": Dense()})

@@ -220,6 +220,35 @@ def test_an_array_written_to_from_outside_is_measured_anew(xp: Any) -> None:
     assert np.allclose(host(attachment.normalized()["w"]), np.diag([0.025, 2.0]))
 
 
+@pytest.mark.parametrize("norm_is", ["operator", "reshaped", "bidirectional"])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_an_array_loaded_between_firings_is_measured_anew(norm_is: Any, resumed: bool) -> None:
+    rng = np.random.default_rng(0)
+    arrays, maps = {"k": rng.standard_normal((6, 4, 3, 3))}, {"k": Conv((7, 7), padding=1)}
+    rule = SpectralNormalization(norm=norm_is)
+    attachment = attach(None, arrays, rule, every=5, geometries=maps)
+    for _ in range(3):
+        arrays["k"] -= 0.01 * rng.standard_normal(arrays["k"].shape)
+        attachment.step()
+    followed = attachment.normalized()["k"]
+    if resumed:
+        state = attachment.state_dict()
+        attachment.detach()
+        attachment = attach(None, arrays, rule, every=5, geometries=maps)
+        attachment.load_state_dict(state)
+    assert np.array_equal(attachment.normalized()["k"], followed)
+    arrays["k"][...] = 3.0 * rng.standard_normal(arrays["k"].shape)
+    used = attachment.normalized()["k"]
+    reshaped = [np.linalg.norm(used.reshape(6, -1), 2)]
+    reshaped += [np.linalg.norm(used.swapaxes(0, 1).reshape(4, -1), 2)]
+    norms = {
+        "operator": norm(used, maps["k"]),
+        "reshaped": reshaped[0],
+        "bidirectional": np.mean(reshaped),
+    }
+    assert norms[norm_is] == pytest.approx(1.0, rel=1e-3)
+
+
 @pytest.mark.parametrize("every", [1, 4])
 def test_an_array_that_was_zero_has_no_directions_yet(xp: Any, every: int) -> None:
     arrays = {"w": xp.asarray(np.zeros((8, 12)))}
@@ -235,7 +264,8 @@ def test_between_firings_vectors_wait() -> None:
     attachment = attach(None, arrays, NORMALIZED, every=3, geometries={"w": Dense()})
     attachment.step()
     arrays["w"][...] = np.diag([3.0, 5.0])
-    # Steps explain the change: the norm is followed along the old vectors.
+    attachment.step()
+    # A step explains the change: the norm is followed along the old vectors.
     assert np.allclose(attachment.normalized()["w"], np.diag([2.0, 10.0 / 3.0]))
 
 

@@ -112,6 +112,17 @@ def test_groups_by_the_channels_of_neighbours(
     assert geometries(found) == [Conv(None, groups=n) for n in groups]
 
 
+def test_one_group_is_said_to_be_assumed_where_little_tells_of_it() -> None:
+    """The stem before it has twice the channels, as for two groups."""
+    up = {"up.bias": (4,)}
+    found = guess("block.weight", (8, 4, 3, 3), before={"stem.weight": (8, 3, 3, 3)}, others=up)
+    assert found.geometry == Conv(None)
+    assert "one group assumed" in found.readings[0].why
+    narrow = {"stem.weight": (4, 3, 3, 3), "wide.weight": (8, 4, 3, 3)}
+    found = guess("block.weight", (8, 4, 3, 3), before=narrow, others=up)
+    assert "assumed" not in found.readings[0].why.replace("stride 1 assumed", "")
+
+
 def test_biases_tell_transposed_layers() -> None:
     found = guess("3.weight", (16, 1, 3, 3), others={"3.bias": (1,)})
     assert geometries(found) == [Conv(None, transposed=True, layout="IO*")]

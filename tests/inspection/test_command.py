@@ -467,3 +467,15 @@ def test_how_maps_were_decided_is_printed(path: Path, capsys: pytest.CaptureFixt
     text = " ".join(capsys.readouterr().out.split())
     assert "4-d, torch's order: taps last, stride 1 assumed: conv1.weight, conv2.weight" in text
     assert "depthwise, stride 1 assumed: dw.weight" in text
+
+
+@pytest.mark.parametrize("unknown", ["other.safetensors", "--inputsize"])
+def test_arguments_of_no_meaning_show_those_of_the_command(
+    path: Path, unknown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        call(path, unknown)
+    err = capsys.readouterr().err
+    assert err.startswith("usage: specops inspect ")
+    assert "--compare OTHER" in err
+    assert err.endswith(f"specops inspect: error: unrecognized arguments: {unknown}\n")

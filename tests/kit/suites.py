@@ -222,6 +222,40 @@ class TestCachesTheNorm(Flawed):
     adapter = flawed(Flaw)
 
 
+class TestKeepsVectors(Flawed):
+    """Vectors of forward rules never advance."""
+
+    class Flaw(Attachment):
+        def fires(self, c: Any, step: int) -> bool:
+            return c.stage != "forward" and super().fires(c, step)
+
+    adapter = flawed(Flaw)
+
+
+class TestFollowsOldVectors(Flawed):
+    """Between firings nobody looks who has written to a weight."""
+
+    class Flaw(Attachment):
+        def step(self) -> None:
+            super().step()
+            for c in self._constrained:
+                c.note_norms = lambda: None
+                c._norms = None
+
+    adapter = flawed(Flaw)
+
+
+class TestPenalisesTwice(Flawed):
+    """A hook was hung on the optimizer twice."""
+
+    class Flaw(Attachment):
+        def before_step(self, gradients: Any) -> None:
+            super().before_step(gradients)
+            super().before_step(gradients)
+
+    adapter = flawed(Flaw)
+
+
 class TestClaimsTooLittle(Flawed):
     """Rules of a stage that is not claimed are accepted."""
 

@@ -73,7 +73,12 @@ FLAWS: dict[str, dict[str, str]] = {
         "test_rules_act_at_their_interval[2-1]": r"every=2, start=1: the rule acted at step 1",
         "test_an_interval_of_ones_own": r"0.kernel has an interval of its own, 2, .*step 1",
         "test_the_penalty_acts_at_its_interval": r"every=2, but the penalty changed .*at step 1",
-        "test_history_has_the_steps_that_fired": r"with every=2 the history .*expected \[\(2, ",
+    }
+    | {
+        f"test_history_has_the_steps_that_fired[{stage}]": (
+            rf"a rule of stage '{stage}' with every=2.*records of \[\(1, .*expected \[\(2, "
+        )
+        for stage in ("weights", "gradients", "forward")
     },
     "WritesAsItGoes": {
         "test_nan_leaves_every_weight_as_it_was": (
@@ -100,10 +105,22 @@ FLAWS: dict[str, dict[str, str]] = {
         "test_the_weight_in_use_has_the_norm_asked_for": r"the layers use the raw weights",
         "test_the_report_shows_the_norm_in_use": r"0.kernel: the report says norm .*makes it 0.5",
         "test_writes_from_outside_are_noticed": r"weights four times as large changed the outputs",
+        "test_weights_loaded_between_firings_are_noticed": r"all weights were replaced",
         "test_a_rule_of_others_acts_in_the_forward_pass": r"from those of weights W/‖W‖_F",
     },
     "CachesTheNorm": {
         "test_writes_from_outside_are_noticed": r"a norm is cached",
+    },
+    "KeepsVectors": {
+        "test_history_has_the_steps_that_fired[forward]": r"records of \[\], expected \[\(2, ",
+    },
+    "FollowsOldVectors": {
+        "test_weights_loaded_between_firings_are_noticed": r"along the vectors of the old weights",
+    },
+    "PenalisesTwice": {
+        "test_history_has_the_steps_that_fired[gradients]": (
+            r"(\(2, '2.kernel'\), ){2}.*step\(\) or before_step\(\) more or less than once"
+        ),
     },
     "ClaimsTooLittle": {
         "test_rules_of_other_stages_are_refused": (

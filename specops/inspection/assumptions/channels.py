@@ -154,7 +154,8 @@ def _by_neighbours(name: str, outputs: int, inputs: int, context: Context) -> li
     if inputs == 1:
         return _one_input(name, outputs, before, context)
     parts = parts_of(name)
-    given = any(k.outputs == inputs for k in before) or any(
+    given = any(k.outputs == inputs for k in before)
+    perhaps = any(
         k.outputs == inputs and not are_in_order(k.parts, parts)
         for k in (context.kernels if context.is_sorted else ())
     )
@@ -171,9 +172,13 @@ def _by_neighbours(name: str, outputs: int, inputs: int, context: Context) -> li
     if grouped and nearest is not None and (nearest.outputs, nearest.inputs) == (outputs, inputs):
         # The same layer once more: a gate may halve its outputs.
         return [*grouped, Groups(1, "")]
-    if given or any(block_of(n) == block for n, s in context.shapes.items() if s == (inputs,)):
+    vectors = (n for n, s in context.shapes.items() if s == (inputs,))
+    if given or perhaps or any(block_of(n) == block for n in vectors):
+        if grouped and follows is None:
+            # What has as many channels as a single group needs may be anywhere in the model.
+            return [Groups(1, "" if given else ASSUMED)]
         # The sequence suggests groups, another layer a single group: nothing decides.
-        return [*(grouped if follows is not None else []), Groups(1, "")]
+        return [*grouped, Groups(1, "")]
     if grouped:
         return grouped
     stem = not before and inputs in _STEMS and not context.is_sorted
