@@ -211,6 +211,23 @@ class TestSciPy:
         assert float(s[0]) == pytest.approx(float(specops.spectral_norm(w, Conv((4, 4)))))
 
 
+def test_subclasses_of_tensors_that_require_gradients() -> None:
+    torch = pytest.importorskip("torch")
+
+    class Tagged(torch.Tensor):
+        pass
+
+    values = torch.arange(1.0, 9.0).reshape(4, 2, 1)
+    # One tap sees all of the grid.
+    w = torch.nn.Parameter(values.as_subclass(Tagged))
+    a = specops.linear_operator(w, Conv((3,), groups=2))
+    image = a.rmatvec(torch.ones(a.shape[0]))
+    matrix = oracle.conv_matrix(values.numpy(), Conv((3,), groups=2))
+    np.testing.assert_array_equal(image.detach().numpy(), matrix.T.sum(axis=1))
+    (gradient,) = torch.autograd.grad(image.sum(), w)
+    np.testing.assert_array_equal(gradient.numpy(), 3.0)
+
+
 def test_measures_of_derivatives_take_it() -> None:
     w, geometry = np.random.default_rng(0).standard_normal((3, 2, 3, 3)), Conv((6, 6), padding=1)
     found = specops.measures.local_lipschitz(specops.linear_operator(w, geometry))
