@@ -236,3 +236,15 @@ def test_measures_of_derivatives_take_it() -> None:
     ends = specops.measures.spectrum_ends(specops.linear_operator(a))
     expected = np.linalg.eigvalsh(a)[[0, -1]]
     np.testing.assert_allclose([ends.smallest, ends.largest], expected, atol=1e-3)
+
+
+def test_measures_take_complex_matrices(eager: Backend) -> None:
+    values = draw((5, 4), "complex128")
+    tolerance = 1e-9 if eager.doubles else 1e-4
+    found = specops.measures.local_lipschitz(specops.linear_operator(eager.array(values)))
+    assert found.value == pytest.approx(np.linalg.norm(values, 2), rel=tolerance)
+    hermitian = specops.linear_operator(eager.array(values @ adjoint(values)))
+    ends = specops.measures.spectrum_ends(hermitian)
+    expected = np.linalg.eigvalsh(values @ adjoint(values))[[0, -1]]
+    atol = tolerance * expected[1]
+    np.testing.assert_allclose([ends.smallest, ends.largest], expected, atol=atol)
