@@ -78,7 +78,7 @@ def lanczos(
     diagonal: list[float] = []
     beside: list[float] = []
     for index in range(min(steps, size)):
-        x = xp.astype(product(basis[-1]), start.dtype)
+        x = arrays.stop_gradient(xp.astype(product(basis[-1]), start.dtype))
         along = float(arrays.real_part(xp, _inner(xp, basis[-1], x)))
         x = _without(xp, x, basis)
         rest = float(safe_norm(x))
