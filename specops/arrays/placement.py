@@ -56,6 +56,11 @@ def to_numpy(x: Array) -> np.ndarray:
     return library(x).to_numpy(x)
 
 
+def number(x: Any) -> float:
+    """A 0-d array, or a number, as a float: of a derivative that it may carry nothing is said."""
+    return float(to_numpy(x) if hasattr(x, "dtype") else x)
+
+
 def on_host(x: Array) -> np.ndarray | None:
     """A NumPy view of a concrete array on the CPU without a derivative; None for others."""
     return library(x).on_host(x)

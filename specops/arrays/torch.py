@@ -158,6 +158,11 @@ class Torch(Library):
         """In one pass."""
         return torch.complex(real, imag)
 
+    def add_at(self, x: Array, index: Any, value: Array) -> Array:
+        """By one operation: written back, all of a subclass's entries pass for a leaf."""
+        x[index].add_(value)
+        return x
+
     def add_diagonal(self, xp: Namespace, a: Array, values: Array) -> Array:
         """In place."""
         a.diagonal(dim1=-2, dim2=-1).add_(values)

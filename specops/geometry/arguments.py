@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -60,13 +61,13 @@ def check_choice(value: Any, name: str, allowed: tuple[str, ...]) -> None:
 
 def non_negative(value: Any, name: str) -> float:
     """A finite float, zero or more."""
-    if _is_real(value) and 0 <= value < math.inf:
+    if is_real(value) and 0 <= float(value) < math.inf:
         return float(value)
     raise ValueError(f"{name} must be a finite number, zero or more, got {value!r}")
 
 
 def check_bound(value: Any, name: str, remedy: str = "") -> Any:
-    """A positive finite bound: a float, or the caller's own 0-d array.
+    """A positive finite bound: a float, or a 0-d array that is traced or differentiated.
 
     While a compiler traces, values are not known: an invalid bound then becomes NaN.
     """
@@ -77,26 +78,34 @@ def check_bound(value: Any, name: str, remedy: str = "") -> Any:
 
 
 def number_where(value: Any, fits: Callable[[Any], Any]) -> Any:
-    """A number as a float, or a 0-d array as it is, if it `fits`; else None.
+    """A number, or a 0-d array whose value is known, as a float if it `fits`; else None.
 
-    A traced array becomes NaN if it turns out not to fit.
+    A differentiated array stays as it is; a traced one becomes NaN if it turns out not to fit.
     """
-    if _is_real(value):
-        return float(value) if fits(value) else None
-    if not arrays.is_array(value):
-        return None
-    if value.ndim != 0:
+    if is_real(value):
+        number = float(value)
+        return number if fits(number) else None
+    if not arrays.is_array(value) or value.ndim != 0 or not _holds_reals(value):
         return None
     flag = fits(value)
     known = arrays.truth(flag)
     if known is None:
         return nan_unless(flag, value)
-    return value if known else None
+    if not known:
+        return None
+    # Of any library: the weight may be another's.
+    return float(value) if arrays.is_concrete(value) else value
 
 
-def _is_real(value: Any) -> bool:
-    real = (float, int, np.integer, np.floating)
-    return isinstance(value, real) and not isinstance(value, bool)
+def is_real(value: Any) -> bool:
+    """Whether it is a number that a float holds, no boolean."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) <= sys.float_info.max
+    return isinstance(value, float | np.integer | np.floating)
+
+
+def _holds_reals(value: Any) -> bool:
+    return not arrays.dtype_name(value.dtype).startswith(("bool", "complex"))
 
 
 def nan_unless(fits: Any, value: Any) -> Any:

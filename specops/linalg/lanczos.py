@@ -1,4 +1,4 @@
-"""Lanczos tridiagonalisation of a symmetric operator that is known by its products."""
+"""Lanczos tridiagonalisation of a Hermitian operator that is known by its products."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Ritz:
 def random_start(size: int, like: Array, seed: int, probe: int = 0) -> Array:
     """A normal vector, the same on every backend; starts of other probes are independent."""
     rng = np.random.Generator(np.random.Philox(key=[seed, probe]))
-    return arrays.constant(rng.standard_normal(size), like)
+    return arrays.constant(rng.standard_normal(size), like, complex=arrays.is_complex(like))
 
 
 def safe_norm(x: Array) -> Array:
@@ -58,7 +58,7 @@ def lanczos(
     Parameters
     ----------
     product : callable
-        x ↦ A x for a symmetric A.
+        x ↦ A x for a Hermitian A.
     start : array (n,)
         The start vector, which must not be zero.
     steps : int
@@ -78,8 +78,8 @@ def lanczos(
     diagonal: list[float] = []
     beside: list[float] = []
     for index in range(min(steps, size)):
-        x = xp.astype(product(basis[-1]), start.dtype)
-        along = float(xp.sum(basis[-1] * x))
+        x = arrays.stop_gradient(xp.astype(product(basis[-1]), start.dtype))
+        along = float(arrays.real_part(xp, _inner(xp, basis[-1], x)))
         x = _without(xp, x, basis)
         rest = float(safe_norm(x))
         if not np.isfinite(along) or not np.isfinite(rest):
@@ -109,8 +109,12 @@ def lanczos(
 def _without(xp: Namespace, x: Array, basis: list[Array]) -> Array:
     """`x` less its components along orthonormal vectors."""
     for q in basis:
-        x = x - xp.sum(q * x) * q
+        x = x - _inner(xp, q, x) * q
     return x
+
+
+def _inner(xp: Namespace, q: Array, x: Array) -> Array:
+    return xp.sum(arrays.conjugate(xp, q) * x)
 
 
 def _ritz(diagonal: list[float], beside: list[float], eps: float) -> Ritz:

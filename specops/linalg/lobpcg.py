@@ -121,7 +121,8 @@ def _orthonormal(xp: Namespace, x: Array, against: Array | None = None) -> Array
         if against is not None:
             x = _without(xp, x, against)
         x, r = xp.linalg.qr(x)
-        lost = xp.abs(xp.linalg.diagonal(r)) <= _DEPENDENT * scale
+        # NaN, too: some factorisations of dependent columns end there.
+        lost = ~(xp.abs(xp.linalg.diagonal(r)) > _DEPENDENT * scale)
         scale = xp.ones_like(scale)
         if arrays.truth(xp.any(lost)) is not False:
             noise = arrays.start_vector("subspace", x.shape[0] * x.shape[1]).reshape(x.shape)

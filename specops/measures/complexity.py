@@ -183,7 +183,7 @@ def _of_layers(
         a = a / scale
         norm = _one(spectral_norm(a, geometry), i)
         norms.append(norm)
-        logs.append(math.log(norm) + math.log(float(xp.max(scale))) if norm else -math.inf)
+        logs.append(math.log(norm) + math.log(arrays.number(xp.max(scale))) if norm else -math.inf)
         others.append(_one(other(a, geometry), i))
     return norms, logs, others
 
@@ -214,7 +214,7 @@ def _one(value: Any, index: int) -> float:
             f"weights[{index}] is a stack of matrices or of fused blocks, with a norm for each: "
             f"give the matrices as layers of their own"
         )
-    return float(value)
+    return arrays.number(value)
 
 
 def _row_norms(w: Array, geometry: Geometry | None) -> Array:

@@ -143,7 +143,7 @@ def _checked(input_norm: float | Array) -> float | Array:
 
 def _others(norms: Sequence[float]) -> list[list[float]]:
     """For each norm the list of all others: a quotient of products would fail for zero."""
-    found = [non_negative(float(n), f"norms[{i}]") for i, n in enumerate(norms)]
+    found = [non_negative(arrays.number(n), f"norms[{i}]") for i, n in enumerate(norms)]
     if not found:
         raise ValueError("norms is empty: give the norm of every layer")
     return [found[:t] + found[t + 1 :] for t in range(len(found))]

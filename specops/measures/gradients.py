@@ -48,5 +48,6 @@ def gradient_norms(gradients: Mapping[str, Any]) -> dict[str, float]:
             continue
         # Scaled first, because squares of small gradients underflow.
         scale = arrays.magnitude(xp, g)
-        found[name] = float(xp.linalg.vector_norm(g / scale)) * float(xp.max(scale))
+        norm = arrays.number(xp.linalg.vector_norm(g / scale))
+        found[name] = norm * arrays.number(xp.max(scale))
     return found

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from specops import arrays
 from specops.errors import GeometryError
 from specops.geometry.arguments import check_bound, integer, non_negative
 from specops.linalg.lanczos import Ritz, lanczos, random_start, safe_norm
@@ -119,7 +120,7 @@ def _factor(index: int, layer: Any) -> float:
             f"layers[{index}] is a stack of matrices, with a norm for each: give the largest "
             f"as a number, or the layer that is used"
         )
-    return float(upper)
+    return arrays.number(upper)
 
 
 def local_lipschitz(
@@ -166,7 +167,7 @@ def local_lipschitz(
     second: Any = jacobian.matvec if wide else jacobian.rmatvec
     start = random_start(min(rows, columns), jacobian.like, seed)
     # Scaled, because JᵀJ squares the scale, which may leave the range of single precision.
-    scale = float(safe_norm(first(start / safe_norm(start))))
+    scale = arrays.number(safe_norm(first(start / safe_norm(start))))
     scale = scale if 0.0 < scale < math.inf else 1.0
 
     def gram(x: Array) -> Array:

@@ -10,7 +10,7 @@ from specops.typing import Array
 
 @runtime_checkable
 class SymmetricOperator(Protocol):
-    """A symmetric matrix, as products with vectors, such as the Hessian of a loss.
+    """A symmetric or Hermitian matrix, as products with vectors, such as the Hessian of a loss.
 
     Attributes
     ----------
@@ -29,7 +29,7 @@ class SymmetricOperator(Protocol):
 
 @runtime_checkable
 class JacobianOperator(SymmetricOperator, Operator, Protocol):
-    """Any real matrix by its products from both sides: the Jacobian of a function at a point."""
+    """Any matrix by its products from both sides: the Jacobian of a function at a point."""
 
     def rmatvec(self, y: Array) -> Array:
-        """Aᵀ y, for y of shape (rows,)."""
+        """Aᵀ y, of a complex matrix Aᴴ y, for y of shape (rows,)."""

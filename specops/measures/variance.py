@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from specops import arrays
 from specops.errors import GeometryError
@@ -109,8 +109,10 @@ def parameter_variance(
     unit = arrays.magnitude(xp, a)
     a = a / unit
     centred = xp.abs(a - xp.mean(a)) ** 2
-    factor = float(xp.max(unit)) / sigma * scale
-    return ParameterVariance(float(xp.mean(centred)) * factor * factor, bound * scale * scale)
+    factor = arrays.number(xp.max(unit)) / sigma * scale
+    return ParameterVariance(
+        arrays.number(xp.mean(centred)) * factor * factor, bound * scale * scale
+    )
 
 
 def _norm_and_bound(w: Array, geometry: Geometry, norm: str) -> tuple[float, float]:
@@ -139,5 +141,4 @@ def _operator_bound(sizes: ConvSizes) -> float:
 
 
 def _norm(w: Array, geometry: Geometry) -> float:
-    norm: Any = spectral_norm(w, geometry)
-    return float(norm)
+    return arrays.number(spectral_norm(w, geometry))

@@ -109,7 +109,7 @@ def _norm(index: int, w: Array, geometry: Geometry | None) -> float:
             f"matrices one by one"
         )
     measured: Any = spectral_norm(w, geometry)
-    norm = float(measured)
+    norm = arrays.number(measured)
     if not math.isfinite(norm):
         raise NonFiniteError(f"weights[{index}] has no finite norm")
     if norm == 0.0:

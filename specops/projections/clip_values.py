@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from specops import arrays
 from specops.geometry import Conv, Geometry
-from specops.geometry.arguments import integer
+from specops.geometry.arguments import integer, is_real
 from specops.linalg.spectral_function import spectral_function
 from specops.linalg.value_functions import between
 from specops.maps.prepare import MatrixBlock, prepare
@@ -97,7 +95,7 @@ def clip_singular_values(
 
 def _checked(lower: float, upper: float) -> tuple[float, float]:
     for name, value in (("lower", lower), ("upper", upper)):
-        if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        if not is_real(value):
             raise ValueError(f"{name} must be a number, got {value!r}")
     if not 0.0 <= float(lower) <= float(upper) or math.isinf(lower):
         raise ValueError(f"bounds must satisfy 0 <= lower <= upper, got {lower} and {upper}")

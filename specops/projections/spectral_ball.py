@@ -149,7 +149,8 @@ def project_spectral_ball(
     -----
     Feasible means that limit²·I − G has a Cholesky factor in double precision for every Gram
     matrix G of the stored weight: exact up to its rounding, 1e-13 or so. Where a device has no
-    double precision, and while a compiler traces, single precision decides.
+    double precision, while a compiler traces, and for torch tensors that require gradients in grad
+    mode, the singular values in the weight's own precision decide: up to about 1e-6 in single.
 
     A Conv without groups that is copies of one matrix, of 1×1 kernels or patches that do not
     overlap, is projected as that matrix, unless `method` or `iterations` is given.

@@ -118,8 +118,9 @@ def project_stable_rank(
     up to 10 times (once while a compiler traces). So the result is proven to be feasible, and
     nearest *in the cone of its direction*; it is *not* guaranteed to be nearest over all of them. A
     cone has a least stable rank, n²/‖E‖² on an n×n torus; a ratio that asks for less gives a
-    kernel where it is least, and while a compiler traces a target does, too. Nearness is that of
-    the kernels.
+    kernel where it is least, and while a compiler traces a target does, too. The leading direction
+    of that kernel may be another, along which less is possible: a second call then moves it again,
+    by a third and more, and later ones by ever less. Nearness is that of the kernels.
 
     References
     ----------

@@ -211,6 +211,23 @@ class TestSciPy:
         assert float(s[0]) == pytest.approx(float(specops.spectral_norm(w, Conv((4, 4)))))
 
 
+def test_subclasses_of_tensors_that_require_gradients() -> None:
+    torch = pytest.importorskip("torch")
+
+    class Tagged(torch.Tensor):
+        pass
+
+    values = torch.arange(1.0, 9.0).reshape(4, 2, 1)
+    # One tap sees all of the grid.
+    w = torch.nn.Parameter(values.as_subclass(Tagged))
+    a = specops.linear_operator(w, Conv((3,), groups=2))
+    image = a.rmatvec(torch.ones(a.shape[0]))
+    matrix = oracle.conv_matrix(values.numpy(), Conv((3,), groups=2))
+    np.testing.assert_array_equal(image.detach().numpy(), matrix.T.sum(axis=1))
+    (gradient,) = torch.autograd.grad(image.sum(), w)
+    np.testing.assert_array_equal(gradient.numpy(), 3.0)
+
+
 def test_measures_of_derivatives_take_it() -> None:
     w, geometry = np.random.default_rng(0).standard_normal((3, 2, 3, 3)), Conv((6, 6), padding=1)
     found = specops.measures.local_lipschitz(specops.linear_operator(w, geometry))
@@ -219,3 +236,15 @@ def test_measures_of_derivatives_take_it() -> None:
     ends = specops.measures.spectrum_ends(specops.linear_operator(a))
     expected = np.linalg.eigvalsh(a)[[0, -1]]
     np.testing.assert_allclose([ends.smallest, ends.largest], expected, atol=1e-3)
+
+
+def test_measures_take_complex_matrices(eager: Backend) -> None:
+    values = draw((5, 4), "complex128")
+    tolerance = 1e-9 if eager.doubles else 1e-4
+    found = specops.measures.local_lipschitz(specops.linear_operator(eager.array(values)))
+    assert found.value == pytest.approx(np.linalg.norm(values, 2), rel=tolerance)
+    hermitian = specops.linear_operator(eager.array(values @ adjoint(values)))
+    ends = specops.measures.spectrum_ends(hermitian)
+    expected = np.linalg.eigvalsh(values @ adjoint(values))[[0, -1]]
+    atol = tolerance * expected[1]
+    np.testing.assert_allclose([ends.smallest, ends.largest], expected, atol=atol)

@@ -274,6 +274,16 @@ def test_a_phase_of_a_zero_padded_kernel_changes_nothing(turn: complex, groups: 
     assert specops.spectral_norm(turn * w, geometry) == pytest.approx(expected, rel=1e-10)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+@pytest.mark.parametrize("columns", [1, 0], ids=["one vector", "nothing"])
+def test_a_start_of_dependent_vectors(eager: Backend, dtype: str, columns: int) -> None:
+    # Some libraries' factors of such a start are NaN.
+    w = eager.array(np.diag(np.arange(11.0, 0.0, -1.0)), dtype)
+    start = np.repeat(np.random.default_rng(0).standard_normal((11, 1)), 9, axis=1) * columns
+    _, s, _ = specops.top_singular_triplets(w, 7, start=eager.array(start, "float32"))
+    np.testing.assert_allclose(eager.numpy(s), np.arange(11.0, 4.0, -1.0), rtol=1e-5)
+
+
 def test_a_start_is_checked_cast_and_not_believed() -> None:
     a = np.diag([3.0, 2.0, 1.0, 0.5])
     for k, start in [(1, np.eye(4)[:, 1:2]), (2, np.eye(4)[:, 1:4])]:

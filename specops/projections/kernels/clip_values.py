@@ -37,7 +37,7 @@ def clip_kernel(given: Prepared, w: Array, lower: float, upper: float, iteration
     x = support.coordinates(xp, kernel)
     low, high = (bound / given.scale for bound in (lower, upper))
     if on_host is not None:
-        low, high = (float(arrays.to_numpy(bound)) for bound in (low, high))
+        low, high = (arrays.number(bound) for bound in (low, high))
     for _ in range(iterations):
         x = _round(xp, support, x, low, high)
     # Not as the kernel plus a difference, which would cancel far outside of the bounds.

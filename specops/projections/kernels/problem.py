@@ -53,13 +53,12 @@ class KernelProblem:
     @property
     def unit(self) -> float:
         """The scale of the prepared weight as a number; only for concrete weights, as `bound`."""
-        return float(arrays.to_numpy(self.given.scale))
+        return arrays.number(self.given.scale)
 
     @property
     def bound(self) -> float:
         """`max_norm` as a number."""
-        known = isinstance(self.max_norm, float)
-        return self.max_norm if known else float(arrays.to_numpy(self.max_norm))
+        return arrays.number(self.max_norm)
 
     def info(
         self, before: float, after: float, gap: float, rounds: int, state: State

@@ -63,10 +63,10 @@ def project_kernel(
     if arrays.truth(above) is False:
         return w, info
     if arrays.truth(limit < least * (1.0 - tolerance)):
-        taps = "×".join(map(str, sizes.kernel))
+        taps, lowest = "×".join(map(str, sizes.kernel)), arrays.number(least)
         raise ValueError(
-            f"target={target} is below {float(least):.6g}, the least stable rank of a {taps} "
-            f"kernel along its leading direction: feasible are {float(least):.6g} to "
+            f"target={target} is below {lowest:.6g}, the least stable rank of a {taps} "
+            f"kernel along its leading direction: feasible are {lowest:.6g} to "
             f"{min(sizes.matrix_shape())}"
         )
     info.iterations = 1
