@@ -67,8 +67,8 @@ def top_singular_triplets(
     grid) and other operators of up to 2^20 entries are decomposed. Of larger ones the triplets are
     found one after another by Lanczos, to residuals of √ε/10, in single precision 1e-6: values are
     then lower bounds, accurate to about ε, and the last of a cluster that `k` cuts through may be
-    missed for a neighbour as large. From a `start`, under compilers and vmap, and where torch is to
-    differentiate, all are iterated together, traced ones in 24 rounds without a test of
+    missed for a neighbour as large; derivatives hold their vectors constant. From a `start`, under
+    compilers and vmap, all are iterated together, traced ones in 24 rounds without a test of
     convergence; so are large circular convolutions then.
 
     Examples
@@ -106,8 +106,12 @@ def top_singular_triplets(
     if start is None and operator.shape[0] * operator.shape[1] <= _DECOMPOSED_UP_TO:
         u, s, vh = svd(xp, operator.to_matrix())
         return u[:, :k], given.scale * s[:k], arrays.adjoint(xp, vh)[:, :k]
-    if start is None and arrays.is_concrete(given.w):
+    if start is None and not traced:
         u, s, v = _one_by_one(given, given.geometry, k)
+        if not arrays.is_concrete(given.w):
+            # To differentiate the rounds of an iteration would keep all of them.
+            products = arrays.conjugate(xp, u) * operator.matmat(v)
+            s = arrays.real_part(xp, xp.sum(products, axis=0))
         return u, given.scale * s, v
     if start is None:
         start = arrays.constant(_noise(operator.shape[1], min(k + 4, *operator.shape)), given.w)
@@ -134,7 +138,7 @@ def _by_blocks(given: Prepared, k: int) -> tuple[Array, Array, Array] | None:
 def _one_by_one(given: Prepared, geometry: Conv, k: int) -> tuple[Array, Array, Array]:
     """The triplets of a convolution, found one after another by Lanczos."""
     xp, sizes = given.xp, geometry.sizes(tuple(given.w.shape))
-    kernel = geometry.kernel(given.w)
+    kernel = geometry.kernel(arrays.stop_gradient(given.w))
     operator = ConvOperator(kernel, sizes)
     start = operator.rmatvec(plane_wave(xp, kernel, sizes))[:, None]
     if k > 1:

@@ -104,3 +104,20 @@ def test_products_that_close_values_take(monkeypatch: pytest.MonkeyPatch) -> Non
     w = np.random.default_rng(0).standard_normal((16, 16, 3, 3))
     specops.top_singular_triplets(w, 3, Conv((32, 32)))
     assert products < 800
+
+
+@pytest.mark.slow
+def test_values_of_large_layers_are_differentiable() -> None:
+    """By their vectors as constants: ∂σ/∂W = u vᴴ on the entries of the weight."""
+    torch = pytest.importorskip("torch")
+    w = np.random.default_rng(0).standard_normal((5, 4, 3, 3))
+    geometry = Conv((16, 17))
+    weight = torch.tensor(w, requires_grad=True)
+    _, s, _ = specops.top_singular_triplets(weight, 2, geometry)
+    s.sum().backward()
+    direction = np.random.default_rng(1).standard_normal(w.shape)
+    ends = [oracle.spectrum(w + h * direction, geometry)[:2].sum() for h in (1e-5, -1e-5)]
+    slope = (ends[0] - ends[1]) / 2e-5
+    assert float((weight.grad.numpy() * direction).sum()) == pytest.approx(slope, rel=1e-6)
+    plain = specops.top_singular_triplets(w, 2, geometry)[1]
+    np.testing.assert_allclose(s.detach().numpy(), plain, rtol=1e-13)
