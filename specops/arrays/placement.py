@@ -9,7 +9,7 @@ from zlib import crc32
 import array_api_compat as compat
 import numpy as np
 
-from specops.arrays.dtypes import COMPLEX, COMPUTE, REAL, dtype_name, is_complex
+from specops.arrays.dtypes import COMPLEX, COMPUTE, REAL, dtype_name, is_complex, to_compute
 from specops.arrays.libraries import library
 from specops.typing import Array
 
@@ -57,8 +57,14 @@ def to_numpy(x: Array) -> np.ndarray:
 
 
 def number(x: Any) -> float:
-    """A 0-d array, or a number, as a float: of a derivative that it may carry nothing is said."""
-    return float(to_numpy(x) if hasattr(x, "dtype") else x)
+    """A 0-d array, or a number, as a float, without a warning that a derivative is left behind."""
+    if not hasattr(x, "dtype"):
+        return float(x)
+    name = dtype_name(x.dtype)
+    if COMPUTE.get(name, name) != name:
+        # NumPy has not every kind of half precision.
+        x = to_compute(compat.array_namespace(x), x)
+    return float(to_numpy(x))
 
 
 def on_host(x: Array) -> np.ndarray | None:
