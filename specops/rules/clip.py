@@ -194,7 +194,10 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         return isinstance(self.view(geometry), Conv)
 
     def numbers_at(self, step: int, name: str, geometry: Geometry) -> dict[str, Any]:
-        """The bound, if it is a schedule or an array."""
+        """The bound, if it is a schedule or an array; NaN for an invalid one under a compiler.
+
+        `numbers_of` would not check it, and the host, which may be called back, would raise.
+        """
         if not (callable(self.max_norm) or arrays.is_array(self.max_norm)):
             return {}
         return {"max_norm": self._bound(step, name, geometry)}
