@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Final, Literal
 
-_PREFIXES = ("module.", "_orig_mod.", "model.", "base_model.")
+_PREFIXES = (
+    "module.",
+    "_orig_mod.",
+    "model.",
+    "base_model.",
+    # Where a file holds an average too, names keep the branch of the model itself.
+    "state_dict.",
+    "model_state_dict.",
+    "params.",
+)
 OPTIONS: Final = {
     "input_size": "--input-size",
     "stride": "--stride",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from specops import arrays
-from specops.geometry.arguments import non_negative
+from specops.geometry.arguments import nan_unless, non_negative
 from specops.typing import Array
 
 
@@ -57,7 +57,8 @@ def gradient_norm_bounds(
     Raises
     ------
     ValueError
-        There is no norm, or a number is negative or not finite.
+        There is no norm, or a number is negative or not finite; while a compiler traces, the
+        bounds of such a sample are NaN.
 
     Notes
     -----
@@ -138,7 +139,12 @@ def hessian_norm_bounds(
 
 
 def _checked(input_norm: float | Array) -> float | Array:
-    return input_norm if arrays.is_array(input_norm) else non_negative(input_norm, "input_norm")
+    if not arrays.is_array(input_norm):
+        return non_negative(input_norm, "input_norm")
+    fits = (input_norm >= 0) & (input_norm < math.inf)
+    if arrays.truth(arrays.namespace(input_norm).all(fits)) is False:
+        raise ValueError(f"input_norm must be finite numbers, zero or more, got {input_norm!r}")
+    return nan_unless(fits, input_norm)
 
 
 def _others(norms: Sequence[float]) -> list[list[float]]:

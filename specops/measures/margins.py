@@ -33,7 +33,7 @@ def margins(logits: Array, labels: Array) -> Array:
     Raises
     ------
     ValueError
-        The shapes do not fit, there is one class only, or a label is no class.
+        The shapes do not fit, there is one class only, or a label is no integer or no class.
 
     References
     ----------
@@ -54,6 +54,9 @@ def margins(logits: Array, labels: Array) -> Array:
         )
     if not arrays.is_array(labels) or compat.array_namespace(labels) is not xp:
         labels = arrays.constant(np.asarray(labels), logits)
+    kind = arrays.dtype_name(labels.dtype)
+    if not kind.startswith(("int", "uint")):
+        raise ValueError(f"labels must be integers, the indices of classes: got {kind}")
     z = arrays.to_compute(xp, logits)
     classes = arrays.constant(np.arange(z.shape[1]), z)
     own = classes[None, :] == xp.astype(labels, classes.dtype)[:, None]

@@ -9,7 +9,7 @@ import numpy as np
 
 from specops import arrays
 from specops.geometry.arguments import integer
-from specops.measures.rows import row_norms
+from specops.measures.rows import row_norms, rows
 from specops.typing import Array
 
 
@@ -63,7 +63,7 @@ def noise_sensitivity(
     """
     samples = integer(samples, "samples", least=1)
     xp = arrays.namespace(x)
-    clean = _rows(function(x))
+    clean = rows(function(x))
     if clean.shape[0] != x.shape[0]:
         raise ValueError(
             f"function must keep samples apart: {x.shape[0]} inputs gave {clean.shape[0]} outputs"
@@ -75,14 +75,9 @@ def noise_sensitivity(
     divisors, total = arrays.nonzero(xp, sizes), xp.zeros_like(sizes)
     for _ in range(samples):
         noise = arrays.constant(rng.standard_normal(tuple(x.shape)), lengths)
-        moved = _rows(function(x + xp.astype(noise * lengths, x.dtype)))
+        moved = rows(function(x + xp.astype(noise * lengths, x.dtype)))
         distances = row_norms(moved - clean)
         # Divided before squaring, because squares may leave the range of single precision.
         total = total + (xp.where(dead, xp.sign(distances), distances) / divisors) ** 2
     of_dead = xp.where(total > 0, xp.full_like(total, math.inf), xp.full_like(total, math.nan))
     return xp.where(dead, of_dead, total / samples)
-
-
-def _rows(x: Array) -> Array:
-    xp = arrays.namespace(x)
-    return xp.reshape(arrays.to_compute(xp, x), (x.shape[0], -1))

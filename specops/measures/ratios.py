@@ -8,7 +8,7 @@ import numpy as np
 
 from specops import arrays
 from specops.geometry.arguments import integer
-from specops.measures.rows import row_norms
+from specops.measures.rows import row_norms, rows
 from specops.typing import Array
 
 _PAIRS_AT_ONCE = 256
@@ -102,7 +102,7 @@ def lipschitz_ratios(
 def _distances(x: Array, y: Array, first: np.ndarray, second: np.ndarray) -> Array:
     """Distances of pairs, in slices: not all differences have to fit into memory at once."""
     xp = arrays.namespace(x)
-    a, b = (arrays.to_compute(xp, xp.reshape(v, (v.shape[0], -1))) for v in (x, y))
+    a, b = map(rows, (x, y))
     parts = []
     for at in range(0, len(first), _PAIRS_AT_ONCE):
         i = arrays.constant(first[at : at + _PAIRS_AT_ONCE], a)

@@ -493,6 +493,7 @@ def test_files_that_sort_their_names_are_read_in_the_order_of_numbers() -> None:
 
 def test_bare_names() -> None:
     assert bare_name("_orig_mod.module.model.fc.weight") == "fc.weight"
+    assert bare_name("state_dict.module.fc.weight") == "fc.weight"
     assert bare_name("models.fc") == "models.fc"
     hints = Hints(stride={"fc*": 2})
     assert hints.of("module.fc.weight", "stride") == 2

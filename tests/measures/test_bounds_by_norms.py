@@ -90,6 +90,21 @@ def test_bounds_of_many_samples(backend: Backend) -> None:
     backend.same_kind(bounds.total, x)
 
 
+@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
+def test_norms_of_many_samples_are_checked(backend: Backend, bad: float) -> None:
+    x = backend.array([1.0, bad], "float32")
+    for bound in (
+        lambda x: measures.gradient_norm_bounds([2.0, 3.0], x).total,
+        lambda x: measures.hessian_norm_bounds([2.0, 3.0], x, output_curvature=0.5)[0],
+    ):
+        if backend.traced:
+            found = backend.numpy(backend.call(bound, x))
+            assert np.isnan(found).tolist() == [False, True]
+        else:
+            with pytest.raises(ValueError, match="input_norm"):
+                bound(x)
+
+
 def test_dead_layers_and_overflow() -> None:
     assert measures.gradient_norm_bounds([0.0, 3.0], 1.0).layers == (3.0, 0.0)
     huge = [1e200] * 3

@@ -60,6 +60,14 @@ def test_margins_refuse_labels_that_are_no_class() -> None:
         measures.margins(np.zeros((2, 3)), np.array([0, 3]))
 
 
+@pytest.mark.parametrize("labels", [np.array([0.9, 1.2], np.float32), np.array([True, False])])
+def test_margins_refuse_labels_that_are_no_integers(backend: Backend, labels: Any) -> None:
+    logits = backend.array(np.zeros((2, 3)), "float32")
+    for wrong in (labels.tolist(), labels, backend.convert(labels)):
+        with pytest.raises(ValueError, match="labels must be integers"):
+            measures.margins(logits, wrong)
+
+
 def brute_spec_fro(matrices: list[np.ndarray], margin: float) -> float:
     norms = [np.linalg.norm(a, 2) for a in matrices]
     ranks = [np.sum(a**2) / n**2 for a, n in zip(matrices, norms, strict=True)]
@@ -316,6 +324,7 @@ def test_noise_sensitivity_by_its_definition_on_a_relu_network(rng: np.random.Ge
         assert value == pytest.approx(expected, rel=0.15)
     with pytest.raises(ValueError, match="samples apart"):
         measures.noise_sensitivity(lambda x: x[:1], x)
+    assert measures.noise_sensitivity(f, x[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
