@@ -273,3 +273,9 @@ def test_where_no_distance_is_tolerated_layers_of_middle_size_are_constrained_th
     assert info.constrained == "torus"
     assert squared(got - w) < 0.25 * squared(hurried - w)
     assert specops.project_spectral_ball(w, 1.01 * own, geometry) is w
+
+
+def test_a_report_does_not_lift_a_layer_of_middle_size_above_its_bound() -> None:
+    w, geometry = normal((36, 36, 3, 3), 13), Conv((4, 4))
+    own = float(specops.spectral_norm(w, geometry))
+    assert measured_norm(w, geometry) == {"norm": pytest.approx(own), "norm_is": "exact"}

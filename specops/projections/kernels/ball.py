@@ -35,9 +35,15 @@ def project_kernel(
     own = None
     if known and arrays.is_concrete(given.w):
         # On the host, also for kernels on devices: their blocks are many small matrices.
-        own, state = layer_solver(problem, method, tolerance, state)
-        solver = own or HostSolver(problem)
-        result, info = solver.project(method, iterations, tolerance, state, measure)
+        own, for_torus = layer_solver(problem, method, iterations, tolerance, state)
+
+        def torus() -> tuple[Array, ProjectionInfo]:
+            return HostSolver(problem).project(method, iterations, tolerance, for_torus, measure)
+
+        if own is None:
+            result, info = torus()
+        else:
+            result, info = own.project(method, iterations, tolerance, state, measure, torus)
     else:
         result, info = project_traced(problem, method, iterations, tolerance)
     exact = problem.geometry.has_exact_spectrum(tuple(w.shape))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -13,9 +14,10 @@ from specops.maps.explicit import ExplicitMap, norm_of, small_explicit_map
 from specops.projections.feasible import store_within
 from specops.projections.info import ProjectionInfo
 from specops.projections.kernels.layer_cuts import LayerCuts
-from specops.projections.kernels.layer_nearest import nearest_to_layer_ball
+from specops.projections.kernels.layer_nearest import Far, nearest_to_layer_ball
 from specops.projections.kernels.problem import KernelProblem
 from specops.projections.kernels.solution import Tolerance
+from specops.spectra.norms import lanczos_norm, torus_norm
 from specops.typing import Array, State
 
 _OF_LAYERS = ("auto", "cutting-planes")
@@ -25,6 +27,15 @@ _UNHURRIED = 8.0
 tolerated: up to 1024 inputs and outputs. Kernels of 64 channels on 3² and 4² points then moved a
 third to a sixth as far at c = 0.95·σ₁ as into the torus's ball, in 0.2 to 0.6 s, and up to 8 % less
 far at 0.5·σ₁."""
+_PATIENTLY = 64.0
+"""The same for a layer whose torus is no near substitute: up to 2048 inputs and outputs. All
+eigenvectors of such a matrix take 2 s, so that ADMM would take minutes: if many singular values
+exceed the bound, the result lies on the way from the torus's ball to the kernel."""
+_SUBSTITUTE = 0.97
+"""From this share of the norm on the torus on, the torus of such a layer is a near substitute: a
+choice. 32 channels on 8² points have 0.98 of it, 128 on 3² points 0.91."""
+_CHORDS = 4
+"""Norms that are taken on the way from the torus's ball to the sphere of the layer's: a choice."""
 _CLEARLY = 1.0 - 1e-9
 """Measured norms decide if they are at least so far from the limit: the distance is far larger than
 the error of eigenvalues in double precision."""
@@ -44,10 +55,14 @@ class LayerSolver:
         The kernel and its bound.
     layer : ExplicitMap
         Its operator.
+    patiently : bool
+        Whether to take another point than the nearest, by a torus, for a kernel with many
+        singular values above the bound.
     """
 
-    def __init__(self, problem: KernelProblem, layer: ExplicitMap) -> None:
+    def __init__(self, problem: KernelProblem, layer: ExplicitMap, *, patiently: bool) -> None:
         self.problem, self.layer, self.geometry = problem, layer, problem.geometry
+        self.patiently = patiently
         self.kernel = self._kernel(problem.given.w)
         self.limit = problem.bound / problem.unit
         # A margin, so that neither rounding nor errors of eigenvalues lead outside the ball.
@@ -60,9 +75,15 @@ class LayerSolver:
         tolerance: Tolerance,
         state: State,
         measure: bool,
+        torus: Callable[[], tuple[Array, ProjectionInfo]],
     ) -> tuple[Array, ProjectionInfo]:
-        """(the weight inside the ball, what happened)."""
+        """(the weight inside the ball, what happened).
+
+        `torus` gives the same for the ball of a torus that contains the layer.
+        """
         kernel, layer = self.kernel, self.layer
+        if self.patiently and not LayerCuts.made(state):
+            state = {}  # of the torus, when the weight was farther from the ball
         none = LayerCuts.none(layer, kernel.dtype)
         cuts = LayerCuts.from_state(state, layer, kernel.dtype) if state else none
         before = float(cuts.inner(kernel).max(initial=0.0))
@@ -75,6 +96,7 @@ class LayerSolver:
                 and self._fits(kernel)
             ):
                 return self.problem.w, self._info(before, before, 0.0, 0, cuts)
+        far: Far = "planes" if method == "cutting-planes" else "admm"
         found, cuts = nearest_to_layer_ball(
             layer,
             kernel,
@@ -82,12 +104,43 @@ class LayerSolver:
             cuts,
             tolerance=tolerance,
             max_rounds=iterations or self._affordable(),
-            planes_only=method == "cutting-planes",
+            far="nothing" if self.patiently else far,
         )
+        around = None
+        if math.isinf(found.primal):
+            weight, around = torus()
+            given = self.problem.given
+            found.x = self._farthest(
+                self._kernel(arrays.to_compute(given.xp, weight) / given.scale)
+            )
         result, stored = self._store(found.x)
         after = min(self.limit, norm_of(layer.matrices(stored))) if measure else math.nan
         found.primal = 0.5 * float(np.sum(np.abs(kernel - stored) ** 2))
-        return result, self._info(before, after, found.gap(kernel), found.rounds, cuts)
+        info = self._info(before, after, found.gap(kernel), found.rounds, cuts)
+        if around is not None:
+            info.iterations, info.state = info.iterations + around.iterations, around.state
+        return result, info
+
+    def _farthest(self, inside: np.ndarray) -> np.ndarray:
+        """About the last point inside the ball, from one of the torus's on the way to the kernel.
+
+        The norm is convex, so that a chord of it leads to points inside.
+        """
+        sizes, share = self.layer.sizes, 0.0
+        outside = float(lanczos_norm(np, self.kernel, sizes))
+        for _ in range(_CHORDS):
+            x = inside + share * (self.kernel - inside)
+            low = float(lanczos_norm(np, x, sizes))
+            if low < self.target < outside:
+                share += (1.0 - share) * (self.target - low) / (outside - low)
+        return np.asarray(inside + share * (self.kernel - inside))
+
+    def has_substitute(self) -> bool:
+        """Whether the kernel's norm on the torus that contains the layer is hardly larger."""
+        own = lanczos_norm(np, self.kernel, self.layer.sizes)
+        around = torus_norm(np, self.kernel, self.problem.support.symbol)
+        # Written so that zero has one.
+        return not bool(own < _SUBSTITUTE * around)
 
     def _surely_outside(self) -> bool:
         """Whether a few power steps exceed the limit, beyond their rounding."""
@@ -131,21 +184,26 @@ class LayerSolver:
 
 
 def layer_solver(
-    problem: KernelProblem, method: str, tolerance: Tolerance, state: State
+    problem: KernelProblem,
+    method: str,
+    iterations: int | None,
+    tolerance: Tolerance,
+    state: State,
 ) -> tuple[LayerSolver | None, State]:
-    """(the solver, the state it starts from), if the layer itself is to be constrained.
-
-    (None, the state for the torus) if a torus that contains it is to be constrained.
-    """
-    layer = None
+    """(the solver if the layer itself is to be constrained, the state that a torus starts from)."""
+    sizes = problem.geometry.sizes(tuple(problem.w.shape))
+    layer, patiently = None, False
     if method in _OF_LAYERS:
-        sizes = problem.geometry.sizes(tuple(problem.w.shape))
         layer = small_explicit_map(sizes, times=1.0 if tolerance.loose else _UNHURRIED)
+        if layer is None and not tolerance.loose and iterations is None:
+            layer, patiently = small_explicit_map(sizes, times=_PATIENTLY), True
     if layer is None:
         return None, state
-    solver = LayerSolver(problem, layer)
-    # The norm is at least the largest entry.
-    if np.abs(solver.kernel).max() <= _FARTHEST * solver.limit:
-        return solver, state
     # The layer's solver may have made the state when the weight was closer to the ball: drop it.
-    return None, {} if LayerCuts.made(state) else state
+    for_torus = {} if LayerCuts.made(state) else state
+    solver = LayerSolver(problem, layer, patiently=patiently)
+    # The norm is at least the largest entry.
+    far = np.abs(solver.kernel).max() > _FARTHEST * solver.limit
+    if far or (patiently and solver.has_substitute()):
+        return None, for_torus
+    return solver, for_torus

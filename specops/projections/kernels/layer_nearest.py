@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from specops.projections.kernels.layer_cuts import (
 )
 from specops.projections.kernels.solution import Solution, Tolerance
 
+Far = Literal["admm", "planes", "nothing"]
 _MOST = 64
 """With more active cuts ADMM takes over. Normal kernels of 2² to 8² channels and 3² taps had fewer
 at c = 0.5·σ₁, where a hundred rounds of planes led to gaps of 3e-9 to 1e-5, and of ADMM to 1e-4 to
@@ -53,7 +55,7 @@ def nearest_to_layer_ball(
     *,
     tolerance: Tolerance,
     max_rounds: int,
-    planes_only: bool,
+    far: Far,
 ) -> tuple[Solution, LayerCuts]:
     """(a kernel in the ball and its certificate, cuts to start from next time).
 
@@ -71,17 +73,18 @@ def nearest_to_layer_ball(
         When to stop.
     max_rounds : int
         Largest number of rounds of cutting planes and ADMM together.
-    planes_only : bool
-        Whether to do without ADMM.
+    far : "admm", "planes" or "nothing"
+        What to do where many cuts are active: go on by ADMM, or by planes, or stop. The primal
+        value is infinite then, because no kernel in the ball is known.
 
     References
     ----------
     Kelley 1960 (cutting planes); Boyd et al. 2011 (ADMM).
     """
     best, cuts, gave_way = _by_planes(
-        layer, kernel, limit, cuts, tolerance, max_rounds, gives_way=not planes_only
+        layer, kernel, limit, cuts, tolerance, max_rounds, gives_way=far != "planes"
     )
-    if gave_way:
+    if gave_way and far == "admm":
         return _by_admm(layer, kernel, limit, cuts, tolerance, max_rounds, best)
     return best, cuts
 
