@@ -154,6 +154,8 @@ def plane_wave(xp: Namespace, kernel: Array, sizes: ConvSizes) -> Array:
 
     The leading left singular vector of the maximising block, as a plane wave under a sine
     window, plus noise of the same size in every group, so that no symmetry can hide the maximum.
+    The noise is turned so that it does not oppose the wave: of a single output, the two would
+    cancel each other.
     """
     assert sizes.coarse is not None
     symbol, _ = certified_symbol(sizes, not arrays.is_complex(kernel))
@@ -174,5 +176,7 @@ def plane_wave(xp: Namespace, kernel: Array, sizes: ConvSizes) -> Array:
     wave = xp.reshape(chosen[:, None, None] * wave, (sizes.groups, -1))
     noise = arrays.start_vector("lanczos", math.prod(wave.shape)).reshape(wave.shape)
     noise = arrays.constant(noise / np.linalg.norm(noise, axis=1, keepdims=True), kernel)
+    opposed = xp.sum(arrays.real_part(xp, wave) * noise, axis=1, keepdims=True) < 0
+    noise = xp.where(opposed, -noise, noise)
     # Noise of the length of the windowed plane wave, whose real part alone may be shorter.
     return xp.reshape(wave + xp.linalg.vector_norm(window) * noise, (-1,))
