@@ -154,7 +154,13 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         seen, firings = None, 0
         if tracked and arrays.is_concrete(weight):
             firings = int(arrays.to_numpy(state[FIRINGS]))
-            seen = estimate(weight, geometry, tracked, to_left=firings % 2 == 0)
+            seen = estimate(
+                weight,
+                geometry,
+                tracked,
+                to_left=firings % 2 == 0,
+                distance_tolerance=self.distance_tolerance,
+            )
         if seen is not None and is_trusted(seen[0], state, bound):
             norm, tracked = seen
             figures = {"norm_before": norm, "norm_after": norm}
@@ -282,7 +288,8 @@ class ClipSpectralNorm(Scheduled, WeightRule):
         if self.screen and new is weight and arrays.is_concrete(weight):
             # Inside: the next firings only estimate the norm.
             if screens and not tracked:
-                tracked = follow_of(geometry, weight).start(weight, name)
+                follow = follow_of(geometry, weight, self.distance_tolerance)
+                tracked = follow.start(weight, name)
             state |= screening(tracked, 1, weight, info.norm_before) if tracked else {}
         return new, state, figures
 

@@ -12,7 +12,8 @@ import numpy as np
 from specops import arrays
 from specops.errors import StateError
 from specops.geometry import Dense, Geometry
-from specops.maps.explicit import small_explicit_map
+from specops.projections.kernels.layer_ball import own_map
+from specops.projections.kernels.solution import Tolerance
 from specops.rules.base import Figures
 from specops.tracking import (
     Steps,
@@ -49,24 +50,32 @@ def parted(state: State) -> tuple[State, State]:
     return own, tracked
 
 
-def follow_of(geometry: Geometry, weight: Array) -> TrackedBlocks | TrackedOperator | TrackedTorus:
-    """What tracks the norm that the projection constrains."""
+def follow_of(
+    geometry: Geometry, weight: Array, distance_tolerance: float
+) -> TrackedBlocks | TrackedOperator | TrackedTorus:
+    """What tracks the norm that a projection with this tolerance constrains."""
     if isinstance(geometry, Dense):
         return TrackedBlocks(geometry)
-    if small_explicit_map(geometry.sizes(tuple(weight.shape))) is not None:
+    sizes = geometry.sizes(tuple(weight.shape))
+    if own_map(sizes, Tolerance(0.0, distance_tolerance)) is not None:
         return TrackedOperator(geometry)
     return TrackedTorus(geometry)
 
 
 def estimate(
-    weight: Array, geometry: Geometry, state: State, *, to_left: bool
+    weight: Array,
+    geometry: Geometry,
+    state: State,
+    *,
+    to_left: bool,
+    distance_tolerance: float,
 ) -> tuple[Array, State] | None:
     """(lower bounds of the norms, of shape (*batch[, blocks]); the new state); None: start anew.
 
     Matrices take half a power step per firing, from the left and from the right in turn: weights
     change little in between, and half a step reads a large weight only once.
     """
-    follow = follow_of(geometry, weight)
+    follow = follow_of(geometry, weight, distance_tolerance)
     try:
         if isinstance(follow, TrackedTorus):
             return follow.estimate(weight, state)

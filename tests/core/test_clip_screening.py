@@ -10,6 +10,7 @@ import pytest
 import specops
 from specops import (
     ClipSpectralNorm,
+    Conv,
     Dense,
 )
 from specops.geometry import Geometry
@@ -93,7 +94,7 @@ def test_a_fooled_estimate_lasts_to_the_hundredth_firing(
     screening.fire(eager.array(CALM))
     seen = np.linalg.norm(CALM, 2)
     grown, low = eager.array(GROWN), eager.array(np.asarray(seen))
-    blind = lambda weight, geometry, state, to_left: (low, state)  # noqa: E731
+    blind = lambda weight, geometry, state, **_: (low, state)  # noqa: E731
     monkeypatch.setattr("specops.rules.clip.estimate", blind)
     for firing in range(2, 100):
         new, figures = screening.fire(grown)
@@ -164,3 +165,20 @@ def test_a_bound_that_sinks_below_the_estimate_is_kept(monkeypatch: pytest.Monke
     assert screening.fire(CALM)[0] is CALM
     screening.rule = ClipSpectralNorm(0.5)
     assert np.linalg.norm(screening.fire(CALM)[0], 2) <= 0.5 + 1e-12
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.1])
+def test_estimates_are_of_the_norm_that_is_certified(
+    monkeypatch: pytest.MonkeyPatch, tolerance: float
+) -> None:
+    """Where no distance is tolerated, this layer is constrained itself and not a torus around it.
+
+    Estimates of the torus looked like jumps: every firing decomposed the layer.
+    """
+    geometry = Conv((2, 3))
+    w = np.random.default_rng(0).standard_normal((90, 90, 3, 3))
+    w *= 0.4 / float(specops.spectral_norm(w, geometry))
+    screening = Screening(monkeypatch, geometry, distance_tolerance=tolerance)
+    for _ in range(3):
+        assert screening.fire(w)[0] is w
+    assert screening.certified == 1

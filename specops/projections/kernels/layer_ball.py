@@ -9,6 +9,7 @@ import numpy as np
 
 from specops import arrays
 from specops.arrays import host
+from specops.geometry import ConvSizes
 from specops.linalg.inside import seen_outside
 from specops.maps.explicit import ExplicitMap, norm_of, small_explicit_map
 from specops.projections.feasible import store_within
@@ -181,6 +182,14 @@ class LayerSolver:
         unit = self.problem.unit
         state = cuts.state(self.problem.given.w) if len(cuts) else {}
         return self.problem.info(before * unit, after * unit, gap, rounds, state)
+
+
+def own_map(sizes: ConvSizes, tolerance: Tolerance) -> ExplicitMap | None:
+    """The map of a layer that is constrained itself, or else a torus of nearly the same norm.
+
+    None for layers around which a torus is constrained whatever its norm is.
+    """
+    return small_explicit_map(sizes, times=1.0 if tolerance.loose else _PATIENTLY)
 
 
 def layer_solver(
