@@ -279,3 +279,18 @@ def test_a_report_does_not_lift_a_layer_of_middle_size_above_its_bound() -> None
     w, geometry = normal((36, 36, 3, 3), 13), Conv((4, 4))
     own = float(specops.spectral_norm(w, geometry))
     assert measured_norm(w, geometry) == {"norm": pytest.approx(own), "norm_is": "exact"}
+
+
+def test_states_outlive_a_change_of_the_tolerance() -> None:
+    """It decides whether this layer is constrained itself, or a torus around it."""
+    geometry, w = Conv((2, 3)), normal((90, 90, 3, 3), 1)
+    bound = 0.95 * own_norm(w, geometry)
+    state = None
+    for tolerance, constrained in ((0.1, "torus"), (0.0, "layer"), (0.1, "torus")):
+        near, info = specops.project_spectral_ball(
+            w, bound, geometry, distance_tolerance=tolerance, state=state, return_info=True
+        )
+        assert info.constrained == constrained
+        assert own_norm(near, geometry) <= bound * (1 + 1e-9)
+        state = info.state
+        assert state

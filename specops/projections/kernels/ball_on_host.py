@@ -86,7 +86,7 @@ class HostSolver:
     ) -> tuple[Array, ProjectionInfo]:
         """(the weight inside the ball, what happened)."""
         x0, limit = self.x0, self.limit
-        start = self._start(state)
+        start = self.start(state)
         before = float(start.inner(self.support, x0).max(initial=0.0))
         if before <= limit:
             outside, active = self._surely_outside(), None
@@ -112,7 +112,8 @@ class HostSolver:
         gap = found.gap(_double(x0))
         return result, self._info(before, after, gap, found.rounds, found.cuts or start)
 
-    def _start(self, state: State) -> Cuts | HalfSpaces:
+    def start(self, state: State) -> Cuts | HalfSpaces:
+        """What a state holds to start from; raises StateError if it is of another geometry."""
         if "direction" in state:
             return HalfSpaces.from_state(state, self.support, _double(self.x0))
         return Cuts.from_state(state, self.support) if state else Cuts.none(self.support)

@@ -130,11 +130,16 @@ class Cuts:
         values["grid"] = np.array(support.symbol.fine)
         return state_of(values, like)
 
+    @staticmethod
+    def made(state: State) -> bool:
+        """Whether `state` has the entries of one that such cuts saved."""
+        return set(state) == {*_KEYS, "grid"}
+
     @classmethod
     def from_state(cls, state: State, support: Support) -> Cuts:
         """The cuts that `state` saved; raises StateError if they are of another geometry."""
         keys = (*_KEYS, "grid")
-        if set(state) != set(keys) or not all(arrays.is_array(state[k]) for k in keys):
+        if not cls.made(state) or not all(arrays.is_array(state[k]) for k in keys):
             raise StateError(f"the state must hold arrays {', '.join(keys)}, got {sorted(state)}")
         *values, grid = (arrays.to_numpy(state[key]) for key in keys)
         rows, columns = support.symbol.block_shape

@@ -80,10 +80,15 @@ class HalfSpaces:
         }
         return state_of(values, like)
 
+    @staticmethod
+    def made(state: State) -> bool:
+        """Whether `state` has the entries of one that a half-space saved."""
+        return set(state) == {"direction", "nuclear", "taps"}
+
     @classmethod
     def from_state(cls, state: State, support: Support, kernel: np.ndarray) -> HalfSpaces:
         """The half-space that `state` saved; raises StateError if it is of another geometry."""
-        if set(state) != {"direction", "nuclear", "taps"}:
+        if not cls.made(state):
             raise StateError(f"the state must hold direction, nuclear, taps, got {sorted(state)}")
         if not all(arrays.is_array(value) for value in state.values()):
             raise StateError("the state must hold arrays")

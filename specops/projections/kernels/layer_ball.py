@@ -14,6 +14,9 @@ from specops.linalg.inside import seen_outside
 from specops.maps.explicit import ExplicitMap, norm_of, small_explicit_map
 from specops.projections.feasible import store_within
 from specops.projections.info import ProjectionInfo
+from specops.projections.kernels.ball_on_host import HostSolver
+from specops.projections.kernels.cuts import Cuts
+from specops.projections.kernels.half_spaces import HalfSpaces
 from specops.projections.kernels.layer_cuts import LayerCuts
 from specops.projections.kernels.layer_nearest import Far, nearest_to_layer_ball
 from specops.projections.kernels.problem import KernelProblem
@@ -83,10 +86,7 @@ class LayerSolver:
         `torus` gives the same for the ball of a torus that contains the layer.
         """
         kernel, layer = self.kernel, self.layer
-        if self.patiently and not LayerCuts.made(state):
-            state = {}  # of the torus, when the weight was farther from the ball
-        none = LayerCuts.none(layer, kernel.dtype)
-        cuts = LayerCuts.from_state(state, layer, kernel.dtype) if state else none
+        cuts = self.start(state)
         before = float(cuts.inner(kernel).max(initial=0.0))
         if before <= self.limit:
             before = norm_of(layer.matrices(kernel)) if measure else math.nan
@@ -121,6 +121,18 @@ class LayerSolver:
         if around is not None:
             info.iterations, info.state = info.iterations + around.iterations, around.state
         return result, info
+
+    def start(self, state: State) -> LayerCuts:
+        """The cuts that a state holds, none if it is the torus's: of farther weights, say.
+
+        Raises StateError if it is of another geometry.
+        """
+        if Cuts.made(state) or HalfSpaces.made(state):
+            HostSolver(self.problem).start(state)
+            state = {}
+        if not state:
+            return LayerCuts.none(self.layer, self.kernel.dtype)
+        return LayerCuts.from_state(state, self.layer, self.kernel.dtype)
 
     def _farthest(self, inside: np.ndarray) -> np.ndarray:
         """About the last point inside the ball, from one of the torus's on the way to the kernel.
@@ -207,7 +219,14 @@ def layer_solver(
         if layer is None and not tolerance.loose and iterations is None:
             layer, patiently = small_explicit_map(sizes, times=_PATIENTLY), True
     if layer is None:
-        return None, state
+        if method not in _OF_LAYERS or not LayerCuts.made(state):
+            return None, state
+        # Another tolerance may have made the state: then it is dropped.
+        layer = own_map(sizes, Tolerance(tolerance.gap, 0.0))
+        if layer is None:
+            return None, state
+        LayerSolver(problem, layer, patiently=False).start(state)
+        return None, {}
     # The layer's solver may have made the state when the weight was closer to the ball: drop it.
     for_torus = {} if LayerCuts.made(state) else state
     solver = LayerSolver(problem, layer, patiently=patiently)
