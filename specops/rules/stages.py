@@ -28,7 +28,10 @@ _CLAIMS_ABOUT = {
     ),
     "by_products": ("init", "update", "advance", "tracked", "view", "strength_at"),
     "costly_to_compile": ("watch", "update", "view", "numbers_at"),
-    "numbers_at": ("init", "watch", "update", "advance", "apply", "strength_at", "fixed_scale"),
+    "numbers_at": (
+        *("init", "watch", "update", "advance", "apply"),
+        *("fixed_scale", "strength_at", "penalty"),
+    ),
 }
 """For each member, the methods about which it makes a claim.
 

@@ -92,6 +92,27 @@ def test_a_rule_of_others_keeps_its_schedule() -> None:
         np.testing.assert_allclose(new[name], w * falling(2, name, None), rtol=1e-6)
 
 
+@dataclass(frozen=True, repr=False)
+class Linear(specops.SpectralNormPenalty):
+    """A rule of others with a term of its own, which asks its schedule itself."""
+
+    def penalty(
+        self, weight: Any, geometry: Any, state: Any, *, step: Any = 1, name: str = ""
+    ) -> Any:
+        """λ·Σ W."""
+        assert callable(self.strength)
+        number = self.strength(step, name, geometry)
+        return number * weight.sum(), number * jnp.ones_like(weight)
+
+
+def test_a_term_of_others_keeps_its_schedule() -> None:
+    rule, params = Linear(falling, norm="reshaped"), parameters()
+    state = specops_jax.init(params, rule, MAPS)
+    terms = jax.jit(jax.grad(lambda p, s: specops_jax.penalty(p, rule, s, MAPS)))(params, state)
+    for name, term in terms.items():
+        np.testing.assert_allclose(term, falling(1, name, None), rtol=1e-6)
+
+
 def test_starts_of_layers_that_are_alike_share_a_body(monkeypatch: pytest.MonkeyPatch) -> None:
     rule, params = ClipSpectralNorm(1.0), parameters()
     expected = specops_jax.init(params, rule, MAPS)
