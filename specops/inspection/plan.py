@@ -13,10 +13,12 @@ from specops.inspection.composed import Composed, find_composed
 from specops.inspection.configuration import Configuration
 from specops.inspection.hints import Hints
 from specops.inspection.results import TIED
+from specops.inspection.rule_states import rule_states
 
 _IN_ORDER = ("torch", "equinox")
 """Formats whose tensors have the order of the model's layers."""
 EXCLUDED = "excluded, as asked"
+_OF_RULES = "of the state of specops' rules"
 Weight = np.ndarray | tuple[np.ndarray, np.ndarray]
 """An array, or two factors whose product is the weight."""
 
@@ -43,7 +45,9 @@ class Item:
 def plan_of(checkpoint: Checkpoint, hints: Hints) -> list[Item]:
     """The rows of an inspection, in the order of the file."""
     configuration = Configuration.of(checkpoint)
-    kept = tuple(e for e in checkpoint.entries if not hints.excludes(e.name))
+    states = rule_states(e.name for e in checkpoint.entries)
+    others = [e for e in checkpoint.entries if e.name not in states]
+    kept = tuple(e for e in others if not hints.excludes(e.name))
     composed = find_composed(kept, configuration)
     whole = {c.sources[0]: c for c in composed}
     # A tensor belongs to the first weight composed of it: to an update, not to base plus update.
@@ -54,22 +58,24 @@ def plan_of(checkpoint: Checkpoint, hints: Hints) -> list[Item]:
             c = whole[entry.name]
             listed.append((Entry(c.name, c.shape, entry.dtype), c))
         listed.append((entry, None))
-    weights = [e for e, c in listed if c is not None or e.name not in belongs]
+    apart = states.union(belongs)
+    weights = [e for e, c in listed if c is not None or e.name not in apart]
     ordered = checkpoint.format.startswith(_IN_ORDER)
     context = Context.of(weights, checkpoint.layout, hints, configuration, ordered)
-    return [Item(e, _assumed(e, c, belongs, context), c) for e, c in listed]
+    reasons = dict.fromkeys(states, _OF_RULES) | {n: f"a part of {w}" for n, w in belongs.items()}
+    return [Item(e, _assumed(e, c, reasons, context), c) for e, c in listed]
 
 
 def _assumed(
-    entry: Entry, composed: Composed | None, belongs: dict[str, str], context: Context
+    entry: Entry, composed: Composed | None, reasons: dict[str, str], context: Context
 ) -> Assumption:
     if entry.problem:
         return Assumption(skipped=entry.problem, harmless=entry.harmless)
     if composed is None:
         if context.hints.excludes(entry.name):
             return Assumption(skipped=EXCLUDED)
-        if entry.name in belongs:
-            return Assumption(skipped=f"a part of {belongs[entry.name]}")
+        if entry.name in reasons:
+            return Assumption(skipped=reasons[entry.name])
         if entry.same_as:
             return Assumption(skipped=f"{TIED} {entry.same_as}")
     assert entry.shape is not None
