@@ -18,6 +18,7 @@ from specops.errors import CautionWarning
 
 RULE = specops.ClipSpectralNorm(0.5)
 X = jnp.ones((2, 6))
+KEY = jax.random.key(0)
 
 
 def saved(path: Path, params: Any) -> dict[str, Any]:
@@ -48,6 +49,39 @@ def test_cells_of_nnx(kind: str, count: int, tmp_path: Path) -> None:
     for layer in ("dense_i", "dense_h"):
         found = blocks(params[layer]["kernel"][...], count)
         assert found == pytest.approx([0.5] * count, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["OptimizedLSTMCell", "LSTMCell", "GRUCell", "SimpleCell"])
+@pytest.mark.parametrize("scanned", [False, True], ids=["a step", "a sequence"])
+def test_cells_of_linen(kind: str, scanned: bool) -> None:
+    nn = pytest.importorskip("flax.linen")
+    cell = getattr(nn, kind)(5)
+    model = nn.RNN(cell) if scanned else cell
+    inputs = (
+        (jnp.ones((2, 3, 6), "float32"),) if scanned else (cell.initialize_carry(KEY, X.shape), X)
+    )
+    params = model.init(KEY, *inputs)["params"]
+    leaves = jax.tree.leaves_with_path(params)
+    kernels = [jax.tree_util.keystr(at, simple=True, separator="/") for at, w in leaves if w.ndim]
+    wanted = {name: Dense((-1,)) for name in kernels if name.endswith("kernel")}
+    assert len(wanted) >= 2
+    assert specops_jax.geometries_of(model, *inputs) == wanted
+    bounded = specops_jax.enforce(params, RULE, wanted)
+    for w in (w for w in jax.tree.leaves(bounded) if w.ndim == 2):
+        assert np.linalg.norm(np.asarray(w, float), 2) <= 0.5 * (1 + 1e-5)
+
+
+def test_a_cell_of_linen_that_computes_in_its_own_way_is_left_alone() -> None:
+    nn = pytest.importorskip("flax.linen")
+
+    class Doubled(nn.OptimizedLSTMCell):
+        def __call__(self, carry: Any, inputs: Any) -> Any:
+            return super().__call__(carry, 2 * inputs)
+
+    cell = Doubled(5)
+    geometries = specops_jax.geometries_of(cell, cell.initialize_carry(KEY, X.shape), X)
+    assert not geometries
+    assert "of its own" in geometries.reasons["hf/kernel"]
 
 
 @pytest.mark.parametrize(("kind", "count"), [("LSTM", 4), ("GRU", 3)])

@@ -80,6 +80,9 @@ def roles(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
 def _roles(layer: Any, x: Any) -> dict[str, Role]:
     from flax import linen as nn
 
+    if isinstance(layer.parent, nn.OptimizedLSTMCell):
+        # The kernels of its gates are in modules that hold them only: the cell multiplies by them.
+        return {"kernel": as_called(layer.parent, dense(), nn.OptimizedLSTMCell)}
     if isinstance(layer, nn.DenseGeneral):
         axes = layer.features if isinstance(layer.features, tuple | list) else (layer.features,)
         kernel = dense(len(tuple(layer.batch_dims)), len(axes))
