@@ -30,6 +30,7 @@ class Classifier(lightning.LightningModule):
         self.net = nn.Sequential(
             nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10)
         )
+        self.attachment: Any = None
         self.saved: dict[str, Any] | None = None
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> torch.Tensor:
@@ -37,6 +38,8 @@ class Classifier(lightning.LightningModule):
         return nn.functional.cross_entropy(self.net(x), y)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.attachment is not None:  # of an earlier `fit`, or of a search for a learning rate
+            self.attachment.detach()
         optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
         rule = specops.ClipSpectralNorm(self.max_norm)
         self.attachment = specops.attach(optimizer, self, rule, every=10)
@@ -45,6 +48,7 @@ class Classifier(lightning.LightningModule):
     def on_train_start(self) -> None:
         if self.saved is not None:
             self.attachment.load_state_dict(self.saved)
+            self.saved = None
 
     def on_train_end(self) -> None:
         self.attachment.enforce()

@@ -297,10 +297,26 @@ def test_lightning_carries_the_rule_through_its_checkpoint(
     model = load("train_lightning").main(["--quick"])
     assert model.attachment.steps == 18
     assert "18 steps, of which 9 before the checkpoint" in capsys.readouterr().out
-    assert model.saved is not None
-    assert model.saved["steps"] == 9
     assert was_at_work(model.attachment)
     assert max(norms_of_recipe(model.net)) <= 1.0 + 1e-4
+
+
+@pytest.mark.filterwarnings("ignore", "error::specops.errors.CautionWarning")
+def test_lightning_may_fit_again(tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    from torch.utils.data import DataLoader, TensorDataset
+
+    example = load("train_lightning")
+    loader = DataLoader(TensorDataset(torch.randn(8, 1, 8, 8), torch.arange(8)), batch_size=4)
+    model, path = example.Classifier(), tmp_path / "first.ckpt"
+    first = example.trainer(2, str(tmp_path))
+    first.fit(model, loader)
+    first.save_checkpoint(path, weights_only=False)
+    earlier = model.attachment
+    example.trainer(3, str(tmp_path)).fit(model, loader, ckpt_path=path, weights_only=False)
+    assert (earlier.is_attached, model.attachment.steps) == (False, 6)
+    example.trainer(1, str(tmp_path)).fit(model, loader)
+    assert model.attachment.steps == 2
 
 
 @pytest.mark.filterwarnings("ignore")
