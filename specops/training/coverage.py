@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 
 from specops.training.cautions import caution
 from specops.training.plan import NO_MAP, Assignment
+from specops.training.weight import Weight
 
 _SHOWN = 4
 
@@ -18,21 +20,23 @@ def warn_of_coverage(assignments: Sequence[Assignment]) -> None:
     warns of the remarks on the maps of weights under a rule.
     """
     warn_of_remarks((a.weight.name, a.weight.remark) for a in assignments if a.rule is not None)
-    acting = sum(a.rule is not None for a in assignments)
+    acting = [a.weight.name for a in assignments if a.rule is not None]
     left = [a.weight for a in assignments if a.rule is None and _is_unknown(a)]
-    if not 0 < acting < len(left):
+    if not 0 < len(acting) < len(left):
         return
-    kinds: dict[str, tuple[int, ...]] = {}
+    kinds: dict[str, Weight] = {}
     for weight in left:
-        kinds.setdefault(re.sub(r"\d+", "*", weight.name), weight.shape)
-    named = [f"{name!r} {shape}" for name, shape in list(kinds.items())[:_SHOWN]]
+        kinds.setdefault(re.sub(r"\d+", "*", weight.name), weight)
+    named = [f"{name!r} {weight.shape}" for name, weight in list(kinds.items())[:_SHOWN]]
     more = f" and {len(kinds) - _SHOWN} more patterns" if len(kinds) > _SHOWN else ""
-    example = next(iter(kinds))
+    pattern, first = next(iter(kinds.items()))
+    example = first.name if any(fnmatchcase(name, pattern) for name in acting) else pattern
+    reason = first.obstacle or f"name it, geometries={{{example!r}: specops.Dense(...)}}"
+    total = len(acting) + len(left)
     caution(
-        f"only {acting} of {acting + len(left)} matrices are under a rule: the map of the others "
-        f"is not known ({', '.join(named)}{more}). Name it, geometries={{{example!r}: "
-        f"specops.Dense(...)}}, or exclude them, ({example!r}, None) first in the plan; report() "
-        f"says why of each"
+        f"only {len(acting)} of {total} matrices are under a rule: the map of the others is not "
+        f"known ({', '.join(named)}{more}). Of {first.name}: {reason}. To exclude them put "
+        f"({example!r}, None) first in the plan; report() says why of each"
     )
 
 

@@ -168,6 +168,18 @@ def test_most_matrices_left_alone_are_said_once() -> None:
         optimizer.step()
 
 
+def test_what_no_map_stands_for_is_not_told_to_be_declared_a_matrix() -> None:
+    layers = (nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect") for _ in range(2))
+    model = nn.Sequential(*layers, nn.Conv2d(2, 2, 1))
+    with pytest.warns(CautionWarning, match="only 1 of 3 ") as seen:
+        specops.attach(None, model, CLIP)
+    (said,) = (str(w.message) for w in seen)
+    assert "'*.weight' (2, 2, 3, 3)" in said
+    assert "boundary='reflect' is not supported" in said
+    assert "Dense" not in said
+    assert "('*.weight', None)" not in said  # which would exclude the third layer, too
+
+
 @pytest.mark.slow
 def test_two_attachments_on_one_weight_are_said() -> None:
     model = nn.Linear(3, 3)
