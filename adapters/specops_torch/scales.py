@@ -88,6 +88,12 @@ class Scales:
             )
         if optimizer is None:
             return
+        if any("initial_lr" in group for group in optimizer.param_groups):
+            caution(
+                "the optimizer has a learning rate scheduler, which knows nothing of the group of "
+                "trained scales that it gets now: the scheduler's next step raises an error of "
+                "zip(), or leaves their rate alone. Attach before making the scheduler"
+            )
         _held.add(self)
         _drop_copies(optimizer)
         up = maximized(optimizer)

@@ -302,3 +302,24 @@ def test_blocks_grow_with_their_layer(rule: Any) -> None:
     bound = 0.3 if isinstance(rule, ClipSpectralNorm) else 1.0
     blocks = attachment.weights()["in_proj_weight"].detach().chunk(3)
     assert [float(top(b)) for b in blocks] == pytest.approx([bound] * 3, rel=1e-3)
+
+
+def test_a_scheduler_that_was_made_before_trained_scales_is_said() -> None:
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    with pytest.warns(errors.CautionWarning, match="learning rate scheduler.*Attach before"):
+        specops.attach(optimizer, model, TRAINED).detach()
+    fixed = SpectralNormalization(norm="reshaped", scale=1.5)
+    specops.attach(optimizer, model, fixed).detach()
+
+
+def test_a_scheduler_that_is_made_after_them_steps_trained_scales() -> None:
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    specops.attach(optimizer, model, TRAINED)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.05]
