@@ -1,4 +1,4 @@
-"""A rule in Hugging Face's `Trainer`: a callback attaches it and takes it off again.
+"""A rule in Hugging Face's `Trainer`: a callback attaches it, saves it, and takes it off again.
 
 Trains a small network on scikit-learn's digits and prints the norms.
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,11 +37,21 @@ class Constrain(transformers.TrainerCallback):
     ) -> None:
         optimizer = getattr(optimizer, "optimizer", optimizer)  # that which steps, unwrapped
         self.attachment = specops.attach(optimizer, model, self.rule, every=self.every)
+        if state.global_step > 0:  # the run resumes: model and optimizer are loaded by now
+            self.attachment.load_state_dict(torch.load(_file(args, state)))
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        torch.save(self.attachment.state_dict(), _file(args, state))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.attachment.enforce()
         self.report = self.attachment.report()
         self.attachment.detach()
+
+
+def _file(args: Any, state: Any) -> Path:
+    """Where the attachment's state lies in a checkpoint of the trainer."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "specops.pt"
 
 
 class Network(nn.Module):

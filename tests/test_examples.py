@@ -332,6 +332,37 @@ def test_a_callback_constrains_in_the_trainer(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_callback_resumes_with_the_trainer(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    example = load("train_transformers")
+    data = [{"x": torch.randn(1, 8, 8), "labels": torch.tensor(i % 10)} for i in range(12)]
+    rule = specops.SpectralNormalization(norm="operator")
+
+    def trained(resume: str | None = None) -> tuple[Any, Any]:
+        transformers.set_seed(0)
+        model, constrain = example.Network(), example.Constrain(rule, every=3)
+        settings = transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=8,
+            save_steps=4,
+            per_device_train_batch_size=4,
+            learning_rate=0.01,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        trainer = transformers.Trainer(model, settings, train_dataset=data, callbacks=[constrain])
+        trainer.train(resume_from_checkpoint=resume)
+        return model, constrain.attachment
+
+    (whole, attachment), (resumed, later) = trained(), trained(str(tmp_path / "checkpoint-4"))
+    assert attachment.steps == later.steps == 8
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_accelerate_steps_the_optimizer_inside(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("accelerate")
     model, attachment = load("train_accelerate").main(["--quick"])
