@@ -212,7 +212,9 @@ def _step(
         x, left = arrays.cond(little, again, lambda: (x, xp.ones_like(norm)))
     inside = arrays.add_at(inside, (every, j, j), along)
     # If less than rounding is left, the Krylov space is exhausted: a next vector would be noise.
-    least = _NEGLIGIBLE_UNITS * eps * xp.max(xp.abs(inside), axis=(1, 2))
+    # Of a block that is nothing beside the others, the squares may be too small for numbers.
+    largest = xp.max(xp.abs(inside), axis=(1, 2))
+    least = xp.maximum(_NEGLIGIBLE_UNITS * eps * largest, eps**2 * xp.max(largest))
     fine = (norm > least) & (left > INDEPENDENT)
     norm = xp.where(fine, norm, xp.zeros_like(norm))
     inside = arrays.add_at(inside, (every, j, j + 1), norm)

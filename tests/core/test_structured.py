@@ -21,6 +21,7 @@ from specops.linalg.golub_kahan import largest_singular_triplet
 from specops.linalg.lanczos import lanczos
 from specops.maps.convolution import ConvOperator
 from specops.maps.matrix import MatrixOperator
+from specops.tracking import track
 from tests import oracle, structured
 from tests.backends import BACKENDS, Backend, leave_to_others
 from tests.strategies import Case, convolutions
@@ -254,3 +255,13 @@ def test_groups_of_equal_values(eager: Backend, complex_: bool) -> None:
         start = xp.astype(start, given_.dtype)
     _, s, _ = largest_singular_triplet(xp, ConvOperator(kernel, sizes), start)
     assert abs(float(s) - 1) <= 1e-5
+
+
+def test_a_group_that_died_does_not_hide_the_norm(eager: Backend) -> None:
+    """Weight decay leaves groups whose products with a vector have squares below all numbers."""
+    geometry = Conv((5, 5), groups=2, padding=1)
+    for seed in range(4):
+        w = np.random.default_rng(seed).standard_normal((4, 1, 3, 3))
+        w[2:] *= 1e-11
+        found = track(geometry, "operator").start(eager.array(w, "float32"), "w")["sigma"]
+        assert float(found) == pytest.approx(oracle.spectrum(w, geometry)[0], rel=1e-4)
