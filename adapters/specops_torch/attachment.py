@@ -16,7 +16,7 @@ from specops.training.outcome import Outcome
 from specops.training.plan import Assignment, Plan
 from specops_torch.batch_norms import behind
 from specops_torch.constrained import Constrained
-from specops_torch.firing import add_terms, check_ran, stepped, with_gradient
+from specops_torch.firing import about_to_step, add_terms, check_ran, stepped, with_gradient
 from specops_torch.liveness import Liveness
 from specops_torch.location import FROZEN, OUTSIDE, Location
 from specops_torch.optimizer_hooks import Followed, overflowed
@@ -120,6 +120,7 @@ class Attachment(BaseAttachment[Constrained]):
         Only for ``attach(None, ...)``: for all parameters, or for one that is about to be stepped.
         """
         self.check_attached()
+        about_to_step(self._constrained if parameter is None else self._owners(parameter))
         if parameter is None:
             self._scales.average()
             self._add_gradients(self.steps + 1, self.due("gradients", self.steps + 1))
@@ -315,9 +316,7 @@ class Attachment(BaseAttachment[Constrained]):
         self._scales.average()
         for c in self._constrained:
             c.refuse_sharded(self._model)
-            # Writes from now to the end of the step count as the step. Earlier ones do not.
-            if c.in_use is not None and not c.in_use.is_fresh(c.location.parameter):
-                c.in_use.forget()
+        about_to_step(self._constrained)
         due = self.due("gradients", self.steps + 1)
         # The first argument is the optimizer.
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)

@@ -79,6 +79,13 @@ def check_ran(constrained: Sequence[Constrained]) -> None:
             )
 
 
+def about_to_step(constrained: Sequence[Constrained]) -> None:
+    """Writes from now to the end of the step count as the step. Earlier ones do not."""
+    for c in constrained:
+        if c.in_use is not None and not c.in_use.is_fresh(c.location.parameter):
+            c.in_use.forget()
+
+
 def stepped(constrained: Sequence[Constrained]) -> None:
     """Remember the gradients that have been used, and wait for the next forward passes."""
     for c in constrained:

@@ -266,11 +266,11 @@ class InUse:
     def stepped(self, raw: torch.Tensor) -> None:
         """An optimizer's step may have changed the parameter."""
         self._sample = None
-        if self._saw_zeros and not self.sharded:
+        if not self.sharded and (self._saw_zeros or self.is_replaced(raw)):
             # torch may not have counted the write, and compiled code does not check for one.
             if self._written != written(raw) or not self._fits(raw, self.state):
                 self.measure(raw)
-        elif not self.forgotten and self._written != written(raw):
+        elif self.state is not None and not self.forgotten and self._written != written(raw):
             self.drifting, self._written = True, written(raw)
 
     def has_drifted(self, raw: torch.Tensor) -> bool:

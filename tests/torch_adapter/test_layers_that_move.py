@@ -190,6 +190,27 @@ def test_a_weight_that_was_replaced_is_measured_where_a_run_resumes(frozen: bool
     assert float(top(layer.weight.detach())) == pytest.approx(1.0, rel=1e-3)
 
 
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("how", ["assigned", "loaded", "alone"])
+def test_a_weight_that_was_exchanged_is_measured_where_steps_are_called(
+    how: str, every: int
+) -> None:
+    """Its vectors would turn from those of the old weight: 1.3 for 1 right after the step."""
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 8, bias=False)
+    rule = SpectralNormalization(norm="reshaped")
+    attachment = specops.attach(None, layer, rule, every=every)
+    layer.load_state_dict({"weight": torch.randn(8, 12)}, assign=how != "loaded")
+    for _ in range(4):
+        weight = dict(layer.named_parameters())["weight"]
+        alone = (weight,) if how == "alone" else ()
+        attachment.before_step(*alone)
+        with torch.no_grad():
+            weight.mul_(0.99)
+        attachment.step(*alone)
+        assert float(top(layer.weight.detach())) == pytest.approx(1.0, rel=1e-3)
+
+
 def test_a_declared_map_stays_with_its_name() -> None:
     """Of a layer behind one that was inserted nobody has said a size: what it meets counts."""
     model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, bias=False))

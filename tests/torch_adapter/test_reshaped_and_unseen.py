@@ -125,3 +125,18 @@ def test_a_parameter_takes_the_place_of_one_whose_layer_has_not_run(how: str) ->
     layer(torch.zeros(1, 2, 6, 6))
     used = layer.weight.detach().double().numpy()
     assert specops.spectral_norm(used, Conv((6, 6), padding=1)) == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_step_before_the_layer_has_run_leaves_its_norm_to_its_first_input(prepared: bool) -> None:
+    """As of a discriminator while the generator trains: its raw weight was in use afterwards."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+    attachment = specops.attach(None, layer, SpectralNormalization(norm="operator"), every=5)
+    if prepared:
+        attachment.before_step()
+    attachment.step()
+    layer(torch.ones(1, 3, 6, 6))
+    (geometry,) = attachment.geometries().values()
+    kernel = np.asarray(layer.weight.detach())
+    assert oracle.spectrum(kernel, geometry)[0] == pytest.approx(1.0, rel=1e-3)
