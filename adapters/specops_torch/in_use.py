@@ -129,10 +129,11 @@ class InUse:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             if self.state is None:
                 self.measure(raw)
+            elif torch.compiler.is_dynamo_compiling() and self.is_replaced(self._source(raw)):
+                return self._of_another(raw)
             return raw if self.state is None else self._applied(raw, self.state)
         if not self._is_own(raw):
-            state = self._measured(raw)
-            return raw if state is None else self._applied(raw, state)
+            return self._of_another(raw)
         if self._written != written(self._source(raw)):
             self._look(raw)
         state = self.state
@@ -143,14 +144,17 @@ class InUse:
             state = self.state
         if state is None:
             return raw  # not finite: the next step applies the user's policy
-        kind = self._fused()
-        used = (
-            None
-            if kind is None
-            else fused.used(raw, kind, self, state, as_measured=bool(as_measured))
-        )
         assert isinstance(raw, nn.Parameter)
+        kind, used = self._fused(), None
+        if kind is not None:
+            used = fused.used(raw, kind, self, state, as_measured=bool(as_measured))
         return WeightInUse.of(self._applied(raw, state) if used is None else used, raw)
+
+    @torch.compiler.disable
+    def _of_another(self, raw: torch.Tensor) -> torch.Tensor:
+        """The weight in use where another tensor stands for the layer's own: measured by itself."""
+        state = self._measured(raw)
+        return raw if state is None else self._applied(raw, state)
 
     def _plain(self, raw: torch.Tensor, state: State) -> torch.Tensor:
         """The weight in use as the rule computes it, without a fused path."""
@@ -162,14 +166,11 @@ class InUse:
         return used
 
     def _applied(self, raw: torch.Tensor, state: State) -> torch.Tensor:
-        if not self.rule.is_traceable(self.geometry):
-            return self._interpreted(raw, state)
-        return self._plain(raw, state)
+        compute = self._plain if self.rule.is_traceable(self.geometry) else self._interpreted
+        return compute(raw, state)
 
-    @torch.compiler.disable
-    def _interpreted(self, raw: torch.Tensor, state: State) -> torch.Tensor:
-        """`_plain` for rules that need tables, which a compiler cannot trace."""
-        return self._plain(raw, state)
+    _interpreted = torch.compiler.disable(_plain)
+    """`_plain` for rules that need tables, which a compiler cannot trace."""
 
     def _fused(self) -> Any:
         if not self._kind or self._kind[0] is not self.geometry:

@@ -706,6 +706,34 @@ def test_compiled_code_sees_weights_that_were_refreshed() -> None:
     assert float(top(y.detach())) == pytest.approx(1.0, rel=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # where a graph breaks
+@new_compilers
+@pytest.mark.parametrize("how", ["called", "mapped", "exchanged"])
+def test_compiled_code_measures_other_tensors(how: str) -> None:
+    """They met the vectors of the layer's own weight: 5 to 97 for 1."""
+    torch._dynamo.reset()
+    layer, attachment = linear(8, 12)
+    x, others = torch.eye(12), torch.randn(3, 8, 12)
+
+    def with_weight(w: Any) -> Any:
+        return torch.func.functional_call(layer, {"weight": w}, (x,))
+
+    outputs = {
+        "called": lambda: [with_weight(w) for w in others],
+        "mapped": lambda: torch.vmap(with_weight)(others),
+        "exchanged": lambda: [layer(x)],
+    }
+    if how == "exchanged":
+        layer.weight = nn.Parameter(others[0])
+    for y in torch.compile(outputs[how], backend="eager")():
+        assert float(top(y.detach())) == pytest.approx(1.0, rel=1e-3)
+    # The layer's own weight is used within the graph.
+    attachment.refresh()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert float(top(compiled(x).detach())) == pytest.approx(1.0, rel=1e-3)
+
+
 def test_fully_shard(tmp_path: Any) -> None:
     """Before or after: the whole weight is normalised in each forward; after, a step is refused."""
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
