@@ -308,6 +308,10 @@ class Constrained(training.Constrained[Location]):
     def note_norms(self) -> None:
         """Nothing: the weight in use sees writes by itself."""
 
+    def _is_written_to(self, w: torch.Tensor) -> bool:
+        """False, for the same reason."""
+        return False
+
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:

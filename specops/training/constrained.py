@@ -185,9 +185,11 @@ class Constrained(Assigned, Generic[P]):
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of the rule's state, and the sizes seen."""
+        """Copies of the rule's state, and the sizes seen; no vectors of an earlier weight."""
         state = self.state
         with self.parameter.context():
+            if self.stage == "forward" and state and self._is_written_to(self.parameter.read()):
+                state = None
             kept = None if state is None else {k: self.parameter.saved(x) for k, x in state.items()}
         return {"state": kept, "sizes": self.parameter.sizes(), "drifting": self.drifting}
 
