@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from specops.geometry import Geometry
 from specops.training.assigned import Assigned
 from specops.training.declared import declared, override_geometries
 from specops.training.plan import Assignment, Plan
-from specops.training.weight import Weight
+from specops.training.weight import Weight, is_named
 from specops_jax.modules import Geometries, inspect_leaves
 from specops_jax.paths import masked_names, named_leaves
 
@@ -84,7 +83,7 @@ def program(
     given = {key: given[key] for key in given if not _only_masked(key, names, params)}
     matrices = {name for name, leaf in leaves if getattr(leaf, "ndim", 0) > 1}
     for pattern in given:
-        meant = {name for name in matrices if fnmatchcase(name, pattern)}
+        meant = {name for name in matrices if is_named(name, pattern)}
         if meant <= found.skipped.keys():  # a pattern for vectors alone is meant for them
             for name in meant:
                 del found.skipped[name]
@@ -97,10 +96,10 @@ def program(
 
 def _only_masked(pattern: str, names: set[str], params: Any) -> bool:
     """Whether a pattern matches arrays that optax has masked, and no others."""
-    if any(fnmatchcase(name, pattern) for name in names):
+    if any(is_named(name, pattern) for name in names):
         return False
     masked = masked_names(params)  # may be names of whole branches
-    return any(fnmatchcase(name, pattern) or pattern.startswith(f"{name}/") for name in masked)
+    return any(is_named(name, pattern) or pattern.startswith(f"{name}/") for name in masked)
 
 
 def _refuse_collisions(names: list[str]) -> None:

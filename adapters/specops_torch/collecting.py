@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from specops.geometry import Dense, Geometry
 from specops.training.cautions import caution
 from specops.training.coverage import warn_of_remarks
 from specops.training.declared import declared
+from specops.training.weight import is_named
 from specops_torch.evaluation import evaluating
 from specops_torch.geometry import CONVOLUTIONS
 from specops_torch.own_forward import added_to
@@ -98,7 +98,7 @@ def weights_and_geometries(
             raise AdapterError(f"{name} is lazy: run one forward pass first")
         if w.ndim < 2 or id(raw) in tied:
             continue
-        pattern = next((p for p in patterns if fnmatchcase(name, p)), None)
+        pattern = next((p for p in patterns if is_named(name, p)), None)
         found: Geometry | None
         if pattern is not None:
             matched.add(pattern)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, Final, Literal
+
+from specops.training.weight import is_named
 
 _PREFIXES = (
     "module.",
@@ -108,4 +109,4 @@ def bare_name(name: str) -> str:
 
 def matches(name: str, pattern: str) -> bool:
     """Whether a pattern of file names means this tensor, with or without a wrapper's prefix."""
-    return fnmatchcase(name, pattern) or fnmatchcase(bare_name(name), pattern)
+    return is_named(name, pattern) or is_named(bare_name(name), pattern)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 from specops.errors import GeometryError, PlanError
@@ -12,7 +11,7 @@ from specops.geometry import Conv, Dense, Geometry
 from specops.geometry.arguments import every_axis
 from specops.tables import some_names
 from specops.training.cautions import caution
-from specops.training.weight import Weight, unmeasurable
+from specops.training.weight import Weight, is_named, unmeasurable
 
 _FEW = 7
 """Most taps that usual kernels have along an axis."""
@@ -47,7 +46,7 @@ def override_geometries(
     result = []
     for weight in weights:
         names = (weight.name, *aliases.get(weight.name, ()))
-        matching = (p for p in geometries if any(fnmatchcase(n, p) for n in names))
+        matching = (p for p in geometries if any(is_named(n, p) for n in names))
         pattern = next(matching, None)
         if pattern is not None and weight.skipped and len(weight.shape) < 2:
             vectors.add(pattern)

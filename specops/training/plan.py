@@ -5,14 +5,13 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 from specops.errors import AdapterError, GeometryError, PlanError, UnsupportedArrayError
 from specops.geometry.arguments import integer
 from specops.rules import Rule, StagedRule, completed
 from specops.tables import some_names
-from specops.training.weight import Weight
+from specops.training.weight import Weight, is_named
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class _Entry:
         return self.names == "*" and self.kind != "embedding"
 
     def matches(self, weight: Weight) -> bool:
-        return self.kind in ("", weight.kind) and fnmatchcase(weight.name, self.names)
+        return self.kind in ("", weight.kind) and is_named(weight.name, self.names)
 
 
 @dataclass(frozen=True)
@@ -229,7 +228,7 @@ class Plan:
                 f"pattern {entry.pattern!r} matches only parameters that an earlier pattern "
                 f"took: put it first, or drop it"
             )
-        if entry.kind and any(fnmatchcase(name, entry.names) for name in names):
+        if entry.kind and any(is_named(name, entry.names) for name in names):
             raise PlanError(
                 f"pattern {entry.pattern!r} matches no parameter: those with a name that matches "
                 f"{entry.names!r} are no {entry.kind} maps"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from specops.arrays.dtypes import COMPUTE
 from specops.errors import GeometryError, UnsupportedGeometryError
@@ -98,3 +99,8 @@ def is_misfit(error: Exception, geometry: Geometry, shape: tuple[int, ...]) -> b
     except GeometryError:
         return True
     return isinstance(error, UnsupportedGeometryError)
+
+
+def is_named(name: str, pattern: str) -> bool:
+    """Whether a pattern means a name: by wildcards, or as the name itself, which may have any."""
+    return name == pattern or fnmatchcase(name, pattern)

@@ -41,6 +41,15 @@ def test_a_kind_that_is_not_there_is_named() -> None:
         rules(("kernel:0", ONE))  # a colon within a name means nothing
 
 
+def test_a_name_is_a_pattern_of_its_own() -> None:
+    """Names with brackets were said to match nothing, in a list of parameters with that name."""
+    named = [Weight(f"head[{i}].weight", (4, 3), "float32", Dense()) for i in range(2)]
+    plan = Plan([("head[1].weight", ONE), ("dense:head[0].weight", TWO)])
+    assert [a.rule for a in plan.assign(named)] == [TWO, ONE]
+    declared = override_geometries(named, {"head[0].weight": Dense(out_axes=(1,))})
+    assert [w.geometry for w in declared] == [Dense(out_axes=(1,)), Dense()]
+
+
 def test_a_rule_that_never_acts_is_refused() -> None:
     with pytest.raises(PlanError, match="never acts"):
         Plan([("*", ONE)], every=10, stop=10)

@@ -10,7 +10,7 @@ import pytest
 from specops import Conv, Dense
 from specops.inspection.assumptions import Context, assume
 from specops.inspection.configuration import Configuration
-from specops.inspection.hints import Hints, bare_name
+from specops.inspection.hints import Hints, bare_name, matches
 
 
 def guess(
@@ -495,6 +495,7 @@ def test_bare_names() -> None:
     assert bare_name("_orig_mod.module.model.fc.weight") == "fc.weight"
     assert bare_name("state_dict.module.fc.weight") == "fc.weight"
     assert bare_name("models.fc") == "models.fc"
+    assert matches("module.blocks[0].w", "blocks[0].w")
     hints = Hints(stride={"fc*": 2})
     assert hints.of("module.fc.weight", "stride") == 2
 
