@@ -17,7 +17,7 @@ from specops.training.weight import is_misfit
 from specops_torch import fused
 from specops_torch.sizes import SizeRecorder
 from specops_torch.weight_in_use import WeightInUse
-from specops_torch.writes import fingerprint, sample, written
+from specops_torch.writes import fingerprint, is_reset, sample, written
 
 State = dict[str, torch.Tensor]
 _FORGOTTEN = (-1, -1)
@@ -70,7 +70,7 @@ class InUse:
         """Whether the parameter is a DTensor, which layers see gathered."""
         self.reduced = False
         """Whether `fully_shard` has reduced the weight's gradient of the same backward pass."""
-        self._loaded = False
+        self._loaded: tuple[int, int] | None = None
         self._saw_zeros = False
         """Whether the vectors were found for a weight of zeros, such as a new head's."""
         self._own: torch.Tensor | None = None
@@ -122,7 +122,7 @@ class InUse:
         if scale is None or not scale.is_leaf or not self._is_own(raw):
             return
         waits = self.sharded and not self.reduced
-        if scale.grad is None or (not waits and all(map(_is_reset, self.sharing or [raw]))):
+        if scale.grad is None or (not waits and all(map(is_reset, self.sharing or [raw]))):
             scale.grad, self.reduced = None, False
 
     def _used(self, raw: torch.Tensor) -> torch.Tensor:
@@ -202,11 +202,11 @@ class InUse:
     def _look(self, raw: torch.Tensor) -> None:
         """Decide what a parameter that changed since its vectors were found means for them."""
         stepping = self.searching and self.state is not None and not self.forgotten
-        if self._loaded and not self.forgotten and self._fits(raw, self.state):
-            self._loaded, self._written = False, written(self._source(raw))
+        now = written(self._source(raw))
+        if self._loaded == now and not self.forgotten and self._fits(raw, self.state):
+            self._loaded, self._written = None, now
         elif stepping or (self.state is not None and self._follow is None):
-            self.drifting, self._written = True, written(self._source(raw))
-            self._sample = None
+            self.drifting, self._written, self._sample = True, now, None
         elif self._written is None and self._copied and self._copied == fingerprint(raw):
             # The parameter was copied together with the vectors, and not written to since.
             self._written, self._copied = written(raw), None
@@ -241,7 +241,7 @@ class InUse:
         Another thread may have written to it meanwhile.
         """
         self._own, self.state, self.drifting = raw, state, False
-        self._written, self._copied, self._loaded = since or written(raw), None, False
+        self._written, self._copied, self._loaded = since or written(raw), None, None
         self._sample = None if state is None else sample(raw)
         # On another device this would need a sync, which is taken while the weight may be zero.
         looks = raw.is_cpu or self._saw_zeros
@@ -271,6 +271,8 @@ class InUse:
             # torch may not have counted the write, and compiled code does not check for one.
             if self._written != written(raw) or not self._fits(raw, self.state):
                 self.measure(raw)
+        elif self._saw_zeros:
+            self.forget()  # A sharded weight is measured when it is gathered again.
         elif self.state is not None and not self.forgotten and self._written != written(raw):
             self.drifting, self._written = True, written(raw)
 
@@ -280,10 +282,11 @@ class InUse:
         False if the parameter was replaced, or written to by anything but its optimizer: its
         vectors are of no use then.
         """
-        known = self.state is not None and not self.sharded
-        if known and self._own is not None and not self.is_fresh(raw):
+        known = self.state is not None
+        fresh = self.is_fresh(raw) or self._loaded == written(raw)
+        if known and self._own is not None and not fresh:
             return False
-        return self.drifting or (known and not self._fits(raw, self.state))
+        return self.drifting or (known and not self.sharded and not self._fits(raw, self.state))
 
     def forget(self) -> None:
         """Measure at the next use, whatever is known now."""
@@ -301,7 +304,7 @@ class InUse:
         self.drifting, self._sample = drifting, None
         if self.sharded:
             # Whether they fit shows in the next forward pass, which gathers the whole weight.
-            self._loaded, self._written = state is not None, None
+            self._loaded, self._written = None if state is None else self._written, None
         elif state is None:
             # It was saved before the layer had seen an input, or while it was not finite.
             self._written = None
@@ -339,12 +342,3 @@ class InUse:
             if self.lenient and is_misfit(error, self.geometry, raw.shape):
                 return None
             raise type(error)(f"{self.name}: {error}") from error
-
-
-def _is_reset(parameter: torch.Tensor) -> bool:
-    """Whether its gradient is None or zeros; a sharded gradient counts only if None."""
-    gradient = parameter.grad
-    if gradient is None or hasattr(gradient, "device_mesh"):
-        return gradient is None
-    # One entry usually decides: to look at all of them takes as long as a forward pass.
-    return not (gradient[(0,) * gradient.ndim] or gradient.any())

@@ -1,4 +1,4 @@
-"""Noticing that a tensor was written to."""
+"""Noticing that a tensor was written to, or its gradient reset."""
 
 from __future__ import annotations
 
@@ -52,3 +52,12 @@ def fingerprint(raw: torch.Tensor) -> tuple[float, ...]:
             ramp = torch.arange(first, first + len(part), dtype=part.dtype, device=x.device)
             sums += torch.stack([part.sum(), part.dot(part), part.dot(ramp)])
         return tuple(sums.tolist())
+
+
+def is_reset(parameter: torch.Tensor) -> bool:
+    """Whether its gradient is None or zeros; a sharded gradient counts only if None."""
+    gradient = parameter.grad
+    if gradient is None or hasattr(gradient, "device_mesh"):
+        return gradient is None
+    # One entry usually decides: to look at all of them takes as long as a forward pass.
+    return not (gradient[(0,) * gradient.ndim] or gradient.any())
