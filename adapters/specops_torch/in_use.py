@@ -5,6 +5,7 @@ Forward passes change nothing: optimizer steps advance the singular vectors.
 
 from __future__ import annotations
 
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -70,6 +71,8 @@ class InUse:
         """Whether the parameter is a DTensor, which layers see gathered."""
         self.reduced = False
         """Whether `fully_shard` has reduced the weight's gradient of the same backward pass."""
+        self.asked_by: int | None = None
+        """The thread in which torch asks whether the attribute's name is taken."""
         self._loaded: tuple[int, int] | None = None
         self._saw_zeros = False
         """Whether the vectors were found for a weight of zeros, such as a new head's."""
@@ -89,6 +92,7 @@ class InUse:
         return {
             **self.__dict__,
             "searching": False,
+            "asked_by": None,
             "sharing": None,
             "_own": None,
             "_written": None,
@@ -106,9 +110,11 @@ class InUse:
             # A meta tensor has no values. A DTensor is a part of the weight, which engines look
             # at between forward passes; the next step refuses it, by name.
             return raw
-        self.ran = True
         if not compiling:
+            if self.asked_by == get_ident():
+                return raw
             self._clear_scale(raw)
+        self.ran = True
         device = raw.device.type
         if torch.is_autocast_enabled(device):
             # Autocast off for the backward pass as well, which may run under it.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copyreg
 from functools import cache
+from threading import get_ident
 from typing import Any
 from weakref import WeakSet
 
@@ -90,14 +91,15 @@ class _Reading:
         return (make, arguments, *rest)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Hide the weight in use, which torch would compute to check if the name is taken."""
-        held = self.__dict__.get(_HELD, {})
-        in_use = held.pop(name, None)
+        """Answer plainly while torch checks if the name is taken, but not to other threads."""
+        in_use = self.__dict__.get(_HELD, {}).get(name)
+        if in_use is not None:
+            in_use.asked_by = get_ident()
         try:
             super().register_parameter(name, param)  # type: ignore[misc]
         finally:
             if in_use is not None:
-                held[name] = in_use
+                in_use.asked_by = None
 
     def __prepare_scriptable__(self) -> Any:
         names = ", ".join(in_use.name for in_use in self.__dict__.get(_HELD, {}).values())

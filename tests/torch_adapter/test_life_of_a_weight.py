@@ -670,6 +670,25 @@ def test_threads_share_a_module(layer: Any) -> None:
     assert not wrong
 
 
+def test_while_a_parameter_is_assigned_others_see_the_weight_in_use() -> None:
+    """Other threads, and copies that are made meanwhile, which kept the raw weight for ever."""
+    layer, _ = linear(6, 8)
+    found: list[float] = []
+
+    def look(module: nn.Module, name: str, parameter: Any) -> None:
+        thread = threading.Thread(target=lambda: found.append(used(layer)))
+        thread.start()
+        thread.join()
+        found.append(used(copy.deepcopy(layer)))
+
+    hook = nn.modules.module.register_module_parameter_registration_hook(look)
+    try:
+        layer.weight = nn.Parameter(3 * torch.randn(6, 8))
+    finally:
+        hook.remove()
+    assert [*found, used(layer)] == pytest.approx([1.0] * 3, rel=1e-3)
+
+
 def test_script_says_what_to_do() -> None:
     model = nn.Sequential(nn.Linear(3, 3))
     attachment = specops.attach(None, model, SN)
