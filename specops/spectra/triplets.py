@@ -66,10 +66,10 @@ def top_singular_triplets(
     Matrices, circular convolutions (by the blocks of their symbol, where the stride divides the
     grid) and other operators of up to 2^20 entries are decomposed. Of larger ones the triplets are
     found one after another by Lanczos, to residuals of √ε/10, in single precision 1e-6: values are
-    then lower bounds, accurate to about ε, and the last of a cluster that `k` cuts through may be
-    missed for a neighbour as large; derivatives hold their vectors constant. From a `start`, under
-    compilers and vmap, all are iterated together, traced ones in 24 rounds without a test of
-    convergence; so are large circular convolutions then.
+    then lower bounds, accurate to about ε·σ₁, those below √ε·σ₁ may come out as zero, and the last
+    of a cluster that `k` cuts through may be missed for a neighbour as large; derivatives hold
+    their vectors constant. From a `start`, under compilers and vmap, all are iterated together,
+    traced ones in 24 rounds without a test of convergence; so are large circular convolutions then.
 
     Examples
     --------
