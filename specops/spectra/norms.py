@@ -154,8 +154,7 @@ def plane_wave(xp: Namespace, kernel: Array, sizes: ConvSizes) -> Array:
 
     The leading left singular vector of the maximising block, as a plane wave under a sine
     window, plus noise of the same size in every group, so that no symmetry can hide the maximum.
-    The noise is turned so that it does not oppose the wave: of a single output, the two would
-    cancel each other.
+    Noise that points against the wave is turned: of a single output, the two would cancel.
     """
     assert sizes.coarse is not None
     symbol, _ = certified_symbol(sizes, not arrays.is_complex(kernel))
@@ -176,7 +175,10 @@ def plane_wave(xp: Namespace, kernel: Array, sizes: ConvSizes) -> Array:
     wave = xp.reshape(chosen[:, None, None] * wave, (sizes.groups, -1))
     noise = arrays.start_vector("lanczos", math.prod(wave.shape)).reshape(wave.shape)
     noise = arrays.constant(noise / np.linalg.norm(noise, axis=1, keepdims=True), kernel)
-    opposed = xp.sum(arrays.real_part(xp, wave) * noise, axis=1, keepdims=True) < 0
+    # Only where it clearly does: of many outputs the two are nearly orthogonal, and rounding would
+    # decide.
+    along = xp.sum(arrays.real_part(xp, wave) * noise, axis=1, keepdims=True)
+    opposed = along < -0.5 * xp.linalg.vector_norm(wave, axis=1, keepdims=True)
     noise = xp.where(opposed, -noise, noise)
     # Noise of the length of the windowed plane wave, whose real part alone may be shorter.
     return xp.reshape(wave + xp.linalg.vector_norm(window) * noise, (-1,))
