@@ -12,7 +12,7 @@ from typing import Any
 
 from specops import arrays
 from specops.geometry import Dense, Geometry
-from specops.maps.explicit import explicit_norm, small_explicit_map
+from specops.maps.explicit import MIDDLE, explicit_norm, small_explicit_map
 from specops.rules import StagedRule
 from specops.spectra import spectral_norm, stable_rank
 from specops.spectra.bounds import norm_from_above
@@ -20,9 +20,6 @@ from specops.tables import aligned, rich_table
 from specops.training.plan import Assignment
 
 _WIDEST, _CUT = 60, "…"
-_DECOMPOSED = 8.0
-"""Work of an operator whose norm is measured exactly, in that of small ones: up to 1024 inputs and
-outputs, in 0.15 s. So a layer that was brought into its own ball is not shown above its bound."""
 _HEADERS = ("parameter", "shape", "geometry", "rule", "norm")
 _NORMALIZED = "with batch norm"
 _RANK = "stable rank"
@@ -254,7 +251,7 @@ def measured_norm(w: Any, geometry: Geometry) -> dict[str, Any]:
     if not isinstance(geometry, Dense):
         geometry = geometry.repeated_matrix(tuple(w.shape)) or geometry
     if not isinstance(geometry, Dense):
-        layer = small_explicit_map(geometry.sizes(tuple(w.shape)), times=_DECOMPOSED)
+        layer = small_explicit_map(geometry.sizes(tuple(w.shape)), times=MIDDLE)
         if layer is not None:
             return {"norm": explicit_norm(w, geometry, layer), "norm_is": "exact"}
     exact = isinstance(geometry, Dense) or geometry.has_exact_spectrum(tuple(w.shape))

@@ -24,7 +24,7 @@ LAYERS: list[tuple[tuple[int, ...], Conv]] = [
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat layers of a few channels as those of 1024 to 2048 inputs and outputs are treated."""
-    monkeypatch.setattr(layer_ball, "_UNHURRIED", 1e-9)
+    monkeypatch.setattr(layer_ball, "MIDDLE", 1e-9)
     monkeypatch.setattr(layer_cuts, "KRYLOV_FROM", 0)
     monkeypatch.setattr(layer_cuts, "_WIDTH", 2)
     monkeypatch.setattr(layer_cuts, "_DEPTH", 4)

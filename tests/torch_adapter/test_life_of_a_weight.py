@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -753,77 +754,73 @@ def test_compiled_code_measures_other_tensors(how: str) -> None:
     assert float(top(compiled(x).detach())) == pytest.approx(1.0, rel=1e-3)
 
 
-def test_fully_shard(tmp_path: Any) -> None:
-    """Before or after: the whole weight is normalised in each forward; after, a step is refused."""
+@pytest.fixture
+def mesh(tmp_path: Any) -> Iterator[Any]:
+    """A mesh of one rank on the CPU."""
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
         pytest.skip("older fully_shard needs streams of a device")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_fully_shard(mesh: Any) -> None:
+    """Before or after: the whole weight is normalised in each forward; after, a step is refused."""
     fully_shard = getattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard", None)
     if fully_shard is None:
         pytest.skip("this torch has no fully_shard")
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    try:
-        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-        sharded = nn.Sequential(nn.Linear(4, 4, bias=False))
-        fully_shard(sharded, mesh=mesh)
-        attachment = specops.attach(None, sharded, SN)
-        assert float(top(sharded(torch.eye(4)).detach())) == pytest.approx(1.0, rel=1e-3)
+    sharded = nn.Sequential(nn.Linear(4, 4, bias=False))
+    fully_shard(sharded, mesh=mesh)
+    attachment = specops.attach(None, sharded, SN)
+    assert float(top(sharded(torch.eye(4)).detach())) == pytest.approx(1.0, rel=1e-3)
+    attachment.step()
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    attachment = specops.attach(None, model, SN)
+    fully_shard(model, mesh=mesh)
+    assert float(top(model(torch.eye(4)).detach())) == pytest.approx(1.0, rel=1e-3)
+    model(torch.eye(4)).square().sum().backward()
+    optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
+    optimizer.step()
+    assert float(top(model(torch.eye(4)).detach())) == pytest.approx(1.0, rel=1e-3)
+    with pytest.raises(errors.AdapterError, match=r"0\.weight is sharded"):
         attachment.step()
-        model = nn.Sequential(nn.Linear(4, 4, bias=False))
-        attachment = specops.attach(None, model, SN)
-        fully_shard(model, mesh=mesh)
-        assert float(top(model(torch.eye(4)).detach())) == pytest.approx(1.0, rel=1e-3)
-        model(torch.eye(4)).square().sum().backward()
-        optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
-        optimizer.step()
-        assert float(top(model(torch.eye(4)).detach())) == pytest.approx(1.0, rel=1e-3)
-        with pytest.raises(errors.AdapterError, match=r"0\.weight is sharded"):
-            attachment.step()
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("how", ["saved", "loaded", "zero"])
-def test_a_sharded_weight_that_was_written_to_is_measured(tmp_path: Any, how: str) -> None:
+def test_a_sharded_weight_that_was_written_to_is_measured(mesh: Any, how: str) -> None:
     """By others, before a state was saved or after one was loaded, or by a step not counted."""
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
-        pytest.skip("older fully_shard needs streams of a device")
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    try:
-        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-        model = nn.Sequential(nn.Linear(4, 4, bias=False))
-        torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+    attachment = specops.attach(None, model, SN, every=5)
+    (parameter,) = model.parameters()
+    part = parameter.detach().to_local()
+    new = torch.randn(4, 4)
+    if how == "zero":
+        part.zero_()
+    model(torch.eye(4))
+    model.reshard()
+    if how == "zero":
+        part.data.copy_(new)
+    else:
+        with torch.no_grad():
+            parameter.mul_(1.01)
+    attachment.step()
+    if how == "saved":
+        with torch.no_grad():
+            parameter.to_local().copy_(new)
+    if how != "zero":
+        state = attachment.state_dict()
+        attachment.detach()
         attachment = specops.attach(None, model, SN, every=5)
-        (parameter,) = model.parameters()
-        part = parameter.detach().to_local()
-        new = torch.randn(4, 4)
-        if how == "zero":
-            part.zero_()
-        model(torch.eye(4))
-        model.reshard()
-        if how == "zero":
-            part.data.copy_(new)
-        else:
-            with torch.no_grad():
-                parameter.mul_(1.01)
-        attachment.step()
-        if how == "saved":
-            with torch.no_grad():
-                parameter.to_local().copy_(new)
-        if how != "zero":
-            state = attachment.state_dict()
-            attachment.detach()
-            attachment = specops.attach(None, model, SN, every=5)
-            attachment.load_state_dict(state)
-        if how == "loaded":
-            with torch.no_grad():
-                parameter.to_local().copy_(new)
-        assert float(top(model(torch.eye(4)).detach())) == pytest.approx(1.0, rel=1e-3)
-    finally:
-        torch.distributed.destroy_process_group()
+        attachment.load_state_dict(state)
+    if how == "loaded":
+        with torch.no_grad():
+            parameter.to_local().copy_(new)
+    assert float(top(model(torch.eye(4)).detach())) == pytest.approx(1.0, rel=1e-3)
 
 
 # Edges

@@ -37,11 +37,11 @@ def project_kernel(
         # On the host, also for kernels on devices: their blocks are many small matrices.
         own, for_torus = layer_solver(problem, method, iterations, tolerance, state)
 
-        def torus() -> tuple[Array, ProjectionInfo]:
+        def torus(measure: bool) -> tuple[Array, ProjectionInfo]:
             return HostSolver(problem).project(method, iterations, tolerance, for_torus, measure)
 
         if own is None:
-            result, info = torus()
+            result, info = torus(measure)
         else:
             result, info = own.project(method, iterations, tolerance, state, measure, torus)
     else:

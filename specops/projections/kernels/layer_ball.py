@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from specops import arrays
 from specops.arrays import host
 from specops.geometry import ConvSizes
 from specops.linalg.inside import seen_outside
-from specops.maps.explicit import ExplicitMap, norm_of, small_explicit_map
+from specops.maps.explicit import MIDDLE, ExplicitMap, norm_of, small_explicit_map
 from specops.projections.feasible import store_within
 from specops.projections.info import ProjectionInfo
 from specops.projections.kernels.ball_on_host import HostSolver
@@ -26,15 +27,12 @@ from specops.typing import Array, State
 
 _OF_LAYERS = ("auto", "cutting-planes")
 """The methods of `project_spectral_ball` that constrain the layer itself, not a torus."""
-_UNHURRIED = 8.0
-"""Work of a layer, in that of small ones, up to which it is constrained itself if no distance is
-tolerated: up to 1024 inputs and outputs. Kernels of 64 channels on 3² and 4² points then moved a
-third to a sixth as far at c = 0.95·σ₁ as into the torus's ball, in 0.2 to 0.6 s, and up to 8 % less
-far at 0.5·σ₁."""
 _PATIENTLY = 64.0
-"""The same for a layer whose torus is no near substitute: up to 2048 inputs and outputs. All
-eigenvectors of such a matrix take 2 s, so that ADMM would take minutes: if many singular values
-exceed the bound, the result lies on the way from the torus's ball to the kernel."""
+"""Work of a layer, in that of small ones, up to which it is constrained itself if no distance is
+tolerated and if its torus is no near substitute: up to 2048 inputs and outputs. All eigenvectors of
+such a matrix take 2 s, so that ADMM would take minutes: if many singular values exceed the bound,
+the result lies on the way from the torus's ball to the kernel. Up to `MIDDLE` it is constrained
+itself in any case."""
 _SUBSTITUTE = 0.97
 """From this share of the norm on the torus on, the torus of such a layer is a near substitute: a
 choice. 32 channels on 8² points have 0.98 of it, 128 on 3² points 0.91."""
@@ -79,11 +77,12 @@ class LayerSolver:
         tolerance: Tolerance,
         state: State,
         measure: bool,
-        torus: Callable[[], tuple[Array, ProjectionInfo]],
+        torus: Callable[[bool], tuple[Array, ProjectionInfo]],
     ) -> tuple[Array, ProjectionInfo]:
         """(the weight inside the ball, what happened).
 
-        `torus` gives the same for the ball of a torus that contains the layer.
+        `torus` gives the same for the ball of a torus that contains the layer, with its norms
+        measured or not.
         """
         kernel, layer = self.kernel, self.layer
         cuts = self.start(state)
@@ -109,7 +108,7 @@ class LayerSolver:
         )
         around = None
         if math.isinf(found.primal):
-            weight, around = torus()
+            weight, around = torus(False)
             given = self.problem.given
             found.x = self._farthest(
                 self._kernel(arrays.to_compute(given.xp, weight) / given.scale)
@@ -140,20 +139,23 @@ class LayerSolver:
         The norm is convex, so that a chord of it leads to points inside.
         """
         sizes, share = self.layer.sizes, 0.0
-        outside = float(lanczos_norm(np, self.kernel, sizes))
         for _ in range(_CHORDS):
             x = inside + share * (self.kernel - inside)
             low = float(lanczos_norm(np, x, sizes))
-            if low < self.target < outside:
-                share += (1.0 - share) * (self.target - low) / (outside - low)
+            if low < self.target < self._norm:
+                share += (1.0 - share) * (self.target - low) / (self._norm - low)
         return np.asarray(inside + share * (self.kernel - inside))
 
     def has_substitute(self) -> bool:
         """Whether the kernel's norm on the torus that contains the layer is hardly larger."""
-        own = lanczos_norm(np, self.kernel, self.layer.sizes)
         around = torus_norm(np, self.kernel, self.problem.support.symbol)
         # Written so that zero has one.
-        return not bool(own < _SUBSTITUTE * around)
+        return not bool(self._norm < _SUBSTITUTE * around)
+
+    @cached_property
+    def _norm(self) -> float:
+        """The kernel's own norm, from below."""
+        return float(lanczos_norm(np, self.kernel, self.layer.sizes))
 
     def _surely_outside(self) -> bool:
         """Whether a few power steps exceed the limit, beyond their rounding."""
@@ -215,7 +217,7 @@ def layer_solver(
     sizes = problem.geometry.sizes(tuple(problem.w.shape))
     layer, patiently = None, False
     if method in _OF_LAYERS:
-        layer = small_explicit_map(sizes, times=1.0 if tolerance.loose else _UNHURRIED)
+        layer = small_explicit_map(sizes, times=1.0 if tolerance.loose else MIDDLE)
         if layer is None and not tolerance.loose and iterations is None:
             layer, patiently = small_explicit_map(sizes, times=_PATIENTLY), True
     if layer is None:
