@@ -102,7 +102,8 @@ def attach(
     Under a forward rule the layer's class becomes a subclass of itself in which the attribute is a
     property; what is written to the attribute reaches the parameter. Writes to a parameter are
     noticed by the version that torch counts: those through ``parameter.data`` or a NumPy view, and
-    any before compiled code runs again, need `Attachment.refresh`. A write from outside in every
+    any but `load_state_dict` before compiled code runs again, need `Attachment.refresh`; copies
+    compute their weights outside of compiled graphs instead. A write from outside in every
     step costs a decomposition of the weight each time. ``model.get_parameter(name)`` refuses what
     is no parameter: take it from ``named_parameters()``.
     """

@@ -210,8 +210,9 @@ class Attachment(BaseAttachment[Constrained]):
         """Measure the weights of forward rules anew.
 
         For writes that torch does not count, through ``parameter.data`` or an array that shares
-        its memory, and for any write before compiled code runs again: `torch.compile` does not
-        look whether a weight was written to. Everything else is noticed at the next use.
+        its memory, and for any write but `load_state_dict` before compiled code runs again:
+        `torch.compile` does not look whether a weight was written to. Everything else is noticed
+        at the next use.
         """
         for c in self._constrained:
             if isinstance(c, ShardedConstrained) and c.in_use is not None:

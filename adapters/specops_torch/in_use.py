@@ -22,6 +22,7 @@ from specops_torch.writes import fingerprint, is_reset, sample, written
 
 State = dict[str, torch.Tensor]
 _FORGOTTEN = (-1, -1)
+_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 class InUse:
@@ -78,6 +79,10 @@ class InUse:
         """Whether the vectors were found for a weight of zeros, such as a new head's."""
         self._own: torch.Tensor | None = None
         self._written: tuple[int, int] | None = None
+        self.copied = False
+        """Whether the model was copied or unpickled, so that nothing says when it is written to."""
+        self.compiled = False
+        """Whether compiled code uses the weight."""
         self._copied: tuple[float, ...] | None = None
         """In a copy: the fingerprint of the weight that the vectors belong to."""
         self._sample: bytes | None = None
@@ -97,6 +102,8 @@ class InUse:
             "_own": None,
             "_written": None,
             "_kind": (),
+            "copied": True,
+            "compiled": False,
             "_copied": copied,
         }
 
@@ -133,10 +140,14 @@ class InUse:
 
     def _used(self, raw: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            self.compiled = True
+            unknown = self.copied and not _exporting()
+            if torch.compiler.is_dynamo_compiling() and (
+                unknown or (self.state is not None and self.is_replaced(self._source(raw)))
+            ):
+                return self._outside(raw)
             if self.state is None:
                 self.measure(raw)
-            elif torch.compiler.is_dynamo_compiling() and self.is_replaced(self._source(raw)):
-                return self._of_another(raw)
             return raw if self.state is None else self._applied(raw, self.state)
         if not self._is_own(raw):
             return self._of_another(raw)
@@ -157,6 +168,10 @@ class InUse:
         return WeightInUse.of(self._applied(raw, state) if used is None else used, raw)
 
     @torch.compiler.disable
+    def _outside(self, raw: torch.Tensor) -> torch.Tensor:
+        """The weight in use as computed outside of a compiled graph, which looks at no writes."""
+        return self._used(raw).as_subclass(torch.Tensor)
+
     def _of_another(self, raw: torch.Tensor) -> torch.Tensor:
         """The weight in use where another tensor stands for the layer's own: measured by itself."""
         state = self._measured(raw)
@@ -227,6 +242,12 @@ class InUse:
         if state is not None:
             self.take(state, source, since)
             self._saw_zeros = self._is_of_zeros(state)
+
+    def loaded(self, raw: torch.Tensor) -> None:
+        """A checkpoint may have been loaded, at which compiled code will not look."""
+        looks = self.compiled and not self.sharded and self._is_own(raw)
+        if looks and self._written != written(raw):
+            self._look(raw)
 
     def wait_for(self, own: torch.Tensor) -> None:
         """Measure a sharded parameter when its layer first sees it gathered."""

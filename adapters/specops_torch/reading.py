@@ -21,6 +21,8 @@ from specops.errors import AdapterError
 from specops_torch.in_use import InUse
 
 _HELD = "_specops_in_use"
+_LOOKS = "_specops_looks"
+"""The handle of a hook on what is loaded into a layer."""
 _live: WeakSet[InUse] = WeakSet()
 """The weights in use of attachments; not their copies in copied models."""
 
@@ -42,6 +44,8 @@ def read_through(module: nn.Module, attribute: str, in_use: InUse) -> None:
         )
     held[attribute] = in_use
     _live.add(in_use)
+    if _LOOKS not in module.__dict__:
+        module.__dict__[_LOOKS] = module.register_load_state_dict_post_hook(_look_at_loaded)
     kind: Any = type(module)
     names = kind.attributes if issubclass(kind, _Reading) else ()
     if attribute not in names:
@@ -58,9 +62,18 @@ def answer_plainly(module: nn.Module, attribute: str, in_use: InUse) -> None:
     del held[attribute]
     if not held:
         del module.__dict__[_HELD]
+        module.__dict__.pop(_LOOKS).remove()
         # If others have subclassed our class since, its properties give the parameter from now on.
         if "plain" in vars(type(module)):
             module.__class__ = type(module).plain
+
+
+def _look_at_loaded(module: nn.Module, _: Any) -> None:
+    """Let compiled code, which does not look by itself, use what was loaded."""
+    for attribute, in_use in module.__dict__.get(_HELD, {}).items():
+        raw = module._parameters.get(attribute)
+        if raw is not None:
+            in_use.loaded(raw)
 
 
 def is_read_through(module: nn.Module) -> bool:

@@ -492,25 +492,6 @@ def test_a_weight_that_was_zero_has_no_directions_yet(rule: Any, every: int, how
         assert used(layer) == pytest.approx(1.0, rel=0.02)
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
-@new_compilers
-def test_compiled_code_uses_directions_of_a_weight_that_was_zero() -> None:
-    """It looks at no weight: the step away from zero finds them, before vectors are due."""
-    torch._dynamo.reset()
-    layer = nn.Linear(12, 8, bias=False)
-    nn.init.zeros_(layer.weight)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
-    specops.attach(optimizer, layer, SN, every=4)
-    compiled = torch.compile(layer, backend="eager")
-    compiled(torch.eye(12))
-    torch.manual_seed(0)
-    gradient = torch.randn(8, 12)
-    for _ in range(3):
-        raw(layer).grad = gradient + 0.1 * torch.randn(8, 12)
-        optimizer.step()
-        assert float(top(compiled(torch.eye(12)).detach())) == pytest.approx(1.0, rel=0.02)
-
-
 @pytest.mark.parametrize("norm", ["reshaped", "operator", "bidirectional"])
 @pytest.mark.parametrize("how", ["resumed", "data"])
 def test_a_kernel_that_was_zero_is_measured_when_it_is_none(norm: Any, how: str) -> None:
@@ -712,46 +693,6 @@ def test_export_and_forward_mode() -> None:
     step = 1e-3
     slope = (model(x + step) - model(x - step)) / (2 * step)
     torch.testing.assert_close(tangent, slope, rtol=1e-2, atol=1e-3)
-
-
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
-@new_compilers
-def test_compiled_code_sees_weights_that_were_refreshed() -> None:
-    layer, attachment = linear(6, 8)
-    compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    compiled(torch.eye(8))
-    load(layer)
-    attachment.refresh()
-    y = compiled(torch.eye(8))
-    assert float(top(y.detach())) == pytest.approx(1.0, rel=1e-3)
-
-
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # where a graph breaks
-@new_compilers
-@pytest.mark.parametrize("how", ["called", "mapped", "exchanged"])
-def test_compiled_code_measures_other_tensors(how: str) -> None:
-    """They met the vectors of the layer's own weight: 5 to 97 for 1."""
-    torch._dynamo.reset()
-    layer, attachment = linear(8, 12)
-    x, others = torch.eye(12), torch.randn(3, 8, 12)
-
-    def with_weight(w: Any) -> Any:
-        return torch.func.functional_call(layer, {"weight": w}, (x,))
-
-    outputs = {
-        "called": lambda: [with_weight(w) for w in others],
-        "mapped": lambda: torch.vmap(with_weight)(others),
-        "exchanged": lambda: [layer(x)],
-    }
-    if how == "exchanged":
-        layer.weight = nn.Parameter(others[0])
-    for y in torch.compile(outputs[how], backend="eager")():
-        assert float(top(y.detach())) == pytest.approx(1.0, rel=1e-3)
-    # The layer's own weight is used within the graph.
-    attachment.refresh()
-    compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    assert float(top(compiled(x).detach())) == pytest.approx(1.0, rel=1e-3)
 
 
 @pytest.fixture
