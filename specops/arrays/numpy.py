@@ -50,6 +50,10 @@ class NumPy(Library):
         """Itself."""
         return values
 
+    def solvers_raise(self, x: Array) -> bool:
+        """Always."""
+        return True
+
     def is_complex(self, x: Array) -> bool:
         """By the letter of the dtype."""
         return bool(x.dtype.kind == "c")

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from specops.arrays.dtypes import double_dtype, is_complex, real_dtype
-from specops.arrays.entries import adjoint, check_finite
+from specops.arrays.entries import adjoint, check_finite, magnitude
 from specops.arrays.libraries import library
 from specops.arrays.placement import constant
 from specops.arrays.standard import did_not_converge
-from specops.arrays.tracing import is_staged
+from specops.arrays.tracing import is_staged, is_traced, stop_gradient, truth
 from specops.typing import Array, Namespace
 
 
@@ -21,11 +21,14 @@ def svdvals(xp: Namespace, a: Array) -> Array:
 
     Weights that were just clipped have many equal singular values, on which some LAPACK builds
     fail in single precision. The second attempt is in double precision, the third by the
-    eigenvalues of the Gram matrix.
+    eigenvalues of the Gram matrix. Values that cannot be those of the matrices, which solvers of
+    accelerators have returned without a word, count as a failure.
     """
     try:
         with library(a).solving():
-            return xp.linalg.svdvals(a)
+            s = xp.linalg.svdvals(a)
+        _check_values(xp, a, s)
+        return s
     except Exception as error:
         if not did_not_converge(error):
             raise
@@ -41,6 +44,7 @@ def svd(xp: Namespace, a: Array) -> tuple[Array, Array, Array]:
     try:
         with library(a).solving():
             u, s, vh = xp.linalg.svd(a, full_matrices=False)
+        _check_values(xp, a, s)
         return u, s, vh
     except Exception as error:
         if not did_not_converge(error):
@@ -92,16 +96,34 @@ def _svd_fallback(xp: Namespace, a: Array, *, vectors: bool) -> Any:
     real = real_dtype(xp, a.dtype)
     try:
         with library(a).solving():
-            if not vectors:
-                return xp.astype(xp.linalg.svdvals(double), real)
-            u, s, vh = xp.linalg.svd(double, full_matrices=False)
+            if vectors:
+                u, s, vh = xp.linalg.svd(double, full_matrices=False)
+            else:
+                s = xp.linalg.svdvals(double)
+        _check_values(xp, double, s)
     except Exception as error:
         if not did_not_converge(error):
             raise
         u, s, vh = _svd_by_gram(xp, double)
+        _check_values(xp, double, s)
     if not vectors:
         return xp.astype(s, real)
     return xp.astype(u, a.dtype), xp.astype(s, real), xp.astype(vh, a.dtype)
+
+
+def _check_values(xp: Namespace, a: Array, s: Array) -> None:
+    """Raise unless `s` are finite, descending, not negative, and of the squares of ``‖a‖_F``."""
+    if library(a).solvers_raise(a) or is_traced(a):
+        return
+    a, s = stop_gradient(a), stop_gradient(s)
+    scale = magnitude(xp, a, (-2, -1))
+    squares = xp.sum(xp.abs(a / scale) ** 2, axis=(-2, -1))
+    found = xp.sum((s / scale[..., 0]) ** 2, axis=-1)
+    error = math.sqrt(float(xp.finfo(s.dtype).eps))
+    fine = (xp.abs(found - squares) <= error * squares) & (s[..., -1] >= 0)
+    fine = xp.all(fine) & xp.all(s[..., 1:] <= s[..., :-1])
+    if truth(fine) is False:
+        raise np.linalg.LinAlgError("the solver's singular values are not those of the matrix")
 
 
 def _svd_by_gram(xp: Namespace, a: Array) -> tuple[Array, Array, Array]:

@@ -227,6 +227,10 @@ class Library:
         """A context in which solvers raise if they fail."""
         return nullcontext()
 
+    def solvers_raise(self, x: Array) -> bool:
+        """Whether an SVD of `x` that failed is never returned, as LAPACK tells its callers."""
+        return False
+
     def one_thread(self, x: Array) -> AbstractContextManager[Any]:
         """A context in which work on `x` takes one thread, if threads are this process's own."""
         return nullcontext()

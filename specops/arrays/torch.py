@@ -80,6 +80,10 @@ class Torch(Library):
         """By the dtype."""
         return bool(x.dtype.is_complex)
 
+    def solvers_raise(self, x: Array) -> bool:
+        """On the CPU."""
+        return bool(x.device.type == "cpu")
+
     def has_double(self, x: Array) -> bool:
         """Everywhere but on Apple's GPUs."""
         return bool(x.device.type != "mps")
