@@ -33,6 +33,7 @@ from specops.arrays.entry import entry
 from specops.arrays.kinds import is_array, namespace
 from specops.arrays.placement import (
     by_workers,
+    compute_together,
     constant,
     device_of,
     from_host,
@@ -71,6 +72,7 @@ __all__ = [
     "along_axis",
     "argmax",
     "by_workers",
+    "compute_together",
     "check_finite",
     "compiled",
     "complex_dtype",

@@ -21,6 +21,7 @@ class Jax(Library):
     """Arrays and tracers of JAX."""
 
     finds_indices = True
+    mixes_with_numpy = True
 
     def device(self, x: Array) -> Any:
         """None: JAX places arrays itself, and a tracer has no device."""

@@ -17,6 +17,7 @@ class NumPy(Library):
 
     by_workers = True
     finds_indices = True
+    mixes_with_numpy = True
 
     def device(self, x: Array) -> Any:
         """The CPU."""

@@ -38,6 +38,14 @@ def like(values: Array, other: Array) -> Array:
     return constant(to_numpy(values), other, complex=is_complex(other))
 
 
+def compute_together(x: Array, other: Array) -> bool:
+    """Whether the library of one computes with both, where they lie."""
+    ours, theirs = library(x), library(other)
+    if ours is not theirs:
+        return ours.mixes_with_numpy and theirs.mixes_with_numpy
+    return bool(ours.device(x) == ours.device(other))
+
+
 def in_double(x: Array) -> Array:
     """A concrete array in double precision: on its device, or on the host if that has none."""
     xp, target = compat.array_namespace(x), "complex128" if is_complex(x) else "float64"

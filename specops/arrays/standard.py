@@ -32,6 +32,9 @@ class Library:
     finds_indices = False
     """Whether ``argmax`` works on all of its devices, also on those without 64-bit integers."""
 
+    mixes_with_numpy = False
+    """Whether it computes with arrays of NumPy beside its own."""
+
     # Where arrays live
 
     def device(self, x: Array) -> Any:

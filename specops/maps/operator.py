@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple, overload
 
 from specops import arrays
-from specops.errors import UnsupportedGeometryError
+from specops.errors import UnsupportedArrayError, UnsupportedGeometryError
 from specops.geometry import Conv, Dense, Geometry
 from specops.maps.convolution import ConvOperator
 from specops.maps.prepare import prepare
@@ -90,8 +90,20 @@ class LinearOperator:
         """The explicit matrix, (outputs, inputs): memory is the product of the two."""
         return self._matrix()
 
+    def _check_kind(self, x: Array) -> None:
+        xp = arrays.namespace(x)
+        if not arrays.compute_together(x, self.like):
+            given, own = (
+                f"{space.__name__.removeprefix('array_api_compat.')} on {arrays.device_of(a)}"
+                for space, a in ((xp, x), (arrays.namespace(self.like), self.like))
+            )
+            raise UnsupportedArrayError(
+                f"the products of {self!r} take arrays like its attribute `like`, of {own}, got "
+                f"one of {given}: convert them first"
+            )
+
     def _vectors(self, products: Products, x: Array, length: int) -> Array:
-        arrays.namespace(x)
+        self._check_kind(x)
         shape = tuple(x.shape)
         if length != 1 and shape[-2:] == (length, 1):
             return self._applied(products.rows, x[..., 0])[..., None]
@@ -103,7 +115,7 @@ class LinearOperator:
         return self._applied(products.rows, x)
 
     def _matrices(self, products: Products, x: Array, length: int) -> Array:
-        arrays.namespace(x)
+        self._check_kind(x)
         shape = tuple(x.shape)
         if shape[-2:-1] != (length,):
             raise ValueError(

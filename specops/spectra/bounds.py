@@ -131,7 +131,7 @@ def _dense_bounds(given: Prepared, geometry: Dense, start: Array | None) -> Norm
     for block in matrix_blocks(given):
         matrices = block.matrices
         if start is not None:
-            v = checked_start(xp, start, int(matrices.shape[1]), 1, matrices.dtype)
+            v = checked_start(xp, start, int(matrices.shape[1]), 1, matrices)
             width = min(v.shape[1], *matrices.shape)
             operator = MatrixOperator(matrices)
             *_, v = leading_triplets(xp, operator, v[:, :width], 1, iterations=2)

@@ -46,7 +46,8 @@ def top_singular_triplets(
         The map; None is ``Dense()`` for a two-dimensional array. No ``splits``.
     start : array, shape (inputs, p), optional
         p ≥ k vectors to start from, such as the `v` of a similar weight: then the
-        triplets are iterated from there instead of computed from scratch. No ``batch_axes``.
+        triplets are iterated from there instead of computed from scratch. Of any library. No
+        ``batch_axes``.
 
     Returns
     -------
@@ -94,7 +95,7 @@ def top_singular_triplets(
             v = arrays.adjoint(xp, vh)
             return u[..., :k], block.restore(s[..., :k]), v[..., :k]
         operator = linear_operator(block.matrices)
-        start = _widened(xp, start, k, operator, block.matrices.dtype)
+        start = _widened(xp, start, k, operator, block.matrices)
         u, s, v = _iterated(xp, operator, start, k, traced)
         return u, block.restore(s), v
     assert isinstance(given.geometry, Conv)
@@ -115,7 +116,7 @@ def top_singular_triplets(
         return u, given.scale * s, v
     if start is None:
         start = arrays.constant(_noise(operator.shape[1], min(k + 4, *operator.shape)), given.w)
-    start = _widened(xp, start, k, operator, given.w.dtype)
+    start = _widened(xp, start, k, operator, given.w)
     u, s, v = _iterated(xp, operator, start, k, traced)
     return u, given.scale * s, v
 
@@ -168,18 +169,18 @@ def _iterated(
     return u, s, v
 
 
-def _widened(xp: Namespace, start: Array, k: int, operator: LinearOperator, dtype: Any) -> Array:
+def _widened(xp: Namespace, start: Array, k: int, operator: LinearOperator, like: Array) -> Array:
     """The start in the weight's dtype, with two fixed random columns if there is room.
 
     Without them, a start at an exact singular vector that does not lead would stay there.
     """
     columns = operator.shape[1]
-    start = checked_start(xp, start, columns, k, dtype)
+    start = checked_start(xp, start, columns, k, like)
     extra = min(2, min(operator.shape) - start.shape[1])
     if extra < 1:
         return start[:, : min(start.shape[1], *operator.shape)]
     noise = arrays.start_vector("widened", columns * extra).reshape(columns, extra)
-    return xp.concat([start, xp.astype(arrays.constant(noise, start), dtype)], axis=1)
+    return xp.concat([start, xp.astype(arrays.constant(noise, start), like.dtype)], axis=1)
 
 
 def _check_count(k: int, shape: Any) -> None:

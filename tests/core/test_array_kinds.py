@@ -231,6 +231,27 @@ _FEW = (
 )
 
 
+_MEASURED = [n for n in _ENTRY if n not in RULES and "start" not in n and n != "margins"]
+
+
+@pytest.mark.parametrize("name", _MEASURED)
+def test_every_function_refuses_what_is_no_matrix_of_numbers(eager: Backend, name: str) -> None:
+    function = _ENTRY[name]
+    for dtype in ("int32", "bool"):
+        with pytest.raises(errors.UnsupportedArrayError, match=f"{dtype}.* cast the weight"):
+            function(eager.convert(VALUES.astype(dtype)))
+    for shape in ((0, 2), (2, 0)):
+        with pytest.raises(errors.GeometryError, match=r"empty: shape \(\d, \d\)"):
+            function(eager.array(np.ones(shape)))
+    if name != "linear_operator":
+        with pytest.raises(errors.NonFiniteError, match="NaN or infinity"):
+            function(eager.array(VALUES * [1.0, np.inf]))
+    if name != "spectral_norm":
+        for shape in ((), (4,), (2, 2, 2)):
+            with pytest.raises(errors.GeometryError, match="needs a geometry"):
+                function(eager.array(np.ones(shape)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_versions_of_the_standard_agree(name: str) -> None:

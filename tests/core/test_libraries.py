@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import specops
+from specops import arrays
 from specops.arrays import libraries
 from specops.arrays.libraries import if_loaded, library, library_of
 from specops.arrays.standard import Library
@@ -248,6 +249,14 @@ def test_there_and_back(eager: Backend) -> None:
         np.testing.assert_array_equal(eager.numpy(back), host)
     flipped = known.from_host(host[::-1, ::-1], x)
     np.testing.assert_array_equal(eager.numpy(flipped), host[::-1, ::-1])
+
+
+def test_start_vectors_are_these_numbers_whatever_the_version_and_process() -> None:
+    unit = arrays.start_vector("layer.0.weight", 4)
+    # The dot product may be summed in another order.
+    expected = [0.07790776377895553, -0.11526961604054937, 0.9442552907795099, -0.2983709801500979]
+    np.testing.assert_allclose(unit, expected, rtol=1e-15)
+    assert abs(unit @ arrays.start_vector("layer.1.weight", 4)) < 0.99
 
 
 def test_views_share_memory_and_only_where_values_are_constant(eager: Backend) -> None:

@@ -267,6 +267,23 @@ def test_a_state_that_holds_nan_is_refused(rule: Any) -> None:
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("factor", [0.1, 30.0])
+@pytest.mark.parametrize("norm", ["reshaped", "operator"])
+def test_vectors_that_are_no_unit_vectors_are_not_believed(norm: Any, factor: float) -> None:
+    """Whoever averages states, as of an EMA, shortens vectors, and σ with their squares."""
+    model = network()
+    optimizer = optimizer_of(model)
+    attachment = specops.attach(optimizer, model, SpectralNormalization(norm=norm))
+    train(model, optimizer)
+    state = copy.deepcopy(attachment.state_dict())
+    for kept in state["weights"].values():
+        kept["state"] = {k: x * factor if x.ndim else x for k, x in kept["state"].items()}
+    before = {name: weight.detach().clone() for name, weight in attachment.weights().items()}
+    attachment.load_state_dict(state)
+    for name, weight in attachment.weights().items():
+        torch.testing.assert_close(weight.detach(), before[name], rtol=0.02, atol=0.0, msg=name)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_weights(bad: float) -> None:
     def broken() -> nn.Sequential:
