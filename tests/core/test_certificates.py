@@ -226,3 +226,16 @@ def test_kernels_whose_taps_cancel_raise_no_warning() -> None:
     assert project_spectral_ball(kernel, 0.999 * norm, conv) is not kernel
     zeros = np.zeros((256, 256), np.float32)
     assert project_spectral_ball(zeros, 1.0) is zeros
+
+
+@pytest.mark.parametrize("turn", [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.3, 0.8), (0.9, 0.6)])
+def test_the_supremum_is_found_at_every_frequency(turn: tuple[float, float]) -> None:
+    waves = [np.exp(2j * np.pi * t * np.arange(k)) for t, k in zip(turn, (3, 4), strict=True)]
+    kernel = waves[0][:, None] * waves[1]
+    kernel = (kernel.real if max(turn) == 0.5 else kernel)[None, None]
+    # At one frequency all taps of a phase add up: 3 taps at stride 2 are 2 and 1, 4 are 2 and 2.
+    for stride, norm in [(1, 12.0), ((2, 1), 4.0 * 5**0.5), ((1, 2), 3.0 * 8**0.5)]:
+        for rtol in (None, 1e-3):
+            bounds = specops.spectral_norm_bounds(kernel, Conv(None, stride=stride), rtol=rtol)
+            assert bounds.lower * (1 - 1e-12) <= norm <= bounds.upper * (1 + 1e-12)
+            assert bounds.upper <= norm * (1 + (rtol or 0.1)) * (1 + 1e-9)
