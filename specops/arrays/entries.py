@@ -87,6 +87,11 @@ def nonzero(xp: Namespace, x: Array) -> Array:
     return xp.where(x == 0, xp.ones_like(x), x)
 
 
+def along_first(factors: Array, like: Array) -> Array:
+    """Factors for the first axes of an array, with axes behind them, so that they broadcast."""
+    return factors[(..., *([None] * (like.ndim - factors.ndim)))]
+
+
 def adjoint(xp: Namespace, a: Array) -> Array:
     """Conjugate transpose of the last two axes."""
     return conjugate(xp, xp.matrix_transpose(a))

@@ -68,8 +68,7 @@ def noise_sensitivity(
         raise ValueError(
             f"function must keep samples apart: {x.shape[0]} inputs gave {clean.shape[0]} outputs"
         )
-    sizes, lengths = row_norms(clean), row_norms(x)
-    lengths = lengths[(..., *([None] * (x.ndim - 1)))]
+    sizes, lengths = row_norms(clean), arrays.along_first(row_norms(x), x)
     rng = np.random.Generator(np.random.Philox(key=[seed, math.prod(x.shape)]))
     dead = sizes == 0
     divisors, total = arrays.nonzero(xp, sizes), xp.zeros_like(sizes)

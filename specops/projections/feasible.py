@@ -40,12 +40,12 @@ def store_within(
     factor = factor[(..., *([0] * (x.ndim - batch)))]
 
     def stored(x: Array, offset: Array | None, factor: Array, late: Any) -> Array:
-        scaled = x * _expand(factor, x)
+        scaled = x * arrays.along_first(factor, x)
         if offset is not None:
             # Its own rounding may be the reason why the sum does not fit.
             plain = xp.ones_like(factor)
             by = xp.where(late, factor, plain) if arrays.is_traced(late) else plain
-            scaled = scaled + offset * _expand(factor if late is True else by, x)
+            scaled = scaled + offset * arrays.along_first(factor if late is True else by, x)
         return arrays.rounded(xp, scaled, dtype)
 
     def fit(x: Array, offset: Array | None, factor: Array, late: Any) -> Array:
@@ -79,7 +79,3 @@ def store_within(
         step = max(0.5, 1.0 - eps * 2.0 ** (round_ + first))
         factor = xp.where(inside, factor, factor * step)
     return result
-
-
-def _expand(factor: Array, x: Array) -> Array:
-    return factor[(..., *([None] * (x.ndim - factor.ndim)))]

@@ -69,10 +69,10 @@ def kernel_candidates(
     ray = z
     if len(set(taps.weights[taps.weights > 0])) > 1:
         of_z, of_e = _combination(xp, weights, inner(z, z), inner(z, e), inner(e, e), limit)
-        ray = _by_tap(of_z, z) * z + _by_tap(of_e, z) * e
+        ray = arrays.along_first(of_z, z) * z + arrays.along_first(of_e, z) * e
     along = xp.sum(inner(ray, e))
     # The part along the direction, to which the rest is orthogonal in the weighted product.
-    fixed = _by_tap(along / (weights * dual), e) * e
+    fixed = arrays.along_first(along / (weights * dual), e) * e
     rest = ray - fixed
     energy = arrays.nonzero(xp, space.squared(rest))
     with_fixed, with_rest = xp.sum(inner(z, fixed)), xp.sum(inner(z, rest))
@@ -87,7 +87,7 @@ def kernel_candidates(
         if taps.folds:
             new = kernel + taps.kernel(xp, x - z, kernel)
         else:
-            new = taps.kernel(xp, xp.where(_by_tap(space.used, z), x, z), kernel)
+            new = taps.kernel(xp, xp.where(arrays.along_first(space.used, z), x, z), kernel)
         return geometry.weight(new) * given.scale
 
     def stored_rank(stored: Array) -> Array:
@@ -194,7 +194,3 @@ def _differentiable(
     tau = tau - (step - arrays.stop_gradient(step))
     pole, _, of_z, of_e = _ray(xp, tau, d, r, ze, ee)
     return sign * of_z / pole, sign * of_e / pole
-
-
-def _by_tap(factor: Array, like: Array) -> Array:
-    return factor[(..., *([None] * (like.ndim - factor.ndim)))]
