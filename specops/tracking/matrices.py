@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 from specops import arrays
@@ -86,11 +86,11 @@ class TrackedBlocks:
 
     def measured(self, state: State) -> tuple[Array, ...]:
         """What `norms` gave for the weight of the latest `start` or `advance`."""
-        return tuple(state[key] for key in self._keys[1])
+        return tuple(state[f"sigma{j}"] for j in self._indices)
 
     def directions(self, state: State) -> tuple[Array, ...]:
         """The vectors along which norms are taken: u and v of each matrix in turn."""
-        return tuple(state[key] for key in self._keys[0])
+        return tuple(state[f"{key}{j}"] for j in self._indices for key in "uv")
 
     def gradients(self, state: State) -> tuple[Array, ...]:
         """∂σ/∂W of each matrix: uvᴴ."""
@@ -122,12 +122,6 @@ class TrackedBlocks:
     @property
     def _indices(self) -> range:
         return range(len(self.geometry.splits or (0,)))
-
-    @cached_property
-    def _keys(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The state's keys of directions and of norms, cached for forward passes."""
-        directions = tuple(f"{key}{j}" for j in self._indices for key in "uv")
-        return directions, tuple(f"sigma{j}" for j in self._indices)
 
     def _leading(self, state: State) -> list[tuple[Array, Array]]:
         return [(state[f"u{j}"], state[f"v{j}"]) for j in self._indices]
