@@ -139,7 +139,7 @@ def lanczos_norm(xp: Namespace, kernel: Array, sizes: ConvSizes) -> Array:
             u, s, vh = svd(xp, operator.to_matrix())
             return u[:, 0], s[0], arrays.conjugate(xp, vh[0, :])
         start = operator.rmatvec(plane_wave(xp, kernel, sizes))
-        return largest_singular_triplet(xp, ConvOperator(kernel, sizes), start)
+        return largest_singular_triplet(xp, operator, start)
 
     def along_leading_pair(kernel: Array) -> Array:
         u, _, v = triplet(arrays.stop_gradient(kernel))

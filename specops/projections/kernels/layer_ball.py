@@ -224,7 +224,7 @@ def layer_solver(
         if method not in _OF_LAYERS or not LayerCuts.made(state):
             return None, state
         # Another tolerance may have made the state: then it is dropped.
-        layer = own_map(sizes, Tolerance(tolerance.gap, 0.0))
+        layer = small_explicit_map(sizes, times=_PATIENTLY)
         if layer is None:
             return None, state
         LayerSolver(problem, layer, patiently=False).start(state)
