@@ -158,7 +158,7 @@ class Dense:
         """The geometry under which the same array stands for the transposed matrix."""
         if self.splits is not None:
             raise GeometryError("the transpose of split blocks is not a Dense geometry")
-        batch, out, inn = _axes(self, (1,) * ndim)
+        batch, out, inn = self.axes(ndim)
         return Dense(out_axes=inn, in_axes=out, batch_axes=batch)
 
 

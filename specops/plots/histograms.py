@@ -103,9 +103,10 @@ def histogram(
     samples, dropped, total = {}, 0, 0
     for name, sample in given.items():
         what = f"sample {str(name)!r}" if named else "values"
-        samples[name] = _finite(sample, what, kind)
-        dropped += len(vector(sample, what)) - len(samples[name])
-        total += len(vector(sample, what))
+        array = vector(sample, what)
+        samples[name] = _finite(array, what, kind)
+        dropped += len(array) - len(samples[name])
+        total += len(array)
     edges = _edges(np.concatenate(list(samples.values())), (total - dropped) // len(samples))
     ax = axes(ax, max(characters(list(samples)), 0 if len(samples) > FEW else 26))
     handles: list[Any] = []
@@ -148,8 +149,7 @@ def histogram(
     return ax
 
 
-def _finite(sample: Any, what: str, kind: str) -> np.ndarray:
-    array = vector(sample, what)
+def _finite(array: np.ndarray, what: str, kind: str) -> np.ndarray:
     finite: np.ndarray = array[np.isfinite(array)]
     if not finite.size:
         raise ValueError(f"{what}: none of {array.size} values is finite; leave it out")

@@ -50,9 +50,9 @@ def label(ax: Axes, title: str, x: str, y: str) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def shorten(names: Iterable[Any], width: int = 32) -> list[str]:
+def shorten(names: Iterable[Any]) -> list[str]:
     """Names shortened in the middle, but never so much that two become equal."""
-    full = [" ".join(str(name).split()) for name in names]
+    full, width = [" ".join(str(name).split()) for name in names], 32
     while True:
         short = [_cut(name, width) for name in full]
         if len(set(short)) == len(set(full)):

@@ -230,13 +230,16 @@ class StableRankNormalization(_Tracking):
     ) -> Array:
         """The weight that the layer uses; `ratio` is the value of a schedule, as an array."""
         if ratio is None:
-            ratio = check_ratio(value_at(self.ratio, step, name, geometry))
+            ratio = self._ratio_at(step, name, geometry)
         limited = limit_stable_rank(weight, self.tracked(geometry), state, ratio)
         return nan_without(ratio, limited)
 
     def arguments(self, step: int, name: str, geometry: Geometry) -> dict[str, Any]:
         """The ratio."""
-        return {"ratio": check_ratio(value_at(self.ratio, step, name, geometry))}
+        return {"ratio": self._ratio_at(step, name, geometry)}
+
+    def _ratio_at(self, step: int, name: str, geometry: Geometry) -> Any:
+        return check_ratio(value_at(self.ratio, step, name, geometry))
 
     def is_traceable(self, geometry: Geometry) -> bool:
         """False for a convolution's operator, which needs tables made outside the compiler."""
@@ -266,6 +269,6 @@ class StableRankNormalization(_Tracking):
         the norm along the vectors; of several matrices the largest.
         """
         weight, state, figures = super().update(weight, geometry, state, step=step, name=name)
-        ratio = check_ratio(value_at(self.ratio, step, name, geometry))
+        ratio = self._ratio_at(step, name, geometry)
         ranks = stable_ranks(weight, self.tracked(geometry), state, ratio)
         return weight, state, figures | dict(zip(RANKS, ranks, strict=True))

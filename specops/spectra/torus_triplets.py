@@ -58,13 +58,13 @@ def _triplets(xp: Namespace, kernel: Array, symbol: Symbol, k: int) -> tuple[Arr
     right = xp.where(flip, right, arrays.conjugate(xp, right))
 
     coarse, fine, phases = _positions(symbol)
-    left = _on_grid(xp, left[:, :, None], wave[waves], coarse, symbol)
+    left = _on_grid(left[:, :, None], wave[waves], coarse, symbol)
     right = xp.reshape(right, (k, symbol.phases, sizes.columns))
     # The vectors are zero at phases that no tap reads.
     seen = arrays.constant((phases >= 0).astype(float), right)
     right = xp.take(right, arrays.constant(np.maximum(phases, 0), right), axis=1)
     right = xp.matrix_transpose(right) * xp.astype(seen, right.dtype)
-    right = _on_grid(xp, right, wave[waves], fine, symbol)
+    right = _on_grid(right, wave[waves], fine, symbol)
     if not arrays.is_complex(kernel):
         alone = _is_own_mirror(wave[waves], symbol.coarse)[:, None, None]
         lengths = arrays.constant(np.where(alone, 1.0, math.sqrt(2.0)), kernel)
@@ -142,9 +142,7 @@ def _positions(symbol: Symbol) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return coarse, np.stack(places), phases
 
 
-def _on_grid(
-    xp: Namespace, vectors: Array, waves: np.ndarray, places: np.ndarray, symbol: Symbol
-) -> Array:
+def _on_grid(vectors: Array, waves: np.ndarray, places: np.ndarray, symbol: Symbol) -> Array:
     """Vectors (k, channels, 1 or points) times their waves: (k, channels, points), unit length."""
     sides = np.array(symbol.coarse)
     turns = sum(np.outer(waves[:, t], places[t]) % sides[t] / sides[t] for t in range(len(sides)))

@@ -10,14 +10,13 @@ from __future__ import annotations
 from specops.geometry.fused.attention import QUERIES, attention
 from specops.geometry.fused.experts import PAIRS, fused_experts
 from specops.geometry.fused.gated import gated
-from specops.geometry.fused.gates import CELLS, gates, gates_of
+from specops.geometry.fused.gates import gates, gates_of
 from specops.geometry.fused.known import Fused, Shape, Surroundings
 from specops.geometry.fused.latent import latent
 from specops.geometry.fused.linear_attention import linear_attention
 from specops.geometry.fused.state_space import state_space
 
 __all__ = [
-    "CELLS",
     "PAIRS",
     "Fused",
     "Surroundings",
