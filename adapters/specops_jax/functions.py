@@ -23,10 +23,11 @@ from specops_jax.program import Item, Program, program
 from specops_jax.state import SpecopsState, check_states, of_arrays
 
 Params = Any
-Geometries = Mapping[str, Geometry]
 
 
-def init(params: Params, plan: Any, geometries: Geometries | None = None) -> SpecopsState:
+def init(
+    params: Params, plan: Any, geometries: Mapping[str, Geometry] | None = None
+) -> SpecopsState:
     """The state of a plan for these parameters, before the first step.
 
     Parameters
@@ -64,7 +65,7 @@ def project_params(
     params: Params,
     plan: Any,
     state: SpecopsState,
-    geometries: Geometries | None = None,
+    geometries: Mapping[str, Geometry] | None = None,
     *,
     on_host: bool = True,
 ) -> tuple[Params, SpecopsState]:
@@ -116,7 +117,7 @@ def project_params(
     return jax.tree.unflatten(structure, leaves), state
 
 
-def enforce(params: Params, plan: Any, geometries: Geometries | None = None) -> Params:
+def enforce(params: Params, plan: Any, geometries: Mapping[str, Geometry] | None = None) -> Params:
     """Let every rule of stage "weights" act, certified, whether it is due or not: before an export.
 
     This is computed on the host, outside jit, so that nothing has to be compiled for one call.
@@ -143,7 +144,7 @@ def normalize_params(
     params: Params,
     plan: Any,
     state: SpecopsState,
-    geometries: Geometries | None = None,
+    geometries: Mapping[str, Geometry] | None = None,
     *,
     scales: Mapping[str, Any] | None = None,
 ) -> Params:
@@ -200,7 +201,7 @@ def normalize_params(
 
 
 def penalty(
-    params: Params, plan: Any, state: SpecopsState, geometries: Geometries | None = None
+    params: Params, plan: Any, state: SpecopsState, geometries: Mapping[str, Geometry] | None = None
 ) -> jax.Array:
     r"""The sum of a plan's penalties, to add to the loss, as line searches need it.
 
@@ -270,7 +271,7 @@ def _term(item: Item, step: Any, given: tuple[Any, Any, Any]) -> tuple[Any, Any]
 
 
 def init_scales(
-    params: Params, plan: Any, geometries: Geometries | None = None
+    params: Params, plan: Any, geometries: Mapping[str, Geometry] | None = None
 ) -> dict[str, jax.Array]:
     """Initial values of a plan's trainable scales: by array, or by rule where shared.
 

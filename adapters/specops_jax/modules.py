@@ -66,28 +66,25 @@ class Geometries(dict[str, Geometry]):
         """As ``|``, in place."""
         looked = other if isinstance(other, Geometries) else None
         for name in {*other, *(looked.reasons if looked is not None else ())}:
-            self.pop(name, None)
-            self.reasons.pop(name, None)
-            self.opt_in.pop(name, None)
-            self.remarks.pop(name, None)
-            self.skipped.pop(name, None)
-            self.shapes.pop(name, None)
+            for known in (self, *self._notes()):
+                known.pop(name, None)
             self.given.discard(name)
         self.update(other)
         if looked is None:
             self.given.update(other)
             return self
-        self.reasons.update(looked.reasons)
-        self.opt_in.update(looked.opt_in)
-        self.remarks.update(looked.remarks)
-        self.skipped.update(looked.skipped)
-        self.shapes.update(looked.shapes)
+        for own, others in zip(self._notes(), looked._notes(), strict=True):
+            own.update(others)
         self.given.update(looked.given)
         return self
 
     def __ror__(self, other: Mapping[str, Geometry]) -> Geometries:  # type: ignore[override]
         """A plain dict together with these, which take precedence."""
         return (Geometries() | other) | self
+
+    def _notes(self) -> tuple[dict[str, Any], ...]:
+        """What is known of arrays besides their geometry, each by name."""
+        return self.reasons, self.opt_in, self.remarks, self.skipped, self.shapes
 
 
 def geometries_of(module: Any, *inputs: Any, **kwargs: Any) -> Geometries:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from specops.errors import AdapterError, NonFiniteError
+from specops.geometry import Geometry
 from specops.training.report import Report, measured, plan_rows
-from specops_jax.functions import Geometries, Params, normalize_params
+from specops_jax.functions import Params, normalize_params
 from specops_jax.one_firing import fetched
 from specops_jax.program import program
 from specops_jax.state import SpecopsState, of_arrays
@@ -19,7 +21,7 @@ from specops_jax.state import SpecopsState, of_arrays
 def report(
     params: Params,
     plan: Any,
-    geometries: Geometries | None = None,
+    geometries: Mapping[str, Geometry] | None = None,
     *,
     state: SpecopsState | None = None,
     measure: bool = True,

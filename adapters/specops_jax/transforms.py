@@ -19,12 +19,10 @@ from specops_jax.placeholders import is_placeholder, no_params
 from specops_jax.program import Program, program
 from specops_jax.state import SpecopsState
 
-Geometries = Mapping[str, Geometry]
-
 
 def constrain(
     plan: Any,
-    geometries: Geometries | None = None,
+    geometries: Mapping[str, Geometry] | None = None,
     *,
     every: int | None = None,
     on_host: bool = True,
@@ -122,7 +120,7 @@ def constrain(
 
 
 def add_penalty(
-    plan: Any, geometries: Geometries | None = None, *, every: int | None = None
+    plan: Any, geometries: Mapping[str, Geometry] | None = None, *, every: int | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Add the gradients of a plan's penalties: first in the chain.
 
@@ -163,7 +161,7 @@ def add_penalty(
 
 def _starting(
     plan: Any,
-    geometries: Geometries | None,
+    geometries: Mapping[str, Geometry] | None,
     every: int | None,
     stages: tuple[str, ...],
     name: str,
@@ -185,7 +183,11 @@ def _starting(
 
 
 def _program(
-    current: Any, params: Any, plan: Any, geometries: Geometries | None, every: int | None
+    current: Any,
+    params: Any,
+    plan: Any,
+    geometries: Mapping[str, Geometry] | None,
+    every: int | None,
 ) -> tuple[Program, list[Any]]:
     """The program of `params`, which may hold modules, and the leaves of `current`."""
     own, _, _ = program(params, Plan.of(plan, every), geometries)
