@@ -64,6 +64,8 @@ class Geometries(dict[str, Geometry]):
 
     def __ior__(self, other: Mapping[str, Geometry]) -> Geometries:  # type: ignore[override]
         """As ``|``, in place."""
+        if other is self:
+            return self
         looked = other if isinstance(other, Geometries) else None
         for name in {*other, *(looked.reasons if looked is not None else ())}:
             for known in (self, *self._notes()):

@@ -246,6 +246,7 @@ def test_geometries_keep_what_they_know_when_joined() -> None:
     same = updated = specops_jax.geometries_of(net, x)
     updated |= {"Dense_0/kernel": mine}
     assert updated is same
+    updated |= updated
     assert updated.opt_in == found.opt_in
     assert updated["Dense_0/kernel"] == mine
 
