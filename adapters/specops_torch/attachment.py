@@ -53,7 +53,7 @@ class Attachment(BaseAttachment[Constrained]):
     ) -> None:
         self._replicas = options.pop("replicas", None)
         super().__init__(plan, geometries, **options)
-        self._model, self._followed = model, Followed(optimizer)
+        self._model, self._followed = model, Followed(optimizer, model)
         self._scales = Scales(model, self._replicas)
         self._liveness, self._statistics = Liveness(), Statistics(model)
         self._firing = ShardedFiring(self._firing.on_nonfinite, self._statistics.are_kept)
@@ -83,12 +83,13 @@ class Attachment(BaseAttachment[Constrained]):
 
     def assign(self) -> None:
         """Decide about every parameter; those constrained before keep their state and sizes."""
+        self._followed.layers.check(self._constrained)
         super().assign()
         settle_all(self._constrained, self._groups, self._replicas)
         for c in self._constrained:
             c.schedule(self.steps + 1)
         self._scales.give(self._constrained, self._followed.optimizer)
-        self._followed.look()
+        self._followed.look(self._assignments)
 
     def goes_on(self, c: Constrained, decided: Assignment) -> bool:
         """True for a forward rule's weight that was frozen, or left the optimizer."""
@@ -117,7 +118,7 @@ class Attachment(BaseAttachment[Constrained]):
         """Let rules of stage "gradients" add to the gradients, before an optimizer's step; with
         several ranks, average the gradients of trainable scales.
 
-        Only for ``attach(None, ...)``: for all parameters, or for one that is about to be stepped.
+        Only for ``attach(None, ...)``: for all parameters, or for one that is about to step.
         """
         self.check_attached()
         about_to_step(self._constrained if parameter is None else self._owners(parameter))
@@ -347,4 +348,4 @@ class Attachment(BaseAttachment[Constrained]):
         """Warn if weights move, but no step is seen."""
         super().look()
         if self._followed.has_hooks:
-            self._liveness.check(self._constrained, self.steps)
+            self._liveness.check(self._constrained, self.steps, hooked=self.is_attached)

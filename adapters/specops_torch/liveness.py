@@ -24,8 +24,16 @@ class Liveness:
         """Note the weights as they are after a step, or after a change by the attachment itself."""
         self._versions = _versions(constrained)
 
-    def check(self, constrained: Iterable[Constrained], step: int) -> None:
-        """Warn if all weights have changed without a step."""
+    def check(self, constrained: Iterable[Constrained], step: int, *, hooked: bool) -> None:
+        """Warn if all weights have changed without a step, or no hook is left to bring one."""
+        if not hooked:
+            warn(
+                f"no step reaches this attachment, the last was step {step}: it was copied with "
+                f"its optimizer, and copies of optimizers lose their hooks. Detach it, attach "
+                f"to the copy, and load this one's state_dict()",
+                HookLostWarning,
+            )
+            return
         now = _versions(constrained)
         unseen = [now[key] - old for key, old in self._versions.items() if key in now]
         if not unseen or min(unseen) < _UNSEEN:

@@ -1,15 +1,17 @@
-"""The optimizer whose steps an attachment follows: its hooks, and the parameters it holds."""
+"""The optimizer whose steps an attachment follows: its hooks, and what it trains."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from specops.errors import AdapterError
+from specops.training.plan import Assignment
+from specops_torch.layers import Layers
 
 
 class Followed:
@@ -21,7 +23,7 @@ class Followed:
         The object is not a torch optimizer.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer | None) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
         try:
             if optimizer is not None:
                 # Wrappers may inherit the method without the attributes that it needs.
@@ -32,14 +34,14 @@ class Followed:
                 f"wrapped one (accelerate: .optimizer; PostLocalSGDOptimizer: .optim), or None and "
                 f"call attachment.step() yourself"
             ) from None
-        self.optimizer = optimizer
+        self.optimizer, self.layers = optimizer, Layers(model)
         self._hooks: list[Any] = []
         self.look()
 
-    def look(self) -> None:
+    def look(self, assignments: Iterable[Assignment] = ()) -> None:
         """Remember its parameters by identity; groups may be added at any time."""
+        self.layers.warn_of_replaced(assignments)
         self._held, self._stale = self._holds(), False
-        self._trained = _trained(self._held)
 
     @property
     def parameters(self) -> list[nn.Parameter] | None:
@@ -47,14 +49,10 @@ class Followed:
         return None if self._held is None else list(self._held.values())
 
     def has_changed(self) -> bool:
-        """Whether parameters were added, removed or unfrozen since the latest `look`."""
+        """Whether parameters or layers came, went or were unfrozen since the latest `look`."""
         held = self._holds()
-        if held is None or self._held is None:
-            return False
-        trained = _trained(held)
-        changed = held.keys() != self._held.keys() or bool(trained - self._trained)
-        self._trained = trained
-        if changed:
+        others = held is not None and held.keys() != (self._held or {}).keys()
+        if self.layers.have_changed() or others:
             self._held, self._stale = held, True
         return self._stale
 
@@ -145,7 +143,3 @@ def maximized(optimizer: torch.optim.Optimizer) -> set[int]:
     """The ids of parameters whose steps go up the gradient."""
     groups = optimizer.param_groups
     return {id(p) for group in groups if group.get("maximize") for p in group["params"]}
-
-
-def _trained(held: dict[int, nn.Parameter] | None) -> set[int]:
-    return {key for key, p in (held or {}).items() if p.requires_grad}

@@ -184,7 +184,8 @@ def test_layers_that_leave_freeze_and_come() -> None:
     model[0].weight.requires_grad_(False)
     model[5] = nn.Linear(192, 2)
     frozen = state_of(attachment, "0.weight")
-    train(model, optimizer)
+    with pytest.warns(errors.CautionWarning, match=r"5\.weight was replaced"):
+        train(model, optimizer)
     now = state_of(attachment, "0.weight")
     assert all(torch.equal(now[key], value) for key, value in frozen.items())
     norm = top(in_use(model, "0.weight", x).flatten(1))
