@@ -123,6 +123,11 @@ class TrackedBlocks:
     def _indices(self) -> range:
         return range(len(self.geometry.splits or (0,)))
 
+    @property
+    def kept(self) -> frozenset[str]:
+        """The keys of its state."""
+        return frozenset(key for j in self._indices for key in _names(j))
+
     def _leading(self, state: State) -> list[tuple[Array, Array]]:
         return [(state[f"u{j}"], state[f"v{j}"]) for j in self._indices]
 
@@ -169,6 +174,12 @@ class TrackedKernel(AlongGradient):
 
     geometry: Conv
     views: tuple[Dense, ...]
+
+    @property
+    def kept(self) -> frozenset[str]:
+        """The keys of its state."""
+        views = range(len(self.views))
+        return frozenset([*(key for i in views for key in _names(i)), GRADIENT, "sigma"])
 
     def start(self, w: Array, name: str = "") -> State:
         """The leading pairs, to about 1e-6."""

@@ -41,6 +41,11 @@ class TrackedOperator(AlongGradient):
 
     geometry: Conv
 
+    @property
+    def kept(self) -> frozenset[str]:
+        """The keys of its state."""
+        return frozenset(("v", "q", GRADIENT, "sigma"))
+
     def start(self, w: Array, name: str = "") -> State:
         """The leading pair, to about 1e-4."""
         xp = arrays.namespace(w)

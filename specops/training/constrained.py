@@ -221,11 +221,22 @@ class Constrained(Assigned, Generic[P]):
         fields = [list(x) if isinstance(x, dict) else type(x) for x in (sizes, known)]
         if sizes is not None and known is not None and fields[0] != fields[1]:
             raise AdapterError(f"{self.name}: the state's sizes are damaged: {sizes!r}")
-        if self.stage != "forward" or not self.state or not found:
-            return
-        expected = {key: tuple(x.shape) for key, x in self.state.items()}
-        if not are_alike(found, expected):
-            raise AdapterError(f"{self.name}: the state has {found}, expected {expected}")
+        if found:
+            self._check_shapes(found)
+
+    def _check_shapes(self, found: dict[str, tuple[int, ...]]) -> None:
+        follow = self.rule.tracked(self.geometry)
+        expected: Any = sorted(follow.kept) if follow is not None else []
+        fits = all(key in found for key in expected)
+        if fits and self.stage == "forward" and self.state:
+            expected = {key: tuple(x.shape) for key, x in self.state.items()}
+            fits = are_alike(found, expected)
+        if not fits:
+            raise AdapterError(
+                f"{self.name}: the state has {found}, expected {expected}: it was saved under "
+                f"another rule, or of another weight. A rule that is new in a run starts without a "
+                f"state: leave load_state_dict out"
+            )
 
 
 def _holds_nan(x: Array) -> bool:
