@@ -92,6 +92,18 @@ def tied_note(names: list[str], configuration: Configuration) -> list[str]:
     return [f"{tables[0]} is the matrix of the outputs too (tie_word_embeddings in config.json)"]
 
 
+def followed_note(names: list[str]) -> list[str]:
+    """A remark on parameters that layers under a forward rule do not compute with as they are."""
+    if not names:
+        return []
+    return [
+        f"σ_max is of the parameters as stored, and specops followed the norms of {len(names)}: "
+        f"{_some(names)}. If by SpectralNormalization or StableRankNormalization, layers compute "
+        f"with other weights: save those, after detach(fold=True) or from normalize_params, to "
+        f"measure them"
+    ]
+
+
 def _some(names: list[str], separator: str = ", ") -> str:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return separator.join(names[:_NAMED]) + more

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+
+_ALONG = ("sigma0", "sigma")
+"""Keys of the norms in such a state."""
 
 
 def rule_states(names: Iterable[str]) -> set[str]:
@@ -30,3 +33,20 @@ def _beside(name: str) -> Iterator[str]:
         if part in ("rules", "figures"):
             for end in range(1, len(rest)):
                 yield ".".join([*ahead, "fired", *rest[:end]])
+
+
+def followed(names: Sequence[str]) -> list[str]:
+    """The weights, in order and by their own names, whose state is vectors along a norm.
+
+    That is how forward rules keep them, and penalties. Names do not tell which of the two it is.
+    """
+    states, found = rule_states(names), dict[str, None]()
+    for state in (name for name in names if name in states):
+        *ahead, key = state.replace("/", ".").split(".")
+        if key not in _ALONG or ahead[-1] == "tracked":
+            continue
+        if ahead[-1] == "state" and "weights" in ahead:
+            found[".".join(ahead[ahead.index("weights") + 1 : -1])] = None
+        elif "rules" in ahead:
+            found[".".join(ahead[ahead.index("rules") + 1 :])] = None
+    return [*found]

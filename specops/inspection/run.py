@@ -15,9 +15,10 @@ from specops.inspection.assumptions import Reading
 from specops.inspection.configuration import Configuration
 from specops.inspection.figures import Method, figures_of, product_figures
 from specops.inspection.hints import Hints
-from specops.inspection.notes import grouped_problems, notes_on, tied_note
+from specops.inspection.notes import followed_note, grouped_problems, notes_on, tied_note
 from specops.inspection.plan import Item, Weight, load, plan_of
 from specops.inspection.results import Inspection, Measured, WeightFigures, upper
+from specops.inspection.rule_states import followed
 from specops.inspection.spectrum import Figures
 from specops.tables import some_names
 
@@ -83,6 +84,7 @@ def inspect_checkpoint(
             )
         stored = [item.entry.name for item in items]
         result.notes += tied_note(stored, Configuration.of(checkpoint))
+        result.notes += followed_note(followed(stored))
         if listed is not None:
             listed([item.entry for item in items])
         try:

@@ -28,6 +28,12 @@ def of_states(path: Path) -> tuple[set[str], list[str]]:
     return {w.name for w in found.measured}, [w.name for w in found.weights if w.skipped == STATE]
 
 
+def said_of(path: Path) -> list[str]:
+    """What notes say of parameters that layers may not compute with: how many, and which."""
+    notes = [note for note in specops.inspect(path).notes if "detach(fold=True)" in note]
+    return [note.split("norms of ")[1].split(" by ")[0] for note in notes]
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
 @pytest.mark.parametrize("kind", ["file", "distributed"])
 def test_the_state_of_an_attachment_is_no_weight(rule: Any, kind: str, tmp_path: Path) -> None:
@@ -56,6 +62,7 @@ def test_the_state_of_an_attachment_is_no_weight(rule: Any, kind: str, tmp_path:
         for key in kept["state"] or {}
     )
     assert len(states) > 2
+    assert said_of(path) == ([] if rule.stage == "weights" else ["2: 0.weight, 2.weight. If"])
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
@@ -93,6 +100,8 @@ def test_the_state_of_a_chain_is_no_weight(rule: Any, kind: str, tmp_path: Path)
     }
     found = specops_jax.find_state(state)
     assert len(states) == sum(map(len, (*found.rules.values(), *found.figures.values()))) > 2
+    named = "2: conv.kernel, dense.kernel. If"
+    assert said_of(path) == ([] if rule.stage == "weights" else [named])
 
 
 def test_layers_that_are_called_like_parts_of_a_state_are_weights(tmp_path: Path) -> None:
