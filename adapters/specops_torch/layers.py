@@ -22,22 +22,30 @@ class Layers:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._gone: dict[str, Any] = {}
-        self._look()
+        self.look()
 
-    def have_changed(self) -> bool:
-        """Whether there are other layers or newly trained parameters since the latest call."""
-        if self._listed == _listed(self._model):
-            return False
-        modules, trained = self._modules, self._trained
-        self._look()
-        return modules != self._modules or bool(self._trained - trained)
-
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Remember the layers as they are."""
         self._listed = _listed(self._model)
         self._modules = [*self._model.modules()]
-        self._trained = {
+        self._trained = self._trains()
+
+    def have_changed(self) -> bool:
+        """Whether there are other layers or newly trained parameters since the latest `look`.
+
+        A layer that was frozen meanwhile, as in turns with another, is not new.
+        """
+        listed = _listed(self._model)
+        if self._listed == listed:
+            return False
+        self._listed = listed
+        others = [*self._model.modules()] != self._modules
+        return others or bool(self._trains() - self._trained)
+
+    def _trains(self) -> set[tuple[nn.Module, str]]:
+        return {
             (module, name)
-            for module in self._modules
+            for module in self._model.modules()
             for name, p in module._parameters.items()
             if p is not None and p.requires_grad
         }
@@ -50,7 +58,7 @@ class Layers:
         AdapterError
             A layer is there, and its weight was reparametrised or removed.
         """
-        self._gone, modules = {}, set(self._modules)
+        self._gone, modules = {}, set(self._model.modules())
         for c in constrained:
             if c.location.module in modules:
                 _ = c.location.parameter

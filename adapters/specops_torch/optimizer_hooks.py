@@ -40,6 +40,7 @@ class Followed:
 
     def look(self, assignments: Iterable[Assignment] = ()) -> None:
         """Remember its parameters by identity; groups may be added at any time."""
+        self.layers.look()
         self.layers.warn_of_replaced(assignments)
         self._held, self._stale = self._holds(), False
 

@@ -114,3 +114,20 @@ def test_a_weight_that_was_reparametrised_is_still_an_error(rule: Any, by_hand: 
     run.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
     with pytest.raises(AdapterError, match=r"2\.weight is no parameter any more"):
         run.step()
+
+
+@pytest.mark.parametrize("rule", RULES, ids=["weights", "forward"])
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_layers_that_are_frozen_in_turns_keep_their_rules_and_states(
+    rule: Any, by_hand: bool
+) -> None:
+    """As the two networks of a GAN are: a state that is saved at any time can be loaded."""
+    run = Run(rule, by_hand=by_hand)
+    run.step()
+    for frozen, trained in ((0, 2), (2, 0)) * 2:
+        run.model[frozen].requires_grad_(False)
+        run.model[trained].requires_grad_(True)
+        run.step()
+        assert run.attachment.state_dict()["weights"].keys() == {"0.weight", "2.weight"}
+        assert all(run.attachment.report()[f"{i}.weight"].rule for i in (0, 2))
+        assert norm_in_use(run.model[trained]) == pytest.approx(0.4, rel=0.02)
