@@ -118,7 +118,7 @@ class Attachment(BaseAttachment[Constrained]):
         """Let rules of stage "gradients" add to the gradients, before an optimizer's step; with
         several ranks, average the gradients of trainable scales.
 
-        Only for ``attach(None, ...)``: for all parameters, or for one that is about to step.
+        Only for ``attach(None, ...)``: for all parameters, or for one that is about to be stepped.
         """
         self.check_attached()
         about_to_step(self._constrained if parameter is None else self._owners(parameter))
@@ -211,9 +211,8 @@ class Attachment(BaseAttachment[Constrained]):
         """Measure the weights of forward rules anew.
 
         For writes that torch does not count, through ``parameter.data`` or an array that shares
-        its memory, and for any write but `load_state_dict` before compiled code runs again:
-        `torch.compile` does not look whether a weight was written to. Everything else is noticed
-        at the next use.
+        its memory, and for any write but `load_state_dict` before compiled code runs again, which
+        does not look whether a weight was written to. All else is noticed at the next use.
         """
         for c in self._constrained:
             if isinstance(c, ShardedConstrained) and c.in_use is not None:
