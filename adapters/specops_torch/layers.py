@@ -27,8 +27,7 @@ class Layers:
     def look(self) -> None:
         """Remember the layers as they are."""
         self._listed = _listed(self._model)
-        self._modules = [*self._model.modules()]
-        self._trained = self._trains()
+        self._holders, self._trained = self._holding(), self._trains()
 
     def have_changed(self) -> bool:
         """Whether there are other layers or newly trained parameters since the latest `look`.
@@ -39,8 +38,11 @@ class Layers:
         if self._listed == listed:
             return False
         self._listed = listed
-        others = [*self._model.modules()] != self._modules
-        return others or bool(self._trains() - self._trained)
+        return self._holding() != self._holders or bool(self._trains() - self._trained)
+
+    def _holding(self) -> list[nn.Module]:
+        """The modules with parameters: models may make others in each forward pass."""
+        return [module for module in self._model.modules() if module._parameters]
 
     def _trains(self) -> set[tuple[nn.Module, str]]:
         return {
@@ -78,7 +80,7 @@ class Layers:
 
 
 def _listed(model: nn.Module) -> list[Any]:
-    """Modules, the names of their parameters and which are trained, in one list.
+    """Modules with parameters, the names of these and which are trained, in one list.
 
     This runs at every step, so it calls nothing. A module that is held twice is listed twice.
     """
@@ -86,8 +88,9 @@ def _listed(model: nn.Module) -> list[Any]:
     waiting = [model]
     while waiting:
         module = waiting.pop()
-        found.append(module)
-        for name, p in module._parameters.items():
-            found += name, p is not None and p.requires_grad
+        if module._parameters:
+            found.append(module)
+            for name, p in module._parameters.items():
+                found += name, p is not None and p.requires_grad
         waiting += [child for child in module._modules.values() if child is not None]
     return found

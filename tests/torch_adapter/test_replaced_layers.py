@@ -131,3 +131,19 @@ def test_layers_that_are_frozen_in_turns_keep_their_rules_and_states(
         assert run.attachment.state_dict()["weights"].keys() == {"0.weight", "2.weight"}
         assert all(run.attachment.report()[f"{i}.weight"].rule for i in (0, 2))
         assert norm_in_use(run.model[trained]) == pytest.approx(0.4, rel=0.02)
+
+
+def test_modules_without_parameters_may_come_with_each_forward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = Run(RULES[0])
+    run.step()
+    decided: list[bool] = []
+    monkeypatch.setattr(run.attachment, "assign", lambda: decided.append(True))
+    for _ in range(2):
+        run.model[1] = nn.Tanh()
+        run.step()
+    assert not decided
+    run.model[2] = nn.Linear(8, 3)
+    run.step()
+    assert decided
