@@ -10,8 +10,14 @@ from torch import nn
 
 _OURS = ("specops_torch", "torch.nn.utils")
 _OF_LAZY_LAYERS = "torch.nn.modules.lazy"
-_BESIDE_FORWARD = {"extra_repr", "reset_parameters", "reset_running_stats", "flatten_parameters"}
-"""Methods of layers that a forward pass does not call."""
+_BESIDE_FORWARD = {
+    "extra_repr",
+    "reset_parameters",
+    "reset_running_stats",
+    "flatten_parameters",
+    "_apply",
+}
+"""Methods of layers that a forward pass does not call; `fully_shard` replaces the last."""
 
 
 def computes_plainly(module: nn.Module) -> bool:

@@ -140,7 +140,7 @@ class ShardedConstrained(SharedConstrained):
         if kinds in (["Shard"], ["Replicate", "Shard"]) and x.is_brought_together:
             return
         raise AdapterError(
-            f"{self.name} is sharded during forward passes too (placements "
+            f"it is sharded during forward passes too (placements "
             f"{x.held.placements}), and {self.rule!r} needs the whole there: use a rule on "
             f"weights or gradients for it (ClipSpectralNorm, SpectralNormPenalty), exclude it "
             f'with ("{self.name}", None), or shard it by fully_shard alone'

@@ -12,7 +12,7 @@ from typing import Any
 
 from specops.errors import AdapterError, SpecopsError
 from specops.geometry import Dense
-from specops.training.firing import Firing, NonFinitePolicy
+from specops.training.firing import NOT_FINITE, Firing, NonFinitePolicy
 from specops.training.outcome import Outcome
 from specops_torch.collectives import about, highest
 from specops_torch.constrained import Constrained
@@ -63,6 +63,11 @@ class ShardedFiring(Firing[Constrained]):
 
     def _shape(self, c: Constrained, weight: Any) -> tuple[int, ...]:
         return tuple(c.location.parameter.shape)
+
+    def _holds(self, c: Constrained, weight: Any) -> str:
+        found = super()._holds(c, weight)
+        is_known = found == NOT_FINITE or tuple(weight.shape) == self._shape(c, weight)
+        return found if is_known else f"{NOT_FINITE}, or {found},"
 
     def _owned(
         self, due: Sequence[SharedConstrained], step: int, certain: bool
@@ -128,27 +133,48 @@ def _by_products(due: Sequence[SharedConstrained], step: int) -> list[SharedCons
 
 def _one_group(due: Sequence[SharedConstrained], step: int) -> list[str]:
     """`_by_products` for the weights of one group of ranks; names of those that it leaves."""
-    running = {c.name: c.steps_by_products(step) for c in due}
+    running = _begun(due, step)
     undone = [c.name for c in due if running[c.name] is None]
     tried = [c for c in due if running[c.name] is not None]
     if not tried:
         return undone
     errors = _run(tried, running)
-    mine = [
-        _FAILED if c.name in errors else _UNDONE if c.advanced is None else _DONE for c in tried
-    ]
-    layout = tried[0].location.known
-    with about([c.name for c in tried]):
-        agreed = highest(mine, layout.group, layout.device)
-    if _FAILED in agreed:
-        for c in tried:
-            c.advanced = None
-        raise _named(tried[agreed.index(_FAILED)], errors, step)
-    for c, verdict in zip(tried, agreed, strict=True):
+    for c, verdict in zip(tried, _agreed(tried, errors, step), strict=True):
         if verdict == _UNDONE:
             c.advanced = None
             undone.append(c.name)
     return undone
+
+
+def _begun(due: Sequence[SharedConstrained], step: int) -> dict[str, Any]:
+    """What `steps_by_products` gives, by name; one more collective where rules have schedules,
+    which may raise on some ranks only."""
+    running: dict[str, Any] = {}
+    errors: dict[str, Exception] = {}
+    for c in due:
+        try:
+            running[c.name] = c.steps_by_products(step)
+        except Exception as error:
+            errors[c.name] = error
+    if any(callable(value) for c in due for value in vars(c.rule).values()):
+        _agreed(due, errors, step)
+    for c in due:
+        if c.name in errors:
+            raise _named(c, errors, step)
+    return running
+
+
+def _agreed(due: Sequence[SharedConstrained], errors: dict[str, Exception], step: int) -> list[int]:
+    """The worst end of each weight on any rank; raises on all of them if one has failed."""
+    mine = [_FAILED if c.name in errors else _UNDONE if c.advanced is None else _DONE for c in due]
+    layout = due[0].location.known
+    with about([c.name for c in due]):
+        agreed = highest(mine, layout.group, layout.device)
+    if _FAILED in agreed:
+        for c in due:
+            c.advanced = None
+        raise _named(due[agreed.index(_FAILED)], errors, step)
+    return agreed
 
 
 def _run(tried: Sequence[SharedConstrained], running: Mapping[str, Any]) -> dict[str, Exception]:

@@ -18,6 +18,7 @@ from specops.warned import warn
 C = TypeVar("C", bound=Constrained[Any])
 NonFinitePolicy = Literal["raise", "skip", "warn"]
 _POLICIES = ("raise", "skip", "warn")
+NOT_FINITE = "NaN or infinity"
 
 
 class Firing(Generic[C]):
@@ -72,12 +73,15 @@ class Firing(Generic[C]):
     def _shape(self, c: C, weight: Array) -> tuple[int, ...]:
         return tuple(weight.shape)
 
-    def _not_finite(self, c: C, weight: Array, step: int) -> str:
+    def _holds(self, c: C, weight: Array) -> str:
         finite = arrays.truth(arrays.all_finite(arrays.namespace(weight), weight))
-        holds = "numbers too large for their norm" if finite else "NaN or infinity"
+        return "numbers too large for their norm" if finite else NOT_FINITE
+
+    def _not_finite(self, c: C, weight: Array, step: int) -> str:
         message = (
-            f"{c.name} holds {holds} at step {step} (shape {self._shape(c, weight)}): "
-            f"look for a diverged step or an overflow in half precision"
+            f"{c.name} holds {self._holds(c, weight)} at step {step} "
+            f"(shape {self._shape(c, weight)}): look for a diverged step or an overflow in half "
+            f"precision"
         )
         if self.on_nonfinite == "raise":
             raise NonFiniteError(

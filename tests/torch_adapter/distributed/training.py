@@ -31,7 +31,7 @@ from specops import (
     TrainableScale,
     errors,
 )
-from tests.torch_adapter.distributed import engines
+from tests.torch_adapter.distributed import engines, failing, recurrent
 from tests.torch_adapter.distributed.models import (
     RESUMED,
     Breaking,
@@ -155,7 +155,7 @@ def refused(_: Path) -> None:
         with raises(errors.AdapterError, "0.weight", engine):
             specops.attach(None, model, Monitor())
     model = in_columns(nn.Sequential(nn.Linear(4, 6)))
-    with raises(errors.AdapterError, "0.weight is sharded", "ClipSpectralNorm"):
+    with raises(errors.AdapterError, "0.weight: it is sharded", "ClipSpectralNorm"):
         specops.attach(None, model, SpectralNormalization(norm="reshaped"))
     rank = dist.get_rank()
     for plan in (ClipSpectralNorm(1.0 + rank), specops.Plan([("*", Monitor(), 1 + rank)])):
@@ -340,4 +340,6 @@ CASES = (
     saved,
     example,
     *engines.CASES,
+    *failing.CASES,
+    *recurrent.CASES,
 )
