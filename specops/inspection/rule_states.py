@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-_ALONG = ("sigma0", "sigma")
-"""Keys of the norms in such a state."""
+from specops.tracking import NORM_KEYS
 
 
 def rule_states(names: Iterable[str]) -> set[str]:
@@ -43,7 +42,7 @@ def followed(names: Sequence[str]) -> list[str]:
     states, found = rule_states(names), dict[str, None]()
     for state in (name for name in names if name in states):
         *ahead, key = state.replace("/", ".").split(".")
-        if key not in _ALONG or ahead[-1] == "tracked":
+        if key not in NORM_KEYS or ahead[-1] == "tracked":
             continue
         if ahead[-1] == "state" and "weights" in ahead:
             found[".".join(ahead[ahead.index("weights") + 1 : -1])] = None

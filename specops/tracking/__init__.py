@@ -17,6 +17,7 @@ from specops.geometry.arguments import check_choice
 from specops.tracking.by_products import Steps, Wanted
 from specops.tracking.freshness import is_measured, norms_along, saw_zeros
 from specops.tracking.matrices import (
+    NORM_KEYS,
     TrackedBlocks,
     TrackedKernel,
     are_alike,
@@ -29,6 +30,7 @@ from specops.tracking.power import Pairs, checked, stepped_on_host
 from specops.tracking.torus import TrackedTorus
 
 __all__ = [
+    "NORM_KEYS",
     "Norm",
     "Pairs",
     "Steps",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from specops import arrays
@@ -26,6 +26,8 @@ Step = Callable[[Any, Array, Pairs], tuple[Pairs, Array]]
 Shapes = Mapping[str, tuple[int, ...]]
 GRADIENT = "axis"
 """The key of a norm's gradient in the state, which saved checkpoints contain."""
+NORM_KEYS = ("sigma0", "sigma")
+"""Keys of norms, of which every state has one."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,11 @@ class TrackedBlocks:
 
     def measured(self, state: State) -> tuple[Array, ...]:
         """What `norms` gave for the weight of the latest `start` or `advance`."""
-        return tuple(state[f"sigma{j}"] for j in self._indices)
+        return tuple(state[key] for key in self._keys[1])
 
     def directions(self, state: State) -> tuple[Array, ...]:
         """The vectors along which norms are taken: u and v of each matrix in turn."""
-        return tuple(state[f"{key}{j}"] for j in self._indices for key in "uv")
+        return tuple(state[key] for key in self._keys[0])
 
     def gradients(self, state: State) -> tuple[Array, ...]:
         """∂σ/∂W of each matrix: uvᴴ."""
@@ -127,6 +129,12 @@ class TrackedBlocks:
     def kept(self) -> frozenset[str]:
         """The keys of its state."""
         return frozenset(key for j in self._indices for key in _names(j))
+
+    @cached_property
+    def _keys(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The state's keys of directions and of norms, cached for forward passes."""
+        directions = tuple(f"{key}{j}" for j in self._indices for key in "uv")
+        return directions, tuple(f"sigma{j}" for j in self._indices)
 
     def _leading(self, state: State) -> list[tuple[Array, Array]]:
         return [(state[f"u{j}"], state[f"v{j}"]) for j in self._indices]
