@@ -82,12 +82,16 @@ class Layers:
 def _listed(model: nn.Module) -> list[Any]:
     """Modules with parameters, the names of these and which are trained, in one list.
 
-    This runs at every step, so it calls nothing. A module that is held twice is listed twice.
+    This runs at every step, so it calls nothing. Each module is listed once: one may hold another
+    that holds it.
     """
     found: list[Any] = []
-    waiting = [model]
+    waiting, seen = [model], set[nn.Module]()
     while waiting:
         module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
         if module._parameters:
             found.append(module)
             for name, p in module._parameters.items():

@@ -147,3 +147,23 @@ def test_modules_without_parameters_may_come_with_each_forward_pass(
     run.model[2] = nn.Linear(8, 3)
     run.step()
     assert decided
+
+
+class Walked(dict[str, Any]):
+    """The children of a module, which are not asked for without end."""
+
+    asked = 0
+
+    def values(self) -> Any:
+        self.asked += 1
+        assert self.asked < 50, "the same module was walked through again and again"
+        return super().values()
+
+
+def test_a_layer_may_come_to_hold_the_model_that_holds_it() -> None:
+    run = Run(RULES[0])
+    run.model[2].owner = run.model
+    run.model._modules = Walked(run.model._modules)
+    for _ in range(2):
+        run.step()
+    assert [norm_in_use(run.model[i]) for i in (0, 2)] == pytest.approx([0.4, 0.4], rel=0.02)
