@@ -167,3 +167,17 @@ def test_a_layer_may_come_to_hold_the_model_that_holds_it() -> None:
     for _ in range(2):
         run.step()
     assert [norm_in_use(run.model[i]) for i in (0, 2)] == pytest.approx([0.4, 0.4], rel=0.02)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=["weights", "forward"])
+def test_a_layer_that_was_taken_out_is_not_reported(rule: Any) -> None:
+    run = Run(rule)
+    run.step()
+    run.model[2] = nn.Linear(8, 3).requires_grad_(False)
+    run.step()
+    assert run.attachment.report()["2.weight"].reason.startswith("frozen")
+    del run.model[2]
+    run.step()
+    assert run.attachment.weights().keys() == {"0.weight"}
+    with pytest.raises(KeyError):
+        run.attachment.report()["2.weight"]
