@@ -141,10 +141,8 @@ class InUse:
     def _used(self, raw: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             self.compiled = True
-            unknown = self.copied and not _exporting()
-            if torch.compiler.is_dynamo_compiling() and (
-                unknown or (self.state is not None and self.is_replaced(self._source(raw)))
-            ):
+            unseen = self.is_replaced(self._source(raw)) or (self.copied and not _exporting())
+            if unseen and torch.compiler.is_dynamo_compiling():
                 return self._outside(raw)
             if self.state is None:
                 self.measure(raw)
@@ -170,7 +168,7 @@ class InUse:
     @torch.compiler.disable
     def _outside(self, raw: torch.Tensor) -> torch.Tensor:
         """The weight in use as computed outside of a compiled graph, which looks at no writes."""
-        return self._used(raw).as_subclass(torch.Tensor)
+        return self._used(raw)
 
     def _of_another(self, raw: torch.Tensor) -> torch.Tensor:
         """The weight in use where another tensor stands for the layer's own: measured by itself."""
